@@ -1,0 +1,46 @@
+# `make demo` and `make test` do all the set-up themselves: a .venv, the install, the run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN_TESTS := $(BIN)/python -m pytest
+# The interpreter's tests need the variable before triton is imported, hence a process of their own.
+RUN_INTERPRETER := TRITON_INTERPRET=1 FASTUNET_BACKEND=triton $(RUN_TESTS) -m
+
+.PHONY: demo test test-all lint static clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fastunet needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp holds what was installed: it is older than what it depends on exactly when an install is due.
+$(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e '.[train]'
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e '.[dev,bench]'
+	touch $@ $(VENV)/train.stamp
+
+demo: $(VENV)/train.stamp
+	$(BIN)/fastunet demo
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(RUN_TESTS) -n 2 -m 'not slow and not gpu and not interpreter'
+	$(RUN_INTERPRETER) 'interpreter and not slow' -n 2
+
+test-all: lint
+	$(RUN_TESTS) -n 2 -m 'not gpu and not interpreter'
+	$(RUN_INTERPRETER) 'interpreter' -n 2
+
+static: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.static
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
