@@ -1,0 +1,85 @@
+"""Named errors and the checks at the public boundary: each message gives what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class FastUNetError(Exception):
+    """Base of every error fastunet raises itself."""
+
+
+class ShapeError(FastUNetError, ValueError):
+    """A tensor has the wrong rank, channels or spatial size."""
+
+
+class DtypeError(FastUNetError, TypeError):
+    """Tensors are not floating point, or differ in dtype."""
+
+
+class DeviceError(FastUNetError, ValueError):
+    """Tensors of one call live on different devices."""
+
+
+class BackendError(FastUNetError, RuntimeError):
+    """The implementation asked for cannot run here."""
+
+
+class DataError(FastUNetError, ValueError):
+    """A file or folder is not usable: the message names it, with expected and actual."""
+
+
+class ConfigError(FastUNetError, ValueError):
+    """Options contradict each other or lie outside their range."""
+
+
+def check_activation(op: str, **tensors: Tensor) -> None:
+    """Each tensor is a 4-D floating-point image batch [N, C, H, W]."""
+    for name, t in tensors.items():
+        if t.dim() != 4:
+            raise ShapeError(f"{op}: {name}: expected a 4-D tensor [N, C, H, W], got {list(t.shape)}")
+        if not t.is_floating_point():
+            raise DtypeError(f"{op}: {name}: expected a floating-point tensor, got {t.dtype}")
+
+
+def check_shape(op: str, name: str, t: Tensor | None, expected: Sequence[int]) -> None:
+    """t, where given, has exactly the expected shape."""
+    if t is not None and tuple(t.shape) != tuple(expected):
+        raise ShapeError(f"{op}: {name}: expected shape {list(expected)}, got {list(t.shape)}")
+
+
+def check_convolution(op: str, weight: Tensor, channels: int, kernel: int, *, transposed: bool = False) -> int:
+    """weight is [out, channels, kernel, kernel] ([channels, out, ...] if transposed); the number of output channels."""
+    if weight.dim() != 4:
+        raise ShapeError(f"{op}: weight: expected a 4-D tensor, got {list(weight.shape)}")
+    out_channels = weight.shape[1 if transposed else 0]
+    first_two = (channels, out_channels) if transposed else (out_channels, channels)
+    check_shape(op, "weight", weight, (*first_two, kernel, kernel))
+    return out_channels
+
+
+def check_pooled(op: str, height: int, width: int) -> None:
+    """A 2x2 window fits into the image."""
+    if height < 2 or width < 2:
+        raise ShapeError(f"{op}: expected height and width >= 2 for 2x2 pooling, got {height}x{width}")
+
+
+def check_together(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """The tensors live on x's device and, outside autocast, which casts them, share x's dtype."""
+    for name, t in others.items():
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise DeviceError(f"{op}: {name}: expected device {x.device} (the input's), got {t.device}")
+        if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise DtypeError(f"{op}: {name}: expected dtype {x.dtype} (the input's), got {t.dtype}")
+
+
+def check_same_images(op: str, skip: Tensor, up: Tensor) -> None:
+    """skip and up agree in everything but their channels."""
+    check_activation(op, skip=skip, up=up)
+    check_shape(op, "up", up, (skip.shape[0], up.shape[1], *skip.shape[2:]))
+    check_together(op, skip, up=up)

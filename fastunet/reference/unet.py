@@ -1,0 +1,189 @@
+"""The U-Net of Ronneberger et al. 2015 (arXiv:1505.04597) in plain PyTorch modules, with the parameter names of
+milesial/Pytorch-UNet.
+
+Differences from the paper are milesial's: 'same' padding, batch norm after each convolution, the up-sampled map
+padded to its skip's size. Read it as the definition of `fastunet.UNet`, which has the same parameters and another
+forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = ("batch", "instance", None)
+UPSAMPLES = ("transpose", "bilinear")
+ACTIVATIONS = ("relu", "leaky_relu")
+HEADS = (None, "sigmoid", "softmax")
+LEAKY_SLOPE = 0.01
+
+
+def make_norm(norm: str | None, channels: int) -> nn.Module:
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.InstanceNorm2d(channels, affine=True) if norm == "instance" else nn.Identity()
+
+
+def make_activation(activation: str) -> nn.Module:
+    return nn.ReLU() if activation == "relu" else nn.LeakyReLU(LEAKY_SLOPE)
+
+
+class DoubleConv(nn.Module):
+    """Twice conv3x3, norm, activation: [N, in, H, W] to [N, out, H, W]. A convolution has a bias where no norm
+    follows.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, mid_channels: int, *, norm: str | None, activation: str
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a, b in ((in_channels, mid_channels), (mid_channels, out_channels)):
+            layers += [
+                nn.Conv2d(a, b, 3, padding=1, bias=norm is None),
+                make_norm(norm, b),
+                make_activation(activation),
+            ]
+        self.double_conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.double_conv(x)
+
+
+class Down(nn.Module):
+    """Halve the image by 2x2 max-pooling, then DoubleConv."""
+
+    def __init__(self, double_conv: DoubleConv) -> None:
+        super().__init__()
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), double_conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maxpool_conv(x)
+
+
+def padding_to(low: Tensor, skip: Tensor) -> list[int]:
+    """Zeros [left, right, top, bottom] that bring low to skip's size; of an odd difference the larger half right
+    and below.
+    """
+    rows, columns = skip.shape[-2] - low.shape[-2], skip.shape[-1] - low.shape[-1]
+    return [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]
+
+
+class Up(nn.Module):
+    """Double the lower level, pad it to the skip's size, and DoubleConv the two joined as [skip, up]."""
+
+    def __init__(self, up: nn.Module, conv: DoubleConv) -> None:
+        super().__init__()
+        self.up, self.conv = up, conv
+
+    def forward(self, low: Tensor, skip: Tensor) -> Tensor:
+        low = self.up(low)
+        return self.conv(torch.cat([skip, F.pad(low, padding_to(low, skip))], dim=1))
+
+
+class OutConv(nn.Module):
+    """The 1x1 head: logits, or probabilities where head is "sigmoid" or "softmax"."""
+
+    def __init__(self, in_channels: int, out_channels: int, head: str | None) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(in_channels, out_channels, 1), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.head is None:
+            return y
+        return y.sigmoid() if self.head == "sigmoid" else y.softmax(dim=1)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+class ReferenceUNet(nn.Module):
+    """The U-Net in plain PyTorch: [N, in_channels, H, W] to [N, out_channels, H, W], any float dtype.
+
+    Arguments are those of `fastunet.UNet`, which says what each means. `double_conv_type`, `down_type`, `up_type` and
+    `out_type` are the blocks a subclass may replace by ones with the same parameters.
+    """
+
+    double_conv_type, down_type, up_type, out_type = DoubleConv, Down, Up, OutConv
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        features: Sequence[int] = (64, 128, 256, 512, 1024),
+        norm: str | None = "batch",
+        upsample: str = "transpose",
+        activation: str = "relu",
+        head: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("norm", norm, NORMS)
+        check_choice("upsample", upsample, UPSAMPLES)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("head", head, HEADS)
+        features = tuple(features)
+        if len(features) < 2 or min(in_channels, out_channels, *features) < 1:
+            raise ValueError(
+                f"expected in_channels, out_channels >= 1 and two or more features >= 1, "
+                f"got {in_channels}, {out_channels} and {features}"
+            )
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "features": features,
+            "norm": norm,
+            "upsample": upsample,
+            "activation": activation,
+            "head": head,
+        }
+        self.depth = len(features) - 1
+        bilinear = upsample == "bilinear"
+
+        def double_conv(a: int, b: int, mid: int | None = None) -> DoubleConv:
+            return self.double_conv_type(a, b, mid or b, norm=norm, activation=activation)
+
+        self.inc = double_conv(in_channels, features[0])
+        for level in range(1, self.depth + 1):
+            # Bilinear upsampling keeps the channel count, so each level already ends with the count of the skip above
+            # it.
+            narrow = bilinear and level == self.depth
+            block = double_conv(features[level - 1], features[level - 1] if narrow else features[level])
+            self.add_module(f"down{level}", self.down_type(block))
+        for level in range(self.depth - 1, -1, -1):
+            skip = features[level]
+            up: nn.Module
+            if bilinear:
+                up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+                conv = double_conv(2 * skip, features[max(level - 1, 0)], mid=skip)
+            else:
+                up = nn.ConvTranspose2d(features[level + 1], skip, 2, stride=2)
+                conv = double_conv(2 * skip, skip)
+            self.add_module(f"up{self.depth - level}", self.up_type(up, conv))
+        self.outc = self.out_type(features[0], out_channels, head)
+
+    @property
+    def downs(self) -> list[Any]:
+        """down1..downN, from the image towards the bottom."""
+        return [self.get_submodule(f"down{level}") for level in range(1, self.depth + 1)]
+
+    @property
+    def ups(self) -> list[Any]:
+        """up1..upN, from the bottom towards the image."""
+        return [self.get_submodule(f"up{level}") for level in range(1, self.depth + 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = [self.inc(x)]
+        for down in self.downs:
+            skips.append(down(skips[-1]))
+        y = skips.pop()
+        for up in self.ups:
+            y = up(y, skips.pop())
+        return self.outc(y)
