@@ -1,0 +1,33 @@
+"""The public ops. Each equals, in meaning to the bit, the torch composition its docstring names."""
+
+from fastunet.ops.conv1x1 import conv1x1
+from fastunet.ops.conv3x3_batch_norm_relu import (
+    concat_conv3x3_batch_norm_relu,
+    conv3x3_batch_norm_relu,
+    conv3x3_batch_norm_relu_pool,
+)
+from fastunet.ops.conv3x3_bias_relu import concat_conv3x3_bias_relu, conv3x3_bias_relu, conv3x3_bias_relu_pool
+from fastunet.ops.conv3x3_instance_norm_relu import (
+    concat_conv3x3_instance_norm_relu,
+    conv3x3_instance_norm_relu,
+    conv3x3_instance_norm_relu_pool,
+)
+from fastunet.ops.conv_transpose2x2 import conv_transpose2x2
+from fastunet.ops.max_pool2x2 import max_pool2x2
+from fastunet.ops.sigmoid_dice_loss import sigmoid_dice_loss
+
+__all__ = [
+    "concat_conv3x3_batch_norm_relu",
+    "concat_conv3x3_bias_relu",
+    "concat_conv3x3_instance_norm_relu",
+    "conv1x1",
+    "conv3x3_batch_norm_relu",
+    "conv3x3_batch_norm_relu_pool",
+    "conv3x3_bias_relu",
+    "conv3x3_bias_relu_pool",
+    "conv3x3_instance_norm_relu",
+    "conv3x3_instance_norm_relu_pool",
+    "conv_transpose2x2",
+    "max_pool2x2",
+    "sigmoid_dice_loss",
+]

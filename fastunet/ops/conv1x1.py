@@ -1,0 +1,105 @@
+"""conv1x1: the U-Net's head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fastunet import checks
+from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
+from fastunet.ops.registration import (
+    below_autograd,
+    define,
+    define_autocast,
+    empty_in,
+    memory_format,
+)
+
+NAME = "conv1x1"
+ACTIVATIONS = (None, "sigmoid", "softmax")
+aten = torch.ops.aten
+
+
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    """activation(conv2d(x, weight, bias)): x [N, Cin, H, W], weight [Cout, Cin, 1, 1], bias [Cout] or None.
+
+    activation None gives logits, "sigmoid" and "softmax" (over the channels) probabilities, in x's dtype and
+    memory format; under autocast softmax is torch's own, which on CUDA answers in float32.
+    """
+    if activation not in ACTIVATIONS:
+        raise checks.ConfigError(f"{NAME}: activation: expected None, 'sigmoid' or 'softmax', got {activation!r}")
+    checks.check_activation(NAME, x=x)
+    out_channels = checks.check_convolution(NAME, weight, x.shape[1], 1)
+    checks.check_shape(NAME, "bias", bias, (out_channels,))
+    checks.check_together(NAME, x, weight=weight, bias=bias)
+    return torch.ops.fastunet.conv1x1(x, weight, bias, activation)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    y = F.conv2d(x, weight, bias)
+    if activation is not None:
+        y = y.sigmoid_() if activation == "sigmoid" else y.softmax(dim=1)
+    return y.contiguous(memory_format=memory_format(x, weight))
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    n, _, h, w = x.shape
+    return empty_in(memory_format(x, weight), x, n, weight.shape[0], h, w)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, activation: str | None, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias."""
+    if activation == "sigmoid":
+        grad = aten.sigmoid_backward(grad, y)
+    elif activation == "softmax":
+        grad = aten._softmax_backward_data(grad, y, 1, x.dtype)
+    return convolution_grads(grad, x, weight, mask)
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, activation: str | None, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return convolution_grads_fake(x, weight, mask)
+
+
+class Conv1x1(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+        y = below_autograd(_op, x, weight, bias, activation)
+        ctx.save_for_backward(x, weight, y if activation is not None else None)
+        ctx.activation = activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask = list(ctx.needs_input_grad[:3])
+        grads = _backward_op(grad, *ctx.saved_tensors, ctx.activation, mask)
+        return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
+
+
+def _softmax_rule(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
+    """Softmax has an autocast rule of its own, so under autocast it stays torch's softmax of our logits."""
+    if activation != "softmax":
+        return None
+    return torch.ops.fastunet.conv1x1(x, weight, bias, None).softmax(dim=1)
+
+
+_op = define(
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
+    implementation=_forward,
+    fake=_forward_fake,
+    autograd=Conv1x1,
+)
+_backward_op = define(
+    f"{NAME}_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, str? activation, bool[] mask) "
+    "-> (Tensor, Tensor, Tensor)",
+    implementation=_backward,
+    fake=_backward_fake,
+)
+define_autocast(_op, cast=(0, 1, 2), rule=_softmax_rule)

@@ -1,0 +1,305 @@
+"""conv3x3_batch_norm_relu, its pool form and its concat form: one registered op, fastunet::conv3x3_batch_norm_relu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fastunet import checks
+from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward, conv_backward_fake, conv_fake, joined
+from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
+from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
+
+NAME = "conv3x3_batch_norm_relu"
+aten = torch.ops.aten
+
+
+def conv3x3_batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """relu(batch_norm(conv2d(x, weight, padding=1), running_mean, running_var, gamma, beta, training, momentum, eps)).
+
+    x [N, Cin, H, W], weight [Cout, Cin, 3, 3], the other tensors [Cout] or None, of x's dtype or float32. training=True
+    takes the statistics of this batch (Ioffe & Szegedy 2015) and moves the running ones in place by momentum, with the
+    unbiased variance, as torch does; training=False takes the running ones. The rest as conv3x3_bias_relu. Raises
+    ValueError, as torch does, where training has one value per channel.
+    """
+    norm = (gamma, beta, running_mean, running_var, training, momentum, eps)
+    y, _ = _call(NAME, x, None, weight, norm, relu, negative_slope, pool=False)
+    return y
+
+
+def conv3x3_batch_norm_relu_pool(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(y, F.max_pool2d(y, 2)) of y = conv3x3_batch_norm_relu(x, ...); H and W >= 2."""
+    norm = (gamma, beta, running_mean, running_var, training, momentum, eps)
+    return _call("conv3x3_batch_norm_relu_pool", x, None, weight, norm, relu, negative_slope, pool=True)
+
+
+def concat_conv3x3_batch_norm_relu(
+    skip: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """conv3x3_batch_norm_relu(torch.cat([skip, up], 1), ...): skip [N, C1, H, W], up [N, C2, H, W], weight
+    [Cout, C1 + C2, 3, 3].
+    """
+    norm = (gamma, beta, running_mean, running_var, training, momentum, eps)
+    y, _ = _call("concat_conv3x3_batch_norm_relu", skip, up, weight, norm, relu, negative_slope, pool=False)
+    return y
+
+
+def _call(
+    name: str,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    norm: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float],
+    relu: bool,
+    negative_slope: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor]:
+    gamma, beta, running_mean, running_var, training, momentum, eps = norm
+    check_inputs(name, x, up, weight, pool)
+    check_norm(name, x, weight, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
+    check_pair(name, gamma=gamma, beta=beta)
+    check_pair(name, running_mean=running_mean, running_var=running_var)
+    if training:
+        if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            raise checks.ShapeError(
+                f"{name}: expected more than 1 value per channel when training, got input {list(x.shape)}"
+            )
+    elif running_mean is None:
+        raise checks.ConfigError(f"{name}: expected running_mean and running_var when not training, got None")
+    slope = slope_of(relu, negative_slope)
+    return torch.ops.fastunet.conv3x3_batch_norm_relu(
+        x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool
+    )[:2]
+
+
+def check_pair(name: str, **pair: Tensor | None) -> None:
+    """Two parameters are given together or not at all."""
+    given = [key for key, t in pair.items() if t is not None]
+    if len(given) == 1:
+        raise checks.ConfigError(f"{name}: expected both {' and '.join(pair)}, or neither, got only {given[0]}")
+
+
+def check_norm(name: str, x: Tensor, weight: Tensor, **parameters: Tensor | None) -> None:
+    """Per-channel parameters [Cout] on x's device, in x's dtype or, as mixed precision keeps them, float32."""
+    for key, t in parameters.items():
+        checks.check_shape(name, key, t, weight.shape[:1])
+        if t is not None and t.dtype != torch.float32:
+            checks.check_together(name, x, **{key: t})
+        elif t is not None and t.device != x.device:
+            raise checks.DeviceError(f"{name}: {key}: expected device {x.device} (the input's), got {t.device}")
+
+
+# --- forward ---
+
+
+def _forward(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    slope: float | None,
+    pool: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, pooled, raw, mean, invstd): raw is the convolution's output, mean and invstd (empty in eval) its
+    statistics.
+    """
+    format = memory_format(x, up, weight)
+    raw = F.conv2d(joined(x, up), weight, padding=1).contiguous(memory_format=format)
+    y, mean, invstd = aten.native_batch_norm(raw, gamma, beta, running_mean, running_var, training, momentum, eps)
+    y = activate_(y.contiguous(memory_format=format), slope)
+    pooled = F.max_pool2d(y, 2).contiguous(memory_format=format) if pool else none_like(x)
+    dtype = statistics_dtype(gamma, raw)
+    if not training:
+        mean, invstd = (raw.new_empty(0, dtype=dtype) for _ in range(2))
+    return y, pooled, raw, mean.to(dtype), invstd.to(dtype)
+
+
+def statistics_dtype(gamma: Tensor | None, raw: Tensor) -> torch.dtype:
+    """Statistics are kept in float32, or float64 with float64 parameters, whatever the activations are."""
+    return torch.promote_types((raw if gamma is None else gamma).dtype, torch.float32)
+
+
+def _forward_fake(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    slope: float | None,
+    pool: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, pooled = conv_fake(x, up, weight, pool)
+    channels, dtype = weight.shape[0] if training else 0, statistics_dtype(gamma, x)
+    return y, pooled, torch.empty_like(y), x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+
+
+# --- backward ---
+
+
+def _backward(
+    grad_y: Tensor | None,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    raw: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    eps: float,
+    slope: float | None,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, up, weight, gamma, beta."""
+    grad = epilogue_grad(grad_y, grad_pooled, y, slope)
+    if x.device.type == "cpu":
+        # ATen's CPU kernel wants the statistics in the parameters' dtype; CUDA's in float32.
+        parameter = gamma if gamma is not None else running_mean
+        stored = raw.dtype if parameter is None else parameter.dtype
+        mean, invstd = mean.to(stored), invstd.to(stored)
+    through_conv = any(mask[:3])
+    grad_raw, grad_gamma, grad_beta = aten.native_batch_norm_backward(
+        grad, raw, gamma, running_mean, running_var, mean, invstd, training, eps, [through_conv, mask[3], mask[4]]
+    )
+    grads = [none_like(x)] * 3
+    if through_conv:
+        *grads, _ = conv_backward(grad_raw, x, up, weight, [*mask[:3], False])
+    return (
+        grads[0],
+        grads[1],
+        grads[2],
+        grad_gamma if mask[3] else none_like(x),
+        grad_beta if mask[4] else none_like(x),
+    )
+
+
+def _backward_fake(
+    grad_y: Tensor | None,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    raw: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    y: Tensor | None,
+    training: bool,
+    eps: float,
+    slope: float | None,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_x, grad_up, grad_weight, _ = conv_backward_fake(x, up, weight, [*mask[:3], False])
+    return grad_x, grad_up, grad_weight, *norm_grads_fake(x, gamma, mask)
+
+
+def norm_grads_fake(x: Tensor, gamma: Tensor | None, mask: list[bool]) -> tuple[Tensor, Tensor]:
+    """Shapes of the gradients of gamma and beta, which come in pairs and alike."""
+    return (
+        torch.empty_like(gamma) if mask[3] and gamma is not None else none_like(x),
+        torch.empty_like(gamma) if mask[4] and gamma is not None else none_like(x),
+    )
+
+
+# --- registration ---
+
+
+class Conv3x3BatchNormRelu(Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        x, up, weight, gamma, _, running_mean, running_var, training, _, eps, slope, pool = args
+        y, pooled, raw, mean, invstd = below_autograd(_op, *args)
+        kept = y if pool or slope is not None else None
+        ctx.save_for_backward(x, up, weight, gamma, running_mean, running_var, raw, mean, invstd, kept)
+        ctx.training, ctx.eps, ctx.slope, ctx.pool = training, eps, slope, pool
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(raw, mean, invstd, *(() if pool else (pooled,)))
+        return y, pooled, raw, mean, invstd
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_y is None and grad_pooled is None:
+            return (None,) * 12
+        mask = list(ctx.needs_input_grad[:5])
+        *saved, kept = ctx.saved_tensors
+        grads = _backward_op(
+            grad_y, grad_pooled if ctx.pool else None, *saved, kept, ctx.training, ctx.eps, ctx.slope, mask
+        )
+        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), *(None,) * 7
+
+
+_op = define(
+    f"{NAME}(Tensor x, Tensor? up, Tensor weight, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, bool training, float momentum, float eps, float? slope, bool pool) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    implementation=_forward,
+    fake=_forward_fake,
+    autograd=Conv3x3BatchNormRelu,
+)
+_backward_op = define(
+    f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? gamma, "
+    "Tensor? running_mean, Tensor? running_var, Tensor raw, Tensor mean, Tensor invstd, Tensor? y, bool training, "
+    "float eps, float? slope, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    implementation=_backward,
+    fake=_backward_fake,
+)
+define_autocast(_op, cast=(0, 1, 2))

@@ -1,0 +1,275 @@
+"""conv3x3_bias_relu, its pool form and its concat form: one registered op, fastunet::conv3x3_bias_relu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fastunet import checks, dispatch
+from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
+from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
+from fastunet.ops.registration import (
+    below_autograd,
+    define,
+    define_autocast,
+    empty_in,
+    memory_format,
+    none_like,
+    strided_like,
+)
+
+NAME = "conv3x3_bias_relu"
+
+
+def conv3x3_bias_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
+) -> Tensor:
+    """relu(conv2d(x, weight, bias, padding=1)) in one pass.
+
+    x [N, Cin, H, W], weight [Cout, Cin, 3, 3], bias [Cout] or None, all of one floating dtype and device; the result is
+    [N, Cout, H, W] in that dtype, channels_last if x or weight is. relu=False leaves the activation out;
+    negative_slope > 0 makes it LeakyReLU. Equal to `F.relu(F.conv2d(x, weight, bias, padding=1))`, NaN included.
+    Raises ShapeError, DtypeError, DeviceError or ConfigError before any work.
+    """
+    y, _ = _call(NAME, x, None, weight, bias, relu, negative_slope, pool=False)
+    return y
+
+
+def conv3x3_bias_relu_pool(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(y, F.max_pool2d(y, 2)) of y = conv3x3_bias_relu(x, ...): the skip and the next level's input, [N, Cout, H //
+    2, W // 2].
+
+    As conv3x3_bias_relu; H and W >= 2.
+    """
+    return _call("conv3x3_bias_relu_pool", x, None, weight, bias, relu, negative_slope, pool=True)
+
+
+def concat_conv3x3_bias_relu(
+    skip: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """conv3x3_bias_relu(torch.cat([skip, up], 1), weight, bias); the kernels never write the concatenation.
+
+    skip [N, C1, H, W], up [N, C2, H, W], weight [Cout, C1 + C2, 3, 3]; otherwise as conv3x3_bias_relu.
+    """
+    y, _ = _call("concat_conv3x3_bias_relu", skip, up, weight, bias, relu, negative_slope, pool=False)
+    return y
+
+
+def _call(
+    name: str,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    negative_slope: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor]:
+    check_inputs(name, x, up, weight, pool)
+    checks.check_shape(name, "bias", bias, weight.shape[:1])
+    checks.check_together(name, x, bias=bias)
+    return torch.ops.fastunet.conv3x3_bias_relu(x, up, weight, bias, slope_of(relu, negative_slope), pool)
+
+
+def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> None:
+    """The checks shared by every op that begins with a 3x3 convolution of x, or of x and up joined."""
+    checks.check_activation(name, x=x)
+    if up is not None:
+        checks.check_same_images(name, x, up)
+    checks.check_convolution(name, weight, x.shape[1] + (up.shape[1] if up is not None else 0), 3)
+    checks.check_together(name, x, weight=weight)
+    if pool:
+        checks.check_pooled(name, *x.shape[2:])
+
+
+# --- forward ---
+
+
+def _forward(
+    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool
+) -> tuple[Tensor, Tensor]:
+    if dispatch.choose(NAME, x).implementation == "triton":
+        y, pooled = _forward_triton(x, up, weight, bias, slope, pool)
+    else:
+        y = activate_(F.conv2d(joined(x, up), weight, bias, padding=1), slope)
+        pooled = F.max_pool2d(y, 2) if pool else None
+    format = memory_format(x, up, weight)
+    y = y.contiguous(memory_format=format)
+    return y, none_like(x) if pooled is None else pooled.contiguous(memory_format=format)
+
+
+def _forward_triton(
+    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool
+) -> tuple[Tensor, Tensor | None]:
+    from fastunet.kernels.conv3x3 import conv3x3
+
+    return conv3x3(x, weight, bias, up=up, negative_slope=slope, pool=pool, allow_tf32=dispatch.tf32_allowed())
+
+
+def joined(x: Tensor, up: Tensor | None) -> Tensor:
+    return x if up is None else torch.cat([x, up], dim=1)
+
+
+def _forward_fake(
+    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool
+) -> tuple[Tensor, Tensor]:
+    return conv_fake(x, up, weight, pool)
+
+
+def conv_fake(x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
+    """Shapes and strides of (y, pooled)."""
+    format = memory_format(x, up, weight)
+    (n, _, h, w), channels = x.shape, weight.shape[0]
+    y = empty_in(format, x, n, channels, h, w)
+    return y, empty_in(format, x, n, channels, h // 2, w // 2) if pool else none_like(x)
+
+
+# --- backward ---
+
+
+def _backward(
+    grad_y: Tensor | None,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    y: Tensor | None,
+    slope: float | None,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if dispatch.choose(NAME, x).implementation == "triton":
+        return _backward_triton(grad_y, grad_pooled, x, up, weight, y, slope, mask)
+    grad = epilogue_grad(grad_y, grad_pooled, y, slope)
+    return conv_backward(grad, x, up, weight, mask)
+
+
+def conv_backward(
+    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, up, weight and bias from that of conv2d([x, up], weight, bias), by ATen; mask says which
+    are wanted.
+    """
+    wants_x, wants_up, wants_weight, wants_bias = mask
+    if up is None:
+        grad_x, grad_weight, grad_bias = convolution_grads(grad, x, weight, [mask[0], *mask[2:]], padding=1)
+        return grad_x, none_like(x), grad_weight, grad_bias
+    both = torch.cat([x, up], dim=1)
+    grad_both, grad_weight, grad_bias = convolution_grads(
+        grad, both, weight, [wants_x or wants_up, wants_weight, wants_bias], padding=1
+    )
+    return (
+        strided_like(grad_both[:, : x.shape[1]], x) if wants_x else none_like(x),
+        strided_like(grad_both[:, x.shape[1] :], up) if wants_up else none_like(x),
+        grad_weight,
+        grad_bias,
+    )
+
+
+def _backward_triton(
+    grad_y: Tensor | None,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    y: Tensor | None,
+    slope: float | None,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fastunet.kernels import conv3x3_grad as kernels
+
+    if slope is None and grad_pooled is None:
+        assert grad_y is not None, "a backward runs only when one of its outputs has a gradient"
+        grad = grad_y
+    else:
+        assert y is not None
+        grad = kernels.conv3x3_activation_grad(y, grad_y, grad_pooled, slope)
+    tf32 = dispatch.tf32_allowed()
+    split = x.shape[1]
+    results = [none_like(x)] * 4
+    if mask[0]:
+        results[0] = strided_like(kernels.conv3x3_input_grad(grad, weight[:, :split], allow_tf32=tf32), x)
+    if mask[1] and up is not None:
+        results[1] = strided_like(kernels.conv3x3_input_grad(grad, weight[:, split:], allow_tf32=tf32), up)
+    if mask[2] or mask[3]:
+        parts = [kernels.conv3x3_weight_grad(grad, x, with_bias=mask[3], allow_tf32=tf32)]
+        if up is not None and mask[2]:
+            parts.append(kernels.conv3x3_weight_grad(grad, up, allow_tf32=tf32))
+        if mask[2]:
+            results[2] = strided_like(torch.cat([part[0] for part in parts], dim=1), weight)
+        if parts[0][1] is not None:
+            results[3] = parts[0][1]
+    return results[0], results[1], results[2], results[3]
+
+
+def _backward_fake(
+    grad_y: Tensor | None,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    y: Tensor | None,
+    slope: float | None,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return conv_backward_fake(x, up, weight, mask)
+
+
+def conv_backward_fake(
+    x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and strides of the four gradients: those of what they are gradients of."""
+    grad_x, grad_weight, grad_bias = convolution_grads_fake(x, weight, [mask[0], *mask[2:]])
+    return grad_x, torch.empty_like(up) if mask[1] and up is not None else none_like(x), grad_weight, grad_bias
+
+
+# --- registration ---
+
+
+class Conv3x3BiasRelu(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool
+    ) -> tuple[Tensor, Tensor]:
+        y, pooled = below_autograd(_op, x, up, weight, bias, slope, pool)
+        ctx.save_for_backward(x, up, weight, y if pool or slope is not None else None)
+        ctx.slope, ctx.pool = slope, pool
+        ctx.set_materialize_grads(False)
+        if not pool:
+            ctx.mark_non_differentiable(pooled)
+        return y, pooled
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
+        mask = list(ctx.needs_input_grad[:4])
+        if grad_y is None and grad_pooled is None:
+            return (None,) * 6
+        x, up, weight, y = ctx.saved_tensors
+        grads = _backward_op(grad_y, grad_pooled if ctx.pool else None, x, up, weight, y, ctx.slope, mask)
+        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None
+
+
+_op = define(
+    f"{NAME}(Tensor x, Tensor? up, Tensor weight, Tensor? bias, float? slope, bool pool) -> (Tensor, Tensor)",
+    implementation=_forward,
+    fake=_forward_fake,
+    autograd=Conv3x3BiasRelu,
+)
+_backward_op = define(
+    f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? y, "
+    "float? slope, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    implementation=_backward,
+    fake=_backward_fake,
+)
+define_autocast(_op, cast=(0, 1, 2, 3))

@@ -1,0 +1,79 @@
+"""conv_transpose2x2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from fastunet import checks
+from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
+from fastunet.ops.registration import (
+    below_autograd,
+    define,
+    define_autocast,
+    empty_in,
+    memory_format,
+)
+
+NAME = "conv_transpose2x2"
+
+
+def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Upsample by 2: x [N, Cin, H, W], weight [Cin, Cout, 2, 2], bias [Cout] or None to [N, Cout, 2H, 2W].
+
+    Equal to `F.conv_transpose2d(x, weight, bias, stride=2)`.
+    """
+    checks.check_activation(NAME, x=x)
+    out_channels = checks.check_convolution(NAME, weight, x.shape[1], 2, transposed=True)
+    checks.check_shape(NAME, "bias", bias, (out_channels,))
+    checks.check_together(NAME, x, weight=weight, bias=bias)
+    return torch.ops.fastunet.conv_transpose2x2(x, weight, bias)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv_transpose2d(x, weight, bias, stride=2).contiguous(memory_format=memory_format(x, weight))
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, _, h, w = x.shape
+    return empty_in(memory_format(x, weight), x, n, weight.shape[1], 2 * h, 2 * w)
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias."""
+    return convolution_grads(grad, x, weight, mask, stride=2, transposed=True)
+
+
+def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return convolution_grads_fake(x, weight, mask, transposed=True)
+
+
+class ConvTranspose2x2(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return below_autograd(_op, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask = list(ctx.needs_input_grad)
+        grads = _backward_op(grad, *ctx.saved_tensors, mask)
+        return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))
+
+
+_op = define(
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    implementation=_forward,
+    fake=_forward_fake,
+    autograd=ConvTranspose2x2,
+)
+_backward_op = define(
+    f"{NAME}_backward(Tensor grad, Tensor x, Tensor weight, bool[] mask) -> (Tensor, Tensor, Tensor)",
+    implementation=_backward,
+    fake=_backward_fake,
+)
+define_autocast(_op, cast=(0, 1, 2))

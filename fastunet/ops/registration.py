@@ -1,0 +1,112 @@
+"""How every op meets PyTorch: one construction, so that each op's file holds only what is its own.
+
+An op is `Library.define`d with one implementation for all devices, which asks `dispatch` what to run; a fake that
+does shape and stride arithmetic only (a fake that calls an ATen convolution would record that convolution's shape
+guards); its `torch.autograd.Function` at the Autograd key, where opcheck, fullgraph compilation and export all see a
+plain op; and an explicit kernel at the Autocast keys. Its backward is a second op, which refuses to be differentiated
+again: left to itself it would silently give a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+NAMESPACE = "fastunet"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def define(
+    schema: str, *, implementation: Callable, fake: Callable, autograd: type[Function] | None = None
+) -> Callable:
+    """Register an op from its schema and return it. Without `autograd` it is a backward op: a second derivative
+    raises.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    function = autograd or _once_differentiable(name, op)
+    _LIBRARY.impl(name, lambda *args: function.apply(*args), "Autograd")
+    return op
+
+
+def below_autograd(op: Callable, *args: Any) -> Any:
+    """Call the op's implementation from its own Function's forward."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def define_autocast(op: Any, *, cast: tuple[int, ...], rule: Callable | None = None) -> None:
+    """At the Autocast keys, run op with the tensor arguments at the positions `cast` in the autocast dtype.
+
+    `rule(*args)`, if given, is called first and answers for the op where it returns something else than None.
+    As torch's own rules, float64 and integer tensors are left as they are.
+    """
+    for device, key in _AUTOCAST_KEYS.items():
+
+        def kernel(*args: Any, device: str = device, key: str = key) -> Any:
+            answer = rule(*args) if rule is not None else None
+            if answer is not None:
+                return answer
+            dtype = torch.get_autocast_dtype(device)
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+                return op(*(_cast(a, dtype) if i in cast else a for i, a in enumerate(args)))
+
+        _LIBRARY.impl(op.name().partition("::")[2].partition(".")[0], kernel, key)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+        return value
+    return value.to(dtype)
+
+
+def _once_differentiable(name: str, op: Callable) -> type[Function]:
+    class OnceDifferentiable(Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            return below_autograd(op, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(
+                f"{NAMESPACE}::{name} cannot be differentiated: fastunet's ops have no second derivative"
+            )
+
+    return OnceDifferentiable
+
+
+def memory_format(*tensors: Tensor | None) -> torch.memory_format:
+    """channels_last if any of the tensors is, else contiguous: the format a torch convolution of them returns."""
+    if any(t is not None and suggests_channels_last(t) for t in tensors):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def suggests_channels_last(t: Tensor) -> bool:
+    """Whether torch takes a 4-D tensor for channels_last: its strides say so, and not those of a contiguous one
+    as well.
+    """
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def empty_in(format: torch.memory_format, like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor of that shape and format, of like's dtype and device."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
+
+
+def none_like(t: Tensor) -> Tensor:
+    """Stands for a tensor not asked for: an op's schema has a fixed number of returns."""
+    return t.new_empty(0)
+
+
+def strided_like(t: Tensor, like: Tensor) -> Tensor:
+    """t with like's strides, as the fakes of the backward ops promise."""
+    return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)

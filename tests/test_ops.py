@@ -1,0 +1,342 @@
+"""Every public op against the torch composition it stands for: values, gradients, strides, autocast, compilation, errors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastunet import checks, ops
+from fastunet.reference import functional as reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op: its name, the shapes of its differentiable tensors and the further arguments."""
+
+    op: str
+    shapes: tuple[tuple[int, ...] | None, ...]
+    options: dict
+    # Positions of running_mean and running_var, which an op may change in place.
+    buffers: int = 0
+
+    def __str__(self) -> str:
+        return self.op + "".join(f",{k}={v}" for k, v in self.options.items())
+
+
+X, SKIP, UP, CHANNELS = (2, 3, 7, 6), (2, 4, 7, 6), (2, 2, 7, 6), (5,)
+W3, W3_CAT = (5, 3, 3, 3), (5, 6, 3, 3)
+TRAIN = {"training": True, "momentum": 0.3, "eps": 1e-3}
+EVAL = {**TRAIN, "training": False}
+CASES = [
+    *(
+        Case(op, (*inputs, bias), options)
+        for op, inputs in {
+            "conv3x3_bias_relu": (X, W3),
+            "conv3x3_bias_relu_pool": (X, W3),
+            "concat_conv3x3_bias_relu": (SKIP, UP, W3_CAT),
+        }.items()
+        for bias, options in ((CHANNELS, {}), (None, {"relu": False}), (CHANNELS, {"negative_slope": 0.2}))
+    ),
+    *(
+        Case(op, (*inputs, *affine), mode, buffers=2)
+        for op, inputs in {
+            "conv3x3_batch_norm_relu": (X, W3),
+            "conv3x3_batch_norm_relu_pool": (X, W3),
+            "concat_conv3x3_batch_norm_relu": (SKIP, UP, W3_CAT),
+        }.items()
+        for affine, mode in (
+            ((CHANNELS, CHANNELS), TRAIN),
+            ((CHANNELS, CHANNELS), EVAL),
+            ((None, None), {**TRAIN, "negative_slope": 0.2}),
+        )
+    ),
+    *(
+        Case(op, (*inputs, *affine), options)
+        for op, inputs in {
+            "conv3x3_instance_norm_relu": (X, W3),
+            "conv3x3_instance_norm_relu_pool": (X, W3),
+            "concat_conv3x3_instance_norm_relu": (SKIP, UP, W3_CAT),
+        }.items()
+        for affine, options in (((CHANNELS, CHANNELS), {}), ((None, None), {"relu": False}))
+    ),
+    Case("max_pool2x2", (X,), {}),
+    Case("conv_transpose2x2", (X, (3, 5, 2, 2), CHANNELS), {}),
+    Case("conv_transpose2x2", (X, (3, 5, 2, 2), None), {}),
+    Case("conv1x1", (X, (5, 3, 1, 1), CHANNELS), {}),
+    Case("conv1x1", (X, (5, 3, 1, 1), None), {"activation": "sigmoid"}),
+    Case("conv1x1", (X, (5, 3, 1, 1), CHANNELS), {"activation": "softmax"}),
+    Case("sigmoid_dice_loss", (X, X), {}),
+    Case("sigmoid_dice_loss", (X, X), {"squared": True, "batch": True, "reduction": "none", "smooth": 0.1}),
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_format = pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
+
+
+def make_tensors(case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    tensors: list[Tensor | None] = []
+    for shape in case.shapes:
+        t = None if shape is None else torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        tensors.append(t.contiguous(memory_format=memory_format) if t is not None and t.dim() == 4 else t)
+    if case.op == "sigmoid_dice_loss":
+        tensors[1] = tensors[1].sigmoid()
+    return tensors
+
+
+def make_buffers(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.linspace(0.5, 1.5, 5, dtype=dtype) for _ in range(case.buffers)]
+
+
+def call(op: Callable, case: Case, tensors: list[Tensor | None], buffers: list[Tensor]) -> tuple[Tensor, ...]:
+    result = op(*tensors, *buffers, **case.options)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def grads_of(outputs: tuple[Tensor, ...], tensors: list[Tensor | None]) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs]
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    return list(torch.autograd.grad(outputs, wanted, cotangents))
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{what}: {m}")
+
+
+@every_case
+@every_format
+def test_equals_the_reference(case: Case, memory_format: torch.memory_format) -> None:
+    results = []
+    for op in (getattr(ops, case.op), getattr(reference, case.op)):
+        tensors = make_tensors(case, torch.float64, memory_format)
+        buffers = make_buffers(case, torch.float64)
+        for t in tensors:
+            if t is not None:
+                t.requires_grad_()
+        outputs = call(op, case, tensors, buffers)
+        results.append((outputs, grads_of(outputs, tensors), buffers))
+    (ours, our_grads, our_buffers), (theirs, their_grads, their_buffers) = results
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert_close(a, b, f"output {i}")
+        # torch's instance norm and softmax answer contiguous whatever they get; ours keep the format, as convolutions do.
+        keeps = "instance_norm" in case.op or case.options.get("activation") == "softmax"
+        like = b.contiguous(memory_format=memory_format) if keeps else b
+        assert a.stride() == like.stride(), f"output {i}: strides {a.stride()}, expected {like.stride()}"
+    for i, (a, b) in enumerate(zip(our_grads, their_grads, strict=True)):
+        assert_close(a, b, f"gradient {i}")
+    for a, b in zip(our_buffers, their_buffers, strict=True):
+        assert_close(a, b, "running statistics")
+
+
+@every_case
+def test_every_combination_of_requires_grad(case: Case) -> None:
+    given = [i for i, shape in enumerate(case.shapes) if shape is not None]
+    full: dict[int, Tensor] = {}
+    for wanted in sorted(itertools.product((True, False), repeat=len(given)), reverse=True):
+        if not any(wanted):
+            continue
+        tensors = make_tensors(case, torch.float64, torch.channels_last)
+        chosen = [i for i, want in zip(given, wanted, strict=True) if want]
+        for i in chosen:
+            tensors[i].requires_grad_()
+        outputs = call(getattr(ops, case.op), case, tensors, make_buffers(case, torch.float64))
+        for i, grad in zip(chosen, grads_of(outputs, tensors), strict=True):
+            assert_close(grad, full.setdefault(i, grad), f"gradient {i} with {wanted}")
+
+
+def flat_arguments(case: Case, dtype: torch.dtype, memory_format: torch.memory_format, requires_grad: bool) -> tuple:
+    """The registered op behind a public one and the arguments it got, caught at the dispatcher."""
+    caught: list[tuple] = []
+
+    class Catch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "fastunet" and not func.name().endswith("_backward"):
+                caught.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    tensors = make_tensors(case, dtype, memory_format)
+    with Catch():
+        call(getattr(ops, case.op), case, tensors, make_buffers(case, dtype))
+    ((func, args),) = caught
+    if requires_grad:
+        args = tuple(
+            a.requires_grad_() if isinstance(a, Tensor) and any(a is t for t in tensors) else a for a in args
+        )
+    return func, args
+
+
+@every_case
+@every_format
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_opcheck(case: Case, memory_format: torch.memory_format, requires_grad: bool) -> None:
+    func, args = flat_arguments(case, torch.float32, memory_format, requires_grad)
+    torch.library.opcheck(func, args)
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_break(case: Case, backend: str) -> None:
+    torch._dynamo.reset()
+    op = getattr(ops, case.op)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        runs = []
+        for run in (op, torch.compile(op, fullgraph=True, backend=backend)):
+            tensors = make_tensors(case, torch.float32, memory_format)
+            for t in tensors:
+                if t is not None:
+                    t.requires_grad_()
+            buffers = make_buffers(case, torch.float32)
+            outputs = call(run, case, tensors, buffers)
+            runs.append([*outputs, *grads_of(outputs, tensors), *buffers])
+        for eager, compiled in zip(*runs, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_as_torch(case: Case, dtype: torch.dtype) -> None:
+    results = []
+    for op in (getattr(ops, case.op), getattr(reference, case.op)):
+        tensors = make_tensors(case, torch.float32, torch.channels_last)
+        for t in tensors:
+            if t is not None:
+                t.requires_grad_()
+        with torch.autocast("cpu", dtype):
+            outputs = call(op, case, tensors, make_buffers(case, torch.float32))
+        results.append((outputs, grads_of(outputs, tensors)))
+    (ours, our_grads), (theirs, their_grads) = results
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02)
+    for a, b in zip(our_grads, their_grads, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= 0.03 * b.norm() + 1e-3
+
+
+@every_case
+def test_second_derivative_raises(case: Case) -> None:
+    tensors = make_tensors(case, torch.float64, torch.contiguous_format)
+    x = tensors[0].requires_grad_()
+    outputs = call(getattr(ops, case.op), case, tensors, make_buffers(case, torch.float64))
+    cotangents = [torch.randn_like(y).requires_grad_() for y in outputs]
+    (grad,) = torch.autograd.grad(outputs, x, cotangents, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), x)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_result_dtype(case: Case, dtype: torch.dtype) -> None:
+    tensors = make_tensors(case, dtype, torch.channels_last)
+    for y in call(getattr(ops, case.op), case, tensors, make_buffers(case, dtype)):
+        assert y.dtype == (torch.float32 if case.op == "sigmoid_dice_loss" else dtype)
+
+
+def test_an_input_changed_before_backward_raises() -> None:
+    x, w = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3, requires_grad=True)
+    y = ops.conv3x3_bias_relu(x, w)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(torch.randn_like(y))
+
+
+def test_only_one_of_two_outputs_used() -> None:
+    x, w = torch.randn(2, 3, 6, 5, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    for index in (0, 1):
+        grads = []
+        for op in (ops.conv3x3_bias_relu_pool, reference.conv3x3_bias_relu_pool):
+            weight = w.clone().requires_grad_()
+            y = op(x, weight)[index]
+            cotangent = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape)
+            grads.append(torch.autograd.grad(y, weight, cotangent)[0])
+        assert_close(*grads, f"output {index}")
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+def test_nan_and_infinity_pass_as_in_torch(slope: float) -> None:
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 2.0]).reshape(1, 1, 2, 3)
+    w = torch.zeros(1, 1, 3, 3)
+    w[0, 0, 1, 1] = 1
+    y, pooled = ops.conv3x3_bias_relu_pool(x, w, negative_slope=slope)
+    expected = reference.conv3x3_bias_relu_pool(x, w, negative_slope=slope)
+    torch.testing.assert_close((y, pooled), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_fp16_dice_sums_do_not_overflow() -> None:
+    logits = torch.full((1, 1, 512, 512), 10.0, dtype=torch.float16)
+    loss = ops.sigmoid_dice_loss(logits, torch.ones_like(logits))
+    assert 0 <= loss.item() < 1e-3
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_empty_batch(channels: int) -> None:
+    x = torch.randn(0, channels, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(3, channels, 3, 3, requires_grad=True)
+    y, pooled = ops.conv3x3_bias_relu_pool(x, w)
+    assert y.shape == (0, 3, 8, 8)
+    assert pooled.shape == (0, 3, 4, 4)
+    grads = torch.autograd.grad((y, pooled), (x, w), (torch.randn_like(y), torch.randn_like(pooled)))
+    assert grads[0].shape == x.shape
+    assert not grads[1].any()
+
+
+GOOD = {"x": torch.zeros(1, 2, 4, 4), "weight": torch.zeros(3, 2, 3, 3), "bias": torch.zeros(3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 4, 4)}, checks.ShapeError, r"x: expected a 4-D tensor .* got \[2, 4, 4\]"),
+        ({"x": torch.zeros(1, 2, 4, 4, dtype=torch.int32)}, checks.DtypeError, "floating-point.*int32"),
+        ({"weight": torch.zeros(3, 5, 3, 3)}, checks.ShapeError, r"\[3, 2, 3, 3\], got \[3, 5, 3, 3\]"),
+        ({"weight": torch.zeros(3, 2, 5, 5)}, checks.ShapeError, r"\[3, 2, 3, 3\], got \[3, 2, 5, 5\]"),
+        ({"weight": torch.zeros(3, 2)}, checks.ShapeError, r"4-D tensor, got \[3, 2\]"),
+        ({"weight": torch.zeros(3, 2, 3, 3).half()}, checks.DtypeError, "weight: expected dtype torch.float32"),
+        ({"weight": torch.zeros(3, 2, 3, 3, device="meta")}, checks.DeviceError, "expected device cpu .* got meta"),
+        ({"bias": torch.zeros(4)}, checks.ShapeError, r"bias: expected shape \[3\], got \[4\]"),
+        ({"bias": torch.zeros(3).double()}, checks.DtypeError, "bias: expected dtype torch.float32"),
+        ({"negative_slope": -0.1}, checks.ConfigError, r"negative_slope: expected .* got -0.1"),
+    ],
+)
+def test_bad_arguments_raise_before_any_work(change: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.conv3x3_bias_relu(**{**GOOD, **change})
+
+
+def test_more_bad_arguments() -> None:
+    x, w, p = torch.zeros(1, 2, 4, 4), torch.zeros(3, 2, 3, 3), torch.zeros(3)
+    with pytest.raises(checks.ShapeError, match="height and width >= 2 for 2x2 pooling, got 1x4"):
+        ops.conv3x3_bias_relu_pool(x[:, :, :1], w)
+    with pytest.raises(checks.ShapeError, match=r"up: expected shape \[1, 1, 4, 4\], got \[1, 1, 2, 4\]"):
+        ops.concat_conv3x3_bias_relu(x, torch.zeros(1, 1, 2, 4), torch.zeros(3, 3, 3, 3))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ops.conv3x3_batch_norm_relu(x[:, :, :1, :1], w, p, p, p, p, training=True)
+    with pytest.raises(checks.ConfigError, match="running_mean and running_var when not training"):
+        ops.conv3x3_batch_norm_relu(x, w, p, p, None, None, training=False)
+    with pytest.raises(checks.ConfigError, match="both gamma and beta"):
+        ops.conv3x3_instance_norm_relu(x, w, p)
+    with pytest.raises(ValueError, match="more than 1 pixel"):
+        ops.conv3x3_instance_norm_relu(x[:, :, :1, :1], w)
+    with pytest.raises(checks.ShapeError, match=r"weight: expected shape \[2, 3, 2, 2\]"):
+        ops.conv_transpose2x2(x, torch.zeros(4, 3, 2, 2))
+    with pytest.raises(checks.ConfigError, match="activation: expected None, 'sigmoid' or 'softmax', got 'tanh'"):
+        ops.conv1x1(x, torch.zeros(3, 2, 1, 1), activation="tanh")
+    with pytest.raises(checks.ShapeError, match="target: expected shape"):
+        ops.sigmoid_dice_loss(x, x[:, :1])
+
+
+def test_max_pool_gradient_of_ties_and_nan() -> None:
+    x = torch.tensor([[1.0, 1.0, float("nan"), 3.0, 9.0], [1.0, 0.0, float("nan"), 2.0, 9.0]]).reshape(1, 1, 2, 5)
+    grads = []
+    for op in (ops.max_pool2x2, lambda t: F.max_pool2d(t, 2)):
+        t = x.clone().requires_grad_()
+        grads.append(torch.autograd.grad(op(t), t, torch.tensor([[[[2.0, 3.0]]]]))[0])
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
