@@ -1,0 +1,45 @@
+"""fastunet: a U-Net for PyTorch made of fused kernels. Importing it needs neither triton nor a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastunet import losses, ops, reference
+    from fastunet.checks import FastUNetError
+    from fastunet.dispatch import backend
+    from fastunet.explain import explain
+    from fastunet.inference import predict
+    from fastunet.unet import UNet
+
+__version__ = "0.1.0"
+
+# Public name -> the module that holds it; None for a submodule itself.
+_HOMES: dict[str, str | None] = {
+    "FastUNetError": "checks",
+    "UNet": "unet",
+    "backend": "dispatch",
+    "explain": "explain",
+    "losses": None,
+    "ops": None,
+    "predict": "inference",
+    "reference": None,
+}
+__all__ = ["FastUNetError", "UNet", "backend", "explain", "losses", "ops", "predict", "reference"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastunet' has no attribute {name!r}")
+    home = _HOMES[name]
+    if home is None:
+        return importlib.import_module(f"fastunet.{name}")
+    value = getattr(importlib.import_module(f"fastunet.{home}"), name)
+    # `explain` is a module and its function: importing the module bound the name to the module.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
