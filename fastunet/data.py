@@ -1,0 +1,349 @@
+"""From a folder of images and masks to training samples: pairing, checks of every file, splitting, cropping.
+
+A data folder holds `images/` and `masks/` with equal stems. Masks are binary (0 and 1, or 0 and 255) or hold class
+indices 0..K-1. Everything that can be wrong with the files is found by `find_pairs` and `inspect`, before training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .checks import ConfigError, DataError
+from .images import find_images, list_images, read_image, read_mask
+
+__all__ = [
+    "DataSummary",
+    "Pair",
+    "SegmentationDataset",
+    "find_images",
+    "find_pairs",
+    "inspect",
+    "labels_from_mask",
+    "mask_from_labels",
+    "normalize",
+    "read_image",
+    "read_mask",
+    "split",
+]
+
+MAX_CLASSES = 256  # labels travel and are written as uint8
+MAX_INFERRED_CLASSES = 32  # beyond, values without a gap are rather grey levels than classes
+SHOWN = 5  # names or values listed in an error
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image and its mask; `stem` is the file name that they share, without suffix."""
+
+    image: Path
+    mask: Path
+    stem: str
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What `inspect` found: all that a model and its inputs depend on.
+
+    Attributes:
+        count: number of pairs.
+        channels: C of every image.
+        classes: 1 for foreground and background (one logit), else K >= 3 (K logits).
+        mask_values: every value that occurs in a mask, ascending.
+        dtype: of every image: uint8, uint16 or float32.
+        size_min, size_max: smallest and largest (height, width), each taken by itself, in pixels.
+        mean, std: per channel, in the images' own units; std is 1 where a channel is constant.
+    """
+
+    count: int
+    channels: int
+    classes: int
+    mask_values: tuple[int, ...]
+    dtype: str
+    size_min: tuple[int, int]
+    size_max: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """One pair, read: image shape [H, W, C] and dtype, mask values, and per channel mean and squared deviations."""
+
+    pair: Pair
+    shape: tuple[int, ...]
+    dtype: str
+    values: frozenset[int]
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def find_pairs(root: str | Path) -> list[Pair]:
+    """Pair `root/images` with `root/masks` by stem, sorted by stem.
+
+    Raises:
+        DataError: a folder is missing or without images, two files share a stem, or stems without a partner.
+    """
+    images, masks = (list_images(Path(root) / name) for name in ("images", "masks"))
+    for folder, own, other in (("masks", images, masks), ("images", masks, images)):
+        alone = [file.name for stem, file in own.items() if stem not in other]
+        if alone:
+            raise DataError(
+                f"{Path(root) / folder}: expected a file for each of {len(own)} stems, "
+                f"got none for {len(alone)}: {_some(alone)}"
+            )
+    return [Pair(images[stem], masks[stem], stem) for stem in images]
+
+
+def inspect(pairs: Sequence[Pair], classes: int | None = None) -> DataSummary:
+    """Read every file once, check that all fit together, and sum them up.
+
+    Args:
+        classes: 1 or 2 for foreground and background, K >= 3 for class indices below K; None infers it: binary if
+            the masks hold only 0 and 1 or only 0 and 255, else K <= 32 classes if they hold exactly 0..K-1.
+
+    Raises:
+        DataError: an unreadable file, sizes that differ in a pair, channels or dtypes that differ between images,
+            mask values outside the classes, or no foreground in any mask. The message names the file.
+        ConfigError: `classes` outside 1..256.
+    """
+    if classes is not None and not 1 <= classes <= MAX_CLASSES:
+        raise ConfigError(f"classes: expected 1 to {MAX_CLASSES}, got {classes}")
+    if not pairs:
+        raise DataError("data: expected at least one pair of image and mask, got none")
+    facts = _in_threads(_read_facts, pairs)
+    first = facts[0]
+    for fact in facts:
+        if fact.shape[2] != first.shape[2]:
+            expected = f"{first.shape[2]} channels as in {first.pair.image.name}"
+            raise DataError(f"{fact.pair.image}: expected {expected}, got {fact.shape[2]}")
+        if fact.dtype != first.dtype:
+            expected = f"{first.dtype} as in {first.pair.image.name}"
+            raise DataError(f"{fact.pair.image}: expected {expected}, got {fact.dtype}")
+    sizes = np.array([fact.shape[:2] for fact in facts])
+    mean, std = _combine_moments(facts, sizes.prod(1))
+    return DataSummary(
+        count=len(facts),
+        channels=first.shape[2],
+        classes=_check_mask_values(facts, classes),
+        mask_values=tuple(sorted(frozenset().union(*(fact.values for fact in facts)))),
+        dtype=first.dtype,
+        size_min=(int(sizes[:, 0].min()), int(sizes[:, 1].min())),
+        size_max=(int(sizes[:, 0].max()), int(sizes[:, 1].max())),
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+    )
+
+
+def split(pairs: Sequence[Pair], val_fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Split into training and validation pairs, each sorted by stem; the same stems and seed give the same split.
+
+    At least one pair stays on either side, unless `val_fraction` is 0.
+
+    Raises:
+        ConfigError: `val_fraction` outside [0, 1).
+        DataError: fewer than two pairs to share out.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"val_fraction: expected 0 <= fraction < 1, got {val_fraction}")
+    ordered = sorted(pairs, key=lambda pair: pair.stem)
+    if val_fraction == 0:
+        return ordered, []
+    if len(ordered) < 2:
+        names = ", ".join(str(pair.image) for pair in ordered) or "none"
+        raise DataError(f"data: expected at least 2 pairs to keep one for validation, got {len(ordered)} ({names})")
+    count = min(max(round(len(ordered) * val_fraction), 1), len(ordered) - 1)
+    chosen = set(np.random.default_rng(seed).permutation(len(ordered))[:count].tolist())
+    train = [pair for index, pair in enumerate(ordered) if index not in chosen]
+    return train, [ordered[index] for index in sorted(chosen)]
+
+
+def labels_from_mask(mask: np.ndarray, classes: int) -> np.ndarray:
+    """Turn checked mask values [H, W] into uint8 labels [H, W]: any value above 0 is 1 where `classes` is 1."""
+    return (mask > 0 if classes == 1 else mask).astype(np.uint8)
+
+
+def mask_from_labels(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Turn labels [H, W] into what is written to a file, uint8 [H, W]: 0 and 255 for one class, else the labels."""
+    return labels.astype(np.uint8) * np.uint8(255 if classes == 1 else 1)
+
+
+def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turn an image [H, W, C] of any dtype into (image - mean) / std, float32 [C, H, W]."""
+    scaled = (image.astype(np.float32) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return torch.from_numpy(scaled).permute(2, 0, 1).contiguous()
+
+
+class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Samples (image float32 [C, H, W] normalised by the summary, labels int64 [H, W]).
+
+    Without `crop`, item i is pair i whole. With `crop`, an epoch has `length` random crops [crop, crop] that depend
+    only on (seed, epoch, index), in whatever order and process they are drawn; every `len(pairs)` indices visit each
+    image once. An image smaller than the crop is extended by reflection, its labels with it.
+
+    Args:
+        summary: of the pairs, from `inspect`.
+        crop: edge in pixels, or None.
+        length: samples per epoch with `crop`; None takes one per pair.
+        memory_limit: in bytes; decoded files are kept in memory if their largest possible total is below it.
+
+    Raises:
+        DataError: no pairs, or a file has become unreadable.
+        ConfigError: `crop` or `length` below 1, or a `length` without `crop`.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        summary: DataSummary,
+        *,
+        crop: int | None = None,
+        length: int | None = None,
+        seed: int = 0,
+        memory_limit: int = 2 * 2**30,
+    ) -> None:
+        if not pairs:
+            raise DataError("dataset: expected at least one pair of image and mask, got none")
+        if length is not None and crop is None:
+            raise ConfigError(f"length: expected None without crop, got {length}")
+        for name, value in (("crop", crop), ("length", length)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        self.pairs = list(pairs)
+        self.summary = summary
+        self.crop = crop
+        self.length = len(self.pairs) if length is None else length
+        self.seed = seed
+        self.epoch = 0
+        height, width = summary.size_max
+        bytes_per_pixel = summary.channels * np.dtype(summary.dtype).itemsize + 1
+        in_memory = len(self.pairs) * height * width * bytes_per_pixel < memory_limit
+        self._decoded = _in_threads(self._read, self.pairs) if in_memory else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's crops; call it before the epoch's iterator is made, which copies it to its workers."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index: expected 0 <= index < {self.length}, got {index}")
+        if self.crop is None:
+            image, labels = self._load(index)
+        else:
+            pass_over_images, position = divmod(index, len(self.pairs))
+            order = np.random.default_rng((self.seed, self.epoch, pass_over_images)).permutation(len(self.pairs))
+            image, labels = self._load(int(order[position]))
+            # The fourth number keeps the two generators apart.
+            image, labels = _random_crop(
+                image, labels, self.crop, np.random.default_rng((self.seed, self.epoch, index, 1))
+            )
+        tensor = normalize(image, self.summary.mean, self.summary.std)
+        return tensor, torch.from_numpy(labels.astype(np.int64))
+
+    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._read(self.pairs[index]) if self._decoded is None else self._decoded[index]
+
+    def _read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+        return read_image(pair.image), labels_from_mask(read_mask(pair.mask), self.summary.classes)
+
+
+def _random_crop(
+    image: np.ndarray, labels: np.ndarray, size: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the same random square of `size` from image [H, W, C] and labels [H, W]."""
+    image, labels = _reflect_to(image, size), _reflect_to(labels, size)
+    top, left = (int(generator.integers(extent - size + 1)) for extent in labels.shape)
+    window = (slice(top, top + size), slice(left, left + size))
+    return image[window], labels[window]
+
+
+def _reflect_to(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Extend [H, W, ...] by reflection on all sides until H and W are at least `size`."""
+    missing = [max(size - extent, 0) for extent in pixels.shape[:2]]
+    if not any(missing):
+        return pixels
+    widths = [(count // 2, count - count // 2) for count in missing] + [(0, 0)] * (pixels.ndim - 2)
+    return np.pad(pixels, widths, mode="reflect")
+
+
+def _read_facts(pair: Pair) -> _Facts:
+    image, mask = read_image(pair.image), read_mask(pair.mask)
+    if image.shape[:2] != mask.shape:
+        expected, actual = (f"{height} x {width}" for height, width in (image.shape[:2], mask.shape))
+        raise DataError(f"{pair.mask}: expected height x width {expected} as of {pair.image.name}, got {actual}")
+    pixels = image.reshape(-1, image.shape[2])
+    mean = pixels.mean(0, dtype=np.float64)
+    # Deviations from the image's own mean: sums of squares would cancel for a small signal on a large offset.
+    deviation = np.square(pixels - mean).sum(0)
+    return _Facts(pair, image.shape, image.dtype.name, frozenset(np.unique(mask).tolist()), mean, deviation)
+
+
+def _combine_moments(facts: Sequence[_Facts], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel over all pixels of all images (Chan et al. 1979), float64 [C]."""
+    means = np.stack([fact.mean for fact in facts])
+    mean = np.average(means, axis=0, weights=counts)
+    between = (counts[:, None] * np.square(means - mean)).sum(0)
+    variance = (between + sum(fact.deviation for fact in facts)) / counts.sum()
+    std = np.sqrt(variance)
+    # The sums of a constant channel are exact in float64, so its deviation is exactly 0.
+    return mean, np.where(std > 0, std, 1.0)
+
+
+def _check_mask_values(facts: Sequence[_Facts], classes: int | None) -> int:
+    """Give the number of classes (1 = binary), or name the first file whose values do not fit."""
+    found: frozenset[int] = frozenset().union(*(fact.values for fact in facts))
+    count, allowed = _choose_classes(found, classes)
+    guilty = next((fact for fact in facts if fact.values - allowed), None)
+    if guilty is not None:
+        expected = "0 and 1, or 0 and 255"
+        if classes is None:
+            expected += ", or class indices 0 to K-1 (if some never occur, give the number of classes)"
+        elif classes > 2:
+            expected = f"class indices 0 to {classes - 1}"
+        raise DataError(
+            f"{guilty.pair.mask}: expected mask values {expected}, got {_some(sorted(guilty.values))} "
+            f"(all masks together: {_some(sorted(found))})"
+        )
+    if found == {0}:
+        folder = facts[0].pair.mask.parent
+        raise DataError(f"{folder}: expected foreground in at least one of {len(facts)} masks, got only 0")
+    return count
+
+
+def _choose_classes(found: frozenset[int], classes: int | None) -> tuple[int, frozenset[int]]:
+    """The number of classes (1 = binary) and the values that masks may then hold, of all values found."""
+    if classes is not None and classes > 2:
+        return classes, frozenset(range(classes))
+    looks_like_255 = 255 in found and 1 not in found
+    binary = frozenset({0, 255 if looks_like_255 else 1})
+    if classes is not None or looks_like_255 or found <= binary:
+        return 1, binary
+    limit = range(MAX_INFERRED_CLASSES)
+    count = next((value for value in limit if value not in found), MAX_INFERRED_CLASSES)
+    return count, frozenset(range(count))
+
+
+def _some(values: Sequence[object]) -> str:
+    """The first few, and how many more."""
+    rest = len(values) - SHOWN
+    return ", ".join(map(str, values[:SHOWN])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Map in order over a few threads (decoders release the lock); the first error stops the rest."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, items))

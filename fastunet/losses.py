@@ -1,0 +1,406 @@
+"""Dice losses with the arguments, defaults and values of MONAI's `DiceLoss`, summed in fp32 whatever the input dtype.
+
+Everything that touches pixels is in `dice_sums`, which returns three sums per image and channel; the loss is then
+arithmetic on those few numbers.
+
+Source: Milletari et al. 2016, V-Net (https://arxiv.org/abs/1606.04797); soft labels: Wang et al. 2023, Dice Semimetric
+Losses (https://arxiv.org/abs/2303.16296).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal, TypedDict, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import ConfigError, DtypeError, ShapeError
+
+Activation = Literal["none", "sigmoid", "softmax"]
+Weight = Sequence[float] | float | Tensor
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class DiceOptions(TypedDict, total=False):
+    """The arguments of `DiceLoss` that every combined loss hands on."""
+
+    include_background: bool
+    squared_pred: bool
+    jaccard: bool
+    smooth_nr: float
+    smooth_dr: float
+    batch: bool
+    soft_label: bool
+
+
+def dice_sums(
+    input: Tensor,
+    target: Tensor,
+    *,
+    activation: Activation = "none",
+    squared: bool = False,
+    soft_label: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Sum overlap, prediction and truth over the pixels of each image and channel.
+
+    With p the activated input and t the target, both zero where the mask is:
+
+        plain        sum(p*t),                      sum(p),    sum(t)
+        soft_label   sum((|p| + |t| - |p-t|) / 2),  sum(|p|),  sum(|t|)
+        squared      sum(p*t),                      sum(p*p),  sum(t*t)      (soft labels change nothing)
+
+    Args:
+        input: logits or probabilities [N, C, *spatial], any float dtype.
+        target: [N, C, *spatial], any dtype.
+        mask: 1 = counts, 0 = does not; [N, 1, *spatial], or None for every pixel.
+
+    Returns:
+        [3, N, C] in fp32, or in float64 for float64 input.
+    """
+    probability = _activate(_at_least_fp32(input), activation)
+    target = target.to(probability.dtype)
+    if mask is not None:
+        probability, target = probability * mask, target * mask
+    if squared:
+        terms = (probability * target, probability.square(), target.square())
+    elif soft_label:
+        size_p, size_t = probability.abs(), target.abs()
+        terms = ((size_p + size_t - (probability - target).abs()) / 2, size_p, size_t)
+    else:
+        terms = (probability * target, probability, target)
+    return torch.stack([term.flatten(2).sum(2) for term in terms])
+
+
+class DiceLoss(nn.Module):
+    """1 - Dice (or 1 - Jaccard) per image and class, then reduced; MONAI 1.6's arguments, defaults and values.
+
+    Args:
+        include_background: False leaves channel 0 out.
+        to_onehot_y: the target holds class indices [N, 1, *spatial]; one with the input's channels is taken as it is.
+        sigmoid, softmax, other_act: what turns the input into probabilities; at most one of the three.
+        squared_pred: squares in the denominator.
+        jaccard: Jaccard (IoU) instead of Dice.
+        reduction: "mean" or "sum" over the values, or "none".
+        smooth_nr, smooth_dr: added to numerator and denominator, so that an empty mask stays finite.
+        batch: add up the pixels of all images before dividing.
+        weight: factor >= 0 for all classes, or one per class (without channel 0 if `include_background` is False);
+            without effect on a single class, as in MONAI.
+        soft_label: the target holds values between 0 and 1, for which the plain product would not be least at
+            input = target.
+        ignore_index: class or label whose pixels do not count. A one-hot target marks a label outside its classes by
+            zeros in every channel.
+
+    Raises:
+        ConfigError: options that contradict each other or lie outside their range.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable[[Tensor], Tensor] | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        weight: Weight | None = None,
+        soft_label: bool = False,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        if other_act is not None and not callable(other_act):
+            raise TypeError(f"other_act: expected None or a callable, got {type(other_act).__name__}")
+        if sigmoid + softmax + (other_act is not None) > 1:
+            raise ConfigError("expected at most one of sigmoid=True, softmax=True and other_act, got more than one")
+        self.include_background = include_background
+        self.to_onehot_y = to_onehot_y
+        self.activation: Activation = "sigmoid" if sigmoid else "softmax" if softmax else "none"
+        self.other_act = other_act
+        self.squared_pred = squared_pred
+        self.jaccard = jaccard
+        self.reduction = _check_reduction(reduction, REDUCTIONS)
+        self.smooth_nr = smooth_nr
+        self.smooth_dr = smooth_dr
+        self.batch = batch
+        self.soft_label = soft_label
+        self.ignore_index = ignore_index
+        self.register_buffer("class_weight", _check_weight(weight))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss in fp32 (float64 for float64 input).
+
+        Args:
+            input: logits or probabilities [N, C, *spatial], any float dtype.
+            target: [N, C, *spatial]; [N, 1, *spatial] of class indices with `to_onehot_y`.
+
+        Returns:
+            A scalar; with reduction "none" [N, C, 1, ...] (without the background's channel if it is excluded), or
+            [C, 1, ...] with `batch`: MONAI's shapes.
+
+        Raises:
+            ShapeError: input and target differ in shape.
+            DtypeError: the input is not floating point.
+        """
+        _check_input(input)
+        if target.dim() != input.dim():
+            raise ShapeError(
+                f"target: expected {input.dim()} dimensions as the input's, got shape {tuple(target.shape)}"
+            )
+        channels = input.shape[1]
+        activation, background = self.activation, self.include_background
+        if channels == 1:
+            self._warn_single_channel()
+            background = True
+            activation = "none" if activation == "softmax" else activation
+        mask = _ignore_mask(target, self.ignore_index)
+        if self.to_onehot_y and target.shape[1] == 1 < channels:
+            target = _one_hot(target, channels, self.ignore_index)
+        if input.shape != target.shape:
+            raise ShapeError(f"target: expected shape {tuple(input.shape)} as the input's, got {tuple(target.shape)}")
+        if self.other_act is not None:
+            input = self.other_act(_at_least_fp32(input))
+        sums = dice_sums(
+            input,
+            target,
+            activation=activation,
+            squared=self.squared_pred,
+            soft_label=self.soft_label,
+            mask=mask,
+        )
+        return self._reduce(sums if background else sums[:, :, 1:], input.dim() - 2)
+
+    def _reduce(self, sums: Tensor, spatial_dims: int) -> Tensor:
+        """Turn sums [3, N, C] into the loss."""
+        overlap, predicted, true = sums.sum(1) if self.batch else sums
+        union = 2 * (predicted + true - overlap) if self.jaccard else predicted + true
+        loss = 1 - (2 * overlap + self.smooth_nr) / (union + self.smooth_dr)
+        classes = loss.shape[-1]
+        if self.class_weight is not None and classes > 1:
+            if self.class_weight.dim() == 1 and len(self.class_weight) != classes:
+                raise ConfigError(f"weight: expected {classes} values (one a class), got {len(self.class_weight)}")
+            loss = loss * self.class_weight.to(loss)
+        if self.reduction == "mean":
+            return loss.mean()
+        if self.reduction == "sum":
+            return loss.sum()
+        return loss.reshape(*loss.shape, *[1] * spatial_dims)
+
+    def _warn_single_channel(self) -> None:
+        """Say which options have no meaning for one channel."""
+        unused = {
+            "softmax=True": self.activation == "softmax",
+            "to_onehot_y=True": self.to_onehot_y,
+            "include_background=False": not self.include_background,
+        }
+        for option in (name for name, given in unused.items() if given):
+            warnings.warn(f"{option} has no meaning for one channel and is ignored", stacklevel=3)
+
+
+class BCEDiceLoss(nn.Module):
+    """Binary cross entropy with logits + Dice on their sigmoid, for any number of independent channels.
+
+    Args:
+        dice_weight, bce_weight: factors of the two terms.
+        pos_weight: factor of the positive pixels in the cross entropy, a number or one per channel.
+        reduction: "mean" or "sum", of both terms.
+        weight: `DiceLoss`'s, for the Dice term only.
+        ignore_index: as in `DiceLoss`; those pixels count in neither term.
+        dice: `DiceLoss`'s other arguments; `include_background` concerns the Dice term only.
+    """
+
+    pos_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        dice_weight: float = 1.0,
+        bce_weight: float = 1.0,
+        pos_weight: Weight | None = None,
+        reduction: str = "mean",
+        weight: Weight | None = None,
+        ignore_index: int | None = None,
+        **dice: Unpack[DiceOptions],
+    ) -> None:
+        super().__init__()
+        self.reduction = _check_reduction(reduction, REDUCTIONS[:2])
+        self.dice = DiceLoss(sigmoid=True, reduction=reduction, weight=weight, ignore_index=ignore_index, **dice)
+        self.dice_weight = dice_weight
+        self.bce_weight = bce_weight
+        self.register_buffer("pos_weight", _check_weight(pos_weight, "pos_weight"))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss, a scalar in fp32 (float64 for float64 input).
+
+        Args:
+            input: logits [N, C, *spatial], any float dtype.
+            target: values from 0 to 1 in the same shape, any dtype.
+
+        Raises:
+            ShapeError: input and target differ in shape.
+            DtypeError: the input is not floating point.
+        """
+        dice = self.dice(input, target)  # validates both
+        return self.dice_weight * dice + self.bce_weight * self._cross_entropy(_at_least_fp32(input), target)
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        pos_weight = self.pos_weight
+        if pos_weight is not None and pos_weight.dim() == 1:
+            pos_weight = pos_weight.reshape(-1, *[1] * (logits.dim() - 2))
+        target_float = target.to(logits)
+        mask = _ignore_mask(target, self.dice.ignore_index)
+        if mask is None:
+            return F.binary_cross_entropy_with_logits(
+                logits, target_float, pos_weight=pos_weight, reduction=self.reduction
+            )
+        counted = mask.to(logits).expand_as(logits)
+        total = F.binary_cross_entropy_with_logits(
+            logits, target_float, counted, pos_weight=pos_weight, reduction="sum"
+        )
+        return total if self.reduction == "sum" else _safe_ratio(total, counted.sum())
+
+
+class CEDiceLoss(nn.Module):
+    """Cross entropy + Dice on the softmax, for classes of which each pixel has one; MONAI's `DiceCELoss` values.
+
+    Args:
+        lambda_dice, lambda_ce: factors of the two terms.
+        reduction: "mean" or "sum", of both terms.
+        weight: one factor >= 0 per class, in both terms (the Dice term drops the background's if it is excluded).
+        ignore_index: label that counts in neither term; needs a target of class indices.
+        dice: `DiceLoss`'s other arguments; `include_background` concerns the Dice term only.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+        reduction: str = "mean",
+        weight: Sequence[float] | Tensor | None = None,
+        ignore_index: int | None = None,
+        **dice: Unpack[DiceOptions],
+    ) -> None:
+        super().__init__()
+        self.reduction = _check_reduction(reduction, REDUCTIONS[:2])
+        self.register_buffer("class_weight", _check_weight(weight))
+        if self.class_weight is not None and self.class_weight.dim() != 1:
+            raise ConfigError(f"weight: expected one value per class, got the single value {weight}")
+        dice_weight = self.class_weight
+        if dice_weight is not None and not dice.get("include_background", True):
+            dice_weight = dice_weight[1:]
+        self.dice = DiceLoss(
+            softmax=True, to_onehot_y=True, reduction=reduction, weight=dice_weight, ignore_index=ignore_index, **dice
+        )
+        self.lambda_dice = lambda_dice
+        self.lambda_ce = lambda_ce
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss, a scalar in fp32 (float64 for float64 input).
+
+        Args:
+            input: logits [N, C, *spatial] with C >= 2, any float dtype.
+            target: class indices [N, *spatial] or [N, 1, *spatial], or probabilities (one-hot or soft) in the
+                input's shape.
+
+        Raises:
+            ShapeError: one channel only, or shapes that do not match.
+            DtypeError: the input is not floating point.
+            ConfigError: `ignore_index` with a target of probabilities.
+        """
+        _check_input(input)
+        if input.shape[1] < 2:
+            raise ShapeError(f"input: expected at least 2 channels (BCEDiceLoss takes one), got {input.shape[1]}")
+        if target.dim() == input.dim() - 1:
+            target = target.unsqueeze(1)
+        dice = self.dice(input, target)  # validates both
+        return self.lambda_dice * dice + self.lambda_ce * self._cross_entropy(_at_least_fp32(input), target)
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        weight = None if self.class_weight is None else self.class_weight.to(logits)
+        ignore_index = self.dice.ignore_index
+        if target.shape == logits.shape:
+            if ignore_index is not None:
+                raise ConfigError("ignore_index: expected a target of class indices, got one of probabilities")
+            return F.cross_entropy(logits, target.to(logits), weight, reduction=self.reduction)
+        labels = target.squeeze(1).long()
+        if ignore_index is None:
+            return F.cross_entropy(logits, labels, weight, reduction=self.reduction)
+        counted = labels != ignore_index
+        # Index 0 stands in for what does not count, so that any integer can mark it.
+        labels = labels.where(counted, 0)
+        pixel_weight = counted.to(logits) if weight is None else weight[labels] * counted
+        total = (F.cross_entropy(logits, labels, weight, reduction="none") * counted).sum()
+        return total if self.reduction == "sum" else _safe_ratio(total, pixel_weight.sum())
+
+
+def _activate(input: Tensor, activation: Activation) -> Tensor:
+    """Apply a named activation over the channels (dim 1)."""
+    if activation == "sigmoid":
+        return input.sigmoid()
+    return input.softmax(1) if activation == "softmax" else input
+
+
+def _at_least_fp32(input: Tensor) -> Tensor:
+    """Widen fp16 and bf16: a sum over 512 x 512 pixels passes fp16's largest value, 65504."""
+    return input if input.dtype == torch.float64 else input.float()
+
+
+def _one_hot(labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+    """Spread class indices [N, 1, *spatial] over `classes` channels in fp32; an ignored label gets class 0."""
+    index = labels.long()
+    if ignore_index is not None:
+        index = index.masked_fill(index == ignore_index, 0)
+    shape = (len(index), classes, *index.shape[2:])
+    return torch.zeros(shape, device=labels.device).scatter_(1, index, 1.0)
+
+
+def _ignore_mask(target: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Mark the pixels that count by 1, [N, 1, *spatial]; None if all do."""
+    if ignore_index is None:
+        return None
+    if target.shape[1] == 1:
+        return (target != ignore_index).float()
+    if 0 <= ignore_index < target.shape[1]:
+        return 1.0 - target[:, ignore_index : ignore_index + 1].float()
+    return (target.sum(1, keepdim=True) > 0).float()
+
+
+def _safe_ratio(total: Tensor, count: Tensor) -> Tensor:
+    """Divide, but give the total (which is 0) where nothing counts."""
+    return total / count.masked_fill(count == 0, 1)
+
+
+def _check_input(input: Tensor) -> None:
+    if not input.is_floating_point():
+        raise DtypeError(f"input: expected a floating-point dtype, got {input.dtype}")
+    if input.dim() < 3:
+        raise ShapeError(f"input: expected shape [N, C, *spatial], got {tuple(input.shape)}")
+
+
+def _check_reduction(reduction: str, allowed: Sequence[str]) -> str:
+    if reduction not in allowed:
+        raise ConfigError(f"reduction: expected one of {', '.join(allowed)}, got {reduction!r}")
+    return reduction
+
+
+def _check_weight(weight: Weight | None, name: str = "weight") -> Tensor | None:
+    """Turn weights into a float tensor of dim 0 (one for all) or 1 (one each)."""
+    if weight is None:
+        return None
+    tensor = torch.as_tensor(weight)
+    tensor = tensor if tensor.is_floating_point() else tensor.float()
+    if tensor.dim() > 1 or bool((tensor < 0).any()):
+        raise ConfigError(f"{name}: expected one number >= 0 or a list of them, got {weight}")
+    return tensor

@@ -1,0 +1,95 @@
+"""Dice and IoU per class, counted over every pixel of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from .checks import ConfigError, DataError, DtypeError, ShapeError
+
+
+class Scores(TypedDict):
+    """Result of `SegmentationMetrics.compute`: 0 is worst, 1 is best; the means are over all classes."""
+
+    dice: dict[str, float]
+    iou: dict[str, float]
+    mean_dice: float
+    mean_iou: float
+    accuracy: float
+
+
+class SegmentationMetrics:
+    """Confusion counts of all pixels seen, and the scores that follow from them.
+
+    Counts are added up over the whole set before dividing (a mean of scores per image would let an image with three
+    foreground pixels weigh as much as a full one). A class in neither prediction nor truth scores 1. Under
+    torch.distributed the counts of all processes are added.
+
+    Args:
+        class_names: of labels 0, 1, ...; background included.
+
+    Raises:
+        ConfigError: fewer than two names, or one given twice.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        if len(class_names) < 2 or len(set(class_names)) < len(class_names):
+            raise ConfigError(f"class_names: expected at least 2 different names, got {list(class_names)}")
+        self.class_names = list(class_names)
+        # Labels are checked here, once and with their values, rather than by torchmetrics.
+        self._confusion = MulticlassConfusionMatrix(len(class_names), validate_args=False)
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count labels [N, H, W] of any integer dtype, on any device.
+
+        Raises:
+            ShapeError: the two differ in shape.
+            DtypeError: one is not of an integer dtype.
+            DataError: a label outside the classes.
+        """
+        if prediction.shape != target.shape:
+            raise ShapeError(
+                f"prediction: expected the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)}"
+            )
+        for name, labels in (("prediction", prediction), ("target", target)):
+            self._check_labels(name, labels)
+        self._confusion.to(target.device).update(prediction.long(), target.long())
+
+    def compute(self) -> Scores:
+        """Score everything counted so far.
+
+        Raises:
+            DataError: nothing counted yet.
+        """
+        confusion = self._confusion.compute().cpu().double()  # [truth, prediction]
+        total = confusion.sum()
+        if total == 0:
+            raise DataError("metrics: expected at least one pixel, got none")
+        overlap = confusion.diagonal()
+        sizes = confusion.sum(0) + confusion.sum(1)
+        dice = _ratio(2 * overlap, sizes)
+        iou = _ratio(overlap, sizes - overlap)
+        return Scores(
+            dice=dict(zip(self.class_names, dice.tolist(), strict=True)),
+            iou=dict(zip(self.class_names, iou.tolist(), strict=True)),
+            mean_dice=dice.mean().item(),
+            mean_iou=iou.mean().item(),
+            accuracy=(overlap.sum() / total).item(),
+        )
+
+    def _check_labels(self, name: str, labels: Tensor) -> None:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise DtypeError(f"{name}: expected integer labels, got {labels.dtype}")
+        if labels.numel():
+            low, high = (bound.item() for bound in labels.aminmax())
+            if low < 0 or high >= len(self.class_names):
+                raise DataError(f"{name}: expected labels 0 to {len(self.class_names) - 1}, got {low} to {high}")
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, and 1 where both are 0."""
+    return torch.where(whole > 0, part / whole, 1.0)

@@ -1,0 +1,189 @@
+"""One picture of a training run: learning curves, and for some images truth, prediction and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from .checkpoint import written_whole
+from .checks import ShapeError
+from .metrics import SegmentationMetrics
+
+WIDTH = 12.0  # inches
+CURVES_HEIGHT = 3.3
+LEGEND_HEIGHT = 0.6
+DPI = 110
+NAME_LENGTH = 36  # characters that fit above a picture
+STRETCH = (0.5, 99.5)  # percentiles of an image that are shown as black and white
+# Okabe and Ito's colours, which stay apart for colour-blind readers; class 0 is black, and those of errors come last.
+CLASS_COLOURS = ("#FFFFFF", "#E69F00", "#CC79A7", "#0072B2", "#999999", "#F0E442", "#56B4E9", "#009E73")
+ERROR_COLOURS = {
+    "found (true positive)": ("#009E73", 0.45),
+    "too much (false positive)": ("#D55E00", 0.9),
+    "missed (false negative)": ("#56B4E9", 0.9),
+    "wrong class": ("#F0E442", 0.9),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image [H, W, C] as read from its file, and integer labels [H, W], true and predicted; 0 is background."""
+
+    name: str
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+def write_report(
+    path: str | Path,
+    history: Sequence[Mapping[str, Any]],
+    samples: Sequence[Sample],
+    class_names: Sequence[str] = ("background", "foreground"),
+) -> None:
+    """Write the report as PNG, whole or not at all: the file appears under its name only when it is complete.
+
+    Args:
+        history: rows with `step`, `minutes`, `train_loss` and `val_dice`; a row in which one of the last two is absent,
+            None or not finite is left out of that curve.
+        samples: one row of pictures each; may be empty.
+        class_names: of labels 0, 1, ...
+
+    Raises:
+        ShapeError: a sample's image and labels differ in size.
+    """
+    for sample in samples:
+        _check_sizes(sample)
+    pictures_height = (WIDTH / 4 * _mean_aspect(samples) + 0.3) * len(samples) + LEGEND_HEIGHT if samples else 0.0
+    figure = Figure(figsize=(WIDTH, CURVES_HEIGHT + pictures_height), dpi=DPI, layout="constrained")
+    if samples:
+        heights = [CURVES_HEIGHT, pictures_height]
+        (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
+        _draw_curves(top, history)
+        _draw_samples(bottom, samples, class_names)
+    else:
+        _draw_curves(figure, history)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _draw_curves(figure: Figure | SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
+    """Training loss and validation Dice against steps, side by side."""
+    left, right = figure.subplots(1, 2)
+    losses = _draw_curve(left, history, "train_loss", "training loss", "#0072B2")
+    if losses:
+        left.set_ylim(bottom=min(0.0, *losses))
+    dice = _draw_curve(right, history, "val_dice", "validation Dice", "#009E73")
+    if dice:
+        right.axhline(max(dice), color="0.6", linewidth=0.8, linestyle="--", zorder=0)
+        right.set_title(f"validation Dice: best {max(dice):.3f}, last {dice[-1]:.3f}", fontsize=11)
+        right.set_ylim(max(0.0, min(dice) - 0.05), 1.0)
+    for axes in (left, right):
+        if history:
+            axes.set_xlim(0, 1.02 * max(history[-1]["step"], 1))
+        axes.set_xlabel(f"steps ({history[-1]['minutes']:.1f} minutes in all)" if history else "steps")
+
+
+def _draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, title: str, colour: str) -> list[float]:
+    """Draw one column of the history and give its values."""
+    recorded = [(row["step"], float(row[key])) for row in history if row.get(key) is not None]
+    points = [(step, value) for step, value in recorded if np.isfinite(value)]
+    axes.set_title(title, fontsize=11)
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if not points:
+        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", va="center", color="0.5")
+        return []
+    steps, values = zip(*points, strict=True)
+    # A dot for each row while they can be told apart; a single row would be invisible as a line.
+    axes.plot(steps, values, color=colour, linewidth=1.6, marker="o" if len(points) <= 40 else None, markersize=4)
+    return list(values)
+
+
+def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Sequence[str]) -> None:
+    """A row of four pictures per sample, and the legends below."""
+    rows = figure.subplots(len(samples), 4, squeeze=False)
+    for row, sample in zip(rows, samples, strict=True):
+        grey = _displayable(sample.image)
+        pictures = {
+            sample.name[:NAME_LENGTH]: grey,
+            "truth": _colour_labels(sample.truth),
+            f"prediction: Dice {_dice(sample, class_names):.3f}": _colour_labels(sample.prediction),
+            "errors": _overlay_errors(grey, sample),
+        }
+        for axes, (title, picture) in zip(row, pictures.items(), strict=True):
+            axes.imshow(picture)
+            axes.set_title(title, fontsize=10)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    binary = len(class_names) == 2
+    errors = list(ERROR_COLOURS.items())[: 3 if binary else 4]
+    patches = [Patch(facecolor=colour, label=label) for label, (colour, _) in errors]
+    if binary:
+        figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
+    else:
+        figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, title="errors")
+        labels = enumerate(class_names)
+        patches = [Patch(facecolor=_class_colour(label), edgecolor="0.5", label=name) for label, name in labels]
+        figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, title="classes")
+
+
+def _displayable(image: np.ndarray) -> np.ndarray:
+    """Stretch an image [H, W, C] of any dtype to RGB in 0..1; of other than 3 channels the first is shown."""
+    shown = image if image.shape[2] == 3 else image[..., :1]
+    low, high = np.percentile(shown, STRETCH)
+    scaled = np.clip((shown.astype(np.float64) - low) / max(high - low, np.finfo(np.float64).tiny), 0, 1)
+    return np.broadcast_to(scaled, (*image.shape[:2], 3))
+
+
+def _class_colour(label: int) -> tuple[float, float, float]:
+    return to_rgb("black") if label == 0 else to_rgb(CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)])
+
+
+def _colour_labels(labels: np.ndarray) -> np.ndarray:
+    """Give each label its colour, RGB in 0..1."""
+    return np.array([_class_colour(label) for label in range(int(labels.max()) + 1)])[labels]
+
+
+def _overlay_errors(image: np.ndarray, sample: Sample) -> np.ndarray:
+    """Tint the image [H, W, 3] by what the prediction did at each pixel."""
+    true, predicted = sample.truth > 0, sample.prediction > 0
+    same = sample.truth == sample.prediction
+    areas = (true & same, ~true & predicted, true & ~predicted, true & predicted & ~same)
+    picture = 0.75 * image
+    for area, (colour, opacity) in zip(areas, ERROR_COLOURS.values(), strict=True):
+        picture[area] = (1 - opacity) * picture[area] + opacity * np.array(to_rgb(colour))
+    return picture
+
+
+def _dice(sample: Sample, class_names: Sequence[str]) -> float:
+    """Dice of the foreground, or with several classes the mean over all of them."""
+    metrics = SegmentationMetrics(class_names)
+    labels = (torch.from_numpy(array.astype(np.int64))[None] for array in (sample.prediction, sample.truth))
+    metrics.update(*labels)
+    scores = metrics.compute()
+    return scores["dice"][class_names[1]] if len(class_names) == 2 else scores["mean_dice"]
+
+
+def _check_sizes(sample: Sample) -> None:
+    size = sample.image.shape[:2]
+    for name, labels in (("truth", sample.truth), ("prediction", sample.prediction)):
+        if labels.shape != size:
+            raise ShapeError(f"{sample.name}: expected {name} of the image's size {size}, got {labels.shape}")
+
+
+def _mean_aspect(samples: Sequence[Sample]) -> float:
+    """Mean height / width, within what still makes a readable page."""
+    ratios = [np.clip(sample.truth.shape[0] / sample.truth.shape[1], 0.25, 2.0) for sample in samples]
+    return float(np.mean(ratios)) if ratios else 1.0

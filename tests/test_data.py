@@ -1,0 +1,629 @@
+"""Files to samples: what is read keeps its range, bad input names the file, splits and crops repeat exactly."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from fastunet.checks import ConfigError, DataError
+from fastunet.data import (
+    DataSummary,
+    Pair,
+    SegmentationDataset,
+    find_images,
+    find_pairs,
+    inspect,
+    labels_from_mask,
+    mask_from_labels,
+    normalize,
+    read_image,
+    read_mask,
+    split,
+)
+
+
+def noise(shape: tuple[int, ...], dtype: str = "uint8", seed: int = 0) -> np.ndarray:
+    high = {"uint8": 256, "uint16": 65536}[dtype]
+    return np.random.default_rng(seed).integers(0, high, shape).astype(dtype)
+
+
+def save(path: Path, pixels: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() in (".tif", ".tiff"):
+        tifffile.imwrite(path, pixels)
+    else:
+        Image.fromarray(pixels).save(path)
+    return path
+
+
+def save_png16(path: Path, pixels: np.ndarray) -> Path:
+    """Write uint16 [H, W, C] as PNG, which Pillow cannot for colour."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, channels = pixels.shape
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+def make_data(root: Path, count: int = 4, size: tuple[int, int] = (12, 10)) -> Path:
+    """Write `count` grey images a, b, ... with binary masks of which each has some foreground."""
+    for index, stem in enumerate("abcdefgh"[:count]):
+        save(root / "images" / f"{stem}.png", noise(size, seed=index))
+        mask = np.zeros(size, np.uint8)
+        mask[index : index + 3, 2:5] = 255
+        save(root / "masks" / f"{stem}.png", mask)
+    return root
+
+
+# --- finding files ---------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_found_by_stem_and_sorted(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.tif", "c.Jpeg"):
+        save(tmp_path / "images" / name, noise((4, 4)))
+    for name in ("c.png", "a.png", "b.bmp"):
+        save(tmp_path / "masks" / name, noise((4, 4)))
+    for name in ("images/.DS_Store", "images/._a.png", "masks/notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "images" / "folder.png").mkdir()
+    found = [(pair.stem, pair.image.name, pair.mask.name) for pair in find_pairs(tmp_path)]
+    assert found == [("a", "a.tif", "a.png"), ("b", "b.PNG", "b.bmp"), ("c", "c.Jpeg", "c.png")]
+
+
+def test_missing_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"images: expected a folder, got nothing there"):
+        find_pairs(tmp_path / "absent")
+    save(tmp_path / "images" / "a.png", noise((4, 4)))
+    with pytest.raises(DataError, match=r"masks: expected a folder, got nothing there"):
+        find_pairs(tmp_path)
+    (tmp_path / "masks").write_text("")
+    with pytest.raises(DataError, match=r"masks: expected a folder, got a file"):
+        find_pairs(tmp_path)
+
+
+def test_a_folder_without_images_says_what_is_supported(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.txt").write_text("")
+    with pytest.raises(DataError, match=r"images: expected images \(.*\.png .*\.tiff\), got none among 1 files"):
+        find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(("removed", "missing_in"), [("masks", "masks"), ("images", "images")])
+def test_stems_without_partner_are_listed(tmp_path: Path, removed: str, missing_in: str) -> None:
+    make_data(tmp_path, count=8)
+    for stem in "abcdefg":
+        (tmp_path / removed / f"{stem}.png").unlink()
+    expected = rf"{missing_in}: expected a file for each of 8 stems, got none for 7: a.png, b.png, .*e.png and 2 more"
+    with pytest.raises(DataError, match=expected):
+        find_pairs(tmp_path)
+
+
+def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    save(tmp_path / "images" / "b.tif", noise((12, 10)))
+    with pytest.raises(DataError, match=r"b\.tif: expected one file per stem, got b\.png and b\.tif"):
+        find_pairs(tmp_path)
+
+
+def test_images_to_predict_on_come_from_a_file_a_folder_or_a_data_root(tmp_path: Path) -> None:
+    make_data(tmp_path, count=2)
+    names = ["a.png", "b.png"]
+    assert [file.name for file in find_images(tmp_path)] == names
+    assert [file.name for file in find_images(tmp_path / "images")] == names
+    assert find_images(tmp_path / "images" / "b.png") == [tmp_path / "images" / "b.png"]
+    (tmp_path / "x.txt").write_text("")
+    with pytest.raises(DataError, match=r"x\.txt: expected an image .*got suffix '\.txt'"):
+        find_images(tmp_path / "x.txt")
+    with pytest.raises(DataError, match=r"absent: expected a folder, got nothing there"):
+        find_images(tmp_path / "absent")
+
+
+# --- reading images --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.bmp", "x.tif"])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
+def test_8_bit_files_are_read_as_they_are(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    pixels = noise(shape)
+    image = read_image(save(tmp_path / name, pixels))
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, pixels.reshape(5, 7, -1))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_files_keep_their_range(tmp_path: Path, suffix: str, channels: int) -> None:
+    pixels = noise((5, 7, channels), "uint16")
+    path = tmp_path / f"x.{suffix}"
+    save_png16(path, pixels) if suffix == "png" else tifffile.imwrite(path, pixels)
+    image = read_image(path)
+    assert image.dtype == np.uint16
+    np.testing.assert_array_equal(image, pixels)
+
+
+def test_big_endian_tiff_comes_in_native_order(tmp_path: Path) -> None:
+    pixels = noise((5, 7), "uint16")
+    tifffile.imwrite(tmp_path / "x.tif", pixels, byteorder=">")
+    image = read_image(tmp_path / "x.tif")
+    assert image.dtype.isnative
+    np.testing.assert_array_equal(image[..., 0], pixels)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((3, 5, 7), {"photometric": "rgb", "planarconfig": "separate"}),
+        ((3, 5, 7), {"photometric": "minisblack"}),  # three pages of one unnamed axis
+        ((2, 5, 7), {"photometric": "minisblack", "imagej": True, "metadata": {"axes": "CYX"}}),
+        ((4, 5, 7), {"photometric": "minisblack", "planarconfig": "separate"}),
+        ((1, 5, 7), {"photometric": "minisblack"}),
+    ],
+)
+def test_channels_first_tiffs_come_channels_last(tmp_path: Path, shape: tuple[int, ...], options: dict) -> None:
+    pixels = noise(shape, "uint16")
+    tifffile.imwrite(tmp_path / "x.tif", pixels, **options)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), np.moveaxis(pixels, 0, -1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((6, 5, 7), {"photometric": "minisblack"}),
+        ((3, 5, 7), {"photometric": "minisblack", "imagej": True, "metadata": {"axes": "ZYX"}}),
+        ((2, 3, 5, 7), {"photometric": "minisblack", "imagej": True, "metadata": {"axes": "ZCYX"}}),
+    ],
+)
+def test_stacks_are_refused(tmp_path: Path, shape: tuple[int, ...], options: dict) -> None:
+    tifffile.imwrite(tmp_path / "x.tif", noise(shape), **options)
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=r"x\.tif: expected one image, got a stack of shape \(.*5, 7\)"):
+            read(tmp_path / "x.tif")
+
+
+def test_files_of_several_images_are_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "x.tif") as tiff:
+        tiff.write(noise((5, 7)))
+        tiff.write(noise((3, 4)))
+    with pytest.raises(DataError, match=r"x\.tif: expected one image, got 2 images"):
+        read_image(tmp_path / "x.tif")
+    frames = [Image.fromarray(noise((5, 7), seed=seed)) for seed in range(2)]
+    frames[0].save(tmp_path / "x.png", save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match=r"x\.png: expected one image, got 2 frames"):
+        read_image(tmp_path / "x.png")
+
+
+def test_the_preview_in_a_phones_jpeg_is_passed_over(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((8, 8, 3), grey, np.uint8)) for grey in (200, 0)]
+    frames[0].save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(read_image(tmp_path / "x.jpg"), 200)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int16", "int32", "float64"])
+def test_other_number_types_become_float32_where_exact(tmp_path: Path, dtype: str) -> None:
+    pixels = np.array([[-2, 0], [1024, 3]], dtype)
+    image = read_image(save(tmp_path / "x.tif", pixels))
+    assert image.dtype == np.float32
+    np.testing.assert_array_equal(image[..., 0], pixels)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.array([[0, 2**24 + 1]], np.int32), "got 16777217 in int32"),
+        (np.array([[0, 1e300]]), r"got 1e\+300 in float64"),
+        (np.array([[0, 0.1]]), r"got 0\.1 in float64"),
+        (np.array([[0, np.nan]], np.float32), "expected finite values"),
+        (np.array([[0, -np.inf]]), "expected finite values"),
+        (np.array([[0, 1j]], np.complex64), "expected integers or floats, got complex64"),
+    ],
+)
+def test_values_that_float32_cannot_hold_are_refused(tmp_path: Path, pixels: np.ndarray, message: str) -> None:
+    with pytest.raises(DataError, match=rf"x\.tif: .*{message}"):
+        read_image(save(tmp_path / "x.tif", pixels))
+
+
+def test_opaque_alpha_is_dropped_and_any_other_refused(tmp_path: Path) -> None:
+    for name, top in (("x.png", 255), ("x.tif", 255), ("y.tif", 65535)):
+        pixels = noise((5, 7, 4), "uint8" if top == 255 else "uint16")
+        pixels[..., 3] = top
+        np.testing.assert_array_equal(read_image(save(tmp_path / name, pixels)), pixels[..., :3])
+        pixels[2, 3, 3] = 17
+        with pytest.raises(DataError, match=rf"{name}: .*alpha {top} everywhere\), got alpha 17"):
+            read_image(save(tmp_path / name, pixels))
+    grey = noise((5, 7, 2))
+    grey[..., 1] = 255
+    np.testing.assert_array_equal(read_image(save(tmp_path / "grey.png", grey)), grey[..., :1])
+    colour = noise((5, 7, 4), "uint16")
+    colour[..., 3] = 65535
+    np.testing.assert_array_equal(read_image(save_png16(tmp_path / "z.png", colour)), colour[..., :3])
+
+
+def test_a_fourth_data_channel_is_not_taken_for_alpha(tmp_path: Path) -> None:
+    pixels = noise((5, 7, 4))
+    tifffile.imwrite(tmp_path / "x.tif", pixels, photometric="minisblack", planarconfig="contig", extrasamples=[0] * 3)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), pixels)
+
+
+def palette_image(indices: np.ndarray) -> Image.Image:
+    image = Image.fromarray(indices, mode="P")
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    return image
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_palettes_give_colours_to_images_and_indices_to_masks(tmp_path: Path, suffix: str) -> None:
+    indices = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    path = tmp_path / f"x.{suffix}"
+    palette_image(indices).save(path)
+    colours = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]], np.uint8)
+    np.testing.assert_array_equal(read_image(path), colours[indices])
+    np.testing.assert_array_equal(read_mask(path), indices)
+
+
+def test_a_transparent_palette_entry_counts_as_alpha(tmp_path: Path) -> None:
+    palette_image(np.array([[0, 1, 2]], np.uint8)).save(tmp_path / "x.png", transparency=1)
+    with pytest.raises(DataError, match=r"x\.png: expected no transparency.*got alpha 0"):
+        read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])
+def test_1_bit_becomes_0_and_255(tmp_path: Path, suffix: str) -> None:
+    bits = np.array([[True, False, True], [False, False, True]])
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(bits).save(path)
+    np.testing.assert_array_equal(read_image(path)[..., 0], bits * 255)
+    np.testing.assert_array_equal(read_mask(path), bits * 255)
+    assert read_image(path).dtype == np.uint8
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "x.jpg")
+    image = read_image(tmp_path / "x.jpg")
+    assert image.shape == (8, 8, 3)
+    assert image.min() > 250
+
+
+def test_exif_orientation_is_applied_to_images_and_masks(tmp_path: Path) -> None:
+    pixels = noise((5, 7))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to show
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    upright = np.rot90(pixels, 3)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], upright)
+    np.testing.assert_array_equal(read_mask(tmp_path / "x.png"), upright)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.bmp", "x.tif"])
+def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / name, noise((64, 64)))
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"not an image", b""):
+        path.write_bytes(content)
+        for read in (read_image, read_mask):
+            with pytest.raises(DataError, match=rf"{name}: expected a readable image, got: .") as caught:
+                read(path)
+            assert "\n" not in str(caught.value)
+
+
+# --- reading masks ---------------------------------------------------------------------------------------------------
+
+
+def test_masks_keep_their_values(tmp_path: Path) -> None:
+    for dtype in ("uint8", "uint16", "int32"):
+        mask = np.array([[0, 1], [7, 200]], dtype)
+        read = read_mask(save(tmp_path / "x.tif", mask))
+        assert read.dtype == mask.dtype
+        np.testing.assert_array_equal(read, mask)
+    whole = read_mask(save(tmp_path / "x.tif", np.array([[0, 3.0]], np.float32)))
+    assert whole.dtype.kind == "i"
+    np.testing.assert_array_equal(whole, [[0, 3]])
+
+
+def test_a_mask_saved_as_colour_is_one_channel_if_all_agree(tmp_path: Path) -> None:
+    mask = noise((5, 7))
+    path = save(tmp_path / "x.png", np.stack([mask] * 3, -1))
+    np.testing.assert_array_equal(read_mask(path), mask)
+    with pytest.raises(DataError, match=r"y\.png: expected a mask of one channel, got 3 channels that differ"):
+        read_mask(save(tmp_path / "y.png", noise((5, 7, 3))))
+
+
+def test_fractions_in_a_mask_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x\.tif: expected whole numbers in a mask, got 0\.5"):
+        read_mask(save(tmp_path / "x.tif", np.array([[0, 0.5]], np.float32)))
+
+
+# --- inspecting ------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_sums_up_the_files(tmp_path: Path) -> None:
+    images = [noise((4, 6, 3), "uint16", seed=0), noise((8, 5, 3), "uint16", seed=1)]
+    for stem, image in zip("ab", images, strict=True):
+        save(tmp_path / "images" / f"{stem}.tif", image)
+        save(tmp_path / "masks" / f"{stem}.png", (image[..., 0] > 30000).astype(np.uint8))
+    summary = inspect(find_pairs(tmp_path))
+    pixels = np.concatenate([image.reshape(-1, 3) for image in images]).astype(np.float64)
+    np.testing.assert_allclose(summary.mean, pixels.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(summary.std, pixels.std(0), rtol=1e-13)
+    assert summary == DataSummary(
+        2, 3, 1, (0, 1), "uint16", size_min=(4, 5), size_max=(8, 6), mean=summary.mean, std=summary.std
+    )
+
+
+def test_a_constant_channel_does_not_divide_by_zero(tmp_path: Path) -> None:
+    make_data(tmp_path, count=2)
+    for stem in "ab":
+        save(tmp_path / "images" / f"{stem}.tif", np.full((12, 10), 0.1, np.float32))
+        (tmp_path / "images" / f"{stem}.png").unlink()
+    summary = inspect(find_pairs(tmp_path))
+    assert summary.std == (1.0,)
+    assert normalize(np.full((2, 2, 1), 0.1, np.float32), summary.mean, summary.std).abs().max() < 1e-6
+
+
+def test_a_small_signal_on_a_large_offset_keeps_its_spread(tmp_path: Path) -> None:
+    make_data(tmp_path, count=1)
+    (tmp_path / "images" / "a.png").unlink()
+    pixels = (1e6 + np.random.default_rng(0).normal(0, 10, (12, 10))).astype(np.float32)
+    save(tmp_path / "images" / "a.tif", pixels)
+    np.testing.assert_allclose(inspect(find_pairs(tmp_path)).std, pixels.astype(np.float64).std(), rtol=1e-9)
+
+
+def test_sizes_that_differ_in_a_pair_are_named(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    save(tmp_path / "masks" / "c.png", np.zeros((10, 12), np.uint8))
+    with pytest.raises(DataError, match=r"masks/c\.png: expected height x width 12 x 10 as of c\.png, got 10 x 12"):
+        inspect(find_pairs(tmp_path))
+
+
+def test_channels_that_differ_between_images_are_named(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    save(tmp_path / "images" / "b.png", noise((12, 10, 3)))
+    with pytest.raises(DataError, match=r"images/b\.png: expected 1 channels as in a\.png, got 3"):
+        inspect(find_pairs(tmp_path))
+
+
+def test_dtypes_that_differ_between_images_are_named(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    save(tmp_path / "images" / "d.png", noise((12, 10), "uint16"))
+    with pytest.raises(DataError, match=r"images/d\.png: expected uint8 as in a\.png, got uint16"):
+        inspect(find_pairs(tmp_path))
+
+
+def test_an_unreadable_file_among_many_is_named(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    path = tmp_path / "masks" / "c.png"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"masks/c\.png: expected a readable image"):
+        inspect(find_pairs(tmp_path))
+
+
+def masks_only(root: Path, *values: list[int]) -> list[Pair]:
+    """One pair for each list of mask values."""
+    for stem, row in zip("abcdefgh", values, strict=False):
+        save(root / "images" / f"{stem}.png", noise((2, len(row))))
+        save(root / "masks" / f"{stem}.png", np.array([row, row], np.uint8))
+    return find_pairs(root)
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "classes"),
+    [
+        ([[0, 1], [0, 0]], None, 1),
+        ([[0, 255], [0, 0]], None, 1),
+        ([[255, 255], [0, 0]], 2, 1),
+        ([[0, 1], [0, 0]], 1, 1),
+        ([[0, 2], [0, 1]], None, 3),
+        ([[0, 1], [0, 1]], 3, 3),
+        ([[5, 2], [0, 1]], 6, 6),
+    ],
+)
+def test_classes_follow_from_the_mask_values(
+    tmp_path: Path, values: list[list[int]], given: int | None, classes: int
+) -> None:
+    summary = inspect(masks_only(tmp_path, *values), classes=given)
+    assert summary.classes == classes
+    assert summary.mask_values == tuple(sorted({value for row in values for value in row}))
+
+
+BINARY = "expected mask values 0 and 1, or 0 and 255"
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "message"),
+    [
+        ([[0, 255, 0], [0, 128, 255]], None, rf"b\.png: {BINARY}, or class indices .*got 0, 128, 255 \(all"),
+        ([[0, 1], [0, 255]], None, rf"b\.png: {BINARY}, or .*got 0, 255 \(all masks together: 0, 1, 255\)"),
+        ([[0, 1], [0, 3]], None, rf"b\.png: {BINARY}, or .*got 0, 3"),
+        ([[0, 1], [1, 2]], 1, rf"b\.png: {BINARY}, got 1, 2"),
+        ([[0, 255], [7, 255]], 2, rf"b\.png: {BINARY}, got 7, 255"),
+        ([[0, 255], [0, 7]], 4, r"a\.png: expected mask values class indices 0 to 3, got 0, 255"),
+        ([[0, 3], [0, 4]], 4, r"b\.png: expected mask values class indices 0 to 3, got 0, 4"),
+        ([list(range(60))], None, rf"a\.png: {BINARY}, or .*got 0, 1, 2, 3, 4 and 55 more"),
+        ([[0, 0], [0, 0]], None, r"masks: expected foreground in at least one of 2 masks, got only 0"),
+        ([[0, 0], [0, 0]], 4, r"masks: expected foreground in at least one of 2 masks, got only 0"),
+    ],
+)
+def test_mask_values_that_do_not_fit_are_named(
+    tmp_path: Path, values: list[list[int]], given: int | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        inspect(masks_only(tmp_path, *values), classes=given)
+    assert "\n" not in str(caught.value)
+
+
+def test_inspect_refuses_nothing_and_impossible_classes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="at least one pair"):
+        inspect([])
+    with pytest.raises(ConfigError, match="expected 1 to 256, got 257"):
+        inspect(find_pairs(make_data(tmp_path)), classes=257)
+
+
+# --- splitting and labels --------------------------------------------------------------------------------------------
+
+
+def stems(count: int) -> list[Pair]:
+    return [
+        Pair(Path(f"images/{index:02}.png"), Path(f"masks/{index:02}.png"), f"{index:02}") for index in range(count)
+    ]
+
+
+def test_split_repeats_whatever_the_order_and_varies_with_the_seed() -> None:
+    train, val = split(stems(20), 0.2, seed=3)
+    assert (len(train), len(val)) == (16, 4)
+    assert sorted(train + val, key=lambda pair: pair.stem) == stems(20)
+    assert split(stems(20)[::-1], 0.2, seed=3) == (train, val)
+    assert [pair.stem for pair in val] == sorted(pair.stem for pair in val)
+    assert split(stems(20), 0.2, seed=4)[1] != val
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "sizes"), [(2, 0.01, (1, 1)), (2, 0.99, (1, 1)), (10, 0.25, (8, 2)), (1, 0.0, (1, 0))]
+)
+def test_split_leaves_at_least_one_on_each_side(count: int, fraction: float, sizes: tuple[int, int]) -> None:
+    train, val = split(stems(count), fraction, seed=0)
+    assert (len(train), len(val)) == sizes
+
+
+def test_split_refuses_a_single_pair_and_impossible_fractions() -> None:
+    with pytest.raises(DataError, match=r"at least 2 pairs .*got 1 \(images/00\.png\)"):
+        split(stems(1), 0.2, seed=0)
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(ConfigError, match=rf"val_fraction: expected 0 <= fraction < 1, got {fraction}"):
+            split(stems(4), fraction, seed=0)
+
+
+def test_labels_and_masks_convert_both_ways() -> None:
+    for foreground in (1, 255):
+        labels = labels_from_mask(np.array([[0, foreground]]), classes=1)
+        assert labels.dtype == np.uint8
+        np.testing.assert_array_equal(labels, [[0, 1]])
+    np.testing.assert_array_equal(mask_from_labels(np.array([[0, 1]]), classes=1), [[0, 255]])
+    indices = np.array([[0, 4, 2]], np.uint16)
+    np.testing.assert_array_equal(mask_from_labels(labels_from_mask(indices, classes=5), classes=5), indices)
+    assert mask_from_labels(np.array([[0, 255]]), classes=256).dtype == np.uint8
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def test_whole_images_come_normalised_in_order(tmp_path: Path) -> None:
+    pairs = find_pairs(make_data(tmp_path))
+    summary = inspect(pairs)
+    dataset = SegmentationDataset(pairs, summary)
+    assert len(dataset) == 4
+    images = torch.stack([image for image, _ in dataset])
+    assert images.dtype == torch.float32
+    assert images.shape == (4, 1, 12, 10)
+    assert abs(images.mean().item()) < 1e-6
+    assert abs(images.std(correction=0).item() - 1) < 1e-6
+    image, labels = dataset[2]
+    assert labels.dtype == torch.int64
+    np.testing.assert_array_equal(labels * 255, read_mask(pairs[2].mask))
+    raw = image * summary.std[0] + summary.mean[0]
+    np.testing.assert_allclose(raw[0], read_image(pairs[2].image)[..., 0], atol=1e-4)
+
+
+def make_coded_data(root: Path, count: int, size: tuple[int, int]) -> list[Pair]:
+    """Images whose pixels are all different and whose mask says, for each, whether it is odd."""
+    for index in range(count):
+        pixels = (np.arange(size[0] * size[1]).reshape(size) + 7 * index + 1).astype(np.uint16)
+        save(root / "images" / f"{index}.png", pixels)
+        save(root / "masks" / f"{index}.png", (pixels % 2).astype(np.uint8))
+    return find_pairs(root)
+
+
+@pytest.mark.parametrize("size", [(20, 17), (9, 30), (5, 3), (1, 1)])
+def test_crops_keep_image_and_labels_together_even_where_reflected(tmp_path: Path, size: tuple[int, int]) -> None:
+    pairs = make_coded_data(tmp_path, 2, size)
+    summary = inspect(pairs)
+    dataset = SegmentationDataset(pairs, summary, crop=12, length=10)
+    for image, labels in dataset:
+        assert image.shape == (1, 12, 12)
+        assert labels.shape == (12, 12)
+        raw = (image[0].double() * summary.std[0] + summary.mean[0]).round().long()
+        assert torch.equal(raw % 2, labels)
+
+
+def test_samples_repeat_by_seed_epoch_and_index_only(tmp_path: Path) -> None:
+    pairs = make_coded_data(tmp_path, 3, (30, 30))
+    summary = inspect(pairs)
+
+    def draw(seed: int, epoch: int, indices: range) -> list[torch.Tensor]:
+        dataset = SegmentationDataset(pairs, summary, crop=8, length=9, seed=seed)
+        dataset.set_epoch(epoch)
+        return [dataset[index][0] for index in indices]
+
+    first = torch.stack(draw(0, 1, range(9)))
+    assert torch.equal(torch.stack(draw(0, 1, range(8, -1, -1))[::-1]), first)
+    assert len(torch.unique(first.flatten(1), dim=0)) == 9
+    for other in (draw(0, 2, range(9)), draw(1, 1, range(9))):
+        assert not torch.equal(torch.stack(other), first)
+
+
+def test_a_single_image_gives_new_crops_each_epoch(tmp_path: Path) -> None:
+    pairs = make_coded_data(tmp_path, 1, (30, 30))
+    dataset = SegmentationDataset(pairs, inspect(pairs), crop=8, length=4)
+    first = torch.stack([image for image, _ in dataset])
+    dataset.set_epoch(1)
+    assert not torch.equal(torch.stack([image for image, _ in dataset]), first)
+
+
+def test_an_epoch_visits_every_image_equally_often(tmp_path: Path) -> None:
+    for index in range(3):
+        save(tmp_path / "images" / f"{index}.png", np.full((10, 10), 50 * index, np.uint8))
+        save(tmp_path / "masks" / f"{index}.png", np.eye(10, dtype=np.uint8))
+    pairs = find_pairs(tmp_path)
+    dataset = SegmentationDataset(pairs, inspect(pairs), crop=6, length=12)
+    levels = [round(image.mean().item(), 4) for image, _ in dataset]
+    assert len(set(levels)) == 3
+    assert {levels.count(level) for level in levels} == {4}
+
+
+def test_files_are_read_on_access_above_the_memory_limit(tmp_path: Path) -> None:
+    pairs = find_pairs(make_data(tmp_path))
+    summary = inspect(pairs)
+    kept, read = (SegmentationDataset(pairs, summary, memory_limit=limit) for limit in (2**30, 0))
+    before = kept[1][0]
+    assert torch.equal(read[1][0], before)
+    save(pairs[1].image, noise((12, 10), seed=99))
+    assert torch.equal(kept[1][0], before)
+    assert not torch.equal(read[1][0], before)
+
+
+def test_datasets_refuse_impossible_options(tmp_path: Path) -> None:
+    pairs = find_pairs(make_data(tmp_path))
+    summary = inspect(pairs)
+    with pytest.raises(ConfigError, match="crop: expected at least 1, got 0"):
+        SegmentationDataset(pairs, summary, crop=0)
+    with pytest.raises(ConfigError, match="length: expected None without crop, got 5"):
+        SegmentationDataset(pairs, summary, length=5)
+    with pytest.raises(DataError, match="at least one pair"):
+        SegmentationDataset([], summary)
+    with pytest.raises(IndexError, match="0 <= index < 4, got 4"):
+        SegmentationDataset(pairs, summary)[4]
+
+
+@pytest.mark.skipif(
+    "FASTUNET_ISBI" not in os.environ, reason="FASTUNET_ISBI does not name a folder of the ISBI 2012 set"
+)
+def test_the_isbi_2012_sections_are_read() -> None:
+    pairs = find_pairs(os.environ["FASTUNET_ISBI"])
+    summary = inspect(pairs)
+    assert (summary.channels, summary.classes, summary.dtype) == (1, 1, "uint8")
+    assert summary.size_min == summary.size_max == (512, 512)
+    image, labels = SegmentationDataset(pairs, summary, crop=256)[0]
+    assert image.shape == (1, 256, 256)
+    assert set(labels.unique().tolist()) <= {0, 1}

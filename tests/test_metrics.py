@@ -1,0 +1,72 @@
+"""Dice and IoU on cases counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastunet.checks import ConfigError, DataError, DtypeError, ShapeError
+from fastunet.metrics import SegmentationMetrics
+
+# Truth 0: 4 pixels, 1: 3, 2: 1. Agreement: 0 in 3, 1 in 2, 2 in none.
+TARGET = torch.tensor([[[0, 0, 0, 0], [1, 1, 1, 2]]])
+PREDICTION = torch.tensor([[[0, 0, 0, 1], [1, 1, 0, 1]]])
+
+
+def test_scores_by_hand() -> None:
+    metrics = SegmentationMetrics(["sky", "tree", "bird"])
+    metrics.update(PREDICTION, TARGET)
+    scores = metrics.compute()
+    assert scores["dice"] == pytest.approx({"sky": 6 / 8, "tree": 4 / 7, "bird": 0})
+    assert scores["iou"] == pytest.approx({"sky": 3 / 5, "tree": 2 / 5, "bird": 0})
+    assert scores["mean_dice"] == pytest.approx((6 / 8 + 4 / 7) / 3)
+    assert scores["mean_iou"] == pytest.approx(1 / 3)
+    assert scores["accuracy"] == pytest.approx(5 / 8)
+
+
+def test_pixels_are_added_up_over_the_set_not_averaged_over_images() -> None:
+    metrics = SegmentationMetrics(["background", "cell"])
+    metrics.update(torch.tensor([[[1, 0]]]), torch.tensor([[[0, 1]]]))  # Dice 0 on two pixels
+    metrics.update(torch.ones(1, 2, 4, dtype=torch.long), torch.ones(1, 2, 4, dtype=torch.long))  # Dice 1 on eight
+    assert metrics.compute()["dice"]["cell"] == pytest.approx(2 * 8 / (9 + 9))
+
+
+def test_a_class_that_occurs_nowhere_scores_one() -> None:
+    metrics = SegmentationMetrics(["background", "cell", "debris"])
+    zeros = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    metrics.update(zeros, zeros)
+    scores = metrics.compute()
+    assert scores["dice"] == scores["iou"] == {"background": 1.0, "cell": 1.0, "debris": 1.0}
+    assert scores["accuracy"] == scores["mean_dice"] == scores["mean_iou"] == 1.0
+
+
+def test_a_class_predicted_where_it_is_not_scores_zero() -> None:
+    metrics = SegmentationMetrics(["background", "cell"])
+    metrics.update(torch.ones(1, 2, 2, dtype=torch.long), torch.zeros(1, 2, 2, dtype=torch.long))
+    assert metrics.compute()["dice"] == {"background": 0.0, "cell": 0.0}
+
+
+def test_counts_beyond_what_fp32_holds_stay_exact() -> None:
+    metrics = SegmentationMetrics(["background", "cell"])
+    zeros = torch.zeros(1, 4096, 4097, dtype=torch.uint8)  # more than 2**24 pixels
+    prediction = zeros.clone()
+    prediction[0, 0, 0] = 1
+    metrics.update(prediction, zeros)
+    assert metrics.compute()["accuracy"] == 1 - 1 / zeros.numel()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_wrong_input_is_refused() -> None:
+    metrics = SegmentationMetrics(["background", "cell"])
+    zeros = torch.zeros(1, 2, 2, dtype=torch.long)
+    with pytest.raises(ShapeError, match=r"target's shape \(1, 2, 2\), got \(1, 2, 3\)"):
+        metrics.update(torch.zeros(1, 2, 3, dtype=torch.long), zeros)
+    with pytest.raises(DtypeError, match=r"prediction: expected integer labels, got torch\.float32"):
+        metrics.update(zeros.float(), zeros)
+    for value in (-1, 2):
+        with pytest.raises(DataError, match=r"target: expected labels 0 to 1, got "):
+            metrics.update(zeros, zeros.index_fill(2, torch.tensor([0]), value))
+    with pytest.raises(DataError, match="at least one pixel"):
+        metrics.compute()
+    with pytest.raises(ConfigError, match=r"at least 2 different names, got \['cell', 'cell'\]"):
+        SegmentationMetrics(["cell", "cell"])
