@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fastunet import losses, ops, reference
     from fastunet.checks import FastUNetError
     from fastunet.dispatch import backend
-    from fastunet.explain import explain
+    from fastunet.explanation import explain
     from fastunet.inference import predict
     from fastunet.unet import UNet
 
@@ -20,7 +20,7 @@ _HOMES: dict[str, str | None] = {
     "FastUNetError": "checks",
     "UNet": "unet",
     "backend": "dispatch",
-    "explain": "explain",
+    "explain": "explanation",
     "losses": None,
     "ops": None,
     "predict": "inference",
@@ -36,7 +36,6 @@ def __getattr__(name: str) -> Any:
     if home is None:
         return importlib.import_module(f"fastunet.{name}")
     value = getattr(importlib.import_module(f"fastunet.{home}"), name)
-    # `explain` is a module and its function: importing the module bound the name to the module.
     globals()[name] = value
     return value
 

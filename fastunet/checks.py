@@ -74,8 +74,12 @@ def check_together(op: str, x: Tensor, **others: Tensor | None) -> None:
             continue
         if t.device != x.device:
             raise DeviceError(f"{op}: {name}: expected device {x.device} (the input's), got {t.device}")
-        if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if t.dtype != x.dtype and not _autocasts(x.device.type):
             raise DtypeError(f"{op}: {name}: expected dtype {x.dtype} (the input's), got {t.dtype}")
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def check_same_images(op: str, skip: Tensor, up: Tensor) -> None:

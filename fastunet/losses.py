@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import ConfigError, DtypeError, ShapeError
+from .ops.sigmoid_dice_loss import sigmoid_dice_sums
 
 Activation = Literal["none", "sigmoid", "softmax"]
 Weight = Sequence[float] | float | Tensor
@@ -61,6 +62,8 @@ def dice_sums(
     Returns:
         [3, N, C] in fp32, or in float64 for float64 input.
     """
+    if activation == "sigmoid" and mask is None and input.dim() == 4 and (squared or not soft_label):
+        return sigmoid_dice_sums(input, target, squared=squared)
     probability = _activate(_at_least_fp32(input), activation)
     target = target.to(probability.dtype)
     if mask is not None:

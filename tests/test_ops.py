@@ -1,4 +1,6 @@
-"""Every public op against the torch composition it stands for: values, gradients, strides, autocast, compilation, errors."""
+"""Every public op against the torch composition it stands for: values, gradients, strides, autocast,
+compilation, errors.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,8 @@ def test_equals_the_reference(case: Case, memory_format: torch.memory_format) ->
     (ours, our_grads, our_buffers), (theirs, their_grads, their_buffers) = results
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert_close(a, b, f"output {i}")
-        # torch's instance norm and softmax answer contiguous whatever they get; ours keep the format, as convolutions do.
+        # torch's instance norm and softmax answer contiguous whatever they get; ours keep the format, as convolutions
+        # do.
         keeps = "instance_norm" in case.op or case.options.get("activation") == "softmax"
         like = b.contiguous(memory_format=memory_format) if keeps else b
         assert a.stride() == like.stride(), f"output {i}: strides {a.stride()}, expected {like.stride()}"
@@ -167,9 +170,7 @@ def flat_arguments(case: Case, dtype: torch.dtype, memory_format: torch.memory_f
         call(getattr(ops, case.op), case, tensors, make_buffers(case, dtype))
     ((func, args),) = caught
     if requires_grad:
-        args = tuple(
-            a.requires_grad_() if isinstance(a, Tensor) and any(a is t for t in tensors) else a for a in args
-        )
+        args = tuple(a.requires_grad_() if isinstance(a, Tensor) and any(a is t for t in tensors) else a for a in args)
     return func, args
 
 

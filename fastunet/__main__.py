@@ -1,0 +1,33 @@
+"""The `fastunet` command: also `python -m fastunet`."""
+
+from __future__ import annotations
+
+import sys
+
+NEEDED = (
+    "accelerate",
+    "kornia",
+    "matplotlib",
+    "monai",
+    "PIL",
+    "rich",
+    "safetensors",
+    "tifffile",
+    "torchmetrics",
+    "typer",
+)
+
+
+def main() -> None:
+    """Run the command line, or say which extra it needs."""
+    try:
+        from .cli import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in NEEDED:
+            raise
+        sys.exit(f"error: the command line needs {error.name}: pip install 'fastunet[train]'")
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""From a model and an image to probabilities and labels: whole, in tiles, or over the eight views of a square."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .checks import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from .metrics import Scores
+
+VIEWS = 8  # four quarter turns, each as it is and mirrored
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, image: Tensor, *, tile: int | None = None, overlap: float = 0.25, tta: bool = False
+) -> Tensor:
+    """Probabilities, float32 [N, K, H, W] (or [K, H, W]), of an image batch [N, C, H, W] (or an image [C, H, W]).
+
+    The image is on the model's device and normalised as the model was trained. One output channel gives sigmoid, more
+    give softmax over them, unless the model's own head has done so. The model runs in eval mode and is left as it was.
+
+    Args:
+        tile: edge in pixels of square tiles, for images too large to go through at once; blended with Gaussian weights
+            where they overlap (MONAI's sliding window). None, or an image that fits into one tile, goes through whole.
+        overlap: of neighbouring tiles, as a fraction of the edge, 0 <= overlap < 1.
+        tta: average over the eight flips and quarter turns: better, and eight times the work.
+
+    Raises:
+        ShapeError: the image is neither 3-D nor 4-D, or what the model itself refuses.
+        ConfigError: tile or overlap out of range.
+    """
+    if image.dim() not in (3, 4):
+        raise ShapeError(f"predict: image: expected [C, H, W] or [N, C, H, W], got {list(image.shape)}")
+    if tile is not None and tile < 1:
+        raise ConfigError(f"predict: tile: expected at least 1 pixel or None, got {tile}")
+    if not 0 <= overlap < 1:
+        raise ConfigError(f"predict: overlap: expected 0 <= overlap < 1, got {overlap}")
+    batch = image if image.dim() == 4 else image[None]
+    training = model.training
+    model.eval()
+    try:
+        total = _probabilities(model, batch, tile, overlap)
+        for view in range(1, VIEWS) if tta else ():
+            total += _look_back(_probabilities(model, _look(batch, view), tile, overlap), view)
+    finally:
+        model.train(training)
+    result = total / VIEWS if tta else total
+    return result if image.dim() == 4 else result[0]
+
+
+def _probabilities(model: nn.Module, batch: Tensor, tile: int | None, overlap: float) -> Tensor:
+    def run(x: Tensor) -> Tensor:
+        y = model(x).float()
+        if getattr(model, "config", {}).get("head") is not None:
+            return y
+        return y.sigmoid() if y.shape[1] == 1 else y.softmax(dim=1)
+
+    if tile is None or max(batch.shape[-2:]) <= tile:
+        return run(batch)
+    from monai.inferers import sliding_window_inference
+
+    window = tuple(min(tile, size) for size in batch.shape[-2:])
+    return sliding_window_inference(batch, window, 1, run, overlap=overlap, mode="gaussian")
+
+
+def _look(x: Tensor, view: int) -> Tensor:
+    """View 0..7 of a batch: view % 4 quarter turns, mirrored from 4 on."""
+    x = x.rot90(view % 4, (-2, -1))
+    return x.flip(-1) if view >= 4 else x
+
+
+def _look_back(x: Tensor, view: int) -> Tensor:
+    """Undo _look."""
+    x = x.flip(-1) if view >= 4 else x
+    return x.rot90(-(view % 4), (-2, -1))
+
+
+def labels_of(probabilities: Tensor) -> Tensor:
+    """uint8 labels [..., H, W] of probabilities [..., K, H, W]: above one half for one channel, else the largest."""
+    if probabilities.shape[-3] == 1:
+        return (probabilities.squeeze(-3) > 0.5).to(torch.uint8)
+    return probabilities.argmax(dim=-3).to(torch.uint8)
+
+
+def evaluate(
+    model: nn.Module,
+    samples: Dataset[tuple[Tensor, Tensor]] | Iterable[tuple[Tensor, Tensor]],
+    class_names: list[str],
+    *,
+    tile: int | None = None,
+    tta: bool = False,
+) -> tuple[Scores, list[Tensor]]:
+    """Scores over all samples (image [C, H, W], labels [H, W]), and the predicted labels [H, W] of each, on the CPU."""
+    from .metrics import SegmentationMetrics
+
+    metrics = SegmentationMetrics(class_names)
+    device = next(model.parameters()).device
+    predictions = []
+    # Indexing until IndexError makes a Dataset iterable, which torch does not declare.
+    for image, labels in cast(Iterable[tuple[Tensor, Tensor]], samples):
+        predictions.append(labels_of(predict(model, image.to(device), tile=tile, tta=tta)).cpu())
+        metrics.update(predictions[-1][None], labels[None])
+    return metrics.compute(), predictions

@@ -1,0 +1,106 @@
+"""Which implementation runs, and that it says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fastunet
+from fastunet import dispatch
+from fastunet.checks import BackendError, ConfigError
+
+CPU = torch.zeros(1)
+not_interpreting = pytest.mark.skipif(dispatch.interpreting(), reason="TRITON_INTERPRET=1 lets kernels run on the CPU")
+
+
+def test_backend_is_restored_and_process_wide() -> None:
+    before = dispatch.selected_backend()
+    seen: list[str] = []
+    with fastunet.backend("aten"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.selected_backend()))
+        thread.start()
+        thread.join()
+        with pytest.raises(ZeroDivisionError), fastunet.backend("auto"):
+            raise ZeroDivisionError
+        assert dispatch.selected_backend() == "aten"
+    assert seen == ["aten"]
+    assert dispatch.selected_backend() == before
+
+
+def test_unknown_backend_raises() -> None:
+    with pytest.raises(ConfigError, match="expected one of auto, triton, aten, got 'cudnn'"), fastunet.backend("cudnn"):
+        pass
+    environment = {**os.environ, "FASTUNET_BACKEND": "fast"}
+    command = [sys.executable, "-c", "import fastunet.dispatch"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "FASTUNET_BACKEND: expected one of auto, triton, aten, got 'fast'" in result.stderr
+
+
+@not_interpreting
+def test_auto_on_cpu_is_aten_with_the_reason() -> None:
+    with fastunet.backend("auto"):
+        assert dispatch.choose("conv3x3_bias_relu", CPU).implementation == "aten"
+        assert "cpu, not cuda" in dispatch.choose("conv3x3_bias_relu", CPU).reason
+        assert "no Triton kernel" in dispatch.choose("max_pool2x2", CPU).reason
+
+
+@not_interpreting
+def test_forced_triton_raises_where_it_cannot_run() -> None:
+    x, w = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 3, 3)
+    with fastunet.backend("triton"), pytest.raises(BackendError, match=r"'triton' was asked for, but .*cpu, not cuda"):
+        fastunet.ops.conv3x3_bias_relu(x, w)
+
+
+def test_float64_has_no_kernel() -> None:
+    assert "not torch.float64" in (dispatch.triton_obstacle(torch.device("cuda"), torch.float64) or "")
+
+
+@pytest.mark.parametrize(
+    ("conv", "cudnn", "everywhere", "allowed"),
+    [
+        ("tf32", "ieee", "ieee", True),
+        ("ieee", "tf32", "tf32", False),
+        ("none", "tf32", "ieee", True),
+        ("none", "none", "tf32", True),
+        ("none", "none", "none", False),
+        ("none", "ieee", "tf32", False),
+    ],
+)
+def test_tf32_follows_torchs_setting(
+    monkeypatch: pytest.MonkeyPatch, conv: str, cudnn: str, everywhere: str, allowed: bool
+) -> None:
+    class Setting:
+        def __init__(self, precision: str) -> None:
+            self.fp32_precision = precision
+
+    root, middle = Setting(everywhere), Setting(cudnn)
+    middle.conv = Setting(conv)
+    root.cudnn = middle
+    monkeypatch.setattr(torch, "backends", root)
+    assert dispatch.tf32_allowed() is allowed
+
+
+def test_explain_names_each_layer_without_running_or_changing_it() -> None:
+    model = fastunet.UNet(1, 2, features=(2, 4), norm=None)
+    with fastunet.backend("triton"):
+        table = fastunet.explain(model, torch.zeros(1, 1, 9, 9), device="cuda")
+    chosen = {row.layer: row.implementation for row in table.rows}
+    assert chosen["inc.double_conv.3"] == "triton"
+    assert chosen["up1.up"] == "aten"
+    assert "backend is set to triton" in str(table)
+    batch_norm = fastunet.UNet(1, 2, features=(2, 4))
+    fastunet.explain(batch_norm, torch.zeros(2, 1, 9, 9))
+    assert batch_norm.inc.double_conv[1].num_batches_tracked == 0
+    assert torch.equal(batch_norm.inc.double_conv[1].running_mean, torch.zeros(2))
+
+
+def test_explain_shows_what_is_not_fastunets() -> None:
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 5), fastunet.UNet(2, 1, features=(2, 4)))
+    rows = fastunet.explain(net, torch.zeros(1, 1, 16, 16)).rows
+    assert (rows[0].layer, rows[0].op, rows[0].reason) == ("0", "convolution", "not one of fastunet's ops")
+    assert all(row.op in ("conv3x3_batch_norm_relu", "conv_transpose2x2", "conv1x1") for row in rows[1:])

@@ -1,0 +1,149 @@
+"""The floors of the package: who may import whom, and what importing fastunet must not need."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each module may import from floors below its own, and from its own floor only what is listed here.
+FLOORS = {
+    "reference": 0,
+    "kernels": 0,
+    "checks": 1,
+    "dispatch": 2,
+    "ops": 2,
+    "testing": 2,
+    "unet": 3,
+    "modules": 3,
+    "losses": 3,
+    "metrics": 3,
+    "explanation": 3,
+    "images": 4,
+    "data": 4,
+    "augmentation": 4,
+    "synthetic": 4,
+    "checkpoint": 4,
+    "inference": 4,
+    "report": 4,
+    "training": 4,
+    "cli": 5,
+    "__main__": 6,
+}
+WITHIN_A_FLOOR = {
+    ("ops", "dispatch"),
+    ("unet", "modules"),
+    ("data", "images"),
+    ("checkpoint", "data"),
+    ("report", "checkpoint"),
+    ("training", "data"),
+    ("training", "augmentation"),
+    ("training", "checkpoint"),
+    ("training", "inference"),
+    ("training", "report"),
+}
+
+
+def sources() -> list[Path]:
+    return sorted(p for folder in ("fastunet", "kernels", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of all modules a file imports, wherever in the file."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    if package[0] in ("kernels", "benchmarks"):
+        package = ["fastunet", *package]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def unit_of(module: str) -> str | None:
+    """The part of fastunet a module name belongs to: "ops" of "fastunet.ops.conv1x1"."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "fastunet" and len(parts) > 1 and parts[1] in FLOORS else None
+
+
+def test_every_file_has_a_floor() -> None:
+    units = {p.relative_to(ROOT / "fastunet").parts[0].removesuffix(".py") for p in (ROOT / "fastunet").rglob("*.py")}
+    assert units - {"__init__"} == set(FLOORS) - {"kernels"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_import_goes_up(path: Path) -> None:
+    names = imported_modules(path)
+    assert "kernels" not in {name.partition(".")[0] for name in names}, "import fastunet.kernels, not kernels"
+    folder, *rest = path.relative_to(ROOT).parts
+    if folder in ("tests", "benchmarks"):
+        return
+    if folder == "fastunet":
+        assert "triton" not in {name.partition(".")[0] for name in names}, "only kernels imports triton"
+    unit = "kernels" if folder == "kernels" else rest[0].removesuffix(".py")
+    if unit == "__init__":  # re-exports, lazily
+        return
+    used = {u for u in map(unit_of, names) if u is not None and u != unit}
+    wrong = {u for u in used if FLOORS[u] >= FLOORS[unit] and (unit, u) not in WITHIN_A_FLOOR}
+    assert not wrong, f"{unit} (floor {FLOORS[unit]}) imports {sorted(wrong)}"
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+BLOCK_TRITON = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("triton is blocked", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_everything_but_the_kernels_works_without_triton_and_never_touches_cuda() -> None:
+    result = run_python(
+        BLOCK_TRITON
+        + """
+import importlib, torch
+def forbidden(*args, **kwargs):
+    raise AssertionError("CUDA was initialised")
+torch.cuda._lazy_init = forbidden
+import fastunet
+for name in ("cli", "training", "inference", "report", "synthetic", "testing", "explanation", "losses", "ops"):
+    importlib.import_module("fastunet." + name)
+model = fastunet.UNet(1, 1, features=(2, 4))
+model(torch.zeros(2, 1, 4, 4)).square().mean().backward()
+assert not torch.cuda.is_initialized()
+assert not any(m.partition(".")[0] == "triton" for m in sys.modules), "triton was imported"
+print("fine")
+"""
+    )
+    assert result.stdout.strip().endswith("fine"), result.stderr
+
+
+def test_public_names_are_there_and_lazy() -> None:
+    result = run_python(
+        """
+import sys, fastunet
+assert "torch" not in sys.modules, "import fastunet alone should be quick"
+for name in fastunet.__all__:
+    getattr(fastunet, name)
+from fastunet.explanation import Explanation
+assert callable(fastunet.explain) and callable(fastunet.predict) and set(fastunet.__all__) <= set(dir(fastunet))
+try:
+    fastunet.nothing
+except AttributeError as error:
+    print(error)
+"""
+    )
+    assert "no attribute 'nothing'" in result.stdout, result.stderr

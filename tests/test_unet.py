@@ -1,0 +1,209 @@
+"""fastunet.UNet against its plain PyTorch twin, and its parameter names against milesial/Pytorch-UNet's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import fastunet
+from fastunet.checks import ShapeError
+from fastunet.reference import ReferenceUNet
+
+SMALL = (4, 8, 16)
+
+
+def milesial_keys(bilinear: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of milesial/Pytorch-UNet's UNet(3, 2, bilinear), written out from its definition."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def double_conv(prefix: str, a: int, b: int, mid: int | None = None) -> None:
+        for index, (i, o) in ((0, (a, mid or b)), (3, (mid or b, b))):
+            shapes[f"{prefix}.double_conv.{index}.weight"] = (o, i, 3, 3)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"{prefix}.double_conv.{index + 1}.{name}"] = (o,)
+            shapes[f"{prefix}.double_conv.{index + 1}.num_batches_tracked"] = ()
+
+    factor = 2 if bilinear else 1
+    double_conv("inc", 3, 64)
+    for i, (a, b) in enumerate(((64, 128), (128, 256), (256, 512), (512, 1024 // factor)), 1):
+        double_conv(f"down{i}.maxpool_conv.1", a, b)
+    ups = ((1024, 512 // factor), (512, 256 // factor), (256, 128 // factor), (128, 64))
+    for i, (a, b) in enumerate(ups, 1):
+        if not bilinear:
+            shapes[f"up{i}.up.weight"], shapes[f"up{i}.up.bias"] = (a, a // 2, 2, 2), (a // 2,)
+        double_conv(f"up{i}.conv", a, b, a // 2 if bilinear else None)
+    shapes["outc.conv.weight"], shapes["outc.conv.bias"] = (2, 64, 1, 1), (2,)
+    return shapes
+
+
+@pytest.mark.parametrize(("upsample", "count"), [("transpose", 118), ("bilinear", 110)])
+def test_state_dict_is_milesials(upsample: str, count: int) -> None:
+    expected = milesial_keys(upsample == "bilinear")
+    assert len(expected) == count
+    with torch.device("meta"):
+        for kind in (fastunet.UNet, ReferenceUNet):
+            state = kind(3, 2, upsample=upsample).state_dict()
+            assert {name: tuple(t.shape) for name, t in state.items()} == expected
+
+
+OPTIONS = [
+    dict(zip(("norm", "upsample", "activation", "head"), values, strict=True))
+    for values in itertools.product(
+        ("batch", "instance", None), ("transpose", "bilinear"), ("relu", "leaky_relu"), (None, "sigmoid", "softmax")
+    )
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_equals_its_reference(options: dict, training: bool) -> None:
+    torch.manual_seed(0)
+    ours = fastunet.UNet(2, 3, features=SMALL, **options).double().train(training)
+    for buffer in ours.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    theirs = ours.to_reference()
+    x = torch.randn(2, 2, 13, 18, dtype=torch.float64)
+    a, b = (model(t) for model, t in ((ours, x.clone()), (theirs, x.clone())))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    cotangent = torch.randn_like(a)
+    a.backward(cotangent)
+    b.backward(cotangent)
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+    for (name, p), q in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("upsample", ["transpose", "bilinear"])
+def test_every_size_from_the_smallest_up(upsample: str) -> None:
+    model = fastunet.UNet(1, 2, features=(2, 2, 4, 4, 4), upsample=upsample).double().eval()
+    reference = model.to_reference()
+    with torch.no_grad():
+        for height, width in [*((16 + i, 33 - i) for i in range(18)), (16, 16), (17, 64)]:
+            x = torch.randn(1, 1, height, width, dtype=torch.float64)
+            torch.testing.assert_close(model(x), reference(x), rtol=1e-9, atol=1e-9)
+
+
+def test_too_small_an_image_raises_with_the_minimum() -> None:
+    with torch.device("meta"):
+        model, instance = fastunet.UNet(1, 2), fastunet.UNet(1, 2, norm="instance")
+    with pytest.raises(ShapeError, match=r"height and width >= 16 .*got 15x64"):
+        model(torch.zeros(1, 1, 15, 64))
+    with pytest.raises(ShapeError, match=r"height or width >= 32 .*got 16x31"):
+        instance(torch.zeros(1, 1, 16, 31))
+    with pytest.raises(ShapeError, match="expected 1 input channels, got 3"):
+        model(torch.zeros(1, 3, 64, 64))
+
+
+def test_instance_norm_takes_the_sizes_torch_takes() -> None:
+    model = fastunet.UNet(1, 1, features=SMALL, norm="instance").double()
+    reference = model.to_reference()
+    x = torch.randn(1, 1, 4, 8, dtype=torch.float64)  # two pixels at the bottom
+    torch.testing.assert_close(model(x), reference(x), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        reference(x[..., :4])
+    with pytest.raises(ValueError, match="more than one pixel"):
+        model(x[..., :4])
+
+
+def test_one_value_per_channel_in_training_raises_as_torch_does() -> None:
+    model = fastunet.UNet(1, 1, features=SMALL)
+    x = torch.zeros(1, 1, 4, 4)
+    for net in (model, model.to_reference()):
+        with pytest.raises(ValueError, match="more than 1 value per channel when training"):
+            net(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "layer"}, "norm: expected one of 'batch', 'instance', None, got 'layer'"),
+        ({"upsample": "nearest"}, "upsample: expected one of"),
+        ({"activation": "gelu"}, "activation: expected one of"),
+        ({"head": "tanh"}, "head: expected one of"),
+        ({"features": (8,)}, "two or more features"),
+        ({"features": (8, 0)}, "features >= 1"),
+    ],
+)
+def test_unknown_options_raise(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastunet.UNet(1, 2, **options)
+
+
+def test_copies_pickles_and_moves() -> None:
+    model = fastunet.UNet(1, 2, features=SMALL).eval()
+    x = torch.randn(1, 1, 16, 16)
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = fastunet.UNet(1, 2, features=SMALL).eval()
+    loaded.load_state_dict(model.state_dict())
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False), loaded):
+        torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
+    assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    assert model.to("meta")(torch.empty(1, 1, 16, 16, device="meta", dtype=torch.bfloat16)).shape == (1, 2, 16, 16)
+
+
+def test_is_channels_last_inside() -> None:
+    model = fastunet.UNet(3, 2, features=SMALL)
+    assert model.inc.double_conv[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model(torch.randn(1, 3, 16, 16)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_a_fused_op_does_not_compute_is_called_as_it_stands() -> None:
+    torch.manual_seed(0)
+    model = fastunet.UNet(1, 2, features=SMALL).double()
+    seen: list[str] = []
+    model.inc.double_conv[1].register_forward_hook(lambda *_: seen.append("hook"))
+    model.up1.conv.double_conv[4] = nn.GroupNorm(2, 8).double()
+    nn.utils.parametrizations.weight_norm(model.down1.maxpool_conv[1].double_conv[3])
+    x = torch.randn(2, 1, 16, 16, dtype=torch.float64)
+    expected = copy.deepcopy(model)
+    plain = ReferenceUNet.forward
+    for block in (expected.inc, expected.up1.conv, expected.up2.conv, *(d.maxpool_conv[1] for d in expected.downs)):
+        block.forward = block.double_conv.forward
+    for down in expected.downs:
+        down.forward = down.maxpool_conv.forward
+    for up in expected.ups:
+        up.forward = lambda low, skip, up=up: up.conv(torch.cat([skip, up.up(low)], 1))
+    torch.testing.assert_close(model(x), plain(expected, x), rtol=1e-9, atol=1e-9)
+    assert seen == ["hook", "hook"]
+
+
+def test_cumulative_momentum_and_untracked_statistics() -> None:
+    for change in ({"momentum": None}, {"track_running_stats": False}):
+        torch.manual_seed(0)
+        model = fastunet.UNet(1, 2, features=SMALL).double()
+        norm = nn.BatchNorm2d(4, **change).double()
+        model.inc.double_conv[1] = norm
+        reference = model.to_reference() if "momentum" in change else None
+        x = torch.randn(2, 1, 16, 16, dtype=torch.float64)
+        if reference is None:
+            y = model.inc.double_conv[:3](x)
+            torch.testing.assert_close(model.inc.eval()(x), model.inc.double_conv[3:](y), rtol=1e-9, atol=1e-9)
+            continue
+        reference.inc.double_conv[1] = copy.deepcopy(norm)
+        for _ in range(3):
+            torch.testing.assert_close(model(x), reference(x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(norm.running_var, reference.inc.double_conv[1].running_var, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", None])
+def test_compiles_in_one_graph(norm: str | None) -> None:
+    torch._dynamo.reset()
+    model = fastunet.UNet(1, 2, features=SMALL, norm=norm)
+    x = torch.randn(2, 1, 17, 16)
+    cotangent = torch.randn(2, 2, 17, 16)
+    model(x).backward(cotangent)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).backward(cotangent)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-4)
