@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-RUN_TESTS := $(BIN)/python -m pytest
+# Two processes of one thread each: with more, OpenMP's threads wait for each other.
+RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # The interpreter's tests need the variable before triton is imported, hence a process of their own.
 RUN_INTERPRETER := TRITON_INTERPRET=1 FASTUNET_BACKEND=triton $(RUN_TESTS) -m
 
@@ -32,12 +33,12 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 test: lint
-	$(RUN_TESTS) -n 2 -m 'not slow and not gpu and not interpreter'
-	$(RUN_INTERPRETER) 'interpreter and not slow' -n 2
+	$(RUN_TESTS) -m 'not slow and not gpu and not interpreter'
+	$(RUN_INTERPRETER) 'interpreter and not slow'
 
 test-all: lint
-	$(RUN_TESTS) -n 2 -m 'not gpu and not interpreter'
-	$(RUN_INTERPRETER) 'interpreter' -n 2
+	$(RUN_TESTS) -m 'not gpu and not interpreter'
+	$(RUN_INTERPRETER) interpreter
 
 static: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.static

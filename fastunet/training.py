@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -232,6 +233,8 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if _multiplies_bf16(cpu) else "fp32"
+    # accelerate keeps device and precision for the whole process; a second training may choose others.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
     if accelerator.num_processes > 1:
         # Each process would stop at a time of its own.
@@ -404,7 +407,7 @@ def _finish(
         "steps": progress.step,
         "seconds": progress.seconds,
         "device": str(accelerator.device),
-        "precision": accelerator.mixed_precision,
+        "precision": accelerator.mixed_precision.replace("no", "fp32"),
         "torch": torch.__version__,
     }
     write_json(out / "metrics.json", metrics)

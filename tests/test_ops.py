@@ -5,6 +5,7 @@ compilation, errors.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,6 +76,10 @@ CASES = [
     Case("conv1x1", (X, (5, 3, 1, 1), CHANNELS), {"activation": "softmax"}),
     Case("sigmoid_dice_loss", (X, X), {}),
     Case("sigmoid_dice_loss", (X, X), {"squared": True, "batch": True, "reduction": "none", "smooth": 0.1}),
+]
+INDUCTOR = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_format = pytest.mark.parametrize(
@@ -183,7 +188,7 @@ def test_opcheck(case: Case, memory_format: torch.memory_format, requires_grad: 
 
 
 @every_case
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=INDUCTOR)])
 def test_compiles_without_a_break(case: Case, backend: str) -> None:
     torch._dynamo.reset()
     op = getattr(ops, case.op)

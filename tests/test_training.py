@@ -77,6 +77,12 @@ def test_the_same_seed_gives_the_same_weights(data: Path, run: Path, tmp_path: P
     assert not torch.equal(first["outc.conv.weight"], other["outc.conv.weight"])
 
 
+def test_two_trainings_in_one_process_may_differ_in_precision(data: Path, tmp_path: Path) -> None:
+    for precision in ("bf16", "fp32"):
+        metrics = train(data, tmp_path / precision, replace(TINY, steps=1, precision=precision))
+        assert metrics["precision"] == precision
+
+
 def test_a_time_limit_ends_the_schedule(data: Path, tmp_path: Path) -> None:
     rates: list[float] = []
     start = time.perf_counter()
