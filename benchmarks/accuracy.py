@@ -32,7 +32,7 @@ CLASSES = ["background", "foreground"]
 
 def load(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     """Images in 0..1 and masks of 0 and 1, both float32 [N, 1, H, W]."""
-    images = torch.stack([torch.from_numpy(read_image(pair.image)).permute(2, 0, 1) for pair in pairs])
+    images = torch.stack([torch.tensor(read_image(pair.image)).permute(2, 0, 1) for pair in pairs])
     masks = torch.stack([torch.from_numpy(labels_from_mask(read_mask(pair.mask), 1)) for pair in pairs])
     return images.float() / 255, masks.float()[:, None]
 
@@ -42,7 +42,7 @@ def run_plain(data: Path, config: TrainConfig) -> dict[str, Any]:
     pairs = find_pairs(data)
     if inspect(pairs).dtype != "uint8":
         raise SystemExit("error: the plain script takes 8-bit images")
-    train_pairs, val_pairs = split(pairs, config.val_fraction, config.seed)
+    train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
     by_minutes = config.max_minutes is not None
     limit = {"minutes": config.max_minutes} if by_minutes else {"steps": config.steps}
     model, steps, seconds = train_plain(*load(train_pairs), seed=config.seed, **limit)

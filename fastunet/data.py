@@ -146,10 +146,12 @@ def inspect(pairs: Sequence[Pair], classes: int | None = None) -> DataSummary:
     )
 
 
-def split(pairs: Sequence[Pair], val_fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def split(pairs: Sequence[Pair], val_fraction: float, seed: int | None = None) -> tuple[list[Pair], list[Pair]]:
     """Split into training and validation pairs, each sorted by stem; the same stems and seed give the same split.
 
-    At least one pair stays on either side, unless `val_fraction` is 0.
+    Without a seed the last stems are for validation, with one a random choice. In a stack of sections, a film or the
+    fields of one slide, neighbours are nearly the same picture: a random split tests on what was trained on. At least
+    one pair stays on either side, unless `val_fraction` is 0.
 
     Raises:
         ConfigError: `val_fraction` outside [0, 1).
@@ -164,7 +166,9 @@ def split(pairs: Sequence[Pair], val_fraction: float, seed: int) -> tuple[list[P
         names = ", ".join(str(pair.image) for pair in ordered) or "none"
         raise DataError(f"data: expected at least 2 pairs to keep one for validation, got {len(ordered)} ({names})")
     count = min(max(round(len(ordered) * val_fraction), 1), len(ordered) - 1)
-    chosen = set(np.random.default_rng(seed).permutation(len(ordered))[:count].tolist())
+    last = np.arange(len(ordered))[::-1]
+    order = last if seed is None else np.random.default_rng(seed).permutation(len(ordered))
+    chosen = set(order[:count].tolist())
     train = [pair for index, pair in enumerate(ordered) if index not in chosen]
     return train, [ordered[index] for index in sorted(chosen)]
 

@@ -62,6 +62,8 @@ class TrainConfig:
         norm: "batch", "instance" or "none".
         lr, weight_decay: of AdamW; the rate rises over the first 3 % and falls to zero along a cosine.
         val_fraction: share of the images kept out of training, on which the metrics are taken; 0 keeps none.
+        split: which are kept out: the "last" by name, since neighbours in a stack or a film are nearly the same
+            picture, or a "random" choice by the seed.
         classes: None infers them from the masks.
         tta: average the final predictions over the eight flips and quarter turns.
         precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware multiplies it natively, else fp32.
@@ -77,14 +79,20 @@ class TrainConfig:
     features: tuple[int, ...] = (16, 32, 64, 128, 256)
     norm: str = "batch"
     lr: float = 1e-3
-    weight_decay: float = 1e-2
+    weight_decay: float = 5e-2
     val_fraction: float = 0.15
+    split: str = "last"
     classes: int | None = None
     tta: bool = True
     precision: str = "auto"
     device: str = "auto"
     workers: int | None = None
     seed: int = 0
+
+    @property
+    def split_seed(self) -> int | None:
+        """The seed for `data.split`."""
+        return self.seed if self.split == "random" else None
 
     def check(self) -> None:
         """Raise ConfigError on a value out of range."""
@@ -99,6 +107,8 @@ class TrainConfig:
             raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.norm not in ("batch", "instance", "none"):
             raise ConfigError(f"norm: expected batch, instance or none, got {self.norm!r}")
+        if self.split not in ("last", "random"):
+            raise ConfigError(f"split: expected last or random, got {self.split!r}")
         least = 2 ** (len(self.features) - 1)
         if self.crop < least:
             raise ConfigError(
@@ -152,7 +162,7 @@ def train(
     pairs = find_pairs(data)
     summary = inspect(pairs, config.classes)
     _check_sizes(summary, config)
-    train_pairs, val_pairs = split(pairs, config.val_fraction, config.seed)
+    train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
     if resume:
         _check_same_images(out, train_pairs, val_pairs)
 

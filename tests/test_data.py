@@ -489,6 +489,12 @@ def test_split_repeats_whatever_the_order_and_varies_with_the_seed() -> None:
     assert split(stems(20), 0.2, seed=4)[1] != val
 
 
+def test_split_without_a_seed_keeps_out_the_last() -> None:
+    """Sections of a stack resemble their neighbours: a block at the end has one neighbour in training, not eight."""
+    train, val = split(stems(20)[::-1], 0.2)
+    assert (train, val) == (stems(20)[:16], stems(20)[16:])
+
+
 @pytest.mark.parametrize(
     ("count", "fraction", "sizes"), [(2, 0.01, (1, 1)), (2, 0.99, (1, 1)), (10, 0.25, (8, 2)), (1, 0.0, (1, 0))]
 )

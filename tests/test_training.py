@@ -255,6 +255,7 @@ def test_a_failed_write_leaves_the_old_file(writer, tmp_path: Path) -> None:
         ({"max_minutes": 0.0}, "max_minutes: expected more than 0"),
         ({"lr": -1.0}, "expected lr > 0"),
         ({"precision": "fp8"}, "precision: expected one of auto, fp32, bf16, fp16, got 'fp8'"),
+        ({"split": "first"}, "split: expected last or random, got 'first'"),
         ({"norm": "group"}, "norm: expected batch, instance or none, got 'group'"),
         ({"crop": 1}, "crop: expected at least 2 pixels for 2 levels, got 1"),
         ({"device": "tpu"}, "device: expected auto, cpu or cuda, got 'tpu'"),

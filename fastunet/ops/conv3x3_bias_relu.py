@@ -163,18 +163,19 @@ def conv_backward(
     """
     wants_x, wants_up, wants_weight, wants_bias = mask
     if up is None:
-        grad_x, grad_weight, grad_bias = convolution_grads(grad, x, weight, [mask[0], *mask[2:]], padding=1)
+        grad_x, grad_weight, grad_bias = convolution_grads(
+            grad, x, weight, [wants_x, wants_weight, wants_bias], padding=1
+        )
         return grad_x, none_like(x), grad_weight, grad_bias
-    both = torch.cat([x, up], dim=1)
-    grad_both, grad_weight, grad_bias = convolution_grads(
-        grad, both, weight, [wants_x or wants_up, wants_weight, wants_bias], padding=1
+    # Each input with its share of the weight: nothing is joined, and no gradient is copied out of a joint one.
+    share_x, share_up = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
+    grad_x, grad_share_x, grad_bias = convolution_grads(
+        grad, x, share_x, [wants_x, wants_weight, wants_bias], padding=1
     )
-    return (
-        strided_like(grad_both[:, : x.shape[1]], x) if wants_x else none_like(x),
-        strided_like(grad_both[:, x.shape[1] :], up) if wants_up else none_like(x),
-        grad_weight,
-        grad_bias,
-    )
+    grad_up, grad_share_up, _ = convolution_grads(grad, up, share_up, [wants_up, wants_weight, False], padding=1)
+    if not wants_weight:
+        return grad_x, grad_up, none_like(x), grad_bias
+    return grad_x, grad_up, strided_like(torch.cat([grad_share_x, grad_share_up], dim=1), weight), grad_bias
 
 
 def _backward_triton(
