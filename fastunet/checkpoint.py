@@ -34,7 +34,7 @@ class RunConfig:
 
     Attributes:
         model: the arguments of UNet.
-        data: what the images must look like, and how they are normalised.
+        data: what the images must look like.
         training: the settings it was trained with.
         train, val: stems of the images on either side of the split.
         fastunet: the version that wrote it.

@@ -174,7 +174,7 @@ def predict(
     for file in _track(files, "predicting"):
         pixels = read_image(file)
         _check_like_training(file, pixels, config.data, 2**model.depth)
-        image = normalize(pixels, config.data.mean, config.data.std).to(target)
+        image = normalize(pixels).to(target)
         labels = labels_of(probabilities_of(model, image, tile=tile, tta=use_tta)).cpu().numpy()
         with written_whole(out / f"{file.stem}.png") as temporary:
             Image.fromarray(mask_from_labels(labels, config.data.classes)).save(temporary)
@@ -201,7 +201,7 @@ def evaluate(
     summary = inspect(pairs, classes)
     for pair in pairs:
         _check_like_training(pair.image, read_image(pair.image), config.data, 2**model.depth)
-    dataset = SegmentationDataset(pairs, _normalised_as(summary, config.data))
+    dataset = SegmentationDataset(pairs, summary)
     use_tta = config.training["tta"] if tta is None else tta
     scores, _ = scores_of(model, _track(dataset, "evaluating"), config.class_names, tile=tile, tta=use_tta)
     _print_scores(scores, f"{len(pairs)} images of {data}")
@@ -233,12 +233,6 @@ def _check_like_training(file: Path, pixels: Any, trained: Any, least: int) -> N
         raise DataError(f"{file}: expected {trained.dtype}, as in training, got {pixels.dtype.name}")
     if min(height, width) < least:
         raise DataError(f"{file}: expected at least {least}x{least} pixels, got {height}x{width}")
-
-
-def _normalised_as(summary: Any, trained: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(summary, mean=trained.mean, std=trained.std)
 
 
 def _track(items: Any, text: str) -> Any:

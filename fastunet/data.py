@@ -30,6 +30,7 @@ __all__ = [
     "inspect",
     "labels_from_mask",
     "mask_from_labels",
+    "moments",
     "normalize",
     "read_image",
     "read_mask",
@@ -39,6 +40,8 @@ __all__ = [
 MAX_CLASSES = 256  # labels travel and are written as uint8
 MAX_INFERRED_CLASSES = 32  # beyond, values without a gap are rather grey levels than classes
 SHOWN = 5  # names or values listed in an error
+# An image [H, W, C], its labels [H, W] and its moments.
+_Decoded = tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -63,7 +66,6 @@ class DataSummary:
         mask_values: every value that occurs in a mask, ascending.
         dtype: of every image: uint8, uint16 or float32.
         size_min, size_max: smallest and largest (height, width), each taken by itself, in pixels.
-        mean, std: per channel, in the images' own units; std is 1 where a channel is constant.
     """
 
     count: int
@@ -73,20 +75,16 @@ class DataSummary:
     dtype: str
     size_min: tuple[int, int]
     size_max: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """One pair, read: image shape [H, W, C] and dtype, mask values, and per channel mean and squared deviations."""
+    """One pair, read: image shape [H, W, C] and dtype, and mask values."""
 
     pair: Pair
     shape: tuple[int, ...]
     dtype: str
     values: frozenset[int]
-    mean: np.ndarray
-    deviation: np.ndarray
 
 
 def find_pairs(root: str | Path) -> list[Pair]:
@@ -132,7 +130,6 @@ def inspect(pairs: Sequence[Pair], classes: int | None = None) -> DataSummary:
             expected = f"{first.dtype} as in {first.pair.image.name}"
             raise DataError(f"{fact.pair.image}: expected {expected}, got {fact.dtype}")
     sizes = np.array([fact.shape[:2] for fact in facts])
-    mean, std = _combine_moments(facts, sizes.prod(1))
     return DataSummary(
         count=len(facts),
         channels=first.shape[2],
@@ -141,8 +138,6 @@ def inspect(pairs: Sequence[Pair], classes: int | None = None) -> DataSummary:
         dtype=first.dtype,
         size_min=(int(sizes[:, 0].min()), int(sizes[:, 1].min())),
         size_max=(int(sizes[:, 0].max()), int(sizes[:, 1].max())),
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
     )
 
 
@@ -183,14 +178,29 @@ def mask_from_labels(labels: np.ndarray, classes: int) -> np.ndarray:
     return labels.astype(np.uint8) * np.uint8(255 if classes == 1 else 1)
 
 
-def normalize(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn an image [H, W, C] of any dtype into (image - mean) / std, float32 [C, H, W]."""
-    scaled = (image.astype(np.float32) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+def moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel of an image [H, W, C], float64 [C]; 1 for that of a constant channel."""
+    pixels = image.reshape(-1, image.shape[2])
+    mean = pixels.mean(0, dtype=np.float64)
+    # Deviations from the mean: sums of squares would cancel for a small signal on a large offset.
+    std = np.sqrt(np.square(pixels - mean).mean(0))
+    # The sums of a constant channel are exact in float64, so its deviation is exactly 0.
+    return mean, np.where(std > 0, std, 1.0)
+
+
+def normalize(image: np.ndarray, mean_and_std: tuple[np.ndarray, np.ndarray] | None = None) -> Tensor:
+    """Turn an image [H, W, C] of any dtype into (image - mean) / std, float32 [C, H, W].
+
+    Each image goes by its own `moments`, so that exposure and staining, which differ from image to image, drop out; a
+    crop is given those of its whole image.
+    """
+    mean, std = moments(image) if mean_and_std is None else mean_and_std
+    scaled = (image.astype(np.float32) - mean.astype(np.float32)) / std.astype(np.float32)
     return torch.from_numpy(scaled).permute(2, 0, 1).contiguous()
 
 
 class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Samples (image float32 [C, H, W] normalised by the summary, labels int64 [H, W]).
+    """Samples (image float32 [C, H, W], normalised as a whole before any crop, labels int64 [H, W]).
 
     Without `crop`, item i is pair i whole. With `crop`, an epoch has `length` random crops [crop, crop] that depend
     only on (seed, epoch, index), in whatever order and process they are drawn; every `len(pairs)` indices visit each
@@ -246,23 +256,23 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         if not 0 <= index < self.length:
             raise IndexError(f"index: expected 0 <= index < {self.length}, got {index}")
         if self.crop is None:
-            image, labels = self._load(index)
+            image, labels, own_moments = self._load(index)
         else:
             pass_over_images, position = divmod(index, len(self.pairs))
             order = np.random.default_rng((self.seed, self.epoch, pass_over_images)).permutation(len(self.pairs))
-            image, labels = self._load(int(order[position]))
+            image, labels, own_moments = self._load(int(order[position]))
             # The fourth number keeps the two generators apart.
             image, labels = _random_crop(
                 image, labels, self.crop, np.random.default_rng((self.seed, self.epoch, index, 1))
             )
-        tensor = normalize(image, self.summary.mean, self.summary.std)
-        return tensor, torch.from_numpy(labels.astype(np.int64))
+        return normalize(image, own_moments), torch.from_numpy(labels.astype(np.int64))
 
-    def _load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _load(self, index: int) -> _Decoded:
         return self._read(self.pairs[index]) if self._decoded is None else self._decoded[index]
 
-    def _read(self, pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-        return read_image(pair.image), labels_from_mask(read_mask(pair.mask), self.summary.classes)
+    def _read(self, pair: Pair) -> _Decoded:
+        image = read_image(pair.image)
+        return image, labels_from_mask(read_mask(pair.mask), self.summary.classes), moments(image)
 
 
 def _random_crop(
@@ -289,22 +299,7 @@ def _read_facts(pair: Pair) -> _Facts:
     if image.shape[:2] != mask.shape:
         expected, actual = (f"{height} x {width}" for height, width in (image.shape[:2], mask.shape))
         raise DataError(f"{pair.mask}: expected height x width {expected} as of {pair.image.name}, got {actual}")
-    pixels = image.reshape(-1, image.shape[2])
-    mean = pixels.mean(0, dtype=np.float64)
-    # Deviations from the image's own mean: sums of squares would cancel for a small signal on a large offset.
-    deviation = np.square(pixels - mean).sum(0)
-    return _Facts(pair, image.shape, image.dtype.name, frozenset(np.unique(mask).tolist()), mean, deviation)
-
-
-def _combine_moments(facts: Sequence[_Facts], counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel over all pixels of all images (Chan et al. 1979), float64 [C]."""
-    means = np.stack([fact.mean for fact in facts])
-    mean = np.average(means, axis=0, weights=counts)
-    between = (counts[:, None] * np.square(means - mean)).sum(0)
-    variance = (between + sum(fact.deviation for fact in facts)) / counts.sum()
-    std = np.sqrt(variance)
-    # The sums of a constant channel are exact in float64, so its deviation is exactly 0.
-    return mean, np.where(std > 0, std, 1.0)
+    return _Facts(pair, image.shape, image.dtype.name, frozenset(np.unique(mask).tolist()))
 
 
 def _check_mask_values(facts: Sequence[_Facts], classes: int | None) -> int:
