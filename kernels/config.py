@@ -1,0 +1,216 @@
+"""Launch configurations: the blocks, warps and stages a kernel runs with, chosen by pure functions.
+
+A choice depends on the op, the shape, the dtype and the target, and for a convolution never on the batch size: an
+image gives the same bits alone and in a batch. Nothing here imports Triton or touches a GPU. The choices are derived
+from compiled code (registers, spills, shared memory); where a figure is a guess that no GPU has confirmed, it says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from fastunet.kernels.gpu import Target
+
+# Below this many input channels the nine taps fold into one K dimension of 9*C values: tap by tap, at least half of
+# each block of 16 channels, the least tl.dot takes, would be zeros.
+FOLDED_BELOW = 8
+
+# A tile is 8 pixels wide: for the rows of a tensor-core fragment the vertical half of a pooling window is then in one
+# thread's registers.
+TILE_W = 8
+
+# Left to itself, ptxas holds some kernels to 80 or 128 registers, for occupancy, and spills a few values. Kernels that
+# are not given this limit do not spill; with it they would lose occupancy. Unmeasured.
+_ALL_REGISTERS = 255
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """What the choice for a convolution depends on.
+
+    c1, c2, c_out: channels of the two inputs (c2 may be 0) and of the output. aligned: whether rows of channels, of
+    activations and weight, start at multiples of 16 elements and so load in vectors.
+    """
+
+    c1: int
+    c2: int
+    c_out: int
+    height: int
+    width: int
+    aligned: bool = True
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Blocks of the convolution, and of its input gradient, which is one.
+
+    tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or all
+    9*C values where folded.
+    """
+
+    tile_h: int
+    tile_w: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    folded: bool
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class WeightGradConfig:
+    """Blocks of the weight gradient.
+
+    tile_h, tile_w: pixels of one step, its K dimension. block_out: output channels. block_in: input channels, or all
+    9*C values where folded.
+    """
+
+    tile_h: int
+    tile_w: int
+    block_out: int
+    block_in: int
+    num_warps: int
+    num_stages: int
+    folded: bool
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class PointwiseConfig:
+    """Blocks of an elementwise pass over 2x2 windows."""
+
+    block_windows: int
+    block_channels: int
+    num_warps: int
+
+
+def stages(bytes_per_stage: int, target: Target, *, programs: int = 2) -> int:
+    """Pipeline stages, 2 to 4, such that `programs` of them fit one multiprocessor's shared memory together."""
+    return max(2, min(4, target.shared_memory // programs // bytes_per_stage))
+
+
+def cover(n: int, smallest: int, largest: int) -> int:
+    """The smallest power of two >= n, held between two powers of two."""
+    return min(largest, max(smallest, 1 << (n - 1).bit_length()))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def aligned(*sizes: int) -> bool:
+    """Whether Triton knows rows of these sizes to start at multiples of 16 elements."""
+    return all(size % 16 == 0 for size in sizes)
+
+
+def _channel_block(channels: int, largest: int) -> int:
+    """A block of output channels: 32 at least, and 64 rather than 128 where 128 would compute more padding."""
+    block = cover(channels, 32, largest)
+    if block == 128 and _cdiv(channels, 128) * 128 > _cdiv(channels, 64) * 64:
+        return 64
+    return block
+
+
+def _step_block(c1: int, c2: int, largest: int) -> int:
+    """A block of input channels: the largest power of two, 16 at least, that divides both inputs' channels."""
+    common = c1 | c2
+    return min(common & -common, largest)
+
+
+def conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> ConvConfig:
+    """The blocks for a convolution of `shape`; `allow_tf32` matters for float32 only."""
+    half = dtype.itemsize == 2
+    tensor_cores = half or allow_tf32
+    # Without tensor cores the operands lie in registers as well, and larger tiles spill.
+    tile_h = 16 if tensor_cores else 8
+    if shape.c2 == 0 and shape.c1 < FOLDED_BELOW:
+        block_k = cover(9 * shape.c1, 16, 32) if tensor_cores else 16
+        return ConvConfig(tile_h, TILE_W, 64, block_k, 8, num_stages=1, folded=True, max_registers=_ALL_REGISTERS)
+    if not shape.aligned:  # Loads go element by element: small steps and many threads hold the addresses.
+        block_n = cover(shape.c_out, 32, 64)
+        return ConvConfig(tile_h, TILE_W, block_n, 16, 8, num_stages=2, folded=False, max_registers=_ALL_REGISTERS)
+    deepest = 16 if not tensor_cores else 64 if half and target.capability >= 90 else 32
+    block_k = _step_block(shape.c1, shape.c2, deepest)
+    block_n = _channel_block(shape.c_out, 128 if half and block_k == deepest else 64)
+    # A lone image on a deep level is to occupy at least half of the GPU. Unmeasured.
+    tiles = _cdiv(shape.height, tile_h) * _cdiv(shape.width, TILE_W)
+    if block_n == 128 and 2 * tiles * _cdiv(shape.c_out, 128) < target.multiprocessors:
+        block_n = 64
+    wide = block_n == (128 if half else 64)
+    num_stages = stages((tile_h * TILE_W + block_n) * block_k * dtype.itemsize, target)
+    limit = None if half else _ALL_REGISTERS
+    return ConvConfig(tile_h, TILE_W, block_n, block_k, 8 if wide else 4, num_stages, False, limit)
+
+
+def conv_steps(chosen: ConvConfig, channels: int) -> int:
+    """Steps of the inner loop over the taps of one input's channels."""
+    return _cdiv(9 * channels, chosen.block_k) if chosen.folded else 9 * _cdiv(channels, chosen.block_k)
+
+
+def weight_grad_config(
+    c_in: int, c_out: int, dtype: torch.dtype, target: Target, *, allow_tf32: bool
+) -> WeightGradConfig:
+    """The blocks for the gradient of a weight [c_out, c_in, 3, 3]; `allow_tf32` matters for float32 only."""
+    half = dtype.itemsize == 2
+    tile_h, widest = (4, 64) if half or allow_tf32 else (2, 32)
+    if c_in < FOLDED_BELOW:
+        return WeightGradConfig(tile_h, TILE_W, widest, cover(9 * c_in, 32, 64), 8, 2, True, _ALL_REGISTERS)
+    if not aligned(c_in, c_out):
+        block_out, block_in = cover(c_out, 32, widest), cover(c_in, 32, 64)
+        return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8, 2, False, _ALL_REGISTERS)
+    block_out = _channel_block(c_out, 128 if half else 64)
+    block_in = _channel_block(c_in, 128 if block_out == 128 else 64)
+    tile_h = 8 if half and target.capability >= 90 else 4
+    wide = block_out == 128 or (not half and not allow_tf32 and block_out == block_in == 64)
+    num_stages = stages(tile_h * TILE_W * (block_out + block_in) * dtype.itemsize, target)
+    limit = None if half else _ALL_REGISTERS
+    return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8 if wide else 4, num_stages, False, limit)
+
+
+def weight_grad_programs(chosen: WeightGradConfig, c_in: int, c_out: int) -> int:
+    """Programs that together cover one weight gradient: channel blocks, times the taps unless they are folded."""
+    taps_and_inputs = 1 if chosen.folded else 9 * _cdiv(c_in, chosen.block_in)
+    return taps_and_inputs * _cdiv(c_out, chosen.block_out)
+
+
+def weight_grad_splits(programs: int, tiles: int, target: Target) -> int:
+    """How many parts the pixel tiles fall into, each summed by `programs` of its own.
+
+    Two programs for every multiprocessor, but at least eight tiles to a part, so that the partial sums, which are
+    written and read again, stay small beside the input. Unmeasured.
+    """
+    return max(1, min(_cdiv(2 * target.multiprocessors, programs), tiles // 8))
+
+
+def pointwise_config(channels: int) -> PointwiseConfig:
+    """The blocks for an elementwise pass over windows of `channels` channels: about 1024 elements of each pixel."""
+    block_channels = cover(channels, 1, 128)
+    return PointwiseConfig(1024 // block_channels, block_channels, num_warps=4)
+
+
+def pointwise_configs() -> dict[PointwiseConfig, int]:
+    """Every config that pointwise_config can choose, each with the most channels that lead to it."""
+    return {pointwise_config(channels): channels for channels in (1, 2, 4, 8, 16, 32, 64, 128)}
+
+
+def conv_configs(dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[tuple[ConvConfig, bool], ConvShape]:
+    """Every config that conv_config can choose for aligned and unaligned shapes, each with a shape that leads to it."""
+    found: dict[tuple[ConvConfig, bool], ConvShape] = {}
+    for c1, c_out, side in itertools.product((1, 3, 17, 16, 32, 64), (32, 64, 128, 33), (512, 8)):
+        shape = ConvShape(c1, 0, c_out, side, side, aligned(c1, c_out))
+        found.setdefault((conv_config(shape, dtype, target, allow_tf32=allow_tf32), shape.aligned), shape)
+    return found
+
+
+def weight_grad_configs(
+    dtype: torch.dtype, target: Target, *, allow_tf32: bool
+) -> dict[tuple[WeightGradConfig, bool], tuple[int, int]]:
+    """Every config that weight_grad_config can choose, aligned or not, each with channels (in, out) that lead to it."""
+    found: dict[tuple[WeightGradConfig, bool], tuple[int, int]] = {}
+    for c_in, c_out in itertools.product((3, 7, 17, 33, 32, 64, 128), (17, 33, 32, 64, 128)):
+        chosen = weight_grad_config(c_in, c_out, dtype, target, allow_tf32=allow_tf32)
+        found.setdefault((chosen, aligned(c_in, c_out)), (c_in, c_out))
+    return found

@@ -1,0 +1,95 @@
+"""The device as numbers, read once and never at import, and the launch of one kernel on it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Shared memory that one block may opt in to, in bytes, by compute capability (CUDA C Programming Guide, "Technical
+# Specifications per Compute Capability", less the 1 KiB that the driver keeps for itself).
+SHARED_MEMORY_LIMITS: Mapping[int, int] = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+
+# Multiprocessors of the usual product of each capability: A100, RTX 3090, RTX 4090, H100, B200.
+_USUAL_MULTIPROCESSORS: Mapping[int, int] = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launch configuration may depend on.
+
+    capability: major * 10 + minor, 90 for sm_90. shared_memory: bytes one block may use. multiprocessors: a count.
+    """
+
+    capability: int
+    shared_memory: int
+    multiprocessors: int
+    name: str
+
+
+# Triton's interpreter runs programs one after the other: few, so that splits stay few too.
+INTERPRETER = Target(capability=80, shared_memory=SHARED_MEMORY_LIMITS[80], multiprocessors=4, name="interpreter")
+
+
+def known_target(capability: int) -> Target:
+    """The target of a capability in SHARED_MEMORY_LIMITS, for compiling without a GPU. KeyError for any other."""
+    return Target(
+        capability, SHARED_MEMORY_LIMITS[capability], _USUAL_MULTIPROCESSORS[capability], name=f"sm_{capability}"
+    )
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return Target(
+        capability=properties.major * 10 + properties.minor,
+        shared_memory=getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
+        multiprocessors=properties.multi_processor_count,
+        name=properties.name,
+    )
+
+
+def target(device: torch.device) -> Target:
+    """The numbers of `device`: of the GPU for a CUDA device (cached), of the interpreter for any other."""
+    if device.type != "cuda":
+        return INTERPRETER
+    return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with everything it is launched with: what runs on a GPU is what `benchmarks.static` compiles.
+
+    grid: number of programs, one-dimensional because only x may exceed 65535. arguments: by the kernel's parameter
+    names, constexprs included; a None pointer is compiled away. max_registers: per thread, None leaves it to ptxas.
+    """
+
+    kernel: Any
+    grid: int
+    arguments: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """The options Triton compiles with."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+
+    def run(self, device: torch.device) -> None:
+        """Launch on `device`'s current stream. An empty grid launches nothing."""
+        if self.grid == 0:
+            return
+        with _current(device):
+            self.kernel[(self.grid,)](**self.arguments, **self.options)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which `device` is the current one; entering torch.cuda.device is not free, so only where it must."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

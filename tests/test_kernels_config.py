@@ -1,0 +1,124 @@
+"""The choice of launch configurations: pure functions, so everything here runs without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastunet.kernels import config, gpu
+from fastunet.kernels.config import ConvShape
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TARGETS = [*map(gpu.known_target, gpu.SHARED_MEMORY_LIMITS), gpu.INTERPRETER]
+FORMATS = [(torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True)]
+
+targets = st.sampled_from(TARGETS)
+formats = st.sampled_from(FORMATS)
+channel_counts = st.one_of(st.integers(1, 70), st.sampled_from([64, 96, 128, 160, 256, 512, 1000, 1024]))
+sides = st.one_of(st.integers(1, 70), st.sampled_from([128, 512, 4096]))
+
+
+def test_stages_follow_from_the_shared_memory() -> None:
+    hopper, ada = gpu.known_target(90), gpu.known_target(89)
+    # Two programs share 232448 bytes: three stages of 32 KiB each fit, a fourth does not.
+    assert config.stages(32768, hopper) == 3
+    assert config.stages(32768, hopper, programs=1) == 4
+    assert config.stages(32768, ada, programs=1) == 3
+    # Never fewer than two, or nothing would overlap, and never more than four.
+    assert config.stages(10**6, hopper) == 2
+    assert config.stages(1, hopper) == 4
+
+
+@pytest.mark.parametrize(("n", "block"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 64), (1000, 64)])
+def test_cover(n: int, block: int) -> None:
+    assert config.cover(n, 16, 64) == block
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(c1=channel_counts, c2=st.one_of(st.just(0), channel_counts), c_out=channel_counts, h=sides, w=sides,
+       aligned=st.booleans(), format=formats, target=targets)  # fmt: skip
+def test_conv_config(
+    c1: int, c2: int, c_out: int, h: int, w: int, aligned: bool, format: tuple[torch.dtype, bool], target: gpu.Target
+) -> None:
+    dtype, allow_tf32 = format
+    shape = ConvShape(c1, c2, c_out, h, w, aligned and config.aligned(c1, c2, c_out))
+    chosen = config.conv_config(shape, dtype, target, allow_tf32=allow_tf32)
+
+    pixels = chosen.tile_h * chosen.tile_w
+    for block in (pixels, chosen.block_n, chosen.block_k):
+        assert block >= 16
+        assert block & (block - 1) == 0
+    # Pooling windows lie within a tile, from 2x2 on.
+    assert chosen.tile_h % 2 == chosen.tile_w % 2 == 0
+    stage = (pixels + chosen.block_n) * chosen.block_k * dtype.itemsize
+    assert chosen.num_stages * stage <= target.shared_memory
+    # Every value of K is reached, and no step is without one.
+    covered = config.conv_steps(chosen, c1) * chosen.block_k
+    values = 9 * c1 if chosen.folded else 9 * -(-c1 // chosen.block_k) * chosen.block_k
+    assert values <= covered < values + chosen.block_k
+    # What runs is among what is compiled ahead of time.
+    reachable = config.conv_configs(dtype, target, allow_tf32=allow_tf32)
+    assert (chosen, shape.aligned) in reachable
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(c_in=channel_counts, c_out=channel_counts, format=formats, target=targets, tiles=st.integers(1, 10**6))
+def test_weight_grad_config(
+    c_in: int, c_out: int, format: tuple[torch.dtype, bool], target: gpu.Target, tiles: int
+) -> None:
+    dtype, allow_tf32 = format
+    chosen = config.weight_grad_config(c_in, c_out, dtype, target, allow_tf32=allow_tf32)
+    pixels = chosen.tile_h * chosen.tile_w
+    assert min(pixels, chosen.block_out, chosen.block_in) >= 16
+    stage = pixels * (chosen.block_out + chosen.block_in) * dtype.itemsize
+    assert chosen.num_stages * stage <= target.shared_memory
+    if chosen.folded:
+        assert chosen.block_in >= 9 * c_in
+    splits = config.weight_grad_splits(config.weight_grad_programs(chosen, c_in, c_out), tiles, target)
+    assert 1 <= splits <= max(1, tiles // 8)
+    reachable = config.weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
+    assert (chosen, config.aligned(c_in, c_out)) in reachable
+
+
+@given(channels=st.integers(1, 5000))
+def test_pointwise_config_holds_1024_elements(channels: int) -> None:
+    chosen = config.pointwise_config(channels)
+    assert chosen.block_windows * chosen.block_channels == 1024
+    assert chosen.block_channels < 2 * channels
+    assert chosen in config.pointwise_configs()
+
+
+def test_few_input_channels_fold_their_taps() -> None:
+    target = gpu.known_target(90)
+    for c1, folded in ((1, True), (3, True), (7, True), (8, False), (64, False)):
+        shape = ConvShape(c1, 0, 64, 64, 64, config.aligned(c1, 64))
+        assert config.conv_config(shape, torch.bfloat16, target, allow_tf32=False).folded is folded
+    with_up = ConvShape(3, 3, 64, 64, 64, aligned=False)
+    assert not config.conv_config(with_up, torch.bfloat16, target, allow_tf32=False).folded
+
+
+def test_deep_levels_get_smaller_blocks_than_wide_ones() -> None:
+    target = gpu.known_target(90)
+    deep, wide = (
+        config.conv_config(ConvShape(1024, 0, 1024, side, side), torch.bfloat16, target, allow_tf32=False)
+        for side in (32, 256)
+    )
+    assert (deep.block_n, wide.block_n) == (64, 128)
+
+
+def test_targets() -> None:
+    assert gpu.known_target(90).shared_memory == 232448
+    with pytest.raises(KeyError):
+        gpu.known_target(70)
+    assert gpu.target(torch.device("cpu")) is gpu.INTERPRETER
+
+
+def test_importing_touches_neither_triton_nor_cuda() -> None:
+    code = (
+        "import sys, torch; import fastunet.kernels.config; "
+        "assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,141 @@
+"""The ops on their Triton kernels, in the interpreter: what dispatch, autograd and the UNet make of the launchers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import fastunet
+from fastunet import dispatch, ops
+from fastunet.reference import functional as reference
+
+pytestmark = pytest.mark.interpreter
+if not dispatch.interpreting():
+    pytest.skip("needs TRITON_INTERPRET=1, set before triton is imported", allow_module_level=True)
+
+FORMS = {
+    "conv3x3_bias_relu": ((2, 3, 5, 6), (4, 3, 3, 3)),
+    "conv3x3_bias_relu_pool": ((2, 3, 5, 6), (4, 3, 3, 3)),
+    "concat_conv3x3_bias_relu": ((2, 3, 5, 6), (2, 2, 5, 6), (4, 5, 3, 3)),
+}
+every_form = pytest.mark.parametrize("op", FORMS)
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with fastunet.backend("triton"):
+        yield
+
+
+def integers(*shape: int, low: int = -3, high: int = 4) -> torch.Tensor:
+    """Small integers: every product and sum is exact in float32, so results must agree to the bit."""
+    return torch.randint(low, high, shape).float()
+
+
+def run(op, shapes, wanted: tuple[bool, ...], memory_format: torch.memory_format, **options):
+    torch.manual_seed(0)
+    tensors = [integers(*shape) for shape in (*shapes, shapes[-1][:1])]
+    tensors = [t.contiguous(memory_format=memory_format) if t.dim() == 4 else t for t in tensors]
+    for t, want in zip(tensors, wanted, strict=True):
+        t.requires_grad_(want)
+    outputs = op(*tensors, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not any(wanted):
+        return [*outputs]
+    leaves = [t for t in tensors if t.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, [integers(*y.shape) for y in outputs])]
+
+
+@every_form
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("options", [{}, {"relu": False}, {"negative_slope": 0.5}], ids=["relu", "none", "leaky"])
+def test_values_and_gradients_are_the_references_in_the_inputs_format(op: str, memory_format, options: dict) -> None:
+    shapes = FORMS[op]
+    wanted = (True,) * (len(shapes) + 1)
+    ours = run(getattr(ops, op), shapes, wanted, memory_format, **options)
+    theirs = run(getattr(reference, op), shapes, wanted, memory_format, **options)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m, i=i: f"result {i}: {m}")
+        assert a.dim() != 4 or a.is_contiguous(memory_format=memory_format)
+
+
+@every_form
+def test_every_combination_of_requires_grad(op: str) -> None:
+    shapes = FORMS[op]
+    for wanted in itertools.product((True, False), repeat=len(shapes) + 1):
+        ours = run(getattr(ops, op), shapes, wanted, torch.channels_last)
+        theirs = run(getattr(reference, op), shapes, wanted, torch.channels_last)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("concat", [False, True])
+def test_opcheck(pool: bool, concat: bool) -> None:
+    x, up = (torch.randn(1, 2, 4, 4, requires_grad=True) for _ in range(2))
+    weight = torch.randn(3, 4 if concat else 2, 3, 3, requires_grad=True)
+    bias = torch.randn(3, requires_grad=True)
+    arguments = (x, up if concat else None, weight, bias, 0.0, pool)
+    torch.library.opcheck(torch.ops.fastunet.conv3x3_bias_relu.default, arguments)
+
+
+def test_compiles_in_one_graph() -> None:
+    torch._dynamo.reset()
+    x, w = integers(1, 2, 4, 4), integers(3, 2, 3, 3)
+    compiled = torch.compile(ops.conv3x3_bias_relu, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, w), reference.conv3x3_bias_relu(x, w), rtol=0, atol=0)
+
+
+def test_a_training_step_of_the_unet() -> None:
+    torch.manual_seed(0)
+    model = fastunet.UNet(1, 2, features=(3, 5), norm=None)
+    chosen = {row.op: row.implementation for row in fastunet.explain(model, torch.zeros(2, 1, 5, 6)).rows}
+    assert chosen["conv3x3_bias_relu"] == "triton"
+    exact = model.to_reference().double()
+    x = torch.randn(2, 1, 5, 6)
+    cotangent = torch.randn(2, 2, 5, 6)
+    y = model(x)
+    expected = exact(x.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    y.backward(cotangent)
+    expected.backward(cotangent.double())
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        error = (p.grad.double() - q.grad).norm() / q.grad.norm()
+        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+
+
+def test_the_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tests would pass on ATen as well."""
+    from fastunet.kernels import gpu
+
+    launched: list[str] = []
+    original = gpu.Launch.run
+
+    def record(self: gpu.Launch, device: torch.device) -> None:
+        launched.append(self.kernel.fn.__name__)
+        original(self, device)
+
+    monkeypatch.setattr(gpu.Launch, "run", record)
+    x, w = integers(1, 2, 4, 4).requires_grad_(), integers(3, 2, 3, 3).requires_grad_()
+    y, pooled = ops.conv3x3_bias_relu_pool(x, w)
+    torch.autograd.grad((y, pooled), (x, w), (torch.ones_like(y), torch.ones_like(pooled)))
+    assert launched == [
+        "conv3x3_kernel",
+        "conv3x3_activation_grad_kernel",
+        "conv3x3_kernel",
+        "conv3x3_weight_grad_kernel",
+        "conv3x3_weight_grad_reduce_kernel",
+    ]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_empty_batch(memory_format: torch.memory_format) -> None:
+    x = torch.empty(0, 2, 4, 4).contiguous(memory_format=memory_format).requires_grad_()
+    w = torch.randn(3, 2, 3, 3, requires_grad=True)
+    y = ops.conv3x3_bias_relu(x, w)
+    assert y.shape == (0, 3, 4, 4)
+    grads = torch.autograd.grad(y, (x, w), torch.empty_like(y))
+    assert grads[0].shape == x.shape
+    assert not grads[1].any()

@@ -1,0 +1,159 @@
+"""Ahead-of-time compilation: a handful of kernels compile cleanly, and each rule of the gate can fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from fastunet.benchmarks import static
+from fastunet.benchmarks.static import Compiled, Job, find_breaches
+from fastunet.kernels import gpu
+from fastunet.kernels.config import ConvShape
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"
+)
+
+CLEAN = Compiled(
+    registers=128, spill_bytes=0, shared_memory=98304, mma=0, wgmma=4, tcgen05=0, warnings=(), ptx="max.NaN.f32 %f1;"
+)
+
+
+def job(op: str = "pool", dtype: torch.dtype = torch.bfloat16, capability: int = 90, **options) -> Job:
+    return Job(op, dtype, options.pop("allow_tf32", False), capability, ConvShape(64, 0, 64, 64, 64))
+
+
+def breaches(compiled: Compiled, of: Job, **options) -> str:
+    launch = gpu.Launch(None, 1, {"PRECISION": "ieee", "TILE_H": 16, "TILE_W": 8}, 4, 3)
+    return "; ".join(find_breaches(compiled, of, launch, **options))
+
+
+def test_a_clean_compilation_passes() -> None:
+    assert breaches(CLEAN, job()) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"spill_bytes": 8}, "spills 8 B"),
+        ({"shared_memory": 232449}, "shared memory 232449 B, the limit is 232448 B"),
+        ({"warnings": ("(C7510) wgmma serialized",)}, "C7510"),
+        ({"ptx": "max.NaN.f32 %f1; max.f32 %f2, %f3, 0f00000000;"}, "plain max drops NaN"),
+        ({"ptx": "max.ftz.f32 %f2; max.NaN.f32 %f1;"}, "plain max drops NaN"),
+        ({"ptx": "setp.leu.f32 %p1;"}, "pooling without max.NaN.f32"),
+        ({"wgmma": 0, "mma": 16}, "no wgmma"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_rule_can_fail(change: dict, reason: str) -> None:
+    assert reason in breaches(replace(CLEAN, **change), job())
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "instruction"), [(80, 128, "mma"), (90, 32, "mma"), (90, 64, "wgmma"), (100, 128, "tcgen05")]
+)
+def test_tensor_cores_by_target_and_rows(capability: int, rows: int, instruction: str) -> None:
+    launch = gpu.Launch(None, 1, {"PRECISION": "ieee", "TILE_H": 8, "TILE_W": 8, "BLOCK_OUT": rows}, 4, 3)
+    other = next(name for name in ("wgmma", "mma") if name != instruction)
+    right, wrong = (replace(CLEAN, **{"mma": 0, "wgmma": 0, name: 4}) for name in (instruction, other))
+    of = job("weight_grad", capability=capability)
+    assert find_breaches(right, of, launch, shared_memory=10**6) == []
+    assert find_breaches(wrong, of, launch, shared_memory=10**6) == [f"no {instruction} instruction"]
+
+
+def test_float32_without_tf32_must_not_be_rounded_by_tensor_cores() -> None:
+    assert "wgmma in float32 arithmetic" in breaches(CLEAN, job(dtype=torch.float32))
+    assert breaches(CLEAN, job(dtype=torch.float32, allow_tf32=True)) == ""
+
+
+def test_shared_memory_limit_can_be_lowered() -> None:
+    assert "the limit is 1000 B" in breaches(CLEAN, job(), shared_memory=1000)
+
+
+def test_every_target_and_op_is_among_the_jobs() -> None:
+    jobs = static.all_jobs()
+    assert {job.capability for job in jobs} == set(static.TARGETS)
+    assert {job.op for job in jobs} == set(static.OPS)
+    assert {job.math for job in jobs} == {"bf16", "fp16", "fp32", "tf32"}
+    assert len(set(jobs)) == len(jobs)
+
+
+def some_jobs() -> list[Job]:
+    return [job("pool"), job("bias_grad", capability=80), job("unpool"), job("input_grad", torch.float32, 89)]
+
+
+def test_a_handful_compiles_cleanly() -> None:
+    for row in static.run_jobs(some_jobs(), 1):
+        assert list(row.breaches) == [], static.format_row(row)
+        assert row.compiled is not None
+        assert row.compiled.registers > 16
+
+
+def test_what_is_compiled_is_what_triton_would_specialise() -> None:
+    # Triton's own binder, told that it has an sm_90 before it, against ours: in a process of its own.
+    script = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from fastunet.benchmarks import static
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+for job in static.all_jobs():
+    if job.capability == 90 and job.math != "tf32":
+        launch = static.launch_of(job)
+        bind = launch.kernel.create_binder()[-1]
+        _, theirs, _ = bind(**launch.arguments, **launch.options, debug=False)
+        signature, constants, attributes = static._specialise(launch)
+        for index, (name, (kind, extra)) in enumerate(zip(launch.kernel.arg_names, theirs, strict=True)):
+            assert signature[name] == kind, (job, name, kind)
+            ours = constants[name] if kind == "constexpr" else (index,) in attributes
+            assert ours == (extra if kind == "constexpr" else extra is not None and "D" in extra), (job, name, extra)
+print("compared")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "compared" in done.stdout, done.stderr
+
+
+def test_a_job_that_cannot_compile_is_one_failed_row() -> None:
+    broken = replace(job("forward"), capability=70)
+    rows = list(static.run_jobs([broken, job("reduce")], 1))
+    assert "KeyError" in rows[0].breaches[0]
+    assert list(rows[1].breaches) == []
+
+
+def test_a_dead_compiler_is_one_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = static._Compiler()
+    monkeypatch.setattr(static, "_TIMEOUT", 0.0)
+    try:
+        assert "took more than" in compiler.run(job("reduce")).breaches[0]
+        compiler._start()
+        monkeypatch.setattr(static, "_TIMEOUT", 60.0)
+        compiler._process.kill()
+        compiler._process.join()
+        assert "died with exit code -9" in compiler.run(job("reduce")).breaches[0]
+    finally:
+        compiler.close()
+
+
+@pytest.mark.parametrize(("limit", "code"), [(232448, 0), (1024, 1)])
+def test_exit_code(limit: int, code: int) -> None:
+    # The command in a process of its own, on one job, with the target's limit as it is or lowered.
+    script = (
+        "import sys, torch; from fastunet.benchmarks import static; from fastunet.kernels import config, gpu; "
+        "static.all_jobs = lambda: [static.Job('forward', torch.bfloat16, False, 90, "
+        "config.ConvShape(64, 0, 64, 64, 64))]; "
+        f"static.run_jobs = lambda jobs, n: (static.compile_job(j) for j in jobs); "
+        f"find = static.find_breaches; static.find_breaches = lambda *a: find(*a, shared_memory={limit}); "
+        "sys.exit(static.main([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("FAIL: shared memory" in done.stdout) == bool(code)

@@ -1,0 +1,210 @@
+"""The error budgets: tight enough to catch small mistakes, wide enough for correct arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastunet.testing import (
+    LAYOUTS,
+    Expected,
+    assert_within,
+    bias_grad_expected,
+    conv3x3_activation_grad_expected,
+    conv3x3_expected,
+    conv3x3_input_grad_expected,
+    conv3x3_weight_grad_expected,
+    conv_tolerance,
+    in_layout,
+    pooled_expected,
+    random_cotangent,
+    random_input,
+    random_integers,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    make = {"dtype": dtype}
+    x, weight = random_input((2, 16, 9, 7), seed=1, **make), random_input((8, 16, 3, 3), seed=2, **make)
+    return x, weight, random_input((8,), seed=3, **make)
+
+
+def correct(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As a kernel computes it: float32 sums, rounded once."""
+    return F.conv2d(x.float(), weight.float(), None if bias is None else bias.float(), padding=1).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_correct_results_are_within(dtype: torch.dtype) -> None:
+    x, weight, bias = problem(dtype)
+    expected = conv3x3_expected(x, weight, bias, negative_slope=0.0)
+    y = F.relu(correct(x, weight, bias))
+    assert_within(y, *expected)
+    assert_within(F.max_pool2d(y, 2), *pooled_expected(expected))
+
+    leaf, parameter = x.float().requires_grad_(), weight.float().requires_grad_()
+    grad = random_cotangent(y)
+    F.conv2d(leaf, parameter, padding=1).backward(grad.float())
+    assert_within(leaf.grad.to(dtype), *conv3x3_input_grad_expected(grad, weight))
+    assert_within(parameter.grad.to(dtype), *conv3x3_weight_grad_expected(grad, x))
+    assert_within(grad.float().sum((0, 2, 3)).to(dtype), *bias_grad_expected(grad))
+
+
+def one_tap_lost(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    weight = weight.clone()
+    weight[3, 5, 2, 2] = 0
+    return correct(x, weight, bias)
+
+
+def bias_rounded_first(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return correct(x, weight, None) + bias[:, None, None]
+
+
+def summed_in_sixteen_bits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    halves = [F.conv2d(x.float()[:, i::2], weight.float()[:, i::2], padding=1) for i in (0, 1)]
+    return (halves[0].bfloat16().float() + halves[1] + bias.float()[:, None, None]).to(x.dtype)
+
+
+def one_pixel_shifted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = correct(x, weight, bias)
+    y[1, 4, 8, 6] = y[1, 4, 8, 5]
+    return y
+
+
+def last_channel_twice(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return correct(torch.cat([x, x[:, -1:] / 64], 1), torch.cat([weight, weight[:, -1:]], 1), bias)
+
+
+def stored_toward_zero(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The bits below bfloat16 cut off, as Triton's interpreter does; for wider dtypes a few bits below theirs."""
+    y = F.conv2d(x.float(), weight.float(), bias.float(), padding=1)
+    kept = {torch.bfloat16: 16, torch.float16: 14, torch.float32: 11}[x.dtype]
+    return (y.view(torch.int32) >> kept << kept).view(torch.float32).to(x.dtype)
+
+
+MISTAKES = (one_tap_lost, summed_in_sixteen_bits, one_pixel_shifted, last_channel_twice, stored_toward_zero)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+def test_small_mistakes_are_outside(mistake, dtype: torch.dtype) -> None:
+    x, weight, bias = problem(dtype)
+    with pytest.raises(AssertionError, match="outside the tolerance"):
+        assert_within(mistake(x, weight, bias), *conv3x3_expected(x, weight, bias))
+
+
+def test_rounding_twice_is_outside_in_bfloat16() -> None:
+    x, weight, bias = problem(torch.bfloat16)
+    with pytest.raises(AssertionError, match="outside the tolerance"):
+        assert_within(bias_rounded_first(x, weight, bias * 8), *conv3x3_expected(x, weight, bias * 8))
+
+
+def test_tf32_is_within_its_own_budget_only() -> None:
+    x, weight, bias = problem(torch.float32)
+
+    def to_tf32(v: Tensor) -> Tensor:
+        return (v.view(torch.int32) >> 13 << 13).view(torch.float32)
+
+    y = correct(to_tf32(x), to_tf32(weight), bias)
+    assert_within(y, *conv3x3_expected(x, weight, bias, allow_tf32=True))
+    with pytest.raises(AssertionError):
+        assert_within(y, *conv3x3_expected(x, weight, bias))
+
+
+def test_tolerance_by_hand() -> None:
+    # K = 4, S = 8, reference 2: E = 6 * 2 * 2^-24 * 8 in float32, and the store adds half a unit in the last place.
+    reference, magnitude = torch.tensor([2.0], dtype=torch.float64), torch.tensor([8.0], dtype=torch.float64)
+    error = 96 * 2.0**-24
+    for dtype, extra in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
+        floor = 2.0**-25 if dtype == torch.float16 else 0.0
+        expected = error + extra * (2 + error) + floor
+        assert conv_tolerance(reference, magnitude, 4, dtype).item() == pytest.approx(expected, rel=1e-12)
+    tensor_cores = conv_tolerance(reference, magnitude, 4, torch.float32, tensor_cores=True).item()
+    assert tensor_cores == pytest.approx(2 * error + 2.0**-24 * (2 + 2 * error), rel=1e-12)
+
+
+def test_assert_within_names_the_worst_element() -> None:
+    reference = torch.zeros(2, 3, dtype=torch.float64)
+    actual = reference.clone()
+    actual[0, 1], actual[1, 2] = 0.5, -2.0
+    with pytest.raises(AssertionError, match=r"2 of 6 .* worst is \(1, 2\): expected 0.0, got -2.0, off by 2.000e\+00"):
+        assert_within(actual, reference, 0.25)
+    assert_within(actual, reference, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("actual", "reference", "fails"),
+    [
+        (math.nan, math.nan, False),
+        (math.inf, math.inf, False),
+        (math.nan, 0.0, True),
+        (0.0, math.nan, True),
+        (math.inf, -math.inf, True),
+        (1e300, math.inf, True),
+        (-0.0, 0.0, False),
+        (1e-300, 0.0, True),
+    ],
+)
+def test_assert_within_of_special_values_and_zero_tolerance(actual: float, reference: float, fails: bool) -> None:
+    values = [torch.tensor([1.0, v], dtype=torch.float64) for v in (actual, reference)]
+    if fails:
+        with pytest.raises(AssertionError, match=r"worst is \(1,\)"):
+            assert_within(*values, 0.0)
+    else:
+        assert_within(*values, 0.0)
+
+
+def test_assert_within_compares_shapes_and_allows_empty() -> None:
+    with pytest.raises(AssertionError, match=r"expected \(2,\), got \(1,\)"):
+        assert_within(torch.zeros(1), torch.zeros(2), 1.0)
+    assert_within(torch.zeros(0, 3), torch.zeros(0, 3), 0.0)
+
+
+def test_pooled_expected_takes_the_worst_tolerance_of_a_window() -> None:
+    value = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], dtype=torch.float64)
+    pooled = pooled_expected(Expected(value, torch.tensor([[[[0.1, 0.7], [0.2, 0.3]]]], dtype=torch.float64)))
+    assert (pooled.value.item(), pooled.tolerance.item()) == (4.0, 0.7)
+
+
+def test_activation_grad_of_ties_and_zeros() -> None:
+    y = torch.tensor([[[[0.0, 2.0], [2.0, -1.0]]]])
+    grad_y, grad_pooled = torch.full_like(y, 3.0), torch.full((1, 1, 1, 1), 10.0)
+    for slope, expected in ((None, [3, 13, 3, 3]), (0.0, [0, 13, 3, 0]), (0.5, [1.5, 13, 3, 1.5])):
+        value, _ = conv3x3_activation_grad_expected(y, grad_y, grad_pooled, slope)
+        assert value.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str) -> None:
+    x = random_input((3, 5, 4, 6), dtype=torch.float16)
+    other = in_layout(x, layout)
+    assert torch.equal(other, x[:1].expand_as(x) if layout == "expanded" else x)
+    facts = {
+        "contiguous": other.is_contiguous(),
+        "channels_last": other.is_contiguous(memory_format=torch.channels_last),
+        "sliced": 1 not in other.stride(),
+        "expanded": other.stride(0) == 0,
+        "unaligned": other.data_ptr() % 16 != 0,
+    }
+    assert facts[layout]
+
+
+def test_unknown_layout() -> None:
+    with pytest.raises(ValueError, match=r"one of contiguous, .* got 'blocked'"):
+        in_layout(torch.zeros(1, 1, 1, 1), "blocked")
+
+
+def test_inputs_are_reproducible_and_vary() -> None:
+    assert torch.equal(random_input((4, 4)), random_input((4, 4)))
+    assert not torch.equal(random_input((4, 4)), random_input((4, 4), seed=1))
+    cotangent = random_cotangent(torch.zeros(8, 8, dtype=torch.bfloat16))
+    assert cotangent.dtype == torch.bfloat16
+    assert cotangent.unique().numel() > 32
+    integers = random_integers((1000,), largest=5)
+    assert integers.unique().tolist() == list(range(-5, 6))
