@@ -278,11 +278,11 @@ def _version(package: str) -> str:
 
 
 def _device_table() -> Table:
-    from .training import _multiplies_bf16
+    from .training import multiplies_bf16
 
     table = Table("device", "what", title="devices", title_justify="left")
     capability = torch.backends.cpu.get_cpu_capability()
-    bf16 = "multiplies bf16" if _multiplies_bf16(cpu=True) else "no native bf16"
+    bf16 = "multiplies bf16" if multiplies_bf16(cpu=True) else "no native bf16"
     table.add_row("cpu", f"{platform.machine()} {capability}, {torch.get_num_threads()} threads, {bf16}")
     if not torch.cuda.is_available():
         table.add_row("cuda", "no CUDA device" if torch.version.cuda else "this torch is built without CUDA")

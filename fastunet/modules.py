@@ -54,7 +54,7 @@ def conv_norm_activation(
 
     A norm exchanged for another kind (SyncBatchNorm), a hook on one of the three: then they are called as they stand.
     """
-    if not all(map(_is_plain, (conv, norm, act))):
+    if not _is_fusable(conv, norm, act):
         y = act(norm(conv(x if up is None else torch.cat([x, up], dim=1))))
         return (y, ops.max_pool2x2(y)) if pool else y
     activation: dict[str, Any] = {"negative_slope": getattr(act, "negative_slope", 0.0)}
@@ -72,16 +72,30 @@ def conv_norm_activation(
 
 
 PLAIN_TYPES = (nn.Conv2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.Identity, nn.ReLU, nn.LeakyReLU)
+CONV3X3 = {
+    "kernel_size": (3, 3),
+    "stride": (1, 1),
+    "padding": (1, 1),
+    "dilation": (1, 1),
+    "groups": 1,
+    "padding_mode": "zeros",
+}
+
+
+def _is_fusable(conv: Any, norm: Any, act: Any) -> bool:
+    """Whether the three are what one of the ops computes: as built, or changed by the user into something else."""
+    return (
+        all(map(_is_plain, (conv, norm, act)))
+        and all(getattr(conv, name, None) == value for name, value in CONV3X3.items())
+        and (conv.bias is None or isinstance(norm, nn.Identity))
+    )
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """One of the types the fused ops stand for, itself and not a subclass, without hooks, and with nothing added."""
+    """One of the types the fused ops stand for, itself and not a subclass, without hooks or running instance norm."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return (
-        type(module) in PLAIN_TYPES
-        and not any(hooks)
-        and not (isinstance(module, nn.InstanceNorm2d) and module.track_running_stats)
-    )
+    tracking = isinstance(module, nn.InstanceNorm2d) and module.track_running_stats
+    return type(module) in PLAIN_TYPES and not any(hooks) and not tracking
 
 
 def _batch_norm(conv: Any, norm: Any, x: Tensor, up: Tensor | None, pool: bool, activation: dict[str, Any]) -> Any:

@@ -242,7 +242,7 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu"
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if _multiplies_bf16(cpu) else "fp32"
+        precision = "bf16" if multiplies_bf16(cpu) else "fp32"
     # accelerate keeps device and precision for the whole process; a second training may choose others.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
@@ -252,7 +252,7 @@ def _make_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _multiplies_bf16(cpu: bool) -> bool:
+def multiplies_bf16(cpu: bool) -> bool:
     """Whether bf16 is faster than fp32: tensor cores, or a CPU with AMX or AVX512-BF16."""
     if torch.cuda.is_available() and not cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -164,6 +164,8 @@ def test_what_a_fused_op_does_not_compute_is_called_as_it_stands() -> None:
     model.inc.double_conv[1].register_forward_hook(lambda *_: seen.append("hook"))
     model.up1.conv.double_conv[4] = nn.GroupNorm(2, 8).double()
     nn.utils.parametrizations.weight_norm(model.down1.maxpool_conv[1].double_conv[3])
+    model.down2.maxpool_conv[1].double_conv[0] = nn.Conv2d(8, 16, 3, padding=1, bias=True).double()
+    model.up1.conv.double_conv[0] = nn.Conv2d(16, 8, 3, padding=2, dilation=2, bias=False).double()
     x = torch.randn(2, 1, 16, 16, dtype=torch.float64)
     expected = copy.deepcopy(model)
     plain = ReferenceUNet.forward

@@ -1,0 +1,38 @@
+"""The README quotes only what a file in benchmarks/results/ says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def table_rows() -> dict[str, list[str]]:
+    """Rows of the README's accuracy table by their first cell."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: row[1:] for row in cells if re.search(r"(plain|fastunet),", row[0])}
+
+
+def test_the_accuracy_table_is_the_result_files() -> None:
+    rows = table_rows()
+    expected = {}
+    for limit, file in (("4 minutes", "accuracy_minutes_4.json"), ("400 steps", "accuracy_steps_400.json")):
+        results = json.loads((ROOT / "benchmarks/results/cpu" / file).read_text())
+        for name in ("plain", "fastunet"):
+            scores = results[name]
+            dice = [f"{scores['dice'][c]:.3f}" for c in ("background", "foreground")]
+            expected[f"{name}, {limit}"] = [*dice, str(scores["steps"]), f"{scores['seconds']:.0f} s"]
+    assert rows == expected
+
+
+def test_the_python_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    small = example.replace("fastunet.UNet(3, 2)", "fastunet.UNet(3, 2, features=(4, 8, 8, 8, 8))")
+    assert small != example
+    names: dict = {}
+    exec(small, names)
+    assert names["probabilities"].shape == (1, 2, 257, 190)
+    assert names["loss"].isfinite()
