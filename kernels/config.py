@@ -21,8 +21,8 @@ FOLDED_BELOW = 8
 # thread's registers.
 TILE_W = 8
 
-# Left to itself, ptxas holds some kernels to 80 or 128 registers, for occupancy, and spills a few values. Kernels that
-# are not given this limit do not spill; with it they would lose occupancy. Unmeasured.
+# Left to itself, ptxas holds some kernels to 80, 128 or 168 registers, for occupancy, and spills a few values: these
+# are allowed all there are. The others do not spill, and might lose occupancy. Unmeasured.
 _ALL_REGISTERS = 255
 
 
@@ -46,8 +46,8 @@ class ConvShape:
 class ConvConfig:
     """Blocks of the convolution, and of its input gradient, which is one.
 
-    tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or all
-    9*C values where folded.
+    tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or values
+    of 9*C where folded. max_registers: per thread, None leaves it to ptxas.
     """
 
     tile_h: int
@@ -65,7 +65,7 @@ class WeightGradConfig:
     """Blocks of the weight gradient.
 
     tile_h, tile_w: pixels of one step, its K dimension. block_out: output channels. block_in: input channels, or all
-    9*C values where folded.
+    9*C values where folded. max_registers: as in ConvConfig.
     """
 
     tile_h: int

@@ -34,7 +34,10 @@ _REDUCE_BLOCK = 256
 # fmt: off
 @triton.jit
 def _load_pixel(y_ptr, h, w, first, c, mask, H, W, C):
-    """y at (h, w) [P] and channels c [K]: pointer offsets, mask and values [P, K], float32, zero where masked."""
+    """y at rows h, columns w [P] and channels c [K]: offsets, mask and float32 values [P, K], zero where masked.
+
+    first: index of the image's first row among the rows of all images [P].
+    """
     mask = mask & ((h < H) & (w < W))[:, None]
     offsets = ((first + h) * W + w)[:, None] * C + c[None, :]
     return offsets, mask, tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
