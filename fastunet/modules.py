@@ -32,10 +32,8 @@ class Up(reference.Up):
     """Double the lower level, pad it to the skip's size, and DoubleConv the two without joining them."""
 
     def forward(self, low: Tensor, skip: Tensor) -> Tensor:
-        if isinstance(self.up, nn.ConvTranspose2d):
-            low = ops.conv_transpose2x2(low, self.up.weight, self.up.bias)
-        else:
-            low = self.up(low)
+        up: Any = self.up
+        low = ops.conv_transpose2x2(low, up.weight, up.bias) if _has(up, CONV_TRANSPOSE2X2) else up(low)
         padding = padding_to(low, skip)
         return self.conv(skip, F.pad(low, padding) if any(padding) else low)
 
@@ -44,6 +42,8 @@ class OutConv(reference.OutConv):
     """The 1x1 head with its activation."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not _has(self.conv, CONV1X1):
+            return super().forward(x)
         return ops.conv1x1(x, self.conv.weight, self.conv.bias, activation=self.head)
 
 
@@ -71,24 +71,36 @@ def conv_norm_activation(
     return (ops.conv3x3_bias_relu_pool if pool else ops.conv3x3_bias_relu)(x, conv.weight, conv.bias, **activation)
 
 
-PLAIN_TYPES = (nn.Conv2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.Identity, nn.ReLU, nn.LeakyReLU)
-CONV3X3 = {
-    "kernel_size": (3, 3),
-    "stride": (1, 1),
-    "padding": (1, 1),
-    "dilation": (1, 1),
-    "groups": 1,
-    "padding_mode": "zeros",
+PLAIN_TYPES = (
+    *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d),
+    *(nn.Identity, nn.ReLU, nn.LeakyReLU),
+)
+_PLAIN_CONV = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+CONV3X3 = {**_PLAIN_CONV, "kernel_size": (3, 3), "transposed": False}
+CONV1X1 = {**_PLAIN_CONV, "kernel_size": (1, 1), "padding": (0, 0), "transposed": False}
+CONV_TRANSPOSE2X2 = {
+    **_PLAIN_CONV,
+    "kernel_size": (2, 2),
+    "stride": (2, 2),
+    "padding": (0, 0),
+    "output_padding": (0, 0),
+    "transposed": True,
 }
 
 
 def _is_fusable(conv: Any, norm: Any, act: Any) -> bool:
     """Whether the three are what one of the ops computes: as built, or changed by the user into something else."""
     return (
-        all(map(_is_plain, (conv, norm, act)))
-        and all(getattr(conv, name, None) == value for name, value in CONV3X3.items())
+        _has(conv, CONV3X3)
+        and _is_plain(norm)
+        and _is_plain(act)
         and (conv.bias is None or isinstance(norm, nn.Identity))
     )
+
+
+def _has(conv: Any, geometry: dict[str, Any]) -> bool:
+    """Whether a plain convolution has exactly this geometry."""
+    return _is_plain(conv) and all(getattr(conv, name, None) == value for name, value in geometry.items())
 
 
 def _is_plain(module: nn.Module) -> bool:

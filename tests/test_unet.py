@@ -166,6 +166,8 @@ def test_what_a_fused_op_does_not_compute_is_called_as_it_stands() -> None:
     nn.utils.parametrizations.weight_norm(model.down1.maxpool_conv[1].double_conv[3])
     model.down2.maxpool_conv[1].double_conv[0] = nn.Conv2d(8, 16, 3, padding=1, bias=True).double()
     model.up1.conv.double_conv[0] = nn.Conv2d(16, 8, 3, padding=2, dilation=2, bias=False).double()
+    model.up2.up = nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1).double()
+    model.outc.conv = nn.Conv2d(4, 2, 3, padding=1).double()
     x = torch.randn(2, 1, 16, 16, dtype=torch.float64)
     expected = copy.deepcopy(model)
     plain = ReferenceUNet.forward
