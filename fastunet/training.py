@@ -292,10 +292,13 @@ class _Loop:
         self.progress = Progress(step=0, epoch=0, seconds=0.0, fraction=0.0, loss=math.nan, history=[])
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint, at the next epoch."""
+        """Go on from the newest checkpoint, at the next epoch. Raises ConfigError where the limits are behind it."""
         self.progress = Progress(**load_checkpoint(self.out, self.accelerator))
         self.progress.epoch += 1
         self._advance(self.progress.seconds)
+        if self.progress.fraction >= 1:
+            done = f"{self.progress.step} steps and {self.progress.seconds / 60:.1f} minutes"
+            raise ConfigError(f"steps, max_minutes: expected limits beyond the {done} done, got {self._limits()}")
 
     def run(self) -> None:
         """Train to the first limit. Raises Interrupted after a signal, FastUNetError on an infinite or NaN loss."""
@@ -330,6 +333,10 @@ class _Loop:
         progress.seconds = seconds
         by_time = 0.0 if config.max_minutes is None else seconds / (60 * config.max_minutes)
         progress.fraction = min(1.0, max(progress.step / config.steps, by_time))
+
+    def _limits(self) -> str:
+        minutes = "no limit in" if self.config.max_minutes is None else f"{self.config.max_minutes:g}"
+        return f"{self.config.steps} steps and {minutes} minutes"
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:

@@ -167,6 +167,8 @@ def test_ctrl_c_keeps_the_step_and_resume_goes_on(data: Path, tmp_path: Path) ->
     (folder,) = out.glob("checkpoint-*")
     kept = json.loads((folder / "progress.json").read_text())["step"]
     assert 5 <= kept < 2000
+    with pytest.raises(ConfigError, match=rf"expected limits beyond the {kept} steps .* got {kept - 1} steps"):
+        train(data, out, replace(TINY, steps=kept - 1), resume=True)
     steps = steps_of(start(data, out, kept + 7, "resume"))
     assert steps == list(range(kept + 1, kept + 8))
     assert json.loads((out / "metrics.json").read_text())["steps"] == kept + 7
