@@ -1,8 +1,7 @@
 """The U-Net people write by hand today, trained the way they train it: the opponent of `benchmarks.accuracy`.
 
 Plain PyTorch, NCHW float32, features 16..256, random 256x256 crops with flips and quarter turns, batches of 4,
-AdamW at 1e-3 with a cosine schedule, BCE + Dice. Nothing of fastunet's is used here but its list of files, so that
-both sides see the same split.
+AdamW at 1e-3 with a cosine schedule, BCE + Dice. Nothing of fastunet's is used here.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Augmentation(nn.Module):
         return self.lighting(images), mask.squeeze(1).to(labels.dtype)
 
     def _turn(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn by quarters: exact, where kornia's RandomRotation90 interpolates (and takes ten times as long)."""
+        """Turn by quarters: exact, where kornia's RandomRotation90 interpolates."""
         count = len(images)
         turned = torch.rand(count) < self.rotate
         square = images.shape[-1] == images.shape[-2]
@@ -109,7 +109,7 @@ class Augmentation(nn.Module):
     def _warp(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Shift pixels by a field that bicubic interpolation spans between few control points.
 
-        kornia's RandomElasticTransform smooths noise of full resolution instead, at ten times the cost.
+        kornia's RandomElasticTransform smooths noise of full resolution instead, which costs more.
         """
         chosen = (torch.rand(len(images)) < self.elastic).nonzero().squeeze(1)
         if not len(chosen):

@@ -136,7 +136,9 @@ def load_checkpoint(run: Path, accelerator: Accelerator) -> dict[str, Any]:
     """Restore the newest checkpoint and return its progress. Raises DataError where there is none."""
     folders = _checkpoints(run)
     if not folders:
-        raise DataError(f"{run}: expected a checkpoint to resume from, got none")
+        raise DataError(
+            f"{run}: expected a checkpoint to resume from, got none (finished, or stopped before the first)"
+        )
     accelerator.load_state(str(folders[-1]))
     return json.loads((folders[-1] / PROGRESS).read_text())
 

@@ -1,8 +1,8 @@
 """The only place that picks an implementation, with its reason.
 
-`auto` takes a Triton kernel on CUDA where one has been measured faster on that kind of GPU, else ATen (cuDNN on CUDA,
-oneDNN on the CPU). The choice is process-wide: autograd runs CUDA backwards in threads of its own, which see no
-context variable.
+`auto` is for what has been measured faster; no Triton kernel has been measured yet, so it runs ATen (cuDNN on CUDA,
+oneDNN on the CPU) everywhere. The choice is process-wide: autograd runs CUDA backwards in threads of its own, which
+see no context variable.
 """
 
 from __future__ import annotations

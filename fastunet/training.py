@@ -161,7 +161,7 @@ def train(
     accelerator = _make_accelerator(config)
     pairs = find_pairs(data)
     summary = inspect(pairs, config.classes)
-    _check_sizes(summary, config)
+    _check_sizes(pairs, summary, config)
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
     if resume:
         _check_same_images(out, train_pairs, val_pairs)
@@ -182,11 +182,12 @@ def train(
         fastunet=__version__,
     )
     out.mkdir(parents=True, exist_ok=True)
-    save_config(out, run)
     val = SegmentationDataset(val_pairs, summary) if val_pairs else None
     loop = _Loop(accelerator, model, config, run, out, train_pairs, val, on_step)
     if resume:
         loop.restore()
+    # Only now: a resumption that is refused leaves the run as it was.
+    save_config(out, run)
     loop.run()
     return _finish(accelerator, model, config, run, out, val_pairs or train_pairs[:REPORTED], loop.progress)
 
@@ -214,13 +215,16 @@ def _check_out(out: Path, config: TrainConfig, resume: bool) -> None:
             raise ConfigError(f"{field.name}: expected {kept!r}, with which {out} was begun, got {given!r}")
 
 
-def _check_sizes(summary: DataSummary, config: TrainConfig) -> None:
-    least = 2 ** (len(config.features) - 1)
-    if min(summary.size_min) < least:
-        raise DataError(
-            f"data: expected images of at least {least}x{least} pixels for {len(config.features)} levels, "
-            f"got one of height or width {min(summary.size_min)}"
-        )
+def _check_sizes(pairs: list[Pair], summary: DataSummary, config: TrainConfig) -> None:
+    levels, least = len(config.features), 2 ** (len(config.features) - 1)
+    if min(summary.size_min) >= least:
+        return
+    for pair in pairs:
+        height, width = read_image(pair.image).shape[:2]
+        if min(height, width) < least:
+            raise DataError(
+                f"{pair.image}: expected at least {least}x{least} pixels for {levels} levels, got {height}x{width}"
+            )
 
 
 def _check_same_images(out: Path, train_pairs: list[Pair], val_pairs: list[Pair]) -> None:

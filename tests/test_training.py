@@ -271,7 +271,7 @@ def test_bad_settings(change: dict, message: str, data: Path, tmp_path: Path) ->
 
 
 def test_images_smaller_than_the_net_takes(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"at least 128x128 pixels for 8 levels, got one of height or width 64"):
+    with pytest.raises(DataError, match=r"cell_000.png: expected at least 128x128 pixels for 8 levels, got 64x64"):
         train(data, tmp_path / "run", replace(TINY, features=(1,) * 8, crop=128))
 
 
@@ -280,8 +280,9 @@ def test_a_finished_run_is_not_overwritten(data: Path, run: Path) -> None:
     with pytest.raises(DataError, match=r"expected a folder without a run, got one that holds config.json"):
         train(data, run, TINY)
     with pytest.raises(DataError, match="expected a checkpoint to resume from, got none"):
-        train(data, run, TINY, resume=True)
+        train(data, run, replace(TINY, steps=99), resume=True)
     assert (run / "model.safetensors").read_bytes() == before
+    assert checkpoint.load_config(run).training["steps"] == TINY.steps
 
 
 def test_resume_wants_the_same_settings_and_images(data: Path, run: Path, tmp_path: Path) -> None:
