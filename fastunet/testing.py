@@ -78,11 +78,16 @@ def random_input(
 
 
 def random_integers(
-    shape: Sequence[int], *, dtype: torch.dtype = torch.float32, largest: int = 5, seed: int = 0
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    largest: int = 5,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Integers from -largest to largest: while sums stay below 2^24, float32 convolutions of them are exact."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-largest, largest + 1, tuple(shape), generator=generator).to(dtype)
+    return torch.randint(-largest, largest + 1, tuple(shape), generator=generator).to(device=device, dtype=dtype)
 
 
 def random_cotangent(like: Tensor, *, seed: int = 1) -> Tensor:

@@ -215,7 +215,15 @@ def conv3x3_launch(
         "BLOCK_K": chosen.block_k,
     }
     grid = batch * tiles * triton.cdiv(channels, chosen.block_n)
-    return gpu.Launch(conv3x3_kernel, grid, arguments, chosen.num_warps, chosen.num_stages, chosen.max_registers)
+    return gpu.Launch(
+        conv3x3_kernel,
+        grid,
+        arguments,
+        chosen.num_warps,
+        chosen.num_stages,
+        chosen.max_registers,
+        product_rows=chosen.tile_h * chosen.tile_w,
+    )
 
 
 def conv3x3(

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config, gpu
 from fastunet.kernels.conv3x3 import activation_code, conv3x3_launch, empty_packed, packed, precision
+from fastunet.kernels.reduction import sum_rows_launch
 from fastunet.kernels.tiles import (
     activate_grad,
     load_folded_taps,
@@ -26,9 +27,6 @@ from fastunet.kernels.tiles import (
 from torch import Tensor
 
 _CENTRE_TAP = tl.constexpr(4)
-
-# Partial sums of the weight gradient that one program adds up.
-_REDUCE_BLOCK = 256
 
 
 # fmt: off
@@ -165,23 +163,6 @@ def conv3x3_weight_grad_kernel(
     columns = 9 * C if FOLDED else C
     pointers = partial_ptr + (o * 9 * C)[:, None] + (tap * C + i)[None, :]
     tl.store(pointers, acc, mask=(o < COUT)[:, None] & (i < columns)[None, :])
-
-
-@triton.jit(do_not_specialize=["splits"])
-def conv3x3_weight_grad_reduce_kernel(
-    partial_ptr, grad_weight_ptr, grad_bias_ptr, splits, weights, total, BLOCK: tl.constexpr
-):
-    """The sum of the rows of partial [splits, total], first to last: `weights` values of the weight, then the bias."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    pointers = partial_ptr + at
-    for _ in range(splits):
-        acc += tl.load(pointers, mask=at < total, other=0.0)
-        pointers += total
-    tl.store(grad_weight_ptr + at, acc.to(grad_weight_ptr.dtype.element_ty), mask=at < weights)
-    if grad_bias_ptr is not None:
-        mask = (at >= weights) & (at < total)
-        tl.store(grad_bias_ptr + (at - weights), acc.to(grad_bias_ptr.dtype.element_ty), mask=mask)
 # fmt: on
 
 
@@ -287,15 +268,6 @@ def weight_grad_launches(
         "BLOCK_OUT": chosen.block_out,
         "BLOCK_IN": chosen.block_in,
     }
-    reduction = {
-        "partial_ptr": partial,
-        "grad_weight_ptr": grad_weight,
-        "grad_bias_ptr": grad_bias,
-        "splits": splits,
-        "weights": weights,
-        "total": total,
-        "BLOCK": _REDUCE_BLOCK,
-    }
     partial_sums = gpu.Launch(
         conv3x3_weight_grad_kernel,
         programs * splits,
@@ -303,9 +275,9 @@ def weight_grad_launches(
         chosen.num_warps,
         chosen.num_stages,
         chosen.max_registers,
+        product_rows=chosen.block_out,
     )
-    blocks = triton.cdiv(total, _REDUCE_BLOCK)
-    return partial_sums, gpu.Launch(conv3x3_weight_grad_reduce_kernel, blocks, reduction, num_warps=4, num_stages=3)
+    return partial_sums, sum_rows_launch(partial, grad_weight, grad_bias)
 
 
 def conv3x3_weight_grad(

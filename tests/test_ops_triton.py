@@ -126,7 +126,7 @@ def test_the_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
         "conv3x3_activation_grad_kernel",
         "conv3x3_kernel",
         "conv3x3_weight_grad_kernel",
-        "conv3x3_weight_grad_reduce_kernel",
+        "sum_rows_kernel",
     ]
 
 

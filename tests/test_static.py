@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from fastunet.benchmarks import static
-from fastunet.benchmarks.static import Compiled, Job, find_breaches
+from fastunet.benchmarks.jobs import TARGETS, Job, all_jobs, all_ops
+from fastunet.benchmarks.static import Compiled, find_breaches
 from fastunet.kernels import gpu
 from fastunet.kernels.config import ConvShape
 
@@ -29,7 +30,7 @@ def job(op: str = "pool", dtype: torch.dtype = torch.bfloat16, capability: int =
 
 
 def breaches(compiled: Compiled, of: Job, **options) -> str:
-    launch = gpu.Launch(None, 1, {"PRECISION": "ieee", "TILE_H": 16, "TILE_W": 8}, 4, 3)
+    launch = gpu.Launch(None, 1, {}, 4, 3, product_rows=128)
     return "; ".join(find_breaches(compiled, of, launch, **options))
 
 
@@ -58,7 +59,7 @@ def test_each_rule_can_fail(change: dict, reason: str) -> None:
     ("capability", "rows", "instruction"), [(80, 128, "mma"), (90, 32, "mma"), (90, 64, "wgmma"), (100, 128, "tcgen05")]
 )
 def test_tensor_cores_by_target_and_rows(capability: int, rows: int, instruction: str) -> None:
-    launch = gpu.Launch(None, 1, {"PRECISION": "ieee", "TILE_H": 8, "TILE_W": 8, "BLOCK_OUT": rows}, 4, 3)
+    launch = gpu.Launch(None, 1, {}, 4, 3, product_rows=rows)
     other = next(name for name in ("wgmma", "mma") if name != instruction)
     right, wrong = (replace(CLEAN, **{"mma": 0, "wgmma": 0, name: 4}) for name in (instruction, other))
     of = job("weight_grad", capability=capability)
@@ -76,9 +77,9 @@ def test_shared_memory_limit_can_be_lowered() -> None:
 
 
 def test_every_target_and_op_is_among_the_jobs() -> None:
-    jobs = static.all_jobs()
-    assert {job.capability for job in jobs} == set(static.TARGETS)
-    assert {job.op for job in jobs} == set(static.OPS)
+    jobs = all_jobs()
+    assert {job.capability for job in jobs} == set(TARGETS)
+    assert {job.op for job in jobs} == set(all_ops())
     assert {job.math for job in jobs} == {"bf16", "fp16", "fp32", "tf32"}
     assert len(set(jobs)) == len(jobs)
 
@@ -99,16 +100,16 @@ def test_what_is_compiled_is_what_triton_would_specialise() -> None:
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fastunet.benchmarks import static
+from fastunet.benchmarks import jobs, static
 
 class Driver:
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
 
 triton.runtime.driver.set_active(Driver())
-for job in static.all_jobs():
+for job in jobs.all_jobs():
     if job.capability == 90 and job.math != "tf32":
-        launch = static.launch_of(job)
+        launch = jobs.launch_of(job)
         bind = launch.kernel.create_binder()[-1]
         _, theirs, _ = bind(**launch.arguments, **launch.options, debug=False)
         signature, constants, attributes = static._specialise(launch)
@@ -124,7 +125,7 @@ print("compared")
 
 def test_a_job_that_cannot_compile_is_one_failed_row() -> None:
     broken = replace(job("forward"), capability=70)
-    rows = list(static.run_jobs([broken, job("reduce")], 1))
+    rows = list(static.run_jobs([broken, job("activation_grad")], 1))
     assert "KeyError" in rows[0].breaches[0]
     assert list(rows[1].breaches) == []
 
@@ -133,12 +134,12 @@ def test_a_dead_compiler_is_one_failed_row(monkeypatch: pytest.MonkeyPatch) -> N
     compiler = static._Compiler()
     monkeypatch.setattr(static, "_TIMEOUT", 0.0)
     try:
-        assert "took more than" in compiler.run(job("reduce")).breaches[0]
+        assert "took more than" in compiler.run(job("activation_grad")).breaches[0]
         compiler._start()
         monkeypatch.setattr(static, "_TIMEOUT", 60.0)
         compiler._process.kill()
         compiler._process.join()
-        assert "died with exit code -9" in compiler.run(job("reduce")).breaches[0]
+        assert "died with exit code -9" in compiler.run(job("activation_grad")).breaches[0]
     finally:
         compiler.close()
 
@@ -147,8 +148,9 @@ def test_a_dead_compiler_is_one_failed_row(monkeypatch: pytest.MonkeyPatch) -> N
 def test_exit_code(limit: int, code: int) -> None:
     # The command in a process of its own, on one job, with the target's limit as it is or lowered.
     script = (
-        "import sys, torch; from fastunet.benchmarks import static; from fastunet.kernels import config, gpu; "
-        "static.all_jobs = lambda: [static.Job('forward', torch.bfloat16, False, 90, "
+        "import sys, torch; from fastunet.benchmarks import static; from fastunet.benchmarks.jobs import Job; "
+        "from fastunet.kernels import config; "
+        "static.all_jobs = lambda: [Job('forward', torch.bfloat16, False, 90, "
         "config.ConvShape(64, 0, 64, 64, 64))]; "
         f"static.run_jobs = lambda jobs, n: (static.compile_job(j) for j in jobs); "
         f"find = static.find_breaches; static.find_breaches = lambda *a: find(*a, shared_memory={limit}); "

@@ -1,0 +1,93 @@
+"""What there is to compile: for each family of kernels, every configuration that can be chosen, and its launch.
+
+A job is named by its op, number format, target and shape; `launch_of` gives what the launchers would launch for it, on
+tensors without memory. A family is a module with `OPS`, `jobs(target, dtype, allow_tf32)` and `launch(job)`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from fastunet.kernels import gpu
+from torch import Tensor
+
+TARGETS = tuple(gpu.SHARED_MEMORY_LIMITS)
+TRITON_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+_FORMATS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation. shape: what the family's launch needs to know, hashable; it prints as part of the row."""
+
+    op: str
+    dtype: torch.dtype
+    allow_tf32: bool
+    capability: int
+    shape: Any
+
+    @property
+    def math(self) -> str:
+        """The products' number format."""
+        return "tf32" if self.allow_tf32 else TRITON_TYPES[self.dtype]
+
+    @property
+    def target(self) -> gpu.Target:
+        """The usual GPU of the capability."""
+        return gpu.known_target(self.capability)
+
+    def tensor(self, *sizes: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """A tensor without memory, of the job's dtype."""
+        return torch.empty(sizes, dtype=self.dtype, device="meta", memory_format=layout)
+
+    def pixels(self, channels: int, height: int, width: int) -> Tensor:
+        """A channels_last batch of two images without memory."""
+        return self.tensor(2, channels, height, width, layout=torch.channels_last)
+
+
+def _families() -> list[ModuleType]:
+    from . import conv3x3, reduction
+
+    return [conv3x3, reduction]
+
+
+def all_ops() -> tuple[str, ...]:
+    """The names of all ops there are jobs for."""
+    return tuple(op for family in _families() for op in family.OPS)
+
+
+def all_jobs() -> list[Job]:
+    """Everything there is to compile, family by family."""
+    return [
+        job
+        for family, capability, (dtype, tf32) in itertools.product(_families(), TARGETS, _FORMATS)
+        for job in family.jobs(gpu.known_target(capability), dtype, tf32)
+    ]
+
+
+def launch_of(job: Job) -> gpu.Launch:
+    """What the launchers would launch for this job's shape on its target."""
+    family = next(family for family in _families() if job.op in family.OPS)
+    return family.launch(job)
+
+
+def describe(launch: gpu.Launch) -> str:
+    """The configuration in short: the blocks in the kernel's order, warps, stages."""
+    blocks = _blocks(launch.arguments)
+    return f"{'x'.join(map(str, blocks))} w{launch.num_warps} s{launch.num_stages}"
+
+
+def _blocks(arguments: Any) -> Sequence[int]:
+    return [value for name, value in arguments.items() if name.startswith(("TILE_", "BLOCK"))]

@@ -1,0 +1,50 @@
+"""The second half of every sum over pixels: partial sums, one row a program, added in a fixed order.
+
+No atomics: the same inputs give the same bits on every run.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from fastunet.kernels import gpu
+from torch import Tensor
+
+_BLOCK = 256
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["rows"])
+def sum_rows_kernel(partial_ptr, first_ptr, second_ptr, rows, split, total, BLOCK: tl.constexpr):
+    """The sum of the rows of partial [rows, total], first to last: `split` values into first, the rest into second."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    pointers = partial_ptr + at
+    for _ in range(rows):
+        acc += tl.load(pointers, mask=at < total, other=0.0)
+        pointers += total
+    tl.store(first_ptr + at, acc.to(first_ptr.dtype.element_ty), mask=at < split)
+    if second_ptr is not None:
+        mask = (at >= split) & (at < total)
+        tl.store(second_ptr + (at - split), acc.to(second_ptr.dtype.element_ty), mask=mask)
+# fmt: on
+
+
+def sum_rows_launch(partial: Tensor, first: Tensor, second: Tensor | None = None) -> gpu.Launch:
+    """The launch that sums float32 partial [rows, n] over its rows, into first and then second.
+
+    Both are dense and hold n elements together, taken in the order they lie in memory.
+    """
+    rows, total = partial.shape
+    arguments = {
+        "partial_ptr": partial,
+        "first_ptr": first,
+        "second_ptr": second,
+        "rows": rows,
+        "split": first.numel(),
+        "total": total,
+        "BLOCK": _BLOCK,
+    }
+    return gpu.Launch(sum_rows_kernel, -(-total // _BLOCK), arguments, num_warps=4, num_stages=3)
