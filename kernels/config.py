@@ -8,6 +8,7 @@ from compiled code (registers, spills, shared memory); where a figure is a guess
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,6 +95,30 @@ class PointwiseConfig:
     block_windows: int
     block_channels: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Blocks of the merging of partial statistics.
+
+    block_rows, block_channels: statistics of one step. splits: parts the rows of a group fall into, merged apart at
+    first, of rows_per_split each.
+    """
+
+    block_rows: int
+    block_channels: int
+    splits: int
+    rows_per_split: int
+
+
+@dataclass(frozen=True)
+class NormGradConfig:
+    """Blocks of the gradient of a norm: 2x2 windows and channels of one step, and parts the windows fall into."""
+
+    block_windows: int
+    block_channels: int
+    num_warps: int
+    splits: int
 
 
 def stages(bytes_per_stage: int, target: Target, *, programs: int = 2) -> int:
@@ -255,6 +280,31 @@ def pointwise_config(channels: int) -> PointwiseConfig:
 def pointwise_configs() -> dict[PointwiseConfig, int]:
     """Every config that pointwise_config can choose, each with the most channels that lead to it."""
     return {pointwise_config(channels): channels for channels in (1, 2, 4, 8, 16, 32, 64, 128)}
+
+
+# --- norms ---
+
+
+def statistics_config(rows: int, channels: int) -> StatisticsConfig:
+    """The blocks for merging `rows` statistics of each group: in two rounds where one would be a long loop."""
+    per_split = max(256, cover(math.isqrt(rows), 1, 1 << 20))
+    return StatisticsConfig(32, cover(channels, 16, 32), _cdiv(rows, per_split), per_split)
+
+
+def norm_grad_config(windows: int, channels: int, target: Target) -> NormGradConfig:
+    """The blocks for a group of `windows` 2x2 windows: two programs for every multiprocessor, of eight steps at least.
+
+    `windows` counts those of one group, so that an image's instance norm is the same alone and in a batch. Unmeasured.
+    """
+    block_channels = cover(channels, 4, 64)
+    block_windows = 512 // block_channels
+    wanted = _cdiv(2 * target.multiprocessors, _cdiv(channels, block_channels))
+    return NormGradConfig(block_windows, block_channels, 4, max(1, min(wanted, windows // (8 * block_windows))))
+
+
+def norm_grad_configs(target: Target) -> dict[NormGradConfig, int]:
+    """Every shape of block norm_grad_config can choose, each with the most channels that lead to it."""
+    return {norm_grad_config(1, channels, target): channels for channels in (4, 8, 16, 32, 64)}
 
 
 def conv_configs(dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[tuple[ConvConfig, bool], ConvShape]:

@@ -93,6 +93,24 @@ def test_pointwise_config_holds_1024_elements(channels: int) -> None:
     assert chosen in config.pointwise_configs()
 
 
+@given(rows=st.integers(1, 10**6), channels=st.integers(1, 2000))
+def test_statistics_are_merged_in_parts_that_cover_all_rows(rows: int, channels: int) -> None:
+    chosen = config.statistics_config(rows, channels)
+    assert (chosen.splits - 1) * chosen.rows_per_split < rows <= chosen.splits * chosen.rows_per_split
+    # Neither round is a long loop.
+    assert max(chosen.splits, chosen.rows_per_split) <= 1024
+    assert chosen.block_channels in (16, 32)
+
+
+@given(windows=st.integers(1, 10**7), channels=st.integers(1, 2000), target=targets)
+def test_norm_grad_config(windows: int, channels: int, target: gpu.Target) -> None:
+    chosen = config.norm_grad_config(windows, channels, target)
+    assert chosen.block_windows * chosen.block_channels == 512
+    assert 1 <= chosen.splits <= max(1, windows // (8 * chosen.block_windows))
+    blocks = {(c.block_windows, c.block_channels) for c in config.norm_grad_configs(target)}
+    assert (chosen.block_windows, chosen.block_channels) in blocks
+
+
 def test_few_input_channels_fold_their_taps() -> None:
     target = gpu.known_target(90)
     for c1, form in ((1, "folded"), (3, "folded"), (7, "folded"), (8, "descriptor"), (64, "descriptor")):
