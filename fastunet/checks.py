@@ -67,14 +67,18 @@ def check_pooled(op: str, height: int, width: int) -> None:
         raise ShapeError(f"{op}: expected height and width >= 2 for 2x2 pooling, got {height}x{width}")
 
 
+def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """The tensors live on x's device."""
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise DeviceError(f"{op}: {name}: expected device {x.device} (the input's), got {t.device}")
+
+
 def check_together(op: str, x: Tensor, **others: Tensor | None) -> None:
     """The tensors live on x's device and, outside autocast, which casts them, share x's dtype."""
+    check_device(op, x, **others)
     for name, t in others.items():
-        if t is None:
-            continue
-        if t.device != x.device:
-            raise DeviceError(f"{op}: {name}: expected device {x.device} (the input's), got {t.device}")
-        if t.dtype != x.dtype and not _autocasts(x.device.type):
+        if t is not None and t.dtype != x.dtype and not _autocasts(x.device.type):
             raise DtypeError(f"{op}: {name}: expected dtype {x.dtype} (the input's), got {t.dtype}")
 
 
