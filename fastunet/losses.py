@@ -16,7 +16,8 @@ from typing import Literal, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from .checks import ConfigError, DtypeError, ShapeError
+from . import checks
+from .checks import ConfigError, ShapeError
 from .ops.segmentation_sums import segmentation_sums
 
 Activation = Literal["none", "sigmoid", "softmax"]
@@ -128,13 +129,13 @@ class DiceLoss(nn.Module):
         self.other_act = other_act
         self.squared_pred = squared_pred
         self.jaccard = jaccard
-        self.reduction = _check_reduction(reduction, REDUCTIONS)
+        self.reduction = checks.check_choice("reduction", reduction, REDUCTIONS)
         self.smooth_nr = smooth_nr
         self.smooth_dr = smooth_dr
         self.batch = batch
         self.soft_label = soft_label
         self.ignore_index = ignore_index
-        self.register_buffer("class_weight", _check_weight(weight))
+        self.register_buffer("class_weight", checks.check_weights("weight", weight))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss in fp32 (float64 for float64 input).
@@ -155,7 +156,7 @@ class DiceLoss(nn.Module):
 
     def _sums(self, input: Tensor, target: Tensor, *, entropy: bool = False) -> Tensor:
         """Check both, and sum over the pixels: [3, N, C], with `entropy` the rows of `segmentation_sums` below them."""
-        _check_input(input)
+        checks.check_images("input", input)
         if target.dim() != input.dim():
             raise ShapeError(
                 f"target: expected {input.dim()} dimensions as the input's, got shape {tuple(target.shape)}"
@@ -241,11 +242,11 @@ class BCEDiceLoss(nn.Module):
         **dice: Unpack[DiceOptions],
     ) -> None:
         super().__init__()
-        self.reduction = _check_reduction(reduction, REDUCTIONS[:2])
+        self.reduction = checks.check_choice("reduction", reduction, REDUCTIONS[:2])
         self.dice = DiceLoss(sigmoid=True, reduction=reduction, weight=weight, ignore_index=ignore_index, **dice)
         self.dice_weight = dice_weight
         self.bce_weight = bce_weight
-        self.register_buffer("pos_weight", _check_weight(pos_weight, "pos_weight"))
+        self.register_buffer("pos_weight", checks.check_weights("pos_weight", pos_weight))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss, a scalar in fp32 (float64 for float64 input).
@@ -302,8 +303,8 @@ class CEDiceLoss(nn.Module):
         **dice: Unpack[DiceOptions],
     ) -> None:
         super().__init__()
-        self.reduction = _check_reduction(reduction, REDUCTIONS[:2])
-        self.register_buffer("class_weight", _check_weight(weight))
+        self.reduction = checks.check_choice("reduction", reduction, REDUCTIONS[:2])
+        self.register_buffer("class_weight", checks.check_weights("weight", weight))
         if self.class_weight is not None and self.class_weight.dim() != 1:
             raise ConfigError(f"weight: expected one value per class, got the single value {weight}")
         dice_weight = self.class_weight
@@ -328,7 +329,7 @@ class CEDiceLoss(nn.Module):
             DtypeError: the input is not floating point.
             ConfigError: `ignore_index` with a target of probabilities.
         """
-        _check_input(input)
+        checks.check_images("input", input)
         if input.shape[1] < 2:
             raise ShapeError(f"input: expected at least 2 channels (BCEDiceLoss takes one), got {input.shape[1]}")
         if target.dim() == input.dim() - 1:
@@ -396,27 +397,3 @@ def _ignore_mask(target: Tensor, ignore_index: int | None) -> Tensor | None:
 def _safe_ratio(total: Tensor, count: Tensor) -> Tensor:
     """Divide, but give the total (which is 0) where nothing counts."""
     return total / count.masked_fill(count == 0, 1)
-
-
-def _check_input(input: Tensor) -> None:
-    if not input.is_floating_point():
-        raise DtypeError(f"input: expected a floating-point dtype, got {input.dtype}")
-    if input.dim() < 3:
-        raise ShapeError(f"input: expected shape [N, C, *spatial], got {tuple(input.shape)}")
-
-
-def _check_reduction(reduction: str, allowed: Sequence[str]) -> str:
-    if reduction not in allowed:
-        raise ConfigError(f"reduction: expected one of {', '.join(allowed)}, got {reduction!r}")
-    return reduction
-
-
-def _check_weight(weight: Weight | None, name: str = "weight") -> Tensor | None:
-    """Turn weights into a float tensor of dim 0 (one for all) or 1 (one each)."""
-    if weight is None:
-        return None
-    tensor = torch.as_tensor(weight)
-    tensor = tensor if tensor.is_floating_point() else tensor.float()
-    if tensor.dim() > 1 or bool((tensor < 0).any()):
-        raise ConfigError(f"{name}: expected one number >= 0 or a list of them, got {weight}")
-    return tensor

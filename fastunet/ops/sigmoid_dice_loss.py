@@ -27,8 +27,7 @@ def sigmoid_dice_loss(
     float64 logits) whatever the dtype of the logits, and so is the loss: reduced to a scalar by "mean" or "sum", or
     with "none" [N, C] ([C] if batch). One pass over logits and target forward, one backward.
     """
-    if reduction not in REDUCTIONS:
-        raise checks.ConfigError(f"{NAME}: reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    checks.check_choice(f"{NAME}: reduction", reduction, REDUCTIONS)
     checks.check_activation(NAME, logits=logits)
     checks.check_shape(NAME, "target", target, logits.shape)
     checks.check_device(NAME, logits, target=target)
