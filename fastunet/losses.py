@@ -342,7 +342,7 @@ class CEDiceLoss(nn.Module):
 
     def _cross_entropy(self, sums: Tensor, input: Tensor, target: Tensor) -> Tensor:
         """`F.cross_entropy` from sums [4, N, C]: a class's weight is the same for all its pixels."""
-        weight = torch.ones_like(sums[0, 0]) if self.class_weight is None else self.class_weight.to(sums)
+        weight = 1 if self.class_weight is None else self.class_weight.to(sums)
         total = (sums[3] * weight).sum()
         if self.reduction == "sum":
             return total
