@@ -28,6 +28,7 @@ TRITON_OPS = (
     "conv3x3_bias_relu",
     "conv3x3_instance_norm_relu",
     "conv3x3_relu_conv1x1",
+    "segmentation_sums",
 )
 
 

@@ -58,9 +58,9 @@ class Job:
 
 
 def _families() -> list[ModuleType]:
-    from . import conv3x3, norm, reduction
+    from . import conv3x3, norm, reduction, segmentation_loss
 
-    return [conv3x3, norm, reduction]
+    return [conv3x3, norm, reduction, segmentation_loss]
 
 
 def all_ops() -> tuple[str, ...]:
