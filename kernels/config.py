@@ -166,7 +166,7 @@ def _derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, a
     tensor_cores = half or allow_tf32
     # Without tensor cores the operands lie in registers as well, and larger tiles spill.
     tile_h = 16 if tensor_cores else 8
-    if _fits_descriptors(dtype, target, max(shape.c_out, shape.c_out2), shape.c1, shape.c2, shape.c_out, shape.c_out2):
+    if _fits_descriptors(dtype, target, (shape.c1, shape.c2), (shape.c_out, shape.c_out2)):
         return _descriptor_conv_config(shape, dtype, target)
     if shape.c2 == 0 and shape.c1 < FOLDED_BELOW:
         block_k = cover(9 * shape.c1, 16, 32) if tensor_cores else 16
@@ -187,20 +187,21 @@ def _derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, a
     return ConvConfig(tile_h, TILE_W, block_n, block_k, 8 if wide else 4, num_stages, POINTER, limit)
 
 
-def _fits_descriptors(dtype: torch.dtype, target: Target, c_out: int, *channels: int) -> bool:
-    """Whether channel counts suit the descriptor form: 16-bit rows of whole 16-byte vectors, on a GPU that has it.
+def _fits_descriptors(dtype: torch.dtype, target: Target, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> bool:
+    """Whether channel counts suit the descriptor form, for 16 bits on a GPU that has it.
 
-    c_out become the rows of the tensor-core product, of which there are 64 at least.
+    Rows are whole 16-byte vectors, steps of 16 input channels come out even, and the output's channels fill most of
+    the 64 rows that a tensor-core product has at least.
     """
-    whole = all(c % 8 == 0 for c in channels)
-    return dtype.itemsize == 2 and target.capability >= 90 and whole and channels[0] >= 8 and c_out > 32
+    whole = all(c % 16 == 0 for c in inputs) and all(c % 8 == 0 for c in outputs)
+    return dtype.itemsize == 2 and target.capability >= 90 and whole and max(outputs) > 32
 
 
 def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
     """Large tiles of pixels, which halve the reading of weights, but for a small image. Unmeasured."""
     channels_out = max(shape.c_out, shape.c_out2)
     block_n = _channel_block(channels_out, 128)
-    block_k = max(k for k in (16, 32, 64) if k == 16 or _padded(k, shape.c1, shape.c2) <= 1.25 * (shape.c1 + shape.c2))
+    block_k = _step_block(shape.c1, shape.c2, 64)
     blocks = _cdiv(channels_out, block_n) * _cdiv(shape.width, TILE_W)
     tile_h = next((h for h in (32, 16) if 4 * blocks * _cdiv(shape.height, h) >= target.multiprocessors), 8)
     bytes_per_stage = (tile_h * TILE_W + block_n) * block_k * dtype.itemsize
@@ -214,10 +215,6 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
 def with_head(chosen: ConvConfig) -> ConvConfig:
     """The config for a convolution whose epilogue holds a head, which needs registers of its own."""
     return replace(chosen, tile_h=min(chosen.tile_h, 16))
-
-
-def _padded(block: int, *channels: int) -> int:
-    return sum(_cdiv(c, block) * block for c in channels)
 
 
 def tiles_per_image(chosen: ConvConfig | WeightGradConfig, height: int, width: int) -> int:
@@ -243,7 +240,7 @@ def _derived_weight_grad_config(
     c_in, c_out = shape.c1, shape.c_out
     # Descriptors fill a tile past the image's edge with zeros, which beside an infinite neighbour would make NaN.
     whole_tiles = shape.height % _DESCRIPTOR_TILE_H == 0 and shape.width % TILE_W == 0
-    if whole_tiles and c_in >= 16 and _fits_descriptors(dtype, target, c_out, c_in, c_out):
+    if whole_tiles and _fits_descriptors(dtype, target, (c_in,), (c_out,)):
         return _descriptor_weight_grad_config(c_in, c_out, dtype, target)
     tile_h, widest = (4, 64) if half or allow_tf32 else (2, 32)
     if c_in < FOLDED_BELOW:

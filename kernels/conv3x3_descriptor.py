@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config, gpu
 from fastunet.kernels.epilogue import Epilogue, activation_code, finish_sums, store_head, store_statistics
-from fastunet.kernels.layout import weight_rows
+from fastunet.kernels.layout import weight_matrix, weight_rows
 from fastunet.kernels.tiles import (
     activate_grad,
     pixel_offsets,
@@ -39,12 +39,13 @@ def _load_box(desc, image, h, w, c, TILE_H: tl.constexpr, TILE_W: tl.constexpr, 
 
 @triton.jit
 def _accumulate(
-    acc, x_desc, weight_desc, steps, n0, image, h0, w0, FLIP: tl.constexpr,
+    acc, x_desc, weight_desc, first, C, steps, n0, image, h0, w0, FLIP: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """acc [N, P] += weights [N, 9*C] @ the taps of x [9*C, P].
+    """acc [N, P] += weights [N, K] @ the taps of x [K, P].
 
-    weight_desc reads [N, 9, C]; with FLIP it reads [C, 9, N], and the window is turned around.
+    weight_desc reads [N, 9*C], tap by tap, of which x has the channels from `first` on. With FLIP it reads [K, 9, N],
+    and the window is turned around. (Of three dimensions in the first case, ptxas would serialise two such loops.)
     """
     tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
     for step in range(steps):
@@ -54,7 +55,7 @@ def _accumulate(
         if FLIP:
             weight = tl.trans(tl.reshape(weight_desc.load([k0, 8 - tap, n0]), (BLOCK_K, BLOCK_N)))
         else:
-            weight = tl.reshape(weight_desc.load([n0, tap, k0]), (BLOCK_N, BLOCK_K))
+            weight = weight_desc.load([n0, tap * C + first + k0])
         acc = tl.dot(weight, tl.trans(x), acc)
     return acc
 
@@ -67,15 +68,13 @@ def _store_box(desc, v, image, h, w, c, TILE_H: tl.constexpr, TILE_W: tl.constex
 
 @triton.jit(do_not_specialize=["H", "W", "steps1", "steps2", "tiles"])
 def conv3x3_descriptor_kernel(
-    x_desc, up_desc, weight_desc, weight_up_desc, y_desc, pooled_desc, H, W, COUT, steps1, steps2, tiles,
+    x_desc, up_desc, weight_desc, y_desc, pooled_desc, H, W, C1, C2, COUT, steps1, steps2, tiles,
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
     head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr,
     ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """As conv3x3_kernel. The two inputs' shares of the weight have a descriptor each, lest a block of the one's last
-    channels reads the other's first.
-    """
+    """As conv3x3_kernel. BLOCK_K divides C1 and C2: no step reads the weights of another tap or input."""
     blocks_n = tl.cdiv(COUT, BLOCK_N)
     block = tl.program_id(0) % blocks_n
     tile = tl.program_id(0) // blocks_n
@@ -85,11 +84,11 @@ def conv3x3_descriptor_kernel(
 
     acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
     acc = _accumulate(
-        acc, x_desc, weight_desc, steps1, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
+        acc, x_desc, weight_desc, 0, C1 + C2, steps1, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
     )
     if up_desc is not None:
         acc = _accumulate(
-            acc, up_desc, weight_up_desc, steps2, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
+            acc, up_desc, weight_desc, C1, C1 + C2, steps2, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
         )
 
     n = n0 + tl.arange(0, BLOCK_N)
@@ -127,7 +126,7 @@ def conv3x3_input_grad_descriptor_kernel(
     image = image.to(tl.int32)
     acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
     acc = _accumulate(
-        acc, grad_desc, weight_desc, steps, tl.where(is_first, 0, C1) + n0, image, h0, w0, True,
+        acc, grad_desc, weight_desc, 0, 0, steps, tl.where(is_first, 0, C1) + n0, image, h0, w0, True,
         TILE_H, TILE_W, BLOCK_N, BLOCK_K,
     )
     if x_desc is not None:
@@ -219,18 +218,17 @@ def conv3x3_launch(
     batch, c1, height, width = x.shape
     c2, channels = 0 if up is None else up.shape[1], weight.shape[0]
     tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
-    share = [block_n, 1, block_k]
-    weight_up = None if up is None else TensorDescriptor.from_tensor(weight_rows(weight[:, c1:]), share)
     tiles = batch * config.tiles_per_image(chosen, height, width)
     arguments = {
         "x_desc": _boxes(x, tile_h, tile_w, block_k),
         "up_desc": _boxes(up, tile_h, tile_w, block_k),
-        "weight_desc": TensorDescriptor.from_tensor(weight_rows(weight[:, :c1]), share),
-        "weight_up_desc": weight_up,
+        "weight_desc": TensorDescriptor.from_tensor(weight_matrix(weight), [block_n, block_k]),
         "y_desc": _boxes(epilogue.y, tile_h, tile_w, block_n),
         "pooled_desc": _boxes(epilogue.pooled, tile_h // 2, tile_w // 2, block_n),
         "H": height,
         "W": width,
+        "C1": c1,
+        "C2": c2,
         "COUT": channels,
         "steps1": config.conv_steps(chosen, c1),
         "steps2": config.conv_steps(chosen, c2),

@@ -45,3 +45,9 @@ def weight_rows(weight: Tensor) -> Tensor:
         # A size of 1 leaves its stride open, and a clone may keep the old one.
         weight = weight.as_strided(weight.shape, (9 * i, 1, 3 * i, i))
     return weight.as_strided((o, 9, i), (weight.stride(0), weight.stride(3), 1), weight.storage_offset())
+
+
+def weight_matrix(weight: Tensor) -> Tensor:
+    """A weight [O, I, 3, 3] as [O, 9*I], tap by tap; copied unless it is channels_last and on a 16-byte boundary."""
+    matrix = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    return matrix.clone() if matrix.data_ptr() % 16 else matrix

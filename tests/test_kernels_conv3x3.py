@@ -170,11 +170,11 @@ def any_target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 # n, c1, c2, c_out, h, w: channels that do not fill a block, tiles cut by every edge, whole tiles.
 DESCRIPTOR_SHAPES = (
-    (2, 24, 0, 72, 9, 7),
-    (1, 40, 8, 40, 8, 8),
-    (1, 8, 16, 136, 1, 10),
+    (2, 48, 0, 72, 9, 7),
+    (1, 32, 16, 40, 8, 8),
+    (1, 16, 16, 136, 1, 10),
     (1, 64, 0, 64, 33, 9),
-    (0, 8, 0, 40, 4, 4),
+    (0, 16, 0, 40, 4, 4),
 )
 
 
@@ -192,14 +192,14 @@ def test_descriptors_are_chosen_for_hopper() -> None:
     for n, c1, c2, c_out, h, w in DESCRIPTOR_SHAPES:
         shape = config.ConvShape(c1, c2, c_out, h, w, config.aligned(c1, c2, c_out))
         assert config.conv_config(shape, torch.float16, HOPPER, allow_tf32=False).form == config.DESCRIPTOR, n
-    whole, cut = (config.ConvShape(40, 0, 40, side, 8) for side in (8, 9))
+    whole, cut = (config.ConvShape(48, 0, 40, side, 8) for side in (8, 9))
     forms = [config.weight_grad_config(s, torch.float16, HOPPER, allow_tf32=False).form for s in (whole, cut)]
     assert forms == [config.DESCRIPTOR, config.POINTER]
 
 
 @pytest.mark.usefixtures("any_target")
 def test_two_inputs_get_two_gradients() -> None:
-    for c1, c2, c_out, dtype in ((40, 48, 16, torch.bfloat16), (3, 17, 5, torch.float32), (24, 40, 24, torch.float16)):
+    for c1, c2, c_out, dtype in ((40, 48, 16, torch.bfloat16), (3, 17, 5, torch.float32), (24, 40, 48, torch.float16)):
         _, _, weight, _ = make_inputs(1, c1, c2, c_out, 1, 1, dtype)
         grad = random_input((2, c_out, 9, 10), dtype=dtype, device=DEVICE)
         for actual, share in zip(OPS.two_input_grads(grad, weight, c1), weight.split([c1, c2], dim=1), strict=True):
@@ -210,9 +210,9 @@ def test_two_inputs_get_two_gradients() -> None:
 @pytest.mark.parametrize("slope", [0.0, 0.1])
 @pytest.mark.usefixtures("any_target")
 def test_input_grad_through_the_producers_activation(slope: float) -> None:
-    x, _, weight, _ = make_inputs(1, 40, 0, 40, 9, 10, torch.bfloat16)
+    x, _, weight, _ = make_inputs(1, 40, 0, 48, 9, 10, torch.bfloat16)
     x = F.leaky_relu(x, slope)
-    grad = random_input((1, 40, 9, 10), dtype=torch.bfloat16, device=DEVICE, seed=9)
+    grad = random_input((1, 48, 9, 10), dtype=torch.bfloat16, device=DEVICE, seed=9)
     value, tolerance = conv3x3_input_grad_expected(grad, weight)
     passed = torch.where(x > 0, 1.0, slope).double()
     assert_within(OPS.input_grad(grad, weight, x=x, negative_slope=slope), value * passed, tolerance)
@@ -220,11 +220,11 @@ def test_input_grad_through_the_producers_activation(slope: float) -> None:
 
 @pytest.mark.usefixtures("any_target")
 def test_two_forms_of_the_weight_in_memory() -> None:
-    x, up, weight, bias = make_inputs(1, 24, 16, 40, 8, 8, torch.float16)
+    x, up, weight, bias = make_inputs(1, 32, 16, 48, 8, 8, torch.float16)
     for layout in LAYOUTS:
         w = in_layout(weight, layout)
         check_forward(OPS, in_layout(x, layout), in_layout(up, layout), w, bias, negative_slope=0.0)
-        check_gradients(OPS, in_layout(x, layout), w[:, :24])
+        check_gradients(OPS, in_layout(x, layout), w[:, :32])
 
 
 def test_weight_grad_runs_in_several_splits() -> None:

@@ -106,7 +106,7 @@ def convolve(ops: Any, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tens
     return y, statistics
 
 
-SHAPES = ((2, 3, 0, 17, 9, 11), (1, 24, 16, 40, 8, 8), (3, 40, 0, 72, 5, 3), (2, 1, 0, 1, 1, 2))
+SHAPES = ((2, 3, 0, 17, 9, 11), (1, 32, 16, 40, 8, 8), (3, 48, 0, 72, 5, 3), (2, 1, 0, 1, 1, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
