@@ -112,6 +112,9 @@ def _specialise(launch: gpu.Launch) -> tuple[dict[str, str], dict[str, Any], dic
         if isinstance(value, Tensor):
             signature[name] = f"*{TRITON_TYPES[value.dtype]}"
             divisible = True
+        elif hasattr(value, "block_shape"):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TRITON_TYPES[value.base.dtype]}[{block}]>"
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[name] = "constexpr"
             constants[name] = value

@@ -23,7 +23,7 @@ from fastunet.checks import BackendError, ConfigError
 BACKENDS = ("auto", "triton", "aten")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Ops that have Triton kernels, forward and backward.
-TRITON_OPS = ("conv3x3_bias_relu",)
+TRITON_OPS = ("conv3x3_bias_relu", "conv3x3_batch_norm_relu", "conv3x3_instance_norm_relu")
 
 
 @dataclass(frozen=True)

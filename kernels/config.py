@@ -8,10 +8,15 @@ from compiled code (registers, spills, shared memory); where a figure is a guess
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from fastunet.kernels.gpu import Target
+
+# How a kernel reads its operands: gathering through pointers, tap by tap; the same with all taps folded into the
+# channels; or whole boxes through tensor descriptors, which the hardware copies and pads with zeros.
+POINTER, FOLDED, DESCRIPTOR = "pointer", "folded", "descriptor"
 
 # Below this many input channels the nine taps fold into one K dimension of 9*C values: tap by tap, at least half of
 # each block of 16 channels, the least tl.dot takes, would be zeros.
@@ -20,6 +25,9 @@ FOLDED_BELOW = 8
 # A tile is 8 pixels wide: for the rows of a tensor-core fragment the vertical half of a pooling window is then in one
 # thread's registers.
 TILE_W = 8
+
+# Rows of pixels of a tile in the descriptor form of the weight gradient.
+_DESCRIPTOR_TILE_H = 8
 
 # Left to itself, ptxas holds some kernels to 80, 128 or 168 registers, for occupancy, and spills a few values: these
 # are allowed all there are. The others do not spill, and might lose occupancy. Unmeasured.
@@ -31,7 +39,8 @@ class ConvShape:
     """What the choice for a convolution depends on.
 
     c1, c2, c_out: channels of the two inputs (c2 may be 0) and of the output. aligned: whether rows of channels, of
-    activations and weight, start at multiples of 16 elements and so load in vectors.
+    activations and weight, start at multiples of 16 elements and so load in vectors. c_out2: channels of a second
+    output, where an input gradient has two.
     """
 
     c1: int
@@ -40,6 +49,7 @@ class ConvShape:
     height: int
     width: int
     aligned: bool = True
+    c_out2: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class ConvConfig:
     """Blocks of the convolution, and of its input gradient, which is one.
 
     tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or values
-    of 9*C where folded. max_registers: per thread, None leaves it to ptxas.
+    of 9*C where folded. form: POINTER, FOLDED or DESCRIPTOR. max_registers: per thread, None leaves it to ptxas.
     """
 
     tile_h: int
@@ -56,7 +66,7 @@ class ConvConfig:
     block_k: int
     num_warps: int
     num_stages: int
-    folded: bool
+    form: str
     max_registers: int | None = None
 
 
@@ -65,7 +75,7 @@ class WeightGradConfig:
     """Blocks of the weight gradient.
 
     tile_h, tile_w: pixels of one step, its K dimension. block_out: output channels. block_in: input channels, or all
-    9*C values where folded. max_registers: as in ConvConfig.
+    9*C values where folded. form, max_registers: as in ConvConfig.
     """
 
     tile_h: int
@@ -74,7 +84,7 @@ class WeightGradConfig:
     block_in: int
     num_warps: int
     num_stages: int
-    folded: bool
+    form: str
     max_registers: int | None = None
 
 
@@ -85,6 +95,30 @@ class PointwiseConfig:
     block_windows: int
     block_channels: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """Blocks of the merging of partial statistics.
+
+    block_rows, block_channels: statistics of one step. splits: parts the rows of a group fall into, merged apart at
+    first, of rows_per_split each.
+    """
+
+    block_rows: int
+    block_channels: int
+    splits: int
+    rows_per_split: int
+
+
+@dataclass(frozen=True)
+class NormGradConfig:
+    """Blocks of the gradient of a norm: 2x2 windows and channels of one step, and parts the windows fall into."""
+
+    block_windows: int
+    block_channels: int
+    num_warps: int
+    splits: int
 
 
 def stages(bytes_per_stage: int, target: Target, *, programs: int = 2) -> int:
@@ -126,12 +160,14 @@ def conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_t
     tensor_cores = half or allow_tf32
     # Without tensor cores the operands lie in registers as well, and larger tiles spill.
     tile_h = 16 if tensor_cores else 8
+    if _fits_descriptors(dtype, target, max(shape.c_out, shape.c_out2), shape.c1, shape.c2, shape.c_out, shape.c_out2):
+        return _descriptor_conv_config(shape, dtype, target)
     if shape.c2 == 0 and shape.c1 < FOLDED_BELOW:
         block_k = cover(9 * shape.c1, 16, 32) if tensor_cores else 16
-        return ConvConfig(tile_h, TILE_W, 64, block_k, 8, num_stages=1, folded=True, max_registers=_ALL_REGISTERS)
+        return ConvConfig(tile_h, TILE_W, 64, block_k, 8, num_stages=1, form=FOLDED, max_registers=_ALL_REGISTERS)
     if not shape.aligned:  # Loads go element by element: small steps and many threads hold the addresses.
         block_n = cover(shape.c_out, 32, 64)
-        return ConvConfig(tile_h, TILE_W, block_n, 16, 8, num_stages=2, folded=False, max_registers=_ALL_REGISTERS)
+        return ConvConfig(tile_h, TILE_W, block_n, 16, 8, num_stages=2, form=POINTER, max_registers=_ALL_REGISTERS)
     deepest = 16 if not tensor_cores else 64 if half and target.capability >= 90 else 32
     block_k = _step_block(shape.c1, shape.c2, deepest)
     block_n = _channel_block(shape.c_out, 128 if half and block_k == deepest else 64)
@@ -142,37 +178,87 @@ def conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_t
     wide = block_n == (128 if half else 64)
     num_stages = stages((tile_h * TILE_W + block_n) * block_k * dtype.itemsize, target)
     limit = None if half else _ALL_REGISTERS
-    return ConvConfig(tile_h, TILE_W, block_n, block_k, 8 if wide else 4, num_stages, False, limit)
+    return ConvConfig(tile_h, TILE_W, block_n, block_k, 8 if wide else 4, num_stages, POINTER, limit)
+
+
+def _fits_descriptors(dtype: torch.dtype, target: Target, c_out: int, *channels: int) -> bool:
+    """Whether channel counts suit the descriptor form: 16-bit rows of whole 16-byte vectors, on a GPU that has it.
+
+    c_out become the rows of the tensor-core product, of which there are 64 at least.
+    """
+    whole = all(c % 8 == 0 for c in channels)
+    return dtype.itemsize == 2 and target.capability >= 90 and whole and channels[0] >= 8 and c_out > 32
+
+
+def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
+    """Large tiles of pixels, which halve the reading of weights, but for a small image. Unmeasured."""
+    channels_out = max(shape.c_out, shape.c_out2)
+    block_n = _channel_block(channels_out, 128)
+    block_k = max(k for k in (16, 32, 64) if k == 16 or _padded(k, shape.c1, shape.c2) <= 1.25 * (shape.c1 + shape.c2))
+    blocks = _cdiv(channels_out, block_n) * _cdiv(shape.width, TILE_W)
+    tile_h = next((h for h in (32, 16) if 4 * blocks * _cdiv(shape.height, h) >= target.multiprocessors), 8)
+    bytes_per_stage = (tile_h * TILE_W + block_n) * block_k * dtype.itemsize
+    wide = tile_h * block_n > 32 * 64
+    num_stages = stages(bytes_per_stage, target, programs=1 if wide else 2)
+    warps = 8 if wide or block_n == 128 else 4
+    limit = _ALL_REGISTERS if target.capability >= 100 else None
+    return ConvConfig(tile_h, TILE_W, block_n, block_k, warps, num_stages, DESCRIPTOR, limit)
+
+
+def with_head(chosen: ConvConfig) -> ConvConfig:
+    """The config for a convolution whose epilogue holds a head, which needs registers of its own."""
+    return replace(chosen, tile_h=min(chosen.tile_h, 16))
+
+
+def _padded(block: int, *channels: int) -> int:
+    return sum(_cdiv(c, block) * block for c in channels)
+
+
+def tiles_per_image(chosen: ConvConfig | WeightGradConfig, height: int, width: int) -> int:
+    """Pixel tiles that cover an image."""
+    return _cdiv(height, chosen.tile_h) * _cdiv(width, chosen.tile_w)
 
 
 def conv_steps(chosen: ConvConfig, channels: int) -> int:
     """Steps of the inner loop over the taps of one input's channels."""
-    return _cdiv(9 * channels, chosen.block_k) if chosen.folded else 9 * _cdiv(channels, chosen.block_k)
+    return _cdiv(9 * channels, chosen.block_k) if chosen.form == FOLDED else 9 * _cdiv(channels, chosen.block_k)
 
 
-def weight_grad_config(
-    c_in: int, c_out: int, dtype: torch.dtype, target: Target, *, allow_tf32: bool
-) -> WeightGradConfig:
-    """The blocks for the gradient of a weight [c_out, c_in, 3, 3]; `allow_tf32` matters for float32 only."""
+def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> WeightGradConfig:
+    """The blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""
     half = dtype.itemsize == 2
+    c_in, c_out = shape.c1, shape.c_out
+    # Descriptors fill a tile past the image's edge with zeros, which beside an infinite neighbour would make NaN.
+    whole_tiles = shape.height % _DESCRIPTOR_TILE_H == 0 and shape.width % TILE_W == 0
+    if whole_tiles and c_in >= 16 and _fits_descriptors(dtype, target, c_out, c_in, c_out):
+        return _descriptor_weight_grad_config(c_in, c_out, dtype, target)
     tile_h, widest = (4, 64) if half or allow_tf32 else (2, 32)
     if c_in < FOLDED_BELOW:
-        return WeightGradConfig(tile_h, TILE_W, widest, cover(9 * c_in, 32, 64), 8, 2, True, _ALL_REGISTERS)
+        return WeightGradConfig(tile_h, TILE_W, widest, cover(9 * c_in, 32, 64), 8, 2, FOLDED, _ALL_REGISTERS)
     if not aligned(c_in, c_out):
         block_out, block_in = cover(c_out, 32, widest), cover(c_in, 32, 64)
-        return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8, 2, False, _ALL_REGISTERS)
+        return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8, 2, POINTER, _ALL_REGISTERS)
     block_out = _channel_block(c_out, 128 if half else 64)
     block_in = _channel_block(c_in, 128 if block_out == 128 else 64)
     tile_h = 8 if half and target.capability >= 90 else 4
     wide = block_out == 128 or (not half and not allow_tf32 and block_out == block_in == 64)
     num_stages = stages(tile_h * TILE_W * (block_out + block_in) * dtype.itemsize, target)
     limit = None if half else _ALL_REGISTERS
-    return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8 if wide else 4, num_stages, False, limit)
+    return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8 if wide else 4, num_stages, POINTER, limit)
+
+
+def _descriptor_weight_grad_config(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> WeightGradConfig:
+    block_out = _channel_block(c_out, 128)
+    block_in = cover(c_in, 16, 128 if block_out == 128 else 64)
+    num_stages = stages(_DESCRIPTOR_TILE_H * TILE_W * (block_out + block_in) * dtype.itemsize, target)
+    warps = 8 if block_out == block_in == 128 else 4
+    limit = _ALL_REGISTERS if target.capability >= 100 else None
+    return WeightGradConfig(_DESCRIPTOR_TILE_H, TILE_W, block_out, block_in, warps, num_stages, DESCRIPTOR, limit)
 
 
 def weight_grad_programs(chosen: WeightGradConfig, c_in: int, c_out: int) -> int:
     """Programs that together cover one weight gradient: channel blocks, times the taps unless they are folded."""
-    taps_and_inputs = 1 if chosen.folded else 9 * _cdiv(c_in, chosen.block_in)
+    taps_and_inputs = 1 if chosen.form == FOLDED else 9 * _cdiv(c_in, chosen.block_in)
     return taps_and_inputs * _cdiv(c_out, chosen.block_out)
 
 
@@ -196,23 +282,51 @@ def pointwise_configs() -> dict[PointwiseConfig, int]:
     return {pointwise_config(channels): channels for channels in (1, 2, 4, 8, 16, 32, 64, 128)}
 
 
+# --- norms ---
+
+
+def statistics_config(rows: int, channels: int) -> StatisticsConfig:
+    """The blocks for merging `rows` statistics of each group: in two rounds where one would be a long loop."""
+    per_split = max(256, cover(math.isqrt(rows), 1, 1 << 20))
+    return StatisticsConfig(32, cover(channels, 16, 32), _cdiv(rows, per_split), per_split)
+
+
+def norm_grad_config(windows: int, channels: int, target: Target) -> NormGradConfig:
+    """The blocks for a group of `windows` 2x2 windows: two programs for every multiprocessor, of eight steps at least.
+
+    `windows` counts those of one group, so that an image's instance norm is the same alone and in a batch. Unmeasured.
+    """
+    block_channels = cover(channels, 4, 64)
+    block_windows = 512 // block_channels
+    wanted = _cdiv(2 * target.multiprocessors, _cdiv(channels, block_channels))
+    return NormGradConfig(block_windows, block_channels, 4, max(1, min(wanted, windows // (8 * block_windows))))
+
+
+def norm_grad_configs(target: Target) -> dict[NormGradConfig, int]:
+    """Every shape of block norm_grad_config can choose, each with the most channels that lead to it."""
+    return {norm_grad_config(1, channels, target): channels for channels in (4, 8, 16, 32, 64)}
+
+
 def conv_configs(dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[tuple[ConvConfig, bool], ConvShape]:
     """Every config that conv_config can choose for aligned and unaligned shapes, each with a shape that leads to it."""
     found: dict[tuple[ConvConfig, bool], ConvShape] = {}
-    for c1, c_out, side in itertools.product((1, 3, 17, 16, 32, 64), (32, 64, 128, 33), (512, 8)):
-        shape = ConvShape(c1, 0, c_out, side, side, aligned(c1, c_out))
-        found.setdefault((conv_config(shape, dtype, target, allow_tf32=allow_tf32), shape.aligned), shape)
+    images = ((512, 512), (33, 128), (8, 8))  # They lead to the three heights of tiles.
+    for c1, c_out, (height, width) in itertools.product((1, 3, 17, 16, 32, 64), (32, 64, 128, 33), images):
+        shape = ConvShape(c1, 0, c_out, height, width, aligned(c1, c_out))
+        chosen = conv_config(shape, dtype, target, allow_tf32=allow_tf32)
+        found.setdefault((chosen, shape.aligned or chosen.form == DESCRIPTOR), shape)
     return found
 
 
 def weight_grad_configs(
     dtype: torch.dtype, target: Target, *, allow_tf32: bool
-) -> dict[tuple[WeightGradConfig, bool], tuple[int, int]]:
-    """Every config that weight_grad_config can choose, aligned or not, each with channels (in, out) that lead to it."""
-    found: dict[tuple[WeightGradConfig, bool], tuple[int, int]] = {}
-    for c_in, c_out in itertools.product((3, 7, 17, 33, 32, 64, 128), (17, 33, 32, 64, 128)):
-        chosen = weight_grad_config(c_in, c_out, dtype, target, allow_tf32=allow_tf32)
-        found.setdefault((chosen, aligned(c_in, c_out)), (c_in, c_out))
+) -> dict[tuple[WeightGradConfig, bool], ConvShape]:
+    """Every config that weight_grad_config can choose, aligned or not, each with a shape that leads to it."""
+    found: dict[tuple[WeightGradConfig, bool], ConvShape] = {}
+    for c_in, c_out, side in itertools.product((3, 7, 17, 33, 16, 32, 64, 128), (17, 33, 32, 64, 128), (64, 63)):
+        shape = ConvShape(c_in, 0, c_out, side, side, aligned(c_in, c_out))
+        chosen = weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
+        found.setdefault((chosen, shape.aligned or chosen.form == DESCRIPTOR), shape)
     return found
 
 

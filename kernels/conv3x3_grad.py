@@ -1,4 +1,4 @@
-"""Gradients of the 3x3 convolution: through activation and pooling, of the input, of the weight and the bias.
+"""Gradients of the 3x3 convolution: of its inputs, of the weight and the bias.
 
 The input gradient is the convolution itself, with the window turned around and the channels swapped. The weight
 gradient splits the pixels into parts, sums each on its own in float32 and adds the parts in a fixed order: no atomics,
@@ -12,8 +12,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
-from fastunet.kernels.conv3x3 import activation_code, conv3x3_launch, empty_packed, packed, precision
+from fastunet.kernels import config, conv3x3_descriptor, gpu
+from fastunet.kernels.conv3x3 import accumulate, accumulate_folded, weight_aligned
+from fastunet.kernels.epilogue import activation_code, precision
+from fastunet.kernels.layout import empty_packed, packed, strided_weight
 from fastunet.kernels.reduction import sum_rows_launch
 from fastunet.kernels.tiles import (
     activate_grad,
@@ -31,73 +33,66 @@ _CENTRE_TAP = tl.constexpr(4)
 
 # fmt: off
 @triton.jit
-def _load_pixel(y_ptr, h, w, first, c, mask, H, W, C):
-    """y at rows h, columns w [P] and channels c [K]: offsets, mask and float32 values [P, K], zero where masked.
-
-    first: index of the image's first row among the rows of all images [P].
-    """
-    mask = mask & ((h < H) & (w < W))[:, None]
-    offsets = ((first + h) * W + w)[:, None] * C + c[None, :]
-    return offsets, mask, tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _takes_over(v, best):
-    """Whether v becomes the maximum after best, by torch's rule: the first of equals wins, and the last of NaNs."""
-    return (v > best) | (v != v)
-
-
-@triton.jit
-def _store_grad(out_ptr, grad_y_ptr, offsets, mask, y, routed, negative_slope, ACTIVATION: tl.constexpr):
-    """Add the direct gradient to the one routed through the pool, carry both through the activation, store."""
-    if grad_y_ptr is not None:
-        routed += tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    g = activate_grad(routed, y, negative_slope, ACTIVATION)
-    tl.store(out_ptr + offsets, g.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["windows", "H", "W"])
-def conv3x3_activation_grad_kernel(
-    y_ptr, grad_y_ptr, grad_pooled_ptr, out_ptr, windows, H, W, C, negative_slope,
-    ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+def _input_grad(
+    grad_ptr, weight_ptr, x_ptr, out_ptr, n, C, rows, columns, origin, offsets, H, W, COUT, steps,
+    stride_out, stride_tap, stride_in, negative_slope,
+    ACTIVATION: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """out = activation'(y) * (grad_y + unpool(grad_pooled)), all packed NHWC; a gradient that is None counts as zero.
+    """The gradient of the channels n of one input, which has C and whose weights begin at weight_ptr."""
+    acc = tl.zeros((P, BLOCK_N), tl.float32)
+    # The same sum as the convolution's: what was its input channel is the output's, and the window is turned around.
+    if FOLDED:
+        acc = accumulate_folded(
+            acc, grad_ptr, weight_ptr, steps, n, rows, columns, origin, offsets, H, W, COUT, C,
+            stride_in, stride_tap, stride_out, True, PRECISION, BLOCK_K,
+        )
+    else:
+        acc = accumulate(
+            acc, grad_ptr, weight_ptr, 0, steps, n, rows, columns, origin, offsets, H, W, COUT, C,
+            stride_in, stride_tap, stride_out, True, PRECISION, BLOCK_K,
+        )
+    at = (origin + offsets)[:, None] * C + n[None, :]
+    mask = (rows >= 0)[:, None] & (n < C)[None, :]
+    if x_ptr is not None:
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        acc = activate_grad(acc, x, negative_slope, ACTIVATION)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
-    A program owns BLOCK_P windows of 2x2 pixels and BLOCK_C channels. Windows cover odd edges too: there, pixels of
-    windows that are not whole receive nothing from the pool.
+
+@triton.jit(do_not_specialize=["H", "W", "steps"])
+def conv3x3_input_grad_kernel(
+    grad_ptr, weight_ptr, x_ptr, out_ptr, out_up_ptr, H, W, C1, C2, COUT, steps,
+    stride_out, stride_tap, stride_in, negative_slope,
+    ACTIVATION: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """out[p, c] = sum over taps t and channels o of grad[p moved by t, o] * weight[o, c, 8 - t], for two inputs' out.
+
+    grad [N, H, W, COUT], out [N, H, W, C1], out_up [N, H, W, C2] or None. Where x, the first input, is given, it is the
+    output of an ACTIVATION, and out becomes the gradient of what went into that. A program owns a tile of pixels and
+    BLOCK_N channels of one of the inputs.
     """
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    window = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    windows_w = (W + 1) // 2
-    windows_h = (H + 1) // 2
-    w = window % windows_w * 2
-    h = window // windows_w % windows_h * 2
-    image = window // (windows_w * windows_h)
-    mask = (window < windows)[:, None] & (c < C)[None, :]
-
-    at0, mask0, y0 = _load_pixel(y_ptr, h, w, image * H, c, mask, H, W, C)
-    at1, mask1, y1 = _load_pixel(y_ptr, h, w + 1, image * H, c, mask, H, W, C)
-    at2, mask2, y2 = _load_pixel(y_ptr, h + 1, w, image * H, c, mask, H, W, C)
-    at3, mask3, y3 = _load_pixel(y_ptr, h + 1, w + 1, image * H, c, mask, H, W, C)
-
-    routed = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    if grad_pooled_ptr is not None:
-        # Only a whole window has its fourth pixel inside the image.
-        pooled_at = ((image * (H // 2) + h // 2) * (W // 2) + w // 2)[:, None] * C + c[None, :]
-        routed = tl.load(grad_pooled_ptr + pooled_at, mask=mask3, other=0.0).to(tl.float32)
-    best = y0
-    winner = tl.zeros((BLOCK_P, BLOCK_C), tl.int32)
-    winner = tl.where(_takes_over(y1, best), 1, winner)
-    best = tl.where(_takes_over(y1, best), y1, best)
-    winner = tl.where(_takes_over(y2, best), 2, winner)
-    best = tl.where(_takes_over(y2, best), y2, best)
-    winner = tl.where(_takes_over(y3, best), 3, winner)
-
-    _store_grad(out_ptr, grad_y_ptr, at0, mask0, y0, tl.where(winner == 0, routed, 0.0), negative_slope, ACTIVATION)
-    _store_grad(out_ptr, grad_y_ptr, at1, mask1, y1, tl.where(winner == 1, routed, 0.0), negative_slope, ACTIVATION)
-    _store_grad(out_ptr, grad_y_ptr, at2, mask2, y2, tl.where(winner == 2, routed, 0.0), negative_slope, ACTIVATION)
-    _store_grad(out_ptr, grad_y_ptr, at3, mask3, y3, tl.where(winner == 3, routed, 0.0), negative_slope, ACTIVATION)
+    blocks1 = tl.cdiv(C1, BLOCK_N)
+    blocks = blocks1 if out_up_ptr is None else blocks1 + tl.cdiv(C2, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    image, h0, w0 = tile_origin(tl.program_id(0) // blocks, H, W, TILE_H, TILE_W)
+    rows, columns = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
+    origin = (image * H + h0) * W + w0
+    offsets = pixel_offsets(W, TILE_H, TILE_W)
+    C = C1
+    if out_up_ptr is not None:
+        if block >= blocks1:
+            block -= blocks1
+            C = C2
+            out_ptr = out_up_ptr
+            weight_ptr += C1.to(tl.int64) * stride_in
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    _input_grad(
+        grad_ptr, weight_ptr, x_ptr, out_ptr, n, C, rows, columns, origin, offsets, H, W, COUT, steps,
+        stride_out, stride_tap, stride_in, negative_slope, ACTIVATION, FOLDED, PRECISION,
+        TILE_H * TILE_W, BLOCK_N, BLOCK_K,
+    )
 
 
 @triton.jit
@@ -166,68 +161,102 @@ def conv3x3_weight_grad_kernel(
 # fmt: on
 
 
-def activation_grad_launch(
-    y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, out: Tensor, negative_slope: float | None
+def input_grad_launch(
+    grad: Tensor,
+    weight: Tensor,
+    outs: tuple[Tensor, Tensor | None],
+    x: Tensor | None,
+    negative_slope: float | None,
+    *,
+    allow_tf32: bool,
+    target: gpu.Target,
 ) -> gpu.Launch:
-    """The launch that fills out from packed tensors: see conv3x3_activation_grad."""
-    batch, channels, height, width = y.shape
-    chosen = config.pointwise_config(channels)
-    windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
+    """The launch that fills outs, the gradients of one input or of two, from packed grad: see conv3x3_input_grad."""
+    out, out_up = outs
+    batch, channels_out, height, width = grad.shape
+    c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
+    aligned = config.aligned(channels_out, c1, c2) and weight_aligned(weight)
+    shape = config.ConvShape(channels_out, 0, c1, height, width, aligned, c_out2=c2)
+    chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32)
+    if chosen.form == config.DESCRIPTOR:
+        return conv3x3_descriptor.input_grad_launch(grad, weight, outs, x, chosen, negative_slope)
+    weight, stride_out, stride_in, stride_tap = strided_weight(weight)
     arguments = {
-        "y_ptr": y,
-        "grad_y_ptr": grad_y,
-        "grad_pooled_ptr": grad_pooled,
+        "grad_ptr": grad,
+        "weight_ptr": weight,
+        "x_ptr": x,
         "out_ptr": out,
-        "windows": windows,
+        "out_up_ptr": out_up,
         "H": height,
         "W": width,
-        "C": channels,
+        "C1": c1,
+        "C2": c2,
+        "COUT": channels_out,
+        "steps": config.conv_steps(chosen, channels_out),
+        "stride_out": stride_out,
+        "stride_tap": stride_tap,
+        "stride_in": stride_in,
         "negative_slope": float(negative_slope or 0),
         "ACTIVATION": activation_code(negative_slope),
-        "BLOCK_P": chosen.block_windows,
-        "BLOCK_C": chosen.block_channels,
+        "FOLDED": chosen.form == config.FOLDED,
+        "PRECISION": precision(grad.dtype, allow_tf32),
+        "TILE_H": chosen.tile_h,
+        "TILE_W": chosen.tile_w,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": chosen.block_k,
     }
-    grid = triton.cdiv(windows, chosen.block_windows) * triton.cdiv(channels, chosen.block_channels)
-    return gpu.Launch(conv3x3_activation_grad_kernel, grid, arguments, chosen.num_warps, num_stages=1)
+    blocks = triton.cdiv(c1, chosen.block_n) + triton.cdiv(c2, chosen.block_n)
+    return gpu.Launch(
+        conv3x3_input_grad_kernel,
+        batch * config.tiles_per_image(chosen, height, width) * blocks,
+        arguments,
+        chosen.num_warps,
+        chosen.num_stages,
+        chosen.max_registers,
+        product_rows=chosen.tile_h * chosen.tile_w,
+    )
 
 
-def conv3x3_activation_grad(
-    y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, negative_slope: float | None
+def conv3x3_input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    *,
+    x: Tensor | None = None,
+    negative_slope: float | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
-    """The gradient of conv3x3's sum before its activation, in one pass over y [N, C, H, W].
-
-    grad_y [N, C, H, W] and grad_pooled [N, C, H // 2, W // 2] are the gradients of conv3x3's two outputs, None for
-    zero but not both. A window's gradient goes to its maximum, by torch's rule to the first of equals and to the last
-    NaN; the activation's slope follows from y's sign. Returns a channels_last tensor of y's dtype.
-    """
-    out = empty_packed(y, *y.shape[1:])
-    grad_y = None if grad_y is None else packed(grad_y)
-    grad_pooled = None if grad_pooled is None else packed(grad_pooled)
-    activation_grad_launch(packed(y), grad_y, grad_pooled, out, negative_slope).run(y.device)
-    return out
-
-
-def conv3x3_input_grad(grad: Tensor, weight: Tensor, *, allow_tf32: bool = False) -> Tensor:
     """The gradient of conv3x3's input [N, C, H, W] from its sum's, grad [N, Cout, H, W], and weight [Cout, C, 3, 3].
 
-    Of two inputs' gradients, each is a call with its slice of the weight's input channels. Returns a channels_last
-    tensor of grad's dtype.
+    Where x, that input, is given, it is the output of the activation that negative_slope names, and the result is the
+    gradient of what went into the activation. Returns a channels_last tensor of grad's dtype.
     """
     out = empty_packed(grad, weight.shape[1], *grad.shape[2:])
-    launch = conv3x3_launch(
-        packed(grad),
-        None,
-        weight,
-        None,
-        out,
-        None,
-        negative_slope=None,
-        input_grad=True,
-        allow_tf32=allow_tf32,
-        target=gpu.target(grad.device),
-    )
-    launch.run(grad.device)
+    x = None if x is None else packed(x)
+    _run_input_grad(grad, weight, (out, None), x, negative_slope, allow_tf32)
     return out
+
+
+def conv3x3_two_input_grads(
+    grad: Tensor, weight: Tensor, first: int, *, allow_tf32: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The gradients of conv3x3's two inputs, of which the first has `first` channels, in one launch."""
+    out = empty_packed(grad, first, *grad.shape[2:])
+    out_up = empty_packed(grad, weight.shape[1] - first, *grad.shape[2:])
+    _run_input_grad(grad, weight, (out, out_up), None, None, allow_tf32)
+    return out, out_up
+
+
+def _run_input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    outs: tuple[Tensor, Tensor | None],
+    x: Tensor | None,
+    negative_slope: float | None,
+    allow_tf32: bool,
+) -> None:
+    if grad.numel():  # A descriptor cannot describe an empty tensor.
+        options = {"allow_tf32": allow_tf32, "target": gpu.target(grad.device)}
+        input_grad_launch(packed(grad), weight, outs, x, negative_slope, **options).run(grad.device)
 
 
 def weight_grad_launches(
@@ -242,17 +271,15 @@ def weight_grad_launches(
     """The two launches that fill grad_weight (channels_last) and grad_bias: partial sums, then the sum of those."""
     batch, channels, height, width = x.shape
     channels_out = grad.shape[1]
-    chosen = config.weight_grad_config(channels, channels_out, x.dtype, target, allow_tf32=allow_tf32)
+    shape = config.ConvShape(channels, 0, channels_out, height, width)
+    chosen = config.weight_grad_config(shape, x.dtype, target, allow_tf32=allow_tf32)
     programs = config.weight_grad_programs(chosen, channels, channels_out)
-    tiles = batch * triton.cdiv(height, chosen.tile_h) * triton.cdiv(width, chosen.tile_w)
+    tiles = batch * config.tiles_per_image(chosen, height, width)
     per_split = triton.cdiv(tiles, config.weight_grad_splits(programs, tiles, target))
     splits = triton.cdiv(tiles, per_split)
-    weights = channels_out * 9 * channels
-    total = weights + (0 if grad_bias is None else channels_out)
+    total = channels_out * (9 * channels + (0 if grad_bias is None else 1))
     partial = torch.empty((splits, total), dtype=torch.float32, device=x.device)
-    sums = {
-        "grad_ptr": grad,
-        "x_ptr": x,
+    arguments = {
         "partial_ptr": partial,
         "tiles": tiles,
         "tiles_per_split": per_split,
@@ -261,23 +288,31 @@ def weight_grad_launches(
         "C": channels,
         "COUT": channels_out,
         "WITH_BIAS": grad_bias is not None,
-        "FOLDED": chosen.folded,
-        "PRECISION": precision(x.dtype, allow_tf32),
         "TILE_H": chosen.tile_h,
         "TILE_W": chosen.tile_w,
         "BLOCK_OUT": chosen.block_out,
         "BLOCK_IN": chosen.block_in,
     }
-    partial_sums = gpu.Launch(
-        conv3x3_weight_grad_kernel,
-        programs * splits,
-        sums,
-        chosen.num_warps,
-        chosen.num_stages,
-        chosen.max_registers,
-        product_rows=chosen.block_out,
-    )
-    return partial_sums, sum_rows_launch(partial, grad_weight, grad_bias)
+    grid = programs * splits
+    if chosen.form == config.DESCRIPTOR:
+        sums = conv3x3_descriptor.weight_grad_launch(grad, x, chosen, arguments, grid)
+    else:
+        operands = {
+            "grad_ptr": grad,
+            "x_ptr": x,
+            "FOLDED": chosen.form == config.FOLDED,
+            "PRECISION": precision(x.dtype, allow_tf32),
+        }
+        sums = gpu.Launch(
+            conv3x3_weight_grad_kernel,
+            grid,
+            operands | arguments,
+            chosen.num_warps,
+            chosen.num_stages,
+            chosen.max_registers,
+            product_rows=chosen.block_out,
+        )
+    return sums, sum_rows_launch(partial, grad_weight, grad_bias)
 
 
 def conv3x3_weight_grad(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastunet.kernels import config, gpu
-from fastunet.kernels.conv3x3 import empty_packed, packed, precision
+from fastunet.kernels.epilogue import precision
+from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, subpixel_step
 from torch import Tensor

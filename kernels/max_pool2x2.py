@@ -1,4 +1,4 @@
-"""2x2 max pooling, stride 2. Its gradient is conv3x3_activation_grad's, which finds the winners again in the input."""
+"""2x2 max pooling, stride 2. Its gradient is activation_grad's, which finds the winners again in the input."""
 
 # Of a kernel's parameters only the constexprs carry an annotation.
 # mypy: disallow-incomplete-defs=False
@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastunet.kernels import config, gpu
-from fastunet.kernels.conv3x3 import empty_packed, packed
+from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.tiles import nan_max
 from torch import Tensor
 

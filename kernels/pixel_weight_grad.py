@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config, gpu
-from fastunet.kernels.conv3x3 import packed, precision
+from fastunet.kernels.epilogue import precision
+from fastunet.kernels.layout import packed
 from fastunet.kernels.pixels import (
     LINEAR,
     SOFTMAX,

@@ -111,3 +111,11 @@ def pool2x2(v, TILE_H: tl.constexpr, TILE_W: tl.constexpr, N: tl.constexpr):
     v = tl.reshape(v, (TILE_H // 2, 2, TILE_W // 2, 2, N))
     v = tl.reduce(tl.reduce(v, 1, nan_max), 2, nan_max)
     return tl.reshape(v, (TILE_H * TILE_W // 4, N))
+
+
+@triton.jit
+def pool2x2_columns(v, TILE_H: tl.constexpr, TILE_W: tl.constexpr, N: tl.constexpr):
+    """pool2x2 of a tile with the pixels last: [N, P] to [N, P // 4]."""
+    v = tl.reshape(v, (N, TILE_H // 2, 2, TILE_W // 2, 2))
+    v = tl.reduce(tl.reduce(v, 4, nan_max), 2, nan_max)
+    return tl.reshape(v, (N, TILE_H * TILE_W // 4))

@@ -57,30 +57,32 @@ def test_conv_config(
     assert chosen.num_stages * stage <= target.shared_memory
     # Every value of K is reached, and no step is without one.
     covered = config.conv_steps(chosen, c1) * chosen.block_k
-    values = 9 * c1 if chosen.folded else 9 * -(-c1 // chosen.block_k) * chosen.block_k
+    values = 9 * c1 if chosen.form == config.FOLDED else 9 * -(-c1 // chosen.block_k) * chosen.block_k
     assert values <= covered < values + chosen.block_k
     # What runs is among what is compiled ahead of time.
     reachable = config.conv_configs(dtype, target, allow_tf32=allow_tf32)
-    assert (chosen, shape.aligned) in reachable
+    assert (chosen, shape.aligned or chosen.form == config.DESCRIPTOR) in reachable
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
-@given(c_in=channel_counts, c_out=channel_counts, format=formats, target=targets, tiles=st.integers(1, 10**6))
+@given(c_in=channel_counts, c_out=channel_counts, h=sides, w=sides, format=formats, target=targets,
+       tiles=st.integers(1, 10**6))  # fmt: skip
 def test_weight_grad_config(
-    c_in: int, c_out: int, format: tuple[torch.dtype, bool], target: gpu.Target, tiles: int
+    c_in: int, c_out: int, h: int, w: int, format: tuple[torch.dtype, bool], target: gpu.Target, tiles: int
 ) -> None:
     dtype, allow_tf32 = format
-    chosen = config.weight_grad_config(c_in, c_out, dtype, target, allow_tf32=allow_tf32)
+    shape = ConvShape(c_in, 0, c_out, h, w, config.aligned(c_in, c_out))
+    chosen = config.weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
     pixels = chosen.tile_h * chosen.tile_w
     assert min(pixels, chosen.block_out, chosen.block_in) >= 16
     stage = pixels * (chosen.block_out + chosen.block_in) * dtype.itemsize
     assert chosen.num_stages * stage <= target.shared_memory
-    if chosen.folded:
+    if chosen.form == config.FOLDED:
         assert chosen.block_in >= 9 * c_in
     splits = config.weight_grad_splits(config.weight_grad_programs(chosen, c_in, c_out), tiles, target)
     assert 1 <= splits <= max(1, tiles // 8)
     reachable = config.weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
-    assert (chosen, config.aligned(c_in, c_out)) in reachable
+    assert (chosen, shape.aligned or chosen.form == config.DESCRIPTOR) in reachable
 
 
 @given(channels=st.integers(1, 5000))
@@ -91,22 +93,40 @@ def test_pointwise_config_holds_1024_elements(channels: int) -> None:
     assert chosen in config.pointwise_configs()
 
 
+@given(rows=st.integers(1, 10**6), channels=st.integers(1, 2000))
+def test_statistics_are_merged_in_parts_that_cover_all_rows(rows: int, channels: int) -> None:
+    chosen = config.statistics_config(rows, channels)
+    assert (chosen.splits - 1) * chosen.rows_per_split < rows <= chosen.splits * chosen.rows_per_split
+    # Neither round is a long loop.
+    assert max(chosen.splits, chosen.rows_per_split) <= 1024
+    assert chosen.block_channels in (16, 32)
+
+
+@given(windows=st.integers(1, 10**7), channels=st.integers(1, 2000), target=targets)
+def test_norm_grad_config(windows: int, channels: int, target: gpu.Target) -> None:
+    chosen = config.norm_grad_config(windows, channels, target)
+    assert chosen.block_windows * chosen.block_channels == 512
+    assert 1 <= chosen.splits <= max(1, windows // (8 * chosen.block_windows))
+    blocks = {(c.block_windows, c.block_channels) for c in config.norm_grad_configs(target)}
+    assert (chosen.block_windows, chosen.block_channels) in blocks
+
+
 def test_few_input_channels_fold_their_taps() -> None:
     target = gpu.known_target(90)
-    for c1, folded in ((1, True), (3, True), (7, True), (8, False), (64, False)):
+    for c1, form in ((1, "folded"), (3, "folded"), (7, "folded"), (8, "descriptor"), (64, "descriptor")):
         shape = ConvShape(c1, 0, 64, 64, 64, config.aligned(c1, 64))
-        assert config.conv_config(shape, torch.bfloat16, target, allow_tf32=False).folded is folded
+        assert config.conv_config(shape, torch.bfloat16, target, allow_tf32=False).form == form
     with_up = ConvShape(3, 3, 64, 64, 64, aligned=False)
-    assert not config.conv_config(with_up, torch.bfloat16, target, allow_tf32=False).folded
+    assert config.conv_config(with_up, torch.bfloat16, target, allow_tf32=False).form == config.POINTER
 
 
-def test_deep_levels_get_smaller_blocks_than_wide_ones() -> None:
+def test_deep_levels_get_smaller_tiles_than_wide_ones() -> None:
     target = gpu.known_target(90)
     deep, wide = (
         config.conv_config(ConvShape(1024, 0, 1024, side, side), torch.bfloat16, target, allow_tf32=False)
         for side in (32, 256)
     )
-    assert (deep.block_n, wide.block_n) == (64, 128)
+    assert (deep.tile_h, wide.tile_h) == (16, 32)
 
 
 def test_targets() -> None:

@@ -123,8 +123,8 @@ def test_the_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.autograd.grad((y, pooled), (x, w), (torch.ones_like(y), torch.ones_like(pooled)))
     assert launched == [
         "conv3x3_kernel",
-        "conv3x3_activation_grad_kernel",
-        "conv3x3_kernel",
+        "activation_grad_kernel",
+        "conv3x3_input_grad_kernel",
         "conv3x3_weight_grad_kernel",
         "sum_rows_kernel",
     ]

@@ -58,9 +58,9 @@ class Job:
 
 
 def _families() -> list[ModuleType]:
-    from . import conv1x1, conv3x3, conv_transpose2x2, max_pool2x2, reduction
+    from . import conv1x1, conv3x3, conv_transpose2x2, max_pool2x2, norm, reduction
 
-    return [conv3x3, max_pool2x2, conv_transpose2x2, conv1x1, reduction]
+    return [conv3x3, norm, max_pool2x2, conv_transpose2x2, conv1x1, reduction]
 
 
 def all_ops() -> tuple[str, ...]:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastunet import checks
+from fastunet import checks, dispatch
 from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward, conv_backward_fake, conv_fake, joined
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
+from fastunet.ops.norm import backward_triton, forward_triton, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
 
 NAME = "conv3x3_batch_norm_relu"
@@ -110,7 +111,7 @@ def _call(
         raise checks.ConfigError(f"{name}: expected running_mean and running_var when not training, got None")
     slope = slope_of(relu, negative_slope)
     return torch.ops.fastunet.conv3x3_batch_norm_relu(
-        x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool
+        x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, False
     )[:2]
 
 
@@ -147,11 +148,18 @@ def _forward(
     eps: float,
     slope: float | None,
     pool: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, pooled, raw, mean, invstd): raw is the convolution's output, mean and invstd (empty in eval) its
-    statistics.
+    """(y, pooled, raw, mean, invstd): raw is the convolution's output (empty unless keep), mean and invstd (empty in
+    eval) its statistics.
     """
     format = memory_format(x, up, weight)
+    if runs_on_triton(NAME, x):
+        arguments = (x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, keep)
+        y, pooled, raw, mean, invstd = _forward_triton(*arguments)
+        images = (t if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw))
+        y, pooled, raw = (none_like(x) if t is None else t for t in images)
+        return y, pooled, raw, mean, invstd
     raw = F.conv2d(joined(x, up), weight, padding=1).contiguous(memory_format=format)
     y, mean, invstd = aten.native_batch_norm(raw, gamma, beta, running_mean, running_var, training, momentum, eps)
     y = activate_(y.contiguous(memory_format=format), slope)
@@ -159,7 +167,48 @@ def _forward(
     dtype = statistics_dtype(gamma, raw)
     if not training:
         mean, invstd = (raw.new_empty(0, dtype=dtype) for _ in range(2))
-    return y, pooled, raw, mean.to(dtype), invstd.to(dtype)
+    return y, pooled, raw if keep else none_like(x), mean.to(dtype), invstd.to(dtype)
+
+
+def _forward_triton(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    slope: float | None,
+    pool: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """(y, pooled, raw, mean, invstd), the last two [Cout], empty in eval."""
+    from fastunet.kernels.conv3x3 import Normalisation, conv3x3
+    from fastunet.kernels.norm import Affine, normalise
+
+    running = None if running_mean is None or running_var is None else (running_mean, running_var)
+    if training:
+        options: dict[str, Any] = {"groups": 1, "eps": eps, "running": running, "momentum": momentum}
+        y, pooled, raw, mean, invstd = forward_triton(x, up, weight, gamma, beta, slope, pool, **options)
+        return y, pooled, raw if keep else None, mean[0], invstd[0]
+    assert running is not None, "checked before"
+    none = [x.new_empty(0, dtype=torch.float32) for _ in range(2)]
+    tf32 = dispatch.tf32_allowed()
+    if not keep:
+        norm = Normalisation(*running, gamma, eps)
+        y, pooled = conv3x3(x, weight, beta, up=up, norm=norm, negative_slope=slope, pool=pool, allow_tf32=tf32)
+        return y, pooled, None, *none
+    raw, _ = conv3x3(x, weight, up=up, allow_tf32=tf32)
+    y, pooled = normalise(raw, Affine(*_given_statistics(*running, eps), gamma, beta), slope, pool=pool)
+    return y, pooled, raw, *none
+
+
+def _given_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and invstd [1, Cout] from running statistics."""
+    return running_mean.float()[None], (running_var.float()[None] + eps).rsqrt()
 
 
 def statistics_dtype(gamma: Tensor | None, raw: Tensor) -> torch.dtype:
@@ -180,10 +229,12 @@ def _forward_fake(
     eps: float,
     slope: float | None,
     pool: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y, pooled = conv_fake(x, up, weight, pool)
     channels, dtype = weight.shape[0] if training else 0, statistics_dtype(gamma, x)
-    return y, pooled, torch.empty_like(y), x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+    raw = torch.empty_like(y) if keep else none_like(x)
+    return y, pooled, raw, x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
 
 
 # --- backward ---
@@ -196,6 +247,7 @@ def _backward(
     up: Tensor | None,
     weight: Tensor,
     gamma: Tensor | None,
+    beta: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     raw: Tensor,
@@ -208,6 +260,20 @@ def _backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up, weight, gamma, beta."""
+    if runs_on_triton(NAME, x):
+        statistics = (mean[None], invstd[None])
+        if not training:
+            assert running_mean is not None
+            assert running_var is not None
+            statistics = _given_statistics(running_mean, running_var, eps)
+        return backward_triton(
+            *(grad_y, grad_pooled, x, up, weight, gamma, beta, raw, statistics, slope, mask),
+            statistics_given=not training,
+        )
+    if y is None and (slope is not None or grad_pooled is not None):  # Our kernels ran forward and did not keep it.
+        given = (mean, invstd.square().reciprocal() - eps) if training else (running_mean, running_var)
+        parameters = [None if t is None else t.to(raw.dtype) for t in (gamma, beta, *given)]
+        y = activate_(aten.native_batch_norm(raw, *parameters, False, 0.0, eps)[0], slope)
     grad = epilogue_grad(grad_y, grad_pooled, y, slope)
     if x.device.type == "cpu":
         # ATen's CPU kernel wants the statistics in the parameters' dtype; CUDA's in float32.
@@ -237,6 +303,7 @@ def _backward_fake(
     up: Tensor | None,
     weight: Tensor,
     gamma: Tensor | None,
+    beta: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     raw: Tensor,
@@ -266,10 +333,11 @@ def norm_grads_fake(x: Tensor, gamma: Tensor | None, mask: list[bool]) -> tuple[
 class Conv3x3BatchNormRelu(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        x, up, weight, gamma, _, running_mean, running_var, training, _, eps, slope, pool = args
-        y, pooled, raw, mean, invstd = below_autograd(_op, *args)
-        kept = y if pool or slope is not None else None
-        ctx.save_for_backward(x, up, weight, gamma, running_mean, running_var, raw, mean, invstd, kept)
+        x, up, weight, gamma, beta, running_mean, running_var, training, _, eps, slope, pool, _ = args
+        y, pooled, raw, mean, invstd = below_autograd(_op, *args[:-1], True)
+        # Our kernels find y again from raw, in registers.
+        kept = y if (pool or slope is not None) and not runs_on_triton(NAME, x) else None
+        ctx.save_for_backward(x, up, weight, gamma, beta, running_mean, running_var, raw, mean, invstd, kept)
         ctx.training, ctx.eps, ctx.slope, ctx.pool = training, eps, slope, pool
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(raw, mean, invstd, *(() if pool else (pooled,)))
@@ -278,18 +346,18 @@ class Conv3x3BatchNormRelu(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_y is None and grad_pooled is None:
-            return (None,) * 12
+            return (None,) * 13
         mask = list(ctx.needs_input_grad[:5])
         *saved, kept = ctx.saved_tensors
         grads = _backward_op(
             grad_y, grad_pooled if ctx.pool else None, *saved, kept, ctx.training, ctx.eps, ctx.slope, mask
         )
-        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), *(None,) * 7
+        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), *(None,) * 8
 
 
 _op = define(
     f"{NAME}(Tensor x, Tensor? up, Tensor weight, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, bool training, float momentum, float eps, float? slope, bool pool) "
+    "Tensor(b!)? running_var, bool training, float momentum, float eps, float? slope, bool pool, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=_forward,
     fake=_forward_fake,
@@ -297,8 +365,8 @@ _op = define(
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? gamma, "
-    "Tensor? running_mean, Tensor? running_var, Tensor raw, Tensor mean, Tensor invstd, Tensor? y, bool training, "
-    "float eps, float? slope, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? beta, Tensor? running_mean, Tensor? running_var, Tensor raw, Tensor mean, Tensor invstd, Tensor? y, "
+    "bool training, float eps, float? slope, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=_backward,
     fake=_backward_fake,
 )

@@ -188,20 +188,32 @@ def _backward_triton(
     slope: float | None,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from fastunet.kernels import conv3x3_grad as kernels
+    from fastunet.kernels.activation_grad import activation_grad
 
     if slope is None and grad_pooled is None:
         assert grad_y is not None, "a backward runs only when one of its outputs has a gradient"
         grad = grad_y
     else:
         assert y is not None
-        grad = kernels.conv3x3_activation_grad(y, grad_y, grad_pooled, slope)
+        grad = activation_grad(y, grad_y, grad_pooled, slope)
+    return conv_backward_triton(grad, x, up, weight, mask)
+
+
+def conv_backward_triton(
+    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """conv_backward by our kernels."""
+    from fastunet.kernels import conv3x3_grad as kernels
+
     tf32 = dispatch.tf32_allowed()
     split = x.shape[1]
     results = [none_like(x)] * 4
-    if mask[0]:
+    if mask[0] and up is not None and mask[1]:
+        grad_x, grad_up = kernels.conv3x3_two_input_grads(grad, weight, split, allow_tf32=tf32)
+        results[0], results[1] = strided_like(grad_x, x), strided_like(grad_up, up)
+    elif mask[0]:
         results[0] = strided_like(kernels.conv3x3_input_grad(grad, weight[:, :split], allow_tf32=tf32), x)
-    if mask[1] and up is not None:
+    elif up is not None and mask[1]:
         results[1] = strided_like(kernels.conv3x3_input_grad(grad, weight[:, split:], allow_tf32=tf32), up)
     if mask[2] or mask[3]:
         parts = [kernels.conv3x3_weight_grad(grad, x, with_bias=mask[3], allow_tf32=tf32)]

@@ -15,6 +15,7 @@ from fastunet import checks
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm, check_pair, norm_grads_fake, statistics_dtype
 from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward, conv_backward_fake, conv_fake, joined
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
+from fastunet.ops.norm import backward_triton, forward_triton, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
 
 NAME = "conv3x3_instance_norm_relu"
@@ -92,7 +93,7 @@ def _call(
     if x.shape[2] * x.shape[3] == 1:
         raise checks.ShapeError(f"{name}: expected more than 1 pixel per image, got input {list(x.shape)}")
     slope = slope_of(relu, negative_slope)
-    return torch.ops.fastunet.conv3x3_instance_norm_relu(x, up, weight, gamma, beta, eps, slope, pool)[:2]
+    return torch.ops.fastunet.conv3x3_instance_norm_relu(x, up, weight, gamma, beta, eps, slope, pool, False)[:2]
 
 
 # --- forward ---
@@ -107,9 +108,19 @@ def _forward(
     eps: float,
     slope: float | None,
     pool: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, pooled, raw, mean, invstd): raw is the convolution's output, mean and invstd [N, Cout] its statistics."""
+    """(y, pooled, raw, mean, invstd): raw is the convolution's output (empty unless keep), mean and invstd [N, Cout]
+    its statistics.
+    """
     format = memory_format(x, up, weight)
+    if runs_on_triton(NAME, x):
+        y, pooled, raw, mean, invstd = forward_triton(
+            x, up, weight, gamma, beta, slope, pool, groups=x.shape[0], eps=eps
+        )
+        images = (t if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw if keep else None))
+        y, pooled, raw = (none_like(x) if t is None else t for t in images)
+        return y, pooled, raw, mean, invstd
     raw = F.conv2d(joined(x, up), weight, padding=1).contiguous(memory_format=format)
     n, channels, h, w = raw.shape
     # A group norm whose groups are single channels; unlike torch's instance norm it leaves channels_last as it is.
@@ -117,7 +128,7 @@ def _forward(
     y = activate_(y.to(raw.dtype).contiguous(memory_format=format), slope)
     pooled = F.max_pool2d(y, 2).contiguous(memory_format=format) if pool else none_like(x)
     dtype = statistics_dtype(gamma, raw)
-    return y, pooled, raw, mean.to(dtype), invstd.to(dtype)
+    return y, pooled, raw if keep else none_like(x), mean.to(dtype), invstd.to(dtype)
 
 
 def _in_dtype_of(t: Tensor, parameter: Tensor | None) -> Tensor:
@@ -134,10 +145,11 @@ def _forward_fake(
     eps: float,
     slope: float | None,
     pool: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y, pooled = conv_fake(x, up, weight, pool)
     statistics = [x.new_empty(x.shape[0], weight.shape[0], dtype=statistics_dtype(gamma, x)) for _ in range(2)]
-    return y, pooled, torch.empty_like(y), statistics[0], statistics[1]
+    return y, pooled, torch.empty_like(y) if keep else none_like(x), statistics[0], statistics[1]
 
 
 # --- backward ---
@@ -150,6 +162,7 @@ def _backward(
     up: Tensor | None,
     weight: Tensor,
     gamma: Tensor | None,
+    beta: Tensor | None,
     raw: Tensor,
     mean: Tensor,
     invstd: Tensor,
@@ -158,6 +171,15 @@ def _backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up, weight, gamma, beta."""
+    if runs_on_triton(NAME, x):
+        return backward_triton(
+            *(grad_y, grad_pooled, x, up, weight, gamma, beta, raw, (mean, invstd), slope, mask), statistics_given=False
+        )
+    if y is None and (slope is not None or grad_pooled is not None):  # Our kernels ran forward and did not keep it.
+        normal = (raw - mean[:, :, None, None]) * invstd[:, :, None, None]
+        if gamma is not None and beta is not None:
+            normal = normal * gamma[:, None, None] + beta[:, None, None]
+        y = activate_(normal.to(raw.dtype).contiguous(memory_format=memory_format(raw)), slope)
     grad = _in_dtype_of(epilogue_grad(grad_y, grad_pooled, y, slope), gamma)
     values = _in_dtype_of(raw, gamma)
     n, channels, h, w = raw.shape
@@ -194,6 +216,7 @@ def _backward_fake(
     up: Tensor | None,
     weight: Tensor,
     gamma: Tensor | None,
+    beta: Tensor | None,
     raw: Tensor,
     mean: Tensor,
     invstd: Tensor,
@@ -211,9 +234,11 @@ def _backward_fake(
 class Conv3x3InstanceNormRelu(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        x, up, weight, gamma, _, _, slope, pool = args
-        y, pooled, raw, mean, invstd = below_autograd(_op, *args)
-        ctx.save_for_backward(x, up, weight, gamma, raw, mean, invstd, y if pool or slope is not None else None)
+        x, up, weight, gamma, beta, _, slope, pool, _ = args
+        y, pooled, raw, mean, invstd = below_autograd(_op, *args[:-1], True)
+        # Our kernels find y again from raw, in registers.
+        kept = y if (pool or slope is not None) and not runs_on_triton(NAME, x) else None
+        ctx.save_for_backward(x, up, weight, gamma, beta, raw, mean, invstd, kept)
         ctx.slope, ctx.pool = slope, pool
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(raw, mean, invstd, *(() if pool else (pooled,)))
@@ -222,22 +247,22 @@ class Conv3x3InstanceNormRelu(Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_y is None and grad_pooled is None:
-            return (None,) * 8
+            return (None,) * 9
         mask = list(ctx.needs_input_grad[:5])
         grads = _backward_op(grad_y, grad_pooled if ctx.pool else None, *ctx.saved_tensors, ctx.slope, mask)
-        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), *(None,) * 3
+        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), *(None,) * 4
 
 
 _op = define(
-    f"{NAME}(Tensor x, Tensor? up, Tensor weight, Tensor? gamma, Tensor? beta, float eps, float? slope, bool pool) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{NAME}(Tensor x, Tensor? up, Tensor weight, Tensor? gamma, Tensor? beta, float eps, float? slope, bool pool, "
+    "bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=_forward,
     fake=_forward_fake,
     autograd=Conv3x3InstanceNormRelu,
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? gamma, "
-    "Tensor raw, Tensor mean, Tensor invstd, Tensor? y, float? slope, bool[] mask) "
+    "Tensor? beta, Tensor raw, Tensor mean, Tensor invstd, Tensor? y, float? slope, bool[] mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=_backward,
     fake=_backward_fake,

@@ -33,7 +33,13 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     function = autograd or _once_differentiable(name, op)
-    _LIBRARY.impl(name, lambda *args: function.apply(*args), "Autograd")
+
+    def kernel(*args: Any) -> Any:
+        # A Function below means that a gradient will be asked for: only then is anything kept for it.
+        recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        return function.apply(*args) if recorded else below_autograd(op, *args)
+
+    _LIBRARY.impl(name, kernel, "Autograd")
     return op
 
 

@@ -1,0 +1,297 @@
+"""The 3x3 convolution and its gradients through tensor descriptors: the form for sm_90 and above, in 16 bits.
+
+The hardware copies whole boxes of pixels into shared memory and fills what lies outside the image with zeros, which is
+the padding. The product is turned around, weights [N, K] by pixels [K, P], so that both operands are read from shared
+memory: as first operand, a box of pixels would go through registers. Coordinates count pixels and channels one by
+one, so that no offset can overflow.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastunet.kernels import config, gpu
+from fastunet.kernels.epilogue import Epilogue, activation_code, finish_sums, store_head, store_statistics
+from fastunet.kernels.layout import weight_rows
+from fastunet.kernels.tiles import (
+    activate_grad,
+    pixel_offsets,
+    pool2x2_columns,
+    tile_origin,
+    tile_pixels,
+)
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_CENTRE_TAP = tl.constexpr(4)
+
+
+# fmt: off
+@triton.jit
+def _load_box(desc, image, h, w, c, TILE_H: tl.constexpr, TILE_W: tl.constexpr, C: tl.constexpr):
+    """The pixels of a tile [P, C], whose first is (h, w), from channel c on; zero outside."""
+    return tl.reshape(desc.load([image, h, w, c]), (TILE_H * TILE_W, C))
+
+
+@triton.jit
+def _accumulate(
+    acc, x_desc, weight_desc, steps, n0, image, h0, w0, FLIP: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """acc [N, P] += weights [N, 9*C] @ the taps of x [9*C, P].
+
+    weight_desc reads [N, 9, C]; with FLIP it reads [C, 9, N], and the window is turned around.
+    """
+    tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
+    for step in range(steps):
+        tap = step % 9
+        k0 = step // 9 * BLOCK_K
+        x = _load_box(x_desc, image, h0 + tap // 3 - 1, w0 + tap % 3 - 1, k0, TILE_H, TILE_W, BLOCK_K)
+        if FLIP:
+            weight = tl.trans(tl.reshape(weight_desc.load([k0, 8 - tap, n0]), (BLOCK_K, BLOCK_N)))
+        else:
+            weight = tl.reshape(weight_desc.load([n0, tap, k0]), (BLOCK_N, BLOCK_K))
+        acc = tl.dot(weight, tl.trans(x), acc)
+    return acc
+
+
+@triton.jit
+def _store_box(desc, v, image, h, w, c, TILE_H: tl.constexpr, TILE_W: tl.constexpr, N: tl.constexpr):
+    """Store v [N, P] as the pixels of the tile whose first is (h, w), from channel c on; nothing outside."""
+    desc.store([image, h, w, c], tl.reshape(tl.trans(v), (1, TILE_H, TILE_W, N)))
+
+
+@triton.jit(do_not_specialize=["H", "W", "steps1", "steps2", "tiles"])
+def conv3x3_descriptor_kernel(
+    x_desc, up_desc, weight_desc, weight_up_desc, y_desc, pooled_desc, H, W, COUT, steps1, steps2, tiles,
+    bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
+    head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr,
+    ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """As conv3x3_kernel. The two inputs' shares of the weight have a descriptor each, lest a block of the one's last
+    channels reads the other's first.
+    """
+    blocks_n = tl.cdiv(COUT, BLOCK_N)
+    block = tl.program_id(0) % blocks_n
+    tile = tl.program_id(0) // blocks_n
+    n0 = block * BLOCK_N
+    image, h0, w0 = tile_origin(tile, H, W, TILE_H, TILE_W)
+    number = image.to(tl.int32)
+
+    acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
+    acc = _accumulate(
+        acc, x_desc, weight_desc, steps1, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
+    )
+    if up_desc is not None:
+        acc = _accumulate(
+            acc, up_desc, weight_up_desc, steps2, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
+        )
+
+    n = n0 + tl.arange(0, BLOCK_N)
+    acc = finish_sums(
+        acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 0
+    )
+    if y_desc is not None:
+        y = acc.to(y_desc.dtype)
+        _store_box(y_desc, y, number, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
+        if partial_ptr is not None:
+            rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
+            store_statistics(count_ptr, partial_ptr, y, tile, tiles, n, COUT, rows >= 0, block == 0, 0)
+    if head_ptr is not None:
+        rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
+        pixels = (image * H + h0) * W + w0 + pixel_offsets(W, TILE_H, TILE_W)
+        store_head(head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, pixels, rows >= 0, CLASSES, SIGMOID, 0)
+    if pooled_desc is not None:
+        pooled = pool2x2_columns(acc, TILE_H, TILE_W, BLOCK_N).to(pooled_desc.dtype)
+        _store_box(pooled_desc, pooled, number, h0 // 2, w0 // 2, n0, TILE_H // 2, TILE_W // 2, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["H", "W", "steps"])
+def conv3x3_input_grad_descriptor_kernel(
+    grad_desc, weight_desc, x_desc, out_desc, out_up_desc, H, W, C1, C2, steps, negative_slope,
+    ACTIVATION: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """As conv3x3_input_grad_kernel. weight_desc reads [COUT, 9, C1 + C2]; columns beyond an input's are not stored."""
+    blocks1 = tl.cdiv(C1, BLOCK_N)
+    blocks = blocks1 if out_up_desc is None else blocks1 + tl.cdiv(C2, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    is_first = block < blocks1
+    n0 = tl.where(is_first, block, block - blocks1) * BLOCK_N
+    image, h0, w0 = tile_origin(tl.program_id(0) // blocks, H, W, TILE_H, TILE_W)
+    image = image.to(tl.int32)
+    acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
+    acc = _accumulate(
+        acc, grad_desc, weight_desc, steps, tl.where(is_first, 0, C1) + n0, image, h0, w0, True,
+        TILE_H, TILE_W, BLOCK_N, BLOCK_K,
+    )
+    if x_desc is not None:
+        x = tl.trans(_load_box(x_desc, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N))
+        acc = activate_grad(acc, x.to(tl.float32), negative_slope, ACTIVATION)
+    grad = acc.to(out_desc.dtype)
+    if out_up_desc is None:
+        _store_box(out_desc, grad, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
+    else:
+        if is_first:
+            _store_box(out_desc, grad, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
+        else:
+            _store_box(out_up_desc, grad, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
+
+
+@triton.jit
+def _sum_tiles(
+    grad_desc, x_desc, first, last, tap, o0, i0, H, W, WITH_BIAS: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):
+    """Over the pixels of tiles first to last: sum of grad[p, o] * x[p moved by tap, i] [O, I], and sum of grad [O]."""
+    acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    totals = tl.zeros((TILE_H * TILE_W, BLOCK_OUT), tl.float32)
+    tl.assume(last > first)
+    for tile in range(first, last):
+        image, h0, w0 = tile_origin(tile, H, W, TILE_H, TILE_W)
+        image = image.to(tl.int32)
+        g = _load_box(grad_desc, image, h0, w0, o0, TILE_H, TILE_W, BLOCK_OUT)
+        x = _load_box(x_desc, image, h0 + tap // 3 - 1, w0 + tap % 3 - 1, i0, TILE_H, TILE_W, BLOCK_IN)
+        acc = tl.dot(tl.trans(g), x, acc)
+        if WITH_BIAS:
+            totals += g.to(tl.float32)
+    return acc, tl.sum(totals, 0)
+
+
+@triton.jit(do_not_specialize=["tiles", "tiles_per_split", "H", "W"])
+def conv3x3_weight_grad_descriptor_kernel(
+    grad_desc, x_desc, partial_ptr, tiles, tiles_per_split, H, W, C, COUT, WITH_BIAS: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):
+    """As conv3x3_weight_grad_kernel, for images of whole tiles."""
+    blocks_o = tl.cdiv(COUT, BLOCK_OUT)
+    blocks_i = tl.cdiv(C, BLOCK_IN)
+    pid = tl.program_id(0)
+    o0 = pid % blocks_o * BLOCK_OUT
+    i0 = pid // blocks_o % blocks_i * BLOCK_IN
+    tap = pid // (blocks_o * blocks_i) % 9
+    split = pid // (blocks_o * blocks_i * 9)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tiles)
+    partial_ptr += split.to(tl.int64) * (COUT * (9 * C + 1 if WITH_BIAS else 9 * C))
+    o = o0 + tl.arange(0, BLOCK_OUT)
+    i = i0 + tl.arange(0, BLOCK_IN)
+
+    if WITH_BIAS and (i0 == 0) & (tap == _CENTRE_TAP):
+        acc, total = _sum_tiles(
+            grad_desc, x_desc, first, last, tap, o0, i0, H, W, True, TILE_H, TILE_W, BLOCK_OUT, BLOCK_IN
+        )
+        tl.store(partial_ptr + COUT * 9 * C + o, total, mask=o < COUT)
+    else:
+        acc, _ = _sum_tiles(
+            grad_desc, x_desc, first, last, tap, o0, i0, H, W, False, TILE_H, TILE_W, BLOCK_OUT, BLOCK_IN
+        )
+    pointers = partial_ptr + (o * 9 * C)[:, None] + (tap * C + i)[None, :]
+    tl.store(pointers, acc, mask=(o < COUT)[:, None] & (i < C)[None, :])
+# fmt: on
+
+
+def _boxes(x: Tensor | None, tile_h: int, tile_w: int, channels: int) -> TensorDescriptor | None:
+    """Packed x [N, C, H, W] in boxes of pixels by channels; None where it is None."""
+    if x is None:
+        return None
+    return TensorDescriptor.from_tensor(x.permute(0, 2, 3, 1), [1, tile_h, tile_w, channels])
+
+
+def _tile_arguments(chosen: config.ConvConfig) -> dict[str, int]:
+    return {
+        "TILE_H": chosen.tile_h,
+        "TILE_W": chosen.tile_w,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": chosen.block_k,
+    }
+
+
+def conv3x3_launch(
+    x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
+) -> gpu.Launch:
+    """The launch that fills the epilogue's outputs from packed x and up."""
+    batch, c1, height, width = x.shape
+    c2, channels = 0 if up is None else up.shape[1], weight.shape[0]
+    tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
+    share = [block_n, 1, block_k]
+    weight_up = None if up is None else TensorDescriptor.from_tensor(weight_rows(weight[:, c1:]), share)
+    tiles = batch * config.tiles_per_image(chosen, height, width)
+    arguments = {
+        "x_desc": _boxes(x, tile_h, tile_w, block_k),
+        "up_desc": _boxes(up, tile_h, tile_w, block_k),
+        "weight_desc": TensorDescriptor.from_tensor(weight_rows(weight[:, :c1]), share),
+        "weight_up_desc": weight_up,
+        "y_desc": _boxes(epilogue.y, tile_h, tile_w, block_n),
+        "pooled_desc": _boxes(epilogue.pooled, tile_h // 2, tile_w // 2, block_n),
+        "H": height,
+        "W": width,
+        "COUT": channels,
+        "steps1": config.conv_steps(chosen, c1),
+        "steps2": config.conv_steps(chosen, c2),
+        "tiles": tiles,
+        **epilogue.arguments(),
+        **_tile_arguments(chosen),
+    }
+    grid = tiles * triton.cdiv(channels, block_n)
+    return _launch(conv3x3_descriptor_kernel, grid, arguments, chosen, block_n)
+
+
+def input_grad_launch(
+    grad: Tensor,
+    weight: Tensor,
+    outs: tuple[Tensor, Tensor | None],
+    x: Tensor | None,
+    chosen: config.ConvConfig,
+    negative_slope: float | None,
+) -> gpu.Launch:
+    """The launch that fills outs, the gradients of one input or of two, from packed grad: see conv3x3_input_grad."""
+    out, out_up = outs
+    batch, _, height, width = grad.shape
+    tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
+    c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
+    arguments = {
+        "grad_desc": _boxes(grad, tile_h, tile_w, block_k),
+        "weight_desc": TensorDescriptor.from_tensor(weight_rows(weight), [block_k, 1, block_n]),
+        "x_desc": _boxes(x, tile_h, tile_w, block_n),
+        "out_desc": _boxes(out, tile_h, tile_w, block_n),
+        "out_up_desc": _boxes(out_up, tile_h, tile_w, block_n),
+        "H": height,
+        "W": width,
+        "C1": c1,
+        "C2": c2,
+        "steps": config.conv_steps(chosen, grad.shape[1]),
+        "negative_slope": float(negative_slope or 0),
+        "ACTIVATION": activation_code(negative_slope),
+        **_tile_arguments(chosen),
+    }
+    tiles = batch * config.tiles_per_image(chosen, height, width)
+    grid = tiles * (triton.cdiv(c1, block_n) + triton.cdiv(c2, block_n))
+    return _launch(conv3x3_input_grad_descriptor_kernel, grid, arguments, chosen, block_n)
+
+
+def weight_grad_launch(
+    grad: Tensor, x: Tensor, chosen: config.WeightGradConfig, arguments: dict[str, Any], grid: int
+) -> gpu.Launch:
+    """The launch of the partial sums from packed grad and x, with the arguments both forms share."""
+    tile_h, tile_w = chosen.tile_h, chosen.tile_w
+    operands = {
+        "grad_desc": _boxes(grad, tile_h, tile_w, chosen.block_out),
+        "x_desc": _boxes(x, tile_h, tile_w, chosen.block_in),
+    }
+    kernel = conv3x3_weight_grad_descriptor_kernel
+    return _launch(kernel, grid, operands | arguments, chosen, chosen.block_out)
+
+
+def _launch(
+    kernel: Any, grid: int, arguments: dict[str, Any], chosen: config.ConvConfig | config.WeightGradConfig, rows: int
+) -> gpu.Launch:
+    """product_rows are channels here: the product is turned around."""
+    return gpu.Launch(
+        kernel, grid, arguments, chosen.num_warps, chosen.num_stages, chosen.max_registers, product_rows=rows
+    )

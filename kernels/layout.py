@@ -1,0 +1,47 @@
+"""How tensors lie in memory: activations packed NHWC from a 16-byte boundary on, weights by their strides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def packed(x: Tensor) -> Tensor:
+    """x [N, C, H, W] in packed NHWC order from a 16-byte boundary on, copied only where it is not."""
+    return on_boundary(x.contiguous(memory_format=torch.channels_last))
+
+
+def on_boundary(x: Tensor) -> Tensor:
+    """x, or a channels_last copy where its memory starts off the 16-byte boundary that vector loads need."""
+    return x.clone(memory_format=torch.channels_last) if x.data_ptr() % 16 else x
+
+
+def empty_packed(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An uninitialised packed NHWC tensor [N, channels, height, width] with `like`'s batch, dtype and device."""
+    return torch.empty(
+        (like.shape[0], channels, height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def strided_weight(weight: Tensor) -> tuple[Tensor, int, int, int]:
+    """A weight [O, I, 3, 3], copied only if need be, and its strides over O, over I, and from tap to tap."""
+    if weight.stride(2) != 3 * weight.stride(3):  # The nine taps are to be one strided run.
+        weight = weight.contiguous()
+    weight = on_boundary(weight)
+    stride_out, stride_in, _, stride_tap = weight.stride()
+    return weight, stride_out, stride_in, stride_tap
+
+
+def weight_rows(weight: Tensor) -> Tensor:
+    """A weight [O, I, 3, 3] as [O, 9, I] whose rows a descriptor can read: packed input channels, 16-byte strides."""
+    o, i = weight.shape[:2]
+    tap, out = weight.stride(3), weight.stride(0)
+    readable = weight.stride(1) == 1 and weight.stride(2) == 3 * tap and (out * weight.itemsize) % 16 == 0
+    if not readable or (tap * weight.itemsize) % 16 or weight.data_ptr() % 16:
+        weight = weight.clone(memory_format=torch.channels_last)
+        # A size of 1 leaves its stride open, and a clone may keep the old one.
+        weight = weight.as_strided(weight.shape, (9 * i, 1, 3 * i, i))
+    return weight.as_strided((o, 9, i), (weight.stride(0), weight.stride(3), 1), weight.storage_offset())

@@ -1,0 +1,255 @@
+"""The way back through activation, pooling and norm: sums over each group, then the gradient, in a pass each.
+
+With g the gradient carried through pooling and activation, m the number of values of a group, and normal = (raw - mean)
+* invstd (Ioffe and Szegedy 2015, section 3):
+
+    grad beta = sum(g)    grad gamma = sum(g * normal)    grad raw = gamma * invstd * (g - (sum(g) + normal * sum(g *
+    normal)) / m)
+
+Where the statistics were given instead of taken from raw, the last is gamma * invstd * g.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastunet.kernels import config, gpu
+from fastunet.kernels.epilogue import activation_code
+from fastunet.kernels.layout import empty_packed, packed
+from fastunet.kernels.norm import Affine, load_affine, normalise_pixel
+from fastunet.kernels.reduction import sum_rows_launch
+from fastunet.kernels.tiles import activate_grad
+from fastunet.kernels.windows import pixel_at, pooled_at, window_origin, winner_of
+from torch import Tensor
+
+
+# fmt: off
+@triton.jit
+def _pixel(raw_ptr, image, h, w, c, mask, H, W, C, mean, invstd, gamma, beta, negative_slope, ACTIVATION: tl.constexpr):
+    offsets, mask = pixel_at(image, h, w, c, mask, H, W, C)
+    normal, y = normalise_pixel(raw_ptr, offsets, mask, mean, invstd, gamma, beta, negative_slope, ACTIVATION)
+    return offsets, mask, normal, y
+
+
+@triton.jit
+def _grad(grad_y_ptr, offsets, mask, y, routed, negative_slope, ACTIVATION: tl.constexpr):
+    """g of one pixel of each window: the direct gradient and the pool's, carried through the activation."""
+    if grad_y_ptr is not None:
+        routed += tl.load(grad_y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return activate_grad(routed, y, negative_slope, ACTIVATION)
+
+
+@triton.jit
+def _window(
+    raw_ptr, grad_y_ptr, grad_pooled_ptr, mean, invstd, gamma, beta, image, h, w, c, mask, H, W, C, negative_slope,
+    ACTIVATION: tl.constexpr,
+):
+    """Offsets, mask, normal and g [P, K] of each of the windows' four pixels, first row first; g is 0 where masked."""
+    at0, mask0, normal0, y0 = _pixel(
+        raw_ptr, image, h, w, c, mask, H, W, C, mean, invstd, gamma, beta, negative_slope, ACTIVATION)
+    at1, mask1, normal1, y1 = _pixel(
+        raw_ptr, image, h, w + 1, c, mask, H, W, C, mean, invstd, gamma, beta, negative_slope, ACTIVATION)
+    at2, mask2, normal2, y2 = _pixel(
+        raw_ptr, image, h + 1, w, c, mask, H, W, C, mean, invstd, gamma, beta, negative_slope, ACTIVATION)
+    at3, mask3, normal3, y3 = _pixel(
+        raw_ptr, image, h + 1, w + 1, c, mask, H, W, C, mean, invstd, gamma, beta, negative_slope, ACTIVATION)
+    routed = tl.zeros(mask.shape, tl.float32)
+    if grad_pooled_ptr is not None:
+        # Only a whole window has its fourth pixel inside the image.
+        routed = tl.load(grad_pooled_ptr + pooled_at(image, h, w, c, H, W, C), mask=mask3, other=0.0).to(tl.float32)
+    winner = winner_of(y0, y1, y2, y3)
+    g0 = _grad(grad_y_ptr, at0, mask0, y0, tl.where(winner == 0, routed, 0.0), negative_slope, ACTIVATION)
+    g1 = _grad(grad_y_ptr, at1, mask1, y1, tl.where(winner == 1, routed, 0.0), negative_slope, ACTIVATION)
+    g2 = _grad(grad_y_ptr, at2, mask2, y2, tl.where(winner == 2, routed, 0.0), negative_slope, ACTIVATION)
+    g3 = _grad(grad_y_ptr, at3, mask3, y3, tl.where(winner == 3, routed, 0.0), negative_slope, ACTIVATION)
+    return (at0, mask0, normal0, g0, at1, mask1, normal1, g1, at2, mask2, normal2, g2, at3, mask3, normal3, g3)
+
+
+@triton.jit(do_not_specialize=["windows", "splits", "per_split", "H", "W"])
+def norm_sums_kernel(
+    raw_ptr, grad_y_ptr, grad_pooled_ptr, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, partial_ptr,
+    windows, splits, per_split, H, W, C, negative_slope,
+    PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """partial[s, group] = sum(g), sum(g * normal) [2, C] over part s of a group's `windows` windows.
+
+    A program owns a part of a group and BLOCK_C channels.
+    """
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.program_id(0) // blocks_c % splits
+    group = tl.program_id(0) // (blocks_c * splits)
+    groups = tl.num_programs(0) // (blocks_c * splits)
+    first = split * per_split
+    last = tl.minimum(first + per_split, windows)
+    sum_g = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    sum_gn = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    mean, invstd, gamma, beta = load_affine(
+        mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, group.to(tl.int64) + tl.zeros((1,), tl.int64), c, C, PER_IMAGE
+    )
+    for window0 in range(first, last, BLOCK_P):
+        window = window0 + tl.arange(0, BLOCK_P)
+        image, h, w = window_origin(group.to(tl.int64) * windows + window, H, W)
+        mask = (window < last)[:, None] & (c < C)[None, :]
+        _, _, n0, g0, _, _, n1, g1, _, _, n2, g2, _, _, n3, g3 = _window(
+            raw_ptr, grad_y_ptr, grad_pooled_ptr, mean, invstd, gamma, beta, image, h, w, c, mask, H, W, C,
+            negative_slope, ACTIVATION,
+        )
+        sum_g += (g0 + g1) + (g2 + g3)
+        sum_gn += (g0 * n0 + g1 * n1) + (g2 * n2 + g3 * n3)
+    at = partial_ptr + (split * groups + group).to(tl.int64) * (2 * C) + c
+    tl.store(at, tl.sum(sum_g, 0), mask=c < C)
+    tl.store(at + C, tl.sum(sum_gn, 0), mask=c < C)
+
+
+@triton.jit
+def _raw_grad(offsets, mask, normal, g, out_ptr, sum_g, sum_gn, scale, per_value, GIVEN: tl.constexpr):
+    """Store gamma * invstd * (g - (sum_g + normal * sum_gn) / m), without the sums where the statistics were GIVEN."""
+    if not GIVEN:
+        g -= (sum_g + normal * sum_gn) * per_value
+    tl.store(out_ptr + offsets, (g * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["windows", "H", "W"])
+def norm_grad_kernel(
+    raw_ptr, grad_y_ptr, grad_pooled_ptr, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, sums_ptr, out_ptr,
+    windows, H, W, C, negative_slope, per_value, GIVEN: tl.constexpr,
+    PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """The gradient of raw. sums [groups, 2, C] are those of norm_sums_kernel; per_value is 1 / m."""
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    window = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    image, h, w = window_origin(window, H, W)
+    mask = (window < windows)[:, None] & (c < C)[None, :]
+    image = tl.where(window < windows, image, 0)  # Windows past the last image have no statistics.
+    mean, invstd, gamma, beta = load_affine(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, image, c, C, PER_IMAGE)
+    sum_g = mean
+    sum_gn = mean
+    if not GIVEN:
+        at = c[None, :]
+        if PER_IMAGE:
+            at = image[:, None] * (2 * C) + at
+        sum_g = tl.load(sums_ptr + at, mask=(c < C)[None, :], other=0.0)
+        sum_gn = tl.load(sums_ptr + at + C, mask=(c < C)[None, :], other=0.0)
+    at0, mask0, n0, g0, at1, mask1, n1, g1, at2, mask2, n2, g2, at3, mask3, n3, g3 = _window(
+        raw_ptr, grad_y_ptr, grad_pooled_ptr, mean, invstd, gamma, beta, image, h, w, c, mask, H, W, C,
+        negative_slope, ACTIVATION,
+    )
+    scale = invstd * gamma
+    _raw_grad(at0, mask0, n0, g0, out_ptr, sum_g, sum_gn, scale, per_value, GIVEN)
+    _raw_grad(at1, mask1, n1, g1, out_ptr, sum_g, sum_gn, scale, per_value, GIVEN)
+    _raw_grad(at2, mask2, n2, g2, out_ptr, sum_g, sum_gn, scale, per_value, GIVEN)
+    _raw_grad(at3, mask3, n3, g3, out_ptr, sum_g, sum_gn, scale, per_value, GIVEN)
+# fmt: on
+
+
+def _shared_arguments(
+    raw: Tensor,
+    grad_y: Tensor | None,
+    grad_pooled: Tensor | None,
+    affine: Affine,
+    negative_slope: float | None,
+    chosen: config.NormGradConfig,
+) -> dict[str, Any]:
+    _, channels, height, width = raw.shape
+    return {
+        "raw_ptr": raw,
+        "grad_y_ptr": grad_y,
+        "grad_pooled_ptr": grad_pooled,
+        **affine.arguments(),
+        "H": height,
+        "W": width,
+        "C": channels,
+        "negative_slope": float(negative_slope or 0),
+        "ACTIVATION": activation_code(negative_slope),
+        "BLOCK_P": chosen.block_windows,
+        "BLOCK_C": chosen.block_channels,
+    }
+
+
+def norm_grad_launches(
+    raw: Tensor,
+    grad_y: Tensor | None,
+    grad_pooled: Tensor | None,
+    affine: Affine,
+    negative_slope: float | None,
+    sums: Tensor,
+    out: Tensor,
+    *,
+    statistics_given: bool,
+    target: gpu.Target,
+) -> tuple[gpu.Launch, gpu.Launch, gpu.Launch]:
+    """The launches that fill sums [groups, 2, C] (two of them) and out, from packed tensors: see norm_grad."""
+    batch, channels, height, width = raw.shape
+    groups = affine.mean.shape[0]
+    windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
+    per_group = windows // groups
+    chosen = config.norm_grad_config(per_group, channels, target)
+    blocks_c = triton.cdiv(channels, chosen.block_channels)
+    per_split = triton.cdiv(per_group, chosen.splits)
+    splits = triton.cdiv(per_group, per_split)
+    partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=raw.device)
+    shared = _shared_arguments(raw, grad_y, grad_pooled, affine, negative_slope, chosen)
+    parts = {"partial_ptr": partial, "windows": per_group, "splits": splits, "per_split": per_split}
+    last = {
+        "sums_ptr": sums,
+        "out_ptr": out,
+        "windows": windows,
+        "per_value": groups / (batch * height * width),
+        "GIVEN": statistics_given,
+    }
+    grid = triton.cdiv(windows, chosen.block_windows) * blocks_c
+    return (
+        gpu.Launch(norm_sums_kernel, groups * splits * blocks_c, shared | parts, chosen.num_warps, num_stages=1),
+        sum_rows_launch(partial, sums),
+        gpu.Launch(norm_grad_kernel, grid, shared | last, chosen.num_warps, num_stages=1),
+    )
+
+
+def norm_grad(
+    raw: Tensor,
+    grad_y: Tensor | None,
+    grad_pooled: Tensor | None,
+    affine: Affine,
+    negative_slope: float | None,
+    *,
+    statistics_given: bool,
+    wants_raw: bool = True,
+    wants_affine: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of raw [N, C, H, W], gamma and beta [C] from those of normalise's outputs, None for zero but not both.
+
+    statistics_given: they were no function of raw, as in inference. What is not wanted is None. The gradient of raw is
+    channels_last and of its dtype; the others are float32.
+    """
+    out = empty_packed(raw, *raw.shape[1:])
+    groups, channels = affine.mean.shape
+    sums = torch.empty((groups, 2, channels), dtype=torch.float32, device=raw.device)
+    first, second, last = norm_grad_launches(
+        packed(raw),
+        None if grad_y is None else packed(grad_y),
+        None if grad_pooled is None else packed(grad_pooled),
+        affine,
+        negative_slope,
+        sums,
+        out,
+        statistics_given=statistics_given,
+        target=gpu.target(raw.device),
+    )
+    if wants_affine or not statistics_given:
+        first.run(raw.device)
+        second.run(raw.device)
+    if wants_raw:
+        last.run(raw.device)
+    total = sums.sum(0) if groups > 1 else sums[0]
+    return (
+        out if wants_raw else None,
+        total[1] if wants_affine else None,
+        total[0] if wants_affine else None,
+    )
