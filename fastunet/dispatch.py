@@ -92,7 +92,10 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:  # A finder may refuse it instead of not finding it.
+        return False
 
 
 def interpreting() -> bool:
