@@ -138,7 +138,7 @@ def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_me
         found.append(f"shared memory {compiled.shared_memory} B, the limit is {limit} B")
     if re.search(r"\bmax(\.ftz)?\.(f32|f16|bf16)\b", compiled.ptx):
         found.append("a plain max drops NaN")
-    if job.op == "pool" and "max.NaN.f32" not in compiled.ptx:
+    if job.op in ("pool", "max_pool") and "max.NaN.f32" not in compiled.ptx:
         found.append("pooling without max.NaN.f32 drops NaN")
     found += _tensor_core_breaches(compiled, job, launch)
     return found

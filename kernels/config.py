@@ -363,6 +363,22 @@ class PixelWeightGradConfig:
     max_registers: int | None = None
 
 
+@dataclass(frozen=True)
+class SubpixelTileConfig:
+    """Blocks of conv_transpose2x2 through tensor descriptors.
+
+    tile_h, tile_w: pixels of an input tile, whose rows count through all images. The rest is as in ConvConfig.
+    """
+
+    tile_h: int
+    tile_w: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
 # The most channels that a block of softmax holds; of more, a program's sums and exponentials would not fit registers.
 LARGEST_SOFTMAX = 256
 
@@ -382,6 +398,16 @@ def pixel_product_config(
     num_stages = stages((block_p + block_n) * block_k * dtype.itemsize, target)
     limit = None if half and block_n > 32 else _ALL_REGISTERS
     return PixelProductConfig(block_p, block_n, block_k, 8 if block_n == 128 else 4, num_stages, limit)
+
+
+def subpixel_tile_config(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> SubpixelTileConfig | None:
+    """The blocks for conv_transpose2x2 through tensor descriptors, None where it does not suit them. Unmeasured."""
+    if not _fits_descriptors(dtype, target, c_out, c_in, c_out):
+        return None
+    block_n, tile_h = _channel_block(c_out, 128), 16
+    num_stages = stages((tile_h * TILE_W + block_n) * 64 * dtype.itemsize, target)
+    limit = _ALL_REGISTERS if target.capability >= 100 else None
+    return SubpixelTileConfig(tile_h, TILE_W, block_n, 64, 8 if block_n == 128 else 4, num_stages, limit)
 
 
 def head_config(
@@ -433,7 +459,7 @@ def pixel_weight_grad_programs(chosen: PixelWeightGradConfig, c_in: int, c_out: 
     return subpixels * _cdiv(c_in, chosen.block_in) * _cdiv(c_out, chosen.block_out)
 
 
-# Channels (in, out) that together lead to every config of the two choosers for conv_transpose2x2.
+# Channels (in, out) that together lead to every config of the choosers for conv_transpose2x2.
 _PIXEL_CHANNELS = tuple(itertools.product((17, 64, 128), (3, 17, 32, 64, 128)))
 
 
@@ -445,6 +471,12 @@ def pixel_product_configs(
     for channels in _PIXEL_CHANNELS:
         found.setdefault(pixel_product_config(*channels, dtype, target, allow_tf32=allow_tf32), channels)
     return found
+
+
+def subpixel_tile_configs(dtype: torch.dtype, target: Target) -> dict[SubpixelTileConfig, tuple[int, int]]:
+    """Every config that subpixel_tile_config can choose, each with channels (in, out) that lead to it."""
+    chosen = {channels: subpixel_tile_config(*channels, dtype, target) for channels in _PIXEL_CHANNELS}
+    return {found: channels for channels, found in chosen.items() if found is not None}
 
 
 def head_configs(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config, gpu
 from fastunet.kernels.epilogue import precision
-from fastunet.kernels.layout import empty_packed, packed
+from fastunet.kernels.layout import empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 from fastunet.kernels.pixels import (
     LINEAR,
@@ -112,7 +112,7 @@ def _launch(
     pixels = batch * height * width
     arguments: dict[str, Any] = {
         **tensors,
-        "weight_ptr": weight,
+        "weight_ptr": on_boundary(weight),
         "pixels": pixels,
         "C": weight.shape[1],
         "COUT": weight.shape[0],

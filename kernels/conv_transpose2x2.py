@@ -1,20 +1,23 @@
 """2x2 transposed convolution, stride 2: a product of pixels with the weight of each of four sub-pixels, and gradients.
 
 The windows do not overlap, so every output pixel is one product over the input channels, stored where it belongs.
+Where hardware copies whole boxes (sm_90 and above, 16 bits), the forward pass goes through tensor descriptors.
 """
 
 # Of a kernel's parameters only the constexprs carry an annotation.
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config, gpu
 from fastunet.kernels.epilogue import precision
-from fastunet.kernels.layout import empty_packed, packed
+from fastunet.kernels.layout import empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, subpixel_step
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SUBPIXELS = 4
 
@@ -49,6 +52,37 @@ def conv_transpose2x2_kernel(
     tl.store(pointers, acc.to(y_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_n[None, :])
 
 
+@triton.jit(do_not_specialize=["W", "steps"])
+def conv_transpose2x2_descriptor_kernel(
+    x_desc, weight_desc, bias_ptr, y_desc, W, COUT, steps,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """As conv_transpose2x2_kernel, the product turned around: both operands are then read from shared memory.
+
+    x_desc [N*H, W, C], weight_desc [C, 4, COUT], y_desc [N*H, 2, W, 2, COUT]; a program owns a tile of x, one sub-pixel
+    and BLOCK_N channels of y. Boxes read zeros outside, and store nothing there.
+    """
+    blocks_n = tl.cdiv(COUT, BLOCK_N)
+    pid = tl.program_id(0)
+    n0 = pid % blocks_n * BLOCK_N
+    sub = pid // blocks_n % 4
+    tile = pid // (4 * blocks_n)
+    h0 = tile // tl.cdiv(W, TILE_W) * TILE_H
+    w0 = tile % tl.cdiv(W, TILE_W) * TILE_W
+
+    acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
+    tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
+    for step in range(steps):
+        x = tl.reshape(x_desc.load([h0, w0, step * BLOCK_K]), (TILE_H * TILE_W, BLOCK_K))
+        weight = tl.reshape(weight_desc.load([step * BLOCK_K, sub, n0]), (BLOCK_K, BLOCK_N))
+        acc = tl.dot(tl.trans(weight), tl.trans(x), acc)
+    if bias_ptr is not None:
+        n = n0 + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + n, mask=n < COUT, other=0.0).to(tl.float32)[:, None]
+    y = tl.reshape(tl.trans(acc.to(y_desc.dtype)), (TILE_H, 1, TILE_W, 1, BLOCK_N))
+    y_desc.store([h0, sub // 2, w0, sub % 2, n0], y)
+
+
 @triton.jit(do_not_specialize=["pixels", "W"])
 def conv_transpose2x2_input_grad_kernel(
     grad_ptr, weight_ptr, out_ptr, pixels, W, C, COUT, stride_in, stride_out, stride_sub,
@@ -72,8 +106,19 @@ def conv_transpose2x2_input_grad_kernel(
 
 
 def _one_run(weight: Tensor) -> Tensor:
-    """weight with its four sub-pixels in one strided run, copied only where they are not."""
-    return weight if weight.stride(2) == 2 * weight.stride(3) else weight.contiguous()
+    """weight with its four sub-pixels in one strided run from a 16-byte boundary on, copied only where it is not."""
+    return on_boundary(weight if weight.stride(2) == 2 * weight.stride(3) else weight.contiguous())
+
+
+def _weight_rows(weight: Tensor, block: list[int]) -> TensorDescriptor:
+    """weight [C, Cout, 2, 2] as [C, 4, Cout], in memory a channels_last weight; a copy where it is another."""
+    channels, channels_out = weight.shape[:2]
+    strides = (SUBPIXELS * channels_out, 1, 2 * channels_out, channels_out)
+    if weight.stride() != strides or weight.data_ptr() % 16:
+        copy = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device)
+        weight = copy.copy_(weight)
+    sizes = [channels, SUBPIXELS, channels_out]
+    return TensorDescriptor(weight, sizes, [SUBPIXELS * channels_out, channels_out, 1], block)
 
 
 def _launch(
@@ -114,13 +159,53 @@ def _launch(
     )
 
 
+def _descriptor_launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chosen: config.SubpixelTileConfig
+) -> gpu.Launch:
+    """The launch of the descriptor form."""
+    batch, channels, height, width = x.shape
+    channels_out, rows = weight.shape[1], batch * height
+    tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
+    # Strides are spelt out: a tensor may have any where its size is 1.
+    x_strides = [width * channels, channels, 1]
+    y_strides = [4 * width * channels_out, 2 * width * channels_out, 2 * channels_out, channels_out, 1]
+    y_sizes = [rows, 2, width, 2, channels_out]
+    arguments = {
+        "x_desc": TensorDescriptor(x, [rows, width, channels], x_strides, [tile_h, tile_w, block_k]),
+        "weight_desc": _weight_rows(weight, [block_k, 1, block_n]),
+        "bias_ptr": bias,
+        "y_desc": TensorDescriptor(y, y_sizes, y_strides, [tile_h, 1, tile_w, 1, block_n]),
+        "W": width,
+        "COUT": channels_out,
+        "steps": triton.cdiv(channels, block_k),
+        "TILE_H": tile_h,
+        "TILE_W": tile_w,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+    }
+    tiles = triton.cdiv(rows, tile_h) * triton.cdiv(width, tile_w)
+    return gpu.Launch(
+        conv_transpose2x2_descriptor_kernel,
+        tiles * SUBPIXELS * triton.cdiv(channels_out, block_n),
+        arguments,
+        chosen.num_warps,
+        chosen.num_stages,
+        chosen.max_registers,
+        product_rows=block_n,
+    )
+
+
 def conv_transpose2x2_launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, allow_tf32: bool, target: gpu.Target
 ) -> gpu.Launch:
-    """The launch that fills packed y from packed x."""
+    """The launch of either form that fills packed y from packed x, which is not empty."""
     channels_out = weight.shape[1]
+    bias = None if bias is None else bias.contiguous()
+    tiles = config.subpixel_tile_config(x.shape[1], channels_out, x.dtype, target)
+    if tiles is not None:
+        return _descriptor_launch(x, weight, bias, y, tiles)
     chosen = config.pixel_product_config(x.shape[1], channels_out, x.dtype, target, allow_tf32=allow_tf32)
-    tensors = {"x_ptr": x, "bias_ptr": None if bias is None else bias.contiguous(), "y_ptr": y}
+    tensors = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}
     products = SUBPIXELS * triton.cdiv(channels_out, chosen.block_n)
     return _launch(conv_transpose2x2_kernel, tensors, _one_run(weight), x, products, chosen, allow_tf32)
 
@@ -143,8 +228,9 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
     rounded to TF32 on tensor cores.
     """
     y = empty_packed(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
-    target = gpu.target(x.device)
-    conv_transpose2x2_launch(packed(x), weight, bias, y, allow_tf32=allow_tf32, target=target).run(x.device)
+    if y.numel():  # A descriptor cannot describe an empty tensor.
+        target = gpu.target(x.device)
+        conv_transpose2x2_launch(packed(x), weight, bias, y, allow_tf32=allow_tf32, target=target).run(x.device)
     return y
 
 

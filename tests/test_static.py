@@ -82,6 +82,7 @@ def test_every_target_and_op_is_among_the_jobs() -> None:
     assert {job.op for job in jobs} == set(all_ops())
     assert {job.math for job in jobs} == {"bf16", "fp16", "fp32", "tf32"}
     assert len(set(jobs)) == len(jobs)
+    assert len(set(all_ops())) == len(all_ops())
 
 
 def some_jobs() -> list[Job]:

@@ -10,7 +10,7 @@ from fastunet.kernels import config, gpu
 
 from . import Job
 
-OPS = ("head", "head_grad", "head_weights")
+OPS = ("conv1x1", "conv1x1_grad", "conv1x1_weights")
 
 
 def jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[Job]:
@@ -26,8 +26,8 @@ def jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[J
     if few:
         return
     for channels in config.head_configs(dtype, target, allow_tf32=allow_tf32, softmax=True).values():
-        yield make("head", shape=(*channels, "softmax"))
-    yield make("head_weights", shape=(17, 17, "softmax"))
+        yield make("conv1x1", shape=(*channels, "softmax"))
+    yield make("conv1x1_weights", shape=(17, 17, "softmax"))
 
 
 def launch(job: Job) -> gpu.Launch:
@@ -39,10 +39,10 @@ def launch(job: Job) -> gpu.Launch:
     x, y = job.pixels(c_in, 64, 64), job.pixels(c_out, 64, 64)
     weight, bias = job.tensor(c_out, c_in, 1, 1), job.tensor(c_out)
     output = None if activation is None else y
-    if job.op == "head":
+    if job.op == "conv1x1":
         options = {"activation": activation, "allow_tf32": job.allow_tf32, "target": job.target}
         return kernels.conv1x1_launch(x, weight, bias, y, **options)
-    if job.op == "head_grad":
+    if job.op == "conv1x1_grad":
         return kernels.input_grad_launch(y, output, weight, x, activation=activation, allow_tf32=job.allow_tf32)
     options = {"subpixels": 1, "activation": kernels.ACTIVATIONS[activation]}
     options |= {"allow_tf32": job.allow_tf32, "target": job.target}
