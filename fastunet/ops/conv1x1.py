@@ -94,9 +94,7 @@ def _backward_triton(
         grad_x = kernels.conv1x1_input_grad(grad, weight, y, activation=activation, allow_tf32=tf32)
         grad_x = strided_like(grad_x, x)
     if mask[1] or mask[2]:
-        sums = kernels.conv1x1_weight_grad(
-            grad, x, y, activation=activation, with_bias=mask[2], allow_tf32=tf32
-        )
+        sums = kernels.conv1x1_weight_grad(grad, x, y, activation=activation, with_bias=mask[2], allow_tf32=tf32)
         grad_weight = strided_like(sums[0], weight) if mask[1] else grad_weight
         grad_bias = grad_bias if sums[1] is None else sums[1]
     return grad_x, grad_weight, grad_bias
