@@ -67,14 +67,18 @@ def check_pooled(op: str, height: int, width: int) -> None:
         raise ShapeError(f"{op}: expected height and width >= 2 for 2x2 pooling, got {height}x{width}")
 
 
+def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """The tensors live on x's device."""
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise DeviceError(f"{op}: {name}: expected device {x.device} (the input's), got {t.device}")
+
+
 def check_together(op: str, x: Tensor, **others: Tensor | None) -> None:
     """The tensors live on x's device and, outside autocast, which casts them, share x's dtype."""
+    check_device(op, x, **others)
     for name, t in others.items():
-        if t is None:
-            continue
-        if t.device != x.device:
-            raise DeviceError(f"{op}: {name}: expected device {x.device} (the input's), got {t.device}")
-        if t.dtype != x.dtype and not _autocasts(x.device.type):
+        if t is not None and t.dtype != x.dtype and not _autocasts(x.device.type):
             raise DtypeError(f"{op}: {name}: expected dtype {x.dtype} (the input's), got {t.dtype}")
 
 
@@ -87,3 +91,29 @@ def check_same_images(op: str, skip: Tensor, up: Tensor) -> None:
     check_activation(op, skip=skip, up=up)
     check_shape(op, "up", up, (skip.shape[0], up.shape[1], *skip.shape[2:]))
     check_together(op, skip, up=up)
+
+
+def check_images(name: str, t: Tensor) -> None:
+    """t is a floating-point batch [N, C, *spatial]."""
+    if not t.is_floating_point():
+        raise DtypeError(f"{name}: expected a floating-point dtype, got {t.dtype}")
+    if t.dim() < 3:
+        raise ShapeError(f"{name}: expected shape [N, C, *spatial], got {tuple(t.shape)}")
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
+    """value, which is one of those allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def check_weights(name: str, weights: Sequence[float] | float | Tensor | None) -> Tensor | None:
+    """The weights, none negative, as a float tensor of dim 0 (one for all) or 1 (one each)."""
+    if weights is None:
+        return None
+    tensor = torch.as_tensor(weights)
+    tensor = tensor if tensor.is_floating_point() else tensor.float()
+    if tensor.dim() > 1 or bool((tensor < 0).any()):
+        raise ConfigError(f"{name}: expected one number >= 0 or a list of them, got {weights}")
+    return tensor

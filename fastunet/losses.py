@@ -1,7 +1,7 @@
 """Dice losses with the arguments, defaults and values of MONAI's `DiceLoss`, summed in fp32 whatever the input dtype.
 
-Everything that touches pixels is in `dice_sums`, which returns three sums per image and channel; the loss is then
-arithmetic on those few numbers.
+Everything that touches pixels is in `ops.segmentation_sums`, one pass over logits and target, or in `dice_sums` where
+that has no such form; both return a few sums per image and channel, and the loss is arithmetic on those numbers.
 
 Source: Milletari et al. 2016, V-Net (https://arxiv.org/abs/1606.04797); soft labels: Wang et al. 2023, Dice Semimetric
 Losses (https://arxiv.org/abs/2303.16296).
@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal, TypedDict, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import ConfigError, DtypeError, ShapeError
-from .ops.sigmoid_dice_loss import sigmoid_dice_sums
+from . import checks
+from .checks import ConfigError, ShapeError
+from .ops.segmentation_sums import segmentation_sums
 
 Activation = Literal["none", "sigmoid", "softmax"]
 Weight = Sequence[float] | float | Tensor
@@ -62,8 +62,6 @@ def dice_sums(
     Returns:
         [3, N, C] in fp32, or in float64 for float64 input.
     """
-    if activation == "sigmoid" and mask is None and input.dim() == 4 and (squared or not soft_label):
-        return sigmoid_dice_sums(input, target, squared=squared)
     probability = _activate(_at_least_fp32(input), activation)
     target = target.to(probability.dtype)
     if mask is not None:
@@ -131,13 +129,13 @@ class DiceLoss(nn.Module):
         self.other_act = other_act
         self.squared_pred = squared_pred
         self.jaccard = jaccard
-        self.reduction = _check_reduction(reduction, REDUCTIONS)
+        self.reduction = checks.check_choice("reduction", reduction, REDUCTIONS)
         self.smooth_nr = smooth_nr
         self.smooth_dr = smooth_dr
         self.batch = batch
         self.soft_label = soft_label
         self.ignore_index = ignore_index
-        self.register_buffer("class_weight", _check_weight(weight))
+        self.register_buffer("class_weight", checks.check_weights("weight", weight))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss in fp32 (float64 for float64 input).
@@ -154,36 +152,45 @@ class DiceLoss(nn.Module):
             ShapeError: input and target differ in shape.
             DtypeError: the input is not floating point.
         """
-        _check_input(input)
+        return self._reduce(self._sums(input, target), input.dim() - 2)
+
+    def _sums(self, input: Tensor, target: Tensor, *, entropy: bool = False) -> Tensor:
+        """Check both, and sum over the pixels: [3, N, C], with `entropy` the rows of `segmentation_sums` below them."""
+        checks.check_images("input", input)
         if target.dim() != input.dim():
             raise ShapeError(
                 f"target: expected {input.dim()} dimensions as the input's, got shape {tuple(target.shape)}"
             )
         channels = input.shape[1]
-        activation, background = self.activation, self.include_background
+        activation = self.activation
         if channels == 1:
             self._warn_single_channel()
-            background = True
             activation = "none" if activation == "softmax" else activation
+        one_hot = self.to_onehot_y and target.shape[1] == 1 < channels
+        expected = (len(input), 1 if one_hot else channels, *input.shape[2:])
+        if tuple(target.shape) != expected:
+            raise ShapeError(f"target: expected shape {expected} as the input's, got {tuple(target.shape)}")
         mask = _ignore_mask(target, self.ignore_index)
-        if self.to_onehot_y and target.shape[1] == 1 < channels:
-            target = _one_hot(target, channels, self.ignore_index)
-        if input.shape != target.shape:
-            raise ShapeError(f"target: expected shape {tuple(input.shape)} as the input's, got {tuple(target.shape)}")
-        if self.other_act is not None:
-            input = self.other_act(_at_least_fp32(input))
+        squared = self.squared_pred
+        if activation != "none" and (squared or not self.soft_label):
+            return _fused_sums(input, target, mask, activation, squared=squared, entropy=entropy)
+        probability = self.other_act(_at_least_fp32(input)) if self.other_act is not None else input
         sums = dice_sums(
-            input,
-            target,
+            probability,
+            _one_hot(target, channels, self.ignore_index) if one_hot else target,
             activation=activation,
-            squared=self.squared_pred,
+            squared=squared,
             soft_label=self.soft_label,
             mask=mask,
         )
-        return self._reduce(sums if background else sums[:, :, 1:], input.dim() - 2)
+        if not entropy:
+            return sums
+        return torch.cat([sums, _fused_sums(input, target, mask, activation, squared=False, entropy=True)[3:]])
 
     def _reduce(self, sums: Tensor, spatial_dims: int) -> Tensor:
         """Turn sums [3, N, C] into the loss."""
+        if not self.include_background and sums.shape[2] > 1:
+            sums = sums[:, :, 1:]
         overlap, predicted, true = sums.sum(1) if self.batch else sums
         union = 2 * (predicted + true - overlap) if self.jaccard else predicted + true
         loss = 1 - (2 * overlap + self.smooth_nr) / (union + self.smooth_dr)
@@ -206,7 +213,7 @@ class DiceLoss(nn.Module):
             "include_background=False": not self.include_background,
         }
         for option in (name for name, given in unused.items() if given):
-            warnings.warn(f"{option} has no meaning for one channel and is ignored", stacklevel=3)
+            warnings.warn(f"{option} has no meaning for one channel and is ignored", stacklevel=4)
 
 
 class BCEDiceLoss(nn.Module):
@@ -235,11 +242,11 @@ class BCEDiceLoss(nn.Module):
         **dice: Unpack[DiceOptions],
     ) -> None:
         super().__init__()
-        self.reduction = _check_reduction(reduction, REDUCTIONS[:2])
+        self.reduction = checks.check_choice("reduction", reduction, REDUCTIONS[:2])
         self.dice = DiceLoss(sigmoid=True, reduction=reduction, weight=weight, ignore_index=ignore_index, **dice)
         self.dice_weight = dice_weight
         self.bce_weight = bce_weight
-        self.register_buffer("pos_weight", _check_weight(pos_weight, "pos_weight"))
+        self.register_buffer("pos_weight", checks.check_weights("pos_weight", pos_weight))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Compute the loss, a scalar in fp32 (float64 for float64 input).
@@ -252,24 +259,24 @@ class BCEDiceLoss(nn.Module):
             ShapeError: input and target differ in shape.
             DtypeError: the input is not floating point.
         """
-        dice = self.dice(input, target)  # validates both
-        return self.dice_weight * dice + self.bce_weight * self._cross_entropy(_at_least_fp32(input), target)
+        sums = self.dice._sums(input, target, entropy=True)  # validates both
+        dice = self.dice._reduce(sums[:3], input.dim() - 2)
+        return self.dice_weight * dice + self.bce_weight * self._cross_entropy(sums[3:], input, target)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        pos_weight = self.pos_weight
-        if pos_weight is not None and pos_weight.dim() == 1:
-            pos_weight = pos_weight.reshape(-1, *[1] * (logits.dim() - 2))
-        target_float = target.to(logits)
+    def _cross_entropy(self, sums: Tensor, input: Tensor, target: Tensor) -> Tensor:
+        """`F.binary_cross_entropy_with_logits` from the sums over positive and negative pixels, [2, N, C]."""
+        positive, negative = sums
+        if self.pos_weight is not None:
+            if self.pos_weight.dim() == 1 and len(self.pos_weight) not in (1, input.shape[1]):
+                raise ConfigError(
+                    f"pos_weight: expected {input.shape[1]} values (one a channel), got {len(self.pos_weight)}"
+                )
+            positive = positive * self.pos_weight.to(sums)
+        total = (positive + negative).sum()
+        if self.reduction == "sum":
+            return total
         mask = _ignore_mask(target, self.dice.ignore_index)
-        if mask is None:
-            return F.binary_cross_entropy_with_logits(
-                logits, target_float, pos_weight=pos_weight, reduction=self.reduction
-            )
-        counted = mask.to(logits).expand_as(logits)
-        total = F.binary_cross_entropy_with_logits(
-            logits, target_float, counted, pos_weight=pos_weight, reduction="sum"
-        )
-        return total if self.reduction == "sum" else _safe_ratio(total, counted.sum())
+        return total / input.numel() if mask is None else _safe_ratio(total, mask.sum() * input.shape[1])
 
 
 class CEDiceLoss(nn.Module):
@@ -296,8 +303,8 @@ class CEDiceLoss(nn.Module):
         **dice: Unpack[DiceOptions],
     ) -> None:
         super().__init__()
-        self.reduction = _check_reduction(reduction, REDUCTIONS[:2])
-        self.register_buffer("class_weight", _check_weight(weight))
+        self.reduction = checks.check_choice("reduction", reduction, REDUCTIONS[:2])
+        self.register_buffer("class_weight", checks.check_weights("weight", weight))
         if self.class_weight is not None and self.class_weight.dim() != 1:
             raise ConfigError(f"weight: expected one value per class, got the single value {weight}")
         dice_weight = self.class_weight
@@ -322,30 +329,37 @@ class CEDiceLoss(nn.Module):
             DtypeError: the input is not floating point.
             ConfigError: `ignore_index` with a target of probabilities.
         """
-        _check_input(input)
+        checks.check_images("input", input)
         if input.shape[1] < 2:
             raise ShapeError(f"input: expected at least 2 channels (BCEDiceLoss takes one), got {input.shape[1]}")
         if target.dim() == input.dim() - 1:
             target = target.unsqueeze(1)
-        dice = self.dice(input, target)  # validates both
-        return self.lambda_dice * dice + self.lambda_ce * self._cross_entropy(_at_least_fp32(input), target)
+        sums = self.dice._sums(input, target, entropy=True)  # validates both
+        if target.shape == input.shape and self.dice.ignore_index is not None:
+            raise ConfigError("ignore_index: expected a target of class indices, got one of probabilities")
+        dice = self.dice._reduce(sums[:3], input.dim() - 2)
+        return self.lambda_dice * dice + self.lambda_ce * self._cross_entropy(sums, input, target)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        weight = None if self.class_weight is None else self.class_weight.to(logits)
-        ignore_index = self.dice.ignore_index
-        if target.shape == logits.shape:
-            if ignore_index is not None:
-                raise ConfigError("ignore_index: expected a target of class indices, got one of probabilities")
-            return F.cross_entropy(logits, target.to(logits), weight, reduction=self.reduction)
-        labels = target.squeeze(1).long()
-        if ignore_index is None:
-            return F.cross_entropy(logits, labels, weight, reduction=self.reduction)
-        counted = labels != ignore_index
-        # Index 0 stands in for what does not count, so that any integer can mark it.
-        labels = labels.where(counted, 0)
-        pixel_weight = counted.to(logits) if weight is None else weight[labels] * counted
-        total = (F.cross_entropy(logits, labels, weight, reduction="none") * counted).sum()
-        return total if self.reduction == "sum" else _safe_ratio(total, pixel_weight.sum())
+    def _cross_entropy(self, sums: Tensor, input: Tensor, target: Tensor) -> Tensor:
+        """`F.cross_entropy` from sums [4, N, C]: a class's weight is the same for all its pixels."""
+        weight = 1 if self.class_weight is None else self.class_weight.to(sums)
+        total = (sums[3] * weight).sum()
+        if self.reduction == "sum":
+            return total
+        if target.shape == input.shape:  # Over probabilities, torch divides by the number of pixels, not by weights.
+            return total * input.shape[1] / input.numel()
+        count = (sums[2] * weight).sum()
+        return total / count if self.dice.ignore_index is None else _safe_ratio(total, count)
+
+
+def _fused_sums(
+    input: Tensor, target: Tensor, mask: Tensor | None, activation: Activation, *, squared: bool, entropy: bool
+) -> Tensor:
+    """`segmentation_sums` of images with any number of spatial dimensions."""
+    if input.dim() != 4:
+        input, target = input.flatten(2).unsqueeze(3), target.flatten(2).unsqueeze(3)
+        mask = None if mask is None else mask.flatten(2).unsqueeze(3)
+    return segmentation_sums(input, target, mask, activation=activation, squared=squared, entropy=entropy)
 
 
 def _activate(input: Tensor, activation: Activation) -> Tensor:
@@ -370,40 +384,16 @@ def _one_hot(labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
 
 
 def _ignore_mask(target: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Mark the pixels that count by 1, [N, 1, *spatial]; None if all do."""
+    """Mark the pixels that count by 1 or True, [N, 1, *spatial], a constant to autograd; None if all do."""
     if ignore_index is None:
         return None
     if target.shape[1] == 1:
-        return (target != ignore_index).float()
+        return target != ignore_index
     if 0 <= ignore_index < target.shape[1]:
-        return 1.0 - target[:, ignore_index : ignore_index + 1].float()
-    return (target.sum(1, keepdim=True) > 0).float()
+        return 1.0 - target[:, ignore_index : ignore_index + 1].detach().float()
+    return target.sum(1, keepdim=True) > 0
 
 
 def _safe_ratio(total: Tensor, count: Tensor) -> Tensor:
     """Divide, but give the total (which is 0) where nothing counts."""
     return total / count.masked_fill(count == 0, 1)
-
-
-def _check_input(input: Tensor) -> None:
-    if not input.is_floating_point():
-        raise DtypeError(f"input: expected a floating-point dtype, got {input.dtype}")
-    if input.dim() < 3:
-        raise ShapeError(f"input: expected shape [N, C, *spatial], got {tuple(input.shape)}")
-
-
-def _check_reduction(reduction: str, allowed: Sequence[str]) -> str:
-    if reduction not in allowed:
-        raise ConfigError(f"reduction: expected one of {', '.join(allowed)}, got {reduction!r}")
-    return reduction
-
-
-def _check_weight(weight: Weight | None, name: str = "weight") -> Tensor | None:
-    """Turn weights into a float tensor of dim 0 (one for all) or 1 (one each)."""
-    if weight is None:
-        return None
-    tensor = torch.as_tensor(weight)
-    tensor = tensor if tensor.is_floating_point() else tensor.float()
-    if tensor.dim() > 1 or bool((tensor < 0).any()):
-        raise ConfigError(f"{name}: expected one number >= 0 or a list of them, got {weight}")
-    return tensor

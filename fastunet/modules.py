@@ -13,10 +13,22 @@ from fastunet.reference.unet import padding_to
 
 
 class DoubleConv(reference.DoubleConv):
-    """Twice conv3x3, norm, activation, each one op. x, or [x, up] where up is given; with pool, (y, max_pool2x2(y))."""
+    """Twice conv3x3, norm, activation, each one op. x, or [x, up] where up is given; with pool, (y, max_pool2x2(y));
+    with head, head(y), in one op with the second convolution where nothing else needs y.
+    """
 
-    def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
-        conv1, norm1, act1, conv2, norm2, act2 = self.double_conv
+    def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False, head: OutConv | None = None) -> Any:
+        block: Any = self.double_conv
+        conv1, norm1, act1, conv2, norm2, act2 = block
+        if head is not None:
+            if not (head.is_fusable() and _is_fusable(conv2, norm2, act2) and _is_inference(norm2)):
+                return head(self(x, up))
+            x = conv_norm_activation(conv1, norm1, act1, x, up)
+            return _conv_norm_head(conv2, norm2, act2, x, head)
+        if _both_are_plain(conv1, norm1, act1, conv2, norm2, act2):
+            weights, biases = (conv1.weight, conv2.weight), (conv1.bias, conv2.bias)
+            slope = getattr(act1, "negative_slope", 0.0)
+            return ops.double_conv3x3_bias_relu(x, up, weights, biases, negative_slope=slope, pool=pool)
         x = conv_norm_activation(conv1, norm1, act1, x, up)
         return conv_norm_activation(conv2, norm2, act2, x, pool=pool)
 
@@ -31,11 +43,11 @@ class Down(reference.Down):
 class Up(reference.Up):
     """Double the lower level, pad it to the skip's size, and DoubleConv the two without joining them."""
 
-    def forward(self, low: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
         up: Any = self.up
         low = ops.conv_transpose2x2(low, up.weight, up.bias) if _has(up, CONV_TRANSPOSE2X2) else up(low)
         padding = padding_to(low, skip)
-        return self.conv(skip, F.pad(low, padding) if any(padding) else low)
+        return self.conv(skip, F.pad(low, padding) if any(padding) else low, head=head)
 
 
 class OutConv(reference.OutConv):
@@ -45,6 +57,10 @@ class OutConv(reference.OutConv):
         if not _has(self.conv, CONV1X1):
             return super().forward(x)
         return ops.conv1x1(x, self.conv.weight, self.conv.bias, activation=self.head)
+
+    def is_fusable(self) -> bool:
+        """Whether a convolution before it can take it into its epilogue."""
+        return self.head in (None, "sigmoid") and _has(self.conv, CONV1X1) and not _has_hooks(self)
 
 
 def conv_norm_activation(
@@ -69,6 +85,24 @@ def conv_norm_activation(
     if up is not None:
         return ops.concat_conv3x3_bias_relu(x, up, conv.weight, conv.bias, **activation)
     return (ops.conv3x3_bias_relu_pool if pool else ops.conv3x3_bias_relu)(x, conv.weight, conv.bias, **activation)
+
+
+def _is_inference(norm: Any) -> bool:
+    """Whether norm is none, or batch norm by running statistics, and no gradient will be asked for."""
+    given = type(norm) is nn.BatchNorm2d and not norm.training and norm.running_mean is not None
+    return not torch.is_grad_enabled() and (given or isinstance(norm, nn.Identity))
+
+
+def _conv_norm_head(conv: Any, norm: Any, act: Any, x: Tensor, head: OutConv) -> Tensor:
+    parameters = (head.conv.weight, head.conv.bias)
+    options: dict[str, Any] = {
+        "sigmoid": head.head == "sigmoid",
+        "negative_slope": getattr(act, "negative_slope", 0.0),
+    }
+    if isinstance(norm, nn.Identity):
+        return ops.conv3x3_relu_conv1x1(x, conv.weight, conv.bias, *parameters, **options)
+    given = (norm.running_mean, norm.running_var, norm.weight, norm.eps)
+    return ops.conv3x3_relu_conv1x1(x, conv.weight, norm.bias, *parameters, norm=given, **options)
 
 
 PLAIN_TYPES = (
@@ -98,6 +132,13 @@ def _is_fusable(conv: Any, norm: Any, act: Any) -> bool:
     )
 
 
+def _both_are_plain(conv1: Any, norm1: Any, act1: Any, conv2: Any, norm2: Any, act2: Any) -> bool:
+    """Whether two blocks without norm follow each other with the same activation, and none sees what is between."""
+    slopes = {getattr(act, "negative_slope", 0.0) for act in (act1, act2)}
+    without_norm = isinstance(norm1, nn.Identity) and isinstance(norm2, nn.Identity)
+    return without_norm and len(slopes) == 1 and _is_fusable(conv1, norm1, act1) and _is_fusable(conv2, norm2, act2)
+
+
 def _has(conv: Any, geometry: dict[str, Any]) -> bool:
     """Whether a plain convolution has exactly this geometry."""
     return _is_plain(conv) and all(getattr(conv, name, None) == value for name, value in geometry.items())
@@ -105,9 +146,13 @@ def _has(conv: Any, geometry: dict[str, Any]) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     """One of the types the fused ops stand for, itself and not a subclass, without hooks or running instance norm."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     tracking = isinstance(module, nn.InstanceNorm2d) and module.track_running_stats
-    return type(module) in PLAIN_TYPES and not any(hooks) and not tracking
+    return type(module) in PLAIN_TYPES and not _has_hooks(module) and not tracking
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _batch_norm(conv: Any, norm: Any, x: Tensor, up: Tensor | None, pool: bool, activation: dict[str, Any]) -> Any:

@@ -64,9 +64,10 @@ class UNet(ReferenceUNet):
             skip, x = down(x, pool=True)
             skips.append(skip)
         x = bottom(x)
-        for up in self.ups:
+        *ups, last = self.ups
+        for up in ups:
             x = up(x, skips.pop())
-        return self.outc(x)
+        return last(x, skips.pop(), head=self.outc)
 
     def _check_input(self, x: Tensor) -> None:
         check_activation("UNet", input=x)

@@ -330,6 +330,41 @@ def weight_grad_configs(
     return found
 
 
+# --- the sums of segmentation_loss ---
+
+# A program holds all channels of its pixels, 1024 elements: with more channels, ATen runs.
+MOST_CHANNELS = 1024
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """Blocks of a pass over whole pixels: a program holds all channels of block_pixels of them."""
+
+    block_pixels: int
+    block_channels: int
+    num_warps: int
+
+
+def pixel_config(channels: int) -> PixelConfig:
+    """1024 elements, eight a thread: the sums hold five float32 values for each."""
+    block_channels = cover(channels, 1, MOST_CHANNELS)
+    return PixelConfig(1024 // block_channels, block_channels, num_warps=4)
+
+
+def pixel_configs() -> dict[PixelConfig, int]:
+    """Every config that pixel_config can choose for up to MOST_CHANNELS, each with the most that lead to it."""
+    return {pixel_config(1 << power): 1 << power for power in range(MOST_CHANNELS.bit_length())}
+
+
+def pixel_splits(pixels: int, chosen: PixelConfig) -> int:
+    """How many parts the pixels of one image fall into, each summed by a program of its own.
+
+    At least four blocks to a part, and at most 64 parts, whose sums one program adds in turn. It depends on neither
+    batch nor GPU: an image's sums have the same bits everywhere. Unmeasured.
+    """
+    return max(1, min(64, _cdiv(pixels, chosen.block_pixels) // 4))
+
+
 # --- products at single pixels: conv_transpose2x2 and conv1x1 ---
 
 

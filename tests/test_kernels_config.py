@@ -144,6 +144,18 @@ def test_importing_touches_neither_triton_nor_cuda() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@given(channels=st.integers(1, config.MOST_CHANNELS), pixels=st.integers(1, 2**24))
+def test_pixel_config(channels: int, pixels: int) -> None:
+    chosen = config.pixel_config(channels)
+    assert chosen.block_pixels * chosen.block_channels == 1024
+    assert channels <= chosen.block_channels < 2 * channels
+    assert chosen in config.pixel_configs()
+    splits = config.pixel_splits(pixels, chosen)
+    blocks = -(-pixels // chosen.block_pixels)
+    assert 1 <= splits <= 64
+    assert splits == 1 or blocks // splits >= 4
+
+
 # --- products at single pixels: conv_transpose2x2 and conv1x1 ---
 
 

@@ -246,6 +246,8 @@ def test_options_that_contradict_are_refused() -> None:
         CEDiceLoss(ignore_index=1)(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4))
     with pytest.raises(ShapeError, match=r"at least 2 channels.*got 1"):
         CEDiceLoss()(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
+    with pytest.raises(ConfigError, match=r"pos_weight: expected 2 values.*got 3"):
+        BCEDiceLoss(pos_weight=[1.0, 2.0, 3.0])(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4))
     with pytest.raises(TypeError, match="callable, got str"):
         DiceLoss(other_act="relu")
 
@@ -256,3 +258,28 @@ def test_options_without_meaning_for_one_channel_warn(option: str) -> None:
     with pytest.warns(UserWarning, match=f"{option}=True has no meaning"):
         value = DiceLoss(**{option: True})(input, target)
     assert value == DiceLoss()(input, target)
+
+
+def test_a_class_without_probability_costs_nothing_where_it_is_not_the_label() -> None:
+    input, labels = make_input(4), make_labels(3)
+    input[:, 3] = -torch.inf
+    input.requires_grad_()
+    loss = CEDiceLoss(lambda_dice=0.0)(input, labels)
+    torch.testing.assert_close(loss, F.cross_entropy(input, labels[:, 0]), **TOLERANCE)
+    (gradient,) = torch.autograd.grad(loss, input)
+    assert gradient.isfinite().all()
+
+
+def test_an_index_that_is_no_class_raises() -> None:
+    with pytest.raises(RuntimeError, match="index 4 is out of bounds"):
+        CEDiceLoss()(make_input(4), make_labels(5))
+
+
+@pytest.mark.parametrize("loss", [BCEDiceLoss(), CEDiceLoss(), DiceLoss(sigmoid=True)], ids=lambda m: type(m).__name__)
+def test_no_images_have_no_mean(loss: torch.nn.Module) -> None:
+    input = torch.zeros(0, 2, 4, 4, requires_grad=True)
+    value = loss(input, torch.zeros(0, 2, 4, 4))
+    value.backward()
+    assert value.isnan()
+    assert input.grad is not None
+    assert input.grad.shape == input.shape

@@ -74,9 +74,14 @@ CASES = [
     Case("conv1x1", (X, (5, 3, 1, 1), CHANNELS), {}),
     Case("conv1x1", (X, (5, 3, 1, 1), None), {"activation": "sigmoid"}),
     Case("conv1x1", (X, (5, 3, 1, 1), CHANNELS), {"activation": "softmax"}),
+    Case("segmentation_sums", (X, X), {"activation": "sigmoid", "entropy": True}),
+    Case("segmentation_sums", (X, X), {"activation": "softmax", "entropy": True, "squared": True}),
+    Case("segmentation_sums", (X, X), {"activation": "softmax"}),
     Case("sigmoid_dice_loss", (X, X), {}),
     Case("sigmoid_dice_loss", (X, X), {"squared": True, "batch": True, "reduction": "none", "smooth": 0.1}),
 ]
+# Ops of logits and a target from 0 to 1, which answer in float32.
+SUMMED = ("segmentation_sums", "sigmoid_dice_loss")
 INDUCTOR = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
@@ -93,7 +98,7 @@ def make_tensors(case: Case, dtype: torch.dtype, memory_format: torch.memory_for
     for shape in case.shapes:
         t = None if shape is None else torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         tensors.append(t.contiguous(memory_format=memory_format) if t is not None and t.dim() == 4 else t)
-    if case.op == "sigmoid_dice_loss":
+    if case.op in SUMMED:
         tensors[1] = tensors[1].sigmoid()
     return tensors
 
@@ -135,7 +140,7 @@ def test_equals_the_reference(case: Case, memory_format: torch.memory_format) ->
         assert_close(a, b, f"output {i}")
         # torch's instance norm and softmax answer contiguous whatever they get; ours keep the format, as convolutions
         # do.
-        keeps = "instance_norm" in case.op or case.options.get("activation") == "softmax"
+        keeps = a.dim() == 4 and ("instance_norm" in case.op or case.options.get("activation") == "softmax")
         like = b.contiguous(memory_format=memory_format) if keeps else b
         assert a.stride() == like.stride(), f"output {i}: strides {a.stride()}, expected {like.stride()}"
     for i, (a, b) in enumerate(zip(our_grads, their_grads, strict=True)):
@@ -243,7 +248,7 @@ def test_second_derivative_raises(case: Case) -> None:
 def test_result_dtype(case: Case, dtype: torch.dtype) -> None:
     tensors = make_tensors(case, dtype, torch.channels_last)
     for y in call(getattr(ops, case.op), case, tensors, make_buffers(case, dtype)):
-        assert y.dtype == (torch.float32 if case.op == "sigmoid_dice_loss" else dtype)
+        assert y.dtype == (torch.float32 if case.op in SUMMED else dtype)
 
 
 def test_an_input_changed_before_backward_raises() -> None:
@@ -337,6 +342,16 @@ def test_more_bad_arguments() -> None:
         ops.conv1x1(x, torch.zeros(3, 2, 1, 1), activation="tanh")
     with pytest.raises(checks.ShapeError, match="target: expected shape"):
         ops.sigmoid_dice_loss(x, x[:, :1])
+    with pytest.raises(checks.ShapeError, match=r"target: expected shape \[1, 2, 4, 4\], got \[1, 1, 4, 3\]"):
+        ops.segmentation_sums(x, x[:, :1, :, 1:])
+    with pytest.raises(checks.ShapeError, match=r"mask: expected shape \[1, 1, 4, 4\], got \[1, 2, 4, 4\]"):
+        ops.segmentation_sums(x, x, x)
+    with pytest.raises(checks.ConfigError, match="activation: expected one of sigmoid, softmax, got 'tanh'"):
+        ops.segmentation_sums(x, x, activation="tanh")
+    with pytest.raises(checks.DeviceError, match=r"mask: expected device cpu .* got meta"):
+        ops.segmentation_sums(x, x, x[:, :1].to("meta"))
+    with pytest.raises(RuntimeError, match="index 2 is out of bounds"):
+        ops.segmentation_sums(x, torch.full((1, 1, 4, 4), 2), activation="softmax")
 
 
 def test_max_pool_gradient_of_ties_and_nan() -> None:
@@ -346,3 +361,37 @@ def test_max_pool_gradient_of_ties_and_nan() -> None:
         t = x.clone().requires_grad_()
         grads.append(torch.autograd.grad(op(t), t, torch.tensor([[[[2.0, 3.0]]]]))[0])
     torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("indices", [False, True])
+def test_masked_sums_of_values_and_indices(activation: str, indices: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(X, generator=generator, dtype=torch.float64)
+    mask = torch.randint(0, 2, (2, 1, 7, 6), generator=generator)
+    target = torch.rand(X, generator=generator, dtype=torch.float64)
+    if indices:
+        target = torch.where(mask == 0, 255, torch.randint(0, 3, mask.shape, generator=generator)).to(torch.uint8)
+    results = []
+    for op in (ops.segmentation_sums, reference.segmentation_sums):
+        leaves = [logits.clone().requires_grad_()] + ([] if indices else [target.clone().requires_grad_()])
+        sums = op(leaves[0], *(leaves[1:] or [target]), mask, activation=activation, squared=True, entropy=True)
+        cotangent = torch.randn(sums.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append((sums, *torch.autograd.grad(sums, leaves, cotangent)))
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_close(a, b, f"result {i}")
+    flags = (activation == "softmax", True, True)
+    torch.library.opcheck(torch.ops.fastunet.segmentation_sums.default, (leaves[0], target, mask, *flags))
+
+
+def test_sums_of_few_images_at_a_time_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5, 3, 7, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for size in (1, 300, 1 << 17):
+        monkeypatch.setitem(ops.segmentation_sums.__globals__, "_CHUNK", size)
+        sums = ops.segmentation_sums(logits, logits.detach().sigmoid(), activation="softmax", entropy=True)
+        (grad,) = torch.autograd.grad(sums, logits, torch.linspace(-1, 1, sums.numel()).reshape(sums.shape).double())
+        results.append((sums, grad))
+    for some in results[:2]:
+        assert_close(some[0], results[2][0], "sums")
+        assert_close(some[1], results[2][1], "gradient")

@@ -77,7 +77,7 @@ def test_opcheck(pool: bool, concat: bool) -> None:
     x, up = (torch.randn(1, 2, 4, 4, requires_grad=True) for _ in range(2))
     weight = torch.randn(3, 4 if concat else 2, 3, 3, requires_grad=True)
     bias = torch.randn(3, requires_grad=True)
-    arguments = (x, up if concat else None, weight, bias, 0.0, pool)
+    arguments = (x, up if concat else None, weight, bias, 0.0, pool, None, False)
     torch.library.opcheck(torch.ops.fastunet.conv3x3_bias_relu.default, arguments)
 
 
@@ -139,3 +139,46 @@ def test_empty_batch(memory_format: torch.memory_format) -> None:
     grads = torch.autograd.grad(y, (x, w), torch.empty_like(y))
     assert grads[0].shape == x.shape
     assert not grads[1].any()
+
+
+@pytest.mark.parametrize("concat", [False, True])
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_two_convolutions_in_one_call_are_two_calls(concat: bool, slope: float) -> None:
+    torch.manual_seed(0)
+    x, up = integers(2, 3, 5, 6), integers(2, 2, 5, 6) if concat else None
+    weights = (integers(4, 5 if concat else 3, 3, 3), integers(2, 4, 3, 3))
+    biases = (integers(4), integers(2))
+    leaves = [t for t in (x, up, *weights, *biases) if t is not None]
+    for t in leaves:
+        t.requires_grad_()
+    results = []
+    for namespace in (ops, reference):
+        if namespace is ops:
+            y, pooled = ops.double_conv3x3_bias_relu(x, up, weights, biases, negative_slope=slope, pool=True)
+        else:
+            joined = x if up is None else torch.cat([x, up], 1)
+            middle = reference.conv3x3_bias_relu(joined, weights[0], biases[0], negative_slope=slope)
+            y, pooled = reference.conv3x3_bias_relu_pool(middle, weights[1], biases[1], negative_slope=slope)
+        torch.manual_seed(1)
+        results.append(
+            [y, pooled, *torch.autograd.grad((y, pooled), leaves, [integers(*t.shape) for t in (y, pooled)])]
+        )
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+@pytest.mark.parametrize("classes", [1, 9])
+def test_the_last_convolution_and_the_head_in_one(norm: str | None, classes: int) -> None:
+    torch.manual_seed(0)
+    model = fastunet.UNet(1, classes, features=(3, 5), norm=norm, head="sigmoid").eval()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 2)
+    x = torch.randn(2, 1, 5, 6)
+    with torch.no_grad():
+        rows = fastunet.explain(model, x).rows
+        y = model(x)
+    assert rows[-1].op == "conv3x3_relu_conv1x1"
+    assert model(x).grad_fn is not None
+    torch.testing.assert_close(y.double(), model.to_reference().double()(x.double()), rtol=1e-5, atol=1e-5)

@@ -24,6 +24,8 @@ from fastunet.testing import (
     random_cotangent,
     random_input,
     random_integers,
+    segmentation_sums_expected,
+    segmentation_sums_grad_expected,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -208,3 +210,65 @@ def test_inputs_are_reproducible_and_vary() -> None:
     assert cotangent.unique().numel() > 32
     integers = random_integers((1000,), largest=5)
     assert integers.unique().tolist() == list(range(-5, 6))
+
+
+def float32_sums(logits: Tensor, target: Tensor) -> Tensor:
+    """Dice and binary cross entropy in float32. The gradient of torch's sigmoid, p (1 - p), would not be within: near
+    p = 1 the difference keeps few of its digits.
+    """
+    p = F.logsigmoid(logits).exp()
+    terms = (p * target, p, target, -target * F.logsigmoid(logits), -(1 - target) * F.logsigmoid(-logits))
+    return torch.stack([term.sum((2, 3)) for term in terms])
+
+
+def float32_softmax_sums(logits: Tensor, target: Tensor) -> Tensor:
+    p = logits.softmax(1)
+    terms = (p * target, p, target, -target * logits.log_softmax(1))
+    return torch.stack([term.sum((2, 3)) for term in terms])
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_sums_of_a_loss_in_float32_are_within_and_their_mistakes_outside(softmax: bool) -> None:
+    logits = random_input((2, 3, 31, 33), layout="contiguous", scale=3.0)
+    target = random_input((2, 3, 31, 33), layout="contiguous", seed=1).sigmoid()
+    compute = float32_softmax_sums if softmax else float32_sums
+    options = {"softmax": softmax, "squared": False}
+    expected = segmentation_sums_expected(logits, target, None, entropy=True, **options)
+    leaf = logits.clone().requires_grad_()
+    sums = compute(leaf, target)
+    assert_within(sums, *expected)
+    cotangent = random_cotangent(sums)
+    (grad,) = torch.autograd.grad(sums, leaf, cotangent)
+    expected_grad = segmentation_sums_grad_expected(cotangent, logits, target, None, **options)
+    assert_within(grad, *expected_grad)
+
+    shifted = target.clone()
+    shifted[1, 2, 30, 31] = target[1, 2, 30, 32]
+    mistakes = (
+        compute(logits, shifted),  # One pixel of a thousand takes its neighbour's target.
+        compute(logits.bfloat16().float(), target),
+        compute(logits, target) * (1 + 2.0**-15),
+        compute(logits, target).bfloat16().float(),
+    )
+    for mistake in mistakes:
+        with pytest.raises(AssertionError, match="outside the tolerance"):
+            assert_within(mistake, *expected)
+    with pytest.raises(AssertionError, match="outside the tolerance"):
+        assert_within(grad * (1 + 2.0**-14), *expected_grad)
+
+
+def test_sums_of_class_indices_are_those_of_their_one_hot_form_where_the_mask_counts() -> None:
+    logits = random_input((2, 3, 5, 4), scale=2.0)
+    labels = torch.arange(40).reshape(2, 1, 5, 4) % 3
+    one_hot = F.one_hot(labels[:, 0], 3).movedim(-1, 1)
+    mask = random_input((2, 1, 5, 4), seed=1) > 0
+    options = {"softmax": True, "squared": True}
+    by_values = segmentation_sums_expected(logits, one_hot, mask, entropy=True, **options)
+    by_labels = segmentation_sums_expected(logits, labels.where(mask, 255), mask, entropy=True, **options)
+    assert_within(by_labels.value, by_values.value, 0.0)
+    assert_within(by_labels.tolerance, by_values.tolerance, 0.0)
+    cropped = segmentation_sums_expected(logits[..., :2], one_hot[..., :2], None, entropy=True, **options)
+    halves = segmentation_sums_expected(
+        logits, one_hot, torch.arange(4).expand(2, 1, 5, 4) < 2, entropy=True, **options
+    )
+    assert_within(halves.value, cropped.value, 1e-14 * cropped.value.abs())

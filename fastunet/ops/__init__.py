@@ -6,14 +6,21 @@ from fastunet.ops.conv3x3_batch_norm_relu import (
     conv3x3_batch_norm_relu,
     conv3x3_batch_norm_relu_pool,
 )
-from fastunet.ops.conv3x3_bias_relu import concat_conv3x3_bias_relu, conv3x3_bias_relu, conv3x3_bias_relu_pool
+from fastunet.ops.conv3x3_bias_relu import (
+    concat_conv3x3_bias_relu,
+    conv3x3_bias_relu,
+    conv3x3_bias_relu_pool,
+    double_conv3x3_bias_relu,
+)
 from fastunet.ops.conv3x3_instance_norm_relu import (
     concat_conv3x3_instance_norm_relu,
     conv3x3_instance_norm_relu,
     conv3x3_instance_norm_relu_pool,
 )
+from fastunet.ops.conv3x3_relu_conv1x1 import conv3x3_relu_conv1x1
 from fastunet.ops.conv_transpose2x2 import conv_transpose2x2
 from fastunet.ops.max_pool2x2 import max_pool2x2
+from fastunet.ops.segmentation_sums import segmentation_sums
 from fastunet.ops.sigmoid_dice_loss import sigmoid_dice_loss
 
 __all__ = [
@@ -27,7 +34,10 @@ __all__ = [
     "conv3x3_bias_relu_pool",
     "conv3x3_instance_norm_relu",
     "conv3x3_instance_norm_relu_pool",
+    "conv3x3_relu_conv1x1",
     "conv_transpose2x2",
+    "double_conv3x3_bias_relu",
     "max_pool2x2",
+    "segmentation_sums",
     "sigmoid_dice_loss",
 ]

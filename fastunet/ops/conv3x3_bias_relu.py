@@ -67,6 +67,30 @@ def concat_conv3x3_bias_relu(
     return y
 
 
+def double_conv3x3_bias_relu(
+    x: Tensor,
+    up: Tensor | None,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: bool = False,
+) -> Any:
+    """conv3x3_bias_relu twice, first of x, or of [x, up] where up is given: y, or (y, pooled) with pool.
+
+    As two calls; but in backward the first one's activation is undone where the second one's input gradient is
+    computed, which saves a pass over memory.
+    """
+    name = "double_conv3x3_bias_relu"
+    slope = slope_of(relu, negative_slope)
+    _check(name, x, up, weights[0], biases[0], False)
+    middle, _ = torch.ops.fastunet.conv3x3_bias_relu(x, up, weights[0], biases[0], slope, False, None, True)
+    _check(name, middle, None, weights[1], biases[1], pool)
+    results = torch.ops.fastunet.conv3x3_bias_relu(middle, None, weights[1], biases[1], slope, pool, slope, False)
+    return results if pool else results[0]
+
+
 def _call(
     name: str,
     x: Tensor,
@@ -77,10 +101,15 @@ def _call(
     negative_slope: float,
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check(name, x, up, weight, bias, pool)
+    slope = slope_of(relu, negative_slope)
+    return torch.ops.fastunet.conv3x3_bias_relu(x, up, weight, bias, slope, pool, None, False)
+
+
+def _check(name: str, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, pool: bool) -> None:
     check_inputs(name, x, up, weight, pool)
     checks.check_shape(name, "bias", bias, weight.shape[:1])
     checks.check_together(name, x, bias=bias)
-    return torch.ops.fastunet.conv3x3_bias_relu(x, up, weight, bias, slope_of(relu, negative_slope), pool)
 
 
 def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> None:
@@ -98,8 +127,20 @@ def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: 
 
 
 def _forward(
-    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    slope: float | None,
+    pool: bool,
+    input_slope: float | None,
+    grad_is_ready: bool,
 ) -> tuple[Tensor, Tensor]:
+    """(y, pooled). The last two arguments concern the backward alone.
+
+    input_slope: x is the output of an activation of this slope, which leaves its backward to this op.
+    grad_is_ready: y's gradient comes from such an op, already carried through this one's activation.
+    """
     if dispatch.choose(NAME, x).implementation == "triton":
         y, pooled = _forward_triton(x, up, weight, bias, slope, pool)
     else:
@@ -123,7 +164,14 @@ def joined(x: Tensor, up: Tensor | None) -> Tensor:
 
 
 def _forward_fake(
-    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    slope: float | None,
+    pool: bool,
+    input_slope: float | None,
+    grad_is_ready: bool,
 ) -> tuple[Tensor, Tensor]:
     return conv_fake(x, up, weight, pool)
 
@@ -147,12 +195,16 @@ def _backward(
     weight: Tensor,
     y: Tensor | None,
     slope: float | None,
+    input_slope: float | None,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if dispatch.choose(NAME, x).implementation == "triton":
-        return _backward_triton(grad_y, grad_pooled, x, up, weight, y, slope, mask)
+        return _backward_triton(grad_y, grad_pooled, x, up, weight, y, slope, input_slope, mask)
     grad = epilogue_grad(grad_y, grad_pooled, y, slope)
-    return conv_backward(grad, x, up, weight, mask)
+    grads = conv_backward(grad, x, up, weight, mask)
+    if input_slope is not None and mask[0]:
+        return strided_like(epilogue_grad(grads[0], None, x, input_slope), x), *grads[1:]
+    return grads
 
 
 def conv_backward(
@@ -186,6 +238,7 @@ def _backward_triton(
     weight: Tensor,
     y: Tensor | None,
     slope: float | None,
+    input_slope: float | None,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fastunet.kernels.activation_grad import activation_grad
@@ -196,13 +249,18 @@ def _backward_triton(
     else:
         assert y is not None
         grad = activation_grad(y, grad_y, grad_pooled, slope)
-    return conv_backward_triton(grad, x, up, weight, mask)
+    return conv_backward_triton(grad, x, up, weight, mask, input_slope)
 
 
 def conv_backward_triton(
-    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    mask: list[bool],
+    input_slope: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """conv_backward by our kernels."""
+    """conv_backward by our kernels; input_slope as in _forward."""
     from fastunet.kernels import conv3x3_grad as kernels
 
     tf32 = dispatch.tf32_allowed()
@@ -212,7 +270,9 @@ def conv_backward_triton(
         grad_x, grad_up = kernels.conv3x3_two_input_grads(grad, weight, split, allow_tf32=tf32)
         results[0], results[1] = strided_like(grad_x, x), strided_like(grad_up, up)
     elif mask[0]:
-        results[0] = strided_like(kernels.conv3x3_input_grad(grad, weight[:, :split], allow_tf32=tf32), x)
+        activated = {} if input_slope is None else {"x": x, "negative_slope": input_slope}
+        grad_x = kernels.conv3x3_input_grad(grad, weight[:, :split], allow_tf32=tf32, **activated)
+        results[0] = strided_like(grad_x, x)
     elif up is not None and mask[1]:
         results[1] = strided_like(kernels.conv3x3_input_grad(grad, weight[:, split:], allow_tf32=tf32), up)
     if mask[2] or mask[3]:
@@ -234,6 +294,7 @@ def _backward_fake(
     weight: Tensor,
     y: Tensor | None,
     slope: float | None,
+    input_slope: float | None,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return conv_backward_fake(x, up, weight, mask)
@@ -252,12 +313,12 @@ def conv_backward_fake(
 
 class Conv3x3BiasRelu(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool
-    ) -> tuple[Tensor, Tensor]:
-        y, pooled = below_autograd(_op, x, up, weight, bias, slope, pool)
-        ctx.save_for_backward(x, up, weight, y if pool or slope is not None else None)
-        ctx.slope, ctx.pool = slope, pool
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        x, up, weight, _, slope, pool, input_slope, grad_is_ready = args
+        y, pooled = below_autograd(_op, *args)
+        ctx.slope = None if grad_is_ready else slope
+        ctx.save_for_backward(x, up, weight, y if pool or ctx.slope is not None else None)
+        ctx.pool, ctx.input_slope = pool, input_slope
         ctx.set_materialize_grads(False)
         if not pool:
             ctx.mark_non_differentiable(pooled)
@@ -267,21 +328,22 @@ class Conv3x3BiasRelu(Function):
     def backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
         mask = list(ctx.needs_input_grad[:4])
         if grad_y is None and grad_pooled is None:
-            return (None,) * 6
-        x, up, weight, y = ctx.saved_tensors
-        grads = _backward_op(grad_y, grad_pooled if ctx.pool else None, x, up, weight, y, ctx.slope, mask)
-        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None
+            return (None,) * 8
+        *saved, y = ctx.saved_tensors
+        grads = _backward_op(grad_y, grad_pooled if ctx.pool else None, *saved, y, ctx.slope, ctx.input_slope, mask)
+        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), *(None,) * 4
 
 
 _op = define(
-    f"{NAME}(Tensor x, Tensor? up, Tensor weight, Tensor? bias, float? slope, bool pool) -> (Tensor, Tensor)",
+    f"{NAME}(Tensor x, Tensor? up, Tensor weight, Tensor? bias, float? slope, bool pool, float? input_slope, "
+    "bool grad_is_ready) -> (Tensor, Tensor)",
     implementation=_forward,
     fake=_forward_fake,
     autograd=Conv3x3BiasRelu,
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? y, "
-    "float? slope, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float? slope, float? input_slope, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor)",
     implementation=_backward,
     fake=_backward_fake,
 )

@@ -127,16 +127,32 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation
     return y.sigmoid() if activation == "sigmoid" else y.softmax(dim=1)
 
 
-def dice_sums(logits: Tensor, target: Tensor, *, squared: bool = False) -> Tensor:
-    """[3, N, C]: over the pixels of each image and channel, the sums of p*t, of p (or p^2) and of t (or t^2), p =
-    sigmoid(logits).
+def segmentation_sums(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    *,
+    activation: str = "sigmoid",
+    squared: bool = False,
+    entropy: bool = False,
+) -> Tensor:
+    """[rows, N, C]: over the pixels of each image and channel, the sums of p*t, of p (or p^2), of t (or t^2), p and t
+    zero where the mask is; with entropy also of -t*log(p) and, for sigmoid, of -(1-t)*log(1-p).
 
-    Summed in float32, or float64 for float64 logits.
+    target [N, C, H, W], or class indices [N, 1, H, W]. Summed in float32, or float64 for float64 logits.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    p, t = logits.to(dtype).sigmoid().flatten(2), target.to(dtype).flatten(2)
-    terms = (p * t, p * p, t * t) if squared else (p * t, p, t)
-    return torch.stack([term.sum(-1) for term in terms])
+    x, t, m = logits.to(dtype), target.to(dtype), 1 if mask is None else mask.to(dtype)
+    if target.shape != logits.shape:
+        t = torch.stack([target[:, 0].long() == k for k in range(logits.shape[1])], dim=1).to(dtype)
+    p = x.sigmoid() if activation == "sigmoid" else x.softmax(1)
+    pm, tm = p * m, t * m
+    terms = [pm * tm, pm * pm, tm * tm] if squared else [pm * tm, pm, tm]
+    if entropy and activation == "sigmoid":
+        terms += [-tm * F.logsigmoid(x), -m * (1 - t) * F.logsigmoid(-x)]
+    elif entropy:
+        terms.append(-tm * x.log_softmax(1))
+    return torch.stack([term.flatten(2).sum(-1) for term in terms])
 
 
 def sigmoid_dice_loss(
@@ -151,7 +167,7 @@ def sigmoid_dice_loss(
     """1 - (2 sum(p*t) + smooth) / (sum(p) + sum(t) + smooth), p = sigmoid(logits), per image and channel (per
     channel if batch).
     """
-    sums = dice_sums(logits, target, squared=squared)
+    sums = segmentation_sums(logits, target, squared=squared)
     intersection, predicted, actual = sums.sum(1) if batch else sums
     loss = 1 - (2 * intersection + smooth) / (predicted + actual + smooth)
     if reduction == "none":

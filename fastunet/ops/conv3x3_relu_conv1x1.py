@@ -1,0 +1,123 @@
+"""conv3x3_relu_conv1x1: a U-Net's last convolution and its head in one kernel, for inference."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastunet import checks, dispatch
+from fastunet.ops.conv3x3_batch_norm_relu import check_norm
+from fastunet.ops.conv3x3_bias_relu import check_inputs
+from fastunet.ops.epilogue import activate_, slope_of
+from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
+
+NAME = "conv3x3_relu_conv1x1"
+aten = torch.ops.aten
+
+
+def conv3x3_relu_conv1x1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, Tensor, Tensor | None, float] | None = None,
+    sigmoid: bool = False,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """conv2d(y, head_weight, head_bias) of y = relu(conv2d(x, weight, bias, padding=1)), which is never written.
+
+    x [N, Cin, H, W], weight [Cout, Cin, 3, 3], bias [Cout] or None, head_weight [K, Cout, 1, 1], head_bias [K] or None;
+    the result is [N, K, H, W], logits or, with sigmoid, probabilities. norm = (running_mean, running_var, gamma, eps)
+    puts a batch norm by these statistics before the bias, which is then its beta; all [Cout], in x's dtype or float32.
+    For inference: the result has no gradient, and asking for one raises. The rest as conv3x3_bias_relu.
+    """
+    mean, variance, gamma, eps = norm if norm is not None else (None, None, None, 0.0)
+    check_inputs(NAME, x, None, weight, pool=False)
+    check_norm(NAME, x, weight, bias=bias, running_mean=mean, running_var=variance, gamma=gamma)
+    classes = checks.check_convolution(NAME, head_weight, weight.shape[0], 1)
+    checks.check_shape(NAME, "head_bias", head_bias, (classes,))
+    checks.check_together(NAME, x, head_weight=head_weight, head_bias=head_bias)
+    slope = slope_of(relu, negative_slope)
+    return torch.ops.fastunet.conv3x3_relu_conv1x1(
+        x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid
+    )
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    eps: float,
+    slope: float | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    sigmoid: bool,
+) -> Tensor:
+    format = memory_format(x, weight)
+    given = (x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
+    if dispatch.choose(NAME, x).implementation == "triton":
+        return _forward_triton(*given).contiguous(memory_format=format)
+    y = F.conv2d(x, weight, None if mean is not None or bias is None else bias.to(x.dtype), padding=1)
+    if mean is not None:
+        y = aten.native_batch_norm(y, gamma, bias, mean, variance, False, 0.0, eps)[0]
+    z = F.conv2d(activate_(y, slope), head_weight, head_bias)
+    return (z.sigmoid_() if sigmoid else z).contiguous(memory_format=format)
+
+
+def _forward_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    eps: float,
+    slope: float | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    sigmoid: bool,
+) -> Tensor:
+    from fastunet.kernels.conv1x1 import conv1x1
+    from fastunet.kernels.conv3x3 import Head, Normalisation, conv3x3, conv3x3_head
+
+    norm = None if mean is None or variance is None else Normalisation(mean, variance, gamma, eps)
+    tf32 = dispatch.tf32_allowed()
+    head = Head(head_weight, head_bias, sigmoid)
+    fused = conv3x3_head(x, weight, bias, head, norm=norm, negative_slope=slope, allow_tf32=tf32)
+    if fused is not None:
+        return fused
+    y, _ = conv3x3(x, weight, bias, norm=norm, negative_slope=slope, allow_tf32=tf32)
+    return conv1x1(y, head_weight, head_bias, activation="sigmoid" if sigmoid else None, allow_tf32=tf32)
+
+
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    eps: float,
+    slope: float | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    sigmoid: bool,
+) -> Tensor:
+    n, _, h, w = x.shape
+    return empty_in(memory_format(x, weight), x, n, head_weight.shape[0], h, w)
+
+
+_op = define(
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? variance, Tensor? gamma, float eps, "
+    "float? slope, Tensor head_weight, Tensor? head_bias, bool sigmoid) -> Tensor",
+    implementation=_forward,
+    fake=_forward_fake,
+)
+define_autocast(_op, cast=(0, 1, 8, 9))

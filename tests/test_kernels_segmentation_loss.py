@@ -1,0 +1,289 @@
+"""The sums of the segmentation losses, and their gradient, against float64 under the derived tolerance."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastunet.kernels import config, gpu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_device import DEVICE, DTYPES, MARK, nan_in_fresh_memory  # noqa: F401
+from torch import Tensor
+
+from fastunet.testing import (
+    LAYOUTS,
+    assert_within,
+    in_layout,
+    random_cotangent,
+    random_input,
+    segmentation_sums_expected,
+    segmentation_sums_grad_expected,
+)
+
+pytestmark = MARK
+
+KERNELS = importlib.import_module("fastunet.kernels.segmentation_loss")
+TARGETS = ("soft", "bytes", "bools", "indices", "small_indices", "float_indices")
+
+
+def make_target(logits: Tensor, kind: str, seed: int = 2) -> Tensor:
+    """Values from 0 to 1, or class indices."""
+    n, c, h, w = logits.shape
+    generator = torch.Generator().manual_seed(seed)
+    if "indices" in kind and c > 1:
+        labels = torch.randint(0, c, (n, 1, h, w), generator=generator)
+        dtype = {"small_indices": torch.uint8, "float_indices": torch.float32}.get(kind, torch.int64)
+        return labels.to(device=logits.device, dtype=dtype)
+    values = torch.rand((n, c, h, w), generator=generator)
+    kinds = {"bytes": torch.uint8, "bools": torch.bool}
+    return (values.round().to(kinds[kind]) if kind in kinds else values).to(logits.device)
+
+
+def make_mask(logits: Tensor) -> Tensor:
+    n, _, h, w = logits.shape
+    return (torch.rand((n, 1, h, w), generator=torch.Generator().manual_seed(3)) < 0.75).to(logits.device)
+
+
+def check(kernels: Any, logits: Tensor, target: Tensor, mask: Tensor | None, *, entropy: bool, **options: bool) -> None:
+    """Sums and gradient: values, dtypes and shapes."""
+    sums = kernels.segmentation_sums(logits, target, mask, entropy=entropy, **options)
+    assert sums.dtype == torch.float32
+    assert_within(sums, *segmentation_sums_expected(logits, target, mask, entropy=entropy, **options))
+    grad = random_cotangent(sums)
+    actual = kernels.segmentation_sums_grad(grad, logits, target, mask, **options)
+    assert actual.dtype == logits.dtype
+    assert_within(actual, *segmentation_sums_grad_expected(grad, logits, target, mask, **options))
+
+
+# n, c, h, w: one pixel, less than a block, several blocks and parts with a rest, and no image.
+SHAPES = ((2, 1, 33, 65), (1, 3, 1, 1), (2, 5, 13, 11), (1, 17, 33, 9), (0, 2, 4, 4))
+
+
+@pytest.mark.parametrize("softmax", [False, True], ids=["sigmoid", "softmax"])
+@pytest.mark.parametrize("kind", ["soft", "indices"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_and_gradient(shape: tuple[int, ...], kind: str, softmax: bool) -> None:
+    for seed, dtype in enumerate(DTYPES):
+        logits = random_input(shape, dtype=dtype, layout="contiguous", scale=3.0, seed=seed, device=DEVICE)
+        check(KERNELS, logits, make_target(logits, kind), None, softmax=softmax, squared=False, entropy=True)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    n=st.integers(0, 3),
+    c=st.sampled_from([1, 2, 3, 5, 17]),
+    h=st.integers(1, 33),
+    w=st.integers(1, 33),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+    kind=st.sampled_from(TARGETS),
+    masked=st.booleans(),
+    scale=st.sampled_from([1.0, 8.0, 40.0]),
+    softmax=st.booleans(),
+    squared=st.booleans(),
+    entropy=st.booleans(),
+)
+def test_anything(
+    n: int, c: int, h: int, w: int, dtype: torch.dtype, layouts: tuple[str, str, str], kind: str, masked: bool,
+    scale: float, softmax: bool, squared: bool, entropy: bool,
+) -> None:  # fmt: skip
+    logits = in_layout(random_input((n, c, h, w), dtype=dtype, scale=scale, device=DEVICE), layouts[0])
+    target = make_target(logits, kind)
+    if target.is_floating_point() or layouts[1] not in ("sliced", "unaligned"):  # Those are cut out of NaN.
+        target = in_layout(target, layouts[1])
+    mask = in_layout(make_mask(logits).to(dtype), layouts[2]) if masked else None
+    check(KERNELS, logits, target, mask, softmax=softmax, squared=squared, entropy=entropy)
+
+
+def test_layouts_are_read_and_written_as_they_are() -> None:
+    logits = random_input((2, 3, 5, 4), device=DEVICE)
+    options = {"softmax": True, "squared": False}
+    for layout, same in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        x = in_layout(logits, layout)
+        assert KERNELS._addressable(x) is x
+        sums = KERNELS.segmentation_sums(x, make_target(x, "soft"), None, entropy=False, **options)
+        grad = KERNELS.segmentation_sums_grad(sums, x, make_target(x, "soft"), None, **options)
+        assert grad.is_contiguous(memory_format=same)
+    window = logits[:, 1:, :, :]
+    assert KERNELS._addressable(window) is window
+    assert KERNELS._addressable(logits[..., 1:]).is_contiguous()
+
+
+def check_extremes(kernels: Any, softmax: bool) -> None:
+    """NaN reaches the sums of its own image and channel, with softmax of its image, and of the gradient its own
+    pixel; logits that saturate stay finite.
+    """
+    logits = random_input((3, 3, 5, 7), layout="contiguous", device=DEVICE)
+    logits[0] = torch.tensor([-1e30, -200.0, 200.0], device=DEVICE)[:, None, None]
+    logits[1, 1, 2, 3] = math.nan
+    target = make_target(logits, "soft").round()
+    target[0] = torch.tensor([0.0, 0.0, 1.0], device=DEVICE)[:, None, None]
+    sums = kernels.segmentation_sums(logits, target, None, softmax=softmax, squared=False, entropy=True)
+    expected = torch.zeros_like(sums, dtype=torch.bool)
+    expected[:, 1, :] = softmax
+    expected[:, 1, 1] = True
+    expected[2] = False  # The target's own sum.
+    assert torch.equal(sums.isnan(), expected)
+    assert torch.equal(sums[3:, 0], torch.zeros_like(sums[3:, 0]))
+    grad = kernels.segmentation_sums_grad(random_cotangent(sums), logits, target, None, softmax=softmax, squared=False)
+    expected = torch.zeros_like(grad, dtype=torch.bool)
+    expected[1, :, 2, 3] = softmax
+    expected[1, 1, 2, 3] = True
+    assert torch.equal(grad.isnan(), expected)
+
+
+@pytest.mark.parametrize("softmax", [False, True], ids=["sigmoid", "softmax"])
+def test_nan_and_saturation(softmax: bool) -> None:
+    check_extremes(KERNELS, softmax)
+
+
+def check_confident_pixels(kernels: Any) -> None:
+    """Where p is next to 1, its cross entropy is next to 0, yet good to a few of its last places."""
+    logits = torch.linspace(4.0, 30.0, 60, device=DEVICE).reshape(60, 1, 1, 1)
+    ones = torch.ones_like(logits)
+    for sign in (1.0, -1.0):
+        target = ones if sign > 0 else 1 - ones
+        check(kernels, sign * logits, target, None, softmax=False, squared=True, entropy=True)
+
+
+def test_confident_pixels() -> None:
+    check_confident_pixels(KERNELS)
+
+
+def check_labels(kernels: Any) -> None:
+    """A class without probability costs nothing where it is not the label; an index that is no class is NaN unless
+    masked out.
+    """
+    logits = random_input((3, 4, 5, 5), layout="contiguous", device=DEVICE)
+    logits[:, 3] = -math.inf
+    labels = make_target(logits[:, :3], "indices")
+    options = {"softmax": True, "squared": False}
+    sums = kernels.segmentation_sums(logits, labels, None, entropy=True, **options)
+    expected = segmentation_sums_expected(logits[:, :3], labels, None, entropy=True, **options)
+    assert_within(sums[:, :, :3], *expected)
+    assert torch.equal(sums[:, :, 3], torch.zeros_like(sums[:, :, 3]))
+    for wrong in (4, -1, 255):
+        labels[1, 0, 2, 2] = wrong
+        spoiled = kernels.segmentation_sums(logits, labels, None, entropy=True, **options)
+        assert spoiled[:, 1, :3].isnan()[[0, 2, 3]].all()
+        assert torch.equal(spoiled[:, ::2], sums[:, ::2])
+        mask = labels != wrong
+        masked = kernels.segmentation_sums(logits, labels, mask, entropy=True, **options)
+        expected = segmentation_sums_expected(logits[:, :3], labels, mask, entropy=True, **options)
+        assert_within(masked[:, :, :3], *expected)
+
+
+def test_labels() -> None:
+    check_labels(KERNELS)
+
+
+@pytest.mark.parametrize("softmax", [False, True], ids=["sigmoid", "softmax"])
+def test_what_must_not_change_a_bit(softmax: bool) -> None:
+    logits = random_input((3, 17, 25, 21), dtype=torch.bfloat16, device=DEVICE)
+    assert config.pixel_splits(25 * 21, config.pixel_config(17)) > 2
+    target, mask = make_target(logits, "soft"), make_mask(logits)
+    options = {"softmax": softmax, "squared": False}
+
+    def both(images: Any) -> tuple[Tensor, Tensor]:
+        x, t, m = logits[images], target[images], mask[images]
+        sums = KERNELS.segmentation_sums(x, t, m, entropy=True, **options)
+        return sums, KERNELS.segmentation_sums_grad(cotangent[:, images], x, t, m, **options)
+
+    cotangent = random_cotangent(torch.empty((4 if softmax else 5, 3, 17), device=DEVICE))
+    sums, grad = both(slice(None))
+    for images in (slice(None), torch.tensor([2, 0, 1]), slice(1, 2)):
+        some_sums, some_grad = both(images)
+        assert torch.equal(some_sums, sums[:, images])
+        assert torch.equal(some_grad, grad[images])
+
+
+def test_a_pass_over_nothing() -> None:
+    for shape in ((0, 3, 4, 4), (2, 3, 0, 4)):
+        x = torch.zeros(shape, device=DEVICE)
+        sums = KERNELS.segmentation_sums(x, x, None, softmax=True, squared=False, entropy=True)
+        assert torch.equal(sums, torch.zeros((4, *shape[:2]), device=DEVICE))
+        assert KERNELS.segmentation_sums_grad(sums, x, x, None, softmax=True, squared=False).shape == shape
+
+
+def parity_suite(kernels: Any) -> None:
+    """A short run over everything the kernels do, for the planted bugs below."""
+    for c, softmax, squared in ((1, False, False), (3, False, True), (5, True, False), (3, True, True)):
+        logits = random_input((1, c, 33, 37), scale=2.0, layout="contiguous", device=DEVICE)
+        for kind, mask in (("soft", make_mask(logits)), ("indices", None)):
+            check(kernels, logits, make_target(logits, kind), mask, softmax=softmax, squared=squared, entropy=True)
+    for softmax in (False, True):
+        check_extremes(kernels, softmax)
+    check_confident_pixels(kernels)
+    check_labels(kernels)
+
+
+# A file of the kernels package, a fragment of it, and what a slip of the pen could have made of it.
+BUGS = {
+    "padding_counted": (
+        "segmentation_loss",
+        "predicted += tl.where(inside, ",
+        "predicted += tl.where(c[None, :] < C, ",
+    ),
+    "negatives_of_the_padding": (
+        "segmentation_loss",
+        "negative += tl.where(inside, ",
+        "negative += tl.where(c[None, :] < C, ",
+    ),
+    "last_block_lost": (
+        "segmentation_loss",
+        "tl.minimum(first + blocks_per_split, blocks)",
+        "tl.minimum(first + blocks_per_split, blocks - 1)",
+    ),
+    "stands_still": ("segmentation_loss", "p += BLOCK_P", "p += 0"),
+    "first_split_only": ("reduction", "in range(rows)", "in range(1)"),
+    "rows_swapped": ("segmentation_loss", "out + row, tl.sum(predicted", "out + row, tl.sum(truth"),
+    "mask_once": ("segmentation_loss", "pm = prob * m\n", "pm = prob\n"),
+    "no_mask_in_the_gradient": ("segmentation_loss", "(g * m).to", "g.to"),
+    "square_forgotten": ("segmentation_loss", "tm * tm if SQUARED else tm", "tm"),
+    "two_of_the_square_forgotten": ("segmentation_loss", "2.0 * (prob * m) if SQUARED", "prob * m if SQUARED"),
+    "plain_log": ("segmentation_loss", "tl.log(rounded) + (e - (rounded - 1.0)) * s", "tl.log(rounded)"),
+    "one_minus_p": (
+        "segmentation_loss",
+        "tl.where(x >= 0, e * s, s), log_sum",
+        "1.0 - tl.where(x >= 0, s, e * s), log_sum",
+    ),
+    "nan_dropped": ("segmentation_loss", "-tl.abs(x)", "-tl.abs(tl.where(x == x, x, 0.0))"),
+    "softmax_of_the_padding": ("segmentation_loss", "tl.where(c[None, :] < C, tl.exp(z), 0.0)", "tl.exp(z)"),
+    "not_shifted": ("segmentation_loss", "z = x - top", "z = x"),
+    "zero_times_infinity": ("segmentation_loss", "inside & (t != 0.0) if INDEX else inside", "inside"),
+    "wrong_index_passes": ("segmentation_loss", 'float("nan"), t)', "t, t)"),
+    "masked_index_is_nan": ("segmentation_loss", " & (m != 0.0)", ""),
+    "no_mean_in_the_gradient": ("segmentation_loss", "dp - tl.sum(dp * prob, 1)[:, None]", "dp"),
+    "entropy_of_one_class": ("segmentation_loss", "prob * tl.sum(w, 1)[:, None] - w", "prob * w - w"),
+    "positives_for_negatives": ("segmentation_loss", "grad_ptr + 4 * row", "grad_ptr + 3 * row"),
+}
+
+
+def test_parity_suite_passes_on_the_kernels_as_they_are() -> None:
+    parity_suite(KERNELS)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, fragment, slip = BUGS[bug]
+    package = f"kernels_with_{bug}"
+    (tmp_path / package).mkdir()
+    for file in Path(gpu.__file__).parent.glob("*.py"):
+        text = file.read_text()
+        if file.stem == module:
+            assert fragment in text
+            text = text.replace(fragment, slip)
+        (tmp_path / package / file.name).write_text(text.replace("fastunet.kernels", package))
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with pytest.raises(AssertionError):
+            parity_suite(importlib.import_module(f"{package}.segmentation_loss"))
+    finally:
+        for name in [name for name in sys.modules if name.startswith(package)]:
+            del sys.modules[name]

@@ -1,0 +1,146 @@
+"""The losses on their Triton kernels, in the interpreter: what dispatch and autograd make of the launchers."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastunet
+from fastunet import dispatch, ops
+from fastunet.losses import BCEDiceLoss, CEDiceLoss, DiceLoss
+
+pytestmark = pytest.mark.interpreter
+if not dispatch.interpreting():
+    pytest.skip("needs TRITON_INTERPRET=1, set before triton is imported", allow_module_level=True)
+
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def make_logits(channels: int, seed: int = 0) -> Tensor:
+    return torch.randn(3, channels, 7, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def make_target(channels: int, seed: int = 1) -> Tensor:
+    return torch.rand(3, channels, 7, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def make_labels(classes: int) -> Tensor:
+    labels = torch.randint(0, classes, (3, 1, 7, 5), generator=torch.Generator().manual_seed(2))
+    labels[0, 0, 2:4] = 255
+    return labels
+
+
+def run(backend: str, loss: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """The value and, under one random cotangent, the gradients of whatever requires one."""
+    leaves = [logits.detach().clone().requires_grad_()]
+    leaves += [target.detach().clone().requires_grad_()] if target.requires_grad else []
+    with fastunet.backend(backend):
+        value = loss(leaves[0], leaves[1] if target.requires_grad else target)
+        cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
+        return value.detach(), *torch.autograd.grad(value, leaves, cotangent)
+
+
+def assert_same(loss: Any, logits: Tensor, target: Tensor) -> None:
+    """Triton's float32 against ATen's float64."""
+    ours, exact = run("triton", loss, logits, target), run("aten", loss, logits.double(), target)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+    assert ours[1].stride() == logits.stride()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_dice_over_the_grid(channels: int, format: str) -> None:
+    logits = make_logits(channels).contiguous(memory_format=FORMATS[format])
+    for squared, jaccard, batch in itertools.product([False, True], repeat=3):
+        options: dict[str, Any] = {"squared_pred": squared, "jaccard": jaccard, "batch": batch, "reduction": "none"}
+        assert_same(DiceLoss(sigmoid=True, **options), logits, make_target(channels))
+        if channels > 1:
+            loss = DiceLoss(softmax=True, to_onehot_y=True, include_background=False, ignore_index=255, **options)
+            assert_same(loss, logits, make_labels(channels))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "options", [{}, {"pos_weight": [1.0, 2.0, 4.0], "squared_pred": True}, {"soft_label": True, "batch": True}], ids=str
+)
+def test_bce_dice(options: dict[str, Any], reduction: str) -> None:
+    assert_same(BCEDiceLoss(reduction=reduction, **options), make_logits(3), make_target(3))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"weight": [0.5, 2.0, 1.0], "include_background": False}], ids=str)
+def test_ce_dice(options: dict[str, Any], reduction: str) -> None:
+    assert_same(CEDiceLoss(reduction=reduction, ignore_index=255, **options), make_logits(3), make_labels(3))
+    assert_same(CEDiceLoss(reduction=reduction, **options), make_logits(3), make_target(3))
+
+
+def test_ignored_pixels_and_bytes() -> None:
+    target = make_target(1).round().to(torch.uint8)
+    target[:, :, :3] = 255
+    assert_same(BCEDiceLoss(ignore_index=255), make_logits(1), target)
+
+
+def test_volumes() -> None:
+    logits = make_logits(2).reshape(3, 2, 7, 5, 1).repeat(1, 1, 1, 1, 4)
+    assert_same(BCEDiceLoss(), logits, logits.sigmoid().round())
+
+
+def test_targets_that_learn() -> None:
+    for loss in (BCEDiceLoss(squared_pred=True), CEDiceLoss(), ops.sigmoid_dice_loss):
+        assert_same(loss, make_logits(3), make_target(3).requires_grad_())
+
+
+@pytest.mark.parametrize("options", [{}, {"squared": True, "batch": True, "reduction": "none"}], ids=str)
+def test_sigmoid_dice_loss(options: dict[str, Any]) -> None:
+    assert_same(lambda x, t: ops.sigmoid_dice_loss(x, t, **options), make_logits(3), make_target(3))
+
+
+@pytest.mark.parametrize("backend", ["triton", "aten"])
+@pytest.mark.parametrize("softmax", [False, True], ids=["sigmoid", "softmax"])
+@pytest.mark.parametrize("target", [make_target(3)[:1], make_labels(3)[1:2]], ids=["soft", "indices"])
+def test_opcheck(target: Tensor, softmax: bool, backend: str) -> None:
+    logits = make_logits(3)[:1].contiguous(memory_format=torch.channels_last)
+    mask = torch.ones_like(logits[:, :1], dtype=torch.bool)
+    sums = torch.ops.fastunet.segmentation_sums.default
+    with fastunet.backend(backend):
+        torch.library.opcheck(sums, (logits.requires_grad_(), target, mask, softmax, True, True))
+        grad = torch.randn(4 if softmax else 5, 1, 3)
+        wanted = [True, target.is_floating_point()]
+        backward = torch.ops.fastunet.segmentation_sums_backward.default
+        torch.library.opcheck(backward, (grad, logits.detach(), target, None, softmax, False, True, wanted))
+
+
+def test_more_channels_than_a_program_holds_run_on_aten(launched: list[str]) -> None:
+    logits = torch.randn(1, 1025, 2, 1)
+    with fastunet.backend("triton"):
+        ops.segmentation_sums(logits, logits.sigmoid())
+        assert launched == []
+        ops.segmentation_sums(logits[:, :1024], logits[:, :1024].sigmoid())
+    assert launched == ["segmentation_sums_kernel", "sum_rows_kernel"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched since."""
+    from fastunet.kernels import gpu
+
+    names: list[str] = []
+    original = gpu.Launch.run
+
+    def record(self: gpu.Launch, device: torch.device) -> None:
+        names.append(self.kernel.fn.__name__)
+        original(self, device)
+
+    monkeypatch.setattr(gpu.Launch, "run", record)
+    return names
+
+
+@pytest.mark.parametrize("loss", [DiceLoss(sigmoid=True), BCEDiceLoss(), CEDiceLoss()], ids=lambda m: type(m).__name__)
+def test_the_logits_are_read_once_each_way(loss: torch.nn.Module, launched: list[str]) -> None:
+    run("triton", loss, make_logits(2), make_target(2))
+    assert launched == ["segmentation_sums_kernel", "sum_rows_kernel", "segmentation_sums_grad_kernel"]
