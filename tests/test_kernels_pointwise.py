@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ def load_ops(package: str = "fastunet.kernels") -> SimpleNamespace:
     names = ("max_pool2x2", "activation_grad", "conv_transpose2x2", "conv1x1")
     pool, activation_grad, transpose, head = (importlib.import_module(f"{package}.{name}") for name in names)
     return SimpleNamespace(
+        gpu=importlib.import_module(f"{package}.gpu"),
         pool=pool.max_pool2x2,
         unpool=lambda x, grad: activation_grad.activation_grad(x, None, grad, None),
         transpose=transpose.conv_transpose2x2,
@@ -331,8 +333,17 @@ def test_what_must_not_change_a_bit(target: str, monkeypatch: pytest.MonkeyPatch
     assert all(map(torch.equal, first, second))
 
 
+def check_boxes(ops: Any) -> None:
+    """The descriptor form, which the interpreter runs as if it were a Hopper GPU."""
+    x, weight, _, bias = make_inputs(1, 72, 40, 3, 9, torch.float16)
+    target = (lambda device: HOPPER) if INTERPRETED else gpu.target
+    with mock.patch.object(ops.gpu, "target", target):
+        assert_within(ops.transpose(x, weight, bias), *conv_transpose2x2_expected(x, weight, bias))
+
+
 def parity_suite(ops: Any) -> None:
     """A short run over everything the kernels do, for the planted bugs below."""
+    check_boxes(ops)
     check_integers_are_exact(ops)
     check_large_logits(ops)
     check_every_window(ops)
@@ -368,6 +379,12 @@ BUGS = {
     "bias_of_one_subpixel": ("pixel_weight_grad", "(split * SUBPIXELS + sub) * COUT", "split * SUBPIXELS * COUT"),
     "first_split_only": ("reduction", "in range(rows)", "in range(1)"),
 }
+if INTERPRETED or gpu.target(DEVICE).capability >= 90:
+    BUGS |= {
+        "box_of_the_first_subpixel": ("conv_transpose2x2", "BLOCK_K, sub, n0", "BLOCK_K, 0, n0"),
+        "boxes_rows_and_columns_swapped": ("conv_transpose2x2", "sub // 2, w0, sub % 2", "sub % 2, w0, sub // 2"),
+        "last_box_of_channels_lost": ("conv_transpose2x2", "triton.cdiv(channels, block_k)", "channels // block_k"),
+    }
 
 
 def test_parity_suite_passes_on_the_kernels_as_they_are() -> None:
