@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from fastunet.kernels import tuning
 from fastunet.kernels.gpu import Target
 
 # How a kernel reads its operands: gathering through pointers, tap by tap; the same with all taps folded into the
@@ -156,6 +157,11 @@ def _step_block(c1: int, c2: int, largest: int) -> int:
 
 def conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> ConvConfig:
     """The blocks for a convolution of `shape`; `allow_tf32` matters for float32 only."""
+    override = tuning.override("conv3x3", shape, dtype, allow_tf32, target.name, ConvConfig)
+    return override or _derived_conv_config(shape, dtype, target, allow_tf32)
+
+
+def _derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool) -> ConvConfig:
     half = dtype.itemsize == 2
     tensor_cores = half or allow_tf32
     # Without tensor cores the operands lie in registers as well, and larger tiles spill.
@@ -226,6 +232,13 @@ def conv_steps(chosen: ConvConfig, channels: int) -> int:
 
 def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> WeightGradConfig:
     """The blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""
+    override = tuning.override("conv3x3_weight_grad", shape, dtype, allow_tf32, target.name, WeightGradConfig)
+    return override or _derived_weight_grad_config(shape, dtype, target, allow_tf32)
+
+
+def _derived_weight_grad_config(
+    shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool
+) -> WeightGradConfig:
     half = dtype.itemsize == 2
     c_in, c_out = shape.c1, shape.c_out
     # Descriptors fill a tile past the image's edge with zeros, which beside an infinite neighbour would make NaN.

@@ -1,0 +1,198 @@
+"""Tensors of more than 2^31 elements: the far end is computed as it is alone.
+
+In the interpreter the tensors are sparse files of zeros but for the last image, and of each launch only the last
+programs run, so that the test costs as much as one image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastunet.kernels import activation_grad, config, conv3x3, conv3x3_grad, gpu, norm, norm_grad, reduction
+from fastunet.kernels.epilogue import Head
+from kernel_device import INTERPRETED, MARK
+from torch import Tensor
+
+from fastunet.testing import random_input, random_integers
+
+pytestmark = [
+    MARK,
+    pytest.mark.skipif(not INTERPRETED, reason="runs only the last programs, which the interpreter alone can do"),
+]
+
+SIDE, CHANNELS = 32, 16
+IMAGES = 2**31 // (SIDE * SIDE * CHANNELS) + 2
+LAST_PROGRAMS = 8
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[gpu.Launch]:
+    """The launches made; of those with many programs only the last ran."""
+    from triton.runtime import interpreter
+
+    launches: list[gpu.Launch] = []
+    builder = interpreter.interpreter_builder
+    set_index, set_dim = builder.set_grid_idx, builder.set_grid_dim
+
+    def run(self: gpu.Launch, device: torch.device) -> None:
+        launches.append(self)
+        if self.kernel is reduction.sum_rows_kernel:  # Of parts that were not summed.
+            return
+        count = min(self.grid, LAST_PROGRAMS)
+        monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: set_index(self.grid - count + x, y, z))
+        monkeypatch.setattr(builder, "set_grid_dim", lambda x, y, z: set_dim(self.grid, y, z))
+        self.kernel[(count,)](**self.arguments, **self.options)
+
+    monkeypatch.setattr(gpu.Launch, "run", run)
+    # Arguments are on the CPU already: copying each onto itself would fill the sparse files.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+    return launches
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Callable[[Tensor], Tensor]:
+    """Many images, of which the last is the one given and all others are zero: a packed view of a sparse file."""
+    files: list[Path] = []
+
+    def make(image: Tensor) -> Tensor:
+        _, c, h, w = image.shape
+        files.append(tmp_path / str(len(files)))
+        flat = torch.from_file(str(files[-1]), shared=True, size=IMAGES * c * h * w, dtype=image.dtype)
+        batch = flat.view(IMAGES, h, w, c).permute(0, 3, 1, 2)
+        batch[-1] = image[0]
+        return batch
+
+    yield make
+    for file in files:
+        file.unlink()
+
+
+def image(seed: int = 0, side: int = SIDE) -> Tensor:
+    return random_input((1, CHANNELS, side, side), dtype=torch.float16, seed=seed)
+
+
+def weight() -> Tensor:
+    return random_input((CHANNELS, CHANNELS, 3, 3), dtype=torch.float16, seed=9)
+
+
+def parameters() -> norm.Affine:
+    values = [random_input((1, CHANNELS), seed=i) for i in range(2)]
+    return norm.Affine(*values, *(random_input((CHANNELS,), seed=i) for i in (2, 3)))
+
+
+def pooled_grad() -> Tensor:
+    return image(2, SIDE // 2)
+
+
+def outputs(result: Any) -> list[Tensor]:
+    return [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, Tensor) and t.dim() == 4]
+
+
+# Each gives images from images: (call, the images it takes).
+CALLS: dict[str, tuple[Callable[..., Any], tuple[Callable[[], Tensor], ...]]] = {
+    "conv3x3": (lambda x: conv3x3.conv3x3(x, weight(), pool=True, negative_slope=0.0), (image,)),
+    "two_inputs": (
+        lambda x, up: conv3x3.conv3x3(x, torch.cat([weight(), weight()], 1), up=up),
+        (image, lambda: image(1)),
+    ),
+    "head": (
+        lambda x: conv3x3.conv3x3_head(x, weight(), None, Head(weight()[:2, :, 1:2, 1:2], None, True)),
+        (image,),
+    ),
+    "input_grad": (lambda g, x: conv3x3_grad.conv3x3_input_grad(g, weight(), x=x), (image, lambda: image(1))),
+    "activation_grad": (
+        lambda y, p: activation_grad.activation_grad(y, y, p, 0.0),
+        (image, pooled_grad),
+    ),
+    "normalise": (lambda x: norm.normalise(x, parameters(), 0.0, pool=True), (image,)),
+    "norm_grad": (
+        lambda x, p: norm_grad.norm_grad(x, x, p, parameters(), 0.0, statistics_given=True, wants_affine=False)[0],
+        (image, pooled_grad),
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_last_image_is_as_alone(call: str, launched: list[gpu.Launch], many: Callable[[Tensor], Tensor]) -> None:
+    function, inputs = CALLS[call]
+    images = [make() for make in inputs]
+    alone = outputs(function(*images))
+    together = outputs(function(*map(many, images)))
+    assert max(t.numel() for t in together) * (8 if call == "head" else 1) > 2**31
+    assert max(launch.grid for launch in launched) > LAST_PROGRAMS
+    for a, b in zip(alone, together, strict=True):
+        rows = min(b.shape[2], 8)  # The last programs cover the last rows of the image.
+        assert torch.equal(a[0, :, -rows:], b[-1, :, -rows:])
+
+
+@pytest.fixture
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of an image or two: the last is a short loop."""
+    choose = config.norm_grad_config
+    monkeypatch.setattr(config, "weight_grad_splits", lambda programs, tiles, target: max(1, tiles // 64))
+    monkeypatch.setattr(
+        config,
+        "norm_grad_config",
+        lambda w, c, target: dataclasses.replace(choose(w, c, target), splits=max(1, w // 512)),
+    )
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_partial_sums_of_the_last_images(launched: list[gpu.Launch], many: Callable[[Tensor], Tensor]) -> None:
+    g, x = (random_integers((1, CHANNELS, SIDE, SIDE), dtype=torch.float16, seed=i) for i in (1, 2))
+    conv3x3_grad.conv3x3_weight_grad(many(g), many(x))
+    together = launched[0].arguments["partial_ptr"][-1]
+    launched.clear()
+    conv3x3_grad.conv3x3_weight_grad(g, x)
+    alone = launched[0].arguments["partial_ptr"][-1]
+    # The last programs hold the last tap.
+    a, b = (t.view(CHANNELS, 9, CHANNELS)[:, 8] for t in (alone, together))
+    assert a.count_nonzero() > 0
+    assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_partial_norm_sums_of_the_last_images(launched: list[gpu.Launch], many: Callable[[Tensor], Tensor]) -> None:
+    x = image()
+    partials = []
+    for images in (x, many(x)):
+        launched.clear()
+        norm_grad.norm_grad(images, images, None, parameters(), None, statistics_given=False, wants_raw=False)
+        partials.append(launched[0].arguments["partial_ptr"][-1])
+    assert partials[0].count_nonzero() == 2 * CHANNELS
+    assert torch.equal(*partials)
+
+
+# A file of the kernels package, the widening to 64 bits in it, and the call that needs it.
+WIDENINGS = {
+    "tiles": ("(tile // (tiles_w * tiles_h)).to(tl.int64)", "conv3x3"),
+    "activation_grad": ("(tl.program_id(0) // blocks_c).to(tl.int64)", "activation_grad"),
+    "norm": ("(tl.program_id(0) // blocks_c).to(tl.int64)", "normalise"),
+}
+
+
+@pytest.mark.parametrize("module", [None, *WIDENINGS])
+def test_offsets_of_32_bits_would_be_caught(module: str | None, tmp_path: Path) -> None:
+    """In a process of its own, since a wrong offset may also end it. None: the kernels as they are pass."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(Path(gpu.__file__).parent, folder)
+    call = "conv3x3"
+    if module is not None:
+        widening, call = WIDENINGS[module]
+        file = folder / f"{module}.py"
+        assert widening in file.read_text()
+        file.write_text(file.read_text().replace(widening, widening.removesuffix(".to(tl.int64)")))
+    script = (
+        f"import sys, pytest, fastunet.kernels; fastunet.kernels.__path__[:] = [{str(folder)!r}]; "
+        f"sys.exit(pytest.main([{__file__!r}, '-qx', '-p', 'no:cacheprovider', '-k', 'alone and {call}']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode == 0) == (module is None), done.stdout + done.stderr
