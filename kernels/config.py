@@ -497,9 +497,8 @@ def pixel_weight_grad_config(
     block_p = 64 if half and target.capability >= 90 else 32
     num_stages = stages(block_p * (block_in + block_out) * dtype.itemsize, target)
     wide = block_out == 128 or not tensor_cores
-    return PixelWeightGradConfig(
-        block_p, block_in, block_out, 8 if wide else 4, num_stages, None if half else _ALL_REGISTERS
-    )
+    limit = None if half and target.capability < 100 else _ALL_REGISTERS
+    return PixelWeightGradConfig(block_p, block_in, block_out, 8 if wide else 4, num_stages, limit)
 
 
 def pixel_weight_grad_programs(chosen: PixelWeightGradConfig, c_in: int, c_out: int, subpixels: int) -> int:

@@ -57,8 +57,10 @@ def accumulate_rows(
     k = tl.arange(0, BLOCK_K)
     pointers = weight_ptr + k.to(tl.int64)[:, None] * stride_k + n.to(tl.int64)[None, :] * stride_n
     mask_n = (n < N)[None, :]
+    steps = tl.cdiv(C, BLOCK_K) * SUBPIXELS
+    tl.assume(steps > 0)  # Without it, ptxas may take the products one by one (warning C7515).
     # The sub-pixel runs fastest: neighbours in memory are read one after the other.
-    for step in range(tl.cdiv(C, BLOCK_K) * SUBPIXELS):
+    for step in range(steps):
         sub = step % SUBPIXELS
         k0 = step // SUBPIXELS * BLOCK_K
         a = load_rows(a_ptr, rows + subpixel_step(sub, W), mask_p, k0 + k, C)
