@@ -439,7 +439,7 @@ def pixel_product_config(
     tensor_cores = half or allow_tf32
     block_p = 128 if tensor_cores else 64
     if not aligned(c_in, c_out):  # Loads go element by element: small steps and many threads hold the addresses.
-        return PixelProductConfig(block_p, 32, 16, 8, num_stages=2, max_registers=_ALL_REGISTERS)
+        return PixelProductConfig(block_p, 32, 16, 8, num_stages=1, max_registers=_ALL_REGISTERS)
     # Rows of channels are cut by masks: a step may be wider than they are.
     block_k = 16 if not tensor_cores else 64 if half and target.capability >= 90 else 32
     block_n = _channel_block(c_out, 128 if half else 64)
