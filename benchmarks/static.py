@@ -11,7 +11,7 @@ prints a row for each and ends with exit code 1 if any row breaks a rule:
 - 16-bit and TF32 products on tensor cores: wgmma on sm_90 and tcgen05 on sm_100 where the product has the 64 rows they
   need, mma for smaller ones and on sm_80 to sm_89; float32 products not on tensor cores, where they would be rounded
 - no ptxas warning C75xx: a serialised wgmma
-- NaN kept: no plain `max.f32` anywhere, and `max.NaN.f32` where there is pooling
+- NaN kept: no plain `max.f32` anywhere, and a `max.NaN` where there is pooling
 
 What is compiled is what the launchers would launch: their arguments, on tensors without memory, specialised as Triton
 specialises them (1 becomes a constant, multiples of 16 are known to be).
@@ -138,8 +138,8 @@ def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_me
         found.append(f"shared memory {compiled.shared_memory} B, the limit is {limit} B")
     if re.search(r"\bmax(\.ftz)?\.(f32|f16|bf16)\b", compiled.ptx):
         found.append("a plain max drops NaN")
-    if job.op == "pool" and "max.NaN.f32" not in compiled.ptx:
-        found.append("pooling without max.NaN.f32 drops NaN")
+    if job.op in ("pool", "max_pool") and "max.NaN." not in compiled.ptx:
+        found.append("pooling without max.NaN drops NaN")
     found += _tensor_core_breaches(compiled, job, launch)
     return found
 

@@ -24,10 +24,13 @@ BACKENDS = ("auto", "triton", "aten")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Ops that have Triton kernels, forward and backward.
 TRITON_OPS = (
+    "conv1x1",
     "conv3x3_batch_norm_relu",
     "conv3x3_bias_relu",
     "conv3x3_instance_norm_relu",
     "conv3x3_relu_conv1x1",
+    "conv_transpose2x2",
+    "max_pool2x2",
     "segmentation_sums",
 )
 

@@ -154,3 +154,61 @@ def test_pixel_config(channels: int, pixels: int) -> None:
     blocks = -(-pixels // chosen.block_pixels)
     assert 1 <= splits <= 64
     assert splits == 1 or blocks // splits >= 4
+
+
+# --- products at single pixels: conv_transpose2x2 and conv1x1 ---
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(c_in=channel_counts, c_out=channel_counts, format=formats, target=targets, softmax=st.booleans())
+def test_pixel_product_configs(
+    c_in: int, c_out: int, format: tuple[torch.dtype, bool], target: gpu.Target, softmax: bool
+) -> None:
+    dtype, allow_tf32 = format
+    options = {"allow_tf32": allow_tf32}
+    transpose = config.pixel_product_config(c_in, c_out, dtype, target, **options)
+    head = config.head_config(c_in, c_out, dtype, target, softmax=softmax, **options)
+    for chosen in (transpose, head, config.head_input_grad_config(dtype, **options)):
+        assert min(chosen.block_p, chosen.block_n, chosen.block_k) >= 16
+        stage = (chosen.block_p + chosen.block_n) * chosen.block_k * dtype.itemsize
+        assert chosen.num_stages * stage <= target.shared_memory
+    if softmax and c_out <= config.LARGEST_SOFTMAX:
+        assert head.block_n >= c_out
+    # What runs is among what is compiled ahead of time.
+    assert transpose in config.pixel_product_configs(dtype, target, **options)
+    heads = config.head_configs(dtype, target, softmax=True, **options)
+    assert head in heads
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(c_in=channel_counts, c_out=channel_counts, format=formats, target=targets, blocks=st.integers(1, 10**6))
+def test_pixel_weight_grad_configs(
+    c_in: int, c_out: int, format: tuple[torch.dtype, bool], target: gpu.Target, blocks: int
+) -> None:
+    dtype, allow_tf32 = format
+    transpose = config.pixel_weight_grad_config(c_in, c_out, dtype, target, allow_tf32=allow_tf32)
+    head = config.head_weight_grad_config(c_out, dtype, allow_tf32=allow_tf32)
+    for chosen, subpixels in ((transpose, 4), (head, 1)):
+        assert min(chosen.block_p, chosen.block_in, chosen.block_out) >= 16
+        stage = chosen.block_p * (chosen.block_in + chosen.block_out) * dtype.itemsize
+        assert chosen.num_stages * stage <= target.shared_memory
+        programs = config.pixel_weight_grad_programs(chosen, c_in, c_out, subpixels)
+        assert programs * chosen.block_in * chosen.block_out >= subpixels * c_in * c_out
+        assert 1 <= config.weight_grad_splits(programs, blocks, target) <= max(1, blocks // 8)
+    assert transpose in config.pixel_weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(c_in=channel_counts, c_out=channel_counts, format=formats, target=targets)
+def test_subpixel_tile_config(c_in: int, c_out: int, format: tuple[torch.dtype, bool], target: gpu.Target) -> None:
+    dtype, _ = format
+    chosen = config.subpixel_tile_config(c_in, c_out, dtype, target)
+    if target.capability < 90 or dtype == torch.float32 or c_in % 8 or c_out % 8:
+        assert chosen is None
+    elif c_out >= 64:
+        assert chosen is not None
+    if chosen is not None:
+        assert chosen in config.subpixel_tile_configs(dtype, target)
+        assert chosen.block_n >= 64
+        stage = (chosen.tile_h * chosen.tile_w + chosen.block_n) * chosen.block_k * dtype.itemsize
+        assert chosen.num_stages * stage <= target.shared_memory

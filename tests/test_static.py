@@ -46,7 +46,7 @@ def test_a_clean_compilation_passes() -> None:
         ({"warnings": ("(C7510) wgmma serialized",)}, "C7510"),
         ({"ptx": "max.NaN.f32 %f1; max.f32 %f2, %f3, 0f00000000;"}, "plain max drops NaN"),
         ({"ptx": "max.ftz.f32 %f2; max.NaN.f32 %f1;"}, "plain max drops NaN"),
-        ({"ptx": "setp.leu.f32 %p1;"}, "pooling without max.NaN.f32"),
+        ({"ptx": "setp.leu.f32 %p1;"}, "pooling without max.NaN"),
         ({"wgmma": 0, "mma": 16}, "no wgmma"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -82,6 +82,7 @@ def test_every_target_and_op_is_among_the_jobs() -> None:
     assert {job.op for job in jobs} == set(all_ops())
     assert {job.math for job in jobs} == {"bf16", "fp16", "fp32", "tf32"}
     assert len(set(jobs)) == len(jobs)
+    assert len(set(all_ops())) == len(all_ops())
 
 
 def some_jobs() -> list[Job]:

@@ -14,11 +14,18 @@ from fastunet.testing import (
     Expected,
     assert_within,
     bias_grad_expected,
+    conv1x1_bias_grad_expected,
+    conv1x1_expected,
+    conv1x1_input_grad_expected,
+    conv1x1_weight_grad_expected,
     conv3x3_activation_grad_expected,
     conv3x3_expected,
     conv3x3_input_grad_expected,
     conv3x3_weight_grad_expected,
     conv_tolerance,
+    conv_transpose2x2_expected,
+    conv_transpose2x2_input_grad_expected,
+    conv_transpose2x2_weight_grad_expected,
     in_layout,
     pooled_expected,
     random_cotangent,
@@ -272,3 +279,56 @@ def test_sums_of_class_indices_are_those_of_their_one_hot_form_where_the_mask_co
         logits, one_hot, torch.arange(4).expand(2, 1, 5, 4) < 2, entropy=True, **options
     )
     assert_within(halves.value, cropped.value, 1e-14 * cropped.value.abs())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_correct_transposed_convolutions_are_within_and_mistakes_outside(dtype: torch.dtype) -> None:
+    x, bias = random_input((2, 16, 5, 7), dtype=dtype, seed=1), random_input((8,), dtype=dtype, seed=3)
+    weight = random_input((16, 8, 2, 2), dtype=dtype, seed=2)
+    leaf, parameter = x.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    y = F.conv_transpose2d(leaf, parameter, bias.float(), stride=2)
+    expected = conv_transpose2x2_expected(x, weight, bias)
+    assert_within(y.to(dtype), *expected)
+    grad = random_cotangent(y).to(dtype)
+    y.backward(grad.float())
+    assert_within(leaf.grad.to(dtype), *conv_transpose2x2_input_grad_expected(grad, weight))
+    assert_within(parameter.grad.to(dtype), *conv_transpose2x2_weight_grad_expected(grad, x))
+    with pytest.raises(AssertionError, match="outside the tolerance"):
+        assert_within(y.to(dtype).roll(1, dims=3), *expected)
+    with pytest.raises(AssertionError, match="outside the tolerance"):
+        assert_within(F.conv_transpose2d(leaf, parameter[:, :, [0, 0]], bias.float(), stride=2).to(dtype), *expected)
+
+
+def activate(z: Tensor, activation: str | None) -> Tensor:
+    return z if activation is None else z.sigmoid() if activation == "sigmoid" else z.softmax(1)
+
+
+@pytest.mark.parametrize("activation", [None, "sigmoid", "softmax"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_correct_heads_are_within_and_mistakes_outside(dtype: torch.dtype, activation: str | None) -> None:
+    x, bias = random_input((2, 16, 5, 7), dtype=dtype, seed=1), random_input((4,), dtype=dtype, seed=3)
+    weight = random_input((4, 16, 1, 1), dtype=dtype, seed=2)
+    wide, parameter = x.float(), weight.float()
+    y = activate(F.conv2d(wide, parameter, bias.float()), activation)
+    expected = conv1x1_expected(x, weight, bias, activation=activation)
+    assert_within(y.to(dtype), *expected)
+    without_last_channel = F.conv2d(wide[:, :-1], parameter[:, :-1], bias.float())
+    with pytest.raises(AssertionError, match="outside the tolerance"):
+        assert_within(activate(without_last_channel, activation).to(dtype), *expected)
+
+    # The gradient is of y as it is stored.
+    p, grad = y.to(dtype), random_cotangent(y).to(dtype)
+    g = grad.float()
+    if activation == "sigmoid":
+        g = g * p.float() * (1 - p.float())
+    if activation == "softmax":
+        g = p.float() * (g - (g * p.float()).sum(1, keepdim=True))
+    rounded = g.to(dtype).float()
+    given = {"y": p, "activation": activation}
+    gx, gw = F.conv_transpose2d(rounded, weight.float()), torch.einsum("nohw,nchw->oc", rounded, x.float())
+    assert_within(gx.to(dtype), *conv1x1_input_grad_expected(grad, weight, **given))
+    assert_within(gw[..., None, None].to(dtype), *conv1x1_weight_grad_expected(grad, x, **given))
+    bias_expected = conv1x1_bias_grad_expected(grad, **given)
+    assert_within(g.sum((0, 2, 3)).to(dtype), *bias_expected)
+    with pytest.raises(AssertionError, match="outside the tolerance"):
+        assert_within(g[:, :, :-1].sum((0, 2, 3)).to(dtype), *bias_expected)

@@ -58,9 +58,9 @@ class Job:
 
 
 def _families() -> list[ModuleType]:
-    from . import conv3x3, norm, reduction, segmentation_loss
+    from . import conv1x1, conv3x3, conv_transpose2x2, max_pool2x2, norm, reduction, segmentation_loss
 
-    return [conv3x3, norm, reduction, segmentation_loss]
+    return [conv3x3, norm, max_pool2x2, conv_transpose2x2, conv1x1, reduction, segmentation_loss]
 
 
 def all_ops() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastunet import checks
+from fastunet import checks, dispatch
 from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
 from fastunet.ops.registration import (
     below_autograd,
@@ -17,6 +17,8 @@ from fastunet.ops.registration import (
     define_autocast,
     empty_in,
     memory_format,
+    none_like,
+    strided_like,
 )
 
 NAME = "conv1x1"
@@ -40,10 +42,27 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    y = F.conv2d(x, weight, bias)
-    if activation is not None:
-        y = y.sigmoid_() if activation == "sigmoid" else y.softmax(dim=1)
+    if dispatch.choose(NAME, x).implementation == "triton":
+        y = _forward_triton(x, weight, bias, activation)
+    else:
+        y = _activate(F.conv2d(x, weight, bias), activation)
     return y.contiguous(memory_format=memory_format(x, weight))
+
+
+def _activate(y: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return y
+    return y.sigmoid_() if activation == "sigmoid" else y.softmax(dim=1)
+
+
+def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    from fastunet.kernels import config
+    from fastunet.kernels import conv1x1 as kernels
+
+    tf32 = dispatch.tf32_allowed()
+    if activation == "softmax" and weight.shape[0] > config.LARGEST_SOFTMAX:
+        return _activate(kernels.conv1x1(x, weight, bias, allow_tf32=tf32), activation)
+    return kernels.conv1x1(x, weight, bias, activation=activation, allow_tf32=tf32)
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -55,11 +74,30 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, activation: str | None, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias."""
+    if dispatch.choose(NAME, x).implementation == "triton":
+        return _backward_triton(grad, x, weight, y, activation, mask)
     if activation == "sigmoid":
         grad = aten.sigmoid_backward(grad, y)
     elif activation == "softmax":
         grad = aten._softmax_backward_data(grad, y, 1, x.dtype)
     return convolution_grads(grad, x, weight, mask)
+
+
+def _backward_triton(
+    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, activation: str | None, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastunet.kernels import conv1x1 as kernels
+
+    tf32 = dispatch.tf32_allowed()
+    grad_x = grad_weight = grad_bias = none_like(x)
+    if mask[0]:
+        grad_x = kernels.conv1x1_input_grad(grad, weight, y, activation=activation, allow_tf32=tf32)
+        grad_x = strided_like(grad_x, x)
+    if mask[1] or mask[2]:
+        sums = kernels.conv1x1_weight_grad(grad, x, y, activation=activation, with_bias=mask[2], allow_tf32=tf32)
+        grad_weight = strided_like(sums[0], weight) if mask[1] else grad_weight
+        grad_bias = grad_bias if sums[1] is None else sums[1]
+    return grad_x, grad_weight, grad_bias
 
 
 def _backward_fake(

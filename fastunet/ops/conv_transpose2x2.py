@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastunet import checks
+from fastunet import checks, dispatch
 from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
 from fastunet.ops.registration import (
     below_autograd,
@@ -17,6 +17,8 @@ from fastunet.ops.registration import (
     define_autocast,
     empty_in,
     memory_format,
+    none_like,
+    strided_like,
 )
 
 NAME = "conv_transpose2x2"
@@ -35,7 +37,17 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv_transpose2d(x, weight, bias, stride=2).contiguous(memory_format=memory_format(x, weight))
+    if dispatch.choose(NAME, x).implementation == "triton":
+        y = _forward_triton(x, weight, bias)
+    else:
+        y = F.conv_transpose2d(x, weight, bias, stride=2)
+    return y.contiguous(memory_format=memory_format(x, weight))
+
+
+def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from fastunet.kernels import conv_transpose2x2 as kernels
+
+    return kernels.conv_transpose2x2(x, weight, bias, allow_tf32=dispatch.tf32_allowed())
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,7 +57,23 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias."""
+    if dispatch.choose(NAME, x).implementation == "triton":
+        return _backward_triton(grad, x, weight, mask)
     return convolution_grads(grad, x, weight, mask, stride=2, transposed=True)
+
+
+def _backward_triton(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    from fastunet.kernels import conv_transpose2x2 as kernels
+
+    tf32 = dispatch.tf32_allowed()
+    grad_x = grad_weight = grad_bias = none_like(x)
+    if mask[0]:
+        grad_x = strided_like(kernels.conv_transpose2x2_input_grad(grad, weight, allow_tf32=tf32), x)
+    if mask[1] or mask[2]:
+        sums = kernels.conv_transpose2x2_weight_grad(grad, x, with_bias=mask[2], allow_tf32=tf32)
+        grad_weight = strided_like(sums[0], weight) if mask[1] else grad_weight
+        grad_bias = grad_bias if sums[1] is None else sums[1]
+    return grad_x, grad_weight, grad_bias
 
 
 def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastunet import checks
+from fastunet import checks, dispatch
 from fastunet.ops.epilogue import epilogue_grad
 from fastunet.ops.registration import below_autograd, define, empty_in, memory_format, strided_like
 
@@ -28,7 +28,14 @@ def max_pool2x2(x: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 2).contiguous(memory_format=memory_format(x))
+    y = _forward_triton(x) if dispatch.choose(NAME, x).implementation == "triton" else F.max_pool2d(x, 2)
+    return y.contiguous(memory_format=memory_format(x))
+
+
+def _forward_triton(x: Tensor) -> Tensor:
+    from fastunet.kernels import max_pool2x2 as kernels
+
+    return kernels.max_pool2x2(x)
 
 
 def _forward_fake(x: Tensor) -> Tensor:
@@ -37,7 +44,14 @@ def _forward_fake(x: Tensor) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor) -> Tensor:
-    return strided_like(epilogue_grad(None, grad, x, None), x)
+    triton = dispatch.choose(NAME, x).implementation == "triton"
+    return strided_like(_backward_triton(grad, x) if triton else epilogue_grad(None, grad, x, None), x)
+
+
+def _backward_triton(grad: Tensor, x: Tensor) -> Tensor:
+    from fastunet.kernels.activation_grad import activation_grad
+
+    return activation_grad(x, None, grad, None)
 
 
 def _backward_fake(grad: Tensor, x: Tensor) -> Tensor:

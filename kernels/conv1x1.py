@@ -1,0 +1,222 @@
+"""1x1 convolution with bias and a sigmoid, or a softmax over the channels, in its epilogue: the U-Net's head.
+
+The gradient goes through the activation where it is loaded: that of the sum before it is never written.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from fastunet.kernels import config, gpu
+from fastunet.kernels.epilogue import precision
+from fastunet.kernels.layout import empty_packed, on_boundary, packed
+from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
+from fastunet.kernels.pixels import (
+    LINEAR,
+    SIGMOID,
+    SOFTMAX,
+    accumulate_rows,
+    load_grad,
+    pixel_rows,
+    softmax_dots,
+)
+from fastunet.kernels.tiles import nan_max
+from torch import Tensor
+
+# Names and values of ACTIVATION.
+ACTIVATIONS = {None: LINEAR.value, "sigmoid": SIGMOID.value, "softmax": SOFTMAX.value}
+
+
+# fmt: off
+@triton.jit
+def _softmax(v, mask_n):
+    """The softmax of the rows of v [P, N] over the columns of mask_n: float32, NaN throughout a row that holds one."""
+    v = tl.where(mask_n[None, :], v, -float("inf"))
+    e = tl.exp(v - tl.reduce(v, 1, nan_max)[:, None])
+    return e / tl.sum(e, 1)[:, None]
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def conv1x1_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, pixels, C, COUT, stride_in, stride_out,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """y[p, o] = ACTIVATION(sum over channels c of x[p, c] * weight[o, c] + bias[o]).
+
+    x [pixels, C], y [pixels, COUT]; a program owns BLOCK_P pixels and BLOCK_N channels of y, all of them for a softmax.
+    """
+    blocks_n = tl.cdiv(COUT, BLOCK_N)
+    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < COUT
+    rows, mask_p = pixel_rows(tl.program_id(0) // blocks_n, pixels, BLOCK_P)
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    acc = accumulate_rows(
+        acc, x_ptr, rows, mask_p, C, 0, weight_ptr, n, COUT, stride_in, stride_out, 0, 1, PRECISION, BLOCK_K
+    )
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == SIGMOID:
+        acc = tl.sigmoid(acc)
+    if ACTIVATION == SOFTMAX:
+        acc = _softmax(acc, mask_n)
+    pointers = y_ptr + (rows * COUT)[:, None] + n[None, :]
+    tl.store(pointers, acc.to(y_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def conv1x1_input_grad_kernel(
+    grad_ptr, y_ptr, weight_ptr, out_ptr, pixels, C, COUT, stride_in, stride_out,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """out[p, c] = sum over output channels o of g[p, o] * weight[o, c]; g is grad carried through the ACTIVATION.
+
+    grad and the activation's output y [pixels, COUT], out [pixels, C]; a program owns BLOCK_P pixels, BLOCK_N channels
+    of out.
+    """
+    blocks_n = tl.cdiv(C, BLOCK_N)
+    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < C
+    rows, mask_p = pixel_rows(tl.program_id(0) // blocks_n, pixels, BLOCK_P)
+    dots = tl.zeros((BLOCK_P,), tl.float32)
+    if ACTIVATION == SOFTMAX:
+        dots = softmax_dots(grad_ptr, y_ptr, rows, mask_p, COUT, BLOCK_K)
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    for k0 in range(0, COUT, BLOCK_K):
+        g = load_grad(grad_ptr, y_ptr, rows, mask_p, dots, k0 + k, COUT, ACTIVATION)
+        pointers = weight_ptr + (k0 + k).to(tl.int64)[:, None] * stride_out + n.to(tl.int64)[None, :] * stride_in
+        b = tl.load(pointers, mask=(k0 + k < COUT)[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(g.to(b.dtype), b, acc, input_precision=PRECISION)
+    pointers = out_ptr + (rows * C)[:, None] + n[None, :]
+    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_n[None, :])
+# fmt: on
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    tensors: dict[str, Tensor | None],
+    weight: Tensor,
+    out: Tensor,
+    chosen: config.PixelProductConfig,
+    activation: str | None,
+    allow_tf32: bool,
+) -> gpu.Launch:
+    """A launch that fills out [N, channels, H, W]."""
+    batch, channels, height, width = out.shape
+    weight = on_boundary(weight)
+    pixels = batch * height * width
+    arguments: dict[str, Any] = {
+        **tensors,
+        "weight_ptr": weight,
+        "pixels": pixels,
+        "C": weight.shape[1],
+        "COUT": weight.shape[0],
+        "stride_in": weight.stride(1),
+        "stride_out": weight.stride(0),
+        "ACTIVATION": ACTIVATIONS[activation],
+        "PRECISION": precision(out.dtype, allow_tf32),
+        "BLOCK_P": chosen.block_p,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": chosen.block_k,
+    }
+    return gpu.Launch(
+        kernel,
+        triton.cdiv(pixels, chosen.block_p) * triton.cdiv(channels, chosen.block_n),
+        arguments,
+        chosen.num_warps,
+        chosen.num_stages,
+        chosen.max_registers,
+        product_rows=chosen.block_p,
+    )
+
+
+def conv1x1_launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    activation: str | None,
+    allow_tf32: bool,
+    target: gpu.Target,
+) -> gpu.Launch:
+    """The launch that fills packed y from packed x."""
+    softmax = activation == "softmax"
+    chosen = config.head_config(x.shape[1], weight.shape[0], x.dtype, target, allow_tf32=allow_tf32, softmax=softmax)
+    tensors = {"x_ptr": x, "bias_ptr": None if bias is None else bias.contiguous(), "y_ptr": y}
+    return _launch(conv1x1_kernel, tensors, weight, y, chosen, activation, allow_tf32)
+
+
+def input_grad_launch(
+    grad: Tensor, y: Tensor | None, weight: Tensor, out: Tensor, *, activation: str | None, allow_tf32: bool
+) -> gpu.Launch:
+    """The launch that fills packed out, the gradient of the input, from packed grad and y."""
+    chosen = config.head_input_grad_config(grad.dtype, allow_tf32=allow_tf32)
+    tensors = {"grad_ptr": grad, "y_ptr": y, "out_ptr": out}
+    return _launch(conv1x1_input_grad_kernel, tensors, weight, out, chosen, activation, allow_tf32)
+
+
+def conv1x1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """activation(F.conv2d(x, weight, bias)), activation None, "sigmoid" or "softmax" over the channels.
+
+    x [N, C, H, W], weight [Cout, C, 1, 1] in any layout, bias [Cout] or None; all of one dtype and device, which the
+    caller has checked, as it has that a softmax is of no more than config.LARGEST_SOFTMAX channels. Returns
+    [N, Cout, H, W], channels_last. float32 sums and activations, rounded once; allow_tf32 lets float32 inputs be
+    rounded to TF32 on tensor cores.
+    """
+    y = empty_packed(x, weight.shape[0], *x.shape[2:])
+    target = gpu.target(x.device)
+    launch = conv1x1_launch(packed(x), weight, bias, y, activation=activation, allow_tf32=allow_tf32, target=target)
+    launch.run(x.device)
+    return y
+
+
+def conv1x1_input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    y: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """The gradient of conv1x1's input [N, C, H, W] from its output's, grad [N, Cout, H, W].
+
+    weight [Cout, C, 1, 1]; y is conv1x1's output, which an activation needs. The gradient before the activation is
+    rounded to grad's dtype, as torch stores it. Returns a channels_last tensor of grad's dtype.
+    """
+    out = empty_packed(grad, weight.shape[1], *grad.shape[2:])
+    y = None if y is None else packed(y)
+    launch = input_grad_launch(packed(grad), y, weight, out, activation=activation, allow_tf32=allow_tf32)
+    launch.run(grad.device)
+    return out
+
+
+def conv1x1_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    with_bias: bool = False,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of conv1x1's weight and, with_bias, of its bias.
+
+    grad and y, conv1x1's output, which an activation needs: [N, Cout, H, W]; x [N, C, H, W]. Returns [Cout, C, 1, 1],
+    channels_last, and [Cout] or None, both of grad's dtype. An empty batch gives zeros.
+    """
+    code = ACTIVATIONS[activation]
+    return pixel_weight_grad(grad, x, y, activation=code, with_bias=with_bias, allow_tf32=allow_tf32)

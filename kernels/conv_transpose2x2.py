@@ -1,0 +1,256 @@
+"""2x2 transposed convolution, stride 2: a product of pixels with the weight of each of four sub-pixels, and gradients.
+
+The windows do not overlap, so every output pixel is one product over the input channels, stored where it belongs.
+Where hardware copies whole boxes (sm_90 and above, 16 bits), the forward pass goes through tensor descriptors.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastunet.kernels import config, gpu
+from fastunet.kernels.epilogue import precision
+from fastunet.kernels.layout import empty_packed, on_boundary, packed
+from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
+from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, subpixel_step
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+SUBPIXELS = 4
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["pixels", "W"])
+def conv_transpose2x2_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, pixels, W, C, COUT, stride_in, stride_out, stride_sub,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """y[n, 2h + a, 2w + b, o] = sum over channels c of x[n, h, w, c] * weight[c, o, a, b] + bias[o].
+
+    x [N, H, W, C], y [N, 2H, 2W, COUT]; a program owns BLOCK_P pixels of x, one sub-pixel and BLOCK_N channels of y.
+    """
+    # Channel blocks and sub-pixels run fastest: programs that are neighbours in time share their pixels of x in L2.
+    blocks_n = tl.cdiv(COUT, BLOCK_N)
+    pid = tl.program_id(0)
+    n = pid % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < COUT
+    sub = pid // blocks_n % 4
+    rows, mask_p = pixel_rows(pid // (4 * blocks_n), pixels, BLOCK_P)
+
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    acc = accumulate_rows(
+        acc, x_ptr, rows, mask_p, C, W, weight_ptr + sub * stride_sub, n, COUT, stride_in, stride_out, 0,
+        1, PRECISION, BLOCK_K,
+    )
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    rows = first_subpixels(rows, W) + subpixel_step(sub, W)
+    pointers = y_ptr + (rows * COUT)[:, None] + n[None, :]
+    tl.store(pointers, acc.to(y_ptr.dtype.element_ty), mask=mask_p[:, None] & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["W", "steps"])
+def conv_transpose2x2_descriptor_kernel(
+    x_desc, weight_desc, bias_ptr, y_desc, W, COUT, steps,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """As conv_transpose2x2_kernel, the product turned around: both operands are then read from shared memory.
+
+    x_desc [N*H, W, C], weight_desc [C, 4, COUT], y_desc [N*H, 2, W, 2, COUT]; a program owns a tile of x, one sub-pixel
+    and BLOCK_N channels of y. Boxes read zeros outside, and store nothing there.
+    """
+    blocks_n = tl.cdiv(COUT, BLOCK_N)
+    pid = tl.program_id(0)
+    n0 = pid % blocks_n * BLOCK_N
+    sub = pid // blocks_n % 4
+    tile = pid // (4 * blocks_n)
+    h0 = tile // tl.cdiv(W, TILE_W) * TILE_H
+    w0 = tile % tl.cdiv(W, TILE_W) * TILE_W
+
+    acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
+    tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
+    for step in range(steps):
+        x = tl.reshape(x_desc.load([h0, w0, step * BLOCK_K]), (TILE_H * TILE_W, BLOCK_K))
+        weight = tl.reshape(weight_desc.load([step * BLOCK_K, sub, n0]), (BLOCK_K, BLOCK_N))
+        acc = tl.dot(tl.trans(weight), tl.trans(x), acc)
+    if bias_ptr is not None:
+        n = n0 + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + n, mask=n < COUT, other=0.0).to(tl.float32)[:, None]
+    y = tl.reshape(tl.trans(acc.to(y_desc.dtype)), (TILE_H, 1, TILE_W, 1, BLOCK_N))
+    y_desc.store([h0, sub // 2, w0, sub % 2, n0], y)
+
+
+@triton.jit(do_not_specialize=["pixels", "W"])
+def conv_transpose2x2_input_grad_kernel(
+    grad_ptr, weight_ptr, out_ptr, pixels, W, C, COUT, stride_in, stride_out, stride_sub,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """out[n, h, w, c] = sum over a, b and output channels o of grad[n, 2h + a, 2w + b, o] * weight[c, o, a, b].
+
+    grad [N, 2H, 2W, COUT], out [N, H, W, C]; a program owns BLOCK_P pixels and BLOCK_N channels of out.
+    """
+    blocks_n = tl.cdiv(C, BLOCK_N)
+    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, mask_p = pixel_rows(tl.program_id(0) // blocks_n, pixels, BLOCK_P)
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    acc = accumulate_rows(
+        acc, grad_ptr, first_subpixels(rows, W), mask_p, COUT, W, weight_ptr, n, C, stride_out, stride_in, stride_sub,
+        4, PRECISION, BLOCK_K,
+    )
+    pointers = out_ptr + (rows * C)[:, None] + n[None, :]
+    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask_p[:, None] & (n < C)[None, :])
+# fmt: on
+
+
+def _one_run(weight: Tensor) -> Tensor:
+    """weight with its four sub-pixels in one strided run from a 16-byte boundary on, copied only where it is not."""
+    return on_boundary(weight if weight.stride(2) == 2 * weight.stride(3) else weight.contiguous())
+
+
+def _weight_rows(weight: Tensor, block: list[int]) -> TensorDescriptor:
+    """weight [C, Cout, 2, 2] as [C, 4, Cout], in memory a channels_last weight; a copy where it is another."""
+    channels, channels_out = weight.shape[:2]
+    strides = (SUBPIXELS * channels_out, 1, 2 * channels_out, channels_out)
+    if weight.stride() != strides or weight.data_ptr() % 16:
+        copy = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device)
+        weight = copy.copy_(weight)
+    sizes = [channels, SUBPIXELS, channels_out]
+    return TensorDescriptor(weight, sizes, [SUBPIXELS * channels_out, channels_out, 1], block)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    tensors: dict[str, Tensor | None],
+    weight: Tensor,
+    small: Tensor,
+    products: int,
+    chosen: config.PixelProductConfig,
+    allow_tf32: bool,
+) -> gpu.Launch:
+    """A launch with `products` programs for each block of the pixels of `small`, the image of half the size."""
+    batch, channels, height, width = small.shape
+    pixels = batch * height * width
+    arguments = {
+        **tensors,
+        "weight_ptr": weight,
+        "pixels": pixels,
+        "W": width,
+        "C": channels,
+        "COUT": weight.shape[1],
+        "stride_in": weight.stride(0),
+        "stride_out": weight.stride(1),
+        "stride_sub": weight.stride(3),
+        "PRECISION": precision(small.dtype, allow_tf32),
+        "BLOCK_P": chosen.block_p,
+        "BLOCK_N": chosen.block_n,
+        "BLOCK_K": chosen.block_k,
+    }
+    return gpu.Launch(
+        kernel,
+        triton.cdiv(pixels, chosen.block_p) * products,
+        arguments,
+        chosen.num_warps,
+        chosen.num_stages,
+        chosen.max_registers,
+        product_rows=chosen.block_p,
+    )
+
+
+def _descriptor_launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chosen: config.SubpixelTileConfig
+) -> gpu.Launch:
+    """The launch of the descriptor form."""
+    batch, channels, height, width = x.shape
+    channels_out, rows = weight.shape[1], batch * height
+    tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
+    # Strides are spelt out: a tensor may have any where its size is 1.
+    x_strides = [width * channels, channels, 1]
+    y_strides = [4 * width * channels_out, 2 * width * channels_out, 2 * channels_out, channels_out, 1]
+    y_sizes = [rows, 2, width, 2, channels_out]
+    arguments = {
+        "x_desc": TensorDescriptor(x, [rows, width, channels], x_strides, [tile_h, tile_w, block_k]),
+        "weight_desc": _weight_rows(weight, [block_k, 1, block_n]),
+        "bias_ptr": bias,
+        "y_desc": TensorDescriptor(y, y_sizes, y_strides, [tile_h, 1, tile_w, 1, block_n]),
+        "W": width,
+        "COUT": channels_out,
+        "steps": triton.cdiv(channels, block_k),
+        "TILE_H": tile_h,
+        "TILE_W": tile_w,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+    }
+    tiles = triton.cdiv(rows, tile_h) * triton.cdiv(width, tile_w)
+    return gpu.Launch(
+        conv_transpose2x2_descriptor_kernel,
+        tiles * SUBPIXELS * triton.cdiv(channels_out, block_n),
+        arguments,
+        chosen.num_warps,
+        chosen.num_stages,
+        chosen.max_registers,
+        product_rows=block_n,
+    )
+
+
+def conv_transpose2x2_launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, allow_tf32: bool, target: gpu.Target
+) -> gpu.Launch:
+    """The launch of either form that fills packed y from packed x, which is not empty."""
+    channels_out = weight.shape[1]
+    bias = None if bias is None else bias.contiguous()
+    tiles = config.subpixel_tile_config(x.shape[1], channels_out, x.dtype, target)
+    if tiles is not None:
+        return _descriptor_launch(x, weight, bias, y, tiles)
+    chosen = config.pixel_product_config(x.shape[1], channels_out, x.dtype, target, allow_tf32=allow_tf32)
+    tensors = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}
+    products = SUBPIXELS * triton.cdiv(channels_out, chosen.block_n)
+    return _launch(conv_transpose2x2_kernel, tensors, _one_run(weight), x, products, chosen, allow_tf32)
+
+
+def input_grad_launch(grad: Tensor, weight: Tensor, out: Tensor, *, allow_tf32: bool, target: gpu.Target) -> gpu.Launch:
+    """The launch that fills packed out, the gradient of the input, from packed grad."""
+    channels = out.shape[1]
+    chosen = config.pixel_product_config(weight.shape[1], channels, grad.dtype, target, allow_tf32=allow_tf32)
+    tensors: dict[str, Tensor | None] = {"grad_ptr": grad, "out_ptr": out}
+    products = triton.cdiv(channels, chosen.block_n)
+    kernel = conv_transpose2x2_input_grad_kernel
+    return _launch(kernel, tensors, _one_run(weight), out, products, chosen, allow_tf32)
+
+
+def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, allow_tf32: bool = False) -> Tensor:
+    """F.conv_transpose2d(x, weight, bias, stride=2).
+
+    x [N, C, H, W], weight [C, Cout, 2, 2] in any layout, bias [Cout] or None; all of one dtype and device, which the
+    caller has checked. Returns [N, Cout, 2H, 2W], channels_last. float32 sums; allow_tf32 lets float32 inputs be
+    rounded to TF32 on tensor cores.
+    """
+    y = empty_packed(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
+    if y.numel():  # A descriptor cannot describe an empty tensor.
+        target = gpu.target(x.device)
+        conv_transpose2x2_launch(packed(x), weight, bias, y, allow_tf32=allow_tf32, target=target).run(x.device)
+    return y
+
+
+def conv_transpose2x2_input_grad(grad: Tensor, weight: Tensor, *, allow_tf32: bool = False) -> Tensor:
+    """The gradient of conv_transpose2x2's input [N, C, H, W] from its output's, grad [N, Cout, 2H, 2W], and weight.
+
+    It is F.conv2d(grad, weight, stride=2). Returns a channels_last tensor of grad's dtype.
+    """
+    out = empty_packed(grad, weight.shape[0], grad.shape[2] // 2, grad.shape[3] // 2)
+    target = gpu.target(grad.device)
+    input_grad_launch(packed(grad), weight, out, allow_tf32=allow_tf32, target=target).run(grad.device)
+    return out
+
+
+def conv_transpose2x2_weight_grad(
+    grad: Tensor, x: Tensor, *, with_bias: bool = False, allow_tf32: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of conv_transpose2x2's weight and, with_bias, of its bias.
+
+    grad [N, Cout, 2H, 2W], x [N, C, H, W]. Returns [C, Cout, 2, 2], channels_last, and [Cout] or None, both of grad's
+    dtype: sums of x[c, h, w] * grad[o, 2h + a, 2w + b] and of grad. An empty batch gives zeros.
+    """
+    return pixel_weight_grad(grad, x, subpixels=SUBPIXELS, with_bias=with_bias, allow_tf32=allow_tf32)

@@ -1,0 +1,201 @@
+"""The weight and bias gradient of conv_transpose2x2 and conv1x1, whose products look at one pixel at a time.
+
+The pixels are split into parts, each summed on its own in float32, and the parts are added in a fixed order.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastunet.kernels import config, gpu
+from fastunet.kernels.epilogue import precision
+from fastunet.kernels.layout import packed
+from fastunet.kernels.pixels import (
+    LINEAR,
+    SOFTMAX,
+    first_subpixels,
+    load_grad,
+    load_rows,
+    pixel_rows,
+    softmax_dots,
+    subpixel_step,
+)
+from fastunet.kernels.reduction import sum_rows_launch
+from torch import Tensor
+
+
+# fmt: off
+@triton.jit
+def _sum_blocks(
+    x_ptr, grad_ptr, y_ptr, first, last, sub, i, o, pixels, W, C, COUT, WITH_BIAS: tl.constexpr,
+    SUBPIXELS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr,
+):
+    """Over pixel blocks first to last: the sum of x[p, i] * g[p's sub-pixel, o] [I, O], and that of g [O]."""
+    acc = tl.zeros((i.shape[0], o.shape[0]), tl.float32)
+    totals = tl.zeros((BLOCK_P, o.shape[0]), tl.float32)
+    for block in range(first, last):
+        rows, mask_p = pixel_rows(block, pixels, BLOCK_P)
+        x = load_rows(x_ptr, rows, mask_p, i, C)
+        if SUBPIXELS == 4:
+            rows = first_subpixels(rows, W) + subpixel_step(sub, W)
+        dots = tl.zeros((BLOCK_P,), tl.float32)
+        if ACTIVATION == SOFTMAX:
+            dots = softmax_dots(grad_ptr, y_ptr, rows, mask_p, COUT, o.shape[0])
+        g = load_grad(grad_ptr, y_ptr, rows, mask_p, dots, o, COUT, ACTIVATION)
+        acc = tl.dot(tl.trans(x), g.to(x.dtype), acc, input_precision=PRECISION)
+        if WITH_BIAS:
+            totals += g.to(tl.float32)
+    return acc, tl.sum(totals, 0)
+
+
+@triton.jit(do_not_specialize=["pixels", "blocks", "blocks_per_split", "W"])
+def pixel_weight_grad_kernel(
+    x_ptr, grad_ptr, y_ptr, partial_ptr, bias_partial_ptr, pixels, blocks, blocks_per_split, W, C, COUT,
+    stride_in, stride_out, stride_sub,
+    SUBPIXELS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+):
+    """partial[s, i, o, q] = the sum over the pixels p of split s of x[p, i] * g[p's sub-pixel q, o].
+
+    x [pixels, C]; g [pixels * SUBPIXELS, COUT] is grad, carried through the ACTIVATION whose output is y. partial
+    float32 [splits, C*COUT*SUBPIXELS] lies in the weight's memory order, which the strides tell; bias_partial
+    [splits * SUBPIXELS, COUT] or None takes the sums of g, of each split and sub-pixel. A program owns a split, a
+    sub-pixel, BLOCK_IN input and BLOCK_OUT output channels; the programs of a split are neighbours in time.
+    """
+    blocks_o = tl.cdiv(COUT, BLOCK_OUT)
+    blocks_i = tl.cdiv(C, BLOCK_IN)
+    pid = tl.program_id(0)
+    o = pid % blocks_o * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    sub = pid // blocks_o % SUBPIXELS
+    i0 = pid // (blocks_o * SUBPIXELS) % blocks_i * BLOCK_IN
+    i = i0 + tl.arange(0, BLOCK_IN)
+    split = pid // (blocks_o * SUBPIXELS * blocks_i)
+    first = split * blocks_per_split
+    last = tl.minimum(first + blocks_per_split, blocks)
+
+    # The sums of g are taken by the first block of input channels, in a loop of its own.
+    if bias_partial_ptr is not None and i0 == 0:
+        acc, total = _sum_blocks(
+            x_ptr, grad_ptr, y_ptr, first, last, sub, i, o, pixels, W, C, COUT, True,
+            SUBPIXELS, ACTIVATION, PRECISION, BLOCK_P,
+        )
+        tl.store(bias_partial_ptr + (split * SUBPIXELS + sub) * COUT + o, total, mask=o < COUT)
+    else:
+        acc, _ = _sum_blocks(
+            x_ptr, grad_ptr, y_ptr, first, last, sub, i, o, pixels, W, C, COUT, False,
+            SUBPIXELS, ACTIVATION, PRECISION, BLOCK_P,
+        )
+    partial_ptr += split.to(tl.int64) * (C * COUT * SUBPIXELS) + sub * stride_sub
+    pointers = partial_ptr + (i * stride_in)[:, None] + (o * stride_out)[None, :]
+    tl.store(pointers, acc, mask=(i < C)[:, None] & (o < COUT)[None, :])
+# fmt: on
+
+
+def pixel_weight_grad_launches(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    *,
+    subpixels: int,
+    activation: int,
+    allow_tf32: bool,
+    target: gpu.Target,
+) -> tuple[gpu.Launch, ...]:
+    """The launches that fill channels_last grad_weight and grad_bias from packed tensors: partial sums, then sums.
+
+    subpixels is 4 for a transposed convolution's weight [C, Cout, 2, 2], 1 for [Cout, C, 1, 1].
+    """
+    batch, channels, height, width = x.shape
+    channels_out = grad.shape[1]
+    if subpixels == 1:
+        chosen = config.head_weight_grad_config(channels_out, x.dtype, allow_tf32=allow_tf32)
+    else:
+        chosen = config.pixel_weight_grad_config(channels, channels_out, x.dtype, target, allow_tf32=allow_tf32)
+    programs = config.pixel_weight_grad_programs(chosen, channels, channels_out, subpixels)
+    pixels = batch * height * width
+    blocks = triton.cdiv(pixels, chosen.block_p)
+    per_split = triton.cdiv(blocks, config.weight_grad_splits(programs, blocks, target))
+    splits = triton.cdiv(blocks, per_split)
+    partial = torch.empty((splits, grad_weight.numel()), dtype=torch.float32, device=x.device)
+    bias_partial = None
+    if grad_bias is not None:
+        bias_partial = torch.empty((splits * subpixels, channels_out), dtype=torch.float32, device=x.device)
+    stride_in, stride_out = grad_weight.stride()[1::-1] if subpixels == 1 else grad_weight.stride()[:2]
+    sums = {
+        "x_ptr": x,
+        "grad_ptr": grad,
+        "y_ptr": y,
+        "partial_ptr": partial,
+        "bias_partial_ptr": bias_partial,
+        "pixels": pixels,
+        "blocks": blocks,
+        "blocks_per_split": per_split,
+        "W": width,
+        "C": channels,
+        "COUT": channels_out,
+        "stride_in": stride_in,
+        "stride_out": stride_out,
+        "stride_sub": grad_weight.stride(3),
+        "SUBPIXELS": subpixels,
+        "ACTIVATION": activation,
+        "PRECISION": precision(x.dtype, allow_tf32),
+        "BLOCK_P": chosen.block_p,
+        "BLOCK_IN": chosen.block_in,
+        "BLOCK_OUT": chosen.block_out,
+    }
+    partial_sums = gpu.Launch(
+        pixel_weight_grad_kernel,
+        programs * splits,
+        sums,
+        chosen.num_warps,
+        chosen.num_stages,
+        chosen.max_registers,
+        product_rows=chosen.block_in,
+    )
+    launches = (partial_sums, sum_rows_launch(partial, grad_weight))
+    if grad_bias is None or bias_partial is None:
+        return launches
+    return *launches, sum_rows_launch(bias_partial, grad_bias)
+
+
+def pixel_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    subpixels: int = 1,
+    activation: int = LINEAR.value,
+    with_bias: bool = False,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a weight and, with_bias, of its bias: see pixel_weight_grad_kernel for the sums.
+
+    grad [N, Cout, H, W], or [N, Cout, 2H, 2W] where subpixels is 4; x [N, C, H, W]; y, of grad's shape, is the
+    activation's output. Returns [Cout, C, 1, 1] or [C, Cout, 2, 2], channels_last, and [Cout] or None, of grad's dtype;
+    an empty batch gives zeros.
+    """
+    channels_out, channels = grad.shape[1], x.shape[1]
+    shape = (channels_out, channels, 1, 1) if subpixels == 1 else (channels, channels_out, 2, 2)
+    grad_weight = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+    grad_bias = torch.empty((channels_out,), dtype=grad.dtype, device=grad.device) if with_bias else None
+    if x.shape[0] == 0:
+        return grad_weight.zero_(), None if grad_bias is None else grad_bias.zero_()
+    launches = pixel_weight_grad_launches(
+        packed(grad),
+        packed(x),
+        None if y is None else packed(y),
+        grad_weight,
+        grad_bias,
+        subpixels=subpixels,
+        activation=activation,
+        allow_tf32=allow_tf32,
+        target=gpu.target(x.device),
+    )
+    for launch in launches:
+        launch.run(x.device)
+    return grad_weight, grad_bias
