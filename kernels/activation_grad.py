@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.epilogue import activation_code
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.tiles import activate_grad
@@ -71,7 +71,7 @@ def activation_grad_launch(
 ) -> gpu.Launch:
     """The launch that fills out from packed tensors: see activation_grad."""
     batch, channels, height, width = y.shape
-    chosen = config.pointwise_config(channels)
+    chosen = config_passes.pointwise_config(channels)
     windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
     arguments = {
         "y_ptr": y,

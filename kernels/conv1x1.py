@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_pixels, gpu
 from fastunet.kernels.epilogue import precision
 from fastunet.kernels.layout import empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
@@ -103,7 +103,7 @@ def _launch(
     tensors: dict[str, Tensor | None],
     weight: Tensor,
     out: Tensor,
-    chosen: config.PixelProductConfig,
+    chosen: config_pixels.PixelProductConfig,
     activation: str | None,
     allow_tf32: bool,
 ) -> gpu.Launch:
@@ -148,7 +148,9 @@ def conv1x1_launch(
 ) -> gpu.Launch:
     """The launch that fills packed y from packed x."""
     softmax = activation == "softmax"
-    chosen = config.head_config(x.shape[1], weight.shape[0], x.dtype, target, allow_tf32=allow_tf32, softmax=softmax)
+    chosen = config_pixels.head_config(
+        x.shape[1], weight.shape[0], x.dtype, target, allow_tf32=allow_tf32, softmax=softmax
+    )
     tensors = {"x_ptr": x, "bias_ptr": None if bias is None else bias.contiguous(), "y_ptr": y}
     return _launch(conv1x1_kernel, tensors, weight, y, chosen, activation, allow_tf32)
 
@@ -157,7 +159,7 @@ def input_grad_launch(
     grad: Tensor, y: Tensor | None, weight: Tensor, out: Tensor, *, activation: str | None, allow_tf32: bool
 ) -> gpu.Launch:
     """The launch that fills packed out, the gradient of the input, from packed grad and y."""
-    chosen = config.head_input_grad_config(grad.dtype, allow_tf32=allow_tf32)
+    chosen = config_pixels.head_input_grad_config(grad.dtype, allow_tf32=allow_tf32)
     tensors = {"grad_ptr": grad, "y_ptr": y, "out_ptr": out}
     return _launch(conv1x1_input_grad_kernel, tensors, weight, out, chosen, activation, allow_tf32)
 
@@ -173,7 +175,7 @@ def conv1x1(
     """activation(F.conv2d(x, weight, bias)), activation None, "sigmoid" or "softmax" over the channels.
 
     x [N, C, H, W], weight [Cout, C, 1, 1] in any layout, bias [Cout] or None; all of one dtype and device, which the
-    caller has checked, as it has that a softmax is of no more than config.LARGEST_SOFTMAX channels. Returns
+    caller has checked, as it has that a softmax is of no more than config_pixels.LARGEST_SOFTMAX channels. Returns
     [N, Cout, H, W], channels_last. float32 sums and activations, rounded once; allow_tf32 lets float32 inputs be
     rounded to TF32 on tensor cores.
     """

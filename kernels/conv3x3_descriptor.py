@@ -199,7 +199,9 @@ def _boxes(x: Tensor | None, tile_h: int, tile_w: int, channels: int) -> TensorD
     """Packed x [N, C, H, W] in boxes of pixels by channels; None where it is None."""
     if x is None:
         return None
-    return TensorDescriptor.from_tensor(x.permute(0, 2, 3, 1), [1, tile_h, tile_w, channels])
+    n, c, h, w = x.shape
+    # Spelled out: where a size is 1, a packed tensor may have any stride.
+    return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], [1, tile_h, tile_w, channels])
 
 
 def _tile_arguments(chosen: config.ConvConfig) -> dict[str, int]:

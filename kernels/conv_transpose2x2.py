@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_pixels, gpu
 from fastunet.kernels.epilogue import precision
 from fastunet.kernels.layout import empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
@@ -127,7 +127,7 @@ def _launch(
     weight: Tensor,
     small: Tensor,
     products: int,
-    chosen: config.PixelProductConfig,
+    chosen: config_pixels.PixelProductConfig,
     allow_tf32: bool,
 ) -> gpu.Launch:
     """A launch with `products` programs for each block of the pixels of `small`, the image of half the size."""
@@ -160,7 +160,7 @@ def _launch(
 
 
 def _descriptor_launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chosen: config.SubpixelTileConfig
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chosen: config_pixels.SubpixelTileConfig
 ) -> gpu.Launch:
     """The launch of the descriptor form."""
     batch, channels, height, width = x.shape
@@ -201,10 +201,10 @@ def conv_transpose2x2_launch(
     """The launch of either form that fills packed y from packed x, which is not empty."""
     channels_out = weight.shape[1]
     bias = None if bias is None else bias.contiguous()
-    tiles = config.subpixel_tile_config(x.shape[1], channels_out, x.dtype, target)
+    tiles = config_pixels.subpixel_tile_config(x.shape[1], channels_out, x.dtype, target)
     if tiles is not None:
         return _descriptor_launch(x, weight, bias, y, tiles)
-    chosen = config.pixel_product_config(x.shape[1], channels_out, x.dtype, target, allow_tf32=allow_tf32)
+    chosen = config_pixels.pixel_product_config(x.shape[1], channels_out, x.dtype, target, allow_tf32=allow_tf32)
     tensors = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}
     products = SUBPIXELS * triton.cdiv(channels_out, chosen.block_n)
     return _launch(conv_transpose2x2_kernel, tensors, _one_run(weight), x, products, chosen, allow_tf32)
@@ -213,7 +213,7 @@ def conv_transpose2x2_launch(
 def input_grad_launch(grad: Tensor, weight: Tensor, out: Tensor, *, allow_tf32: bool, target: gpu.Target) -> gpu.Launch:
     """The launch that fills packed out, the gradient of the input, from packed grad."""
     channels = out.shape[1]
-    chosen = config.pixel_product_config(weight.shape[1], channels, grad.dtype, target, allow_tf32=allow_tf32)
+    chosen = config_pixels.pixel_product_config(weight.shape[1], channels, grad.dtype, target, allow_tf32=allow_tf32)
     tensors: dict[str, Tensor | None] = {"grad_ptr": grad, "out_ptr": out}
     products = triton.cdiv(channels, chosen.block_n)
     kernel = conv_transpose2x2_input_grad_kernel

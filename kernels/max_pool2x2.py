@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.tiles import nan_max
 from torch import Tensor
@@ -41,7 +41,7 @@ def max_pool2x2_kernel(x_ptr, y_ptr, windows, H, W, C, BLOCK_P: tl.constexpr, BL
 def max_pool2x2_launch(x: Tensor, y: Tensor) -> gpu.Launch:
     """The launch that fills packed y from packed x."""
     batch, channels, height, width = x.shape
-    chosen = config.pointwise_config(channels)
+    chosen = config_passes.pointwise_config(channels)
     windows = batch * (height // 2) * (width // 2)
     arguments = {
         "x_ptr": x,

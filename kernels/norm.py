@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.epilogue import Statistics, activation_code
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.tiles import activate, nan_max
@@ -179,7 +179,7 @@ def merge_launches(
     """The launches that turn the statistics of tiles into mean and invstd [groups, C], and move the running ones."""
     launches = []
     _, rows, channels = statistics.partial.shape
-    chosen = config.statistics_config(rows // groups, channels)
+    chosen = config_passes.statistics_config(rows // groups, channels)
     blocks_c = triton.cdiv(channels, chosen.block_channels)
     blocks = {"C": channels, "BLOCK_R": chosen.block_rows, "BLOCK_C": chosen.block_channels}
     if chosen.splits > 1:
@@ -265,7 +265,7 @@ def normalise_launch(
 ) -> gpu.Launch:
     """The launch that fills y and pooled from packed raw: see normalise."""
     batch, channels, height, width = raw.shape
-    chosen = config.pointwise_config(channels)
+    chosen = config_passes.pointwise_config(channels)
     windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
     arguments = {
         "raw_ptr": raw,

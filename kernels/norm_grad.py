@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.epilogue import activation_code
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.norm import Affine, load_affine, normalise_pixel
@@ -155,7 +155,7 @@ def _shared_arguments(
     grad_pooled: Tensor | None,
     affine: Affine,
     negative_slope: float | None,
-    chosen: config.NormGradConfig,
+    chosen: config_passes.NormGradConfig,
 ) -> dict[str, Any]:
     _, channels, height, width = raw.shape
     return {
@@ -190,7 +190,7 @@ def norm_grad_launches(
     groups = affine.mean.shape[0]
     windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
     per_group = windows // groups
-    chosen = config.norm_grad_config(per_group, channels, target)
+    chosen = config_passes.norm_grad_config(per_group, channels, target)
     blocks_c = triton.cdiv(channels, chosen.block_channels)
     per_split = triton.cdiv(per_group, chosen.splits)
     splits = triton.cdiv(per_group, per_split)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config, config_pixels, gpu
 from fastunet.kernels.epilogue import precision
 from fastunet.kernels.layout import packed
 from fastunet.kernels.pixels import (
@@ -113,10 +113,10 @@ def pixel_weight_grad_launches(
     batch, channels, height, width = x.shape
     channels_out = grad.shape[1]
     if subpixels == 1:
-        chosen = config.head_weight_grad_config(channels_out, x.dtype, allow_tf32=allow_tf32)
+        chosen = config_pixels.head_weight_grad_config(channels_out, x.dtype, allow_tf32=allow_tf32)
     else:
-        chosen = config.pixel_weight_grad_config(channels, channels_out, x.dtype, target, allow_tf32=allow_tf32)
-    programs = config.pixel_weight_grad_programs(chosen, channels, channels_out, subpixels)
+        chosen = config_pixels.pixel_weight_grad_config(channels, channels_out, x.dtype, target, allow_tf32=allow_tf32)
+    programs = config_pixels.pixel_weight_grad_programs(chosen, channels, channels_out, subpixels)
     pixels = batch * height * width
     blocks = triton.cdiv(pixels, chosen.block_p)
     per_split = triton.cdiv(blocks, config.weight_grad_splits(programs, blocks, target))

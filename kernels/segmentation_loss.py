@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.reduction import sum_rows_launch
 from torch import Tensor
 
@@ -196,10 +196,10 @@ def segmentation_sums_launches(
     squared: bool,
 ) -> tuple[gpu.Launch, gpu.Launch]:
     """The two launches that fill sums [rows, N, C], contiguous: partial sums, then the sum of those."""
-    chosen = config.pixel_config(logits.shape[1])
+    chosen = config_passes.pixel_config(logits.shape[1])
     pixels = logits.shape[2] * logits.shape[3]
     blocks = triton.cdiv(pixels, chosen.block_pixels)
-    per_split = triton.cdiv(blocks, config.pixel_splits(pixels, chosen))
+    per_split = triton.cdiv(blocks, config_passes.pixel_splits(pixels, chosen))
     splits = triton.cdiv(blocks, per_split)
     partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=logits.device)
     arguments = {
@@ -224,7 +224,7 @@ def segmentation_sums_grad_launch(
     squared: bool,
 ) -> gpu.Launch:
     """The launch that fills out [N, C, H, W] from grad [rows, N, C], contiguous."""
-    chosen = config.pixel_config(logits.shape[1])
+    chosen = config_passes.pixel_config(logits.shape[1])
     blocks = triton.cdiv(logits.shape[2] * logits.shape[3], chosen.block_pixels)
     arguments = {
         **_arguments(logits, target, mask, chosen, softmax=softmax, squared=squared, entropy=len(grad) > 3),
@@ -242,7 +242,7 @@ def _arguments(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    chosen: config.PixelConfig,
+    chosen: config_passes.PixelConfig,
     *,
     softmax: bool,
     squared: bool,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config, config_passes, config_pixels, gpu
 from fastunet.kernels.config import ConvShape
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,15 +87,15 @@ def test_weight_grad_config(
 
 @given(channels=st.integers(1, 5000))
 def test_pointwise_config_holds_1024_elements(channels: int) -> None:
-    chosen = config.pointwise_config(channels)
+    chosen = config_passes.pointwise_config(channels)
     assert chosen.block_windows * chosen.block_channels == 1024
     assert chosen.block_channels < 2 * channels
-    assert chosen in config.pointwise_configs()
+    assert chosen in config_passes.pointwise_configs()
 
 
 @given(rows=st.integers(1, 10**6), channels=st.integers(1, 2000))
 def test_statistics_are_merged_in_parts_that_cover_all_rows(rows: int, channels: int) -> None:
-    chosen = config.statistics_config(rows, channels)
+    chosen = config_passes.statistics_config(rows, channels)
     assert (chosen.splits - 1) * chosen.rows_per_split < rows <= chosen.splits * chosen.rows_per_split
     # Neither round is a long loop.
     assert max(chosen.splits, chosen.rows_per_split) <= 1024
@@ -104,10 +104,10 @@ def test_statistics_are_merged_in_parts_that_cover_all_rows(rows: int, channels:
 
 @given(windows=st.integers(1, 10**7), channels=st.integers(1, 2000), target=targets)
 def test_norm_grad_config(windows: int, channels: int, target: gpu.Target) -> None:
-    chosen = config.norm_grad_config(windows, channels, target)
+    chosen = config_passes.norm_grad_config(windows, channels, target)
     assert chosen.block_windows * chosen.block_channels == 512
     assert 1 <= chosen.splits <= max(1, windows // (8 * chosen.block_windows))
-    blocks = {(c.block_windows, c.block_channels) for c in config.norm_grad_configs(target)}
+    blocks = {(c.block_windows, c.block_channels) for c in config_passes.norm_grad_configs(target)}
     assert (chosen.block_windows, chosen.block_channels) in blocks
 
 
@@ -144,13 +144,13 @@ def test_importing_touches_neither_triton_nor_cuda() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@given(channels=st.integers(1, config.MOST_CHANNELS), pixels=st.integers(1, 2**24))
+@given(channels=st.integers(1, config_passes.MOST_CHANNELS), pixels=st.integers(1, 2**24))
 def test_pixel_config(channels: int, pixels: int) -> None:
-    chosen = config.pixel_config(channels)
+    chosen = config_passes.pixel_config(channels)
     assert chosen.block_pixels * chosen.block_channels == 1024
     assert channels <= chosen.block_channels < 2 * channels
-    assert chosen in config.pixel_configs()
-    splits = config.pixel_splits(pixels, chosen)
+    assert chosen in config_passes.pixel_configs()
+    splits = config_passes.pixel_splits(pixels, chosen)
     blocks = -(-pixels // chosen.block_pixels)
     assert 1 <= splits <= 64
     assert splits == 1 or blocks // splits >= 4
@@ -166,17 +166,17 @@ def test_pixel_product_configs(
 ) -> None:
     dtype, allow_tf32 = format
     options = {"allow_tf32": allow_tf32}
-    transpose = config.pixel_product_config(c_in, c_out, dtype, target, **options)
-    head = config.head_config(c_in, c_out, dtype, target, softmax=softmax, **options)
-    for chosen in (transpose, head, config.head_input_grad_config(dtype, **options)):
+    transpose = config_pixels.pixel_product_config(c_in, c_out, dtype, target, **options)
+    head = config_pixels.head_config(c_in, c_out, dtype, target, softmax=softmax, **options)
+    for chosen in (transpose, head, config_pixels.head_input_grad_config(dtype, **options)):
         assert min(chosen.block_p, chosen.block_n, chosen.block_k) >= 16
         stage = (chosen.block_p + chosen.block_n) * chosen.block_k * dtype.itemsize
         assert chosen.num_stages * stage <= target.shared_memory
-    if softmax and c_out <= config.LARGEST_SOFTMAX:
+    if softmax and c_out <= config_pixels.LARGEST_SOFTMAX:
         assert head.block_n >= c_out
     # What runs is among what is compiled ahead of time.
-    assert transpose in config.pixel_product_configs(dtype, target, **options)
-    heads = config.head_configs(dtype, target, softmax=True, **options)
+    assert transpose in config_pixels.pixel_product_configs(dtype, target, **options)
+    heads = config_pixels.head_configs(dtype, target, softmax=True, **options)
     assert head in heads
 
 
@@ -186,29 +186,29 @@ def test_pixel_weight_grad_configs(
     c_in: int, c_out: int, format: tuple[torch.dtype, bool], target: gpu.Target, blocks: int
 ) -> None:
     dtype, allow_tf32 = format
-    transpose = config.pixel_weight_grad_config(c_in, c_out, dtype, target, allow_tf32=allow_tf32)
-    head = config.head_weight_grad_config(c_out, dtype, allow_tf32=allow_tf32)
+    transpose = config_pixels.pixel_weight_grad_config(c_in, c_out, dtype, target, allow_tf32=allow_tf32)
+    head = config_pixels.head_weight_grad_config(c_out, dtype, allow_tf32=allow_tf32)
     for chosen, subpixels in ((transpose, 4), (head, 1)):
         assert min(chosen.block_p, chosen.block_in, chosen.block_out) >= 16
         stage = chosen.block_p * (chosen.block_in + chosen.block_out) * dtype.itemsize
         assert chosen.num_stages * stage <= target.shared_memory
-        programs = config.pixel_weight_grad_programs(chosen, c_in, c_out, subpixels)
+        programs = config_pixels.pixel_weight_grad_programs(chosen, c_in, c_out, subpixels)
         assert programs * chosen.block_in * chosen.block_out >= subpixels * c_in * c_out
         assert 1 <= config.weight_grad_splits(programs, blocks, target) <= max(1, blocks // 8)
-    assert transpose in config.pixel_weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
+    assert transpose in config_pixels.pixel_weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(c_in=channel_counts, c_out=channel_counts, format=formats, target=targets)
 def test_subpixel_tile_config(c_in: int, c_out: int, format: tuple[torch.dtype, bool], target: gpu.Target) -> None:
     dtype, _ = format
-    chosen = config.subpixel_tile_config(c_in, c_out, dtype, target)
-    if target.capability < 90 or dtype == torch.float32 or c_in % 8 or c_out % 8:
+    chosen = config_pixels.subpixel_tile_config(c_in, c_out, dtype, target)
+    if target.capability < 90 or dtype == torch.float32 or c_in % 16 or c_out % 8:
         assert chosen is None
     elif c_out >= 64:
         assert chosen is not None
     if chosen is not None:
-        assert chosen in config.subpixel_tile_configs(dtype, target)
+        assert chosen in config_pixels.subpixel_tile_configs(dtype, target)
         assert chosen.block_n >= 64
         stage = (chosen.tile_h * chosen.tile_w + chosen.block_n) * chosen.block_k * dtype.itemsize
         assert chosen.num_stages * stage <= target.shared_memory

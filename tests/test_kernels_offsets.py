@@ -16,7 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.kernels import activation_grad, config, conv3x3, conv3x3_grad, gpu, norm, norm_grad, reduction
+from fastunet.kernels import (
+    activation_grad,
+    config,
+    config_passes,
+    conv3x3,
+    conv3x3_grad,
+    gpu,
+    norm,
+    norm_grad,
+    reduction,
+)
 from fastunet.kernels.epilogue import Head
 from kernel_device import INTERPRETED, MARK
 from torch import Tensor
@@ -136,10 +146,10 @@ def test_last_image_is_as_alone(call: str, launched: list[gpu.Launch], many: Cal
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of an image or two: the last is a short loop."""
-    choose = config.norm_grad_config
+    choose = config_passes.norm_grad_config
     monkeypatch.setattr(config, "weight_grad_splits", lambda programs, tiles, target: max(1, tiles // 64))
     monkeypatch.setattr(
-        config,
+        config_passes,
         "norm_grad_config",
         lambda w, c, target: dataclasses.replace(choose(w, c, target), splits=max(1, w // 512)),
     )

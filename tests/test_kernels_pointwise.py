@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config, config_pixels, gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
@@ -189,7 +189,7 @@ def test_other_configurations(
     target: gpu.Target, dtype: torch.dtype, allow_tf32: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "target", lambda device: target)
-    for shape in ((1, 72, 136, 5, 9), (2, 24, 40, 9, 1), (2, 16, 16, 19, 17)):
+    for shape in ((1, 80, 136, 5, 9), (2, 32, 40, 9, 1), (2, 16, 16, 19, 17)):
         x, weight, head_weight, bias = make_inputs(*shape, dtype)
         check_transpose(OPS, x, weight, bias, allow_tf32=allow_tf32)
         check_head(OPS, x, head_weight, bias, "sigmoid", allow_tf32=allow_tf32)
@@ -197,11 +197,11 @@ def test_other_configurations(
 
 @elsewhere
 def test_which_configurations_these_are() -> None:
-    assert config.subpixel_tile_config(72, 136, torch.bfloat16, HOPPER) is not None
-    assert config.subpixel_tile_config(24, 40, torch.bfloat16, BLACKWELL) is not None
-    assert config.subpixel_tile_config(72, 136, torch.float32, HOPPER) is None
-    chosen = config.pixel_weight_grad_config(16, 16, torch.bfloat16, MANY_SPLITS, allow_tf32=False)
-    programs = config.pixel_weight_grad_programs(chosen, 16, 16, 4)
+    assert config_pixels.subpixel_tile_config(80, 136, torch.bfloat16, HOPPER) is not None
+    assert config_pixels.subpixel_tile_config(32, 40, torch.bfloat16, BLACKWELL) is not None
+    assert config_pixels.subpixel_tile_config(80, 136, torch.float32, HOPPER) is None
+    chosen = config_pixels.pixel_weight_grad_config(16, 16, torch.bfloat16, MANY_SPLITS, allow_tf32=False)
+    programs = config_pixels.pixel_weight_grad_programs(chosen, 16, 16, 4)
     assert config.weight_grad_splits(programs, 2 * 19 * 17 // chosen.block_p, MANY_SPLITS) > 1
 
 
@@ -335,7 +335,7 @@ def test_what_must_not_change_a_bit(target: str, monkeypatch: pytest.MonkeyPatch
 
 def check_boxes(ops: Any) -> None:
     """The descriptor form, which the interpreter runs as if it were a Hopper GPU."""
-    x, weight, _, bias = make_inputs(1, 72, 40, 3, 9, torch.float16)
+    x, weight, _, bias = make_inputs(1, 80, 40, 3, 9, torch.float16)
     target = (lambda device: HOPPER) if INTERPRETED else gpu.target
     with mock.patch.object(ops.gpu, "target", target):
         assert_within(ops.transpose(x, weight, bias), *conv_transpose2x2_expected(x, weight, bias))

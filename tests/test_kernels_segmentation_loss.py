@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_passes, gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_device import DEVICE, DTYPES, MARK, nan_in_fresh_memory  # noqa: F401
@@ -186,7 +186,7 @@ def test_labels() -> None:
 @pytest.mark.parametrize("softmax", [False, True], ids=["sigmoid", "softmax"])
 def test_what_must_not_change_a_bit(softmax: bool) -> None:
     logits = random_input((3, 17, 25, 21), dtype=torch.bfloat16, device=DEVICE)
-    assert config.pixel_splits(25 * 21, config.pixel_config(17)) > 2
+    assert config_passes.pixel_splits(25 * 21, config_passes.pixel_config(17)) > 2
     target, mask = make_target(logits, "soft"), make_mask(logits)
     options = {"softmax": softmax, "squared": False}
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_pixels, gpu
 
 from . import Job
 
@@ -25,7 +25,7 @@ def jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[J
             yield make(op, shape=(64, 2, activation))
     if few:
         return
-    for channels in config.head_configs(dtype, target, allow_tf32=allow_tf32, softmax=True).values():
+    for channels in config_pixels.head_configs(dtype, target, allow_tf32=allow_tf32, softmax=True).values():
         yield make("conv1x1", shape=(*channels, "softmax"))
     yield make("conv1x1_weights", shape=(17, 17, "softmax"))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config, config_passes, gpu
 
 from . import Job
 
@@ -47,7 +47,7 @@ def _jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[
         yield make(op, shape=widest)
     if not allow_tf32:
         yield make("activation_grad", shape=widest)
-        for channels in (*config.pointwise_configs().values(), 3, 100):  # The last two load no vectors.
+        for channels in (*config_passes.pointwise_configs().values(), 3, 100):  # The last two load no vectors.
             yield make("unpool", shape=replace(widest, c_out=channels))
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_pixels, gpu
 
 from . import Job
 
@@ -16,14 +16,16 @@ OPS = ("transpose", "transpose_contiguous", "transpose_grad", "transpose_weights
 def jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[Job]:
     """Every config; of fp16, which compiles like bf16, and sm_86, like sm_89, the one for 64 channels on both sides."""
     make = functools.partial(Job, dtype=dtype, allow_tf32=allow_tf32, capability=target.capability)
-    tiles = config.subpixel_tile_configs(dtype, target).values()
-    forward = config.pixel_product_configs(dtype, target, allow_tf32=allow_tf32).values()
-    weights = config.pixel_weight_grad_configs(dtype, target, allow_tf32=allow_tf32).values()
+    tiles = config_pixels.subpixel_tile_configs(dtype, target).values()
+    forward = config_pixels.pixel_product_configs(dtype, target, allow_tf32=allow_tf32).values()
+    weights = config_pixels.pixel_weight_grad_configs(dtype, target, allow_tf32=allow_tf32).values()
     if dtype == torch.float16 or target.capability == 86:
         forward = weights = [(64, 64)]
     for c_in, c_out in forward:
         yield make("transpose_grad", shape=(c_out, c_in))
-        if config.subpixel_tile_config(c_in, c_out, dtype, target) is None:  # Else the descriptor form runs instead.
+        if (
+            config_pixels.subpixel_tile_config(c_in, c_out, dtype, target) is None
+        ):  # Else the descriptor form runs instead.
             yield make("transpose", shape=(c_in, c_out))
             if (c_in, c_out) == max(forward):
                 yield make("transpose_contiguous", shape=(c_in, c_out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_passes, gpu
 
 from . import Job
 
@@ -16,7 +16,7 @@ def jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[J
     """Every config in bf16, and with channels that load no vectors; of the other dtypes, and on sm_86, one."""
     if allow_tf32:
         return
-    several = (*config.pointwise_configs().values(), 100)
+    several = (*config_passes.pointwise_configs().values(), 100)
     for channels in several if dtype == torch.bfloat16 and target.capability != 86 else (64,):
         yield Job("max_pool", dtype, False, target.capability, channels)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_passes, gpu
 from torch import Tensor
 
 from . import Job
@@ -19,7 +19,7 @@ def jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[J
         return
     for op in OPS[:2]:
         yield from (Job(op, dtype, False, target.capability, (channels, False)) for channels in (16, 32))
-    for channels in (*config.norm_grad_configs(target).values(), 100):
+    for channels in (*config_passes.norm_grad_configs(target).values(), 100):
         for op in OPS[2:]:
             yield from (Job(op, dtype, False, target.capability, (channels, per_image)) for per_image in (False, True))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config_passes, gpu
 
 from . import Job
 
@@ -30,7 +30,7 @@ def jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[J
     if allow_tf32:
         return
     # Three is no power of two.
-    channel_counts = (*config.pixel_configs().values(), 3) if dtype == torch.bfloat16 else (3,)
+    channel_counts = (*config_passes.pixel_configs().values(), 3) if dtype == torch.bfloat16 else (3,)
     for number, channels in enumerate(channel_counts):
         for op in OPS:
             yield Job(op, dtype, False, target.capability, _variant(number, channels))

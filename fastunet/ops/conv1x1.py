@@ -56,11 +56,11 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
 
 
 def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    from fastunet.kernels import config
+    from fastunet.kernels import config_pixels
     from fastunet.kernels import conv1x1 as kernels
 
     tf32 = dispatch.tf32_allowed()
-    if activation == "softmax" and weight.shape[0] > config.LARGEST_SOFTMAX:
+    if activation == "softmax" and weight.shape[0] > config_pixels.LARGEST_SOFTMAX:
         return _activate(kernels.conv1x1(x, weight, bias, allow_tf32=tf32), activation)
     return kernels.conv1x1(x, weight, bias, activation=activation, allow_tf32=tf32)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
-from fastunet.kernels.config import MOST_CHANNELS
+from fastunet.kernels.config_passes import MOST_CHANNELS
 from fastunet.ops.registration import below_autograd, define, none_like, strided_like
 
 NAME = "segmentation_sums"

@@ -1,0 +1,176 @@
+"""Launch configurations of products at single pixels: conv_transpose2x2 and conv1x1. See config.py."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from fastunet.kernels.config import ALL_REGISTERS, TILE_W, aligned, cdiv, channel_block, fits_descriptors, stages
+from fastunet.kernels.gpu import Target
+
+
+@dataclass(frozen=True)
+class PixelProductConfig:
+    """Blocks of a product of pixels with a weight.
+
+    block_p: pixels. block_n: output channels. block_k: input channels of one step. max_registers: as in ConvConfig.
+    """
+
+    block_p: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class PixelWeightGradConfig:
+    """Blocks of such a product's weight gradient.
+
+    block_p: pixels of one step, its K dimension. block_in, block_out: channels. max_registers: as in ConvConfig.
+    """
+
+    block_p: int
+    block_in: int
+    block_out: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
+class SubpixelTileConfig:
+    """Blocks of conv_transpose2x2 through tensor descriptors.
+
+    tile_h, tile_w: pixels of an input tile, whose rows count through all images. The rest is as in ConvConfig.
+    """
+
+    tile_h: int
+    tile_w: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+# The most channels that a block of softmax holds; of more, a program's sums and exponentials would not fit registers.
+LARGEST_SOFTMAX = 256
+
+
+def pixel_product_config(
+    c_in: int, c_out: int, dtype: torch.dtype, target: Target, *, allow_tf32: bool
+) -> PixelProductConfig:
+    """The blocks for conv_transpose2x2, one sub-pixel a program, and for its input gradient."""
+    half = dtype.itemsize == 2
+    tensor_cores = half or allow_tf32
+    block_p = 128 if tensor_cores else 64
+    if not aligned(c_in, c_out):  # Loads go element by element: small steps and many threads hold the addresses.
+        return PixelProductConfig(block_p, 32, 16, 8, num_stages=1, max_registers=ALL_REGISTERS)
+    # Rows of channels are cut by masks: a step may be wider than they are.
+    block_k = 16 if not tensor_cores else 64 if half and target.capability >= 90 else 32
+    block_n = channel_block(c_out, 128 if half else 64)
+    num_stages = stages((block_p + block_n) * block_k * dtype.itemsize, target)
+    limit = None if half and block_n > 32 else ALL_REGISTERS
+    return PixelProductConfig(block_p, block_n, block_k, 8 if block_n == 128 else 4, num_stages, limit)
+
+
+def subpixel_tile_config(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> SubpixelTileConfig | None:
+    """The blocks for conv_transpose2x2 through tensor descriptors, None where it does not suit them. Unmeasured."""
+    if not fits_descriptors(dtype, target, (c_in,), (c_out,)):
+        return None
+    block_n, tile_h = channel_block(c_out, 128), 16
+    num_stages = stages((tile_h * TILE_W + block_n) * 64 * dtype.itemsize, target)
+    limit = ALL_REGISTERS if target.capability >= 100 else None
+    return SubpixelTileConfig(tile_h, TILE_W, block_n, 64, 8 if block_n == 128 else 4, num_stages, limit)
+
+
+def head_config(
+    c_in: int, c_out: int, dtype: torch.dtype, target: Target, *, allow_tf32: bool, softmax: bool
+) -> PixelProductConfig:
+    """The blocks for conv1x1; softmax wants all output channels, LARGEST_SOFTMAX at most, in one block."""
+    half = dtype.itemsize == 2
+    tensor_cores = half or allow_tf32
+    block_n = 16 if c_out <= 16 else 64 if c_out <= 64 or not softmax else 256
+    block_p = 128 if tensor_cores and block_n < 256 else 64 if tensor_cores or block_n < 256 else 16
+    block_k = 32 if tensor_cores and aligned(c_in) else 16
+    num_stages = stages((block_p + block_n) * block_k * dtype.itemsize, target)
+    return PixelProductConfig(block_p, block_n, block_k, 8, num_stages, ALL_REGISTERS)
+
+
+def head_input_grad_config(dtype: torch.dtype, *, allow_tf32: bool) -> PixelProductConfig:
+    """The blocks for conv1x1's input gradient: there are few channels to sum over, one step as a rule."""
+    block_p = 128 if dtype.itemsize == 2 or allow_tf32 else 64
+    return PixelProductConfig(block_p, 64, 16, 8, num_stages=1, max_registers=ALL_REGISTERS)
+
+
+def head_weight_grad_config(c_out: int, dtype: torch.dtype, *, allow_tf32: bool) -> PixelWeightGradConfig:
+    """The blocks for the gradient of conv1x1's weight, and of any whose rows of channels load element by element."""
+    tensor_cores = dtype.itemsize == 2 or allow_tf32
+    block_out = 16 if c_out <= 16 else 64 if tensor_cores else 32
+    return PixelWeightGradConfig(32 if tensor_cores else 16, 64, block_out, 8, 2, ALL_REGISTERS)
+
+
+def pixel_weight_grad_config(
+    c_in: int, c_out: int, dtype: torch.dtype, target: Target, *, allow_tf32: bool
+) -> PixelWeightGradConfig:
+    """The blocks for the gradient of conv_transpose2x2's weight, c_in by c_out."""
+    half = dtype.itemsize == 2
+    tensor_cores = half or allow_tf32
+    if not aligned(c_in, c_out):
+        return head_weight_grad_config(c_out, dtype, allow_tf32=allow_tf32)
+    block_in = 128 if half and c_in % 128 == 0 else 64
+    block_out = 128 if block_in == 128 and c_out % 128 == 0 else 64
+    block_p = 64 if half and target.capability >= 90 else 32
+    num_stages = stages(block_p * (block_in + block_out) * dtype.itemsize, target)
+    wide = block_out == 128 or not tensor_cores
+    limit = None if half and target.capability < 100 else ALL_REGISTERS
+    return PixelWeightGradConfig(block_p, block_in, block_out, 8 if wide else 4, num_stages, limit)
+
+
+def pixel_weight_grad_programs(chosen: PixelWeightGradConfig, c_in: int, c_out: int, subpixels: int) -> int:
+    """Programs that together cover one weight gradient: channel blocks, times the sub-pixels."""
+    return subpixels * cdiv(c_in, chosen.block_in) * cdiv(c_out, chosen.block_out)
+
+
+# Channels (in, out) that together lead to every config of the choosers for conv_transpose2x2.
+_PIXEL_CHANNELS = tuple(itertools.product((17, 64, 128), (3, 17, 32, 64, 128)))
+
+
+def pixel_product_configs(
+    dtype: torch.dtype, target: Target, *, allow_tf32: bool
+) -> dict[PixelProductConfig, tuple[int, int]]:
+    """Every config that pixel_product_config can choose, each with channels (in, out) that lead to it."""
+    found: dict[PixelProductConfig, tuple[int, int]] = {}
+    for channels in _PIXEL_CHANNELS:
+        found.setdefault(pixel_product_config(*channels, dtype, target, allow_tf32=allow_tf32), channels)
+    return found
+
+
+def subpixel_tile_configs(dtype: torch.dtype, target: Target) -> dict[SubpixelTileConfig, tuple[int, int]]:
+    """Every config that subpixel_tile_config can choose, each with channels (in, out) that lead to it."""
+    chosen = {channels: subpixel_tile_config(*channels, dtype, target) for channels in _PIXEL_CHANNELS}
+    return {found: channels for channels, found in chosen.items() if found is not None}
+
+
+def head_configs(
+    dtype: torch.dtype, target: Target, *, allow_tf32: bool, softmax: bool
+) -> dict[PixelProductConfig, tuple[int, int]]:
+    """Every config that head_config can choose, each with channels (in, out) that lead to it."""
+    found: dict[PixelProductConfig, tuple[int, int]] = {}
+    for channels in itertools.product((17, 64), (3, 17, 65)):
+        chosen = head_config(*channels, dtype, target, allow_tf32=allow_tf32, softmax=softmax)
+        found.setdefault(chosen, channels)
+    return found
+
+
+def pixel_weight_grad_configs(
+    dtype: torch.dtype, target: Target, *, allow_tf32: bool
+) -> dict[PixelWeightGradConfig, tuple[int, int]]:
+    """Every config that pixel_weight_grad_config can choose, each with channels (in, out) that lead to it."""
+    found: dict[PixelWeightGradConfig, tuple[int, int]] = {}
+    for channels in _PIXEL_CHANNELS:
+        found.setdefault(pixel_weight_grad_config(*channels, dtype, target, allow_tf32=allow_tf32), channels)
+    return found
