@@ -47,7 +47,8 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
     """Which implementation each op of model(example) gets under the backend in force, and the reason.
 
     Nothing is computed and nothing changes: the model runs on fake tensors, without data. `device` asks about another
-    device than the example's, "cuda" also on a machine that has none. The model's mode (train, eval) is as it stands.
+    device than the example's, "cuda" also on a machine that has none. The model's mode is as it stands: in training it
+    is asked as for a step with gradients, in eval as for inference.
     Raises BackendError where the forced backend cannot run an op.
     """
     target = torch.device(device) if device is not None else example.device
@@ -59,7 +60,7 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
 
     state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
     layers = {id(t): name.rpartition(".")[0] for name, t in state.items()}
-    with torch.no_grad(), mode, _Recorder(layers) as recorder:
+    with torch.set_grad_enabled(model.training), mode, _Recorder(layers) as recorder:
         torch.func.functional_call(model, state, (fake(example),))
     return Explanation(tuple(recorder.rows))
 

@@ -40,7 +40,9 @@ def override(op: str, shape: Any, dtype: torch.dtype, allow_tf32: bool, gpu: str
     """The config pinned, or measured best on `gpu` for that shape (a dataclass), or None. kind: the config's type."""
     if op in _pins:
         return _pins[op]
-    row = _table(gpu).get(_key(op, asdict(shape), _format(dtype, allow_tf32)))
+    table = _table(gpu)
+    # This runs at every launch: without a table, nothing is looked up.
+    row = table.get(_key(op, asdict(shape), _format(dtype, allow_tf32))) if table else None
     return None if row is None else kind(**row)
 
 

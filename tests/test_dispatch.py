@@ -99,6 +99,18 @@ def test_explain_names_each_layer_without_running_or_changing_it() -> None:
     assert torch.equal(batch_norm.inc.double_conv[1].running_mean, torch.zeros(2))
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance", None])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_layer_of_the_unet_has_a_kernel(norm: str | None, training: bool) -> None:
+    model = fastunet.UNet(1, 2, norm=norm).train(training)
+    with fastunet.backend("triton"):
+        rows = fastunet.explain(model, torch.zeros(1, 1, 64, 64), device="cuda").rows
+    assert {row.implementation for row in rows} == {"triton"}
+    last = "conv1x1" if training or norm == "instance" else "conv3x3_relu_conv1x1"
+    assert rows[-1].op == last
+    assert len(rows) == (23 if last == "conv1x1" else 22)
+
+
 def test_explain_shows_what_is_not_fastunets() -> None:
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 5), fastunet.UNet(2, 1, features=(2, 4)))
     rows = fastunet.explain(net, torch.zeros(1, 1, 16, 16)).rows
