@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastunet
 from fastunet import dispatch
 from fastunet.losses import BCEDiceLoss
+from fastunet.testing import float32_precision
 
 from . import parity
 from .expected import Call
@@ -97,22 +98,14 @@ def _layer(settings: Settings, name: str) -> Layer:
 
 def run_step(settings: Settings, step: Step) -> Row:
     """Measure: the row, with "status" "ok" or "parity failed" and a "reason". Errors of the op pass through."""
-    set_precision(step.variant if step.kind == "parity" else "bfloat16")
     row = describe(settings, step)
     measure = {"parity": _parity, "layer": _layer_times, "net": _net_times}[step.kind]
     try:
-        found = measure(settings, step, row)
+        with float32_precision("tf32" if step.variant == "tf32" else "ieee"):
+            found = measure(settings, step, row)
     except AssertionError as error:
         return row | {"status": "parity failed", "reason": str(error)}
     return row | {"status": "ok", "reason": ""} | found
-
-
-def set_precision(format: str) -> None:
-    """TF32 for convolutions and matrix products exactly where the format is "tf32"."""
-    precision = "tf32" if format == "tf32" else "ieee"
-    cudnn: Any = torch.backends.cudnn
-    cudnn.conv.fp32_precision = precision
-    torch.backends.cuda.matmul.fp32_precision = precision
 
 
 def backends_for(op: str, device: torch.device, dtype: torch.dtype = DTYPE) -> tuple[list[str], str]:
@@ -243,8 +236,7 @@ def _net_times(settings: Settings, step: Step, row: Row) -> Row:
     backends, row["why_no_triton"] = backends_for("conv3x3_batch_norm_relu", device)
     torch.manual_seed(0)
     model = fastunet.UNet(settings.in_channels, settings.out_channels, features=settings.features).to(device)
-    with fastunet.backend(backends[0]):
-        row["parity"] = _check_net(settings, model, training=step.name == "training")
+    row["parity"] = _check_net(settings, model, backends[0], training=step.name == "training")
     make = _training_run if step.name == "training" else _inference_run
     runs = {backend: make(settings, copy.deepcopy(model), backend) for backend in backends}
     measured = _timed(settings, {backend: [run] for backend, run in runs.items()}, row["flops"])
@@ -293,7 +285,7 @@ def _target(settings: Settings, x: Tensor) -> Tensor:
     return torch.randint(0, 2, shape, device=x.device).float().contiguous(memory_format=torch.channels_last)
 
 
-def _check_net(settings: Settings, model: fastunet.UNet, *, training: bool) -> Row:
+def _check_net(settings: Settings, model: fastunet.UNet, backend: str, *, training: bool) -> Row:
     """AssertionError unless the net is at most twice as far from float64 as the same net in plain torch modules.
 
     Distances are relative, in the 2-norm: of the outputs, in training of all gradients. Both nets round in the same
@@ -302,8 +294,11 @@ def _check_net(settings: Settings, model: fastunet.UNet, *, training: bool) -> R
     x = _images(settings, 2, min(settings.size, _PARITY_SIDE))
     target = _target(settings, x)
     twin = model.to_reference()
-    exact = _result(copy.deepcopy(twin).double(), x.double(), target.double(), training)
-    ours, plain = (_distance(_result(copy.deepcopy(net), x, target, training), exact) for net in (model, twin))
+    with fastunet.backend("aten"):  # The loss is an op of ours in all three.
+        exact = _result(copy.deepcopy(twin).double(), x.double(), target.double(), training)
+        plain = _distance(_result(twin, x, target, training), exact)
+    with fastunet.backend(backend):
+        ours = _distance(_result(copy.deepcopy(model), x, target, training), exact)
     assert ours <= 2 * plain, f"relative distance to float64: {ours:.2e}, of plain torch {plain:.2e}"
     return {"ours": ours, "plain": plain}
 
