@@ -8,7 +8,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # The interpreter's tests need the variable before triton is imported, hence a process of their own.
 RUN_INTERPRETER := TRITON_INTERPRET=1 FASTUNET_BACKEND=triton $(RUN_TESTS) -m
 
-.PHONY: demo test test-all lint static clean
+.PHONY: demo test test-all test-gpu test-gpu-memcheck lint static clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -39,6 +39,16 @@ test: lint
 test-all: lint
 	$(RUN_TESTS) -m 'not gpu and not interpreter'
 	$(RUN_INTERPRETER) interpreter
+
+# One process: the tests of memory take all there is.
+test-gpu: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m gpu
+
+# Without torch's caching of memory, an access past the end of a tensor is one past the end of its allocation.
+test-gpu-memcheck: $(VENV)/dev.stamp
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  $(BIN)/python -m pytest -q -m gpu -k 'test_forward or test_gradients or test_statistics_of_a_convolution' \
+	  tests/test_kernels_conv3x3.py tests/test_kernels_norm.py
 
 static: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.static

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastunet.checkpoint import write_json
 from fastunet.data import Pair, find_pairs, inspect, labels_from_mask, read_image, read_mask, split
+from fastunet.files import write_json
 from fastunet.metrics import SegmentationMetrics
 from fastunet.training import TrainConfig, train
 

@@ -10,6 +10,8 @@ prints a row for each and ends with exit code 1 if any row breaks a rule:
 - shared memory within the target's limit
 - 16-bit and TF32 products on tensor cores: wgmma on sm_90 and tcgen05 on sm_100 where the product has the 64 rows they
   need, mma for smaller ones and on sm_80 to sm_89; float32 products not on tensor cores, where they would be rounded
+- 16-bit operands of wgmma in shared memory, both: the first may also come from registers, and does if it must be
+  transposed or rearranged on the way, which is slower
 - no ptxas warning C75xx: a serialised wgmma
 - NaN kept: no plain `max.f32` anywhere, and a `max.NaN` where there is pooling
 
@@ -56,6 +58,7 @@ class Compiled:
     shared_memory: int
     mma: int
     wgmma: int
+    wgmma_from_registers: int
     tcgen05: int
     warnings: tuple[str, ...]
     ptx: str
@@ -95,6 +98,7 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
         shared_memory=built.metadata.shared,
         mma=ptx.count("mma.sync."),
         wgmma=ptx.count("wgmma.mma_async."),
+        wgmma_from_registers=len(re.findall(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", ptx)),
         tcgen05=ptx.count("tcgen05.mma."),
         warnings=tuple(re.findall(r"\(C75\d\d\).*", report)),
         ptx=ptx,
@@ -151,7 +155,10 @@ def _tensor_core_breaches(compiled: Compiled, job: Job, launch: gpu.Launch) -> l
     wanted = "mma"
     if launch.product_rows >= _WARPGROUP_ROWS and job.capability >= 90:
         wanted = "wgmma" if job.capability < 100 else "tcgen05"
-    return [] if used[wanted] else [f"no {wanted} instruction"]
+    found = [] if used[wanted] else [f"no {wanted} instruction"]
+    if compiled.wgmma_from_registers and job.math in ("bf16", "fp16"):
+        found.append(f"{compiled.wgmma_from_registers} wgmma with an operand from registers")
+    return found
 
 
 def compile_job(job: Job) -> Row:

@@ -7,10 +7,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from .checks import DataError
 from .data import DataSummary
+from .files import write_json, written_whole
 from .unet import UNet
 
 if TYPE_CHECKING:
@@ -53,25 +51,6 @@ class RunConfig:
         if self.data.classes == 1:
             return ["background", "foreground"]
         return [f"class {index}" for index in range(self.data.classes)]
-
-
-@contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`: moved to it when the block ends, removed when it raises."""
-    path = Path(path)
-    # The suffix stays last: writers choose their format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def save_config(run: Path, config: RunConfig) -> None:

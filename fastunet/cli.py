@@ -159,8 +159,8 @@ def predict(
     """Write OUT/<stem>.png for each image: labels, or 0 and 255 where there is one class."""
     from PIL import Image
 
-    from .checkpoint import written_whole
     from .data import find_images, mask_from_labels, normalize, read_image
+    from .files import written_whole
     from .inference import labels_of
     from .inference import predict as probabilities_of
 
@@ -191,8 +191,8 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Score RUN on every pair of DATA: Dice and IoU per class, over all pixels."""
-    from .checkpoint import write_json
     from .data import SegmentationDataset, find_pairs, inspect, read_image
+    from .files import write_json
     from .inference import evaluate as scores_of
 
     model, config = _load(run, device)

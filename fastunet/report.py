@@ -15,8 +15,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .checkpoint import written_whole
 from .checks import ShapeError
+from .files import written_whole
 from .metrics import SegmentationMetrics
 
 WIDTH = 12.0  # inches

@@ -30,11 +30,10 @@ from .checkpoint import (
     save_checkpoint,
     save_config,
     save_weights,
-    write_json,
-    written_whole,
 )
 from .checks import ConfigError, DataError, FastUNetError
 from .data import DataSummary, Pair, SegmentationDataset, find_pairs, inspect, read_image, split
+from .files import write_json, written_whole
 from .inference import evaluate
 from .losses import BCEDiceLoss, CEDiceLoss
 from .report import Sample, write_report

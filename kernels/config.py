@@ -178,6 +178,11 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
     return ConvConfig(tile_h, TILE_W, block_n, block_k, warps, num_stages, DESCRIPTOR, limit)
 
 
+def with_statistics(chosen: ConvConfig) -> ConvConfig:
+    """The config for a convolution that leaves its statistics: the pointer form spills a few values otherwise."""
+    return replace(chosen, max_registers=ALL_REGISTERS) if chosen.form == POINTER else chosen
+
+
 def with_head(chosen: ConvConfig) -> ConvConfig:
     """The config for a convolution whose epilogue holds a head, which needs registers of its own."""
     return replace(chosen, tile_h=min(chosen.tile_h, 16))

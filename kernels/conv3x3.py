@@ -280,7 +280,7 @@ def conv3x3_with_statistics(
     """
     x, up = packed(x), None if up is None else packed(up)
     y = empty_packed(x, weight.shape[0], *x.shape[2:])
-    chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32)
+    chosen = config.with_statistics(choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32))
     tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
     statistics = Statistics(
         count=torch.empty((tiles,), dtype=torch.float32, device=x.device),

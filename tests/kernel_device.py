@@ -1,18 +1,21 @@
 """Where kernel tests run: the same tests on the CPU in Triton's interpreter, and on a GPU.
 
 A module of kernel tests takes `DEVICE` for its tensors and `pytestmark = MARK`. Importing this one skips the module
-where neither is to be had.
+where neither is to be had. A module that runs whole ops imports `ieee` as well: ops ask torch whether TF32 is allowed.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from fastunet.testing import float32_precision
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -38,3 +41,10 @@ def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def ieee() -> Iterator[None]:
+    """float32 is float32, in torch's operations and ours. For modules to import."""
+    with float32_precision("ieee"):
+        yield

@@ -15,6 +15,7 @@ FLOORS = {
     "reference": 0,
     "kernels": 0,
     "checks": 1,
+    "files": 1,
     "dispatch": 2,
     "ops": 2,
     "testing": 2,

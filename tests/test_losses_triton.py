@@ -1,4 +1,4 @@
-"""The losses on their Triton kernels, in the interpreter: what dispatch and autograd make of the launchers."""
+"""The losses on their Triton kernels: what dispatch and autograd make of the launchers."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_device import DEVICE, MARK
 from torch import Tensor
 
 import fastunet
-from fastunet import dispatch, ops
+from fastunet import ops
 from fastunet.losses import BCEDiceLoss, CEDiceLoss, DiceLoss
 
-pytestmark = pytest.mark.interpreter
-if not dispatch.interpreting():
-    pytest.skip("needs TRITON_INTERPRET=1, set before triton is imported", allow_module_level=True)
+pytestmark = MARK
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 def make_logits(channels: int, seed: int = 0) -> Tensor:
-    return torch.randn(3, channels, 7, 5, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(3, channels, 7, 5, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def make_target(channels: int, seed: int = 1) -> Tensor:
-    return torch.rand(3, channels, 7, 5, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(3, channels, 7, 5, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def make_labels(classes: int) -> Tensor:
     labels = torch.randint(0, classes, (3, 1, 7, 5), generator=torch.Generator().manual_seed(2))
     labels[0, 0, 2:4] = 255
-    return labels
+    return labels.to(DEVICE)
 
 
 def run(backend: str, loss: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """The value and, under one random cotangent, the gradients of whatever requires one."""
+    loss = loss.to(DEVICE) if isinstance(loss, torch.nn.Module) else loss
     leaves = [logits.detach().clone().requires_grad_()]
     leaves += [target.detach().clone().requires_grad_()] if target.requires_grad else []
     with fastunet.backend(backend):
         value = loss(leaves[0], leaves[1] if target.requires_grad else target)
-        cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
+        cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
         return value.detach(), *torch.autograd.grad(value, leaves, cotangent)
 
 
@@ -109,14 +109,14 @@ def test_opcheck(target: Tensor, softmax: bool, backend: str) -> None:
     sums = torch.ops.fastunet.segmentation_sums.default
     with fastunet.backend(backend):
         torch.library.opcheck(sums, (logits.requires_grad_(), target, mask, softmax, True, True))
-        grad = torch.randn(4 if softmax else 5, 1, 3)
+        grad = torch.randn(4 if softmax else 5, 1, 3, device=DEVICE)
         wanted = [True, target.is_floating_point()]
         backward = torch.ops.fastunet.segmentation_sums_backward.default
         torch.library.opcheck(backward, (grad, logits.detach(), target, None, softmax, False, True, wanted))
 
 
 def test_more_channels_than_a_program_holds_run_on_aten(launched: list[str]) -> None:
-    logits = torch.randn(1, 1025, 2, 1)
+    logits = torch.randn(1, 1025, 2, 1, device=DEVICE)
     with fastunet.backend("triton"):
         ops.segmentation_sums(logits, logits.sigmoid())
         assert launched == []

@@ -1,4 +1,4 @@
-"""The norm ops on their Triton kernels, in the interpreter, against the reference in float64."""
+"""The norm ops on their Triton kernels against the reference in float64."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import itertools
 
 import pytest
 import torch
+from kernel_device import DEVICE, MARK, ieee  # noqa: F401
 from torch import Tensor
 
 import fastunet
-from fastunet import dispatch, ops
+from fastunet import ops
 from fastunet.reference import functional as reference
 
-pytestmark = pytest.mark.interpreter
-if not dispatch.interpreting():
-    pytest.skip("needs TRITON_INTERPRET=1, set before triton is imported", allow_module_level=True)
+pytestmark = MARK
 
 FORMS = {
     "conv3x3_{}_norm_relu": ((2, 3, 5, 6), (4, 3, 3, 3)),
@@ -46,7 +45,7 @@ def run(
     tensors = [torch.randn(s, generator=generator) for s in (*shapes, (4,), (4,))]
     buffers = [torch.randn(4, generator=generator), torch.rand(4, generator=generator) + 0.5] if kind == "batch" else []
     tensors = [t.contiguous(memory_format=memory_format) if t.dim() == 4 else t for t in tensors]
-    tensors, buffers = [t.to(dtype) for t in tensors], [t.to(dtype) for t in buffers]
+    tensors, buffers = ([t.to(DEVICE, dtype) for t in ts] for ts in (tensors, buffers))
     wanted = wanted or (True,) * len(tensors)
     for t, want in zip(tensors, wanted, strict=True):
         t.requires_grad_(want)
@@ -54,7 +53,7 @@ def run(
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads: tuple[Tensor, ...] = ()
     if any(wanted):
-        cotangents = [torch.randn(y.shape, generator=generator).to(dtype) for y in outputs]
+        cotangents = [torch.randn(y.shape, generator=generator).to(DEVICE, dtype) for y in outputs]
         with fastunet.backend(backward_on or fastunet.dispatch.selected_backend()):
             grads = torch.autograd.grad(outputs, [t for t in tensors if t.requires_grad], cotangents)
     return [*outputs, *grads, *buffers]
@@ -114,11 +113,12 @@ def test_what_is_kept_for_backward_is_raw_alone(mode: str) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(pool: bool, training: bool, requires_grad: bool) -> None:
-    x, weight = torch.randn(2, 2, 4, 4), torch.randn(3, 2, 3, 3)
-    gamma, beta = torch.randn(3), torch.randn(3)
+    x, weight, gamma, beta, mean, variance = (
+        torch.randn(shape, device=DEVICE) for shape in ((2, 2, 4, 4), (3, 2, 3, 3), *[(3,)] * 4)
+    )
     for t in (x, weight, gamma, beta):
         t.requires_grad_(requires_grad)
-    statistics = (torch.randn(3), torch.rand(3) + 0.5)
+    statistics = (mean, variance.square() + 0.5)
     options = (0.1, 1e-3, 0.0, pool, False)
     batch, instance = torch.ops.fastunet.conv3x3_batch_norm_relu, torch.ops.fastunet.conv3x3_instance_norm_relu
     torch.library.opcheck(batch.default, (x, None, weight, gamma, beta, *statistics, training, *options))
@@ -130,9 +130,9 @@ def test_opcheck(pool: bool, training: bool, requires_grad: bool) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_a_step_of_the_unet(norm: str, training: bool) -> None:
     torch.manual_seed(0)
-    model = fastunet.UNet(1, 2, features=(3, 5), norm=norm).train(training)
+    model = fastunet.UNet(1, 2, features=(3, 5), norm=norm).to(DEVICE).train(training)
     exact = model.to_reference().double()
-    x, cotangent = torch.randn(2, 1, 5, 6), torch.randn(2, 2, 5, 6)
+    x, cotangent = (torch.randn(2, channels, 5, 6, device=DEVICE) for channels in (1, 2))
     y, expected = model(x), exact(x.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
@@ -173,14 +173,13 @@ def test_the_kernels_ran(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mode", ["batch", "instance"])
 def test_mixed_precision_keeps_parameters_in_float32(mode: str) -> None:
-    x = torch.randn(2, 8, 6, 6)
-    weight, gamma, beta = torch.randn(16, 8, 3, 3), torch.rand(16) + 0.5, torch.randn(16)
-    leaves = [t.requires_grad_() for t in (x, weight, gamma, beta)]
-    buffers = [torch.zeros(16), torch.ones(16)] if mode == "batch" else []
-    with torch.autocast("cpu", torch.bfloat16):
+    shapes = ((2, 8, 6, 6), (16, 8, 3, 3), (16,), (16,))
+    leaves = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+    buffers = [torch.zeros(16, device=DEVICE), torch.ones(16, device=DEVICE)] if mode == "batch" else []
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = getattr(ops, f"conv3x3_{mode}_norm_relu")(*leaves, *buffers, **MODES[mode])
     assert y.dtype == torch.bfloat16
     grads = torch.autograd.grad(y, leaves, torch.randn_like(y))
     assert [g.dtype for g in grads] == [torch.float32] * 4
     if buffers:
-        assert not torch.equal(buffers[0], torch.zeros(16))
+        assert not torch.equal(buffers[0].cpu(), torch.zeros(16))

@@ -21,7 +21,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 CLEAN = Compiled(
-    registers=128, spill_bytes=0, shared_memory=98304, mma=0, wgmma=4, tcgen05=0, warnings=(), ptx="max.NaN.f32 %f1;"
+    registers=128,
+    spill_bytes=0,
+    shared_memory=98304,
+    mma=0,
+    wgmma=4,
+    wgmma_from_registers=0,
+    tcgen05=0,
+    warnings=(),
+    ptx="max.NaN.f32 %f1;",
 )
 
 
@@ -48,6 +56,7 @@ def test_a_clean_compilation_passes() -> None:
         ({"ptx": "max.ftz.f32 %f2; max.NaN.f32 %f1;"}, "plain max drops NaN"),
         ({"ptx": "setp.leu.f32 %p1;"}, "pooling without max.NaN"),
         ({"wgmma": 0, "mma": 16}, "no wgmma"),
+        ({"wgmma_from_registers": 2}, "2 wgmma with an operand from registers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastunet import checkpoint, training
+from fastunet import checkpoint, files, training
 from fastunet.checks import ConfigError, DataError, FastUNetError
 from fastunet.synthetic import write_dataset
 from fastunet.training import TrainConfig, rate_at, train
@@ -237,7 +237,7 @@ train({str(data)!r}, {str(out)!r}, config)
     assert not list(out.glob(".checkpoint*"))
 
 
-@pytest.mark.parametrize("writer", [checkpoint.write_json])
+@pytest.mark.parametrize("writer", [files.write_json])
 def test_a_failed_write_leaves_the_old_file(writer, tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     writer(path, {"a": 1})

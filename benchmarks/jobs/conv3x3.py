@@ -74,6 +74,7 @@ def _forward(job: Job) -> gpu.Launch:
     y, per_channel = job.pixels(shape.c_out, *sides), job.tensor(shape.c_out)
     chosen = conv3x3.choose(x, up, weight, job.target, allow_tf32=job.allow_tf32)
     if job.op == "statistics":
+        chosen = config.with_statistics(chosen)
         tiles = 2 * config.tiles_per_image(chosen, *sides)
         count, partial = (torch.empty(s, dtype=torch.float32, device="meta") for s in (tiles, (2, tiles, shape.c_out)))
         epilogue = Epilogue(y, statistics=Statistics(count, partial))

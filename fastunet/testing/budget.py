@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +83,21 @@ def random_cotangent(like: Tensor, *, seed: int = 1) -> Tensor:
     """A normal gradient for `like`. A constant one, as of .sum(), would hide every error that permutes or averages."""
     values = torch.randn(tuple(like.shape), generator=torch.Generator().manual_seed(seed))
     return values.to(device=like.device, dtype=like.dtype)
+
+
+@contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Within the block, convolutions and matrix products compute float32 as "ieee" or as "tf32"."""
+    cudnn: Any = torch.backends.cudnn
+    settings: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = precision
+        yield
+    finally:
+        for setting, old in zip(settings, before, strict=True):
+            setting.fp32_precision = old
 
 
 def conv_tolerance(

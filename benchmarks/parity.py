@@ -1,0 +1,184 @@
+"""Every op of fastunet.ops, forward and backward, on the device against float64 with derived bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastunet import dispatch, ops
+from fastunet.testing import assert_within, random_cotangent, random_input
+
+from .expected import Call, expected
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Number formats: dtype, and whether float32 convolutions may use TF32.
+FORMATS: Mapping[str, tuple[torch.dtype, bool]] = {
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
+_NORM = {"eps": 1e-3, "negative_slope": 0.1}
+_TRAINING = {**_NORM, "training": True, "momentum": 0.3}
+# Parameters of a norm, which mixed precision keeps in float32.
+_FLOAT32 = ("gamma", "beta")
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op, the shapes of its tensors by parameter name, its other arguments, and whether it has a backward."""
+
+    op: str
+    shapes: Mapping[str, tuple[int, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    buffers: tuple[int, ...] | None = None
+    backward: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.op} {[*next(iter(self.shapes.values()))]}"
+
+
+# n, c, h, w, c_out: whole vectors and tiles; and nothing that fits.
+SIZES = ((2, 64, 24, 16, 64), (3, 5, 11, 9, 17))
+
+
+def cases() -> list[Case]:
+    """Two sizes of every op."""
+    return [case for size in SIZES for case in _cases(*size)]
+
+
+def _cases(n: int, c: int, h: int, w: int, c_out: int) -> list[Case]:
+    x, up, channels = (n, c, h, w), (n, 2 * c, h, w), (c_out,)
+    plain: Shapes = {"x": x, "weight": (c_out, c, 3, 3)}
+    concat: Shapes = {"skip": x, "up": up, "weight": (c_out, 3 * c, 3, 3)}
+    weights = {"weight1": (c_out, c, 3, 3), "bias1": channels, "weight2": (c, c_out, 3, 3), "bias2": (c,)}
+    affine: Shapes = {"gamma": channels, "beta": channels}
+    bias: Shapes = {"bias": channels}
+    head: Shapes = {"head_weight": (2, c_out, 1, 1), "head_bias": (2,)}
+    logits = {"logits": x, "target": x}
+    batch, instance = "conv3x3_batch_norm_relu", "conv3x3_instance_norm_relu"
+    return [
+        Case("conv3x3_bias_relu", plain | bias),
+        Case("conv3x3_bias_relu_pool", plain | bias),
+        Case("concat_conv3x3_bias_relu", concat | bias, {"negative_slope": 0.1}),
+        Case("double_conv3x3_bias_relu", {"x": x, **weights}, {"pool": True}),
+        Case(batch, plain | affine, _TRAINING, channels),
+        Case(batch, plain | affine, {**_TRAINING, "training": False}, channels),
+        Case(f"{batch}_pool", plain | affine, _TRAINING, channels),
+        Case(f"concat_{batch}", concat | affine, _TRAINING, channels),
+        Case(instance, plain | affine, _NORM),
+        Case(f"{instance}_pool", plain | affine, _NORM),
+        Case(f"concat_{instance}", concat | affine, _NORM),
+        Case("max_pool2x2", {"x": x}),
+        Case("conv_transpose2x2", {"x": x, "weight": (c, c_out, 2, 2), "bias": channels}),
+        Case("conv1x1", {"x": x, "weight": (2, c, 1, 1), "bias": (2,)}, {"activation": "softmax"}),
+        Case("conv3x3_relu_conv1x1", plain | bias | head, {"sigmoid": True}, backward=False),
+        Case("segmentation_sums", logits, {"entropy": True, "activation": "softmax"}),
+        Case("sigmoid_dice_loss", logits, {"smooth": 1.0}),
+    ]
+
+
+def registered(op: str) -> str:
+    """The name of the registered op that a public one calls, by which dispatch knows it."""
+    if op == "sigmoid_dice_loss":
+        return "segmentation_sums"
+    return op.removeprefix("concat_").removeprefix("double_").removesuffix("_pool")
+
+
+def make_inputs(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Random tensors, weights scaled so that their sums stay near 1; a target lies between 0 and 1."""
+    inputs = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        kind = torch.float32 if name in _FLOAT32 else dtype
+        t = random_input(shape, dtype=kind, scale=scale_of(name, shape), seed=i, device=device)
+        inputs[name] = t.sigmoid() if name == "target" else t
+    return inputs
+
+
+def scale_of(name: str, shape: tuple[int, ...]) -> float:
+    """The deviation of a random tensor of that name."""
+    return math.prod(shape[1:]) ** -0.5 if "weight" in name else 1.0
+
+
+def run_op(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
+    """Call the public op; a double convolution takes its parameters in pairs."""
+    function = getattr(ops, op)
+    if op == "double_conv3x3_bias_relu":
+        pairs = [(inputs[f"{name}1"], inputs[f"{name}2"]) for name in ("weight", "bias")]
+        return function(inputs["x"], inputs.get("up"), *pairs, **options)
+    return function(*inputs.values(), *buffers.values(), **options)
+
+
+def outputs_of(result: Any) -> tuple[Tensor, ...]:
+    """An op's outputs, of which it may have one or two."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check(case: Case, dtype: torch.dtype, device: torch.device, *, allow_tf32: bool = False) -> None:
+    """AssertionError, naming the result and its worst element, unless the case holds under the backend in force.
+
+    allow_tf32: what torch is set to.
+    """
+    inputs = make_inputs(case.shapes, dtype, device)
+    buffers = {}
+    if case.buffers is not None:
+        names = ("running_mean", "running_var")
+        buffers = {name: random_input(case.buffers, seed=i, device=device) for i, name in enumerate(names, 10)}
+        buffers["running_var"] = buffers["running_var"].abs() + 0.5
+    before = {name: t.clone() for name, t in buffers.items()}
+    wanted = [name for name in inputs if name != "target"] if case.backward else []
+    for name in wanted:
+        inputs[name].requires_grad_()
+    outputs = outputs_of(run_op(case.op, inputs, buffers, case.options))
+    cotangents = [random_cotangent(y, seed=20 + i) for i, y in enumerate(outputs)] if case.backward else []
+    actual = results_of(outputs, inputs, cotangents) | buffers
+    exact = {name: t.detach() for name, t in inputs.items()}
+    compare(actual, Call(case.op, exact, case.options, before, cotangents, **how(case.op, actual, allow_tf32)))
+
+
+def results_of(
+    outputs: tuple[Tensor, ...], inputs: Mapping[str, Tensor], cotangents: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Outputs, and where there are cotangents the gradients of the inputs that require one, by name."""
+    results = {name: y.detach() for name, y in zip(("y", "pooled"), outputs, strict=False)}
+    leaves = {name: t for name, t in inputs.items() if t.requires_grad}
+    if cotangents:
+        grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        results |= {f"grad {name}": g for name, g in zip(leaves, grads, strict=True)}
+    return results
+
+
+def how(op: str, results: Mapping[str, Tensor], allow_tf32: bool = False) -> dict[str, Any]:
+    """What a `Call` must know of the implementation that gave the results."""
+    y = results["y"]
+    return {
+        "allow_tf32": allow_tf32 and y.is_cuda,  # A CPU has no TF32.
+        "y": y if op in DECIDED_BY_Y else None,
+        "stores_steps": implementation_of(op, y.dtype, y.device).implementation == "aten",
+    }
+
+
+# Ops whose backward looks at the output that it returned; with a norm, kernels find it again, unrounded.
+DECIDED_BY_Y = ("conv3x3_bias_relu", "conv3x3_bias_relu_pool", "concat_conv3x3_bias_relu", "double_conv3x3_bias_relu")
+
+
+def compare(actual: Mapping[str, Tensor], call: Call, *, without: Sequence[str] = ()) -> None:
+    """AssertionError, naming the result, unless each one expected, but those `without`, is within its bounds."""
+    for name, result in expected(call).items():
+        if name in without:
+            continue
+        try:
+            assert_within(actual[name], result.value, result.error)
+        except AssertionError as error:
+            raise AssertionError(f"{call.op}: {name}: {error}") from error
+
+
+def implementation_of(op: str, dtype: torch.dtype, device: torch.device) -> dispatch.Choice:
+    """What runs the public op under the backend in force, and why."""
+    return dispatch.choose(registered(op), torch.empty(0, dtype=dtype, device=device))

@@ -1,0 +1,258 @@
+"""What tests/test_gpu.py checks, as functions of a device; those of CUDA alone are named with `cuda`.
+
+`python tests/gpu_bodies.py NAME` runs one in a process of its own, where it may hang, or lose its GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+import fastunet
+from fastunet import ops
+from fastunet.testing import (
+    assert_within,
+    random_cotangent,
+    random_input,
+    segmentation_sums_expected,
+    segmentation_sums_grad_expected,
+)
+
+
+def make(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Random tensors, channels_last where they have four dimensions."""
+    return [random_input(shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
+
+
+# --- the same bits each time ---
+
+
+def repeated(device: str, channels: int, side: int) -> Mapping[str, Callable[[], tuple[Tensor, ...]]]:
+    """Ops whose sums are split between programs, by name."""
+    n = 2
+    x, weight, bias, grad = make(
+        device, (n, channels, side, side), (channels, channels, 3, 3), (channels,), (n, channels, side, side)
+    )
+    gamma, beta = make(device, (channels,), (channels,), dtype=torch.float32)
+
+    def weight_grad() -> tuple[Tensor, ...]:
+        leaves = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+        return torch.autograd.grad(ops.conv3x3_bias_relu(x, *leaves), leaves, grad)
+
+    def statistics() -> tuple[Tensor, ...]:
+        running = (torch.zeros_like(gamma), torch.ones_like(gamma))
+        y = ops.conv3x3_batch_norm_relu(x, weight, gamma, beta, *running, training=True)
+        return (y, *running)
+
+    def losses() -> tuple[Tensor, ...]:
+        logits = x.clone().requires_grad_()
+        sums = ops.segmentation_sums(logits, grad.sigmoid(), activation="softmax", entropy=True)
+        return (sums.detach(), *torch.autograd.grad(sums, logits, random_cotangent(sums)))
+
+    return {
+        "forward": lambda: (ops.conv3x3_bias_relu(x, weight, bias),),
+        "weight_grad": weight_grad,
+        "statistics": statistics,
+        "losses": losses,
+    }
+
+
+def hash_of(tensors: tuple[Tensor, ...]) -> str:
+    """Of all bits."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(t.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_repeats(device: str, name: str, times: int, channels: int, side: int) -> None:
+    run = repeated(device, channels, side)[name]
+    assert len({hash_of(run()) for _ in range(times)}) == 1
+
+
+# --- the far end of tensors that 32-bit offsets do not reach ---
+
+
+def integers(device: str, shape: tuple[int, ...]) -> Tensor:
+    """bfloat16 integers from -2 to 2: sums of their products are exact in float32, in any order."""
+    format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    t = torch.empty(shape, dtype=torch.bfloat16, device=device, memory_format=format)
+    return t.random_(0, 5).sub_(2)
+
+
+def _grads_of_last(op: Callable[..., Tensor], images: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    """y of the last image, its gradient, and the parameters' gradients where no other image has one."""
+    leaves = [images.requires_grad_(), *(p.detach().requires_grad_() for p in parameters)]
+    y = op(*leaves)
+    cotangent = torch.zeros_like(y)
+    torch.manual_seed(0)
+    cotangent[-1:] = integers(str(y.device), tuple(y[-1:].shape))
+    grads = torch.autograd.grad(y, leaves, cotangent)
+    return [y[-1:].detach().clone(), grads[0][-1:].clone(), *grads[1:]]
+
+
+def _same_at_the_end(op: Callable[..., Tensor], images: Tensor, parameters: list[Tensor]) -> None:
+    alone = images[-1:].clone(memory_format=torch.channels_last)
+    for i, (a, b) in enumerate(
+        zip(_grads_of_last(op, images, parameters), _grads_of_last(op, alone, parameters), strict=True)
+    ):
+        assert torch.equal(a, b), f"result {i} of the last image is not what it is alone"
+
+
+def far_end_of_convolution(device: str, shape: tuple[int, ...]) -> None:
+    channels = shape[1]
+    torch.manual_seed(1)
+    parameters = [integers(device, s) for s in ((channels, channels, 3, 3), (channels,))]
+    _same_at_the_end(ops.conv3x3_bias_relu, integers(device, shape), parameters)
+
+
+def far_end_of_pooling(device: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    _same_at_the_end(ops.max_pool2x2, integers(device, shape), [])
+
+
+def far_end_of_norm(device: str, shape: tuple[int, ...]) -> None:
+    """By given statistics that are powers of two, so that all is exact; the gradient of gamma is not looked at."""
+    channels = shape[1]
+    torch.manual_seed(1)
+    weight = integers(device, (channels, channels, 3, 3))
+    mean, variance = torch.zeros(channels, device=device), torch.full((channels,), 4.0, device=device)
+
+    def op(x: Tensor, w: Tensor) -> Tensor:
+        return ops.conv3x3_batch_norm_relu(x, w, None, None, mean, variance, training=False, eps=0.0)
+
+    _same_at_the_end(op, integers(device, shape), [weight])
+
+
+def far_end_of_loss(device: str, shape: tuple[int, ...]) -> None:
+    logits = integers(device, shape).requires_grad_()
+    target = torch.empty_like(logits, dtype=torch.uint8, requires_grad=False).random_(0, 2)
+    sums = ops.segmentation_sums(logits, target, entropy=True)
+    cotangent = torch.randn_like(sums)
+    (grad,) = torch.autograd.grad(sums, logits, cotangent)
+    last = logits[-1:].detach(), target[-1:], None
+    options = {"softmax": False, "squared": False}
+    assert_within(sums[:, -1:], *segmentation_sums_expected(*last, entropy=True, **options))
+    assert_within(grad[-1:], *segmentation_sums_grad_expected(cotangent[:, -1:], *last, **options))
+
+
+FAR_ENDS = {
+    "convolution": far_end_of_convolution,
+    "pooling": far_end_of_pooling,
+    "norm": far_end_of_norm,
+    "loss": far_end_of_loss,
+}
+# 2^24 values an image, and one image more than 2^31 values make.
+PAST_32_BITS = (129, 64, 512, 512)
+
+
+# --- CUDA alone ---
+
+
+def cuda_graph_of_a_net() -> None:
+    torch.manual_seed(0)
+    model = fastunet.UNet(3, 2, features=(16, 32, 64)).cuda().bfloat16().eval()
+    x, other = (t.contiguous() for t in make("cuda", (2, 3, 64, 48), (2, 3, 64, 48)))
+    with torch.no_grad():
+        expected = model(other)
+        _warm_up(lambda: model(x))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x)
+        x.copy_(other)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
+def cuda_graph_of_a_step() -> None:
+    x, weight, bias, grad, other = make(
+        "cuda", (2, 32, 24, 16), (64, 32, 3, 3), (64,), (2, 64, 24, 16), (2, 32, 24, 16)
+    )
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def step() -> tuple[Tensor, ...]:
+        y = ops.conv3x3_bias_relu(*leaves)
+        return (y, *torch.autograd.grad(y, leaves, grad))
+
+    _warm_up(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+def _warm_up(run: Callable[[], object]) -> None:
+    """As torch asks before a capture: a few runs on another stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def cuda_side_stream() -> None:
+    """A launch on the default stream would overtake the wait and read zeros."""
+    x, weight = make("cuda", (2, 32, 24, 16), (64, 32, 3, 3))
+    expected = ops.conv3x3_bias_relu(x, weight)
+    late = torch.zeros_like(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(x)
+        y = ops.conv3x3_bias_relu(late, weight)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+def cuda_out_of_memory() -> None:
+    x, weight = make("cuda", (8, 64, 256, 256), (64, 64, 3, 3))
+    expected = ops.conv3x3_bias_relu(x, weight)
+    held = []
+    size = 1 << 33
+    while size >= 1 << 20:  # Until not even a megabyte is left: the result needs 64.
+        try:
+            held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    try:
+        ops.conv3x3_bias_relu(x, weight)
+    except torch.OutOfMemoryError:
+        pass
+    else:
+        raise AssertionError("there was memory for the result")
+    held.clear()
+    assert torch.equal(ops.conv3x3_bias_relu(x, weight), expected)
+
+
+CUDA_BODIES = {
+    "graph_of_a_net": cuda_graph_of_a_net,
+    "graph_of_a_step": cuda_graph_of_a_step,
+    "side_stream": cuda_side_stream,
+    "out_of_memory": cuda_out_of_memory,
+}
+
+
+def main(name: str) -> None:
+    with fastunet.backend("triton"):
+        if name in FAR_ENDS:
+            # As many values in one channel: a sum of the loss is of one image and channel.
+            n, _, h, w = PAST_32_BITS
+            FAR_ENDS[name]("cuda", (n, 1, 8 * h, 8 * w) if name == "loss" else PAST_32_BITS)
+        else:
+            CUDA_BODIES[name]()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,119 @@
+"""What only a GPU can show: graphs, streams, tensors past 32-bit offsets, memory, several devices, TF32."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_bodies
+import pytest
+import torch
+
+import fastunet
+from fastunet import checks, dispatch, ops
+from fastunet.testing import float32_precision
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(dispatch.interpreting(), reason="TRITON_INTERPRET=1 runs the kernels on the CPU"),
+]
+# Seconds for a process that starts, compiles a few kernels and runs them.
+TIMEOUT = 300
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with fastunet.backend("triton"):
+        yield
+
+
+def run_alone(name: str) -> None:
+    """One of gpu_bodies in a process of its own: a hang ends with the test, a lost GPU with the process."""
+    script = Path(__file__).with_name("gpu_bodies.py")
+    command = [sys.executable, str(script), name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", gpu_bodies.CUDA_BODIES)
+def test_alone(name: str) -> None:
+    run_alone(name)
+
+
+# Memory at the peak, in units of the images', with room for what torch itself keeps.
+MEMORY = {"convolution": 8, "pooling": 6, "norm": 9, "loss": 5}
+
+
+@pytest.mark.parametrize("name", gpu_bodies.FAR_ENDS)
+def test_past_32_bits(name: str) -> None:
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    needed = MEMORY[name] * 2 * torch.Size(gpu_bodies.PAST_32_BITS).numel()
+    if free < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, there are {free >> 30}")
+    run_alone(name)
+
+
+@pytest.mark.parametrize("name", ["forward", "weight_grad", "statistics", "losses"])
+def test_a_hundred_runs_have_one_hash(name: str) -> None:
+    gpu_bodies.check_repeats("cuda", name, times=100, channels=64, side=96)
+
+
+def test_a_device_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        x, weight = gpu_bodies.make(device, (2, 32, 24, 16), (64, 32, 3, 3))
+        leaves = [x.requires_grad_(), weight.requires_grad_()]
+        y = ops.conv3x3_bias_relu(*leaves)
+        assert torch.cuda.current_device() == 0
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    if torch.cuda.get_device_name(0) != torch.cuda.get_device_name(1):
+        pytest.skip("needs two GPUs of one kind")
+    for a, b in zip(*results, strict=True):
+        assert b.device.index == 1
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+def test_mixed_devices_raise_before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastunet.kernels import gpu
+
+    def forbidden(self: gpu.Launch, device: torch.device) -> None:
+        raise AssertionError(f"{self.kernel} was launched")
+
+    monkeypatch.setattr(gpu.Launch, "run", forbidden)
+    x, weight, bias = gpu_bodies.make("cuda", (1, 4, 8, 8), (4, 4, 3, 3), (4,))
+    with pytest.raises(checks.DeviceError, match="weight: expected device cuda:0"):
+        ops.conv3x3_bias_relu(x, weight.cpu(), bias)
+    with pytest.raises(checks.DeviceError, match="bias: expected device cuda:0"):
+        ops.conv3x3_bias_relu(x, weight, bias.cpu())
+    with pytest.raises(checks.DeviceError, match="up: expected device cpu"):
+        ops.concat_conv3x3_bias_relu(x.cpu(), x, weight.cpu())
+    with pytest.raises(checks.DeviceError, match="gamma: expected device cuda:0"):
+        ops.conv3x3_instance_norm_relu(x, weight, bias.cpu(), bias)
+    with pytest.raises(checks.DeviceError, match="target: expected device cuda:0"):
+        ops.segmentation_sums(x, x.cpu())
+
+
+@pytest.mark.parametrize("channels", [3, 16], ids=["folded", "by tap"])
+def test_tf32_exactly_where_torch_allows_it(channels: int) -> None:
+    """1 + 2^-12 needs more bits than TF32 has; float32 keeps it in every result."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs a GPU with TF32, of compute capability 8.0 or newer")
+    value = 1 + 2.0**-12
+    identity = torch.zeros(channels, channels, 3, 3, device="cuda")
+    identity[:, :, 1, 1] = torch.eye(channels, device="cuda")
+    for precision, expected in (("ieee", value), ("tf32", 1.0)):
+        x = torch.full((1, channels, 1, 1), value, device="cuda", requires_grad=True)
+        weight = identity.clone().requires_grad_()
+        with float32_precision(precision):
+            assert dispatch.tf32_allowed() == (precision == "tf32")
+            y = ops.conv3x3_bias_relu(x, weight)
+            grad_x, grad_weight = torch.autograd.grad(y, (x, weight), torch.full_like(y, value))
+        assert y.unique().tolist() == [expected]
+        assert grad_x.unique().tolist() == [expected]
+        centre = grad_weight[:, :, 1, 1].unique().tolist()
+        assert centre == [1.0 if precision == "tf32" else torch.tensor(value).square().item()]

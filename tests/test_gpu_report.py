@@ -1,0 +1,327 @@
+"""The GPU report, on a CPU: layers and their work, the timer, the parity gate, the budget, the files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fastunet.benchmarks import gpu_report, measure, parity, timing, worker
+from fastunet.benchmarks.bounds import Bounded, pool_grad
+from fastunet.benchmarks.layers import meta_unet, unet_layers
+from fastunet.benchmarks.measure import Settings, Step, all_steps
+from fastunet.benchmarks.tables import render, summarise
+
+import fastunet
+from fastunet import ops
+
+CPU = torch.device("cpu")
+TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=2)
+
+# GFLOP of one 512x512 image, as the roofline of the classic net has them; an up-convolution counts with the
+# convolution after it.
+CLASSIC = {
+    "inc.c1": 0.9,
+    "inc.c2": 19.3,
+    "down1.c1": 9.7,
+    "down1.c2": 19.3,
+    "down2.c1": 9.7,
+    "down2.c2": 19.3,
+    "down3.c1": 9.7,
+    "down3.c2": 19.3,
+    "down4.c1": 9.7,
+    "down4.c2": 19.3,
+    "outc": 0.1,
+    **{f"up{i}.{part}": gflop for i in range(1, 5) for part, gflop in (("c1", 42.9), ("c2", 19.3))},
+}
+
+
+def test_the_layers_are_the_classic_nets() -> None:
+    layers = unet_layers(meta_unet(3, 2, (64, 128, 256, 512, 1024)), 1, 512, 512)
+    work: dict[str, float] = {}
+    for layer in layers:
+        name = layer.name.replace(".up", ".c1")
+        work[name] = work.get(name, 0.0) + layer.flops / 1e9
+    assert len(layers) == 19 + 4
+    assert {name: round(gflop, 1) for name, gflop in work.items()} == CLASSIC
+    assert round(sum(work.values()), 1) == 385.4
+
+
+def test_a_layer_is_what_the_net_runs() -> None:
+    """Shapes and ops against those that a forward pass of the model, without norm, is seen to call."""
+    model = fastunet.UNet(3, 2, features=(4, 8, 16), norm=None)
+    seen = [row.input for row in fastunet.explain(model, torch.zeros(2, 3, 20, 12)).rows if "conv" in row.op]
+    layers = unet_layers(model, 2, 20, 12)
+    # The last convolution takes the head along.
+    assert [f"{list(next(iter(layer.shapes.values())))} float32" for layer in layers[:-1]] == seen
+    assert [layer.name for layer in layers if not layer.input_has_grad] == ["inc.c1"]
+    with pytest.raises(ValueError, match="upsample='transpose'"):
+        unet_layers(fastunet.UNet(1, 1, features=(4, 8), upsample="bilinear"), 1, 16, 16)
+
+
+class FakeClock:
+    """Time passes only in runs; events are noted in order."""
+
+    def __init__(self) -> None:
+        self.time, self.log = 0.0, []
+
+    def prepare(self) -> None:
+        self.log.append("prepare")
+
+    def mark(self) -> float:
+        return self.time
+
+    def wait(self) -> None:
+        self.log.append("wait")
+
+    def elapsed(self, begin: float, end: float) -> float:
+        return end - begin
+
+    def run(self, name: str, *durations: float) -> Callable[[], None]:
+        remaining = list(durations)
+
+        def work() -> None:
+            self.log.append(name)
+            self.time += remaining.pop(0) if len(remaining) > 1 else remaining[0]
+
+        return work
+
+
+def test_quantiles() -> None:
+    got = timing.Quantiles.of([float(i) for i in (10, 0, 3, 1, 2, 9, 8, 7, 6, 5, 4)])
+    assert (got.median, got.p10, got.p90, got.samples) == (5.0, 1.0, 9.0, 11)
+    assert timing.Quantiles.of([1.0, 2.0]).median == 1.5
+    with pytest.raises(ValueError, match="at least one sample"):
+        timing.Quantiles.of([])
+
+
+def test_runs_take_turns_in_both_orders_on_every_set() -> None:
+    clock = FakeClock()
+    runs = {"a": [clock.run("a0", 1.0), clock.run("a1", 3.0)], "b": [clock.run("b0", 10.0)]}
+    times = timing.interleave(runs, clock, rounds=3, warmup=1)
+    assert clock.log == [
+        *("a0", "b0", "wait"),
+        *("prepare", "a0", "prepare", "b0", "wait"),
+        *("prepare", "b0", "prepare", "a1", "wait"),
+        *("prepare", "a0", "prepare", "b0", "wait"),
+    ]
+    assert times["a"] == timing.Quantiles.of([1.0, 3.0, 1.0])
+    assert times["b"].median == 10.0
+
+
+def test_warmup_is_not_counted_and_time_ends_the_rounds() -> None:
+    clock = FakeClock()
+    runs = {"a": [clock.run("a", 100.0, 100.0, 1.0)]}
+    times = timing.interleave(runs, clock, rounds=50, warmup=2, seconds=204.5, now=lambda: clock.time)
+    assert times["a"] == timing.Quantiles(1.0, 1.0, 1.0, 5)
+    late = timing.interleave({"a": [clock.run("a", 1.0)]}, clock, rounds=9, seconds=0.0, now=lambda: clock.time)
+    assert late["a"].samples == 1
+
+
+def test_more_sets_of_inputs_for_smaller_ones() -> None:
+    small, large = torch.empty(1 << 20, dtype=torch.uint8), torch.empty(1 << 28, dtype=torch.uint8)
+    assert timing.sets_past_cache([small], CPU) == 8
+    assert timing.sets_past_cache([large], CPU) == 2
+
+
+def test_every_op_has_a_case_and_passes() -> None:
+    cases = parity.cases()
+    assert {case.op for case in cases} == set(ops.__all__)
+    for case in cases:
+        parity.check(case, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("case", parity.cases()[: len(parity.cases()) // 2], ids=lambda case: case.op)
+def test_every_result_that_is_off_is_caught(case: parity.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One element of each result in turn is off: by a hundredth of the largest, of gradients by three tenths.
+
+    A gradient's bound is wide where an activation's sign or a pool's winner is open.
+    """
+    compare, caught = parity.compare, []
+
+    def spoil_each(actual, call) -> None:
+        for name in parity.expected(call):
+            right = actual[name]
+            flat = right.flatten().clone()
+            share = 0.3 if name.startswith("grad") else 0.01
+            flat[flat.numel() // 2] += share * flat.abs().max()
+            spoilt = {**actual, name: flat.reshape(right.shape)}
+            with pytest.raises(AssertionError, match=f"{call.op}: {name}: "):
+                compare(spoilt, call)
+            caught.append(name)
+
+    monkeypatch.setattr(parity, "compare", spoil_each)
+    parity.check(case, torch.float32, CPU)
+    assert "y" in caught
+    assert any(name.startswith("grad") for name in caught) == case.backward
+
+
+def test_open_decisions_are_part_of_the_bound() -> None:
+    x = torch.tensor([[1.0, 0.95, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64).reshape(1, 1, 2, 4)
+    grad = pool_grad(torch.tensor([[[[2.0, 5.0]]]]), Bounded(x, torch.full_like(x, 0.1)))
+    assert grad.value.flatten().tolist() == [2, 0, 5, 0, 0, 0, 0, 0]
+    assert grad.error.flatten().tolist() == [2, 2, 0, 0, 0, 0, 0, 0]
+    assert not pool_grad(torch.ones(1, 1, 1, 2), Bounded.exact(torch.zeros(1, 1, 2, 4))).error.any()
+
+
+@pytest.mark.parametrize("name", ["layer inc.c2 forward", "layer up1.c1 backward", "net inference"])
+def test_what_is_wrong_has_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = next(step for step in all_steps(TINY) if f"{step.kind} {step.name} {step.variant}".strip() == name)
+    assert measure.run_step(TINY, step)["status"] == "ok"
+
+    def wrong(op):
+        def run(*args, **kwargs):
+            result = op(*args, **kwargs)
+            return tuple(1.5 * y for y in result) if isinstance(result, tuple) else 1.5 * result
+
+        return run
+
+    for op in ("conv3x3_bias_relu_pool", "concat_conv3x3_bias_relu", "conv3x3_batch_norm_relu", "conv3x3_relu_conv1x1"):
+        monkeypatch.setattr(ops, op, wrong(getattr(ops, op)))
+    row = measure.run_step(TINY, step)
+    assert row["status"] == "parity failed"
+    assert "times" not in row
+    assert row["reason"]
+
+
+class FakeWorker:
+    """Gives each step a row, after a second on the given clock."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock, self.closed, self.timeouts = clock, False, []
+
+    def run(self, step: Step, timeout: float) -> dict:
+        self.timeouts.append(timeout)
+        self.clock.time += 1
+        times = {"median_ms": 1.0, "p10_ms": 0.5, "p90_ms": 2.0, "samples": 3, "tflops": 5.0}
+        times |= {"images_per_s": 7.0, "peak_bytes": None} if step.kind == "net" else {}
+        found = {} if step.kind == "parity" else {"times": {"triton": times, "aten": times}, "speedup": 0.5}
+        return measure.describe(TINY, step) | {"status": "ok", "reason": ""} | found
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_spent_budget_still_gives_a_row_for_every_step() -> None:
+    clock, saved = FakeClock(), []
+    fake, steps = FakeWorker(clock), all_steps(TINY)
+    rows = gpu_report.measure(
+        TINY, steps, fake, gpu_report.Budget(10, lambda: clock.time), lambda rows: saved.append(len(rows))
+    )
+    assert [row["status"] for row in rows] == ["ok"] * 9 + ["skipped"] * (len(steps) - 9)
+    assert saved == [*range(1, 10), len(steps)]
+    assert fake.closed
+    assert fake.timeouts == [10, 9, 8, 7, 6, 5, 4, 3, 2]
+    assert {row["reason"] for row in rows[9:]} == {"no time left"}
+
+
+def test_tables_show_every_row_and_what_lost() -> None:
+    clock = FakeClock()
+    fake = FakeWorker(clock)
+    rows = [fake.run(step, 1.0) for step in all_steps(TINY)]
+    rows[1] |= {"status": "parity failed", "reason": "y | off"}
+    forward = [row for row in rows if row["variant"] == "forward"]
+    forward[0].pop("times"), forward[0].pop("speedup")
+    forward[0] |= {"status": "timed out", "reason": "no result after 90 s"}
+    forward[1] |= {"speedup": 2.0}
+    report = {"environment": {"device": "a GPU"}, "settings": vars(TINY), "rows": rows, "tests": {"reason": "not yet"}}
+    text = render(report)
+    for row in rows:
+        assert f"| {row['name']} |" in text
+    assert "**parity failed**: y / off" in text
+    assert "**timed out**: no result after 90 s" in text
+    assert text.count("| 0.50 |") == len(rows) - len(parity.cases()) * 3 - 2
+    assert "Not run: not yet." in text
+    summary = summarise(rows)
+    assert summary["layers_forward"]["compared"] == len(forward) - 1
+    assert summary["layers_forward"]["faster"] == 1
+    assert summary["parity"] == {"passed": len(parity.cases()) * 3 - 1, "failed": 1}
+    assert summary["inference"] == {"triton": 7.0, "aten": 7.0, "speedup": 0.5}
+
+
+def test_outcomes_of_tests_that_were_stopped() -> None:
+    output = (
+        "tests/a.py::b[1 2] PASSED [ 1%]\ntests/a.py::c FAILED [ 2%]\ntests/a.py::d SKIPPED (why) [ 3%]\ntests/a.py::e "
+    )
+    found = gpu_report.count_outcomes(output)
+    assert found == {"counts": {"passed": 1, "failed": 1, "skipped": 1}, "failed": ["tests/a.py::c"]}
+    assert gpu_report.run_tests("cpu", 100.0)["reason"] == "the device is cpu"
+    assert gpu_report.run_tests("cuda", 100.0, Path("nowhere"))["reason"] == "there is no tests folder"
+
+
+def test_a_command_that_hangs_is_ended_with_its_children() -> None:
+    code = "import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', 'while 1: pass'])"
+    begin = time.monotonic()
+    output, ended = gpu_report.run_for([sys.executable, "-c", code], 2.0)
+    assert time.monotonic() - begin < 20
+    assert output == "begun\n"
+    assert not ended
+
+
+def hang_or_die(settings: Settings, connection) -> None:
+    """Stands for worker.serve in the worker's process."""
+    step = connection.recv()
+    if step.variant == "forward":
+        raise SystemExit(3)
+    time.sleep(1000)
+
+
+def test_a_worker_that_hangs_or_dies_gives_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "serve", hang_or_die)
+    process = worker.Worker(TINY)
+    try:
+        died = process.run(Step("layer", "inc.c1", "forward"), 60)
+        assert (died["status"], died["reason"]) == ("failed", "the process ended with exit code 3")
+        hung = process.run(Step("layer", "inc.c1", "backward"), 0.1)
+        assert (hung["status"], hung["op"]) == ("timed out", "conv3x3_bias_relu")
+    finally:
+        process.close()
+
+
+def test_the_whole_report_on_a_cpu(tmp_path: Path) -> None:
+    steps = [step for step in all_steps(TINY) if step.kind != "parity" or step.variant == "float32"]
+    steps = [step for step in steps if step.kind != "parity" or int(step.name) in (0, 5)]
+    steps.append(Step("parity", "0", "float7"))
+    gpu_report.make_report(TINY, tmp_path, 3.0, steps)
+    report = json.loads((tmp_path / "gpu_report.json").read_text())
+    assert len(report["rows"]) == len(steps)
+    *rows, broken = report["rows"]
+    assert (broken["status"], broken["reason"]) == ("failed", "KeyError: 'float7'")
+    assert {row["status"] for row in rows} == {"ok"}
+    for row in rows:
+        assert "the device is cpu, not cuda" in row["why_no_triton"], "without a GPU there is nothing to compare"
+        if row["kind"] != "parity":
+            assert list(row["times"]) == ["aten"]
+            assert row["times"]["aten"]["p10_ms"] <= row["times"]["aten"]["median_ms"] <= row["times"]["aten"]["p90_ms"]
+    assert report["summary"]["parity"] == {"passed": 2, "failed": 0}
+    assert set(report["summary"]["inference"]) == {"aten", "speedup"}
+    assert {"torch", "python", "commit", "dirty"} <= set(report["environment"])
+    text = (tmp_path / "gpu_report.md").read_text()
+    assert text.count("aten alone: the device is cpu") == len(rows)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["gpu_report.json", "gpu_report.md"]
+
+
+def test_the_command_needs_neither_a_gpu_nor_the_extras_to_say_so(tmp_path: Path) -> None:
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("kornia", "monai", "safetensors", "tifffile", "PIL", "accelerate", "typer"):
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+sys.meta_path.insert(0, Block())
+from benchmarks import gpu_report
+sys.exit(gpu_report.main(sys.argv[1:]))
+"""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", code, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "torch finds no CUDA device here" in done.stderr
+    assert done.returncode == 2
+    assert not (tmp_path / "out").exists()
