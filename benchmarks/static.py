@@ -10,8 +10,8 @@ prints a row for each and ends with exit code 1 if any row breaks a rule:
 - shared memory within the target's limit
 - 16-bit and TF32 products on tensor cores: wgmma on sm_90 and tcgen05 on sm_100 where the product has the 64 rows they
   need, mma for smaller ones and on sm_80 to sm_89; float32 products not on tensor cores, where they would be rounded
-- 16-bit operands of wgmma in shared memory, both: the first may also come from registers, and does if it must be
-  transposed or rearranged on the way, which is slower
+- both 16-bit operands of wgmma in shared memory: the first may also come from registers, and does if it must be
+  rearranged on the way, which is slower; right only where the kernel computes it
 - no ptxas warning C75xx: a serialised wgmma
 - NaN kept: no plain `max.f32` anywhere, and a `max.NaN` where there is pooling
 
@@ -156,7 +156,7 @@ def _tensor_core_breaches(compiled: Compiled, job: Job, launch: gpu.Launch) -> l
     if launch.product_rows >= _WARPGROUP_ROWS and job.capability >= 90:
         wanted = "wgmma" if job.capability < 100 else "tcgen05"
     found = [] if used[wanted] else [f"no {wanted} instruction"]
-    if compiled.wgmma_from_registers and job.math in ("bf16", "fp16"):
+    if compiled.wgmma_from_registers and not launch.computes_operand and job.math in ("bf16", "fp16"):
         found.append(f"{compiled.wgmma_from_registers} wgmma with an operand from registers")
     return found
 

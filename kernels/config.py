@@ -26,9 +26,6 @@ FOLDED_BELOW = 8
 # thread's registers.
 TILE_W = 8
 
-# Rows of pixels of a tile in the descriptor form of the weight gradient.
-_DESCRIPTOR_TILE_H = 8
-
 # Left to itself, ptxas holds some kernels to 80, 128 or 168 registers, for occupancy, and spills a few values: these
 # are allowed all there are. The others do not spill, and might lose occupancy. Unmeasured.
 ALL_REGISTERS = 255
@@ -209,10 +206,9 @@ def _derived_weight_grad_config(
 ) -> WeightGradConfig:
     half = dtype.itemsize == 2
     c_in, c_out = shape.c1, shape.c_out
-    # Descriptors fill a tile past the image's edge with zeros, which beside an infinite neighbour would make NaN.
-    whole_tiles = shape.height % _DESCRIPTOR_TILE_H == 0 and shape.width % TILE_W == 0
-    if whole_tiles and fits_descriptors(dtype, target, (c_in,), (c_out,)):
-        return _descriptor_weight_grad_config(c_in, c_out, dtype, target)
+    tile = _run_of_pixels(shape.height, shape.width)
+    if tile is not None and fits_descriptors(dtype, target, (c_in,), (c_out,)):
+        return _descriptor_weight_grad_config(c_in, c_out, tile, dtype, target)
     tile_h, widest = (4, 64) if half or allow_tf32 else (2, 32)
     if c_in < FOLDED_BELOW:
         return WeightGradConfig(tile_h, TILE_W, widest, cover(9 * c_in, 32, 64), 8, 2, FOLDED, ALL_REGISTERS)
@@ -228,13 +224,26 @@ def _derived_weight_grad_config(
     return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8 if wide else 4, num_stages, POINTER, limit)
 
 
-def _descriptor_weight_grad_config(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> WeightGradConfig:
+def _run_of_pixels(height: int, width: int) -> tuple[int, int] | None:
+    """Height and width of tiles whose 64 pixels are neighbours in memory and which fill the image, None if none do.
+
+    A tile past the image's edge would be filled with zeros, which beside an infinite neighbour make NaN.
+    """
+    tile_w = 64 if width % 64 == 0 else width
+    if tile_w not in (8, 16, 32, 64) or height % (64 // tile_w):
+        return None
+    return 64 // tile_w, tile_w
+
+
+def _descriptor_weight_grad_config(
+    c_in: int, c_out: int, tile: tuple[int, int], dtype: torch.dtype, target: Target
+) -> WeightGradConfig:
     block_out = channel_block(c_out, 128)
     block_in = cover(c_in, 16, 128 if block_out == 128 else 64)
-    num_stages = stages(_DESCRIPTOR_TILE_H * TILE_W * (block_out + block_in) * dtype.itemsize, target)
+    num_stages = stages(64 * (block_out + block_in) * dtype.itemsize, target)
     warps = 8 if block_out == block_in == 128 else 4
     limit = ALL_REGISTERS if target.capability >= 100 else None
-    return WeightGradConfig(_DESCRIPTOR_TILE_H, TILE_W, block_out, block_in, warps, num_stages, DESCRIPTOR, limit)
+    return WeightGradConfig(*tile, block_out, block_in, warps, num_stages, DESCRIPTOR, limit)
 
 
 def weight_grad_programs(chosen: WeightGradConfig, c_in: int, c_out: int) -> int:
@@ -268,7 +277,9 @@ def weight_grad_configs(
 ) -> dict[tuple[WeightGradConfig, bool], ConvShape]:
     """Every config that weight_grad_config can choose, aligned or not, each with a shape that leads to it."""
     found: dict[tuple[WeightGradConfig, bool], ConvShape] = {}
-    for c_in, c_out, side in itertools.product((3, 7, 17, 33, 16, 32, 64, 128), (17, 33, 32, 64, 128), (64, 63)):
+    for c_in, c_out, side in itertools.product(
+        (3, 7, 17, 33, 16, 32, 64, 128), (17, 33, 32, 64, 128), (64, 32, 16, 8, 63)
+    ):
         shape = ConvShape(c_in, 0, c_out, side, side, aligned(c_in, c_out))
         chosen = weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
         found.setdefault((chosen, shape.aligned or chosen.form == DESCRIPTOR), shape)

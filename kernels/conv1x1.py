@@ -133,6 +133,7 @@ def _launch(
         chosen.num_stages,
         chosen.max_registers,
         product_rows=chosen.block_p,
+        computes_operand="grad_ptr" in tensors and activation is not None,
     )
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config, gpu
 from fastunet.kernels.epilogue import Epilogue, activation_code, finish_sums, store_head, store_statistics
-from fastunet.kernels.layout import weight_matrix, weight_rows
+from fastunet.kernels.layout import weight_matrix
 from fastunet.kernels.tiles import (
     activate_grad,
     pixel_offsets,
@@ -44,18 +44,15 @@ def _accumulate(
 ):
     """acc [N, P] += weights [N, K] @ the taps of x [K, P].
 
-    weight_desc reads [N, 9*C], tap by tap, of which x has the channels from `first` on. With FLIP it reads [K, 9, N],
-    and the window is turned around. (Of three dimensions in the first case, ptxas would serialise two such loops.)
+    weight_desc reads [N, 9*C], tap by tap, of which x has the channels from `first` on. With FLIP the window is turned
+    around. (Weights as boxes of three dimensions would be serialised by ptxas, or go through registers.)
     """
     tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
     for step in range(steps):
         tap = step % 9
         k0 = step // 9 * BLOCK_K
         x = _load_box(x_desc, image, h0 + tap // 3 - 1, w0 + tap % 3 - 1, k0, TILE_H, TILE_W, BLOCK_K)
-        if FLIP:
-            weight = tl.trans(tl.reshape(weight_desc.load([k0, 8 - tap, n0]), (BLOCK_K, BLOCK_N)))
-        else:
-            weight = weight_desc.load([n0, tap * C + first + k0])
+        weight = weight_desc.load([n0, (8 - tap if FLIP else tap) * C + first + k0])
         acc = tl.dot(weight, tl.trans(x), acc)
     return acc
 
@@ -112,11 +109,11 @@ def conv3x3_descriptor_kernel(
 
 @triton.jit(do_not_specialize=["H", "W", "steps"])
 def conv3x3_input_grad_descriptor_kernel(
-    grad_desc, weight_desc, x_desc, out_desc, out_up_desc, H, W, C1, C2, steps, negative_slope,
+    grad_desc, weight_desc, x_desc, out_desc, out_up_desc, H, W, C1, C2, COUT, steps, negative_slope,
     ACTIVATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """As conv3x3_input_grad_kernel. weight_desc reads [COUT, 9, C1 + C2]; columns beyond an input's are not stored."""
+    """As conv3x3_input_grad_kernel. weight_desc reads [C1 + C2, 9*COUT]; rows beyond an input's are not stored."""
     blocks1 = tl.cdiv(C1, BLOCK_N)
     blocks = blocks1 if out_up_desc is None else blocks1 + tl.cdiv(C2, BLOCK_N)
     block = tl.program_id(0) % blocks
@@ -126,7 +123,7 @@ def conv3x3_input_grad_descriptor_kernel(
     image = image.to(tl.int32)
     acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
     acc = _accumulate(
-        acc, grad_desc, weight_desc, 0, 0, steps, tl.where(is_first, 0, C1) + n0, image, h0, w0, True,
+        acc, grad_desc, weight_desc, 0, COUT, steps, tl.where(is_first, 0, C1) + n0, image, h0, w0, True,
         TILE_H, TILE_W, BLOCK_N, BLOCK_K,
     )
     if x_desc is not None:
@@ -147,14 +144,18 @@ def _sum_tiles(
     grad_desc, x_desc, first, last, tap, o0, i0, H, W, WITH_BIAS: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):
-    """Over the pixels of tiles first to last: sum of grad[p, o] * x[p moved by tap, i] [O, I], and sum of grad [O]."""
+    """Over the pixels of tiles first to last: sum of grad[p, o] * x[p moved by tap, i] [O, I], and sum of grad [O].
+
+    A tile's pixels lie one after the other in memory, and grad_desc reads them as the rows of a matrix: as a box of
+    more than one row of pixels, the first operand would go through registers.
+    """
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     totals = tl.zeros((TILE_H * TILE_W, BLOCK_OUT), tl.float32)
     tl.assume(last > first)
     for tile in range(first, last):
         image, h0, w0 = tile_origin(tile, H, W, TILE_H, TILE_W)
         image = image.to(tl.int32)
-        g = _load_box(grad_desc, image, h0, w0, o0, TILE_H, TILE_W, BLOCK_OUT)
+        g = grad_desc.load([tile * (TILE_H * TILE_W), o0])
         x = _load_box(x_desc, image, h0 + tap // 3 - 1, w0 + tap % 3 - 1, i0, TILE_H, TILE_W, BLOCK_IN)
         acc = tl.dot(tl.trans(g), x, acc)
         if WITH_BIAS:
@@ -167,7 +168,7 @@ def conv3x3_weight_grad_descriptor_kernel(
     grad_desc, x_desc, partial_ptr, tiles, tiles_per_split, H, W, C, COUT, WITH_BIAS: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):
-    """As conv3x3_weight_grad_kernel, for images of whole tiles."""
+    """As conv3x3_weight_grad_kernel, for images of whole tiles of neighbours in memory."""
     blocks_o = tl.cdiv(COUT, BLOCK_OUT)
     blocks_i = tl.cdiv(C, BLOCK_IN)
     pid = tl.program_id(0)
@@ -257,7 +258,7 @@ def input_grad_launch(
     c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
     arguments = {
         "grad_desc": _boxes(grad, tile_h, tile_w, block_k),
-        "weight_desc": TensorDescriptor.from_tensor(weight_rows(weight), [block_k, 1, block_n]),
+        "weight_desc": TensorDescriptor.from_tensor(weight_matrix(weight.transpose(0, 1)), [block_n, block_k]),
         "x_desc": _boxes(x, tile_h, tile_w, block_n),
         "out_desc": _boxes(out, tile_h, tile_w, block_n),
         "out_up_desc": _boxes(out_up, tile_h, tile_w, block_n),
@@ -265,6 +266,7 @@ def input_grad_launch(
         "W": width,
         "C1": c1,
         "C2": c2,
+        "COUT": grad.shape[1],
         "steps": config.conv_steps(chosen, grad.shape[1]),
         "negative_slope": float(negative_slope or 0),
         "ACTIVATION": activation_code(negative_slope),
@@ -280,8 +282,9 @@ def weight_grad_launch(
 ) -> gpu.Launch:
     """The launch of the partial sums from packed grad and x, with the arguments both forms share."""
     tile_h, tile_w = chosen.tile_h, chosen.tile_w
+    n, c, h, w = grad.shape
     operands = {
-        "grad_desc": _boxes(grad, tile_h, tile_w, chosen.block_out),
+        "grad_desc": TensorDescriptor(grad, [n * h * w, c], [c, 1], [tile_h * tile_w, chosen.block_out]),
         "x_desc": _boxes(x, tile_h, tile_w, chosen.block_in),
     }
     kernel = conv3x3_weight_grad_descriptor_kernel

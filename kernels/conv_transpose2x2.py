@@ -8,7 +8,6 @@ Where hardware copies whole boxes (sm_90 and above, 16 bits), the forward pass g
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config_pixels, gpu
@@ -59,8 +58,8 @@ def conv_transpose2x2_descriptor_kernel(
 ):
     """As conv_transpose2x2_kernel, the product turned around: both operands are then read from shared memory.
 
-    x_desc [N*H, W, C], weight_desc [C, 4, COUT], y_desc [N*H, 2, W, 2, COUT]; a program owns a tile of x, one sub-pixel
-    and BLOCK_N channels of y. Boxes read zeros outside, and store nothing there.
+    x_desc [N*H, W, C], weight_desc [4*COUT, C], y_desc [N*H, 2, W, 2, COUT]; a program owns a tile of x, one sub-pixel
+    and BLOCK_N channels of y. Boxes read zeros outside, and store nothing there: not the next sub-pixel's channels.
     """
     blocks_n = tl.cdiv(COUT, BLOCK_N)
     pid = tl.program_id(0)
@@ -74,8 +73,7 @@ def conv_transpose2x2_descriptor_kernel(
     tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
     for step in range(steps):
         x = tl.reshape(x_desc.load([h0, w0, step * BLOCK_K]), (TILE_H * TILE_W, BLOCK_K))
-        weight = tl.reshape(weight_desc.load([step * BLOCK_K, sub, n0]), (BLOCK_K, BLOCK_N))
-        acc = tl.dot(tl.trans(weight), tl.trans(x), acc)
+        acc = tl.dot(weight_desc.load([sub * COUT + n0, step * BLOCK_K]), tl.trans(x), acc)
     if bias_ptr is not None:
         n = n0 + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + n, mask=n < COUT, other=0.0).to(tl.float32)[:, None]
@@ -110,15 +108,11 @@ def _one_run(weight: Tensor) -> Tensor:
     return on_boundary(weight if weight.stride(2) == 2 * weight.stride(3) else weight.contiguous())
 
 
-def _weight_rows(weight: Tensor, block: list[int]) -> TensorDescriptor:
-    """weight [C, Cout, 2, 2] as [C, 4, Cout], in memory a channels_last weight; a copy where it is another."""
-    channels, channels_out = weight.shape[:2]
-    strides = (SUBPIXELS * channels_out, 1, 2 * channels_out, channels_out)
-    if weight.stride() != strides or weight.data_ptr() % 16:
-        copy = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device)
-        weight = copy.copy_(weight)
-    sizes = [channels, SUBPIXELS, channels_out]
-    return TensorDescriptor(weight, sizes, [SUBPIXELS * channels_out, channels_out, 1], block)
+def _weight_matrix(weight: Tensor) -> Tensor:
+    """A copy of weight [C, Cout, 2, 2] as [4*Cout, C], sub-pixel by sub-pixel: turned otherwise, the product's first
+    operand would go through registers.
+    """
+    return weight.permute(2, 3, 1, 0).reshape(SUBPIXELS * weight.shape[1], weight.shape[0]).contiguous()
 
 
 def _launch(
@@ -172,7 +166,7 @@ def _descriptor_launch(
     y_sizes = [rows, 2, width, 2, channels_out]
     arguments = {
         "x_desc": TensorDescriptor(x, [rows, width, channels], x_strides, [tile_h, tile_w, block_k]),
-        "weight_desc": _weight_rows(weight, [block_k, 1, block_n]),
+        "weight_desc": TensorDescriptor.from_tensor(_weight_matrix(weight), [block_n, block_k]),
         "bias_ptr": bias,
         "y_desc": TensorDescriptor(y, y_sizes, y_strides, [tile_h, 1, tile_w, 1, block_n]),
         "W": width,

@@ -67,6 +67,7 @@ class Launch:
     grid: number of programs, one-dimensional because only x may exceed 65535. arguments: by the kernel's parameter
     names, constexprs included; a None pointer is compiled away. max_registers: per thread, None leaves it to ptxas.
     product_rows: rows of its matrix products' result, which decide the tensor-core instruction; 0 where it has none.
+    computes_operand: the products' first operand is computed, and so comes from registers.
     """
 
     kernel: Any
@@ -76,6 +77,7 @@ class Launch:
     num_stages: int
     max_registers: int | None = None
     product_rows: int = 0
+    computes_operand: bool = False
 
     @property
     def options(self) -> dict[str, int | None]:

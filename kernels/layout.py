@@ -35,18 +35,6 @@ def strided_weight(weight: Tensor) -> tuple[Tensor, int, int, int]:
     return weight, stride_out, stride_in, stride_tap
 
 
-def weight_rows(weight: Tensor) -> Tensor:
-    """A weight [O, I, 3, 3] as [O, 9, I] whose rows a descriptor can read: packed input channels, 16-byte strides."""
-    o, i = weight.shape[:2]
-    tap, out = weight.stride(3), weight.stride(0)
-    readable = weight.stride(1) == 1 and weight.stride(2) == 3 * tap and (out * weight.itemsize) % 16 == 0
-    if not readable or (tap * weight.itemsize) % 16 or weight.data_ptr() % 16:
-        weight = weight.clone(memory_format=torch.channels_last)
-        # A size of 1 leaves its stride open, and a clone may keep the old one.
-        weight = weight.as_strided(weight.shape, (9 * i, 1, 3 * i, i))
-    return weight.as_strided((o, 9, i), (weight.stride(0), weight.stride(3), 1), weight.storage_offset())
-
-
 def weight_matrix(weight: Tensor) -> Tensor:
     """A weight [O, I, 3, 3] as [O, 9*I], tap by tap; copied unless it is channels_last and on a 16-byte boundary."""
     matrix = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)

@@ -180,7 +180,7 @@ BUGS = {
     "head_weight_of_the_first_class": ("epilogue", "weight_ptr + j * COUT", "weight_ptr"),
     "no_activation": ("epilogue", "return activate(acc, negative_slope, ACTIVATION)", "return acc"),
     "box_beside_the_tap": ("conv3x3_descriptor", "w0 + tap % 3 - 1, k0,", "w0 + tap % 3, k0,"),
-    "weights_of_the_mirrored_tap": ("conv3x3_descriptor", "load([n0, tap * C", "load([n0, (8 - tap) * C"),
+    "weights_of_the_mirrored_tap": ("conv3x3_descriptor", "(8 - tap if FLIP else tap)", "(tap if FLIP else 8 - tap)"),
     "up_lost": ("conv3x3_descriptor", "if up_desc is not None:", "if False:"),
     "pooled_box_misplaced": ("conv3x3_descriptor", "h0 // 2, w0 // 2, n0", "h0 // 2, w0, n0"),
     "up_reads_the_first_weights": ("conv3x3_descriptor", "weight_desc, C1, C1 + C2", "weight_desc, 0, C1 + C2"),
