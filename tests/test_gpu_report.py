@@ -57,8 +57,7 @@ def test_a_layer_is_what_the_net_runs() -> None:
     model = fastunet.UNet(3, 2, features=(4, 8, 16), norm=None)
     seen = [row.input for row in fastunet.explain(model, torch.zeros(2, 3, 20, 12)).rows if "conv" in row.op]
     layers = unet_layers(model, 2, 20, 12)
-    # The last convolution takes the head along.
-    assert [f"{list(next(iter(layer.shapes.values())))} float32" for layer in layers[:-1]] == seen
+    assert [f"{list(next(iter(layer.shapes.values())))} float32" for layer in layers] == seen
     assert [layer.name for layer in layers if not layer.input_has_grad] == ["inc.c1"]
     with pytest.raises(ValueError, match="upsample='transpose'"):
         unet_layers(fastunet.UNet(1, 1, features=(4, 8), upsample="bilinear"), 1, 16, 16)

@@ -1,4 +1,4 @@
-"""What the two norm ops share: the way through our kernels, and the activation's output found again."""
+"""What the two norm ops share: the way through our kernels, forward and back."""
 
 from __future__ import annotations
 
