@@ -146,7 +146,7 @@ def _derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, a
         block_n = 64
     wide = block_n == (128 if half else 64)
     num_stages = stages((tile_h * TILE_W + block_n) * block_k * dtype.itemsize, target)
-    limit = None if half else ALL_REGISTERS
+    limit = None if half and block_n > 32 else ALL_REGISTERS
     return ConvConfig(tile_h, TILE_W, block_n, block_k, 8 if wide else 4, num_stages, POINTER, limit)
 
 
