@@ -16,6 +16,8 @@ FLOORS = {
     "kernels": 0,
     "checks": 1,
     "files": 1,
+    "folding": 1,
+    "prepared": 1,
     "dispatch": 2,
     "ops": 2,
     "testing": 2,

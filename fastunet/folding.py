@@ -1,0 +1,71 @@
+"""Inference-time rewrites of weights: fewer ops that compute the same, to rounding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def fold_batch_norm(
+    weight: Tensor, mean: Tensor, variance: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that equals batch_norm(conv2d(x, weight), mean, variance, gamma, beta, eps).
+
+    weight [Cout, Cin, kH, kW], the rest [Cout] or None. weight * s and beta - mean * s with s = gamma / sqrt(variance +
+    eps).
+    """
+    scale = torch.rsqrt(variance + eps)
+    scale = scale if gamma is None else scale * gamma
+    shift = -mean * scale
+    return weight * scale[:, None, None, None], shift if beta is None else shift + beta
+
+
+def compose_upsampling(up_weight: Tensor, weight: Tensor) -> Tensor:
+    """The weight [Cl, Cout, 4, 4] by which conv_transpose2d(low, ., stride=2, padding=1) equals
+    conv2d(conv_transpose2d(low, up_weight, stride=2), weight, padding=1).
+
+    up_weight [Cl, Cu, 2, 2], weight [Cout, Cu, 3, 3]. Output pixel 2i + t - 1 sees low pixel i through every a and p
+    with a + 2 - p = t, the 2x2 tap a of the first and the 3x3 tap p of the second: one weight spread over the other.
+    """
+    return F.conv_transpose2d(up_weight, weight.flip(2, 3).transpose(0, 1))
+
+
+def upsampled_bias(up_bias: Tensor, weight: Tensor) -> Tensor:
+    """What the bias of an upsampling adds to the convolution after it: conv2d(u, weight, padding=1) of an image u that
+    is up_bias everywhere, but for a last row and column of zeros, such as pad it to an odd size.
+
+    up_bias [Cu], weight [Cout, Cu, 3, 3]. The result [Cout, 5, 5] stands for one of any size: its second and third row
+    and column repeat, since only the borders differ, where taps fall on zeros. Without padding the last is left out.
+    """
+    u = up_bias[None, :, None, None].expand(1, -1, 4, 4)
+    return F.conv2d(F.pad(u, [0, 1, 0, 1]), weight, padding=1)[0]
+
+
+def add_upsampled_bias_(y: Tensor, bias: Tensor) -> Tensor:
+    """Add to y [N, Cout, H, W], in place, what `upsampled_bias` gives for its size, but for bias[:, 1, 1], which all
+    inner pixels share: it belongs into the bias of the convolution.
+    """
+    delta = bias - bias[:, 1:2, 1:2]
+    rows, columns = (_borders(size) for size in y.shape[2:])
+    for to_rows, from_rows in rows:
+        for to_columns, from_columns in columns:
+            if from_rows is _INNER and from_columns is _INNER:
+                continue
+            y[:, :, to_rows, to_columns] += delta[:, from_rows, from_columns]
+    return y
+
+
+_INNER = slice(1, 2)
+
+
+def _borders(size: int) -> list[tuple[slice, slice]]:
+    """Places along a side of y, each with its place in the bias: the first; the inner ones; the last, or, of an odd
+    side, the last two.
+    """
+    after = 1 + size % 2
+    return [
+        (slice(0, 1), slice(0, 1)),
+        (slice(1, size - after), _INNER),
+        (slice(size - after, size), slice(3, 3 + after)),
+    ]
