@@ -251,7 +251,7 @@ def _conv_transpose2x2(call: Call) -> Results:
     assert x is not None
     assert weight is not None
     exact = Bounded.exact(x), Bounded.exact(weight)
-    results = {"y": call.product(lambda a, b: F.conv_transpose2d(a, b, stride=2), *exact, weight.shape[0], bias)}
+    results = {"y": _upsampled(call, x, weight, bias)}
     if call.cotangents:
         grad = Bounded.exact(call.cotangents[0])
         terms = weight[0].numel()
@@ -259,6 +259,21 @@ def _conv_transpose2x2(call: Call) -> Results:
         results["grad weight"] = call.product(_upsampling_weight_grad, grad, exact[0], x[:, 0].numel())
         results["grad bias"] = _bias_grad(call, grad)
     return results
+
+
+def _upsampled(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Bounded:
+    exact = Bounded.exact(x), Bounded.exact(weight)
+    return call.product(lambda a, b: F.conv_transpose2d(a, b, stride=2), *exact, weight.shape[0], bias)
+
+
+def _conv_transpose2x2_concat_conv3x3_relu(call: Call) -> Results:
+    """The bounds of the two steps hold for their composition too: its weights have the roundings of the steps' sums."""
+    inputs = call.inputs
+    up = _upsampled(call, inputs["low"], inputs["up_weight"], inputs.get("up_bias"))
+    sides = [size % 2 for size in inputs["skip"].shape[2:]]
+    padded = Bounded(*(F.pad(t, [0, sides[1], 0, sides[0]]) for t in (up.value, up.error)))
+    before = _convolve(call, join(Bounded.exact(inputs["skip"]), padded), inputs["weight"], inputs["bias"])
+    return {"y": _activated(call, before)}
 
 
 def _upsampling_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
@@ -371,6 +386,7 @@ _FAMILIES: dict[str, Callable[[Call], Results]] = {
     "conv_transpose2x2": _conv_transpose2x2,
     "conv1x1": _conv1x1,
     "conv3x3_relu_conv1x1": _conv3x3_relu_conv1x1,
+    "conv_transpose2x2_concat_conv3x3_relu": _conv_transpose2x2_concat_conv3x3_relu,
     "segmentation_sums": _segmentation_sums,
     "sigmoid_dice_loss": _sigmoid_dice_loss,
 }

@@ -62,6 +62,8 @@ def _cases(n: int, c: int, h: int, w: int, c_out: int) -> list[Case]:
     bias: Shapes = {"bias": channels}
     head: Shapes = {"head_weight": (2, c_out, 1, 1), "head_bias": (2,)}
     logits = {"logits": x, "target": x}
+    low: Shapes = {"low": (n, c_out, h // 2, w // 2), "up_weight": (c_out, c, 2, 2), "up_bias": (c,)}
+    steps_up: Shapes = {"skip": x, **low, "weight": (c_out, 2 * c, 3, 3)}
     batch, instance = "conv3x3_batch_norm_relu", "conv3x3_instance_norm_relu"
     return [
         Case("conv3x3_bias_relu", plain | bias),
@@ -79,6 +81,7 @@ def _cases(n: int, c: int, h: int, w: int, c_out: int) -> list[Case]:
         Case("conv_transpose2x2", {"x": x, "weight": (c, c_out, 2, 2), "bias": channels}),
         Case("conv1x1", {"x": x, "weight": (2, c, 1, 1), "bias": (2,)}, {"activation": "softmax"}),
         Case("conv3x3_relu_conv1x1", plain | bias | head, {"sigmoid": True}, backward=False),
+        Case("conv_transpose2x2_concat_conv3x3_relu", steps_up | bias, {"negative_slope": 0.1}, backward=False),
         Case("segmentation_sums", logits, {"entropy": True, "activation": "softmax"}),
         Case("sigmoid_dice_loss", logits, {"smooth": 1.0}),
     ]

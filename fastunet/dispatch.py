@@ -1,8 +1,8 @@
 """The only place that picks an implementation, with its reason.
 
-`auto` is for what has been measured faster; no Triton kernel has been measured yet, so it runs ATen (cuDNN on CUDA,
-oneDNN on the CPU) everywhere. The choice is process-wide: autograd runs CUDA backwards in threads of its own, which
-see no context variable.
+`auto` is for what has been measured faster. No Triton kernel has been measured yet, so on CUDA it runs ATen (cuDNN). On
+the CPU, inference runs oneDNN with weights prepared once, and the rest ATen. The choice is process-wide: autograd runs
+CUDA backwards in threads of its own, which see no context variable.
 """
 
 from __future__ import annotations
@@ -33,11 +33,23 @@ TRITON_OPS = (
     "max_pool2x2",
     "segmentation_sums",
 )
+# Ops that begin with 3x3 convolutions whose weights can be prepared once for inference on the CPU.
+ONEDNN_OPS = (
+    "conv3x3_batch_norm_relu",
+    "conv3x3_bias_relu",
+    "conv3x3_instance_norm_relu",
+    "conv3x3_relu_conv1x1",
+    "conv_transpose2x2_concat_conv3x3_relu",
+)
+
+# Of this build of torch, and of this processor.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+_ONEDNN_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs an op ("triton" or "aten"), and why."""
+    """What runs an op ("triton", "onednn" or "aten"), and why."""
 
     implementation: str
     reason: str
@@ -57,7 +69,8 @@ def backend(name: str) -> Iterator[None]:
     """Within the block, in every thread, run ops by `name`: "auto", "triton" or "aten".
 
     "triton" forces the kernels: an op that has one and cannot run it here raises BackendError. An op without one runs
-    on ATen under every setting; `fastunet.explain` tells. Without the block, the variable FASTUNET_BACKEND holds.
+    on ATen under every setting; `fastunet.explain` tells. "aten" is torch's own ops and nothing else. Without the
+    block, the variable FASTUNET_BACKEND holds.
     """
     global _selected
     previous, _selected = _selected, _checked(name, "backend")
@@ -72,10 +85,15 @@ def selected_backend() -> str:
     return _selected
 
 
-def choose(op: str, x: Tensor) -> Choice:
-    """Which implementation runs `op` on an activation like x (its device and dtype count, never its values)."""
+def choose(op: str, x: Tensor, *, frozen: Tensor | None = None) -> Choice:
+    """Which implementation runs `op` on an activation like x (its device, dtype and shape count, never its values).
+
+    frozen: the op's weight where it is used for inference, so that it is worth preparing once.
+    """
     if _selected == "aten":
         return Choice("aten", "backend is set to aten")
+    if _selected == "auto" and op in ONEDNN_OPS and frozen is not None and _onednn_takes(x, frozen):
+        return Choice("onednn", "inference on the CPU: weights folded and packed once")
     if op not in TRITON_OPS:
         return Choice("aten", "no Triton kernel for this op")
     obstacle = triton_obstacle(x.device, x.dtype)
@@ -97,6 +115,22 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not interpreting():
         return f"the device is {device.type}, not cuda (TRITON_INTERPRET=1 runs the kernels anywhere, slowly)"
     return None
+
+
+def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is there for an activation on the CPU in float32, or in bfloat16 with weights in float32.
+
+    Of weights in bfloat16 a folded norm would round each once more.
+    """
+    return (
+        x.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _ONEDNN_BFLOAT16))
+        and x.numel() > 0
+        and _HAS_ONEDNN
+        # A graph may be traced through here, but not through the question; its ops ask again when they run.
+        and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled())
+    )
 
 
 @cache

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import dispatch
-from fastunet.ops.registration import NAMESPACE
+from fastunet.ops.registration import NAMESPACE, choice_for
 
 # ATen ops worth a line of their own: layers that run beside our ops.
 _ATEN_LAYERS = ("convolution", "batch_norm", "max_pool2d", "upsample", "cat", "pad", "relu")
@@ -81,7 +81,7 @@ class _Recorder(TorchDispatchMode):
         op = func.name().partition("::")[2].partition(".")[0]
         ours = func.namespace == NAMESPACE
         if x is not None and (ours or any(part in op for part in _ATEN_LAYERS)):
-            choice = dispatch.choose(op, x) if ours else dispatch.Choice("aten", "not one of fastunet's ops")
+            choice = choice_for(op, x, args) if ours else dispatch.Choice("aten", "not one of fastunet's ops")
             layer = next((self.layers[id(a)] for a in args if id(a) in self.layers), "")
             described = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
             self.rows.append(Row(layer, op, described, choice.implementation, choice.reason))

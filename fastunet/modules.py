@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet import ops, reference
+from fastunet import dispatch, ops, reference
 from fastunet.reference.unet import padding_to
 
 
@@ -20,24 +20,43 @@ class DoubleConv(reference.DoubleConv):
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False, head: OutConv | None = None) -> Any:
         block: Any = self.double_conv
         conv1, norm1, act1, conv2, norm2, act2 = block
-        if head is not None:
-            if not (head.is_fusable() and _is_fusable(conv2, norm2, act2) and _is_inference(norm2)):
-                return head(self(x, up))
-            x = conv_norm_activation(conv1, norm1, act1, x, up)
-            return _conv_norm_head(conv2, norm2, act2, x, head)
-        if _both_are_plain(conv1, norm1, act1, conv2, norm2, act2):
+        if _both_are_plain(conv1, norm1, act1, conv2, norm2, act2) and not self._fuses(head):
             weights, biases = (conv1.weight, conv2.weight), (conv1.bias, conv2.bias)
-            slope = getattr(act1, "negative_slope", 0.0)
-            return ops.double_conv3x3_bias_relu(x, up, weights, biases, negative_slope=slope, pool=pool)
-        x = conv_norm_activation(conv1, norm1, act1, x, up)
-        return conv_norm_activation(conv2, norm2, act2, x, pool=pool)
+            y = ops.double_conv3x3_bias_relu(x, up, weights, biases, negative_slope=_slope(act1), pool=pool)
+            return y if head is None else head(y)
+        return self.second(conv_norm_activation(conv1, norm1, act1, x, up), pool=pool, head=head)
+
+    def second(self, x: Tensor, *, pool: bool = False, head: OutConv | None = None) -> Any:
+        """The rest of forward, from the output of the first three on."""
+        block: Any = self.double_conv
+        _, _, _, conv2, norm2, act2 = block
+        if head is not None and self._fuses(head):
+            return _conv_norm_head(conv2, norm2, act2, x, head)
+        y = conv_norm_activation(conv2, norm2, act2, x, pool=pool)
+        return y if head is None else head(y)
+
+    def _fuses(self, head: OutConv | None) -> bool:
+        """Whether one op computes the second three and the head."""
+        if head is None or not head.is_fusable():
+            return False
+        block: Any = self.double_conv
+        _, _, _, conv2, norm2, act2 = block
+        return _is_fusable(conv2, norm2, act2) and _is_inference(norm2)
+
+
+def with_pool(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, max_pool2x2(y)) of y = block(x), in one op unless a hook is to see y."""
+    if not _has_hooks(block):
+        return block(x, pool=True)
+    y = block(x)
+    return y, ops.max_pool2x2(y)
 
 
 class Down(reference.Down):
     """DoubleConv of an image that the level above has already pooled."""
 
     def forward(self, pooled: Tensor, *, pool: bool = False) -> Any:
-        return self.maxpool_conv[1](pooled, pool=pool)
+        return with_pool(self.maxpool_conv[1], pooled) if pool else self.maxpool_conv[1](pooled)
 
 
 class Up(reference.Up):
@@ -45,9 +64,36 @@ class Up(reference.Up):
 
     def forward(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
         up: Any = self.up
+        conv: Any = self.conv
+        if head is not None and _has_hooks(conv):
+            return head(self.forward(low, skip))
+        if self._composes(low, skip):
+            return conv.second(self._composed(low, skip), head=head)
         low = ops.conv_transpose2x2(low, up.weight, up.bias) if _has(up, CONV_TRANSPOSE2X2) else up(low)
         padding = padding_to(low, skip)
-        return self.conv(skip, F.pad(low, padding) if any(padding) else low, head=head)
+        return conv(skip, F.pad(low, padding) if any(padding) else low, head=head)
+
+    def _composes(self, low: Tensor, skip: Tensor) -> bool:
+        """Whether the upsampling is computed together with the convolution after it."""
+        block: Any = self.conv.double_conv
+        conv, norm, act, *_ = block
+        return (
+            _has(self.up, CONV_TRANSPOSE2X2)
+            and _is_fusable(conv, norm, act)
+            and _is_inference(norm)
+            and not _has_hooks(self.conv)
+            and all(s // 2 == n for s, n in zip(skip.shape[2:], low.shape[2:], strict=True))
+            and dispatch.choose(JOINED_UP, skip, frozen=conv.weight).implementation == "onednn"
+        )
+
+    def _composed(self, low: Tensor, skip: Tensor) -> Tensor:
+        up: Any = self.up
+        block: Any = self.conv.double_conv
+        conv, norm, act, *_ = block
+        bias, given = _bias_and_norm(conv, norm)
+        return ops.conv_transpose2x2_concat_conv3x3_relu(
+            skip, low, up.weight, up.bias, conv.weight, bias, norm=given, negative_slope=_slope(act)
+        )
 
 
 class OutConv(reference.OutConv):
@@ -73,7 +119,7 @@ def conv_norm_activation(
     if not _is_fusable(conv, norm, act):
         y = act(norm(conv(x if up is None else torch.cat([x, up], dim=1))))
         return (y, ops.max_pool2x2(y)) if pool else y
-    activation: dict[str, Any] = {"negative_slope": getattr(act, "negative_slope", 0.0)}
+    activation: dict[str, Any] = {"negative_slope": _slope(act)}
     if isinstance(norm, nn.BatchNorm2d):
         return _batch_norm(conv, norm, x, up, pool, activation)
     if isinstance(norm, nn.InstanceNorm2d):
@@ -94,17 +140,23 @@ def _is_inference(norm: Any) -> bool:
 
 
 def _conv_norm_head(conv: Any, norm: Any, act: Any, x: Tensor, head: OutConv) -> Tensor:
-    parameters = (head.conv.weight, head.conv.bias)
-    options: dict[str, Any] = {
-        "sigmoid": head.head == "sigmoid",
-        "negative_slope": getattr(act, "negative_slope", 0.0),
-    }
+    bias, given = _bias_and_norm(conv, norm)
+    options: dict[str, Any] = {"sigmoid": head.head == "sigmoid", "negative_slope": _slope(act)}
+    return ops.conv3x3_relu_conv1x1(x, conv.weight, bias, head.conv.weight, head.conv.bias, norm=given, **options)
+
+
+def _bias_and_norm(conv: Any, norm: Any) -> tuple[Any, Any]:
+    """The arguments `bias` and `norm` of the ops for inference."""
     if isinstance(norm, nn.Identity):
-        return ops.conv3x3_relu_conv1x1(x, conv.weight, conv.bias, *parameters, **options)
-    given = (norm.running_mean, norm.running_var, norm.weight, norm.eps)
-    return ops.conv3x3_relu_conv1x1(x, conv.weight, norm.bias, *parameters, norm=given, **options)
+        return conv.bias, None
+    return norm.bias, (norm.running_mean, norm.running_var, norm.weight, norm.eps)
 
 
+def _slope(act: Any) -> float:
+    return getattr(act, "negative_slope", 0.0)
+
+
+JOINED_UP = "conv_transpose2x2_concat_conv3x3_relu"
 PLAIN_TYPES = (
     *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d),
     *(nn.Identity, nn.ReLU, nn.LeakyReLU),
@@ -134,7 +186,7 @@ def _is_fusable(conv: Any, norm: Any, act: Any) -> bool:
 
 def _both_are_plain(conv1: Any, norm1: Any, act1: Any, conv2: Any, norm2: Any, act2: Any) -> bool:
     """Whether two blocks without norm follow each other with the same activation, and none sees what is between."""
-    slopes = {getattr(act, "negative_slope", 0.0) for act in (act1, act2)}
+    slopes = {_slope(act) for act in (act1, act2)}
     without_norm = isinstance(norm1, nn.Identity) and isinstance(norm2, nn.Identity)
     return without_norm and len(slopes) == 1 and _is_fusable(conv1, norm1, act1) and _is_fusable(conv2, norm2, act2)
 

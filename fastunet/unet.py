@@ -57,11 +57,11 @@ class UNet(ReferenceUNet):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
         x = x.contiguous(memory_format=torch.channels_last)
-        skip, x = self.inc(x, pool=True)
+        skip, x = modules.with_pool(self.inc, x)
         skips = [skip]
         *downs, bottom = self.downs
         for down in downs:
-            skip, x = down(x, pool=True)
+            skip, x = modules.with_pool(down, x)
             skips.append(skip)
         x = bottom(x)
         *ups, last = self.ups

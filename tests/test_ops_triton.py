@@ -83,7 +83,7 @@ def test_opcheck(pool: bool, concat: bool) -> None:
     x, up = (torch.randn(1, 2, 4, 4, device=DEVICE, requires_grad=True) for _ in range(2))
     weight = torch.randn(3, 4 if concat else 2, 3, 3, device=DEVICE, requires_grad=True)
     bias = torch.randn(3, device=DEVICE, requires_grad=True)
-    arguments = (x, up if concat else None, weight, bias, 0.0, pool, None, False)
+    arguments = (x, up if concat else None, weight, bias, 0.0, pool, None, False, False)
     torch.library.opcheck(torch.ops.fastunet.conv3x3_bias_relu.default, arguments)
 
 

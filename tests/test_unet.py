@@ -211,3 +211,20 @@ def test_compiles_in_one_graph(norm: str | None) -> None:
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).backward(cotangent)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_see_one_tensor_each() -> None:
+    model, x = fastunet.UNet(3, 2, features=(2, 4, 8)).eval(), torch.randn(1, 3, 8, 8)
+    twin = model.to_reference()
+    names = ("inc", "down1", "down1.maxpool_conv.1", "up1.conv", "up2.conv", "outc")
+    seen: list[list[torch.Tensor]] = []
+    for net in (model, twin):
+        outputs: list[torch.Tensor] = []
+        for name in names:
+            net.get_submodule(name).register_forward_hook(lambda module, args, out, to=outputs: to.append(out))
+        with torch.no_grad():
+            net(x)
+        seen.append(outputs)
+    assert len(seen[0]) == len(names)
+    for ours, plain in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, plain)

@@ -19,6 +19,7 @@ from fastunet.ops.conv3x3_instance_norm_relu import (
 )
 from fastunet.ops.conv3x3_relu_conv1x1 import conv3x3_relu_conv1x1
 from fastunet.ops.conv_transpose2x2 import conv_transpose2x2
+from fastunet.ops.conv_transpose2x2_concat_conv3x3_relu import conv_transpose2x2_concat_conv3x3_relu
 from fastunet.ops.max_pool2x2 import max_pool2x2
 from fastunet.ops.segmentation_sums import segmentation_sums
 from fastunet.ops.sigmoid_dice_loss import sigmoid_dice_loss
@@ -36,6 +37,7 @@ __all__ = [
     "conv3x3_instance_norm_relu_pool",
     "conv3x3_relu_conv1x1",
     "conv_transpose2x2",
+    "conv_transpose2x2_concat_conv3x3_relu",
     "double_conv3x3_bias_relu",
     "max_pool2x2",
     "segmentation_sums",

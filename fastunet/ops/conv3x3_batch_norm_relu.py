@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
-from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward, conv_backward_fake, conv_fake, joined
+from fastunet.ops import onednn
+from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
@@ -160,14 +161,31 @@ def _forward(
         images = (t if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw))
         y, pooled, raw = (none_like(x) if t is None else t for t in images)
         return y, pooled, raw, mean, invstd
-    raw = F.conv2d(joined(x, up), weight, padding=1).contiguous(memory_format=format)
+    frozen = _frozen(weight, training, keep)
+    if dispatch.choose(NAME, x, frozen=frozen).implementation == "onednn":
+        norm = onednn.norm_of(running_mean, running_var, gamma, eps)
+        y = onednn.conv3x3(x, up, weight, beta, norm, slope).contiguous(memory_format=format)
+        pooled = F.max_pool2d(y, 2) if pool else none_like(x)
+        return y, pooled, none_like(x), *_no_statistics(gamma, x)
+    raw = convolve(x, up, weight).contiguous(memory_format=format)
     y, mean, invstd = aten.native_batch_norm(raw, gamma, beta, running_mean, running_var, training, momentum, eps)
     y = activate_(y.contiguous(memory_format=format), slope)
     pooled = F.max_pool2d(y, 2).contiguous(memory_format=format) if pool else none_like(x)
     dtype = statistics_dtype(gamma, raw)
     if not training:
-        mean, invstd = (raw.new_empty(0, dtype=dtype) for _ in range(2))
+        mean, invstd = _no_statistics(gamma, raw)
     return y, pooled, raw if keep else none_like(x), mean.to(dtype), invstd.to(dtype)
+
+
+def _no_statistics(gamma: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Stand for mean and invstd of a batch where running ones were taken."""
+    dtype = statistics_dtype(gamma, like)
+    return like.new_empty(0, dtype=dtype), like.new_empty(0, dtype=dtype)
+
+
+def _frozen(weight: Tensor, training: bool, keep: bool) -> Tensor | None:
+    """The weight, where the op is inference."""
+    return None if training or keep else weight
 
 
 def _forward_triton(
@@ -362,6 +380,7 @@ _op = define(
     implementation=_forward,
     fake=_forward_fake,
     autograd=Conv3x3BatchNormRelu,
+    frozen=lambda *args: _frozen(args[2], args[7], args[-1]),
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? gamma, "
@@ -370,4 +389,4 @@ _backward_op = define(
     implementation=_backward,
     fake=_backward_fake,
 )
-define_autocast(_op, cast=(0, 1, 2))
+define_autocast(_op, cast=(0, 1), parameters=(2,))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
+from fastunet.ops import onednn
 from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
 from fastunet.ops.registration import (
@@ -85,9 +86,11 @@ def double_conv3x3_bias_relu(
     name = "double_conv3x3_bias_relu"
     slope = slope_of(relu, negative_slope)
     _check(name, x, up, weights[0], biases[0], False)
-    middle, _ = torch.ops.fastunet.conv3x3_bias_relu(x, up, weights[0], biases[0], slope, False, None, True)
+    middle, _ = torch.ops.fastunet.conv3x3_bias_relu(x, up, weights[0], biases[0], slope, False, None, True, False)
     _check(name, middle, None, weights[1], biases[1], pool)
-    results = torch.ops.fastunet.conv3x3_bias_relu(middle, None, weights[1], biases[1], slope, pool, slope, False)
+    results = torch.ops.fastunet.conv3x3_bias_relu(
+        middle, None, weights[1], biases[1], slope, pool, slope, False, False
+    )
     return results if pool else results[0]
 
 
@@ -103,7 +106,7 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     _check(name, x, up, weight, bias, pool)
     slope = slope_of(relu, negative_slope)
-    return torch.ops.fastunet.conv3x3_bias_relu(x, up, weight, bias, slope, pool, None, False)
+    return torch.ops.fastunet.conv3x3_bias_relu(x, up, weight, bias, slope, pool, None, False, False)
 
 
 def _check(name: str, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, pool: bool) -> None:
@@ -135,16 +138,22 @@ def _forward(
     pool: bool,
     input_slope: float | None,
     grad_is_ready: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y, pooled). The last two arguments concern the backward alone.
+    """(y, pooled). The last three arguments concern the backward alone.
 
     input_slope: x is the output of an activation of this slope, which leaves its backward to this op.
     grad_is_ready: y's gradient comes from such an op, already carried through this one's activation.
+    keep: there will be a backward.
     """
-    if dispatch.choose(NAME, x).implementation == "triton":
+    implementation = dispatch.choose(NAME, x, frozen=None if keep else weight).implementation
+    if implementation == "triton":
         y, pooled = _forward_triton(x, up, weight, bias, slope, pool)
     else:
-        y = activate_(F.conv2d(joined(x, up), weight, bias, padding=1), slope)
+        if implementation == "onednn":
+            y = onednn.conv3x3(x, up, weight, bias, None, slope)
+        else:
+            y = activate_(convolve(x, up, weight, bias), slope)
         pooled = F.max_pool2d(y, 2) if pool else None
     format = memory_format(x, up, weight)
     y = y.contiguous(memory_format=format)
@@ -159,8 +168,12 @@ def _forward_triton(
     return conv3x3(x, weight, bias, up=up, negative_slope=slope, pool=pool, allow_tf32=dispatch.tf32_allowed())
 
 
-def joined(x: Tensor, up: Tensor | None) -> Tensor:
-    return x if up is None else torch.cat([x, up], dim=1)
+def convolve(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """conv2d([x, up], weight, bias, padding=1) by ATen, in x's dtype: a compiled graph may have left the casts of
+    autocast to an implementation that does not run.
+    """
+    joined = x if up is None else torch.cat([x, up], dim=1)
+    return F.conv2d(joined, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
 
 
 def _forward_fake(
@@ -172,6 +185,7 @@ def _forward_fake(
     pool: bool,
     input_slope: float | None,
     grad_is_ready: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     return conv_fake(x, up, weight, pool)
 
@@ -314,8 +328,8 @@ def conv_backward_fake(
 class Conv3x3BiasRelu(Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        x, up, weight, _, slope, pool, input_slope, grad_is_ready = args
-        y, pooled = below_autograd(_op, *args)
+        x, up, weight, _, slope, pool, input_slope, grad_is_ready, _ = args
+        y, pooled = below_autograd(_op, *args[:-1], True)
         ctx.slope = None if grad_is_ready else slope
         ctx.save_for_backward(x, up, weight, y if pool or ctx.slope is not None else None)
         ctx.pool, ctx.input_slope = pool, input_slope
@@ -328,18 +342,19 @@ class Conv3x3BiasRelu(Function):
     def backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
         mask = list(ctx.needs_input_grad[:4])
         if grad_y is None and grad_pooled is None:
-            return (None,) * 8
+            return (None,) * 9
         *saved, y = ctx.saved_tensors
         grads = _backward_op(grad_y, grad_pooled if ctx.pool else None, *saved, y, ctx.slope, ctx.input_slope, mask)
-        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), *(None,) * 4
+        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), *(None,) * 5
 
 
 _op = define(
     f"{NAME}(Tensor x, Tensor? up, Tensor weight, Tensor? bias, float? slope, bool pool, float? input_slope, "
-    "bool grad_is_ready) -> (Tensor, Tensor)",
+    "bool grad_is_ready, bool keep) -> (Tensor, Tensor)",
     implementation=_forward,
     fake=_forward_fake,
     autograd=Conv3x3BiasRelu,
+    frozen=lambda *args: None if args[-1] else args[2],
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? y, "
@@ -347,4 +362,4 @@ _backward_op = define(
     implementation=_backward,
     fake=_backward_fake,
 )
-define_autocast(_op, cast=(0, 1, 2, 3))
+define_autocast(_op, cast=(0, 1), parameters=(2, 3))

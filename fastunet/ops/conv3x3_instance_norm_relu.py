@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastunet import checks
+from fastunet import checks, dispatch
+from fastunet.ops import onednn
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm, check_pair, norm_grads_fake, statistics_dtype
-from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward, conv_backward_fake, conv_fake, joined
+from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
@@ -121,7 +122,11 @@ def _forward(
         images = (t if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw if keep else None))
         y, pooled, raw = (none_like(x) if t is None else t for t in images)
         return y, pooled, raw, mean, invstd
-    raw = F.conv2d(joined(x, up), weight, padding=1).contiguous(memory_format=format)
+    if dispatch.choose(NAME, x, frozen=None if keep else weight).implementation == "onednn":
+        raw = onednn.conv3x3(x, up, weight, None, None, None)
+    else:
+        raw = convolve(x, up, weight)
+    raw = raw.contiguous(memory_format=format)
     n, channels, h, w = raw.shape
     # A group norm whose groups are single channels; unlike torch's instance norm it leaves channels_last as it is.
     y, mean, invstd = aten.native_group_norm(_in_dtype_of(raw, gamma), gamma, beta, n, channels, h * w, channels, eps)
@@ -259,6 +264,7 @@ _op = define(
     implementation=_forward,
     fake=_forward_fake,
     autograd=Conv3x3InstanceNormRelu,
+    frozen=lambda *args: None if args[-1] else args[2],
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? gamma, "
@@ -267,4 +273,4 @@ _backward_op = define(
     implementation=_backward,
     fake=_backward_fake,
 )
-define_autocast(_op, cast=(0, 1, 2))
+define_autocast(_op, cast=(0, 1), parameters=(2,))

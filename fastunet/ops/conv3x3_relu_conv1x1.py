@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet import checks, dispatch
+from fastunet.ops import onednn
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm
-from fastunet.ops.conv3x3_bias_relu import check_inputs
+from fastunet.ops.conv3x3_bias_relu import check_inputs, convolve
 from fastunet.ops.epilogue import activate_, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
 
@@ -62,12 +63,18 @@ def _forward(
 ) -> Tensor:
     format = memory_format(x, weight)
     given = (x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
-    if dispatch.choose(NAME, x).implementation == "triton":
+    implementation = dispatch.choose(NAME, x, frozen=weight).implementation
+    if implementation == "triton":
         return _forward_triton(*given).contiguous(memory_format=format)
-    y = F.conv2d(x, weight, None if mean is not None or bias is None else bias.to(x.dtype), padding=1)
-    if mean is not None:
-        y = aten.native_batch_norm(y, gamma, bias, mean, variance, False, 0.0, eps)[0]
-    z = F.conv2d(activate_(y, slope), head_weight, head_bias)
+    if implementation == "onednn":
+        norm = onednn.norm_of(mean, variance, gamma, eps)
+        y = onednn.conv3x3(x, None, weight, bias, norm, slope)
+    else:
+        y = convolve(x, None, weight, bias if mean is None else None)
+        if mean is not None:
+            y = aten.native_batch_norm(y, gamma, bias, mean, variance, False, 0.0, eps)[0]
+        y = activate_(y, slope)
+    z = F.conv2d(y, head_weight, head_bias)
     return (z.sigmoid_() if sigmoid else z).contiguous(memory_format=format)
 
 
@@ -119,5 +126,6 @@ _op = define(
     "float? slope, Tensor head_weight, Tensor? head_bias, bool sigmoid) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
+    frozen=lambda *args: args[1],
 )
-define_autocast(_op, cast=(0, 1, 8, 9))
+define_autocast(_op, cast=(0, 8, 9), parameters=(1,))

@@ -9,25 +9,36 @@ again: left to itself it would silently give a zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fastunet import dispatch
+
 NAMESPACE = "fastunet"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+# By op, what finds the weight among its arguments that may be prepared once: none where a gradient is asked for.
+_FROZEN: dict[str, Callable[..., Tensor | None]] = {}
 
 
 def define(
-    schema: str, *, implementation: Callable, fake: Callable, autograd: type[Function] | None = None
+    schema: str,
+    *,
+    implementation: Callable,
+    fake: Callable,
+    autograd: type[Function] | None = None,
+    frozen: Callable[..., Tensor | None] | None = None,
 ) -> Callable:
     """Register an op from its schema and return it. Without `autograd` it is a backward op: a second derivative
-    raises.
+    raises. `frozen(*args)` gives the weight that `dispatch.choose` is told of.
     """
     name = schema.partition("(")[0]
+    if frozen is not None:
+        _FROZEN[name] = frozen
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
@@ -36,11 +47,19 @@ def define(
 
     def kernel(*args: Any) -> Any:
         # A Function below means that a gradient will be asked for: only then is anything kept for it.
-        recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        return function.apply(*args) if recorded else below_autograd(op, *args)
+        return function.apply(*args) if _is_recorded(args) else below_autograd(op, *args)
 
     _LIBRARY.impl(name, kernel, "Autograd")
     return op
+
+
+def _is_recorded(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def choice_for(name: str, x: Tensor, args: Sequence[Any]) -> dispatch.Choice:
+    """What `dispatch` chooses for an op with these arguments, x among them its activation."""
+    return dispatch.choose(name, x, frozen=_FROZEN[name](*args) if name in _FROZEN else None)
 
 
 def below_autograd(op: Callable, *args: Any) -> Any:
@@ -49,12 +68,16 @@ def below_autograd(op: Callable, *args: Any) -> Any:
         return op(*args)
 
 
-def define_autocast(op: Any, *, cast: tuple[int, ...], rule: Callable | None = None) -> None:
+def define_autocast(
+    op: Any, *, cast: tuple[int, ...], parameters: tuple[int, ...] = (), rule: Callable | None = None
+) -> None:
     """At the Autocast keys, run op with the tensor arguments at the positions `cast` in the autocast dtype.
 
+    `parameters` are cast as well, except where the op prepares them once: a cast one is another tensor at every call.
     `rule(*args)`, if given, is called first and answers for the op where it returns something else than None.
     As torch's own rules, float64 and integer tensors are left as they are.
     """
+    name = op.name().partition("::")[2].partition(".")[0]
     for device, key in _AUTOCAST_KEYS.items():
 
         def kernel(*args: Any, device: str = device, key: str = key) -> Any:
@@ -62,10 +85,14 @@ def define_autocast(op: Any, *, cast: tuple[int, ...], rule: Callable | None = N
             if answer is not None:
                 return answer
             dtype = torch.get_autocast_dtype(device)
+            values = [_cast(a, dtype) if i in cast else a for i, a in enumerate(args)]
+            is_prepared = not _is_recorded(args) and choice_for(name, values[0], args).implementation == "onednn"
+            if not is_prepared:
+                values = [_cast(a, dtype) if i in parameters else a for i, a in enumerate(values)]
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return op(*(_cast(a, dtype) if i in cast else a for i, a in enumerate(args)))
+                return op(*values)
 
-        _LIBRARY.impl(op.name().partition("::")[2].partition(".")[0], kernel, key)
+        _LIBRARY.impl(name, kernel, key)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -1,0 +1,109 @@
+"""conv_transpose2x2_concat_conv3x3_relu: a U-Net's step up, from the level below to its first convolution, for
+inference.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastunet import checks, dispatch
+from fastunet.ops import onednn
+from fastunet.ops.conv3x3_batch_norm_relu import check_norm
+from fastunet.ops.epilogue import slope_of
+from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
+
+NAME = "conv_transpose2x2_concat_conv3x3_relu"
+
+
+def conv_transpose2x2_concat_conv3x3_relu(
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, Tensor, Tensor | None, float] | None = None,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """relu(conv2d(cat([skip, up]), weight, bias, padding=1)) of up = conv_transpose2d(low, up_weight, up_bias,
+    stride=2), padded with zeros below and right where skip is one larger.
+
+    skip [N, C1, H, W], low [N, Cl, H // 2, W // 2], up_weight [Cl, C2, 2, 2], up_bias [C2] or None, weight [Cout, C1 +
+    C2, 3, 3], bias [Cout] or None; norm as in conv3x3_relu_conv1x1. The result is [N, Cout, H, W]. On the CPU up is
+    never computed: the two weights compose to one of 4x4 (exactly, but for rounding). For inference: the result has no
+    gradient, and asking for one raises.
+    """
+    mean, variance, gamma, eps = norm if norm is not None else (None, None, None, 0.0)
+    checks.check_activation(NAME, skip=skip, low=low)
+    checks.check_shape(NAME, "low", low, (skip.shape[0], low.shape[1], skip.shape[2] // 2, skip.shape[3] // 2))
+    up_channels = checks.check_convolution(NAME, up_weight, low.shape[1], 2, transposed=True)
+    checks.check_shape(NAME, "up_bias", up_bias, (up_channels,))
+    checks.check_convolution(NAME, weight, skip.shape[1] + up_channels, 3)
+    checks.check_together(NAME, skip, low=low, up_weight=up_weight, up_bias=up_bias, weight=weight)
+    check_norm(NAME, skip, weight, bias=bias, running_mean=mean, running_var=variance, gamma=gamma)
+    slope = slope_of(relu, negative_slope)
+    return torch.ops.fastunet.conv_transpose2x2_concat_conv3x3_relu(
+        skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope
+    )
+
+
+def _forward(
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    eps: float,
+    slope: float | None,
+) -> Tensor:
+    format = memory_format(skip, low, weight)
+    if dispatch.choose(NAME, skip, frozen=weight).implementation == "onednn":
+        norm = onednn.norm_of(mean, variance, gamma, eps)
+        y = onednn.conv_transpose2x2_concat_conv3x3(skip, low, up_weight, up_bias, weight, bias, norm, slope)
+        return y.contiguous(memory_format=format)
+    parameters = (t if t is None else t.to(skip.dtype) for t in (up_weight, up_bias, weight))
+    up_weight, up_bias, weight = parameters  # type: ignore[assignment]
+    up = torch.ops.fastunet.conv_transpose2x2(low, up_weight, up_bias)
+    up = F.pad(up, [0, skip.shape[3] - up.shape[3], 0, skip.shape[2] - up.shape[2]])
+    if mean is None:
+        bias = None if bias is None else bias.to(skip.dtype)
+        y, _ = torch.ops.fastunet.conv3x3_bias_relu(skip, up, weight, bias, slope, False, None, False, False)
+    else:
+        given = (gamma, bias, mean, variance, False, 0.0, eps, slope, False, False)
+        y, *_ = torch.ops.fastunet.conv3x3_batch_norm_relu(skip, up, weight, *given)
+    return y.contiguous(memory_format=format)
+
+
+def _forward_fake(
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    eps: float,
+    slope: float | None,
+) -> Tensor:
+    n, _, h, w = skip.shape
+    return empty_in(memory_format(skip, low, weight), skip, n, weight.shape[0], h, w)
+
+
+_op = define(
+    f"{NAME}(Tensor skip, Tensor low, Tensor up_weight, Tensor? up_bias, Tensor weight, Tensor? bias, Tensor? mean, "
+    "Tensor? variance, Tensor? gamma, float eps, float? slope) -> Tensor",
+    implementation=_forward,
+    fake=_forward_fake,
+    frozen=lambda *args: args[4],
+)
+define_autocast(_op, cast=(0, 1), parameters=(2, 3, 4))

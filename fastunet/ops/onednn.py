@@ -1,0 +1,126 @@
+"""Convolutions of inference on the CPU: oneDNN with weights that are folded and packed once.
+
+oneDNN works on weights in blocks. torch's own convolutions bring them into that order at every call; these keep them.
+A second input is added to the sum of the first instead of being joined to it. The activation is a pass of its own, over
+values still in the cache: oneDNN's ReLU turns NaN into 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastunet import folding
+from fastunet.ops.epilogue import activate_
+from fastunet.prepared import prepared
+
+# Stride, padding and output padding are the arguments that differ; dilation and groups are 1.
+_ONE = [1, 1]
+
+
+class Norm(NamedTuple):
+    """A batch norm by given statistics, [Cout] each; its beta is the convolution's bias."""
+
+    mean: Tensor
+    variance: Tensor
+    gamma: Tensor | None
+    eps: float
+
+
+def norm_of(mean: Tensor | None, variance: Tensor | None, gamma: Tensor | None, eps: float) -> Norm | None:
+    """The norm of an op's optional arguments."""
+    return None if mean is None or variance is None else Norm(mean, variance, gamma, eps)
+
+
+def conv3x3(
+    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, norm: Norm | None, slope: float | None
+) -> Tensor:
+    """activation(norm(conv2d([x, up], weight, padding=1)) + bias) in x's dtype; the arguments as the ops have them."""
+
+    def make() -> tuple[Tensor | None, Tensor, Tensor | None]:
+        folded, shift = _folded(weight, bias, norm)
+        packed = None if up is None else _pack(folded[:, x.shape[1] :], up)
+        return packed, _pack(folded[:, : x.shape[1]], x), _as(shift, x)
+
+    kind = ("conv3x3", x.dtype, x.shape[1], None if norm is None else norm.eps)
+    of_up, of_x, shift = prepared(kind, _sources(weight, bias, norm), make)
+    y = _convolve(x, of_x, shift)
+    if up is not None and of_up is not None:
+        y = _convolve_add_(y, up, of_up)
+    return activate_(y, slope)
+
+
+def conv_transpose2x2_concat_conv3x3(
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None,
+    slope: float | None,
+) -> Tensor:
+    """conv3x3(skip, up, ...) of up = conv_transpose2d(low, up_weight, up_bias, stride=2), padded with zeros below and
+    right to skip's size, which is never computed: the two weights are composed.
+    """
+    split = skip.shape[1]
+
+    def make() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        folded, shift = _folded(weight, bias, norm)
+        of_up = folded[:, split:]
+        border = None
+        if up_bias is not None:
+            border = folding.upsampled_bias(up_bias.detach().float(), of_up)
+            inner = border[:, 1, 1]
+            shift = inner if shift is None else shift + inner
+        composed = _pack_transpose(folding.compose_upsampling(up_weight.detach().float(), of_up), low)
+        return composed, _pack(folded[:, :split], skip), _as(shift, skip), _as(border, skip)
+
+    kind = ("conv_transpose2x2_concat_conv3x3", skip.dtype, None if norm is None else norm.eps)
+    sources = [*_sources(weight, bias, norm), up_weight, up_bias]
+    composed, of_skip, shift, border = prepared(kind, sources, make)
+    odd = [size % 2 for size in skip.shape[2:]]
+    y = torch.ops.mkldnn._convolution_transpose_pointwise(
+        low, composed, shift, _ONE, odd, [2, 2], _ONE, 1, "none", [], ""
+    )
+    if border is not None:
+        y = folding.add_upsampled_bias_(y, border)
+    return activate_(_convolve_add_(y, skip, of_skip), slope)
+
+
+def _sources(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> list[Tensor | None]:
+    return [weight, bias, *(norm[:3] if norm is not None else ())]
+
+
+def _folded(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution with its norm, in float32."""
+    weight, shift = weight.detach().float(), None if bias is None else bias.detach().float()
+    if norm is None:
+        return weight.clone(), shift  # Packing asks for memory to write to, which `prepared` would take for a write.
+    gamma = None if norm.gamma is None else norm.gamma.detach().float()
+    return folding.fold_batch_norm(weight, norm.mean.float(), norm.variance.float(), gamma, shift, norm.eps)
+
+
+def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if t is None else t.to(x.dtype)
+
+
+def _pack(weight: Tensor, x: Tensor) -> Tensor:
+    weight = weight.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, _ONE, _ONE, _ONE, 1, list(x.shape))
+
+
+def _pack_transpose(weight: Tensor, low: Tensor) -> Tensor:
+    reorder = torch.ops.mkldnn._reorder_convolution_transpose_weight
+    return reorder(weight.to(low.dtype), _ONE, [0, 0], [2, 2], _ONE, 1, list(low.shape))
+
+
+def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, _ONE, _ONE, _ONE, 1, "none", [], "")
+
+
+def _convolve_add_(y: Tensor, x: Tensor, packed: Tensor) -> Tensor:
+    """y += conv2d(x, weight, padding=1)."""
+    return torch.ops.mkldnn._convolution_pointwise_(y, x, packed, None, _ONE, _ONE, _ONE, 1, "add", 1.0, None, [], "")

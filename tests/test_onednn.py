@@ -1,0 +1,295 @@
+"""Inference on the CPU through oneDNN with prepared weights: values, NaN, changed weights, and where it stays out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastunet
+from benchmarks import parity
+from benchmarks.expected import Call
+from fastunet import dispatch, ops
+from fastunet.ops import onednn
+from fastunet.testing import random_input
+
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"),
+    pytest.mark.skipif(dispatch.selected_backend() != "auto", reason="FASTUNET_BACKEND is not auto"),
+]
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
+)
+JOINED_UP = "conv_transpose2x2_concat_conv3x3_relu"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the functions of `onednn` in the order they run."""
+    names: list[str] = []
+
+    def recorded(name: str) -> None:
+        original = getattr(onednn, name)
+
+        def run(*args: object) -> Tensor:
+            names.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(onednn, name, run)
+
+    for name in ("conv3x3", "conv_transpose2x2_concat_conv3x3"):
+        recorded(name)
+    return names
+
+
+def inference_cases() -> list[parity.Case]:
+    return [
+        case
+        for case in parity.cases()
+        if parity.registered(case.op) in dispatch.ONEDNN_OPS and not case.options.get("training")
+    ]
+
+
+@pytest.mark.parametrize("case", inference_cases(), ids=str)
+def test_within_bounds_of_float64(case: parity.Case, calls: list[str]) -> None:
+    inputs = parity.make_inputs(case.shapes, torch.float32, torch.device("cpu"))
+    buffers = {}
+    if case.buffers is not None:
+        buffers = {"running_mean": random_input(case.buffers), "running_var": random_input(case.buffers).abs() + 0.5}
+    with torch.no_grad():
+        outputs = parity.outputs_of(parity.run_op(case.op, inputs, buffers, case.options))
+    assert calls
+    call = Call(case.op, inputs, case.options, buffers, [], y=outputs[0] if case.op in parity.DECIDED_BY_Y else None)
+    parity.compare(parity.results_of(outputs, {}, []), call)
+
+
+@pytest.mark.parametrize("case", inference_cases(), ids=str)
+def test_memory_format_is_that_of_the_inputs(case: parity.Case) -> None:
+    for format in (torch.contiguous_format, torch.channels_last):
+        inputs = parity.make_inputs(case.shapes, torch.float32, torch.device("cpu"))
+        inputs = {k: t.contiguous(memory_format=format) if t.dim() == 4 else t for k, t in inputs.items()}
+        buffers = {} if case.buffers is None else {"mean": torch.zeros(case.buffers), "var": torch.ones(case.buffers)}
+        with torch.no_grad():
+            outputs = parity.outputs_of(parity.run_op(case.op, inputs, buffers, case.options))
+        assert all(y.is_contiguous(memory_format=format) for y in outputs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_torchs(value: float) -> None:
+    x, weight, bias = random_input((1, 8, 6, 7)), random_input((8, 8, 3, 3)), random_input((8,))
+    x[0, 3, 2, 2] = value
+    with torch.no_grad():
+        actual = ops.conv3x3_bias_relu(x, weight, bias)
+    expected = F.relu(F.conv2d(x, weight, bias, padding=1))
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.isinf(), expected.isinf())
+    assert not expected.isfinite().all()
+
+
+def unet(**options: object) -> fastunet.UNet:
+    torch.manual_seed(0)
+    model = fastunet.UNet(3, 2, features=(8, 16, 32), **options).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.weight)
+    return model
+
+
+def distance(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 30), (31, 41), (8, 9)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": None, "activation": "leaky_relu"},
+        {"norm": "instance"},
+        {"upsample": "bilinear"},
+        {"head": "sigmoid"},
+        {"head": "softmax", "norm": None},
+    ],
+    ids=str,
+)
+def test_net_is_as_near_to_float64_as_on_aten(size: tuple[int, int], options: dict, calls: list[str]) -> None:
+    model = unet(**options)
+    x = random_input((2, 3, *size))
+    with torch.no_grad():
+        exact = model.to_reference().double()(x.double())
+        with fastunet.backend("aten"):
+            plain = distance(model(x), exact)
+        assert distance(model(x), exact) <= 2 * plain
+        composed = calls.count("conv_transpose2x2_concat_conv3x3")
+    composes = options.get("upsample") != "bilinear" and options.get("norm") != "instance"
+    assert composed == (2 if composes else 0)
+    assert len(calls) == 10
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("norm", ["batch", "instance", None])
+def test_net_under_autocast(norm: str | None, calls: list[str]) -> None:
+    model, x = unet(norm=norm), random_input((2, 3, 33, 32))
+    twin = model.to_reference()
+    with torch.no_grad():
+        exact = copy.deepcopy(twin).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, ours = twin(x), model(x)
+    assert ours.dtype == torch.bfloat16
+    assert distance(ours, exact) <= 2 * distance(plain, exact)
+    assert len(calls) == 10
+
+
+def test_every_change_of_the_model_is_seen() -> None:
+    model, x = unet(), random_input((1, 3, 16, 16))
+
+    def check() -> None:
+        with torch.no_grad():
+            actual = model(x)
+            with fastunet.backend("aten"):
+                expected = model(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: model.up1.up.weight.data.mul_(-1),
+        lambda: model.up1.up.bias.data.add_(1),
+        lambda: model.inc.double_conv[1].running_mean.add_(1),
+        lambda: model.up2.conv.double_conv[0].weight.data.neg_(),
+        lambda: model.load_state_dict({k: v * 0.9 for k, v in model.state_dict().items()}),
+        lambda: model.train()(x).square().mean().backward(),
+        lambda: torch.optim.SGD(model.eval().parameters(), lr=0.1).step(),
+        lambda: setattr(model.down1.maxpool_conv[1].double_conv[1], "eps", 0.1),
+    ]
+    for change in changes:
+        change()
+        model.eval()
+        check()
+
+
+def test_one_weight_after_two_norms() -> None:
+    x, weight, ones = random_input((1, 4, 6, 6)), random_input((4, 4, 3, 3)), torch.ones(4)
+    with torch.no_grad():
+        for mean in (torch.zeros(4), torch.full((4,), 2.0), torch.zeros(4)):
+            arguments = (weight, ones, ones, mean, ones)
+            actual = ops.conv3x3_batch_norm_relu(x, *arguments, training=False)
+            expected = F.relu(F.conv2d(x, weight, padding=1) - mean[:, None, None] + 1)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_image_sizes_share_what_is_packed() -> None:
+    model = unet()
+    with torch.no_grad():
+        for size in ((16, 16), (48, 31), (16, 16), (64, 64), (9, 50)):
+            x = random_input((1, 3, *size))
+            exact = model.to_reference().double()(x.double())
+            assert distance(model(x), exact) < 1e-5
+
+
+def test_where_it_stays_out(calls: list[str]) -> None:
+    model, x = unet(), random_input((1, 3, 16, 16))
+    model(x)  # A gradient may be asked for.
+    model.train()
+    with torch.no_grad():
+        model(x)
+        model.eval()
+        with fastunet.backend("aten"):
+            model(x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            model(x)
+        copy.deepcopy(model).double()(x.double())
+        copy.deepcopy(model).bfloat16()(x.bfloat16())
+        assert ops.conv3x3_bias_relu(x[:0], model.inc.double_conv[0].weight).shape == (0, 8, 16, 16)
+        assert calls == []
+        model(x)
+    assert len(calls) == 10
+
+
+def test_a_hook_sees_the_layer_it_is_on(calls: list[str]) -> None:
+    model, x, seen = unet(), random_input((1, 3, 16, 16)), []
+    with torch.no_grad():
+        expected = model(x)
+        for module in (model.up1.up, model.up2.conv):
+            module.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+        calls.clear()
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert seen == [(1, 16, 8, 8), (1, 8, 16, 16)]  # The second is the features, not the logits.
+    assert "conv_transpose2x2_concat_conv3x3" not in calls
+
+
+def test_explain_tells() -> None:
+    rows = fastunet.explain(unet(), torch.zeros(1, 3, 16, 16)).rows
+    assert {row.implementation for row in rows} == {"onednn"}
+    assert [row.op for row in rows].count(JOINED_UP) == 2
+    assert {row.implementation for row in fastunet.explain(unet().train(), torch.zeros(1, 3, 16, 16)).rows} == {"aten"}
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_in_one_graph(autocast: bool) -> None:
+    model, x = unet(), random_input((1, 3, 17, 16))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model(x)
+        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
+        model.inc.double_conv[0].weight.data.mul_(2)
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+        with fastunet.backend("aten"):  # What was traced for the one runs on the other.
+            torch.testing.assert_close(compiled(x), model(x), rtol=0.1, atol=0.05)
+
+
+# --- the op that joins the upsampling and the convolution ---
+
+
+def step_up(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor, float]]:
+    """skip, low, up_weight, up_bias, weight, bias; norm."""
+    shapes = ((2, 3, 7, 6), (2, 5, 3, 3), (5, 4, 2, 2), (4,), (6, 7, 3, 3), (6,))
+    given = [random_input(shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    norm = (random_input((6,), dtype=dtype), random_input((6,), dtype=dtype).abs() + 0.5, given[-1] + 1, 1e-3)
+    return given, norm
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("with_biases", [False, True])
+def test_step_up_is_its_layers(with_norm: bool, with_biases: bool) -> None:
+    given, norm = step_up(torch.float64)
+    skip, low, up_weight, up_bias, weight, bias = given
+    if not with_biases:
+        up_bias = bias = None
+    options = {"negative_slope": 0.1, "norm": norm if with_norm else None}
+    actual = getattr(ops, JOINED_UP)(skip, low, up_weight, up_bias, weight, bias, **options)
+    up = F.pad(F.conv_transpose2d(low, up_weight, up_bias, stride=2), [0, 0, 0, 1])
+    y = F.conv2d(torch.cat([skip, up], 1), weight, None if with_norm else bias, padding=1)
+    if with_norm:
+        mean, variance, gamma, eps = norm
+        y = F.batch_norm(y, mean, variance, gamma, bias, False, 0.0, eps)
+    torch.testing.assert_close(actual, F.leaky_relu(y, 0.1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_of_the_step_up(requires_grad: bool) -> None:
+    given, (mean, variance, gamma, eps) = step_up()
+    given[4].requires_grad_(requires_grad)
+    op = getattr(torch.ops.fastunet, JOINED_UP).default
+    # Asking it for a gradient raises, which is no mistake of its registration.
+    without = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*given, mean, variance, gamma, eps, 0.0)
+    torch.library.opcheck(op, arguments, test_utils=without if requires_grad else "ALL")
+
+
+def test_step_up_errors() -> None:
+    (skip, low, *parameters), _ = step_up()
+    with pytest.raises(fastunet.checks.ShapeError, match="low: expected shape"):
+        getattr(ops, JOINED_UP)(skip, low[..., :2], *parameters)
+    with pytest.raises(fastunet.checks.DtypeError, match="low"):
+        getattr(ops, JOINED_UP)(skip, low.double(), *parameters)
+    parameters[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        getattr(ops, JOINED_UP)(skip, low, *parameters).sum().backward()
