@@ -31,7 +31,7 @@ import torch
 from fastunet.files import write_json, written_whole
 
 from .environment import ROOT, environment
-from .measure import Row, Settings, Step, all_steps, describe
+from .steps import Row, Settings, Step, all_steps, describe
 from .tables import Report, render, summarise
 from .worker import Worker
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .measure import DIRECTIONS, Row
+from .steps import DIRECTIONS, Row
 
 Report = dict[str, Any]
 

@@ -14,7 +14,7 @@ import torch
 from fastunet.benchmarks import gpu_report, measure, parity, timing, worker
 from fastunet.benchmarks.bounds import Bounded, pool_grad
 from fastunet.benchmarks.layers import meta_unet, unet_layers
-from fastunet.benchmarks.measure import Settings, Step, all_steps
+from fastunet.benchmarks.steps import Settings, Step, all_steps, describe
 from fastunet.benchmarks.tables import render, summarise
 
 import fastunet
@@ -200,7 +200,7 @@ class FakeWorker:
         times = {"median_ms": 1.0, "p10_ms": 0.5, "p90_ms": 2.0, "samples": 3, "tflops": 5.0}
         times |= {"images_per_s": 7.0, "peak_bytes": None} if step.kind == "net" else {}
         found = {} if step.kind == "parity" else {"times": {"triton": times, "aten": times}, "speedup": 0.5}
-        return measure.describe(TINY, step) | {"status": "ok", "reason": ""} | found
+        return describe(TINY, step) | {"status": "ok", "reason": ""} | found
 
     def close(self) -> None:
         self.closed = True

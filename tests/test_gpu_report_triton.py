@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fastunet.benchmarks import measure, parity
-from fastunet.benchmarks.measure import Settings, Step
+from fastunet.benchmarks.steps import Settings, Step
 from kernel_device import DEVICE, INTERPRETED, MARK
 
 pytestmark = MARK
