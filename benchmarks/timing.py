@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,6 +77,16 @@ class CpuClock:
 def clock_of(device: torch.device) -> Clock:
     """The clock for work on that device."""
     return CudaClock() if device.type == "cuda" else CpuClock()
+
+
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """Within the block cuDNN tries its algorithms. Not beyond it: it would do so for float64 references as well."""
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
 
 
 @dataclass(frozen=True)
