@@ -92,7 +92,7 @@ def cudnn_benchmark() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Seconds: median, 10th and 90th percentile, and the number of samples they are of."""
+    """Seconds, or ratios: median, 10th and 90th percentile, and the number of samples they are of."""
 
     median: float
     p10: float
@@ -124,6 +124,20 @@ def interleave(
     seconds: float = math.inf,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Quantiles]:
+    """The quantiles of what `interleaved_samples` takes."""
+    samples = interleaved_samples(runs, clock, rounds=rounds, warmup=warmup, seconds=seconds, now=now)
+    return {name: Quantiles.of(values) for name, values in samples.items()}
+
+
+def interleaved_samples(
+    runs: Mapping[str, Sequence[Callable[[], Any]]],
+    clock: Clock,
+    *,
+    rounds: int,
+    warmup: int = 3,
+    seconds: float = math.inf,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Time each run once a round, in turn, every other round in the opposite order.
 
     runs: by name, the same work on one set of inputs after the other; round r takes set r. The warm-up rounds before
@@ -150,7 +164,12 @@ def interleave(
         clock.wait()
         for name, begin, finish in marks:
             samples[name].append(clock.elapsed(begin, finish))
-    return {name: Quantiles.of(values) for name, values in samples.items()}
+    return samples
+
+
+def ratio(samples: Mapping[str, Sequence[float]], over: str, under: str) -> Quantiles:
+    """Of the rounds' ratios of two runs: what slows a round slows both, and cancels out."""
+    return Quantiles.of([a / b for a, b in zip(samples[over], samples[under], strict=True)])
 
 
 # Samples of a burst: too few to heat anything.
