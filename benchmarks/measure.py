@@ -24,7 +24,7 @@ from .timing import Quantiles, clock_of, cudnn_benchmark, interleave
 def run_step(settings: Settings, step: Step) -> Row:
     """Measure: the row, with "status" "ok" or "parity failed" and a "reason". Errors of the op pass through."""
     row = describe(settings, step)
-    measure = {"parity": _parity, "layer": _layer_times, "net": _net_times}[step.kind]
+    measure = {"parity": _parity, "layer": _layer_times, "net": _net_times, "tune": _tune}[step.kind]
     try:
         with float32_precision("tf32" if step.variant == "tf32" else "ieee"):
             found = measure(settings, step, row)
@@ -52,6 +52,12 @@ def _parity(settings: Settings, step: Step, row: Row) -> Row:
     with fastunet.backend(ours):
         parity.check(case, dtype, device, allow_tf32=allow_tf32)
     return {}
+
+
+def _tune(settings: Settings, step: Step, row: Row) -> Row:
+    from .search import search  # Late: a base to compare with may have kernels that it cannot search.
+
+    return search(settings, step)
 
 
 def _layer_times(settings: Settings, step: Step, row: Row) -> Row:

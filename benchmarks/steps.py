@@ -42,7 +42,7 @@ class Settings:
 @dataclass(frozen=True)
 class Step:
     """One row to measure. kind "parity": name is the case's number, variant the number format; "layer": the layer and
-    the direction; "net": the task.
+    the direction; "net": the task; "tune": the layer, and which of its kernels.
     """
 
     kind: str
@@ -72,10 +72,10 @@ def describe(settings: Settings, step: Step) -> Row:
     row: Row = asdict(step)
     if step.kind == "parity":
         row["name"] = str(parity.cases()[int(step.name)])
-    if step.kind == "layer":
+    if step.kind in ("layer", "tune"):
         layer = layer_of(settings, step.name)
         row["op"], row["shapes"] = layer.op, {name: list(shape) for name, shape in layer.shapes.items()}
-        row["flops"] = layer.flops if step.variant == "forward" else layer.backward_flops
+        row["flops"] = layer.backward_flops if step.variant == "backward" else layer.flops
     if step.kind == "net":
         work = [(layer.flops, layer.flops + layer.backward_flops) for layer in settings.layers()]
         row["flops"] = sum(flops[TASKS.index(step.name)] for flops in work)
