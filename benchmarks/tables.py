@@ -71,7 +71,8 @@ def _environment(report: Report) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in report["environment"].items())
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; "None." without lines."""
     if not lines:
         return "None."
     rule = ["---"] * len(header)
@@ -94,7 +95,7 @@ def _times_table(first: str, rows: Sequence[Row], *, net: bool = False) -> str:
                 f"{t['peak_bytes'] / 1e9:.2f}" if t and t["peak_bytes"] is not None else "" for t in (ours, theirs)
             ]
         lines.append([*line, _note(row)])
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _time(times: Row | None) -> tuple[str, str]:
@@ -133,7 +134,7 @@ def _parity_table(rows: Sequence[Row]) -> str:
     for row in rows:
         passed = "passed" if row["status"] == "ok" else ""
         lines.append([row["name"], row["variant"], row.get("implementation", ""), passed, _note(row)])
-    return _table(["op", "format", "runs on", "parity", "note"], lines)
+    return table(["op", "format", "runs on", "parity", "note"], lines)
 
 
 def _tests(tests: Row) -> str:

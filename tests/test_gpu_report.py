@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fastunet.benchmarks.bounds import Bounded, pool_grad
 from fastunet.benchmarks.layers import meta_unet, unet_layers
 from fastunet.benchmarks.steps import Settings, Step, all_steps, describe
 from fastunet.benchmarks.tables import render, summarise
+from torch import nn
 
 import fastunet
 from fastunet import ops
@@ -59,8 +61,22 @@ def test_a_layer_is_what_the_net_runs() -> None:
     layers = unet_layers(model, 2, 20, 12)
     assert [f"{list(next(iter(layer.shapes.values())))} float32" for layer in layers] == seen
     assert [layer.name for layer in layers if not layer.input_has_grad] == ["inc.c1"]
-    with pytest.raises(ValueError, match="upsample='transpose'"):
-        unet_layers(fastunet.UNet(1, 1, features=(4, 8), upsample="bilinear"), 1, 16, 16)
+
+
+@pytest.mark.parametrize("upsample", ["transpose", "bilinear"])
+def test_a_layers_outputs_are_what_its_modules_return(upsample: Any) -> None:
+    model = fastunet.UNet(3, 2, features=(4, 8, 16), upsample=upsample)
+    returned: list[tuple[int, ...]] = []
+
+    def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        returned.append(tuple(output.shape))
+
+    twin = model.to_reference()
+    for module in twin.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Upsample, nn.MaxPool2d)):
+            module.register_forward_hook(note)
+    twin(torch.zeros(2, 3, 16, 24))
+    assert [shape for layer in unet_layers(model, 2, 16, 24) for shape in layer.outputs.values()] == returned
 
 
 class FakeClock:
