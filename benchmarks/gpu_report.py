@@ -19,71 +19,24 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from fastunet.files import write_json, written_whole
 
 from .environment import ROOT, environment
-from .steps import Row, Settings, Step, all_steps, describe
+from .schedule import Budget, measure
+from .steps import Row, Settings, Step, all_steps
 from .tables import Report, render, summarise
 from .worker import Worker
 
-# Seconds that one step may take: most go to Triton's and ptxas's first compilation, and none should take half of this.
-_STEP_LIMIT = 90.0
-# Seconds kept for ending a process and writing the files, and the least that a step, and the tests, are begun with.
-_RESERVE, _LEAST_STEP, _LEAST_TESTS = 6.0, 2.0, 30.0
+# Seconds kept for ending a process and writing the files, and the least that the tests are begun with.
+_RESERVE, _LEAST_TESTS = 6.0, 30.0
 _OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
-
-
-class StepRunner(Protocol):
-    """What `measure` needs of a Worker."""
-
-    def run(self, step: Step, timeout: float) -> Row: ...
-
-    def close(self) -> None: ...
-
-
-class Budget:
-    """Seconds that are left of a total, by `now`."""
-
-    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._end, self._now = now() + seconds, now
-
-    def left(self) -> float:
-        """Negative once it is spent."""
-        return self._end - self._now()
-
-
-def measure(
-    settings: Settings, steps: Sequence[Step], worker: StepRunner, budget: Budget, save: Callable[[list[Row]], None]
-) -> list[Row]:
-    """A row for each step, "skipped" where the budget does not reach; save gets all rows there are after each."""
-    rows: list[Row] = []
-    try:
-        for step in steps:
-            left = budget.left()
-            if left < _LEAST_STEP:
-                rows.append(describe(settings, step) | {"status": "skipped", "reason": "no time left"})
-                continue
-            rows.append(worker.run(step, min(_STEP_LIMIT, left)))
-            print(_progress(rows[-1], budget), flush=True)
-            save(rows)
-    finally:
-        worker.close()
-    save(rows)
-    return rows
-
-
-def _progress(row: Row, budget: Budget) -> str:
-    what = f"{row['kind']} {row['name']} {row['variant']}".strip()
-    return f"{budget.left():6.0f} s left  {what}: {row['status']} {row['reason'][:200]}".rstrip()
 
 
 def run_tests(device: str, seconds: float, folder: Path = ROOT / "tests") -> Row:

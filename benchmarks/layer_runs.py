@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .steps import DTYPE
 from .timing import sets_past_cache
 
 Runs = dict[str, list[Callable[[], Any]]]
+Around = Callable[[], AbstractContextManager[Any]]
 
 
 def prepare_layer(layer: Layer, device: torch.device, backends: Sequence[str], *, backward: bool) -> Runs:
@@ -49,16 +51,18 @@ def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE
     return inputs
 
 
-def check_last_image(layer: Layer, inputs: dict[str, Tensor], *, backward: bool) -> None:
+def check_last_image(layer: Layer, inputs: dict[str, Tensor], *, backward: bool, around: Around = nullcontext) -> None:
     """AssertionError unless the last image of the batch comes out right, and the gradients of it alone.
 
     Only its cotangents are not zero, so that the parameters' gradients are those of one image, whatever the batch.
+    around: a context for the direction that is checked, and that one alone.
     """
     leaves = _leaves(layer, inputs) if backward else inputs
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward), nullcontext() if backward else around():
         outputs = parity.outputs_of(parity.run_op(layer.op, leaves, {}, {}))
     cotangents = [_last_only(torch.randn_like(y)) for y in outputs] if backward else []
-    actual = parity.results_of(outputs, leaves, cotangents)
+    with around() if backward else nullcontext():
+        actual = parity.results_of(outputs, leaves, cotangents)
     last = {name: t[-1:] if _is_image(name) else t for name, t in actual.items()}
     images = {name: t[-1:] if _is_image(name) else t for name, t in inputs.items()}
     call = Call(layer.op, images, {}, {}, [g[-1:] for g in cotangents], **parity.how(layer.op, last))
@@ -88,13 +92,15 @@ def forward_run(layer: Layer, backend: str, inputs: Mapping[str, Tensor]) -> Cal
     return run
 
 
-def backward_run(layer: Layer, backend: str, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
-    """One backward pass of the layer, with the graph kept, for random cotangents."""
+def backward_run(
+    layer: Layer, backend: str, inputs: Mapping[str, Tensor], only: Sequence[str] = ()
+) -> Callable[[], Any]:
+    """One backward pass of the layer, with the graph kept, for random cotangents: all gradients, or `only` those."""
     leaves = _leaves(layer, inputs)
     with fastunet.backend(backend):
         outputs = parity.outputs_of(parity.run_op(layer.op, leaves, {}, {}))
     cotangents = [torch.randn_like(y) for y in outputs]
-    wanted = [t for t in leaves.values() if t.requires_grad]
+    wanted = [t for name, t in leaves.items() if t.requires_grad and (not only or name in only)]
 
     def run() -> None:
         with fastunet.backend(backend):

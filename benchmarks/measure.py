@@ -18,7 +18,7 @@ from . import parity
 from .layer_runs import prepare_layer
 from .net_runs import peak_bytes, prepare_net
 from .steps import DTYPE, Row, Settings, Step, describe, layer_of
-from .timing import Quantiles, clock_of, interleave
+from .timing import Quantiles, clock_of, cudnn_benchmark, interleave
 
 
 def run_step(settings: Settings, step: Step) -> Row:
@@ -75,12 +75,9 @@ def _net_times(settings: Settings, step: Step, row: Row) -> Row:
 
 def _timed(settings: Settings, runs: Mapping[str, list[Callable[[], Any]]], flops: int) -> Row:
     """The times of each backend's runs, and how many times as long the last one's takes as the first one's."""
-    torch.backends.cudnn.benchmark = True
-    try:
+    with cudnn_benchmark():
         clock = clock_of(torch.device(settings.device))
         times = interleave(runs, clock, rounds=settings.rounds, seconds=settings.seconds)
-    finally:
-        torch.backends.cudnn.benchmark = False  # It would try every algorithm for the float64 references as well.
     row: Row = {"times": {name: _time_row(quantiles, flops) for name, quantiles in times.items()}}
     if len(times) > 1:
         row["speedup"] = times["aten"].median / times["triton"].median

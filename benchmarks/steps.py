@@ -54,12 +54,17 @@ def all_steps(settings: Settings) -> list[Step]:
     """In the order of their worth, should the time not suffice for all."""
     cases = [str(i) for i in range(len(parity.cases()))]
     layers = [layer.name for layer in settings.layers()]
-    formats = [name for name in parity.FORMATS if name != "tf32" or settings.device == "cuda"]
+    formats = parity_formats(settings.device)
     steps = [Step("parity", case, formats[0]) for case in cases]
     steps += [Step("layer", name, DIRECTIONS[0]) for name in layers]
     steps += [Step("net", task) for task in TASKS]
     steps += [Step("layer", name, DIRECTIONS[1]) for name in layers]
     return steps + [Step("parity", case, name) for name in formats[1:] for case in cases]
+
+
+def parity_formats(device: str) -> list[str]:
+    """The number formats of that device, the one that is timed first."""
+    return [name for name in parity.FORMATS if name != "tf32" or device == "cuda"]
 
 
 def describe(settings: Settings, step: Step) -> Row:

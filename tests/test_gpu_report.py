@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastunet.benchmarks import gpu_report, measure, parity, timing, worker
+from fastunet.benchmarks import gpu_report, measure, parity, schedule, timing, worker
 from fastunet.benchmarks.bounds import Bounded, pool_grad
 from fastunet.benchmarks.layers import meta_unet, unet_layers
 from fastunet.benchmarks.steps import Settings, Step, all_steps, describe
@@ -209,8 +209,8 @@ class FakeWorker:
 def test_a_spent_budget_still_gives_a_row_for_every_step() -> None:
     clock, saved = FakeClock(), []
     fake, steps = FakeWorker(clock), all_steps(TINY)
-    rows = gpu_report.measure(
-        TINY, steps, fake, gpu_report.Budget(10, lambda: clock.time), lambda rows: saved.append(len(rows))
+    rows = schedule.measure(
+        TINY, steps, fake, schedule.Budget(10, lambda: clock.time), lambda rows: saved.append(len(rows))
     )
     assert [row["status"] for row in rows] == ["ok"] * 9 + ["skipped"] * (len(steps) - 9)
     assert saved == [*range(1, 10), len(steps)]
