@@ -40,13 +40,13 @@ def input_sets(inputs: dict[str, Tensor], device: torch.device) -> list[dict[str
     return [inputs, *({name: t.clone() for name, t in inputs.items()} for _ in range(copies - 1))]
 
 
-def device_inputs(layer: Layer, device: torch.device) -> dict[str, Tensor]:
+def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE) -> dict[str, Tensor]:
     """As parity.make_inputs, made on the device, where it takes no time."""
     generator = torch.Generator(device).manual_seed(0)
     inputs = {}
     for name, shape in layer.shapes.items():
         format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-        t = torch.empty(shape, dtype=DTYPE, device=device, memory_format=format)
+        t = torch.empty(shape, dtype=dtype, device=device, memory_format=format)
         inputs[name] = t.normal_(0, parity.scale_of(name, shape), generator=generator)
     return inputs
 
