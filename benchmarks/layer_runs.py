@@ -17,30 +17,30 @@ from .layers import Layer
 from .steps import DTYPE
 from .timing import sets_past_cache
 
+Inputs = dict[str, Tensor]
 Runs = dict[str, list[Callable[[], Any]]]
 Around = Callable[[], AbstractContextManager[Any]]
 
 
-def prepare_layer(layer: Layer, device: torch.device, backends: Sequence[str], *, backward: bool) -> Runs:
-    """By backend, one call of the layer, or of its backward, for each set of inputs; together they pass the caches.
+def prepare_layer(layer: Layer, sets: Sequence[Inputs], backends: Sequence[str], *, backward: bool) -> Runs:
+    """By backend, one call of the layer, or of its backward, for each set of inputs.
 
     AssertionError unless the first backend's results are right.
     """
-    inputs = device_inputs(layer, device)
     with fastunet.backend(backends[0]):
-        check_last_image(layer, inputs, backward=backward)
-    sets = input_sets(inputs, device)
+        check_last_image(layer, sets[0], backward=backward)
     make = backward_run if backward else forward_run
     return {backend: [make(layer, backend, each) for each in sets] for backend in backends}
 
 
-def input_sets(inputs: dict[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:
-    """The inputs and as many copies as it takes for each to have left the cache before its next turn."""
+def layer_sets(layer: Layer, device: torch.device) -> list[Inputs]:
+    """Random inputs of the layer, and as many copies as it takes for each to have left the cache before its turn."""
+    inputs = device_inputs(layer, device)
     copies = sets_past_cache(list(inputs.values()), device)
     return [inputs, *({name: t.clone() for name, t in inputs.items()} for _ in range(copies - 1))]
 
 
-def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE) -> dict[str, Tensor]:
+def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE) -> Inputs:
     """As parity.make_inputs, made on the device, where it takes no time."""
     generator = torch.Generator(device).manual_seed(0)
     inputs = {}
@@ -51,7 +51,7 @@ def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE
     return inputs
 
 
-def check_last_image(layer: Layer, inputs: dict[str, Tensor], *, backward: bool, around: Around = nullcontext) -> None:
+def check_last_image(layer: Layer, inputs: Inputs, *, backward: bool, around: Around = nullcontext) -> None:
     """AssertionError unless the last image of the batch comes out right, and the gradients of it alone.
 
     Only its cotangents are not zero, so that the parameters' gradients are those of one image, whatever the batch.

@@ -18,16 +18,20 @@ from .steps import DTYPE, Row, Settings
 _PARITY_SIDE = 64
 
 
+def make_net(settings: Settings) -> fastunet.UNet:
+    """The settings' net on their device, with the same weights every time."""
+    torch.manual_seed(0)
+    model = fastunet.UNet(settings.in_channels, settings.out_channels, features=settings.features)
+    return model.to(settings.device)
+
+
 def prepare_net(
-    settings: Settings, backends: Sequence[str], *, training: bool
+    settings: Settings, model: fastunet.UNet, backends: Sequence[str], *, training: bool
 ) -> tuple[Row, dict[str, Callable[[], Any]]]:
-    """The distances to float64, and by backend one call of the net's inference, or one training step.
+    """The distances to float64, and by backend one call of the net's inference, or one training step, on copies.
 
     AssertionError unless the first backend's results are right.
     """
-    torch.manual_seed(0)
-    model = fastunet.UNet(settings.in_channels, settings.out_channels, features=settings.features)
-    model = model.to(settings.device)
     distances = check_net(settings, model, backends[0], training=training)
     make = training_run if training else inference_run
     return distances, {backend: make(settings, copy.deepcopy(model), backend) for backend in backends}
@@ -36,7 +40,7 @@ def prepare_net(
 def inference_run(settings: Settings, model: nn.Module, backend: str) -> Callable[[], Any]:
     """One call of the model, which becomes bfloat16, on a batch of random images."""
     model = model.eval().to(DTYPE)
-    x = _images(settings, settings.batch, settings.size).to(DTYPE)
+    x = images(settings, settings.batch, settings.size).to(DTYPE)
 
     def run() -> None:
         with torch.no_grad(), fastunet.backend(backend):
@@ -48,8 +52,8 @@ def inference_run(settings: Settings, model: nn.Module, backend: str) -> Callabl
 def training_run(settings: Settings, model: nn.Module, backend: str) -> Callable[[], Any]:
     """One step of AdamW on BCEDiceLoss under autocast: what `fastunet train` does with a batch."""
     model.train()
-    x = _images(settings, settings.batch, settings.size)
-    target = _target(settings, x)
+    x = images(settings, settings.batch, settings.size)
+    target = target_for(settings, x)
     loss = BCEDiceLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=x.is_cuda)
 
@@ -64,12 +68,14 @@ def training_run(settings: Settings, model: nn.Module, backend: str) -> Callable
     return run
 
 
-def _images(settings: Settings, batch: int, side: int) -> Tensor:
+def images(settings: Settings, batch: int, side: int) -> Tensor:
+    """Random images [batch, C, side, side], channels_last."""
     x = torch.randn(batch, settings.in_channels, side, side, device=settings.device)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _target(settings: Settings, x: Tensor) -> Tensor:
+def target_for(settings: Settings, x: Tensor) -> Tensor:
+    """Random masks of 0 and 1 for the images x."""
     shape = (x.shape[0], settings.out_channels, *x.shape[2:])
     return torch.randint(0, 2, shape, device=x.device).float().contiguous(memory_format=torch.channels_last)
 
@@ -80,8 +86,8 @@ def check_net(settings: Settings, model: fastunet.UNet, backend: str, *, trainin
     Distances are relative, in the 2-norm: of the outputs, in training of all gradients. Both nets round in the same
     dtype; ours rounds no more often.
     """
-    x = _images(settings, 2, min(settings.size, _PARITY_SIDE))
-    target = _target(settings, x)
+    x = images(settings, 2, min(settings.size, _PARITY_SIDE))
+    target = target_for(settings, x)
     twin = model.to_reference()
     with fastunet.backend("aten"):  # The loss is an op of ours in all three.
         exact = _result(copy.deepcopy(twin).double(), x.double(), target.double(), training)

@@ -25,7 +25,7 @@ import torch
 from fastunet.files import written_whole
 
 from .layers import Layer, meta_unet, unet_layers
-from .measure import DTYPE, Settings
+from .steps import DTYPE, Settings
 from .tables import table
 from .work import Pass, eager_passes, fused_pass
 

@@ -44,7 +44,7 @@ class Sizes:
         """Far past the caches, and products that fill the device."""
         if device.type == "cuda":
             return cls(1 << 30, 8192)
-        return cls(1 << 28, 1024)
+        return cls(1 << 27, 1024, seconds=0.5)
 
 
 def measure_roofs(device: torch.device, sizes: Sizes | None = None, clock: Clock | None = None) -> Row:

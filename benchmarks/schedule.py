@@ -10,6 +10,8 @@ from .steps import Row, Settings, Step, describe
 
 # Seconds that one step may take: most go to Triton's and ptxas's first compilation, and none should take half of this.
 STEP_LIMIT = 90.0
+# The same where torch.compile tries every configuration of every op of a net.
+_COMPILED_NET_LIMIT = 150.0
 # The least that a step is begun with.
 _LEAST_STEP = 2.0
 
@@ -44,13 +46,18 @@ def measure(
             if left < _LEAST_STEP:
                 rows.append(describe(settings, step) | {"status": "skipped", "reason": "no time left"})
                 continue
-            rows.append(worker.run(step, min(STEP_LIMIT, left)))
+            rows.append(worker.run(step, min(limit_of(step), left)))
             print(_progress(rows[-1], budget), flush=True)
             save(rows)
     finally:
         worker.close()
     save(rows)
     return rows
+
+
+def limit_of(step: Step) -> float:
+    """Seconds that the step may take."""
+    return _COMPILED_NET_LIMIT if step.kind == "net" and step.variant else STEP_LIMIT
 
 
 def _progress(row: Row, budget: Budget) -> str:

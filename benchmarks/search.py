@@ -17,7 +17,7 @@ from fastunet.kernels.config import ConvShape
 
 import fastunet
 
-from .layer_runs import backward_run, check_last_image, device_inputs, forward_run, input_sets
+from .layer_runs import backward_run, check_last_image, forward_run, layer_sets
 from .layers import Layer
 from .steps import DTYPE, Row, Settings, Step, layer_of
 from .timing import Clock, Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio
@@ -76,8 +76,8 @@ def search(settings: Settings, step: Step) -> Row:
     device, layer = torch.device(settings.device), layer_of(settings, step.name)
     subject = subject_of(layer, step.variant, gpu.target(device))
     backward = step.variant != "forward"
-    inputs = device_inputs(layer, device)
-    sets = input_sets(inputs, device)
+    sets = layer_sets(layer, device)
+    inputs = sets[0]
 
     def runs_of(backend: str) -> Runs:
         if not backward:
@@ -91,7 +91,7 @@ def search(settings: Settings, step: Step) -> Row:
     def prepare(candidate: Any) -> Runs:
         with fastunet.backend("triton"):
             check_last_image(layer, inputs, backward=backward, around=lambda: tuning.pinned(subject.op, candidate))
-        return [_within(subject.op, candidate, run) for run in ours]
+        return [within(subject.op, candidate, run) for run in ours]
 
     with cudnn_benchmark():
         found = choose(subject.candidates, prepare, runs_of("aten"), clock_of(device), settings)
@@ -100,7 +100,9 @@ def search(settings: Settings, step: Step) -> Row:
     return {"entry": tuning.as_row(subject.op, subject.shape, DTYPE, False, winner) | margins, **found}
 
 
-def _within(op: str, candidate: Any, run: Callable[[], Any]) -> Callable[[], Any]:
+def within(op: str, candidate: Any, run: Callable[[], Any]) -> Callable[[], Any]:
+    """The run with that configuration pinned."""
+
     def pinned() -> None:
         with tuning.pinned(op, candidate):
             run()

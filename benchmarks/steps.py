@@ -14,6 +14,9 @@ from .layers import Layer, meta_unet, unet_layers
 DTYPE = torch.bfloat16
 DIRECTIONS = ("forward", "backward")
 TASKS = ("inference", "training")
+COMPILED = "compiled"
+# What torch.compile makes of a net, by the opponents' names: each takes a minute, and is a step of its own.
+COMPILED_NETS = ("compile max-autotune", "compile CUDA graphs", "compile", "compile freezing")
 Row = dict[str, Any]
 
 
@@ -21,7 +24,8 @@ Row = dict[str, Any]
 class Settings:
     """What is measured: the device, the net UNet(in_channels, out_channels, features=features), its images.
 
-    rounds: samples of each time. seconds: after which a timing takes no further sample.
+    rounds: samples of each time. seconds: after which a timing takes no further sample. steady_seconds: for which a
+    net runs without a break.
     """
 
     device: str = "cuda"
@@ -32,6 +36,7 @@ class Settings:
     out_channels: int = 2
     rounds: int = 50
     seconds: float = 3.0
+    steady_seconds: float = 2.0
 
     def layers(self) -> list[Layer]:
         """Of the net, for its images."""
@@ -41,8 +46,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One row to measure. kind "parity": name is the case's number, variant the number format; "layer": the layer and
-    the direction; "net": the task; "tune": the layer, and which of its kernels.
+    """One row to measure, of this kind:
+
+    "parity": name is the case's number, variant the number format. "layer": the layer; the direction, or COMPILED for
+    forward beside what torch.compile makes of it. "net": the task; variant empty or one of COMPILED_NETS. "tune": the
+    layer, and which of its kernels. "roofs": the device's.
     """
 
     kind: str
@@ -51,15 +59,18 @@ class Step:
 
 
 def all_steps(settings: Settings) -> list[Step]:
-    """In the order of their worth, should the time not suffice for all."""
+    """In the order of their worth, should the time not suffice for all. Compiling takes long and comes late."""
     cases = [str(i) for i in range(len(parity.cases()))]
     layers = [layer.name for layer in settings.layers()]
     formats = parity_formats(settings.device)
     steps = [Step("parity", case, formats[0]) for case in cases]
+    steps += [Step("roofs", "copy, matmul, L2")]
     steps += [Step("layer", name, DIRECTIONS[0]) for name in layers]
     steps += [Step("net", task) for task in TASKS]
     steps += [Step("layer", name, DIRECTIONS[1]) for name in layers]
-    return steps + [Step("parity", case, name) for name in formats[1:] for case in cases]
+    steps += [Step("net", task, name) for name in COMPILED_NETS for task in TASKS]
+    steps += [Step("parity", case, name) for name in formats[1:] for case in cases]
+    return steps + [Step("layer", name, COMPILED) for name in layers]
 
 
 def parity_formats(device: str) -> list[str]:
@@ -80,6 +91,11 @@ def describe(settings: Settings, step: Step) -> Row:
         work = [(layer.flops, layer.flops + layer.backward_flops) for layer in settings.layers()]
         row["flops"] = sum(flops[TASKS.index(step.name)] for flops in work)
     return row
+
+
+def is_ours(implementation: str) -> bool:
+    """Whether a name among a row's times is of fastunet with its kernels."""
+    return implementation.startswith(("triton", "fastunet"))
 
 
 def layer_of(settings: Settings, name: str) -> Layer:

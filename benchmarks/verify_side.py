@@ -12,10 +12,11 @@ import fastunet
 from fastunet import ops
 
 from . import parity
-from .layer_runs import prepare_layer
-from .measure import backends_for, run_step
-from .net_runs import prepare_net
-from .steps import Row, Settings, Step, describe, layer_of
+from .layer_runs import layer_sets, prepare_layer
+from .measure import run_step
+from .net_runs import make_net, prepare_net
+from .parity import backends_for
+from .steps import DTYPE, Row, Settings, Step, describe, layer_of
 from .timing import clock_of, cudnn_benchmark
 
 _WARMUP = 3
@@ -75,12 +76,13 @@ class Side:
 
     def _prepared(self, step: Step, device: torch.device) -> tuple[str, list[Callable[[], Any]]]:
         if step.kind == "net":
-            (ours, *_), _ = backends_for("conv3x3_batch_norm_relu", device)
-            _, nets = prepare_net(self._settings, [ours], training=step.name == "training")
+            (ours, *_), _ = backends_for("conv3x3_batch_norm_relu", device, DTYPE)
+            _, nets = prepare_net(self._settings, make_net(self._settings), [ours], training=step.name == "training")
             return ours, [nets[ours]]
         layer = layer_of(self._settings, step.name)
-        (ours, *_), _ = backends_for(layer.op, device)
-        return ours, prepare_layer(layer, device, [ours], backward=step.variant == "backward")[ours]
+        (ours, *_), _ = backends_for(layer.op, device, DTYPE)
+        runs = prepare_layer(layer, layer_sets(layer, device), [ours], backward=step.variant == "backward")
+        return ours, runs[ours]
 
     def round(self) -> float:
         """Seconds of one pass over all sets of inputs of what was prepared."""
