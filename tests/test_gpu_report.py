@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import gpu_report, measure, opponents, parity, schedule, timing, worker
+from fastunet.benchmarks import gpu_report, measure, opponents, parity, schedule, search, timing, worker
 from fastunet.benchmarks.bounds import Bounded, pool_grad
 from fastunet.benchmarks.layers import meta_unet, unet_layers
-from fastunet.benchmarks.steps import COMPILED, COMPILED_NETS, Settings, Step, all_steps, describe
+from fastunet.benchmarks.steps import COMPILED, COMPILED_NETS, Settings, Step, all_steps, describe, layer_of
 from fastunet.benchmarks.tables import render, summarise
+from fastunet.kernels import gpu, tuning
 from torch import nn
 
 import fastunet
@@ -328,6 +329,38 @@ def test_floors_come_from_the_roofs_of_the_same_run() -> None:
     net = next(row for row in rows if row["name"] == "inference")
     assert net["floor_ms"] == pytest.approx(sum(floors.values()))
     assert not any("floor_ms" in row for row in rows if row["variant"] == "backward" or row["name"] == "training")
+
+
+@pytest.mark.parametrize("is_tuned", [False, True])
+def test_what_the_search_finds_goes_into_the_table(
+    is_tuned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device's table, in the report's folder or where it is asked for; and the rows into the report."""
+    clock = FakeClock()
+
+    class Searching(FakeWorker):
+        def __init__(self, settings: Settings) -> None:
+            super().__init__(clock)
+
+        def run(self, step: Step, timeout: float) -> dict:
+            row = super().run(step, timeout)
+            if step.kind == "tune":
+                layer = layer_of(TINY, step.name)
+                subject = search.subject_of(layer, step.variant, gpu.INTERPRETER)
+                chosen = subject.candidates[0]
+                row["entry"] = tuning.as_row(subject.op, subject.shape, torch.bfloat16, False, chosen)
+            return row
+
+    monkeypatch.setattr(gpu_report, "Worker", Searching)
+    monkeypatch.setattr(gpu_report.dispatch, "triton_obstacle", lambda *_: None)
+    folder = tmp_path / "tuned" if is_tuned else tmp_path
+    report = gpu_report.make_report(TINY, tmp_path, 3.0, tuned=tmp_path / "tuned" if is_tuned else None)
+    table = json.loads((folder / "interpreter.json").read_text())
+    searched = [row for row in report["rows"] if row["kind"] == "tune"]
+    assert len(table["configs"]) == len(searched) == len(search.tune_steps(TINY))
+    assert table["gpu"] == "interpreter"
+    assert json.loads((tmp_path / "gpu_report.json").read_text())["rows"] == report["rows"]
+    assert "| inc.c2 | forward | tile_h=" in (tmp_path / "gpu_report.md").read_text()
 
 
 def test_the_names_of_compiled_nets_are_those_of_opponents() -> None:
