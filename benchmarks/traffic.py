@@ -212,9 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         in_channels=options.in_channels,
         out_channels=options.out_channels,
     )
+    dtype = DTYPES[options.dtype]
+    try:
+        nets = {
+            capability: net_traffic(settings, gpu.known_target(capability), dtype) for capability in options.capability
+        }
+    except ValueError as error:  # Of the model: channels below one, a single level.
+        parser.error(str(error))
     found = {}
-    for capability in options.capability:
-        rows, joined = net_traffic(settings, gpu.known_target(capability), DTYPES[options.dtype])
+    for capability, (rows, joined) in nets.items():
         print(f"## sm_{capability}\n\n{render(rows, joined)}\n")
         every = [*rows, *([joined] if joined else [])]
         found[f"sm_{capability}"] = {

@@ -138,7 +138,14 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
     assert found["sm_89"]["summary"]["layer by layer"]["floor_bytes"] == sum(row["floor_bytes"] for row in rows[:-1])
 
 
-def test_the_command_refuses_images_without_pixels_on_the_lowest_level(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--size", "8"], "expected --batch from 1 and --size from 16, got 16 and 8"),
+        (["--features", "8"], "two or more features >= 1"),
+    ],
+)
+def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        traffic.main(["--size", "8"])
-    assert "expected --batch from 1 and --size from 16, got 16 and 8" in capsys.readouterr().err
+        traffic.main(arguments)
+    assert said in capsys.readouterr().err

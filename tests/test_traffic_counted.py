@@ -41,7 +41,9 @@ def _job(op: str, shape: Any, capability: int = 80, dtype: torch.dtype = torch.f
 # Pointers on sm_80, descriptors on sm_90.
 JOBS = [
     *(_job("forward", shape, capability) for shape in (_PLAIN, _FOLDED) for capability in (80, 90)),
-    *(_job(op, _NARROW, capability) for op in ("pool", "statistics", "head", "norm") for capability in (80, 90)),
+    *(_job(op, _NARROW, capability) for op in ("pool", "head", "norm") for capability in (80, 90)),
+    # Of several blocks of channels, the first alone stores a tile's count.
+    *(_job("statistics", _PLAIN, capability) for capability in (80, 90)),
     *(_job("two_inputs", _TWO, capability) for capability in (80, 90)),
     _job("leaky", _NARROW),
     _job("contiguous_weight", _NARROW),
