@@ -3,7 +3,7 @@
 `layer_opponents` and `net_opponents` list them for a device; one that cannot run there says why. An opponent's
 `prepare` binds it to tensors (and compiles, folds, captures: whatever need be done but once), and gives `run`, which
 does the work once and returns its result. `benchmarks.gate` compares that with float64: before it is right, it is not
-timed. Whoever times sets cudnn.benchmark, which all gain from: `search_algorithms`.
+timed. Whoever prepares and times does so within `timing.cudnn_benchmark`, from which all gain.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,16 +52,6 @@ class Opponent:
 
 class Unavailable(RuntimeError):
     """An opponent cannot do this work: the message says why."""
-
-
-@contextmanager
-def search_algorithms() -> Iterator[None]:
-    """Within the block, cuDNN tries its algorithms for each new shape and keeps the fastest."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def dtype_name(dtype: torch.dtype) -> str:

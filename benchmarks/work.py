@@ -22,8 +22,8 @@ from .layers import UPSAMPLE, Layer
 
 @dataclass(frozen=True)
 class Pass:
-    """Work over the batch: multiplications and additions on matrices (those of elementwise ops count as none), and
-    bytes read and written.
+    """Work over the batch: the layer's multiplications and additions, of which biases, norms, activations and pools
+    count none, and bytes read and written.
     """
 
     name: str

@@ -164,13 +164,6 @@ def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled.obstacle(CPU, "default", thorough=False) == "there is no C++ compiler (no-such-compiler)"
 
 
-def test_cudnns_algorithm_search_ends_with_the_block() -> None:
-    before = torch.backends.cudnn.benchmark
-    with opponents.search_algorithms():
-        assert torch.backends.cudnn.benchmark
-    assert torch.backends.cudnn.benchmark == before
-
-
 def test_compiled_functions_do_not_share_a_code_object() -> None:
     made = [compiled.own_code(lambda a, b: a - b) for _ in range(2)]
     assert made[0](5, 3) == 2

@@ -127,6 +127,28 @@ def test_bilinear_upsampling_is_a_pass_of_its_own() -> None:
     assert sum(layer.flops for layer in counted) == counter.get_total_flops()
 
 
+def composed(up: Layer, conv: Layer) -> Layer:
+    """Both as one: a 3x3 convolution of the skip, and a 4x4 transposed one, of stride 2, of the lower level itself."""
+    (batch, skip, height, width), (_, low, _, _) = conv.shapes["skip"], up.shapes["x"]
+    out = conv.shapes["weight"][0]
+    shapes = {"skip": conv.shapes["skip"], "x": up.shapes["x"], "weight": (out, skip, 3, 3)}
+    shapes |= {"composed weight": (low, out, 4, 4), "bias": (out,)}
+    pixels = batch * height * width
+    return Layer(conv.name, conv.op, shapes, 2 * pixels * out * (9 * skip + 4 * low))  # Of 16 taps a pixel meets 4.
+
+
+def test_what_is_left_to_gain_by_composing_layers() -> None:
+    """Without the head's own pass, and with each up-convolution composed with the convolution that it feeds."""
+    layers = {layer.name: layer for layer in classic() if layer.name != "outc"}
+    joined = sum(floor_seconds(layer, H100) for layer in layers.values())
+    assert round(BATCH / joined) == 1948
+    for i in range(1, 5):
+        layers[f"up{i}.c1"] = composed(layers.pop(f"up{i}.up"), layers[f"up{i}.c1"])
+    assert round(1e6 * sum(floor_seconds(layer, H100) for layer in layers.values())) == 7462
+    flops = sum(layer.flops for layer in layers.values()) / sum(layer.flops for layer in classic())
+    assert round(1 - flops, 3) == 0.067
+
+
 def test_the_longer_of_arithmetic_and_traffic_is_the_floor() -> None:
     layer = Layer("a", "conv1x1", {"x": (1, 4, 10, 10), "weight": (2, 4, 1, 1), "bias": (2,)}, flops=1600)
     moved = 2 * (400 + 8 + 2 + 200)
