@@ -28,11 +28,11 @@ def _measured(settings: Settings, step: Step, row: Row) -> Row:
         return _parity(settings, step, row)
     # Late: a commit that is compared with this one may lack what these measure beyond its ops.
     from .search import search
-    from .times import layer_times, net_times, roofs
+    from .times import clock_check, layer_times, net_times, roofs
 
     if step.kind == "tune":
         return search(settings, step)
-    times = {"layer": layer_times, "net": net_times, "roofs": roofs}
+    times = {"layer": layer_times, "net": net_times, "roofs": roofs, "clock": clock_check}
     return times[step.kind](settings, step, row)
 
 

@@ -51,6 +51,7 @@ class Step:
     "parity": name is the case's number, variant the number format. "layer": the layer; the direction, or COMPILED for
     forward beside what torch.compile makes of it. "net": the task; variant empty or one of COMPILED_NETS. "tune": the
     layer, and which of its kernels. "roofs": the device's.
+    "clock": the layer that is timed by another timer too.
     """
 
     kind: str
@@ -67,6 +68,8 @@ def all_steps(settings: Settings) -> list[Step]:
     steps += [Step("roofs", "copy, matmul, L2")]
     steps += [Step("layer", name, DIRECTIONS[0]) for name in layers]
     steps += [Step("net", task) for task in TASKS]
+    if settings.device == "cuda":  # The other timer is CUDA's alone.
+        steps += [Step("clock", layers[1])]
     steps += [Step("layer", name, DIRECTIONS[1]) for name in layers]
     steps += [Step("net", task, name) for name in COMPILED_NETS for task in TASKS]
     steps += [Step("parity", case, name) for name in formats[1:] for case in cases]
@@ -83,7 +86,7 @@ def describe(settings: Settings, step: Step) -> Row:
     row: Row = asdict(step)
     if step.kind == "parity":
         row["name"] = str(parity.cases()[int(step.name)])
-    if step.kind in ("layer", "tune"):
+    if step.kind in ("layer", "tune", "clock"):
         layer = layer_of(settings, step.name)
         row["op"], row["shapes"] = layer.op, {name: list(shape) for name, shape in layer.shapes.items()}
         row["flops"] = layer.backward_flops if step.variant == "backward" else layer.flops

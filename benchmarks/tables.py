@@ -56,6 +56,7 @@ def render(report: Report) -> str:
         parts += [f"## Layers, {title}", _layers_table(chosen)]
     parts += ["## Whole net", _nets_table([row for row in rows if row["kind"] == "net"])]
     parts += ["## Parity with float64", _parity_table([row for row in rows if row["kind"] == "parity"])]
+    parts += ["## The timer beside CuPy's", _clock_table([row for row in rows if row["kind"] == "clock"])]
     parts += ["## Configurations measured", _tune_table([row for row in rows if row["kind"] == "tune"])]
     parts += ["## Tests on the GPU", _tests(report["tests"])]
     return "\n\n".join(parts) + "\n"
@@ -148,6 +149,15 @@ def _tune_table(rows: Sequence[Row]) -> str:
         dropped = str(len(row["dropped"])) if "dropped" in row else ""
         lines.append([row["name"], row["variant"], config, *margins, str(row.get("tried", "")), dropped, _note(row)])
     return table(["layer", "kernel", "config", "derived / it", "aten / it", "tried", "dropped", "note"], lines)
+
+
+def _clock_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        found = row.get("cross_check", {})
+        figures = [_significant(found[name]) if name in found else "" for name in ("event_ms", "cupy_ms", "ratio")]
+        lines.append([row["name"], *figures, found.get("reason") or _note(row)])
+    return table(["layer", "ours, ms", "CuPy's, ms", "ratio", "note"], lines)
 
 
 def _time(times: Row | None) -> str:

@@ -12,6 +12,7 @@ import torch
 
 import fastunet
 
+from .cross_check import timing_cross_check
 from .layer_runs import layer_sets, prepare_layer
 from .net_runs import make_net, peak_bytes, prepare_net
 from .parity import backends_for
@@ -24,6 +25,14 @@ from .timing import Quantiles, burst_and_steady, clock_of, cudnn_benchmark, inte
 def roofs(settings: Settings, step: Step, row: Row) -> Row:
     """The measured roofs of the device."""
     return measure_roofs(torch.device(settings.device))
+
+
+def clock_check(settings: Settings, step: Step, row: Row) -> Row:
+    """ "cross_check": our run of one layer, forward, by our timer and by another."""
+    device, layer = torch.device(settings.device), layer_of(settings, step.name)
+    backends, row["why_no_triton"] = backends_for(layer.op, device, DTYPE)
+    runs = prepare_layer(layer, layer_sets(layer, device), backends[:1], backward=False)
+    return {"cross_check": timing_cross_check(runs[backends[0]][0], clock=clock_of(device))}
 
 
 def layer_times(settings: Settings, step: Step, row: Row) -> Row:

@@ -26,8 +26,8 @@ from .accesses import Traffic, copies_of, traffic_of
 from .environment import environment
 from .jobs import TARGETS, describe
 from .layers import Layer
-from .measure import DTYPE, Settings
 from .roofline import DTYPES
+from .steps import DTYPE, Settings
 from .tables import table
 from .work import eager_passes, fused_pass
 

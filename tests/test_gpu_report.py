@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,20 @@ def test_a_worker_that_hangs_or_dies_gives_a_row(monkeypatch: pytest.MonkeyPatch
         assert (hung["status"], hung["op"]) == ("timed out", "conv3x3_bias_relu")
     finally:
         process.close()
+
+
+def test_the_timer_is_held_against_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    row = measure.run_step(TINY, Step("clock", "inc.c2"))
+    assert (row["status"], row["cross_check"]["reason"].partition(":")[0]) == ("ok", "CuPy cannot be imported")
+    found = {"event_ms": 2.0, "cupy_ms": 2.5, "ratio": 1.25}
+    rows = [row, row | {"cross_check": found}]
+    report = {"environment": {}, "settings": vars(TINY), "rows": rows, "tests": {"reason": ""}}
+    text = render(report)
+    assert "| inc.c2 | 2.00 | 2.50 | 1.25 |" in text
+    assert "CuPy cannot be imported" in text
+    assert Step("clock", "inc.c2") in all_steps(replace(TINY, device="cuda"))
+    assert Step("clock", "inc.c2") not in all_steps(TINY)
 
 
 def test_floors_come_from_the_roofs_of_the_same_run() -> None:
