@@ -17,7 +17,11 @@ SMALL = Settings(device=DEVICE.type, size=16, batch=2, features=(8, 16), rounds=
 
 @pytest.mark.parametrize(
     "step",
-    [Step("layer", "inc.c2", "forward"), Step("layer", "up1.c1", "backward"), Step("net", "training")],
+    [
+        Step("layer", "inc.c2", "forward"),
+        Step("layer", "up1.c1", "backward"),
+        pytest.param(Step("net", "training"), marks=pytest.mark.slow),
+    ],
     ids=lambda step: f"{step.kind} {step.name}",
 )
 def test_both_backends_are_timed(step: Step) -> None:
