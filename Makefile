@@ -8,7 +8,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # The interpreter's tests need the variable before triton is imported, hence a process of their own.
 RUN_INTERPRETER := TRITON_INTERPRET=1 FASTUNET_BACKEND=triton $(RUN_TESTS) -m
 
-.PHONY: demo test test-all test-gpu test-gpu-memcheck lint static clean
+.PHONY: demo test test-all test-gpu test-gpu-memcheck lint static perf-table clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -52,6 +52,10 @@ test-gpu-memcheck: $(VENV)/dev.stamp
 
 static: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.static
+
+# The README's figures of speed, from the files in benchmarks/results.
+perf-table: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks.perf_table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,12 +1,14 @@
-"""What a person with a GPU runs: are the kernels right there, and how fast are they beside cuDNN?
+"""What a person with a GPU runs: are the kernels right there, and how fast are they beside cuDNN and torch.compile?
 
-    python -m benchmarks.gpu_report --out DIR [--minutes 9] [--size 512] [--batch 16]
+    python -m benchmarks.gpu_report --out DIR [--minutes 9] [--size 512] [--batch 16] [--tuned]
 
-Writes DIR/gpu_report.json (rows, environment, commit, summary) and DIR/gpu_report.md, anew after every step, and ends
-within the given minutes: what there was no time for is named. In this order: every op in bfloat16 against float64; the
-layers of UNet(3, 2), forward; the net's inference and training step; the layers, backward; every op in the other
-formats; `pytest -m gpu`. Layers and nets are timed under the backends "triton" and "aten", which is cuDNN, eager and
-channels_last with cudnn.benchmark on. `--device cpu` runs the same steps on a CPU, to see that they run.
+Writes into DIR, anew after every step: gpu_report.json (rows, environment, commit, summary), gpu_report.md,
+roofline.png, and the table of measured configurations, <gpu>.json, which `--tuned` puts into kernels/tuned/ at once. It
+ends within the given minutes: what there was no time for is named. In this order: every op in bfloat16 against float64;
+the GPU's roofs; the layers of UNet(3, 2), forward; the net's inference and training step; the layers, backward;
+the nets beside torch.compile; every op in the other formats; the layers beside torch.compile; `pytest -m gpu`; the
+search for configurations (benchmarks.tune has more time for it). The first implementation is ours: the Triton kernels,
+where they run. `--device cpu` runs the same steps on a CPU, to see that they run.
 """
 
 from __future__ import annotations
@@ -19,71 +21,29 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
+from fastunet import dispatch
 from fastunet.files import write_json, written_whole
 
 from .environment import ROOT, environment
-from .measure import Row, Settings, Step, all_steps, describe
+from .layers import Layer
+from .roofline import Roofs, floor_seconds, plot_roofline, points_of_report
+from .schedule import Budget, measure
+from .steps import DTYPE, Row, Settings, Step, all_steps
 from .tables import Report, render, summarise
 from .worker import Worker
 
-# Seconds that one step may take: most go to Triton's and ptxas's first compilation, and none should take half of this.
-_STEP_LIMIT = 90.0
-# Seconds kept for ending a process and writing the files, and the least that a step, and the tests, are begun with.
-_RESERVE, _LEAST_STEP, _LEAST_TESTS = 6.0, 2.0, 30.0
+# Seconds kept for ending a process and writing the files, and the least that the tests are begun with.
+_RESERVE, _LEAST_TESTS = 6.0, 30.0
+# What is left after this many of the tests' seconds goes to the search for configurations.
+_MOST_TESTS = 120.0
 _OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed")
-
-
-class StepRunner(Protocol):
-    """What `measure` needs of a Worker."""
-
-    def run(self, step: Step, timeout: float) -> Row: ...
-
-    def close(self) -> None: ...
-
-
-class Budget:
-    """Seconds that are left of a total, by `now`."""
-
-    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._end, self._now = now() + seconds, now
-
-    def left(self) -> float:
-        """Negative once it is spent."""
-        return self._end - self._now()
-
-
-def measure(
-    settings: Settings, steps: Sequence[Step], worker: StepRunner, budget: Budget, save: Callable[[list[Row]], None]
-) -> list[Row]:
-    """A row for each step, "skipped" where the budget does not reach; save gets all rows there are after each."""
-    rows: list[Row] = []
-    try:
-        for step in steps:
-            left = budget.left()
-            if left < _LEAST_STEP:
-                rows.append(describe(settings, step) | {"status": "skipped", "reason": "no time left"})
-                continue
-            rows.append(worker.run(step, min(_STEP_LIMIT, left)))
-            print(_progress(rows[-1], budget), flush=True)
-            save(rows)
-    finally:
-        worker.close()
-    save(rows)
-    return rows
-
-
-def _progress(row: Row, budget: Budget) -> str:
-    what = f"{row['kind']} {row['name']} {row['variant']}".strip()
-    return f"{budget.left():6.0f} s left  {what}: {row['status']} {row['reason'][:200]}".rstrip()
 
 
 def run_tests(device: str, seconds: float, folder: Path = ROOT / "tests") -> Row:
@@ -128,15 +88,73 @@ def count_outcomes(output: str) -> Row:
 
 
 def write_report(out: Path, report: Report) -> None:
-    """Both files, each whole or not at all."""
+    """JSON and Markdown, each whole or not at all."""
+    add_floors(report["rows"])
     report["summary"] = summarise(report["rows"])
     write_json(out / "gpu_report.json", report)
     with written_whole(out / "gpu_report.md") as temporary:
         temporary.write_text(render(report))
 
 
-def make_report(settings: Settings, out: Path, minutes: float, steps: Sequence[Step] | None = None) -> Report:
-    """Measure (by default all steps) and write DIR's two files; returns what the JSON holds."""
+def add_floors(rows: Sequence[Row]) -> None:
+    """To the rows of forward times, where the roofs were measured: "floor_ms", and the share of it that is "of_floor".
+
+    The roof of matmul is the burst's: no share is flattered by a GPU that was hot when the roof was measured.
+    """
+    roofs = roofs_of(rows)
+    if roofs is None:
+        return
+    floors = {}
+    for row in rows:
+        if row["kind"] == "layer" and row["variant"] != "backward":
+            shapes = {name: tuple(shape) for name, shape in row["shapes"].items()}
+            floors[row["name"]] = floor_seconds(Layer(row["name"], row["op"], shapes, row["flops"]), roofs)
+            _add_floor(row, floors[row["name"]])
+    for row in rows:
+        if row["kind"] == "net" and row["name"] == "inference":
+            _add_floor(row, sum(floors.values()))
+
+
+def _add_floor(row: Row, seconds: float) -> None:
+    row["floor_ms"] = 1e3 * seconds
+    if row.get("times"):
+        row["of_floor"] = row["floor_ms"] / next(iter(row["times"].values()))["median_ms"]
+
+
+def roofs_of(rows: Sequence[Row]) -> Roofs | None:
+    """The measured roofs, if there are any yet."""
+    row = next((row for row in rows if row["kind"] == "roofs" and row["status"] == "ok"), None)
+    if row is None:
+        return None
+    l2 = row["l2"]["gb_per_s"]
+    return Roofs(
+        matmul_flops=1e12 * row["matmul"]["burst_tflops"],
+        copy_bytes=1e9 * row["copy"]["gb_per_s"],
+        l2_bytes=None if l2 is None else 1e9 * l2,
+        source="measured in the same run",
+    )
+
+
+def draw_roofline(out: Path, report: Report) -> str:
+    """Write roofline.png; why not, where it cannot be."""
+    roofs, points = roofs_of(report["rows"]), []
+    if roofs is not None:
+        points = points_of_report(report, roofs)
+    if roofs is None or not points:
+        return "no roofs, or no layer, were measured"
+    if importlib.util.find_spec("matplotlib") is None:
+        return "matplotlib is not installed"
+    plot_roofline(points, roofs, out / "roofline.png")
+    return ""
+
+
+def make_report(
+    settings: Settings, out: Path, minutes: float, steps: Sequence[Step] | None = None, tuned: Path | None = None
+) -> Report:
+    """Measure (by default all steps) and write DIR's files; returns what the JSON holds.
+
+    tuned: the folder of the table of measured configurations, by default DIR.
+    """
     budget = Budget(60 * minutes - _RESERVE)
     out.mkdir(parents=True, exist_ok=True)
     report: Report = {
@@ -151,10 +169,25 @@ def make_report(settings: Settings, out: Path, minutes: float, steps: Sequence[S
         report["rows"] = rows
         write_report(out, report)
 
-    measure(settings, all_steps(settings) if steps is None else steps, Worker(settings), budget, save)
-    report["tests"] = run_tests(settings.device, budget.left())
+    measured = measure(settings, all_steps(settings) if steps is None else steps, Worker(settings), budget, save)
+    report["roofline"] = draw_roofline(out, report)
+    report["tests"] = run_tests(settings.device, min(budget.left(), _MOST_TESTS))
     write_report(out, report)
+    if steps is None and dispatch.triton_obstacle(torch.device(settings.device), DTYPE) is None:
+        _search(settings, budget, tuned or out, lambda rows: save([*measured, *rows]))
     return report
+
+
+def _search(settings: Settings, budget: Budget, folder: Path, save: Callable[[list[Row]], None]) -> None:
+    """Search for configurations as long as there is time; what is found goes into the GPU's table in the folder."""
+    from .search import tune_steps  # Late: without kernels installed, `main` says what to do.
+    from .tune import table_name, write_table
+
+    def save_both(rows: list[Row]) -> None:
+        write_table(folder / table_name(settings.device), rows, settings.device)
+        save(rows)
+
+    measure(settings, tune_steps(settings), Worker(settings), budget, save_both)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", type=int, default=512, help="side of the square images")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tuned", action="store_true", help="write the measured configurations to kernels/tuned/")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("fastunet.kernels") is None:
         parser.error("fastunet is not installed: run `pip install --no-deps --no-build-isolation -e .` first")
@@ -177,8 +211,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.minutes <= 0 or options.batch < 1 or options.size < 32:
         parser.error("expected --minutes above 0, --batch from 1 and --size from 32")
     settings = Settings(device=options.device, size=options.size, batch=options.batch)
-    report = make_report(settings, options.out, options.minutes)
+    from fastunet.kernels import tuning
+
+    from .tune import table_name
+
+    report = make_report(settings, options.out, options.minutes, tuned=tuning.TUNED if options.tuned else None)
     print(f"{options.out / 'gpu_report.md'}\n{report['summary']}")
+    table = options.out / table_name(settings.device)
+    if table.is_file():
+        print(f"To use the configurations that were measured: cp {table} {tuning.TUNED / table.name}")
     wrong = [row for row in report["rows"] if row["status"] not in ("ok", "skipped")]
     is_empty = all(row["status"] == "skipped" for row in report["rows"])
     return 1 if wrong or is_empty or report["tests"].get("failed") else 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastunet
 from fastunet import dispatch, ops
 from fastunet.testing import assert_within, random_cotangent, random_input
 
@@ -185,3 +186,13 @@ def compare(actual: Mapping[str, Tensor], call: Call, *, without: Sequence[str] 
 def implementation_of(op: str, dtype: torch.dtype, device: torch.device) -> dispatch.Choice:
     """What runs the public op under the backend in force, and why."""
     return dispatch.choose(registered(op), torch.empty(0, dtype=dtype, device=device))
+
+
+def backends_for(op: str, device: torch.device, dtype: torch.dtype) -> tuple[list[str], str]:
+    """Under which backends to run a public op, ours first, and why "triton" is not among them."""
+    obstacle = dispatch.triton_obstacle(device, dtype)
+    if obstacle is not None:
+        return ["aten"], obstacle
+    with fastunet.backend("triton"):
+        choice = implementation_of(op, dtype, device)
+    return (["triton", "aten"], "") if choice.implementation == "triton" else (["aten"], choice.reason)

@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .measure import DIRECTIONS, Row
+from .steps import COMPILED, DIRECTIONS, TASKS, Row
 
 Report = dict[str, Any]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts and totals; totals are over the layers that were timed under both backends."""
+    """Counts and totals. Totals are over the layers with times under both backends; "faster" counts those that no other
+    implementation beats. "inference" and "training": by how many times each opponent takes longer than ours.
+    """
     checked = [row for row in rows if row["kind"] == "parity" and row["status"] in ("ok", "parity failed")]
     passed = sum(row["status"] == "ok" for row in checked)
     summary: dict[str, Any] = {
@@ -22,10 +24,12 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     for direction in DIRECTIONS:
         compared = [row for row in rows if _is_compared(row) and row["variant"] == direction]
         summary[f"layers_{direction}"] = _totals(compared)
-    for row in rows:
-        if row["kind"] == "net" and "times" in row:
-            summary[row["name"]] = {name: times["images_per_s"] for name, times in row["times"].items()}
-            summary[row["name"]]["speedup"] = row.get("speedup")
+    timed = [row for row in rows if row["kind"] == "net" and "times" in row]
+    for task in TASKS:
+        nets = [row for row in timed if row["name"] == task]
+        summary[task] = {name: found for row in nets for name, found in row.get("ratios", {}).items()}
+        rates = {name: times["images_per_s"] for row in reversed(nets) for name, times in row["times"].items()}
+        summary[f"{task}_images_per_s"] = rates
     return summary
 
 
@@ -38,22 +42,22 @@ def _totals(compared: Sequence[Row]) -> dict[str, Any]:
 
 
 def _is_compared(row: Row) -> bool:
-    return row["kind"] == "layer" and "speedup" in row
+    return row["kind"] == "layer" and "speedup" in row and "triton" in row["times"]
 
 
 def render(report: Report) -> str:
     """Every row, whatever came of it."""
-    parts = [
-        "# GPU report",
-        _environment(report),
-        _conditions(report["settings"]),
-    ]
     rows = report["rows"]
-    for direction in DIRECTIONS:
-        chosen = [row for row in rows if row["kind"] == "layer" and row["variant"] == direction]
-        parts += [f"## Layers, {direction}", _times_table("layer", chosen)]
-    parts += ["## Whole net", _times_table("task", [row for row in rows if row["kind"] == "net"], net=True)]
+    parts = ["# GPU report", _environment(report), _conditions(report["settings"])]
+    parts += ["## Roofs", _roofs([row for row in rows if row["kind"] == "roofs"])]
+    for variant in (*DIRECTIONS, COMPILED):
+        chosen = [row for row in rows if row["kind"] == "layer" and row["variant"] == variant]
+        title = "forward, beside torch.compile" if variant == COMPILED else variant
+        parts += [f"## Layers, {title}", _layers_table(chosen)]
+    parts += ["## Whole net", _nets_table([row for row in rows if row["kind"] == "net"])]
     parts += ["## Parity with float64", _parity_table([row for row in rows if row["kind"] == "parity"])]
+    parts += ["## The timer beside CuPy's", _clock_table([row for row in rows if row["kind"] == "clock"])]
+    parts += ["## Configurations measured", _tune_table([row for row in rows if row["kind"] == "tune"])]
     parts += ["## Tests on the GPU", _tests(report["tests"])]
     return "\n\n".join(parts) + "\n"
 
@@ -62,16 +66,35 @@ def _conditions(settings: Row) -> str:
     shape = " x ".join(str(settings[name]) for name in ("batch", "in_channels", "size", "size"))
     features = ", ".join(map(str, settings["features"]))
     return (
-        f"Images {shape}, features {features}, bfloat16. Times are medians in milliseconds, p10 to p90 in brackets. "
-        "`speedup` is aten / triton: below 1, ours is slower."
+        f"Images {shape}, features {features}, bfloat16. Times are medians in milliseconds, p10 to p90 in brackets, of "
+        "samples taken in turn with short rests (burst); `steady` is without a break. `speedup` is the fastest other "
+        "implementation's time / ours: below 1, ours is slower. `of floor` is the least time that the measured roofs "
+        "allow / ours."
     )
+
+
+def _roofs(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row["status"] != "ok":
+            return _note(row)
+        copy, matmul, l2 = row["copy"], row["matmul"], row["l2"]
+        rate = "" if l2["gb_per_s"] is None else _significant(l2["gb_per_s"])
+        lines = [
+            ["copy, GB/s", _significant(copy["gb_per_s"]), copy["how"]],
+            ["matmul in a burst, TFLOP/s", _significant(matmul["burst_tflops"]), matmul["how"]],
+            ["matmul in steady state, TFLOP/s", _significant(matmul["steady_tflops"]), ""],
+            ["reading L2, GB/s", rate, l2.get("how") or l2["reason"]],
+        ]
+    return table(["roof", "rate", "how"], lines)
 
 
 def _environment(report: Report) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in report["environment"].items())
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; "None." without lines."""
     if not lines:
         return "None."
     rule = ["---"] * len(header)
@@ -80,30 +103,65 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells))
 
 
-def _times_table(first: str, rows: Sequence[Row], *, net: bool = False) -> str:
-    header = [first, "GFLOP", "triton", "TFLOP/s", "aten", "TFLOP/s", "speedup", "note"]
-    header[-1:-1] = ["img/s triton", "img/s aten", "GB triton", "GB aten"] if net else []
+def _layers_table(rows: Sequence[Row]) -> str:
+    """A line for each layer, with a column for each implementation that any of them has."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("times", {})))
     lines = []
     for row in rows:
-        ours, theirs = (row.get("times", {}).get(name) for name in ("triton", "aten"))
-        line = [row["name"], _significant(row["flops"] / 1e9), *_time(ours), *_time(theirs)]
-        line.append(f"{row['speedup']:.2f}" if "speedup" in row else "")
-        if net:
-            line += [f"{t['images_per_s']:.1f}" if t else "" for t in (ours, theirs)]
-            line += [
-                f"{t['peak_bytes'] / 1e9:.2f}" if t and t["peak_bytes"] is not None else "" for t in (ours, theirs)
-            ]
-        lines.append([*line, _note(row)])
-    return _table(header, lines)
+        times = row.get("times", {})
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
+        floor = f"{row['floor_ms']:.3f}" if "floor_ms" in row else ""
+        share = f"{row['of_floor']:.0%}" if "of_floor" in row else ""
+        cells = [_time(times.get(name)) for name in names]
+        lines.append([row["name"], _significant(row["flops"] / 1e9), *cells, speedup, floor, share, _note(row)])
+    return table(["layer", "GFLOP", *names, "speedup", "floor ms", "of floor", "note"], lines)
 
 
-def _time(times: Row | None) -> tuple[str, str]:
-    if times is None:
-        return "", ""
-    return (
-        f"{times['median_ms']:.3f} [{times['p10_ms']:.3f}, {times['p90_ms']:.3f}]",
-        _significant(times["tflops"]),
-    )
+def _nets_table(rows: Sequence[Row]) -> str:
+    """A line for each implementation of each task."""
+    lines = []
+    for row in rows:
+        task = f"{row['name']} {row['variant']}".strip()
+        for name, times in row.get("times", {}).items():
+            found = row.get("ratios", {}).get(name)
+            ratio = f"{found['ratio']:.2f} [{found['p10']:.2f}, {found['p90']:.2f}]" if found else ""
+            share = f"{row['floor_ms'] / times['median_ms']:.0%}" if "floor_ms" in row else ""
+            rate, steady = f"{times['images_per_s']:.1f}", f"{times['steady_ms']:.3f}"
+            peak = _gigabytes(times["peak_bytes"])
+            tflops = _significant(times["tflops"])
+            lines.append([task, name, _time(times), steady, ratio, rate, tflops, share, peak, ""])
+        if _note(row) or not row.get("times"):
+            lines.append([task, *[""] * 8, _note(row)])
+    header = ["task", "implementation", "ms", "steady", "time / ours", "img/s", "TFLOP/s", "of floor", "GB", "note"]
+    return table(header, lines)
+
+
+def _tune_table(rows: Sequence[Row]) -> str:
+    """A line for each shape: what won, and by how much."""
+    lines = []
+    for row in rows:
+        entry = row.get("entry", {})
+        config = " ".join(f"{key}={value}" for key, value in entry.get("config", {}).items())
+        margins = [
+            f"{row[key]['median']:.2f} [{row[key]['p10']:.2f}, {row[key]['p90']:.2f}]" if key in row else ""
+            for key in ("margin_over_derived", "margin_over_aten")
+        ]
+        dropped = str(len(row["dropped"])) if "dropped" in row else ""
+        lines.append([row["name"], row["variant"], config, *margins, str(row.get("tried", "")), dropped, _note(row)])
+    return table(["layer", "kernel", "config", "derived / it", "aten / it", "tried", "dropped", "note"], lines)
+
+
+def _clock_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        found = row.get("cross_check", {})
+        figures = [_significant(found[name]) if name in found else "" for name in ("event_ms", "cupy_ms", "ratio")]
+        lines.append([row["name"], *figures, found.get("reason") or _note(row)])
+    return table(["layer", "ours, ms", "CuPy's, ms", "ratio", "note"], lines)
+
+
+def _time(times: Row | None) -> str:
+    return "" if times is None else f"{times['median_ms']:.3f} [{times['p10_ms']:.3f}, {times['p90_ms']:.3f}]"
 
 
 def _gigabytes(size: int | None) -> str:
@@ -120,8 +178,10 @@ def _note(row: Row) -> str:
     """Why something is missing."""
     if row["status"] != "ok":
         return f"**{row['status']}**: {_shortened(row['reason'])}"
-    reason = row.get("why_no_triton")
-    return f"aten alone: {reason}" if reason else ""
+    reasons = [f"{name}: {_shortened(reason)}" for name, reason in row.get("absent", {}).items()]
+    if row.get("why_no_triton"):
+        reasons.insert(0, f"no triton: {row['why_no_triton']}")
+    return "; ".join(reasons)
 
 
 def _shortened(text: str) -> str:
@@ -133,7 +193,7 @@ def _parity_table(rows: Sequence[Row]) -> str:
     for row in rows:
         passed = "passed" if row["status"] == "ok" else ""
         lines.append([row["name"], row["variant"], row.get("implementation", ""), passed, _note(row)])
-    return _table(["op", "format", "runs on", "parity", "note"], lines)
+    return table(["op", "format", "runs on", "parity", "note"], lines)
 
 
 def _tests(tests: Row) -> str:

@@ -6,9 +6,11 @@ waits for Python, and events mark begin and end. A net whose launches take longe
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,9 +80,19 @@ def clock_of(device: torch.device) -> Clock:
     return CudaClock() if device.type == "cuda" else CpuClock()
 
 
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    """Within the block cuDNN tries its algorithms. Not beyond it: it would do so for float64 references as well."""
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
+
+
 @dataclass(frozen=True)
 class Quantiles:
-    """Seconds: median, 10th and 90th percentile, and the number of samples they are of."""
+    """Seconds, or ratios: median, 10th and 90th percentile, and the number of samples they are of."""
 
     median: float
     p10: float
@@ -112,6 +124,20 @@ def interleave(
     seconds: float = math.inf,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Quantiles]:
+    """The quantiles of what `interleaved_samples` takes."""
+    samples = interleaved_samples(runs, clock, rounds=rounds, warmup=warmup, seconds=seconds, now=now)
+    return {name: Quantiles.of(values) for name, values in samples.items()}
+
+
+def interleaved_samples(
+    runs: Mapping[str, Sequence[Callable[[], Any]]],
+    clock: Clock,
+    *,
+    rounds: int,
+    warmup: int = 3,
+    seconds: float = math.inf,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Time each run once a round, in turn, every other round in the opposite order.
 
     runs: by name, the same work on one set of inputs after the other; round r takes set r. The warm-up rounds before
@@ -138,7 +164,45 @@ def interleave(
         clock.wait()
         for name, begin, finish in marks:
             samples[name].append(clock.elapsed(begin, finish))
-    return {name: Quantiles.of(values) for name, values in samples.items()}
+    return samples
+
+
+def ratio(samples: Mapping[str, Sequence[float]], over: str, under: str) -> Quantiles:
+    """Of the rounds' ratios of two runs: what slows a round slows both, and cancels out."""
+    return Quantiles.of([a / b for a, b in zip(samples[over], samples[under], strict=True)])
+
+
+# Samples of a burst: too few to heat anything.
+_BURST = 10
+
+
+def burst_and_steady(
+    run: Callable[[], Any],
+    clock: Clock,
+    *,
+    seconds: float,
+    warmup: int = 3,
+    now: Callable[[], float] = time.perf_counter,
+    pause: Callable[[float], None] = time.sleep,
+) -> tuple[Quantiles, Quantiles]:
+    """The first samples after a second of rest, and the last half of the samples of `seconds` without a break.
+
+    A GPU begins at its highest clock and lowers it when its power limit is reached.
+    """
+    for _ in range(warmup):
+        run()
+    clock.wait()
+    pause(1.0)
+    end, samples = now() + seconds, list[float]()
+    while not samples or now() < end:
+        # Back to back: the end of a sample is the beginning of the next.
+        marks = [clock.mark()]
+        for _ in range(_BURST):
+            run()
+            marks.append(clock.mark())
+        clock.wait()
+        samples += [clock.elapsed(begin, finish) for begin, finish in itertools.pairwise(marks)]
+    return Quantiles.of(samples[:_BURST]), Quantiles.of(samples[len(samples) // 2 :])
 
 
 def sets_past_cache(inputs: Sequence[Tensor], device: torch.device) -> int:

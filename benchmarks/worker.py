@@ -6,7 +6,8 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .measure import Row, Settings, Step, describe, run_step
+from .measure import run_step
+from .steps import Row, Settings, Step, describe
 
 
 class Worker:

@@ -112,7 +112,7 @@ def channel_block(channels: int, largest: int) -> int:
     return block
 
 
-def _step_block(c1: int, c2: int, largest: int) -> int:
+def step_block(c1: int, c2: int, largest: int) -> int:
     """A block of input channels: the largest power of two, 16 at least, that divides both inputs' channels."""
     common = c1 | c2
     return min(common & -common, largest)
@@ -121,10 +121,11 @@ def _step_block(c1: int, c2: int, largest: int) -> int:
 def conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> ConvConfig:
     """The blocks for a convolution of `shape`; `allow_tf32` matters for float32 only."""
     override = tuning.override("conv3x3", shape, dtype, allow_tf32, target.name, ConvConfig)
-    return override or _derived_conv_config(shape, dtype, target, allow_tf32)
+    return override or derived_conv_config(shape, dtype, target, allow_tf32)
 
 
-def _derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool) -> ConvConfig:
+def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool) -> ConvConfig:
+    """As conv_config, whatever was measured."""
     half = dtype.itemsize == 2
     tensor_cores = half or allow_tf32
     # Without tensor cores the operands lie in registers as well, and larger tiles spill.
@@ -138,7 +139,7 @@ def _derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, a
         block_n = cover(shape.c_out, 32, 64)
         return ConvConfig(tile_h, TILE_W, block_n, 16, 8, num_stages=2, form=POINTER, max_registers=ALL_REGISTERS)
     deepest = 16 if not tensor_cores else 64 if half and target.capability >= 90 else 32
-    block_k = _step_block(shape.c1, shape.c2, deepest)
+    block_k = step_block(shape.c1, shape.c2, deepest)
     block_n = channel_block(shape.c_out, 128 if half and block_k == deepest else 64)
     # A lone image on a deep level is to occupy at least half of the GPU. Unmeasured.
     tiles = cdiv(shape.height, tile_h) * cdiv(shape.width, TILE_W)
@@ -164,7 +165,7 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
     """Large tiles of pixels, which halve the reading of weights, but for a small image. Unmeasured."""
     channels_out = max(shape.c_out, shape.c_out2)
     block_n = channel_block(channels_out, 128)
-    block_k = _step_block(shape.c1, shape.c2, 64)
+    block_k = step_block(shape.c1, shape.c2, 64)
     blocks = cdiv(channels_out, block_n) * cdiv(shape.width, TILE_W)
     tile_h = next((h for h in (32, 16) if 4 * blocks * cdiv(shape.height, h) >= target.multiprocessors), 8)
     bytes_per_stage = (tile_h * TILE_W + block_n) * block_k * dtype.itemsize
@@ -198,12 +199,13 @@ def conv_steps(chosen: ConvConfig, channels: int) -> int:
 def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> WeightGradConfig:
     """The blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""
     override = tuning.override("conv3x3_weight_grad", shape, dtype, allow_tf32, target.name, WeightGradConfig)
-    return override or _derived_weight_grad_config(shape, dtype, target, allow_tf32)
+    return override or derived_weight_grad_config(shape, dtype, target, allow_tf32)
 
 
-def _derived_weight_grad_config(
+def derived_weight_grad_config(
     shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool
 ) -> WeightGradConfig:
+    """As weight_grad_config, whatever was measured."""
     half = dtype.itemsize == 2
     c_in, c_out = shape.c1, shape.c_out
     tile = _run_of_pixels(shape.height, shape.width)

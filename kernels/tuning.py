@@ -1,7 +1,8 @@
 """Configurations that override the derived ones: measured winners from `tuned/<gpu>.json`, and pins for benchmarks.
 
-A table holds "gpu" (the name torch gives it), what it was measured with, and "configs": rows of "op", "shape" and
-"dtype" (bfloat16, float16, float32 or tf32) with the fields of the op's config. No row depends on the batch size. The
+A table holds "gpu" (the name torch gives it) and "configs": rows of "op", "shape" and "dtype" (bfloat16, float16,
+float32 or tf32) with the fields of the op's config; beside them what the row was measured with, and by how many times
+the derived config and ATen take longer. `python -m benchmarks.tune` writes it. No row depends on the batch size. The
 derived choice stands where a table has no row.
 """
 

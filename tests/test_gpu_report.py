@@ -7,21 +7,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import gpu_report, measure, parity, timing, worker
+from fastunet.benchmarks import gpu_report, measure, opponents, parity, schedule, search, timing, worker
 from fastunet.benchmarks.bounds import Bounded, pool_grad
 from fastunet.benchmarks.layers import meta_unet, unet_layers
-from fastunet.benchmarks.measure import Settings, Step, all_steps
+from fastunet.benchmarks.steps import COMPILED, COMPILED_NETS, Settings, Step, all_steps, describe, layer_of
 from fastunet.benchmarks.tables import render, summarise
+from fastunet.kernels import gpu, tuning
+from torch import nn
 
 import fastunet
 from fastunet import ops
 
 CPU = torch.device("cpu")
-TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=2)
+TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=2, steady_seconds=0.05)
 
 # GFLOP of one 512x512 image, as the roofline of the classic net has them; an up-convolution counts with the
 # convolution after it.
@@ -59,8 +63,22 @@ def test_a_layer_is_what_the_net_runs() -> None:
     layers = unet_layers(model, 2, 20, 12)
     assert [f"{list(next(iter(layer.shapes.values())))} float32" for layer in layers] == seen
     assert [layer.name for layer in layers if not layer.input_has_grad] == ["inc.c1"]
-    with pytest.raises(ValueError, match="upsample='transpose'"):
-        unet_layers(fastunet.UNet(1, 1, features=(4, 8), upsample="bilinear"), 1, 16, 16)
+
+
+@pytest.mark.parametrize("upsample", ["transpose", "bilinear"])
+def test_a_layers_outputs_are_what_its_modules_return(upsample: Any) -> None:
+    model = fastunet.UNet(3, 2, features=(4, 8, 16), upsample=upsample)
+    returned: list[tuple[int, ...]] = []
+
+    def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        returned.append(tuple(output.shape))
+
+    twin = model.to_reference()
+    for module in twin.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Upsample, nn.MaxPool2d)):
+            module.register_forward_hook(note)
+    twin(torch.zeros(2, 3, 16, 24))
+    assert [shape for layer in unet_layers(model, 2, 16, 24) for shape in layer.outputs.values()] == returned
 
 
 class FakeClock:
@@ -188,6 +206,13 @@ def test_what_is_wrong_has_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert row["reason"]
 
 
+ROOFS = {
+    "copy": {"gb_per_s": 100.0, "how": "copied"},
+    "matmul": {"burst_tflops": 2.0, "steady_tflops": 1.0, "how": "multiplied"},
+    "l2": {"gb_per_s": None, "reason": "no CuPy"},
+}
+
+
 class FakeWorker:
     """Gives each step a row, after a second on the given clock."""
 
@@ -198,9 +223,11 @@ class FakeWorker:
         self.timeouts.append(timeout)
         self.clock.time += 1
         times = {"median_ms": 1.0, "p10_ms": 0.5, "p90_ms": 2.0, "samples": 3, "tflops": 5.0}
-        times |= {"images_per_s": 7.0, "peak_bytes": None} if step.kind == "net" else {}
-        found = {} if step.kind == "parity" else {"times": {"triton": times, "aten": times}, "speedup": 0.5}
-        return measure.describe(TINY, step) | {"status": "ok", "reason": ""} | found
+        times |= {"images_per_s": 7.0, "peak_bytes": None, "steady_ms": 1.5} if step.kind == "net" else {}
+        ratios = {"aten": {"ratio": 0.5, "p10": 0.4, "p90": 0.6}}
+        found = {"times": {"triton": times, "aten": times}, "speedup": 0.5, "ratios": ratios}
+        found = found if step.kind in ("layer", "net") else ROOFS if step.kind == "roofs" else {}
+        return describe(TINY, step) | {"status": "ok", "reason": ""} | found
 
     def close(self) -> None:
         self.closed = True
@@ -209,8 +236,8 @@ class FakeWorker:
 def test_a_spent_budget_still_gives_a_row_for_every_step() -> None:
     clock, saved = FakeClock(), []
     fake, steps = FakeWorker(clock), all_steps(TINY)
-    rows = gpu_report.measure(
-        TINY, steps, fake, gpu_report.Budget(10, lambda: clock.time), lambda rows: saved.append(len(rows))
+    rows = schedule.measure(
+        TINY, steps, fake, schedule.Budget(10, lambda: clock.time), lambda rows: saved.append(len(rows))
     )
     assert [row["status"] for row in rows] == ["ok"] * 9 + ["skipped"] * (len(steps) - 9)
     assert saved == [*range(1, 10), len(steps)]
@@ -231,16 +258,21 @@ def test_tables_show_every_row_and_what_lost() -> None:
     report = {"environment": {"device": "a GPU"}, "settings": vars(TINY), "rows": rows, "tests": {"reason": "not yet"}}
     text = render(report)
     for row in rows:
-        assert f"| {row['name']} |" in text
+        assert f"| {row['name']}" in text or row["kind"] == "roofs"
+    assert "| copy, GB/s | 100 | copied |" in text
+    assert "| reading L2, GB/s |  | no CuPy |" in text
     assert "**parity failed**: y / off" in text
     assert "**timed out**: no result after 90 s" in text
-    assert text.count("| 0.50 |") == len(rows) - len(parity.cases()) * 3 - 2
+    layers = [row for row in rows if row["kind"] == "layer"]
+    assert text.count("| 0.50 |") == len(layers) - 2
+    assert text.count("| 0.50 [0.40, 0.60] |") == len([row for row in rows if row["kind"] == "net"])
     assert "Not run: not yet." in text
     summary = summarise(rows)
     assert summary["layers_forward"]["compared"] == len(forward) - 1
     assert summary["layers_forward"]["faster"] == 1
     assert summary["parity"] == {"passed": len(parity.cases()) * 3 - 1, "failed": 1}
-    assert summary["inference"] == {"triton": 7.0, "aten": 7.0, "speedup": 0.5}
+    assert summary["inference"] == {"aten": {"ratio": 0.5, "p10": 0.4, "p90": 0.6}}
+    assert summary["inference_images_per_s"] == {"triton": 7.0, "aten": 7.0}
 
 
 def test_outcomes_of_tests_that_were_stopped() -> None:
@@ -282,9 +314,80 @@ def test_a_worker_that_hangs_or_dies_gives_a_row(monkeypatch: pytest.MonkeyPatch
         process.close()
 
 
+def test_the_timer_is_held_against_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    row = measure.run_step(TINY, Step("clock", "inc.c2"))
+    assert (row["status"], row["cross_check"]["reason"].partition(":")[0]) == ("ok", "CuPy cannot be imported")
+    found = {"event_ms": 2.0, "cupy_ms": 2.5, "ratio": 1.25}
+    rows = [row, row | {"cross_check": found}]
+    report = {"environment": {}, "settings": vars(TINY), "rows": rows, "tests": {"reason": ""}}
+    text = render(report)
+    assert "| inc.c2 | 2.00 | 2.50 | 1.25 |" in text
+    assert "CuPy cannot be imported" in text
+    assert Step("clock", "inc.c2") in all_steps(replace(TINY, device="cuda"))
+    assert Step("clock", "inc.c2") not in all_steps(TINY)
+
+
+def test_floors_come_from_the_roofs_of_the_same_run() -> None:
+    """By hand: inc.c1 of TINY moves its image, weight and result once at 100 GB/s, longer than 2 TFLOP/s take."""
+    fake = FakeWorker(FakeClock())
+    rows = [fake.run(step, 1.0) for step in all_steps(TINY) if step.kind != "parity"]
+    without = [row for row in rows if row["kind"] != "roofs"]
+    gpu_report.add_floors(without)
+    assert not any("floor_ms" in row for row in without)
+    gpu_report.add_floors(rows)
+    first = next(row for row in rows if row["name"] == "inc.c1")
+    moved = 2 * (2 * 3 * 16 * 16 + 4 * 3 * 9 + 4 + 2 * 4 * 16 * 16)
+    assert first["floor_ms"] == pytest.approx(1e3 * moved / 100e9)
+    assert first["of_floor"] == pytest.approx(first["floor_ms"] / 1.0)
+    floors = {row["name"]: row["floor_ms"] for row in rows if row["kind"] == "layer" and row["variant"] == "forward"}
+    net = next(row for row in rows if row["name"] == "inference")
+    assert net["floor_ms"] == pytest.approx(sum(floors.values()))
+    assert not any("floor_ms" in row for row in rows if row["variant"] == "backward" or row["name"] == "training")
+
+
+@pytest.mark.parametrize("is_tuned", [False, True])
+def test_what_the_search_finds_goes_into_the_table(
+    is_tuned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device's table, in the report's folder or where it is asked for; and the rows into the report."""
+    clock = FakeClock()
+
+    class Searching(FakeWorker):
+        def __init__(self, settings: Settings) -> None:
+            super().__init__(clock)
+
+        def run(self, step: Step, timeout: float) -> dict:
+            row = super().run(step, timeout)
+            if step.kind == "tune":
+                layer = layer_of(TINY, step.name)
+                subject = search.subject_of(layer, step.variant, gpu.INTERPRETER)
+                chosen = subject.candidates[0]
+                row["entry"] = tuning.as_row(subject.op, subject.shape, torch.bfloat16, False, chosen)
+            return row
+
+    monkeypatch.setattr(gpu_report, "Worker", Searching)
+    monkeypatch.setattr(gpu_report.dispatch, "triton_obstacle", lambda *_: None)
+    folder = tmp_path / "tuned" if is_tuned else tmp_path
+    report = gpu_report.make_report(TINY, tmp_path, 3.0, tuned=tmp_path / "tuned" if is_tuned else None)
+    table = json.loads((folder / "interpreter.json").read_text())
+    searched = [row for row in report["rows"] if row["kind"] == "tune"]
+    assert len(table["configs"]) == len(searched) == len(search.tune_steps(TINY))
+    assert table["gpu"] == "interpreter"
+    assert json.loads((tmp_path / "gpu_report.json").read_text())["rows"] == report["rows"]
+    assert "| inc.c2 | forward | tile_h=" in (tmp_path / "gpu_report.md").read_text()
+
+
+def test_the_names_of_compiled_nets_are_those_of_opponents() -> None:
+    names = {each.name for each in opponents.net_opponents(CPU, torch.bfloat16, training=False)}
+    assert set(COMPILED_NETS) == {name for name in names if name.startswith("compile")}
+
+
 def test_the_whole_report_on_a_cpu(tmp_path: Path) -> None:
     steps = [step for step in all_steps(TINY) if step.kind != "parity" or step.variant == "float32"]
     steps = [step for step in steps if step.kind != "parity" or int(step.name) in (0, 5)]
+    # Compiling takes long, and is the opponents' own tests' matter.
+    steps = [step for step in steps if step.variant not in (COMPILED, *COMPILED_NETS)]
     steps.append(Step("parity", "0", "float7"))
     gpu_report.make_report(TINY, tmp_path, 3.0, steps)
     report = json.loads((tmp_path / "gpu_report.json").read_text())
@@ -293,16 +396,26 @@ def test_the_whole_report_on_a_cpu(tmp_path: Path) -> None:
     assert (broken["status"], broken["reason"]) == ("failed", "KeyError: 'float7'")
     assert {row["status"] for row in rows} == {"ok"}
     for row in rows:
-        assert "the device is cpu, not cuda" in row["why_no_triton"], "without a GPU there is nothing to compare"
-        if row["kind"] != "parity":
-            assert list(row["times"]) == ["aten"]
+        if row["kind"] != "roofs":
+            assert "the device is cpu, not cuda" in row["why_no_triton"], "without a GPU there are no kernels"
+        if row["kind"] in ("layer", "net"):
+            assert next(iter(row["times"])) == "aten"
             assert row["times"]["aten"]["p10_ms"] <= row["times"]["aten"]["median_ms"] <= row["times"]["aten"]["p90_ms"]
+            assert set(row["ratios"]) == set(row["times"]) - {"aten"}
+            assert not set(row["absent"]) & set(row["times"])
+        if row["kind"] == "layer" and row["variant"] == "forward":
+            assert "onednn eager" in row["times"]
+            assert row["absent"]["cudnn graph"] == "the device is cpu, not cuda"
+            assert row["floor_ms"] > 0
+        if row["kind"] == "net":
+            assert row["times"]["aten"]["steady_ms"] > 0
+            assert "eager channels_last AMP" in row["times"]
     assert report["summary"]["parity"] == {"passed": 2, "failed": 0}
-    assert set(report["summary"]["inference"]) == {"aten", "speedup"}
+    assert set(report["summary"]["training"]) == {"eager", "eager channels_last AMP"}
     assert {"torch", "python", "commit", "dirty"} <= set(report["environment"])
-    text = (tmp_path / "gpu_report.md").read_text()
-    assert text.count("aten alone: the device is cpu") == len(rows)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["gpu_report.json", "gpu_report.md"]
+    assert (tmp_path / "gpu_report.md").read_text().count("no triton: the device is cpu") == len(rows) - 1
+    names = ["gpu_report.json", "gpu_report.md", "roofline.png"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == names
 
 
 def test_the_command_needs_neither_a_gpu_nor_the_extras_to_say_so(tmp_path: Path) -> None:

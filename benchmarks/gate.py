@@ -1,0 +1,91 @@
+"""What must hold of a run's result before it is timed, ours or an opponent's: it is right, by float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastunet
+from fastunet.testing import UNIT_ROUNDOFF
+
+from . import parity
+from .expected import Call
+from .layers import Layer
+from .opponents import Opponent, bce_dice
+
+# A net in a dtype may be this many times as far from float64 as plain torch modules are in the same dtype.
+_TIMES_PLAIN = 2.0
+
+
+def check_layer(layer: Layer, inputs: Mapping[str, Tensor], result: Any, *, allow_tf32: bool = False) -> None:
+    """AssertionError, naming the worst element, unless the last image of a layer's forward result is within bounds.
+
+    The bounds are those of `expected`: derived from the shapes and the dtype, whoever computed it.
+    """
+    images = {name: t if name in ("weight", "bias") else t[-1:] for name, t in inputs.items()}
+    call = Call(layer.op, images, {}, {}, [], allow_tf32=allow_tf32, stores_steps=True)
+    outputs = [y[-1:] for y in parity.outputs_of(result)]
+    parity.compare(dict(zip(("y", "pooled"), outputs, strict=False)), call)
+
+
+class NetGate:
+    """What a model gives on images x, in float64 and by plain modules, and whether an opponent's first result is right.
+
+    training: the result is the loss of the first step, else the outputs, of which the last image's are looked at. The
+    float64 net is run once.
+    """
+
+    def __init__(self, model: fastunet.UNet, x: Tensor, target: Tensor, *, training: bool) -> None:
+        self._model, self._x, self._training = copy.deepcopy(model).train(training), x if training else x[-1:], training
+        self._target = target.double()
+        self._exact = self._outputs(torch.float64)
+        self._plain: dict[str, Tensor] = {}
+
+    def check(self, opponent: Opponent, result: Tensor) -> float:
+        """How far the result of the opponent's first run is off: AssertionError if by more than is allowed.
+
+        Outputs may be twice as far from float64, relatively and in the 2-norm, as plain modules of the opponent's dtype
+        are; the loss may be off by what twice those modules' errors can do to it (`loss_bound`).
+        """
+        if opponent.dtype not in self._plain:
+            self._plain[opponent.dtype] = self._outputs(getattr(torch, opponent.dtype))
+        plain, exact = self._plain[opponent.dtype], self._exact
+        if self._training:
+            what, off = "the loss", abs(float(result) - float(bce_dice(exact, self._target)))
+            allowed = loss_bound(plain - exact, exact, self._target)
+        else:
+            what, off = "the outputs, relative", _distance(result[-1:].double(), exact)
+            allowed = _TIMES_PLAIN * _distance(plain, exact)
+        if not off <= allowed:  # NaN is not.
+            raise AssertionError(f"{opponent.name}: distance to float64 of {what}: {off:.2e}, allowed {allowed:.2e}")
+        return off
+
+    def _outputs(self, dtype: torch.dtype) -> Tensor:
+        """Of plain modules in that dtype (16 bits in training: under autocast), in float64."""
+        amp = self._training and dtype in (torch.bfloat16, torch.float16)
+        held = torch.float32 if amp else dtype
+        net = self._model.to_reference().to(held)
+        with torch.no_grad(), torch.autocast(self._x.device.type, dtype) if amp else nullcontext():
+            return net(self._x.to(held)).double()
+
+
+def loss_bound(error: Tensor, logits: Tensor, target: Tensor) -> float:
+    """How far BCE + Dice may be off where each logit is off by twice its `error`, all in float64 [N, C, H, W].
+
+    The derivative of a pixel's cross entropy by its logit is at most 1; that of a channel's Dice at most
+    2 / (sum p + sum t) by a probability, and so 1 / (2 sum t) by a logit. The rest are float32 roundings of the sums.
+    """
+    each = _TIMES_PLAIN * error.abs()
+    per_channel = each.mean((2, 3)) + each.sum((2, 3)) / (2 * target.sum((2, 3)))
+    terms = target[0, 0].numel()
+    roundings = (6 * terms**0.5 + 16) * UNIT_ROUNDOFF[torch.float32]
+    return float(per_channel.mean() + roundings * (bce_dice(logits, target) + 1))
+
+
+def _distance(actual: Tensor, exact: Tensor) -> float:
+    return float((actual - exact).norm() / exact.norm())

@@ -1,0 +1,342 @@
+"""What our layers and nets are compared with: the same work by others, in equal layout and dtype, each at its best.
+
+`layer_opponents` and `net_opponents` list them for a device; one that cannot run there says why. An opponent's
+`prepare` binds it to tensors (and compiles, folds, captures: whatever need be done but once), and gives `run`, which
+does the work once and returns its result. `benchmarks.gate` compares that with float64: before it is right, it is not
+timed. Whoever prepares and times does so within `timing.cudnn_benchmark`, from which all gain.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import fastunet
+from fastunet import dispatch
+from fastunet.losses import BCEDiceLoss
+from fastunet.reference import functional as reference
+
+from . import compiled, cudnn_graph, parity
+from .layers import Layer
+
+Run = Callable[[], Any]
+# The names under which ours are listed: under the backend in force, and with the Triton kernels forced.
+OURS, OURS_TRITON = "fastunet", "fastunet triton"
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """One way of doing the work. layout: "NCHW" or "NHWC"; dtype: of the products, as "bfloat16".
+
+    prepare: of a layer (inputs: dict[str, Tensor]) -> run, with its result; of a net (model: fastunet.UNet, x, target
+    or None) -> run, with the outputs or, of one training step, the loss before it. May raise `Unavailable` where the
+    reason lies in the work itself. unavailable: why it cannot run here at all, "" where it can.
+    """
+
+    name: str
+    layout: str
+    dtype: str
+    prepare: Callable[..., Run]
+    unavailable: str = ""
+
+
+class Unavailable(RuntimeError):
+    """An opponent cannot do this work: the message says why."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def our_backends(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
+    """(name, backend, obstacle) of ours: as the backend in force has it, and Triton unless that is what it forces."""
+    in_force, obstacle = dispatch.selected_backend(), dispatch.triton_obstacle(device, dtype) or ""
+    ours = [(OURS, in_force, obstacle if in_force == "triton" else "")]
+    return ours if in_force == "triton" else [*ours, (OURS_TRITON, "triton", obstacle)]
+
+
+def layer_opponents(
+    layer: Layer, device: torch.device, dtype: torch.dtype, *, thorough: bool = False
+) -> list[Opponent]:
+    """Of one layer's forward pass on tensors of that dtype, as `layer_runs.device_inputs` makes them.
+
+    Each has the layer's shape: prepare one, and other sets of inputs cost nothing more. thorough: also, on a CPU, what
+    takes minutes to prepare.
+    """
+    composition = getattr(reference, layer.op)
+    library, kind = ("cudnn" if device.type == "cuda" else "onednn"), dtype_name(dtype)
+    opponents = [
+        Opponent(name, "NHWC", kind, functools.partial(_our_layer, layer.op, backend), obstacle)
+        for name, backend, obstacle in our_backends(device, dtype)
+    ]
+    opponents += [
+        Opponent(f"{library} eager", "NHWC", kind, functools.partial(_bound, composition)),
+        Opponent(f"{library} eager NCHW", "NCHW", kind, functools.partial(_bound_contiguous, composition)),
+    ]
+    for name, mode in (("compile", "default"), ("compile max-autotune", "max-autotune-no-cudagraphs")):
+        obstacle = compiled.obstacle(device, mode, thorough=thorough)
+        prepare = functools.partial(_compiled_layer, _once(functools.partial(compiled.compile, composition, mode)))
+        opponents.append(Opponent(name, "NHWC", kind, prepare, obstacle))
+    obstacle = cudnn_graph.obstacle(device, dtype) or _without_graph(layer)
+    make = _once(functools.partial(_conv_graph, layer, device, dtype))
+    opponents.append(Opponent("cudnn graph", "NHWC", kind, functools.partial(_graph_layer, layer.op, make), obstacle))
+    return opponents
+
+
+def _once(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Makes it at the first call."""
+    return functools.cache(make)
+
+
+def _our_layer(op: str, backend: str, inputs: dict[str, Tensor]) -> Run:
+    def run() -> Any:
+        with torch.no_grad(), fastunet.backend(backend):
+            return parity.run_op(op, inputs, {}, {})
+
+    return run
+
+
+def _bound(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Run:
+    def run() -> Any:
+        with torch.no_grad():
+            return function(*inputs.values())
+
+    return run
+
+
+def _bound_contiguous(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Run:
+    # .contiguous() would leave a 1x1 kernel its strides, and torch then choose NHWC by them.
+    return _bound(function, {name: t.clone(memory_format=torch.contiguous_format) for name, t in inputs.items()})
+
+
+def _compiled_layer(make: Callable[[], Callable[..., Any]], inputs: dict[str, Tensor]) -> Run:
+    return _bound(make(), inputs)
+
+
+# --- cuDNN's graph ---
+
+
+def _without_graph(layer: Layer) -> str:
+    return "" if "conv_transpose" not in layer.op else "the graph is of a convolution, this is a transposed one"
+
+
+def _conv_graph(layer: Layer, device: torch.device, dtype: torch.dtype) -> cudnn_graph.Conv:
+    images = [layer.shapes[name] for name in ("x", "skip", "up") if name in layer.shapes]
+    n, _, h, w = images[0]
+    x_shape = (n, sum(shape[1] for shape in images), h, w)
+    relu = layer.op.endswith(("relu", "relu_pool"))
+    try:
+        return cudnn_graph.conv(x_shape, layer.shapes["weight"], dtype, device, relu=relu)
+    except cudnn_graph.NoPlan as error:
+        raise Unavailable(str(error)) from error
+
+
+def _graph_layer(op: str, make: Callable[[], Callable[..., Tensor]], inputs: dict[str, Tensor]) -> Run:
+    """The graph, after the concatenation and before the pooling that the layer has: cuDNN's graph has neither."""
+    conv = make()
+    images = [inputs[name] for name in ("x", "skip", "up") if name in inputs]
+
+    def run() -> Any:
+        with torch.no_grad():
+            x = images[0] if len(images) == 1 else torch.cat(images, dim=1)
+            y = conv(x, inputs["weight"], inputs["bias"])
+            return (y, reference.max_pool2x2(y)) if op.endswith("_pool") else y
+
+    return run
+
+
+# --- whole nets ---
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a net is run. backend: of our ops, None for plain torch modules. mode: torch.compile's, None for eager.
+
+    amp: under autocast to dtype, with float32 weights; else weights and images are of that dtype.
+    """
+
+    dtype: torch.dtype
+    layout: torch.memory_format = torch.channels_last
+    amp: bool = False
+    backend: str | None = None
+    mode: str | None = None
+    is_folded: bool = False
+    is_captured: bool = False
+
+    def arguments(self, *tensors: Tensor) -> list[Tensor]:
+        """Images and targets in this form."""
+        dtype = torch.float32 if self.amp else self.dtype
+        return [t.to(dtype=dtype, memory_format=self.layout) for t in tensors]
+
+    def net(self, model: fastunet.UNet) -> nn.Module:
+        """A copy of the model in this form, in the model's mode."""
+        net: Any = copy.deepcopy(model) if self.backend else model.to_reference()
+        if self.is_folded:
+            fold(net)
+        return net.to(dtype=torch.float32 if self.amp else self.dtype, memory_format=self.layout)
+
+    def autocast(self, device: torch.device) -> Any:
+        return torch.autocast(device.type, self.dtype) if self.amp else nullcontext()
+
+    def scope(self) -> Any:
+        """What holds while it runs."""
+        return fastunet.backend(self.backend) if self.backend else nullcontext()
+
+
+def net_opponents(
+    device: torch.device, dtype: torch.dtype, *, training: bool, thorough: bool = False
+) -> list[Opponent]:
+    """Of a whole net: one inference, or one training step (forward, BCE and Dice, backward, AdamW) under autocast.
+
+    In 16 bits, inference has weights of that dtype, but for "eager channels_last AMP", which is what people write;
+    "eager" is float32, what they run without it. The fastunet ones have the ops' backend that is in force here.
+    thorough: also, on a CPU, what takes minutes to prepare.
+    """
+    amp = training and dtype != torch.float32
+    plain = functools.partial(_Form, dtype, amp=amp)
+    forms = [(name, plain(backend=backend), obstacle) for name, backend, obstacle in our_backends(device, dtype)]
+    if not training:
+        name, backend, obstacle = our_backends(device, dtype)[0]
+        captured = plain(backend=backend, is_captured=True)
+        forms.append((f"{name} CUDA graph", captured, obstacle or _no_cuda(device)))
+    forms.append(("eager", _Form(torch.float32, torch.contiguous_format), ""))
+    if dtype == torch.float32 or not training:
+        forms.append(("eager channels_last", plain(), ""))
+    if dtype != torch.float32:
+        forms.append(("eager channels_last AMP", _Form(dtype, amp=True), ""))
+    if not training:
+        forms.append(("eager folded", plain(is_folded=True), ""))
+    modes = {
+        "compile": "default",
+        "compile max-autotune": "max-autotune-no-cudagraphs",
+        "compile CUDA graphs": "max-autotune",
+    }
+    if not training:
+        modes["compile freezing"] = "freezing"
+    forms += [
+        (name, plain(mode=mode), compiled.obstacle(device, mode, thorough=thorough)) for name, mode in modes.items()
+    ]
+    prepare = _training_step if training else _inference
+    return [
+        Opponent(
+            name,
+            "NHWC" if form.layout == torch.channels_last else "NCHW",
+            dtype_name(form.dtype),
+            functools.partial(prepare, form),
+            reason,
+        )
+        for name, form, reason in forms
+    ]
+
+
+def _no_cuda(device: torch.device) -> str:
+    return "" if device.type == "cuda" else f"CUDA graphs need CUDA, the device is {device.type}"
+
+
+def fold(net: nn.Module) -> None:
+    """Put each BatchNorm of a plain net, in eval mode, into the convolution before it. Unavailable if there is none."""
+    folded = 0
+    for sequence in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
+        for i, (conv, norm) in enumerate(itertools.pairwise(list(sequence))):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                sequence[i], sequence[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+                folded += 1
+    if not folded:
+        raise Unavailable("the net has no batch norm to fold")
+
+
+def _inference(form: _Form, model: fastunet.UNet, x: Tensor, target: Tensor | None = None) -> Run:
+    net = form.net(copy.deepcopy(model).eval())
+    (image,) = form.arguments(x)
+
+    def forward(image: Tensor) -> Tensor:
+        with form.autocast(x.device):
+            return net(image)
+
+    call = _compiled_net(forward, form, image) if form.mode else forward
+
+    def run() -> Tensor:
+        with torch.no_grad(), form.scope():
+            return call(image)
+
+    return capture(run) if form.is_captured else run
+
+
+def _compiled_net(function: Callable[..., Any], form: _Form, *arguments: Tensor) -> Callable[..., Any]:
+    assert form.mode is not None
+    if form.mode != "max-autotune":
+        return compiled.compile(function, form.mode)
+    for argument in arguments:
+        torch._dynamo.mark_static_address(argument)  # Else each call would copy it to where the graph reads.
+    call = compiled.compile(function, form.mode)
+
+    def replay(*arguments: Tensor) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # The outputs of the call before may be overwritten.
+        return call(*arguments)
+
+    return replay
+
+
+def capture(run: Run, cuda: Any = torch.cuda) -> Run:
+    """The run as a CUDA graph, on tensors that stay where they are; its result is overwritten by the next replay."""
+    stream = cuda.Stream()
+    stream.wait_stream(cuda.current_stream())
+    with cuda.stream(stream):  # Compiles, chooses algorithms and fills the allocator: none of it may be captured.
+        for _ in range(3):
+            run()
+    cuda.current_stream().wait_stream(stream)
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph):
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def bce_dice(logits: Tensor, target: Tensor) -> Tensor:
+    """What `fastunet.losses.BCEDiceLoss` computes, as people write it: a dozen passes over images of float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    p, dims = logits.sigmoid(), (2, 3)
+    overlap, sizes = (p * target).sum(dims), p.sum(dims) + target.sum(dims)
+    dice = 1 - (2 * overlap + 1e-5) / (sizes + 1e-5)
+    return dice.mean() + F.binary_cross_entropy_with_logits(logits, target)
+
+
+def _training_step(form: _Form, model: fastunet.UNet, x: Tensor, target: Tensor) -> Run:
+    net = form.net(copy.deepcopy(model).train())
+    loss = BCEDiceLoss() if form.backend else bce_dice
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=x.is_cuda)
+    scaler = torch.amp.GradScaler(x.device.type, enabled=form.dtype == torch.float16)
+    image, truth = form.arguments(x, target)
+
+    def forward(image: Tensor, truth: Tensor) -> Tensor:
+        with form.autocast(x.device):
+            logits = net(image)
+        return loss(logits, truth)
+
+    call = _compiled_net(forward, form, image, truth) if form.mode else forward
+
+    def run() -> Tensor:
+        with form.scope():
+            optimizer.zero_grad()
+            value = call(image, truth)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return value.detach()
+
+    return run

@@ -1,0 +1,106 @@
+"""The README's performance table, made from the results that are committed: `python -m benchmarks.perf_table`.
+
+Rewrites the text between the two marker lines of README.md. Its figures are those of the `summary` in
+benchmarks/results/<gpu>/gpu_report.json and benchmarks/results/cpu/*.json: by task ("inference", "training") and
+opponent, how many times as long the opponent takes as fastunet ("ratio", and of the rounds' ratios "p10" and "p90").
+Other files there, which have no such summary, have no part in it. What has no file is said to be unmeasured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastunet.files import written_whole
+
+from .environment import ROOT
+
+BEGIN = "<!-- performance: made from benchmarks/results by `make perf-table` -->"
+END = "<!-- end of performance -->"
+_TASKS = {"inference": "inference", "training": "training step"}
+
+Result = Mapping[str, Any]
+
+
+class TableError(Exception):
+    """The README or a results file is not as expected."""
+
+
+def results(folder: Path) -> dict[str, list[tuple[Path, Result]]]:
+    """The files with a summary of tasks, under "gpu" and "cpu", in the order of their paths."""
+    files = {"gpu": sorted(folder.glob("*/gpu_report.json")), "cpu": sorted(folder.glob("cpu/*.json"))}
+    read = {kind: [(path, json.loads(path.read_text())) for path in paths] for kind, paths in files.items()}
+    return {kind: [(path, found) for path, found in pairs if _has_tasks(found)] for kind, pairs in read.items()}
+
+
+def _has_tasks(found: Result) -> bool:
+    summary = found.get("summary", {})
+    return any(summary.get(task) for task in _TASKS)
+
+
+def generate(folder: Path) -> str:
+    """What stands between the markers: a table for each file, GPUs first, or that there is none."""
+    found = results(folder)
+    parts = [_section(path.relative_to(folder.parents[1]), result) for path, result in found["gpu"]]
+    if not parts:
+        parts.append("Speed on a GPU: not measured. There is no `benchmarks/results/<gpu>/gpu_report.json`.")
+    parts += [_section(path.relative_to(folder.parents[1]), result) for path, result in found["cpu"]]
+    if not found["cpu"]:
+        parts.append("Speed on a CPU: not measured. There is no file of it in `benchmarks/results/cpu/`.")
+    return "\n\n".join(parts)
+
+
+def _section(path: Path, result: Result) -> str:
+    """Conditions and a table: how many times as long each opponent takes."""
+    try:
+        summary, settings, environment = (result[name] for name in ("summary", "settings", "environment"))
+        tasks = {task: summary.get(task) or {} for task in _TASKS}
+        opponents = list(dict.fromkeys(name for found in tasks.values() for name in found))
+        lines = [
+            f"| {name} | {' | '.join(_ratio(found.get(name)) for found in tasks.values())} |" for name in opponents
+        ]
+        header = [f"| time of ... / time of fastunet | {' | '.join(_TASKS.values())} |", "|---|--:|--:|"]
+        return "\n".join([_conditions(path, settings, environment), "", *header, *lines])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TableError(f"{path}: expected a summary, settings and environment of a net, got {error!r}") from error
+
+
+def _conditions(path: Path, settings: Result, environment: Result) -> str:
+    side, threads = settings["size"], settings.get("threads")
+    said = [f"images of {side}x{side}", f"batches of {settings['batch']}", *([f"{threads} threads"] if threads else [])]
+    return (
+        f"{environment['device']}, torch {environment['torch']}; {', '.join(said)}; medians of at most "
+        f"{settings['rounds']} rounds in turn, p10 to p90 in brackets; above 1, fastunet is faster (`{path}`):"
+    )
+
+
+def _ratio(found: Result | None) -> str:
+    return "" if found is None else f"{found['ratio']:.2f} ({found['p10']:.2f} to {found['p90']:.2f})"
+
+
+def replace_between(text: str, generated: str) -> str:
+    """The text with what stands between its markers replaced. TableError unless it has each marker once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise TableError(f"expected one line {BEGIN!r} and after it one {END!r}")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.partition(END)[2]}"
+
+
+def main(root: Path = ROOT) -> int:
+    """The command: 0, or 1 with the reason."""
+    readme = root / "README.md"
+    try:
+        text = readme.read_text()
+        with written_whole(readme) as temporary:
+            temporary.write_text(replace_between(text, generate(root / "benchmarks" / "results")))
+    except (OSError, ValueError, TableError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

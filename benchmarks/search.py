@@ -1,0 +1,165 @@
+"""Which configuration of a convolution is fastest for one layer: every candidate is checked, then timed in turn.
+
+A candidate whose results are off, or that does not run, is dropped with the reason. The winner of the first timing is
+timed again, against the derived configuration and ATen (cuDNN) alone: the best of many samples is always flattered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from fastunet.kernels import config, config_search, gpu, tuning
+from fastunet.kernels.config import ConvShape
+
+import fastunet
+
+from .layer_runs import backward_run, check_last_image, forward_run, layer_sets
+from .layers import Layer
+from .steps import DTYPE, Row, Settings, Step, layer_of
+from .timing import Clock, Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio
+
+KINDS = ("forward", "weight_grad", "input_grad")
+# Seconds for compiling and checking a layer's candidates; after them those are timed that there are.
+_PREPARING = 50.0
+_PARAMETERS = ("weight", "bias")
+Runs = Sequence[Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The op and shape by which `tuning` knows what is searched, and the candidates, the derived one first."""
+
+    op: str
+    shape: ConvShape
+    candidates: Sequence[Any]
+
+
+def subject_of(layer: Layer, kind: str, target: gpu.Target) -> Subject:
+    """Of a 3x3 convolution's forward pass or one of its gradients, in the dtype that layers are timed in."""
+    shapes = layer.shapes
+    channels = [shapes[name][1] for name in ("x", "skip", "up") if name in shapes]
+    c1, c2 = (*channels, 0)[:2]
+    c_out, sides = shapes["weight"][0], next(iter(shapes.values()))[2:]
+    if kind == "weight_grad":  # Of two inputs, which each have their own, the first.
+        shape = ConvShape(c1, 0, c_out, *sides)
+        found = config_search.feasible_weight_grad_configs(shape, DTYPE, target, allow_tf32=False)
+        return Subject("conv3x3_weight_grad", shape, found)
+    aligned = config.aligned(c1, c2, c_out)
+    if kind == "forward":
+        shape = ConvShape(c1, c2, c_out, *sides, aligned)
+    else:
+        shape = ConvShape(c_out, 0, c1, *sides, aligned, c_out2=c2)
+    return Subject("conv3x3", shape, config_search.feasible_conv_configs(shape, DTYPE, target, allow_tf32=False))
+
+
+def tune_steps(settings: Settings) -> list[Step]:
+    """Forward first, then the gradients; of each, a shape once, and the most work first."""
+    steps: dict[tuple[str, ConvShape], Step] = {}
+    layers = [layer for layer in settings.layers() if "conv3x3" in layer.op]
+    for kind in KINDS:
+        for layer in sorted(layers, key=lambda layer: -layer.flops):
+            if layer.input_has_grad or kind != "input_grad":
+                found = subject_of(layer, kind, gpu.INTERPRETER)
+                steps.setdefault((kind, found.shape), Step("tune", layer.name, kind))
+    return list(steps.values())
+
+
+def search(settings: Settings, step: Step) -> Row:
+    """Measure the candidates of one layer and kind: "entry", a row of a table, and what was tried, dropped and timed.
+
+    AssertionError if none is right.
+    """
+    device, layer = torch.device(settings.device), layer_of(settings, step.name)
+    subject = subject_of(layer, step.variant, gpu.target(device))
+    backward = step.variant != "forward"
+    sets = layer_sets(layer, device)
+    inputs = sets[0]
+
+    def runs_of(backend: str) -> Runs:
+        if not backward:
+            return [forward_run(layer, backend, each) for each in sets]
+        only = [name for name in inputs if (name in _PARAMETERS) == (step.variant == "weight_grad")]
+        return [backward_run(layer, backend, each, only) for each in sets]
+
+    # The graph of a backward pass is made once, by the derived configurations; a pin holds for the pass itself.
+    ours = runs_of("triton")
+
+    def prepare(candidate: Any) -> Runs:
+        with fastunet.backend("triton"):
+            check_last_image(layer, inputs, backward=backward, around=lambda: tuning.pinned(subject.op, candidate))
+        return [within(subject.op, candidate, run) for run in ours]
+
+    with cudnn_benchmark():
+        found = choose(subject.candidates, prepare, runs_of("aten"), clock_of(device), settings)
+    winner = found.pop("winner")
+    margins = {name: found[name]["median"] for name in ("margin_over_derived", "margin_over_aten") if name in found}
+    return {"entry": tuning.as_row(subject.op, subject.shape, DTYPE, False, winner) | margins, **found}
+
+
+def within(op: str, candidate: Any, run: Callable[[], Any]) -> Callable[[], Any]:
+    """The run with that configuration pinned."""
+
+    def pinned() -> None:
+        with tuning.pinned(op, candidate):
+            run()
+
+    return pinned
+
+
+def choose(
+    candidates: Sequence[Any],
+    prepare: Callable[[Any], Runs],
+    aten: Runs,
+    clock: Clock,
+    settings: Settings,
+    now: Callable[[], float] = time.monotonic,
+) -> Row:
+    """The fastest right candidate as "winner", how many were "tried", those "dropped", and the margins: by how many
+    times the derived one, candidates[0], and ATen take longer, as quantiles of the rounds' ratios.
+
+    The derived one stays where it is right and no other is faster in nine rounds of ten. AssertionError if none is
+    right.
+    """
+    right, dropped = _right_ones(candidates, prepare, now)
+    if not right:
+        raise AssertionError(f"none of {len(dropped)} configurations is right: {dropped[0]['reason']}")
+    limits: Mapping[str, Any] = {"rounds": settings.rounds, "seconds": settings.seconds}
+    first = interleaved_samples({str(i): runs for i, runs in right.items()}, clock, **limits)
+    best = min(right, key=lambda i: Quantiles.of(first[str(i)]).median)
+    finalists = {"winner": right[best], "aten": aten}
+    if 0 in right and best != 0:
+        finalists["derived"] = right[0]
+    samples = interleaved_samples(finalists, clock, **limits)
+    if best == 0:
+        samples["derived"] = samples["winner"]
+    elif "derived" in samples and ratio(samples, "derived", "winner").p10 <= 1:
+        best, samples["winner"] = 0, samples["derived"]
+    found: Row = {"winner": candidates[best], "tried": len(right) + len(dropped), "dropped": dropped}
+    for name in ("derived", "aten"):
+        if name in samples:
+            found[f"margin_over_{name}"] = asdict(ratio(samples, name, "winner"))
+    found["seconds"] = {name: asdict(Quantiles.of(values)) for name, values in samples.items()}
+    return found
+
+
+def _right_ones(
+    candidates: Sequence[Any], prepare: Callable[[Any], Runs], now: Callable[[], float]
+) -> tuple[dict[int, Runs], list[Row]]:
+    """The runs of the right ones by number, and the others with the reason; no further one begins after the time."""
+    end = now() + _PREPARING
+    right: dict[int, Runs] = {}
+    dropped: list[Row] = []
+    for i, candidate in enumerate(candidates):
+        if i and now() >= end:
+            break
+        try:
+            right[i] = prepare(candidate)
+        except AssertionError as error:
+            dropped.append({"config": asdict(candidate), "reason": f"parity failed: {error}"})
+        except Exception as error:  # A compiler's, or too many resources: the others may still run.
+            dropped.append({"config": asdict(candidate), "reason": f"{type(error).__name__}: {error}"[:500]})
+    return right, dropped

@@ -1,0 +1,241 @@
+"""What the kernels of a net's forward pass move, computed without running them, beside the least there is to move.
+
+    python -m benchmarks.traffic [--features 64 128 ...] [--size 512] [--batch 16] [--capability 90 80] [--out JSON]
+
+prints for every layer the bytes of its floor (work.py), those that our kernel and its launcher move to and from memory,
+those of an eager net in which every op is a pass of its own, and what the kernel loads from L2 for every FLOP; for each
+GPU by its compute capability, with the configuration that is chosen there. accesses.py says what the counts assume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastunet.kernels import config, gpu
+from torch import Tensor
+
+from fastunet.files import write_json
+
+from .accesses import Traffic, copies_of, traffic_of
+from .environment import environment
+from .jobs import TARGETS, describe
+from .layers import Layer
+from .roofline import DTYPES
+from .steps import DTYPE, Settings
+from .tables import table
+from .work import eager_passes, fused_pass
+
+# Whose totals are the net's with its head in the last convolution's epilogue, as it runs without gradients.
+JOINED = "with the head joined"
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """One layer: its FLOPs, the bytes it cannot do without, those of eager, and what our launch moves.
+
+    launch: bytes of the kernel; copies: of the copies of weights that its launcher makes. form: how it reads its
+    operands. config: its blocks, warps and stages.
+    """
+
+    name: str
+    form: str
+    config: str
+    flops: int
+    floor_bytes: int
+    eager_bytes: int
+    launch: Traffic
+    copies: Traffic
+
+    @property
+    def memory_bytes(self) -> int:
+        """To and from memory in all."""
+        return self.launch.memory + self.copies.memory
+
+    @property
+    def l2_bytes_per_flop(self) -> float:
+        """What the kernel loads from L2, by its products' FLOPs."""
+        return self.launch.loaded / self.flops
+
+
+def layer_traffic(layer: Layer, target: gpu.Target, dtype: torch.dtype = DTYPE) -> LayerTraffic:
+    """Of a layer of transposed-convolution nets, on channels_last tensors of dtype. ValueError for any other op."""
+    tensors = {name: _tensor(shape, dtype) for name, shape in {**layer.shapes, **layer.outputs}.items()}
+    launch = _launch(layer, tensors, target)
+    return _of_launch(layer, launch, tensors, dtype)
+
+
+def joined_head_traffic(
+    conv: Layer, head: Layer, target: gpu.Target, dtype: torch.dtype = DTYPE
+) -> LayerTraffic | None:
+    """Of a convolution with the head after it in its epilogue; None where the kernel cannot hold both."""
+    from fastunet.kernels import conv3x3
+    from fastunet.kernels.epilogue import HEAD_CLASSES, Epilogue, Head
+
+    tensors = {name: _tensor(shape, dtype) for name, shape in conv.shapes.items()}
+    of_head = {f"head {name}": _tensor(shape, dtype) for name, shape in (head.parameters | head.outputs).items()}
+    x, weight = tensors["x"], tensors["weight"]
+    chosen = config.with_head(conv3x3.choose(x, None, weight, target, allow_tf32=False))
+    if chosen.block_n < weight.shape[0] or head.shapes["weight"][0] > HEAD_CLASSES:
+        return None
+    epilogue = Epilogue(
+        None,
+        tensors["bias"],
+        negative_slope=0.0,
+        head=Head(of_head["head weight"], of_head["head bias"], sigmoid=False),
+        probabilities=of_head["head y"],
+    )
+    launch = conv3x3.conv3x3_launch(x, None, weight, chosen, epilogue, allow_tf32=False)
+    # The pair has no fewer bytes than its inputs, its parameters and the head's output.
+    pair = replace(conv, name=f"{conv.name}+{head.name}", flops=conv.flops + head.flops)
+    row = _of_launch(pair, launch, tensors | of_head, dtype)
+    least = sum(t.numel() * t.element_size() for t in (tensors | of_head).values())
+    eager = sum(work.bytes for layer in (conv, head) for work in eager_passes(layer, dtype.itemsize))
+    return replace(row, floor_bytes=least, eager_bytes=eager)
+
+
+def _of_launch(layer: Layer, launch: gpu.Launch, tensors: dict[str, Tensor], dtype: torch.dtype) -> LayerTraffic:
+    arguments = launch.arguments
+    form = config.DESCRIPTOR if "x_desc" in arguments else config.POINTER
+    return LayerTraffic(
+        layer.name,
+        config.FOLDED if arguments.get("FOLDED") else form,
+        describe(launch),
+        layer.flops,
+        fused_pass(layer, dtype.itemsize).bytes,
+        sum(work.bytes for work in eager_passes(layer, dtype.itemsize)),
+        traffic_of(launch),
+        copies_of(launch, tensors.values()),
+    )
+
+
+def _tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Without memory, channels_last where it is an image or a weight."""
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+
+
+def _launch(layer: Layer, tensors: dict[str, Tensor], target: gpu.Target) -> gpu.Launch:
+    """What the layer's op launches."""
+    from fastunet.kernels import conv1x1, conv3x3, conv_transpose2x2
+    from fastunet.kernels.epilogue import Epilogue
+
+    x, weight, bias, y = tensors.get("x"), tensors.get("weight"), tensors.get("bias"), tensors["y"]
+    options: dict[str, Any] = {"allow_tf32": False, "target": target}
+    if layer.op == "conv_transpose2x2":
+        return conv_transpose2x2.conv_transpose2x2_launch(x, weight, bias, y, **options)
+    if layer.op == "conv1x1":
+        return conv1x1.conv1x1_launch(x, weight, bias, y, activation=None, **options)
+    if "conv3x3" not in layer.op:
+        raise ValueError(f"expected an op of fastunet's kernels, got {layer.op!r}")
+    first, up = tensors.get("skip", x), tensors.get("up")
+    chosen = conv3x3.choose(first, up, weight, **options)
+    epilogue = Epilogue(y, bias, negative_slope=0.0, pooled=tensors.get("pooled"))
+    return conv3x3.conv3x3_launch(first, up, weight, chosen, epilogue, allow_tf32=False)
+
+
+def net_traffic(
+    settings: Settings, target: gpu.Target, dtype: torch.dtype = DTYPE
+) -> tuple[list[LayerTraffic], LayerTraffic | None]:
+    """Of each layer, and of the last two in one launch where they fit."""
+    layers = settings.layers()
+    joined = joined_head_traffic(layers[-2], layers[-1], target, dtype)
+    return [layer_traffic(layer, target, dtype) for layer in layers], joined
+
+
+def summarise(rows: Sequence[LayerTraffic], joined: LayerTraffic | None) -> dict[str, Any]:
+    """Totals of the net, layer by layer and, where that is possible, with the head joined to the last convolution."""
+    summary = {"layer by layer": _totals(rows)}
+    if joined is not None:
+        summary[JOINED] = _totals([*rows[:-2], joined])
+    return summary
+
+
+def _totals(rows: Sequence[LayerTraffic]) -> dict[str, Any]:
+    floor, memory, eager = (
+        sum(getattr(row, name) for row in rows) for name in ("floor_bytes", "memory_bytes", "eager_bytes")
+    )
+    return {
+        "floor_bytes": floor,
+        "memory_bytes": memory,
+        "eager_bytes": eager,
+        "of_floor": memory / floor,
+        "of_eager": memory / eager,
+        "l2_bytes_per_flop": sum(row.launch.loaded for row in rows) / sum(row.flops for row in rows),
+    }
+
+
+def render(rows: Sequence[LayerTraffic], joined: LayerTraffic | None) -> str:
+    """Markdown, in megabytes over the batch."""
+    header = ["layer", "form", "config", "floor MB", "kernel MB", "eager MB", "of floor", "of eager", "L2 B/kFLOP"]
+    lines = [_line(row.name, row.form, row.config, _totals([row])) for row in (*rows, *([joined] if joined else []))]
+    lines += [_line(name, "", "", totals) for name, totals in summarise(rows, joined).items()]
+    return table(header, lines)
+
+
+def _line(name: str, form: str, config: str, totals: dict[str, Any]) -> list[str]:
+    megabytes = [f"{totals[f'{what}_bytes'] / 1e6:.1f}" for what in ("floor", "memory", "eager")]
+    shares = [f"{totals['of_floor']:.3f}", f"{totals['of_eager']:.3f}", f"{1e3 * totals['l2_bytes_per_flop']:.2f}"]
+    return [name, form, config, *megabytes, *shares]
+
+
+# --- the command ---
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 once the tables are printed and the file written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    usual = Settings()
+    parser.add_argument("--features", type=int, nargs="+", default=[*usual.features])
+    parser.add_argument("--in-channels", type=int, default=usual.in_channels)
+    parser.add_argument("--out-channels", type=int, default=usual.out_channels)
+    parser.add_argument("--size", type=int, default=usual.size, help="side of the square images")
+    parser.add_argument("--batch", type=int, default=usual.batch)
+    parser.add_argument("--dtype", choices=[*DTYPES], default="bfloat16")
+    parser.add_argument("--capability", type=int, nargs="+", choices=TARGETS, default=[90, 80])
+    parser.add_argument("--out", type=Path, metavar="JSON")
+    options = parser.parse_args(arguments)
+    least = 2 ** (len(options.features) - 1)
+    if options.batch < 1 or options.size < least:
+        parser.error(f"expected --batch from 1 and --size from {least}, got {options.batch} and {options.size}")
+    settings = Settings(
+        size=options.size,
+        batch=options.batch,
+        features=tuple(options.features),
+        in_channels=options.in_channels,
+        out_channels=options.out_channels,
+    )
+    dtype = DTYPES[options.dtype]
+    try:
+        nets = {
+            capability: net_traffic(settings, gpu.known_target(capability), dtype) for capability in options.capability
+        }
+    except ValueError as error:  # Of the model: channels below one, a single level.
+        parser.error(str(error))
+    found = {}
+    for capability, (rows, joined) in nets.items():
+        print(f"## sm_{capability}\n\n{render(rows, joined)}\n")
+        every = [*rows, *([joined] if joined else [])]
+        found[f"sm_{capability}"] = {
+            "summary": summarise(rows, joined),
+            "rows": [{**asdict(row), "l2_bytes_per_flop": row.l2_bytes_per_flop} for row in every],
+        }
+    if options.out is not None:
+        net = {name: getattr(settings, name) for name in ("features", "in_channels", "out_channels", "size", "batch")}
+        computed_by = {
+            name: value for name, value in environment("cpu").items() if name in ("commit", "dirty", "triton")
+        }
+        write_json(options.out, {"environment": computed_by, "settings": net | {"dtype": options.dtype}, **found})
+        print(options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

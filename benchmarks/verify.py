@@ -1,0 +1,233 @@
+"""Is the working tree right, and is it faster than a commit? Two processes, round by round in turn.
+
+    python -m benchmarks.verify --base REV [--device cuda] [--size 512] [--batch 16] [--only inc.c2 ...] [--out FILE]
+
+First every op is compared with float64 in both trees; then each layer and the whole net is timed in both, under the
+implementation that runs on the device, in alternating order; what is off in either tree gets no speed. `base/new` is
+the median of the rounds' ratios, with the 10th and 90th percentile: above 1, the working tree is faster. Benchmarks
+and tolerances are the working tree's on both sides (see tree_process). Ends with 1 if anything is off, with 2 if REV
+cannot be measured. REV is checked out in a temporary `git worktree`, which is removed however this ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fastunet.files import write_json
+
+from . import parity
+from .environment import ROOT, environment
+from .steps import DIRECTIONS, TASKS, Row, Settings, Step, layer_of, parity_formats
+from .timing import Quantiles
+from .tree_process import TreeError, TreeProcess
+
+# Seconds for what compiles, and for what is measured.
+_FIRST, _LATER = 300.0, 120.0
+
+
+class Caller(Protocol):
+    """What `verify` needs of a TreeProcess."""
+
+    label: str
+
+    def call(self, method: str, *arguments: Any, timeout: float) -> Any: ...
+
+
+@contextmanager
+def checked_out(root: Path, revision: str) -> Iterator[Path]:
+    """A temporary worktree of the repository at `root`. TreeError if it has no such commit."""
+    commit = _git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    with tempfile.TemporaryDirectory(prefix="fastunet-verify-") as folder:
+        tree = Path(folder) / "base"
+        try:
+            with _undisturbed():
+                _git(root, "worktree", "add", "--quiet", "--detach", str(tree), commit.strip())
+            yield tree
+        finally:
+            if tree.exists():
+                with _undisturbed():
+                    _git(root, "worktree", "remove", "--force", str(tree))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block ends: half a worktree could not be removed. Children inherit this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise TreeError(f"git {' '.join(arguments)}: {done.stderr.strip() or 'no such commit'}")
+    return done.stdout
+
+
+def steps_to_compare(settings: Settings, only: Sequence[str] = ()) -> list[Step]:
+    """Nets, then layers, forward and backward; of these the `only` names, where there are any.
+
+    ValueError for a name that none has.
+    """
+    steps = [Step("net", task) for task in TASKS]
+    steps += [Step("layer", layer.name, direction) for direction in DIRECTIONS for layer in settings.layers()]
+    unknown = set(only) - {step.name for step in steps}
+    if unknown:
+        raise ValueError(f"expected names among {', '.join(dict.fromkeys(s.name for s in steps))}, got {unknown}")
+    return [step for step in steps if not only or step.name in only]
+
+
+def parity_rows(sides: Sequence[Caller], settings: Settings) -> list[Row]:
+    """Every op in every format, in each tree: rows with its "side"."""
+    rows = []
+    for variant in parity_formats(settings.device):
+        for number, case in enumerate(parity.cases()):
+            for side in sides:
+                row = side.call("parity", str(number), variant, timeout=_FIRST)
+                rows.append({"side": side.label, "op": case.op, **row})
+    return rows
+
+
+def compare(step: Step, base: Caller, new: Caller, settings: Settings, clock: Callable[[], float]) -> Row:
+    """Time one step in both trees: a row with "ratio", or one that says which side is off."""
+    prepared = {
+        side.label: side.call("prepare", step.kind, step.name, step.variant, timeout=_FIRST) for side in (base, new)
+    }
+    row: Row = {**asdict(step), "implementation": {label: found["implementation"] for label, found in prepared.items()}}
+    off = {label: found for label, found in prepared.items() if found["status"] != "ok"}
+    if off:
+        reason = "; ".join(f"in {label}: {found['reason']}" for label, found in off.items())
+        return row | {"status": next(iter(off.values()))["status"], "reason": reason}
+    seconds: dict[str, list[float]] = {base.label: [], new.label: []}
+    end = clock() + settings.seconds
+    for i in range(settings.rounds):
+        if i and clock() >= end:
+            break
+        for side in (base, new) if i % 2 == 0 else (new, base):
+            seconds[side.label].append(side.call("round", timeout=_LATER))
+    ratios = [b / n for b, n in zip(seconds[base.label], seconds[new.label], strict=True)]
+    measured = {f"{label}_ms": 1e3 * Quantiles.of(values).median for label, values in seconds.items()}
+    return row | {"status": "ok", "reason": "", "ratio": asdict(Quantiles.of(ratios)), **measured}
+
+
+def verify(
+    base: Caller,
+    new: Caller,
+    settings: Settings,
+    steps: Sequence[Step],
+    report: Callable[[Row], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Report every op that is off, then every step's comparison. TreeError if a tree cannot be measured."""
+    for side in (base, new):
+        lacking = side.call("lacking", timeout=_FIRST)
+        if lacking:
+            raise TreeError(f"{side.label} has no {', '.join(lacking)}, which the benchmarks of this tree measure")
+    wrong = [row for row in parity_rows((base, new), settings) if row["status"] != "ok"]
+    for row in wrong:
+        report(row)
+    for step in steps:
+        ops = {row["op"] for row in wrong}
+        off = ops if step.kind == "net" else ops & {layer_of(settings, step.name).op}
+        if off:
+            sides = sorted({row["side"] for row in wrong if row["op"] in off})
+            reason = f"{', '.join(sorted(off))} in {' and '.join(sides)}"
+            report({**asdict(step), "status": "parity failed", "reason": reason})
+        else:
+            report(compare(step, base, new, settings, clock))
+
+
+def line(row: Row) -> str:
+    """One row as text."""
+    name = f"{row['kind']} {row['name']} {row['variant']}".strip()
+    if "ratio" not in row:
+        side = f" in {row['side']}" if "side" in row else ""
+        return f"{name:<28} {row['status'].upper()}{side}: {row['reason'][:300]}"
+    ratio = row["ratio"]
+    return (
+        f"{name:<28} base/new {ratio['median']:6.3f} [{ratio['p10']:.3f}, {ratio['p90']:.3f}]"
+        f"  base {row['base_ms']:.3f} ms  new {row['new_ms']:.3f} ms  ({ratio['samples']} rounds)"
+    )
+
+
+def _arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings, list[Step]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", required=True, metavar="REV", help="the commit to compare with")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, default=512, help="side of the square images")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--features", type=int, nargs="+", default=Settings().features)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each comparison")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="layers, inference, training")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="rows as JSON")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; --device cpu compares on the CPU")
+    least = 2 ** (len(options.features) - 1)
+    if options.batch < 2 or options.size < least or options.rounds < 1:
+        parser.error(f"expected --batch from 2, --size from {least} and --rounds from 1")
+    settings = Settings(
+        device=options.device,
+        size=options.size,
+        batch=options.batch,
+        features=tuple(options.features),
+        rounds=options.rounds,
+        seconds=options.seconds,
+    )
+    try:
+        return options, settings, steps_to_compare(settings, options.only)
+    except ValueError as error:
+        parser.error(f"--only: {error}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 if both trees are right, 1 if something is off, 2 if a tree cannot be measured."""
+    options, settings, steps = _arguments(arguments)
+    # As Ctrl-C: contexts end processes and remove the worktree.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    rows: list[Row] = []
+    result = {
+        "base": options.base,
+        "environment": environment(settings.device),
+        "settings": asdict(settings),
+        "rows": rows,
+    }
+
+    def report(row: Row) -> None:
+        rows.append(row)
+        print(line(row), flush=True)
+        if options.out:
+            write_json(options.out, result)
+
+    try:
+        with (
+            checked_out(ROOT, options.base) as tree,
+            TreeProcess("base", tree, ROOT, asdict(settings)) as base,
+            TreeProcess("new", ROOT, ROOT, asdict(settings)) as new,
+        ):
+            verify(base, new, settings, steps, report)
+    except TreeError as error:
+        print(f"{options.base} and the working tree cannot be compared: {error}", file=sys.stderr)
+        return 2
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

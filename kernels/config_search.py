@@ -1,0 +1,131 @@
+"""The configurations that a convolution could run with, for measuring which is fastest: pure enumeration.
+
+The derived configuration comes first, then the others by how many of its fields they change, so that a search which is
+cut short has seen the likeliest. All are correct by construction and fit shared memory; whether one compiles without
+spills, or at all, is for the search to find out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import astuple, replace
+from typing import TypeVar
+
+import torch
+from fastunet.kernels import config
+from fastunet.kernels.config import (
+    ALL_REGISTERS,
+    DESCRIPTOR,
+    FOLDED,
+    POINTER,
+    TILE_W,
+    ConvConfig,
+    ConvShape,
+    WeightGradConfig,
+)
+from fastunet.kernels.gpu import Target
+
+# Sums, of 32 bits, that one thread can hold beside its addresses and operands.
+_MOST_SUMS = 128
+_WARPS = (4, 8)
+_STAGES = (2, 3, 4)
+
+T = TypeVar("T", ConvConfig, WeightGradConfig)
+
+
+def conv_forms(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[str, ConvConfig]:
+    """By form, the derived config of each form that `shape` can run in on the target, the one that is chosen first."""
+    derived = config.derived_conv_config(shape, dtype, target, allow_tf32)
+    forms = {derived.form: derived}
+    if derived.form == DESCRIPTOR:
+        without = replace(target, capability=min(target.capability, 89))
+        forms[POINTER] = config.derived_conv_config(shape, dtype, without, allow_tf32)
+    return forms
+
+
+def feasible_conv_configs(
+    shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool
+) -> list[ConvConfig]:
+    """Configs for a convolution of `shape`, or an input gradient, which is one; `allow_tf32` matters for float32."""
+    forms = conv_forms(shape, dtype, target, allow_tf32=allow_tf32)
+    derived = next(iter(forms.values()))
+    found = [candidate for form in forms.values() for candidate in _conv_variants(form, shape, dtype, target)]
+    return _nearest_first(derived, found)
+
+
+def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
+    """The configs of derived's form."""
+    channels = max(shape.c_out, shape.c_out2)
+    heights = [h for h in (8, 16, 32) if h <= derived.tile_h or dtype.itemsize == 2]
+    # Where the derived block holds all output channels, so does every other: a joined head needs it.
+    blocks_n = [n for n in (32, 64, 128) if _covers(n, channels, derived.block_n)]
+    blocks_k = _step_blocks(derived, shape)
+    # Loads that go element by element are not pipelined.
+    stages = _STAGES if derived.num_stages > 1 else (1,)
+    found = []
+    for tile_h, block_n, block_k, warps, depth in itertools.product(heights, blocks_n, blocks_k, _WARPS, stages):
+        limit = _register_limit(derived.form, block_n, dtype, target)
+        candidate = ConvConfig(tile_h, TILE_W, block_n, block_k, warps, depth, derived.form, limit)
+        per_stage = (tile_h * TILE_W + block_n) * block_k * dtype.itemsize
+        if _fits(tile_h * TILE_W * block_n, warps, depth * per_stage, target):
+            found.append(candidate)
+    return found
+
+
+def _covers(block: int, channels: int, derived_block: int) -> bool:
+    if derived_block >= channels:
+        return channels <= block <= max(derived_block, 64)
+    # A product of the descriptor form has the block's rows, and tensor cores take 64 at least.
+    return block >= 64 and block <= config.cover(channels, 32, 128)
+
+
+def _step_blocks(derived: ConvConfig, shape: ConvShape) -> list[int]:
+    if derived.form == FOLDED or not shape.aligned:
+        return [derived.block_k]
+    deepest = config.step_block(shape.c1, shape.c2, 64)
+    return [k for k in (16, 32, 64) if k <= deepest]
+
+
+def _register_limit(form: str, block_n: int, dtype: torch.dtype, target: Target) -> int | None:
+    """As derived configs have it."""
+    if form == DESCRIPTOR:
+        return ALL_REGISTERS if target.capability >= 100 else None
+    return None if form == POINTER and dtype.itemsize == 2 and block_n > 32 else ALL_REGISTERS
+
+
+def feasible_weight_grad_configs(
+    shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool
+) -> list[WeightGradConfig]:
+    """Configs for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32."""
+    derived = config.derived_weight_grad_config(shape, dtype, target, allow_tf32)
+    # The descriptor form's tile is a run of neighbours in memory; the folded form's block holds all taps.
+    heights = (derived.tile_h,) if derived.form == DESCRIPTOR else (2, 4, 8)
+    blocks_out = [n for n in (32, 64, 128) if n <= config.cover(shape.c_out, 32, 128)]
+    blocks_in = [n for n in (16, 32, 64, 128) if n <= config.cover(shape.c1, 16, 128)]
+    if derived.form == FOLDED:
+        blocks_in = [derived.block_in]
+    if derived.form == DESCRIPTOR:  # Its product has block_out rows.
+        blocks_out = [n for n in blocks_out if n >= 64]
+    found = []
+    for tile_h, block_out, block_in, warps, depth in itertools.product(heights, blocks_out, blocks_in, _WARPS, _STAGES):
+        candidate = replace(
+            derived, tile_h=tile_h, block_out=block_out, block_in=block_in, num_warps=warps, num_stages=depth
+        )
+        per_stage = tile_h * derived.tile_w * (block_out + block_in) * dtype.itemsize
+        if _fits(block_out * block_in, warps, depth * per_stage, target):
+            found.append(candidate)
+    return _nearest_first(derived, found)
+
+
+def _fits(sums: int, warps: int, shared_memory: int, target: Target) -> bool:
+    return sums <= _MOST_SUMS * 32 * warps and shared_memory <= target.shared_memory
+
+
+def _nearest_first(derived: T, found: list[T]) -> list[T]:
+    def distance(candidate: T) -> tuple[int, float]:
+        """Fields that differ, and how many times blocks, warps and stages are doubled or halved."""
+        changed = [(a, b) for a, b in zip(astuple(candidate), astuple(derived), strict=True) if a != b]
+        return len(changed), sum(abs(math.log2(a / b)) for a, b in changed if isinstance(a, int) and isinstance(b, int))
+
+    return [derived, *sorted((candidate for candidate in found if candidate != derived), key=distance)]

@@ -1,0 +1,225 @@
+"""The benchmarks' opponents: each computes what float64 does, within derived bounds, or says why it cannot run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fastunet.benchmarks import compiled, opponents
+from fastunet.benchmarks.gate import NetGate, check_layer
+from fastunet.benchmarks.layer_runs import device_inputs
+from fastunet.benchmarks.layers import meta_unet, unet_layers
+from fastunet.benchmarks.opponents import OURS, OURS_TRITON, Opponent, Unavailable, layer_opponents, net_opponents
+
+import fastunet
+from fastunet.losses import BCEDiceLoss
+
+CPU = torch.device("cpu")
+LAYERS = {layer.name: layer for layer in unet_layers(meta_unet(3, 2, (8, 16)), 2, 12, 20)}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def by_name(found: list[Opponent]) -> dict[str, Opponent]:
+    assert len({opponent.name for opponent in found}) == len(found)
+    return {opponent.name: opponent for opponent in found}
+
+
+def problem(norm: str | None = "batch") -> tuple[fastunet.UNet, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = fastunet.UNet(3, 2, features=(4, 8), norm=norm)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return model, torch.randn(2, 3, 12, 20), torch.randint(0, 2, (2, 2, 12, 20)).float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_eager_opponents_of_a_layer_are_right(name: str, dtype: torch.dtype) -> None:
+    layer = LAYERS[name]
+    inputs = device_inputs(layer, CPU, dtype)
+    checked = []
+    for opponent in layer_opponents(layer, CPU, dtype):
+        if not opponent.unavailable and not opponent.name.startswith("compile"):
+            result = opponent.prepare(inputs)()
+            check_layer(layer, inputs, result)
+            y = result[0] if isinstance(result, tuple) else result
+            assert (y.dtype, y.stride(1) == 1) == (dtype, opponent.layout == "NHWC")
+            checked.append(opponent.name)
+    assert checked == [OURS, "onednn eager", "onednn eager NCHW"]
+
+
+def test_compiled_layers_are_right_and_compiled_once() -> None:
+    layer = LAYERS["up1.c1"]
+    opponent = by_name(layer_opponents(layer, CPU, torch.bfloat16))["compile"]
+    for seed in range(2):
+        inputs = {name: t + seed for name, t in device_inputs(layer, CPU, torch.bfloat16).items()}
+        run = opponent.prepare(inputs)
+        with torch.compiler.set_stance("fail_on_recompile") if seed else torch.compiler.set_stance("default"):
+            check_layer(layer, inputs, run())
+
+
+def test_a_wrong_layer_is_caught() -> None:
+    for layer in LAYERS.values():
+        inputs = device_inputs(layer, CPU, torch.bfloat16)
+        opponent = by_name(layer_opponents(layer, CPU, torch.bfloat16))["onednn eager"]
+        result = opponent.prepare(inputs)()
+        spoilt = tuple(1.02 * y for y in result) if isinstance(result, tuple) else 1.02 * result
+        with pytest.raises(AssertionError, match=f"{layer.op}: y: "):
+            check_layer(layer, inputs, spoilt)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_eager_opponents_of_a_net_are_right(training: bool, dtype: torch.dtype, norm: str | None) -> None:
+    model, x, target = problem(norm)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    gate = NetGate(model, x, target, training=training)
+    checked = []
+    for opponent in net_opponents(CPU, dtype, training=training):
+        if opponent.unavailable or opponent.name.startswith("compile"):
+            continue
+        if norm is None and opponent.name == "eager folded":
+            with pytest.raises(Unavailable, match="no batch norm"):
+                opponent.prepare(model, x, target)
+            continue
+        gate.check(opponent, opponent.prepare(model, x, target if training else None)())
+        checked.append(opponent.name)
+    expected = {OURS, "eager", "eager channels_last" if dtype == torch.float32 else "eager channels_last AMP"}
+    if not training:
+        expected |= {"eager channels_last"} | ({"eager folded"} if norm else set())
+    assert set(checked) == expected
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "prepare changed the model"
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_compiled_nets_are_right(training: bool) -> None:
+    model, x, target = problem()
+    gate = NetGate(model, x, target, training=training)
+    checked = []
+    for opponent in net_opponents(CPU, torch.float32, training=training):
+        if opponent.name.startswith("compile") and not opponent.unavailable:
+            gate.check(opponent, opponent.prepare(model, x, target)())
+            checked.append(opponent.name)
+    assert checked == (["compile"] if training else ["compile", "compile freezing"])
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_wrong_net_is_caught(training: bool) -> None:
+    model, x, target = problem()
+    gate = NetGate(model, x, target, training=training)
+    opponent = by_name(net_opponents(CPU, torch.float32, training=training))["eager channels_last"]
+    right = opponent.prepare(model, x, target)()
+    gate.check(opponent, right)
+    for wrong in (right * 1.001, right * float("nan")):
+        with pytest.raises(AssertionError, match="eager channels_last: distance to float64"):
+            gate.check(opponent, wrong)
+
+
+def test_training_steps_train() -> None:
+    model, x, target = problem()
+    for opponent in net_opponents(CPU, torch.bfloat16, training=True):
+        if not opponent.unavailable and not opponent.name.startswith("compile"):
+            run = opponent.prepare(model, x, target)
+            losses = [float(run()) for _ in range(20)]
+            assert losses[-1] < losses[0], opponent.name
+
+
+def test_the_plain_loss_is_ours() -> None:
+    _, _, target = problem()
+    target, logits = target.double(), torch.randn(target.shape, dtype=torch.float64)
+    torch.testing.assert_close(opponents.bce_dice(logits, target), BCEDiceLoss()(logits, target), rtol=1e-12, atol=0)
+
+
+def test_what_cannot_run_says_why() -> None:
+    layer = LAYERS["inc.c2"]
+    found = by_name(layer_opponents(layer, CPU, torch.bfloat16)) | by_name(
+        net_opponents(CPU, torch.bfloat16, training=False)
+    )
+    reasons = {name: opponent.unavailable for name, opponent in found.items() if opponent.unavailable}
+    assert reasons.pop(OURS_TRITON)
+    assert reasons == {
+        "cudnn graph": "the device is cpu, not cuda",
+        "fastunet CUDA graph": "CUDA graphs need CUDA, the device is cpu",
+        "compile max-autotune": "max-autotune takes minutes on a CPU, and was not asked for",
+        "compile CUDA graphs": "CUDA graphs need CUDA, the device is cpu",
+    }
+    assert not by_name(layer_opponents(layer, CPU, torch.bfloat16, thorough=True))["compile max-autotune"].unavailable
+
+
+def test_forced_kernels_that_cannot_run_are_named_once() -> None:
+    with fastunet.backend("triton"):
+        found = by_name(net_opponents(CPU, torch.float64, training=True))
+    assert "float64" in found[OURS].unavailable
+    assert OURS_TRITON not in found
+
+
+def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compiled.obstacle(CPU, "default", thorough=False) == "there is no C++ compiler (no-such-compiler)"
+
+
+def test_compiled_functions_do_not_share_a_code_object() -> None:
+    made = [compiled.own_code(lambda a, b: a - b) for _ in range(2)]
+    assert made[0](5, 3) == 2
+    assert made[0].__code__ is not made[1].__code__
+
+
+class FakeCuda:
+    """Notes the order in which a capture asks for things."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def _stream(self, name: str) -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"))
+
+    def Stream(self) -> Any:
+        return self._stream("side")
+
+    def current_stream(self) -> Any:
+        return self._stream("main")
+
+    def CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    def _block(self, name: str) -> Any:
+        log = self.log
+
+        class Block:
+            def __enter__(self) -> None:
+                log.append(f"enter {name}")
+
+            def __exit__(self, *error: object) -> None:
+                log.append(f"leave {name}")
+
+        return Block()
+
+    def stream(self, stream: Any) -> Any:
+        return self._block(stream.name)
+
+    def graph(self, graph: Any) -> Any:
+        return self._block("graph")
+
+
+def test_a_capture_warms_up_beside_and_replays() -> None:
+    cuda = FakeCuda()
+
+    def run() -> str:
+        cuda.log.append("run")
+        return "outputs"
+
+    replay = opponents.capture(run, cuda)
+    assert cuda.log == [
+        "side waits for main",
+        *("enter side", "run", "run", "run", "leave side"),
+        "main waits for side",
+        *("enter graph", "run", "leave graph"),
+    ]
+    assert replay() == "outputs"
+    assert cuda.log[-1] == "replay"

@@ -1,0 +1,85 @@
+"""The README's performance table is what the committed results say."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from fastunet.benchmarks import perf_table
+from fastunet.benchmarks.perf_table import BEGIN, END, TableError
+
+ROOT = Path(__file__).parents[1]
+RATIO = {"ratio": 1.526, "p10": 1.5, "p90": 1.57}
+RESULT = {
+    "summary": {"inference": {"eager": RATIO, "compiled": {"ratio": 0.9, "p10": 0.85, "p90": 0.95}}, "training": {}},
+    "environment": {"device": "a device", "torch": "2.13.0", "commit": "abc"},
+    "settings": {"size": 256, "batch": 1, "threads": 2, "rounds": 15},
+    "rows": [],
+}
+
+
+def write(root: Path, name: str, value: object) -> Path:
+    path = root / "benchmarks/results" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return root / "benchmarks/results"
+
+
+def test_the_readme_is_up_to_date() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert perf_table.replace_between(text, perf_table.generate(ROOT / "benchmarks/results")) == text, (
+        "run `make perf-table`"
+    )
+
+
+def test_figures_come_from_the_files(tmp_path: Path) -> None:
+    training = copy.deepcopy(RESULT)
+    training["summary"]["training"] = {"eager": {"ratio": 2.0, "p10": 1.9, "p90": 2.1}}
+    write(tmp_path, "cpu/accuracy_steps_400.json", {"plain": {}})
+    write(tmp_path, "cpu/unet_cpu.json", RESULT)
+    text = perf_table.generate(write(tmp_path, "a_gpu/gpu_report.json", training))
+    gpu, cpu = text.split("benchmarks/results/cpu/unet_cpu.json")
+    assert "| eager | 1.53 (1.50 to 1.57) | 2.00 (1.90 to 2.10) |" in gpu
+    assert "| eager | 1.53 (1.50 to 1.57) |  |" in cpu
+    assert "| compiled | 0.90 (0.85 to 0.95) |  |" in cpu, "what lost is shown too"
+    assert "benchmarks/results/a_gpu/gpu_report.json" in gpu
+    assert "accuracy" not in text
+    assert "not measured" not in text
+    assert "a device, torch 2.13.0; images of 256x256, batches of 1, 2 threads" in text
+
+
+def test_without_results_it_says_so(tmp_path: Path) -> None:
+    text = perf_table.generate(write(tmp_path, "cpu/accuracy.json", {"plain": {}}))
+    assert text.count("not measured") == 2
+    assert "|" not in text
+
+
+def test_a_file_that_is_not_as_expected_is_named(tmp_path: Path) -> None:
+    broken = {name: value for name, value in RESULT.items() if name != "settings"}
+    with pytest.raises(TableError, match=r"unet_cpu\.json.*settings"):
+        perf_table.generate(write(tmp_path, "cpu/unet_cpu.json", broken))
+
+
+def test_only_what_is_between_the_markers_changes(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write(tmp_path, "cpu/unet_cpu.json", RESULT)
+    assert perf_table.main(tmp_path) == 0
+    once = (tmp_path / "README.md").read_text()
+    assert once.startswith(f"before\n{BEGIN}\n\n")
+    assert once.endswith(f"\n\n{END}\nafter\n")
+    assert "old" not in once
+    assert perf_table.main(tmp_path) == 0
+    assert (tmp_path / "README.md").read_text() == once
+
+
+@pytest.mark.parametrize("text", ["nothing", f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"])
+def test_a_readme_without_its_markers_stays_as_it_is(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert perf_table.main(tmp_path) == 1
+    assert "expected one line" in capsys.readouterr().err
+    (readme,) = tmp_path.iterdir()
+    assert readme.read_text() == text

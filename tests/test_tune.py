@@ -1,0 +1,163 @@
+"""The search for configurations: what wins and by how much, what is dropped, and the table that comes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fastunet.benchmarks import search, tune
+from fastunet.benchmarks.steps import Settings, layer_of
+from fastunet.kernels import config, gpu, tuning
+
+HOPPER = gpu.known_target(90)
+SETTINGS = Settings(device="cpu", rounds=5)
+DERIVED = config.ConvConfig(16, 8, 64, 32, 4, 2, config.POINTER)
+OTHERS = [replace(DERIVED, tile_h=8), replace(DERIVED, num_warps=8)]
+CANDIDATES = [DERIVED, *OTHERS]
+
+
+class FakeClock:
+    """Time passes only in runs."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def prepare(self) -> None: ...
+
+    def mark(self) -> float:
+        return self.time
+
+    def wait(self) -> None: ...
+
+    def elapsed(self, begin: float, end: float) -> float:
+        return end - begin
+
+    def taking(self, seconds: float) -> list[Callable[[], None]]:
+        def run() -> None:
+            self.time += seconds
+
+        return [run]
+
+
+def choose(seconds: list[float | Exception], aten: float) -> dict:
+    clock = FakeClock()
+
+    def prepare(candidate: config.ConvConfig) -> list[Callable[[], None]]:
+        found = seconds[CANDIDATES.index(candidate)]
+        if isinstance(found, Exception):
+            raise found
+        return clock.taking(found)
+
+    return search.choose(CANDIDATES, prepare, clock.taking(aten), clock, SETTINGS)
+
+
+def test_the_fastest_wins_with_its_margins() -> None:
+    found = choose([2.0, 1.0, 4.0], aten=0.5)
+    assert found["winner"] == OTHERS[0]
+    assert found["margin_over_derived"]["median"] == 2.0
+    assert found["margin_over_aten"]["median"] == 0.5, "a loss against cuDNN is on record too"
+    assert (found["tried"], found["dropped"]) == (3, [])
+
+
+def test_the_derived_one_stays_where_none_is_faster() -> None:
+    for seconds in ([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]):
+        found = choose(seconds, aten=3.0)
+        assert found["winner"] == DERIVED
+        assert (found["margin_over_derived"]["median"], found["margin_over_aten"]["median"]) == (1.0, 3.0)
+
+
+def test_what_is_wrong_or_does_not_run_is_dropped_however_fast() -> None:
+    found = choose([AssertionError("y is off"), 5.0, RuntimeError("out of resources")], aten=10.0)
+    assert found["winner"] == OTHERS[0]
+    assert [each["reason"] for each in found["dropped"]] == [
+        "parity failed: y is off",
+        "RuntimeError: out of resources",
+    ]
+    assert "margin_over_derived" not in found
+    with pytest.raises(AssertionError, match="none of 3 configurations is right: parity failed: y is off"):
+        choose([AssertionError("y is off")] * 3, aten=1.0)
+
+
+def test_preparing_ends_in_time_but_not_before_the_first() -> None:
+    clock, seen = FakeClock(), []
+
+    def prepare(candidate: config.ConvConfig) -> list[Callable[[], None]]:
+        seen.append(candidate)
+        clock.time += 30
+        return clock.taking(1.0)
+
+    search.choose(CANDIDATES, prepare, clock.taking(1.0), clock, SETTINGS, now=lambda: clock.time)
+    assert seen == CANDIDATES[:2]
+
+
+def test_every_shape_is_searched_once() -> None:
+    steps = search.tune_steps(Settings())
+    assert [step.variant for step in steps] == sorted((step.variant for step in steps), key=search.KINDS.index)
+    forward = {step.name for step in steps if step.variant == "forward"}
+    assert {"inc.c1", "inc.c2", "up4.c1", "down4.c2"} <= forward
+    assert not {"up4.c2", "outc", "up1.up"} & forward, "up4.c2 has inc.c2's shape; the others are no 3x3 convolutions"
+    assert "inc.c1" not in {step.name for step in steps if step.variant == "input_grad"}
+
+
+def meta(*sizes: int) -> torch.Tensor:
+    return torch.empty(sizes, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["inc.c1", "inc.c2", "up4.c1"])
+@pytest.mark.parametrize("kind", search.KINDS)
+def test_the_launchers_take_what_the_table_says(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shape of a search is that of the launch: from the file that is written to the kernel's blocks."""
+    kernels = pytest.importorskip("fastunet.kernels.conv3x3_grad", reason="needs triton")
+    from fastunet.kernels import conv3x3
+
+    layer = layer_of(Settings(batch=2), name)
+    subject = search.subject_of(layer, kind, HOPPER)
+    winner = subject.candidates[-1]
+    row = {"name": name, "entry": tuning.as_row(subject.op, subject.shape, torch.bfloat16, False, winner)}
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    tuning._table.cache_clear()
+    tuning.table_path(HOPPER.name).write_text(json.dumps(tune.table([row], HOPPER.name, {"commit": "abc"})))
+    tensors = [meta(*layer.shapes[each]) for each in ("x", "skip", "up") if each in layer.shapes]
+    x, up = (*tensors, None)[:2]
+    weight, y = meta(*layer.shapes["weight"]), meta(2, layer.shapes["weight"][0], *x.shape[2:])
+    if kind == "forward":
+        assert conv3x3.choose(x, up, weight, HOPPER, allow_tf32=False) == winner
+        chosen = None
+    elif kind == "weight_grad":
+        chosen = kernels.weight_grad_launches(y, x, weight, None, allow_tf32=False, target=HOPPER)[0]
+    else:
+        chosen = kernels.input_grad_launch(y, weight, (x, up), None, None, allow_tf32=False, target=HOPPER)
+    if chosen is not None:
+        blocks = {key: value for key, value in chosen.arguments.items() if key.startswith("BLOCK")}
+        assert (chosen.num_warps, chosen.num_stages) == (winner.num_warps, winner.num_stages)
+        assert blocks == {key.upper(): value for key, value in vars(winner).items() if key.startswith("block")}
+    tuning._table.cache_clear()
+
+
+def test_a_table_keeps_the_rows_of_other_shapes() -> None:
+    def row(height: int, tile: int) -> dict:
+        shape = config.ConvShape(64, 0, 64, height, 64)
+        entry = tuning.as_row("conv3x3", shape, torch.bfloat16, False, replace(DERIVED, tile_h=tile))
+        return {"name": "inc.c2", "entry": entry | {"margin_over_aten": 1.5}}
+
+    first = tune.table([row(64, 8), row(32, 8)], "a GPU", {"commit": "old", "torch": "2.11"})
+    second = tune.table([row(64, 16), {"name": "up1.c2"}], "a GPU", {"commit": "new"}, first)
+    found = [(e["shape"]["height"], e["config"]["tile_h"], e["measured"]["commit"]) for e in second["configs"]]
+    assert found == [(64, 16, "new"), (32, 8, "old")]
+    assert second["gpu"] == "a GPU"
+    assert second["configs"][0]["margin_over_aten"] == 1.5
+
+
+@pytest.mark.skipif(tune.dispatch.interpreting(), reason="TRITON_INTERPRET=1 lets kernels run on the CPU")
+def test_without_a_gpu_there_is_nothing_to_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "table.json"
+    with pytest.raises(SystemExit):
+        tune.main(["--out", str(out), "--device", "cpu"])
+    assert "there is nothing to tune: " in capsys.readouterr().err
+    assert not out.exists()

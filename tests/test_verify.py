@@ -1,0 +1,203 @@
+"""The comparison of two commits: whose files each side runs, and what it says of a slow, a wrong and an old one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from fastunet.benchmarks import verify
+from fastunet.benchmarks.steps import Settings, Step
+from fastunet.benchmarks.tree_process import TreeError, TreeFinder, TreeProcess
+
+ROOT = Path(__file__).parents[1]
+TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=3)
+CONVOLUTION = "fastunet/ops/conv3x3_bias_relu.py"
+CALL = "    return torch.ops.fastunet.conv3x3_bias_relu(x, up, weight, bias, slope, pool, None, False)\n"
+
+
+def git(repository: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    return subprocess.run(
+        ["git", "-C", str(repository), *who, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def replaced(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This tree's sources, in a repository of their own with the tags slow, wrong and lacking."""
+    root = tmp_path_factory.mktemp("repository")
+    for folder in ("fastunet", "kernels", "benchmarks"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    git(root, "init", "--quiet")
+    (root / ".gitignore").write_text("__pycache__\n")
+
+    def tagged(name: str) -> None:
+        git(root, "add", "--all")
+        git(root, "commit", "--quiet", "--message", name)
+        git(root, "tag", name)
+
+    tagged("same")
+    replaced(root / CONVOLUTION, CALL, "    import time\n\n    time.sleep(0.05)\n" + CALL)
+    tagged("slow")
+    replaced(root / CONVOLUTION, "    import time\n\n    time.sleep(0.05)\n", "")
+    replaced(root / CONVOLUTION, CALL, CALL.replace("return ", "y, pooled = ") + "    return 1.5 * y, pooled\n")
+    tagged("wrong")
+    git(root, "checkout", "--quiet", "same", "--", CONVOLUTION)
+    (root / "fastunet/ops/__init__.py").open("a").write("\ndel sigmoid_dice_loss\n")
+    tagged("lacking")
+    git(root, "checkout", "--quiet", "same", "--", "fastunet")
+    tagged("new")
+    return root
+
+
+def run(repository: Path, base: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    settings = ["--device", "cpu", "--size", "16", "--batch", "2", "--features", "4", "8", "--rounds", "3"]
+    command = [sys.executable, "-m", "benchmarks.verify", "--base", base, *settings, *arguments]
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+
+
+def worktrees(repository: Path) -> int:
+    return git(repository, "worktree", "list").count("\n")
+
+
+def test_each_side_imports_its_own_tree(repository: Path, tmp_path: Path) -> None:
+    """fastunet is installed from a third tree here, this one."""
+    with verify.checked_out(repository, "wrong") as tree:
+        with TreeProcess("base", tree, repository, asdict(TINY)) as base:
+            assert base.call("prepare", "net", "inference", "", timeout=100)["status"] == "ok"
+            files = base.call("files", timeout=100)
+        measuring = ("fastunet.benchmarks", "fastunet.testing")
+        for name, file in files.items():
+            assert Path(file).is_relative_to(repository if name.startswith(measuring) else tree), name
+        assert {"fastunet", "fastunet.ops.conv3x3_bias_relu", "fastunet.benchmarks.parity"} <= set(files)
+    assert not tree.exists()
+    assert worktrees(repository) == 1
+
+
+def test_the_kernels_are_the_trees_own(tmp_path: Path) -> None:
+    """And what a tree has not is not taken from the installed fastunet."""
+    for folder in ("fastunet", "kernels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    finder = TreeFinder(tmp_path, ROOT)
+    found = finder.find_spec("fastunet.kernels", [str(tmp_path / "fastunet")])
+    assert found.submodule_search_locations == [str(tmp_path / "kernels")]
+    assert finder.find_spec("fastunet.testing", []).origin == str(ROOT / "fastunet/testing/__init__.py")
+    with pytest.raises(ModuleNotFoundError, match=r"no fastunet\.ops in "):
+        finder.find_spec("fastunet.ops", [str(tmp_path / "fastunet")])
+    assert finder.find_spec("numpy", None) is None
+
+
+@pytest.mark.slow
+def test_a_slow_commit_is_seen_to_be_slow(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "verify.json"
+    done = run(repository, "slow", "--only", "inc.c1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    forward, backward = json.loads(out.read_text())["rows"]
+    assert forward["ratio"]["median"] > 1.5, "its base sleeps 0.05 s in each forward pass"
+    assert forward["base_ms"] > 50
+    assert (backward["status"], backward["ratio"]["samples"]) == ("ok", 3)
+    assert "layer inc.c1 forward" in done.stdout
+    assert worktrees(repository) == 1
+
+
+@pytest.mark.slow
+def test_a_wrong_commit_has_no_speed_and_is_named(repository: Path) -> None:
+    done = run(repository, "wrong", "--only", "inc.c1", "up1.up", "inference")
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    parity = [line for line in lines if line.startswith("parity") and "conv3x3_bias_relu" in line]
+    assert parity
+    assert all("PARITY FAILED in base: " in line for line in parity), done.stdout
+    assert not any("ms" in line for line in lines if line.startswith(("net inference", "layer inc.c1")))
+    assert sum("base/new" in line for line in lines) == 2, "the transposed convolution is right"
+    assert "conv3x3_bias_relu, conv3x3_bias_relu_pool in base" in next(
+        x for x in lines if x.startswith("net inference")
+    )
+
+
+def test_what_cannot_be_compared_gives_one_line(repository: Path) -> None:
+    for base, reason in (
+        ("lacking", "base has no fastunet.ops.sigmoid_dice_loss"),
+        ("nowhere", "git rev-parse --verify --quiet nowhere^{commit}: no such commit"),
+    ):
+        done = run(repository, base)
+        assert done.returncode == 2
+        assert reason in done.stderr
+        assert "Traceback" not in done.stderr
+    assert worktrees(repository) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_stopped_comparison_leaves_no_worktree(repository: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "benchmarks.verify", "--base", "same", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 100
+        while worktrees(repository) == 1:
+            assert time.monotonic() < deadline, "it has not begun"
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(timeout=100) != 0
+    finally:
+        process.kill()
+        process.wait()
+    assert worktrees(repository) == 1
+
+
+class FakeSide:
+    """Rounds take what is given; the order of calls is noted."""
+
+    def __init__(self, label: str, log: list[str], seconds: Sequence[float], status: str = "ok") -> None:
+        self.label, self._log, self._seconds, self._status = label, log, list(seconds), status
+
+    def call(self, method: str, *arguments: object, timeout: float) -> object:
+        if method == "round":
+            self._log.append(self.label)
+            return self._seconds.pop(0)
+        return {"status": self._status, "reason": "y is off", "implementation": "aten"}
+
+
+def test_rounds_alternate_and_their_ratios_count() -> None:
+    log: list[str] = []
+    base, new = FakeSide("base", log, [2.0, 9.0, 4.0]), FakeSide("new", log, [1.0, 3.0, 4.0])
+    row = verify.compare(Step("net", "inference"), base, new, TINY, lambda: 0.0)
+    assert log == ["base", "new", "new", "base", "base", "new"]
+    assert row["ratio"] == {"median": 2.0, "p10": pytest.approx(1.2), "p90": pytest.approx(2.8), "samples": 3}
+    assert row["base_ms"] == 4000
+
+
+def test_a_side_that_is_off_is_not_timed() -> None:
+    log: list[str] = []
+    base, new = FakeSide("base", log, []), FakeSide("new", log, [], "parity failed")
+    row = verify.compare(Step("net", "inference"), base, new, TINY, lambda: 0.0)
+    assert (row["status"], row["reason"], log) == ("parity failed", "in new: y is off", [])
+    assert "ratio" not in row
+
+
+def test_a_process_that_dies_or_hangs_is_an_error(tmp_path: Path) -> None:
+    with TreeProcess("base", tmp_path, tmp_path / "nowhere", {}) as base, pytest.raises(TreeError, match="exit code 2"):
+        base.call("lacking", timeout=100)
+    with TreeProcess("base", tmp_path, ROOT, {}) as base, pytest.raises(TreeError, match="there is no fastunet in"):
+        base.call("lacking", timeout=100)
+    with TreeProcess("base", ROOT, ROOT, asdict(TINY)) as base, pytest.raises(TreeError, match="no answer within 0 s"):
+        base.call("lacking", timeout=0.0)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"inc\.c1.*got \{'inc\.c9'\}"):
+        verify.steps_to_compare(TINY, ["inc.c9"])
