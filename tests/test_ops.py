@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from fastunet import checks, ops
 from fastunet.reference import functional as reference
+from fastunet.testing import assert_within, conv_tolerance, random_input
 
 
 @dataclass(frozen=True)
@@ -395,3 +397,17 @@ def test_sums_of_few_images_at_a_time_are_those_of_all(monkeypatch: pytest.Monke
     for some in results[:2]:
         assert_close(some[0], results[2][0], "sums")
         assert_close(some[1], results[2][1], "gradient")
+
+
+def test_weight_gradient_of_a_small_image_in_bfloat16() -> None:
+    """Where a matrix product takes the place of oneDNN's gradient: within the bounds of a sum over the pixels."""
+    x, weight = random_input((2, 344, 5, 6), dtype=torch.bfloat16), random_input((344, 344, 3, 3), dtype=torch.bfloat16)
+    grad = random_input((2, 344, 5, 6), dtype=torch.bfloat16, seed=1)
+    for format in (torch.contiguous_format, torch.channels_last):
+        leaf = weight.contiguous(memory_format=format).requires_grad_()
+        y = ops.conv3x3_bias_relu(x.contiguous(memory_format=format), leaf, relu=False)
+        (actual,) = torch.autograd.grad(y, leaf, grad)
+        exact = conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
+        size = conv2d_weight(x.double().abs(), weight.shape, grad.double().abs(), padding=1)
+        assert_within(actual, exact, conv_tolerance(exact, size, terms=60, dtype=torch.bfloat16))
+        assert actual.stride() == leaf.stride()
