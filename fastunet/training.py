@@ -290,7 +290,8 @@ class _Loop:
         length = config.batch_size * max(100, math.ceil(len(pairs) / config.batch_size))
         self.dataset = SegmentationDataset(pairs, run.data, crop=config.crop, length=length, seed=config.seed)
         loader = DataLoader(self.dataset, config.batch_size, num_workers=workers, pin_memory=gpu)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        # fused: one pass over the weights instead of a dozen.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
         self.progress = Progress(step=0, epoch=0, seconds=0.0, fraction=0.0, loss=math.nan, history=[])
 
