@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def environment(device: str) -> dict[str, Any]:
     """Of this machine and tree; None for what cannot be found out."""
     found: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
+        "device": _cpu(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -33,6 +33,16 @@ def environment(device: str) -> dict[str, Any]:
     if device == "cuda":
         found |= _gpu()
     return found
+
+
+def _cpu() -> str:
+    """The processor's name where Linux tells it, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def _gpu() -> dict[str, Any]:

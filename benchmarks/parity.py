@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,10 +51,11 @@ SIZES = ((2, 64, 24, 16, 64), (3, 5, 11, 9, 17))
 
 def cases() -> list[Case]:
     """Two sizes of every op."""
-    return [case for size in SIZES for case in _cases(*size)]
+    return [case for size in SIZES for case in cases_of(*size)]
 
 
-def _cases(n: int, c: int, h: int, w: int, c_out: int) -> list[Case]:
+def cases_of(n: int, c: int, h: int, w: int, c_out: int) -> list[Case]:
+    """Every op, on images [n, c, h, w] (the second input of a concatenation has 2c channels) and to c_out channels."""
     x, up, channels = (n, c, h, w), (n, 2 * c, h, w), (c_out,)
     plain: Shapes = {"x": x, "weight": (c_out, c, 3, 3)}
     concat: Shapes = {"skip": x, "up": up, "weight": (c_out, 3 * c, 3, 3)}
@@ -124,10 +125,17 @@ def outputs_of(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def check(case: Case, dtype: torch.dtype, device: torch.device, *, allow_tf32: bool = False) -> None:
+def check(
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    allow_tf32: bool = False,
+    run: Callable[..., Any] | None = None,
+) -> None:
     """AssertionError, naming the result and its worst element, unless the case holds under the backend in force.
 
-    allow_tf32: what torch is set to.
+    allow_tf32: what torch is set to. run: computes the op, with the arguments of `run_op`, which it is by default.
     """
     inputs = make_inputs(case.shapes, dtype, device)
     buffers = {}
@@ -139,7 +147,7 @@ def check(case: Case, dtype: torch.dtype, device: torch.device, *, allow_tf32: b
     wanted = [name for name in inputs if name != "target"] if case.backward else []
     for name in wanted:
         inputs[name].requires_grad_()
-    outputs = outputs_of(run_op(case.op, inputs, buffers, case.options))
+    outputs = outputs_of((run or run_op)(case.op, inputs, buffers, case.options))
     cotangents = [random_cotangent(y, seed=20 + i) for i, y in enumerate(outputs)] if case.backward else []
     actual = results_of(outputs, inputs, cotangents) | buffers
     exact = {name: t.detach() for name, t in inputs.items()}

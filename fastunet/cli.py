@@ -1,4 +1,4 @@
-"""The command line: demo, train, predict, evaluate, doctor. Each command parses, calls the library, and prints."""
+"""The command line: demo, train, predict, evaluate, bench, doctor. Each parses, calls the library, and prints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 console = Console()
 
-BAD_INPUT, INTERRUPTED = 2, 130
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DataArgument = Annotated[Path, typer.Argument(metavar="DATA", help="Folder with images/ and masks/ of equal stems.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -215,13 +215,18 @@ def evaluate(
 def _load(run: Path, device: str) -> tuple[Any, Any]:
     from .checkpoint import load_run
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"device: expected auto, cpu or cuda, got {device!r}")
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise typer.BadParameter("device: expected a CUDA device for 'cuda', got none")
+    target = _device(device)
     model, config = load_run(run)
-    return model.to("cuda" if has_cuda and device != "cpu" else "cpu"), config
+    return model.to(target), config
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"device: expected auto, cpu or cuda, got {name!r}")
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise typer.BadParameter("device: expected a CUDA device for 'cuda', got none")
+    return "cuda" if has_cuda and name != "cpu" else "cpu"
 
 
 def _check_like_training(file: Path, pixels: Any, trained: Any, least: int) -> None:
@@ -240,6 +245,61 @@ def _track(items: Any, text: str) -> Any:
 
     # len() first: a dataset is a sequence that ends by IndexError.
     return track(items, text, total=len(items), console=console, transient=True)
+
+
+# --- bench ---
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("fastunet-bench"),
+    device: DeviceOption = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Half a minute: smaller, without torch.compile.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also what takes minutes or more to compile.")] = False,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")] = "auto",
+    size: Annotated[int | None, typer.Option(help="Side of the images [256; 512 on a GPU; 128 --quick].")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images at once [1; 16 on a GPU].")] = None,
+    features: Annotated[str | None, typer.Option(help="Channels of each level [from 32; 64 on a GPU].")] = None,
+) -> None:
+    """Compare the net and its layers with PyTorch's: eager, folded, compiled. Each is checked before it is timed."""
+    from .benchmarks.comparison import check_settings, compare, default_settings, report
+    from .benchmarks.comparison_report import draw, tables
+    from .files import write_json
+
+    if quick and everything:
+        raise typer.BadParameter("expected --quick or --all, got both")
+    target = _device(device)
+    given = {"size": size, "batch": batch, "features": None if features is None else _parse_features(features)}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = default_settings(target, _bench_dtype(dtype, target), quick=quick, thorough=everything, **given)
+    check_settings(settings)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: expected a folder for the results, got a file")
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with console.status("starting") as status:
+        for row in compare(settings, lambda doing: status.update(f"comparing {doing}")):
+            rows.append(row)
+            write_json(out / "bench.json", report(settings, rows))
+    result = report(settings, rows)
+    draw(result, out / "bench.png")
+    for table in tables(result):
+        console.print(table)
+    console.print(f"every sample: {out / 'bench.json'}   picture: {out / 'bench.png'}", soft_wrap=True)
+    if wrong := [row["name"] for row in rows if row["status"] != "ok"]:
+        _fail(f"fastunet itself failed in {', '.join(wrong)}: see 'not measured' above", FAILED)
+
+
+def _bench_dtype(name: str, device: str) -> torch.dtype:
+    from .training import multiplies_bf16
+
+    if name not in DTYPES:
+        raise typer.BadParameter(f"dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {name!r}")
+    if name == "auto":
+        return torch.bfloat16 if multiplies_bf16(cpu=device == "cpu") else torch.float32
+    return getattr(torch, name)
 
 
 # --- doctor ---

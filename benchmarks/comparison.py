@@ -1,0 +1,245 @@
+"""Ours against the opponents that can run here: a net's inference and training step, and its layers.
+
+All that are compared take turns in one run, and the ratio is that of each round; what is not right, or does not run,
+is named with its reason and has no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import fastunet
+from fastunet.checks import ConfigError
+from fastunet.dispatch import selected_backend
+
+from . import timing
+from .environment import environment
+from .gate import NetGate, check_layer
+from .layer_runs import device_inputs, input_sets
+from .layers import Layer, unet_layers
+from .opponents import OURS, Opponent, Run, Unavailable, dtype_name, layer_opponents, net_opponents
+from .steps import TASKS, Row
+
+# Opponents that compile for each layer anew, which takes longer than the layers.
+_COMPILE_EACH_LAYER = ("compile", "compile max-autotune")
+# Layers of every kind, from both ends of the net.
+_FEW = ("inc.c1", "inc.c2", "down1.c1", "up1.up", "up1.c1", "outc")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared: UNet(in_channels, out_channels, features=features) on `batch` images of size x size.
+
+    rounds: samples of each time, at most; seconds: after which a comparison takes no further sample. compiles: with
+    torch.compile; thorough: with what takes minutes to compile, too. few_layers: some of the net's, instead of all.
+    """
+
+    device: str
+    dtype: str
+    size: int
+    batch: int
+    features: tuple[int, ...]
+    in_channels: int = 3
+    out_channels: int = 2
+    rounds: int = 15
+    seconds: float = 15.0
+    warmup: int = 2
+    compiles: bool = True
+    thorough: bool = False
+    few_layers: bool = False
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def default_settings(device: str, dtype: torch.dtype, *, quick: bool = False, **given: Any) -> Settings:
+    """What takes about three minutes on two CPU cores, or on a GPU; `quick`, half a minute. given: replaces parts."""
+    chosen: dict[str, Any] = {"size": 256, "batch": 1, "features": (32, 64, 128, 256, 512)}
+    if device == "cuda":
+        chosen = {"size": 512, "batch": 16, "features": (64, 128, 256, 512, 1024), "rounds": 50, "seconds": 5.0}
+    if quick:
+        chosen |= {"rounds": 7, "seconds": 3.0, "warmup": 1, "compiles": False, "few_layers": True}
+        if device != "cuda":
+            chosen |= {"size": 128, "features": (16, 32, 64, 128, 256)}
+    return Settings(device, dtype_name(dtype), **(chosen | given))
+
+
+def check_settings(settings: Settings) -> None:
+    """ConfigError unless there is a net of those features, and its images reach its bottom."""
+    if len(settings.features) < 2 or min(settings.features) < 1:
+        raise ConfigError(f"features: expected two or more numbers from 1, got {settings.features}")
+    least = 2 ** (len(settings.features) - 1)
+    if settings.size < least or settings.batch < 1:
+        raise ConfigError(f"expected size >= {least} and batch >= 1, got {settings.size} and {settings.batch}")
+
+
+def compare(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
+    """A row for each task of the net, then for each layer, as they come; progress gets what is being done."""
+    check_settings(settings)
+    torch.manual_seed(0)
+    model = fastunet.UNet(settings.in_channels, settings.out_channels, features=settings.features)
+    layers = unet_layers(model, settings.batch, settings.size, settings.size)
+    model = model.to(settings.torch_device)
+    flops = {
+        "inference": sum(layer.flops for layer in layers),
+        "training": sum(layer.flops + layer.backward_flops for layer in layers),
+    }
+    for task in TASKS:
+        yield compare_net(settings, model, task, flops[task], progress)
+    del model
+    for layer in layers:
+        if not settings.few_layers or layer.name in _FEW:
+            progress(layer.name)
+            yield compare_layer(settings, layer)
+
+
+def compare_net(
+    settings: Settings,
+    model: fastunet.UNet,
+    task: str,
+    flops: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Row:
+    """The row of "inference" or "training" of the model; flops: of one run."""
+    device, training = settings.torch_device, task == "training"
+    x = torch.randn(settings.batch, settings.in_channels, settings.size, settings.size, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    shape = (settings.batch, settings.out_channels, settings.size, settings.size)
+    target = torch.randint(0, 2, shape, device=device).float().contiguous(memory_format=torch.channels_last)
+    gate = NetGate(model, x, target, training=training)
+    opponents = net_opponents(device, settings.torch_dtype, training=training, thorough=settings.thorough)
+
+    def prepare(opponent: Opponent) -> list[Run]:
+        progress(f"{task}: {opponent.name}")
+        return [opponent.prepare(model, x, target if training else None)]
+
+    row = {"kind": "net", "name": task, "flops": flops, "images": settings.batch}
+    skip = {} if settings.compiles else {each.name: _NOT_ASKED for each in opponents if each.name.startswith("compile")}
+    return row | run_comparison(settings, opponents, prepare, gate.check, skip)
+
+
+_NOT_ASKED = "torch.compile was not asked for"
+
+
+def compare_layer(settings: Settings, layer: Layer) -> Row:
+    """The row of one layer's forward pass, on inputs that have left the cache."""
+    device = settings.torch_device
+    inputs = device_inputs(layer, device, settings.torch_dtype)
+    sets = input_sets(inputs, device)
+    opponents = layer_opponents(layer, device, settings.torch_dtype, thorough=settings.thorough)
+
+    def prepare(opponent: Opponent) -> list[Run]:
+        return [opponent.prepare(each) for each in sets]
+
+    def check(opponent: Opponent, result: Any) -> None:
+        check_layer(layer, inputs, result, allow_tf32=device.type == "cuda")
+
+    row = {"kind": "layer", "name": layer.name, "op": layer.op, "flops": layer.flops}
+    row["shapes"] = {name: list(shape) for name, shape in layer.shapes.items()}
+    skip = {} if settings.thorough else dict.fromkeys(_COMPILE_EACH_LAYER, "compiling each layer was not asked for")
+    return row | run_comparison(settings, opponents, prepare, check, skip)
+
+
+def run_comparison(
+    settings: Settings,
+    opponents: Sequence[Opponent],
+    prepare: Callable[[Opponent], list[Run]],
+    check: Callable[[Opponent, Any], object],
+    skip: Mapping[str, str],
+) -> Row:
+    """ "samples_ms" of every opponent that is right, "ratios" to ours, "missing": the reason for each other one.
+
+    "status" is "ok", or "parity failed", or "failed" where ours has no time; then nothing has.
+    """
+    runs: dict[str, list[Run]] = {}
+    missing: dict[str, str] = {}
+    status = "ok"
+    for opponent in opponents:
+        reason = opponent.unavailable or skip.get(opponent.name, "")
+        if not reason:
+            found = _prepared(opponent, prepare, check)
+            if isinstance(found, str):
+                reason = found
+            else:
+                runs[opponent.name] = found
+        if reason:
+            missing[opponent.name] = reason
+        if reason and opponent.name == OURS:
+            status = "parity failed" if reason.startswith(_WRONG) else "failed"
+            break
+    row: Row = {"status": status, "missing": missing, "forms": _forms(opponents)}
+    if status != "ok":
+        return row
+    with timing.cudnn_benchmark():
+        samples = timing.interleaved_samples(
+            runs,
+            timing.clock_of(settings.torch_device),
+            rounds=settings.rounds,
+            warmup=settings.warmup,
+            seconds=settings.seconds,
+        )
+    row["samples_ms"] = {name: [1e3 * seconds for seconds in values] for name, values in samples.items()}
+    row["ratios"] = {name: ratio_row(timing.ratio(samples, name, OURS)) for name in samples if name != OURS}
+    return row
+
+
+_WRONG = "wrong: "
+
+
+def _prepared(
+    opponent: Opponent, prepare: Callable[[Opponent], list[Run]], check: Callable[[Opponent, Any], object]
+) -> list[Run] | str:
+    """Its runs, the first of which was right; or why there are none."""
+    try:
+        with timing.cudnn_benchmark():
+            runs = prepare(opponent)
+            result = runs[0]()
+        check(opponent, result)
+    except Unavailable as error:
+        return str(error)
+    except AssertionError as error:
+        return f"{_WRONG}{error}"
+    except Exception as error:  # A compiler's, a driver's: an opponent that fails is not the end of the comparison.
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return runs
+
+
+def _forms(opponents: Sequence[Opponent]) -> dict[str, Row]:
+    return {each.name: {"layout": each.layout, "dtype": each.dtype} for each in opponents}
+
+
+def ratio_row(quantiles: timing.Quantiles) -> Row:
+    """As a summary has it: above 1, ours is faster."""
+    return {"ratio": quantiles.median, "p10": quantiles.p10, "p90": quantiles.p90, "rounds": quantiles.samples}
+
+
+def summarise(rows: Sequence[Row]) -> Row:
+    """By task, each opponent's ratio; of the layers, by opponent, how many ours is faster in, and of how many."""
+    summary: Row = {row["name"]: row["ratios"] for row in rows if row["kind"] == "net" and "ratios" in row}
+    layers: dict[str, Row] = {}
+    for row in rows:
+        if row["kind"] == "layer":
+            for name, found in row.get("ratios", {}).items():
+                counts = layers.setdefault(name, {"faster": 0, "compared": 0})
+                counts["compared"] += 1
+                counts["faster"] += found["ratio"] > 1
+    return summary | {"layers": layers, "not_measured": sum(row["status"] != "ok" for row in rows)}
+
+
+def report(settings: Settings, rows: Sequence[Row]) -> Row:
+    """What the JSON file holds."""
+    return {
+        "summary": summarise(rows),
+        "environment": environment(settings.device),
+        "settings": {**asdict(settings), "threads": torch.get_num_threads(), "backend": selected_backend()},
+        "rows": list(rows),
+    }

@@ -1,0 +1,227 @@
+"""`fastunet bench`: what it leaves, what it says of a wrong or missing opponent, and of bad arguments."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fastunet.benchmarks import comparison, perf_table
+from fastunet.benchmarks.comparison import Settings, default_settings
+from fastunet.benchmarks.comparison_report import draw, tables
+from fastunet.benchmarks.opponents import OURS, Opponent, Unavailable
+from PIL import Image
+from rich.console import Console
+
+from fastunet.__main__ import main
+
+TINY = Settings("cpu", "float32", 16, 1, (4, 8), rounds=3, warmup=1, compiles=False)
+
+
+def fastunet(*arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command, run in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["fastunet", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp("bench") / "deep" / "er"
+    size = ["--size", "16", "--batch", "2", "--features", "4,8", "--dtype", "float32"]
+    code, output, errors = fastunet("bench", "--quick", "--device", "cpu", "--out", out, *size)
+    assert code == 0, errors
+    return output, out
+
+
+def test_the_json_has_every_sample_and_the_ratios_of_its_rounds(done: tuple[str, Path]) -> None:
+    report = json.loads((done[1] / "bench.json").read_text())
+    assert set(report) == {"summary", "environment", "settings", "rows"}
+    settings = report["settings"]
+    assert (settings["size"], settings["batch"], settings["features"], settings["dtype"]) == (16, 2, [4, 8], "float32")
+    assert settings["threads"] == torch.get_num_threads()
+    assert report["environment"]["torch"] == torch.__version__
+    assert [row["name"] for row in report["rows"]][:2] == ["inference", "training"]
+    assert {row["name"] for row in report["rows"] if row["kind"] == "layer"} == {
+        *("inc.c1", "inc.c2", "down1.c1", "up1.up", "up1.c1", "outc")
+    }
+    for row in report["rows"]:
+        assert row["status"] == "ok"
+        assert OURS in row["samples_ms"]
+        for name, ratio in row["ratios"].items():
+            each = [a / b for a, b in zip(row["samples_ms"][name], row["samples_ms"][OURS], strict=True)]
+            assert ratio["ratio"] == pytest.approx(np.median(each))
+            assert (ratio["p10"], ratio["p90"]) == pytest.approx(tuple(np.quantile(each, [0.1, 0.9])))
+            assert ratio["rounds"] == len(each) <= settings["rounds"]
+        assert all(reason for reason in row["missing"].values())
+    nets = {row["name"]: row["ratios"] for row in report["rows"] if row["kind"] == "net"}
+    assert set(nets["inference"]) == {"eager", "eager channels_last", "eager folded"}
+    assert report["summary"]["inference"] == nets["inference"]
+    assert report["summary"]["training"] == nets["training"]
+    assert report["summary"]["not_measured"] == 0
+    assert report["summary"]["layers"]["onednn eager"]["compared"] == 6
+
+
+def test_the_readmes_table_takes_the_file(done: tuple[str, Path], tmp_path: Path) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    (results / "cpu").mkdir(parents=True)
+    (results / "cpu" / "unet_cpu.json").write_bytes((done[1] / "bench.json").read_bytes())
+    ratio = json.loads((done[1] / "bench.json").read_text())["summary"]["inference"]["eager folded"]["ratio"]
+    assert f"| eager folded | {ratio:.2f} (" in perf_table.generate(results)
+
+
+def test_the_terminal_shows_all_that_the_file_has(done: tuple[str, Path]) -> None:
+    output, out = done
+    report = json.loads((out / "bench.json").read_text())
+    for row in report["rows"]:
+        for found in row.get("ratios", {}).values():
+            assert f"{found['ratio']:.2f}" in output
+    for text in ("Inference", "Training step", "eager folded", "up1.c1", "CUDA graphs need CUDA", str(out)):
+        assert text in output
+
+
+def test_the_picture_is_there_and_not_blank(done: tuple[str, Path]) -> None:
+    with Image.open(done[1] / "bench.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert len(pixels) > 500 * 300
+    for colour in ((0, 0x72, 0xB2), (0, 0, 0)):
+        assert (pixels == colour).all(1).sum() > 20, colour
+    assert {path.name for path in done[1].iterdir()} == {"bench.json", "bench.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "expected auto, cpu or cuda, got 'tpu'"),
+        (["--dtype", "int8"], "expected auto, float32, bfloat16 or float16, got 'int8'"),
+        (["--features", "4,x"], "got '4,x'"),
+        (["--features", "4"], "two or more numbers from 1, got (4,)"),
+        (["--size", "3", "--features", "4,8,16"], "expected size >= 4 and batch >= 1, got 3 and 1"),
+        (["--batch", "0"], "got 256 and 0"),
+        (["--quick", "--all"], "expected --quick or --all, got both"),
+    ],
+)
+def test_bad_arguments_are_one_error(arguments: list[str], message: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, output, errors = fastunet("bench", "--device", "cpu", "--out", out, *arguments)
+    assert code == 2
+    assert message in " ".join((output + errors).replace("│", " ").split())
+    assert "Traceback" not in output + errors
+    assert not out.exists()
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    code, _, errors = fastunet("bench", "--quick", "--device", "cpu", "--out", tmp_path / "out")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "expected a folder for the results, got a file" in errors
+
+
+def opponent(name: str, unavailable: str = "") -> Opponent:
+    return Opponent(name, "NHWC", "float32", lambda: lambda: name, unavailable)
+
+
+def raising(error: Exception) -> Any:
+    def prepare() -> None:
+        raise error
+
+    return prepare
+
+
+def compared(*opponents: Opponent, check: Any = lambda each, result: None) -> dict[str, Any]:
+    return comparison.run_comparison(TINY, opponents, lambda each: [each.prepare()], check, {"skipped": "not wanted"})
+
+
+def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
+    def check(each: Opponent, result: str) -> None:
+        assert result == each.name
+        if each.name == "wrong":
+            raise AssertionError("off by one")
+
+    refusing = Opponent("refuses", "NHWC", "float32", raising(Unavailable("no plan")))
+    broken = Opponent("breaks", "NHWC", "float32", raising(RuntimeError("first line\nsecond line")))
+    others = [opponent("wrong"), refusing, broken, opponent("absent", "not installed"), opponent("skipped")]
+    row = compared(opponent(OURS), *others, opponent("right"), check=check)
+    assert row["status"] == "ok"
+    assert row["missing"] == {
+        "wrong": "wrong: off by one",
+        "refuses": "no plan",
+        "breaks": "RuntimeError: first line",
+        "absent": "not installed",
+        "skipped": "not wanted",
+    }
+    assert set(row["samples_ms"]) == {OURS, "right"}
+    assert set(row["ratios"]) == {"right"}
+
+
+@pytest.mark.parametrize(("error", "status"), [(AssertionError("off"), "parity failed"), (OSError("x"), "failed")])
+def test_nothing_is_timed_where_ours_is_wrong_or_fails(error: Exception, status: str) -> None:
+    row = compared(Opponent(OURS, "NHWC", "float32", raising(error)), opponent("right"))
+    assert row["status"] == status
+    assert "samples_ms" not in row
+    assert "ratios" not in row
+
+
+def test_a_wrong_net_of_ours_ends_with_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import fastunet as library
+
+    forward = library.UNet.forward
+    monkeypatch.setattr(library.UNet, "forward", lambda self, x: 1.1 * forward(self, x))
+    size = ["--size", "16", "--features", "4,8", "--dtype", "float32"]
+    code, output, errors = fastunet("bench", "--quick", "--device", "cpu", "--out", tmp_path, *size)
+    assert code == 1
+    assert "fastunet itself failed in inference, training" in errors
+    assert "distance to float64" in output
+    assert json.loads((tmp_path / "bench.json").read_text())["summary"]["not_measured"] == 2
+
+
+def test_losing_cases_are_drawn_and_listed_like_winning_ones(tmp_path: Path) -> None:
+    row = {
+        **compared(opponent(OURS), opponent("slow"), opponent("fast")),
+        "kind": "net",
+        "name": "inference",
+        "flops": 10**9,
+        "images": 1,
+        "ratios": {
+            "slow": {"ratio": 3.25, "p10": 3.0, "p90": 3.5, "rounds": 3},
+            "fast": {"ratio": 0.25, "p10": 0.2, "p90": 0.3, "rounds": 3},
+        },
+    }
+    report = comparison.report(TINY, [row])
+    draw(report, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
+        assert (pixels == colour).all(1).sum() > 300, colour
+    console = Console(file=io.StringIO(), width=120)
+    for table in tables(report):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3.25" in shown
+    assert "0.25" in shown
+
+
+def test_a_picture_without_anything_compared_says_so(tmp_path: Path) -> None:
+    draw(comparison.report(TINY, []), tmp_path / "empty.png")
+    with Image.open(tmp_path / "empty.png") as picture:
+        assert np.asarray(picture.convert("L")).min() < 50
+
+
+def test_the_defaults_are_smaller_on_a_cpu_and_quick_compiles_nothing() -> None:
+    on_gpu, on_cpu = (default_settings(device, torch.bfloat16) for device in ("cuda", "cpu"))
+    assert (on_gpu.features, on_gpu.size, on_gpu.batch) == ((64, 128, 256, 512, 1024), 512, 16)
+    assert on_cpu.size * on_cpu.batch < on_gpu.size * on_gpu.batch
+    quick = default_settings("cpu", torch.bfloat16, quick=True, size=64)
+    assert (quick.compiles, quick.few_layers, quick.size, quick.dtype) == (False, True, 64, "bfloat16")
