@@ -35,7 +35,7 @@ class Settings:
     """What is compared: UNet(in_channels, out_channels, features=features) on `batch` images of size x size.
 
     rounds: samples of each time, at most; seconds: after which a comparison takes no further sample. compiles: with
-    torch.compile; thorough: with what takes minutes to compile, too. few_layers: some of the net's, instead of all.
+    torch.compile; thorough: with what takes minutes to compile, too. layers: which of the net's, by name; None: all.
     """
 
     device: str
@@ -50,7 +50,7 @@ class Settings:
     warmup: int = 2
     compiles: bool = True
     thorough: bool = False
-    few_layers: bool = False
+    layers: tuple[str, ...] | None = None
 
     @property
     def torch_device(self) -> torch.device:
@@ -67,7 +67,7 @@ def default_settings(device: str, dtype: torch.dtype, *, quick: bool = False, **
     if device == "cuda":
         chosen = {"size": 512, "batch": 16, "features": (64, 128, 256, 512, 1024), "rounds": 50, "seconds": 5.0}
     if quick:
-        chosen |= {"rounds": 7, "seconds": 3.0, "warmup": 1, "compiles": False, "few_layers": True}
+        chosen |= {"rounds": 7, "seconds": 3.0, "warmup": 1, "compiles": False, "layers": _FEW}
         if device != "cuda":
             chosen |= {"size": 128, "features": (16, 32, 64, 128, 256)}
     return Settings(device, dtype_name(dtype), **(chosen | given))
@@ -97,7 +97,7 @@ def compare(settings: Settings, progress: Callable[[str], None] = lambda text: N
         yield compare_net(settings, model, task, flops[task], progress)
     del model
     for layer in layers:
-        if not settings.few_layers or layer.name in _FEW:
+        if settings.layers is None or layer.name in settings.layers:
             progress(layer.name)
             yield compare_layer(settings, layer)
 
@@ -189,10 +189,15 @@ def run_comparison(
         )
     row["samples_ms"] = {name: [1e3 * seconds for seconds in values] for name, values in samples.items()}
     row["ratios"] = {name: ratio_row(timing.ratio(samples, name, OURS)) for name in samples if name != OURS}
+    if "eager" in samples:
+        times = timing.Quantiles.of(samples["eager"])
+        row["unsteady"] = times.p90 / times.p10 > STEADY
     return row
 
 
 _WRONG = "wrong: "
+# The spread, p90 / p10, of the plainest opponent's times, above which other work has disturbed the machine too much.
+STEADY = 1.15
 
 
 def _prepared(
@@ -223,7 +228,10 @@ def ratio_row(quantiles: timing.Quantiles) -> Row:
 
 
 def summarise(rows: Sequence[Row]) -> Row:
-    """By task, each opponent's ratio; of the layers, by opponent, how many ours is faster in, and of how many."""
+    """By task, each opponent's ratio; of the layers, by opponent, how many ours is faster in, and of how many.
+
+    "unsteady": tasks whose figures count for nothing, since eager's own times vary too much.
+    """
     summary: Row = {row["name"]: row["ratios"] for row in rows if row["kind"] == "net" and "ratios" in row}
     layers: dict[str, Row] = {}
     for row in rows:
@@ -232,7 +240,12 @@ def summarise(rows: Sequence[Row]) -> Row:
                 counts = layers.setdefault(name, {"faster": 0, "compared": 0})
                 counts["compared"] += 1
                 counts["faster"] += found["ratio"] > 1
-    return summary | {"layers": layers, "not_measured": sum(row["status"] != "ok" for row in rows)}
+    unsteady = [row["name"] for row in rows if row.get("unsteady")]
+    return summary | {
+        "layers": layers,
+        "not_measured": sum(row["status"] != "ok" for row in rows),
+        "unsteady": unsteady,
+    }
 
 
 def report(settings: Settings, rows: Sequence[Row]) -> Row:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fastunet.files import written_whole
 
+from .comparison import STEADY
 from .opponents import OURS
 from .steps import Row
 from .timing import Quantiles
@@ -50,6 +51,8 @@ def _table(*columns: str, title: str = "") -> Table:
 
 def _net_table(row: Row) -> Table:
     title = f"{_TITLES[row['name']]}: {row['flops'] / 1e9:.1f} GFLOP"
+    if row.get("unsteady"):
+        title += f" [bold red]unsteady: eager's p90 / p10 is above {STEADY}; repeat it on an idle machine[/]"
     table = _table("", "form", "ms", "p10 to p90", "ratio", "p10 to p90", title=title)
     for name, samples in row["samples_ms"].items():
         times, form = Quantiles.of(samples), row["forms"][name]

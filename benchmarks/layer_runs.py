@@ -34,8 +34,12 @@ def prepare_layer(layer: Layer, sets: Sequence[Inputs], backends: Sequence[str],
 
 
 def layer_sets(layer: Layer, device: torch.device) -> list[Inputs]:
-    """Random inputs of the layer, and as many copies as it takes for each to have left the cache before its turn."""
-    inputs = device_inputs(layer, device)
+    """Random inputs of the layer, in sets."""
+    return input_sets(device_inputs(layer, device), device)
+
+
+def input_sets(inputs: Inputs, device: torch.device) -> list[Inputs]:
+    """The inputs and as many copies as it takes for each to have left the cache before its next turn."""
     copies = sets_past_cache(list(inputs.values()), device)
     return [inputs, *({name: t.clone() for name, t in inputs.items()} for _ in range(copies - 1))]
 

@@ -66,6 +66,11 @@ def our_backends(device: torch.device, dtype: torch.dtype) -> list[tuple[str, st
     return ours if in_force == "triton" else [*ours, (OURS_TRITON, "triton", obstacle)]
 
 
+def _keeps_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ours is at its best with weights in float32, under autocast: they are folded before they are rounded."""
+    return device.type == "cpu" and dtype == torch.bfloat16
+
+
 def layer_opponents(
     layer: Layer, device: torch.device, dtype: torch.dtype, *, thorough: bool = False
 ) -> list[Opponent]:
@@ -77,7 +82,13 @@ def layer_opponents(
     composition = getattr(reference, layer.op)
     library, kind = ("cudnn" if device.type == "cuda" else "onednn"), dtype_name(dtype)
     opponents = [
-        Opponent(name, "NHWC", kind, functools.partial(_our_layer, layer.op, backend), obstacle)
+        Opponent(
+            name,
+            "NHWC",
+            kind,
+            functools.partial(_our_layer, layer.op, backend, _keeps_float32(device, dtype)),
+            obstacle,
+        )
         for name, backend, obstacle in our_backends(device, dtype)
     ]
     opponents += [
@@ -99,9 +110,12 @@ def _once(make: Callable[[], Any]) -> Callable[[], Any]:
     return functools.cache(make)
 
 
-def _our_layer(op: str, backend: str, inputs: dict[str, Tensor]) -> Run:
+def _our_layer(op: str, backend: str, keeps_float32: bool, inputs: dict[str, Tensor]) -> Run:
+    if keeps_float32:
+        inputs = {name: t.float() if "weight" in name or "bias" in name else t for name, t in inputs.items()}
+
     def run() -> Any:
-        with torch.no_grad(), fastunet.backend(backend):
+        with torch.no_grad(), fastunet.backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=keeps_float32):
             return parity.run_op(op, inputs, {}, {})
 
     return run
@@ -199,13 +213,15 @@ def net_opponents(
 ) -> list[Opponent]:
     """Of a whole net: one inference, or one training step (forward, BCE and Dice, backward, AdamW) under autocast.
 
-    In 16 bits, inference has weights of that dtype, but for "eager channels_last AMP", which is what people write;
-    "eager" is float32, what they run without it. The fastunet ones have the ops' backend that is in force here.
+    In 16 bits, inference has weights of that dtype, but for "eager channels_last AMP", which is what people write, and
+    on a CPU for ours; "eager" is float32, what they run without it. The fastunet ones have the ops' backend that is in
+    force here.
     thorough: also, on a CPU, what takes minutes to prepare.
     """
     amp = training and dtype != torch.float32
     plain = functools.partial(_Form, dtype, amp=amp)
-    forms = [(name, plain(backend=backend), obstacle) for name, backend, obstacle in our_backends(device, dtype)]
+    ours = functools.partial(_Form, dtype, amp=amp or _keeps_float32(device, dtype))
+    forms = [(name, ours(backend=backend), obstacle) for name, backend, obstacle in our_backends(device, dtype)]
     if not training:
         name, backend, obstacle = our_backends(device, dtype)[0]
         captured = plain(backend=backend, is_captured=True)

@@ -70,7 +70,13 @@ def _section(path: Path, result: Result) -> str:
 
 def _conditions(path: Path, settings: Result, environment: Result) -> str:
     side, threads = settings["size"], settings.get("threads")
-    said = [f"images of {side}x{side}", f"batches of {settings['batch']}", *([f"{threads} threads"] if threads else [])]
+    said = [
+        f"U-Net {'-'.join(map(str, settings['features']))}",
+        settings.get("dtype", "bfloat16"),
+        f"images of {side}x{side}",
+        f"batches of {settings['batch']}",
+        *([f"{threads} threads"] if threads else []),
+    ]
     return (
         f"{environment['device']}, torch {environment['torch']}; {', '.join(said)}; medians of at most "
         f"{settings['rounds']} rounds in turn, p10 to p90 in brackets; above 1, fastunet is faster (`{path}`):"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastunet
@@ -74,9 +75,11 @@ def _op_works(label: str, case: parity.Case, dtype: torch.dtype, direction: str,
 
 
 def forward_flops(case: parity.Case) -> int:
-    """Each weight is multiplied, and its product added, once at every pixel of the input; the rest is not counted."""
+    """Each weight is multiplied, and its product added, once at every pixel of its input; the rest is not counted."""
     n, _, h, w = next(iter(case.shapes.values()))
-    return 2 * n * h * w * sum(math.prod(shape) for name, shape in case.shapes.items() if "weight" in name)
+    weights = {name: math.prod(shape) for name, shape in case.shapes.items() if "weight" in name}
+    low = n * math.prod(case.shapes["low"][2:]) * weights.pop("up_weight") if "low" in case.shapes else 0
+    return 2 * (n * h * w * sum(weights.values()) + low)
 
 
 def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor], options: Any) -> Any:
@@ -85,6 +88,10 @@ def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, T
         x, *parameters = inputs.values()
         y = reference.conv3x3_bias_relu(reference.conv3x3_bias_relu(x, *parameters[:2]), *parameters[2:])
         return (y, reference.max_pool2x2(y)) if options.get("pool") else y
+    if op == "conv_transpose2x2_concat_conv3x3_relu":
+        skip, low, up_weight, up_bias, weight, bias = inputs.values()
+        up = F.pad(reference.conv_transpose2x2(low, up_weight, up_bias), [0, skip.shape[3] % 2, 0, skip.shape[2] % 2])
+        return reference.concat_conv3x3_bias_relu(skip, up, weight, bias, **options)
     if op == "conv3x3_relu_conv1x1":
         x, weight, bias, head_weight, head_bias = inputs.values()
         activation = "sigmoid" if options.get("sigmoid") else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from importlib import metadata
@@ -262,6 +263,10 @@ def bench(
     size: Annotated[int | None, typer.Option(help="Side of the images [256; 512 on a GPU; 128 --quick].")] = None,
     batch: Annotated[int | None, typer.Option(help="Images at once [1; 16 on a GPU].")] = None,
     features: Annotated[str | None, typer.Option(help="Channels of each level [from 32; 64 on a GPU].")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Take so many samples of each, however long.")] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers/--no-layers", help="The net's layers too, or the net alone.")
+    ] = True,
 ) -> None:
     """Compare the net and its layers with PyTorch's: eager, folded, compiled. Each is checked before it is timed."""
     from .benchmarks.comparison import check_settings, compare, default_settings, report
@@ -271,8 +276,11 @@ def bench(
     if quick and everything:
         raise typer.BadParameter("expected --quick or --all, got both")
     target = _device(device)
-    given = {"size": size, "batch": batch, "features": None if features is None else _parse_features(features)}
+    given: dict[str, Any] = {"size": size, "batch": batch}
+    given["features"] = None if features is None else _parse_features(features)
     given = {name: value for name, value in given.items() if value is not None}
+    given |= {} if rounds is None else {"rounds": rounds, "seconds": math.inf}
+    given |= {} if layers else {"layers": ()}
     settings = default_settings(target, _bench_dtype(dtype, target), quick=quick, thorough=everything, **given)
     check_settings(settings)
     if out.exists() and not out.is_dir():

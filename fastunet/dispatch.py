@@ -41,6 +41,8 @@ ONEDNN_OPS = (
     "conv3x3_relu_conv1x1",
     "conv_transpose2x2_concat_conv3x3_relu",
 )
+# Of them, those whose prepared weights are sums of products: in 16 bits they would be rounded more than the two steps.
+_ONEDNN_FLOAT32_OPS = ("conv_transpose2x2_concat_conv3x3_relu",)
 
 # Of this build of torch, and of this processor.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
@@ -92,8 +94,11 @@ def choose(op: str, x: Tensor, *, frozen: Tensor | None = None) -> Choice:
     """
     if _selected == "aten":
         return Choice("aten", "backend is set to aten")
-    if _selected == "auto" and op in ONEDNN_OPS and frozen is not None and _onednn_takes(x, frozen):
-        return Choice("onednn", "inference on the CPU: weights folded and packed once")
+    if _selected == "auto" and op in ONEDNN_OPS and frozen is not None and x.device.type == "cpu":
+        if _onednn_takes(op, x, frozen):
+            return Choice("onednn", "inference on the CPU: weights folded and packed once")
+        if frozen.dtype == torch.bfloat16:
+            return Choice("aten", "weights in bfloat16 are not prepared: keep them in float32, under autocast")
     if op not in TRITON_OPS:
         return Choice("aten", "no Triton kernel for this op")
     obstacle = triton_obstacle(x.device, x.dtype)
@@ -117,15 +122,15 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is there for an activation on the CPU in float32, or in bfloat16 with weights in float32.
+def _onednn_takes(op: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is there for an activation in float32, or in bfloat16 with weights in float32.
 
     Of weights in bfloat16 a folded norm would round each once more.
     """
+    takes_bfloat16 = _ONEDNN_BFLOAT16 and op not in _ONEDNN_FLOAT32_OPS
     return (
-        x.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _ONEDNN_BFLOAT16))
+        weight.dtype == torch.float32
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and takes_bfloat16))
         and x.numel() > 0
         and _HAS_ONEDNN
         # A graph may be traced through here, but not through the question; its ops ask again when they run.

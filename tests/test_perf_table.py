@@ -15,7 +15,7 @@ RATIO = {"ratio": 1.526, "p10": 1.5, "p90": 1.57}
 RESULT = {
     "summary": {"inference": {"eager": RATIO, "compiled": {"ratio": 0.9, "p10": 0.85, "p90": 0.95}}, "training": {}},
     "environment": {"device": "a device", "torch": "2.13.0", "commit": "abc"},
-    "settings": {"size": 256, "batch": 1, "threads": 2, "rounds": 15},
+    "settings": {"size": 256, "batch": 1, "threads": 2, "rounds": 15, "features": [2, 4], "dtype": "float16"},
     "rows": [],
 }
 
@@ -47,7 +47,7 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
     assert "benchmarks/results/a_gpu/gpu_report.json" in gpu
     assert "accuracy" not in text
     assert "not measured" not in text
-    assert "a device, torch 2.13.0; images of 256x256, batches of 1, 2 threads" in text
+    assert "a device, torch 2.13.0; U-Net 2-4, float16, images of 256x256, batches of 1, 2 threads" in text
 
 
 def test_without_results_it_says_so(tmp_path: Path) -> None:

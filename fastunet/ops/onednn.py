@@ -1,8 +1,8 @@
 """Convolutions of inference on the CPU: oneDNN with weights that are folded and packed once.
 
 oneDNN works on weights in blocks. torch's own convolutions bring them into that order at every call; these keep them.
-A second input is added to the sum of the first instead of being joined to it. The activation is a pass of its own, over
-values still in the cache: oneDNN's ReLU turns NaN into 0.
+In float32 a second input is added to the sum of the first instead of being joined to it. The activation is a pass of
+its own, over values still in the cache: oneDNN's ReLU turns NaN into 0.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def conv3x3(
     x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, norm: Norm | None, slope: float | None
 ) -> Tensor:
     """activation(norm(conv2d([x, up], weight, padding=1)) + bias) in x's dtype; the arguments as the ops have them."""
+    if up is not None and x.dtype != torch.float32:
+        x, up = torch.cat([x, up], dim=1), None  # The sum of the first would be rounded before the second's.
 
     def make() -> tuple[Tensor | None, Tensor, Tensor | None]:
         folded, shift = _folded(weight, bias, norm)
