@@ -47,7 +47,7 @@ class Settings:
     out_channels: int = 2
     rounds: int = 15
     seconds: float = 15.0
-    warmup: int = 2
+    warmup: int = 3
     compiles: bool = True
     thorough: bool = False
     layers: tuple[str, ...] | None = None

@@ -33,12 +33,13 @@ TRITON_OPS = (
     "max_pool2x2",
     "segmentation_sums",
 )
-# Ops that begin with 3x3 convolutions whose weights can be prepared once for inference on the CPU.
+# Ops with convolutions whose weights can be prepared once for inference on the CPU.
 ONEDNN_OPS = (
     "conv3x3_batch_norm_relu",
     "conv3x3_bias_relu",
     "conv3x3_instance_norm_relu",
     "conv3x3_relu_conv1x1",
+    "conv_transpose2x2",
     "conv_transpose2x2_concat_conv3x3_relu",
 )
 # Of them, those whose prepared weights are sums of products: in 16 bits they would be rounded more than the two steps.

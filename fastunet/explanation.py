@@ -81,8 +81,12 @@ class _Recorder(TorchDispatchMode):
         op = func.name().partition("::")[2].partition(".")[0]
         ours = func.namespace == NAMESPACE
         if x is not None and (ours or any(part in op for part in _ATEN_LAYERS)):
-            choice = choice_for(op, x, args) if ours else dispatch.Choice("aten", "not one of fastunet's ops")
+            choice = self._choice(op, x, args) if ours else dispatch.Choice("aten", "not one of fastunet's ops")
             layer = next((self.layers[id(a)] for a in args if id(a) in self.layers), "")
             described = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
             self.rows.append(Row(layer, op, described, choice.implementation, choice.reason))
         return func(*args, **(kwargs or {}))
+
+    def _choice(self, op: str, x: Tensor, args: Any) -> dispatch.Choice:
+        # The fake parameters ask for no gradient, as the model's do where gradients are recorded.
+        return dispatch.choose(op, x) if torch.is_grad_enabled() else choice_for(op, x, args)

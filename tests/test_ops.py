@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from fastunet import checks, ops
+from fastunet.ops.epilogue import activate_
 from fastunet.reference import functional as reference
 from fastunet.testing import assert_within, conv_tolerance, random_input
 
@@ -411,3 +412,11 @@ def test_weight_gradient_of_a_small_image_in_bfloat16() -> None:
         size = conv2d_weight(x.double().abs(), weight.shape, grad.double().abs(), padding=1)
         assert_within(actual, exact, conv_tolerance(exact, size, terms=60, dtype=torch.bfloat16))
         assert actual.stride() == leaf.stride()
+
+
+def test_relu_of_every_bfloat16_is_torchs() -> None:
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every.reshape(1, 1, 256, 256).clone()
+    expected, actual = F.relu(x), activate_(x.clone(), 0.0)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual[~actual.isnan()], expected[~expected.isnan()])

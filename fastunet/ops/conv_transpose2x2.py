@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
+from fastunet.ops import onednn
 from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
 from fastunet.ops.registration import (
     below_autograd,
@@ -33,14 +34,18 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     out_channels = checks.check_convolution(NAME, weight, x.shape[1], 2, transposed=True)
     checks.check_shape(NAME, "bias", bias, (out_channels,))
     checks.check_together(NAME, x, weight=weight, bias=bias)
-    return torch.ops.fastunet.conv_transpose2x2(x, weight, bias)
+    return torch.ops.fastunet.conv_transpose2x2(x, weight, bias, False)
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if dispatch.choose(NAME, x).implementation == "triton":
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    """keep: there will be a backward."""
+    implementation = dispatch.choose(NAME, x, frozen=None if keep else weight).implementation
+    if implementation == "triton":
         y = _forward_triton(x, weight, bias)
+    elif implementation == "onednn":
+        y = onednn.conv_transpose2x2(x, weight, bias)
     else:
-        y = F.conv_transpose2d(x, weight, bias, stride=2)
+        y = F.conv_transpose2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride=2)
     return y.contiguous(memory_format=memory_format(x, weight))
 
 
@@ -50,7 +55,7 @@ def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return kernels.conv_transpose2x2(x, weight, bias, allow_tf32=dispatch.tf32_allowed())
 
 
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
     n, _, h, w = x.shape
     return empty_in(memory_format(x, weight), x, n, weight.shape[1], 2 * h, 2 * w)
 
@@ -82,26 +87,27 @@ def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) ->
 
 class ConvTranspose2x2(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return below_autograd(_op, x, weight, bias)
+        return below_autograd(_op, x, weight, bias, True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad)
+        mask = list(ctx.needs_input_grad[:3])
         grads = _backward_op(grad, *ctx.saved_tensors, mask)
-        return tuple(g if wanted else None for g, wanted in zip(grads, mask, strict=True))
+        return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
 
 
 _op = define(
-    f"{NAME}(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, bool keep) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
     autograd=ConvTranspose2x2,
+    frozen=lambda *args: None if args[-1] else args[1],
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor grad, Tensor x, Tensor weight, bool[] mask) -> (Tensor, Tensor, Tensor)",
     implementation=_backward,
     fake=_backward_fake,
 )
-define_autocast(_op, cast=(0, 1, 2))
+define_autocast(_op, cast=(0,), parameters=(1, 2))

@@ -71,7 +71,7 @@ def _forward(
         return y.contiguous(memory_format=format)
     parameters = (t if t is None else t.to(skip.dtype) for t in (up_weight, up_bias, weight))
     up_weight, up_bias, weight = parameters  # type: ignore[assignment]
-    up = torch.ops.fastunet.conv_transpose2x2(low, up_weight, up_bias)
+    up = torch.ops.fastunet.conv_transpose2x2(low, up_weight, up_bias, False)
     up = F.pad(up, [0, skip.shape[3] - up.shape[3], 0, skip.shape[2] - up.shape[2]])
     if mean is None:
         bias = None if bias is None else bias.to(skip.dtype)

@@ -7,7 +7,8 @@ its own, over values still in the cache: oneDNN's ReLU turns NaN into 0.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fastunet import folding
 from fastunet.ops.epilogue import activate_
 from fastunet.prepared import prepared
 
-# Stride, padding and output padding are the arguments that differ; dilation and groups are 1.
+# A stride, padding or dilation.
 _ONE = [1, 1]
 
 
@@ -54,6 +55,17 @@ def conv3x3(
     return activate_(y, slope)
 
 
+def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """conv_transpose2d(x, weight, bias, stride=2) in x's dtype."""
+
+    def make() -> tuple[Tensor, Tensor | None]:
+        plain, shift = _folded(weight, bias, None)
+        return _pack_transpose(plain, x, padding=0), _as(shift, x)
+
+    packed, shift = prepared(("conv_transpose2x2", x.dtype), [weight, bias], make)
+    return _convolve_transpose(x, packed, shift, padding=0)
+
+
 def conv_transpose2x2_concat_conv3x3(
     skip: Tensor,
     low: Tensor,
@@ -77,16 +89,13 @@ def conv_transpose2x2_concat_conv3x3(
             border = folding.upsampled_bias(up_bias.detach().float(), of_up)
             inner = border[:, 1, 1]
             shift = inner if shift is None else shift + inner
-        composed = _pack_transpose(folding.compose_upsampling(up_weight.detach().float(), of_up), low)
+        composed = _pack_transpose(folding.compose_upsampling(up_weight.detach().float(), of_up), low, padding=1)
         return composed, _pack(folded[:, :split], skip), _as(shift, skip), _as(border, skip)
 
     kind = ("conv_transpose2x2_concat_conv3x3", skip.dtype, None if norm is None else norm.eps)
     sources = [*_sources(weight, bias, norm), up_weight, up_bias]
     composed, of_skip, shift, border = prepared(kind, sources, make)
-    odd = [size % 2 for size in skip.shape[2:]]
-    y = torch.ops.mkldnn._convolution_transpose_pointwise(
-        low, composed, shift, _ONE, odd, [2, 2], _ONE, 1, "none", [], ""
-    )
+    y = _convolve_transpose(low, composed, shift, padding=1, output_padding=[size % 2 for size in skip.shape[2:]])
     if border is not None:
         y = folding.add_upsampled_bias_(y, border)
     return activate_(_convolve_add_(y, skip, of_skip), slope)
@@ -114,9 +123,9 @@ def _pack(weight: Tensor, x: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_convolution_weight(weight, _ONE, _ONE, _ONE, 1, list(x.shape))
 
 
-def _pack_transpose(weight: Tensor, low: Tensor) -> Tensor:
+def _pack_transpose(weight: Tensor, low: Tensor, *, padding: int) -> Tensor:
     reorder = torch.ops.mkldnn._reorder_convolution_transpose_weight
-    return reorder(weight.to(low.dtype), _ONE, [0, 0], [2, 2], _ONE, 1, list(low.shape))
+    return reorder(weight.to(low.dtype), [padding] * 2, [0, 0], [2, 2], _ONE, 1, list(low.shape))
 
 
 def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,3 +135,11 @@ def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 def _convolve_add_(y: Tensor, x: Tensor, packed: Tensor) -> Tensor:
     """y += conv2d(x, weight, padding=1)."""
     return torch.ops.mkldnn._convolution_pointwise_(y, x, packed, None, _ONE, _ONE, _ONE, 1, "add", 1.0, None, [], "")
+
+
+def _convolve_transpose(
+    x: Tensor, packed: Tensor, bias: Tensor | None, *, padding: int, output_padding: Sequence[int] = (0, 0)
+) -> Tensor:
+    """conv_transpose2d of stride 2."""
+    arguments: list[Any] = [[padding] * 2, list(output_padding), [2, 2], _ONE, 1, "none", [], ""]
+    return torch.ops.mkldnn._convolution_transpose_pointwise(x, packed, bias, *arguments)
