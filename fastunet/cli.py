@@ -279,7 +279,8 @@ def bench(
     given: dict[str, Any] = {"size": size, "batch": batch}
     given["features"] = None if features is None else _parse_features(features)
     given = {name: value for name, value in given.items() if value is not None}
-    given |= {} if rounds is None else {"rounds": rounds, "seconds": math.inf}
+    # A CPU's allocator takes a while to settle.
+    given |= {} if rounds is None else {"rounds": rounds, "seconds": math.inf, "warmup": max(8, rounds // 3)}
     given |= {} if layers else {"layers": ()}
     settings = default_settings(target, _bench_dtype(dtype, target), quick=quick, thorough=everything, **given)
     check_settings(settings)
