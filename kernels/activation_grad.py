@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastunet.kernels import config_passes, gpu
-from fastunet.kernels.epilogue import activation_code
+from fastunet.kernels import gpu
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.tiles import activate_grad
-from fastunet.kernels.windows import pixel_at, pooled_at, window_origin, winner_of
+from fastunet.kernels.windows import pixel_at, pooled_at, window_origin, windows_launch, winner_of
 from torch import Tensor
 
 
@@ -70,25 +69,8 @@ def activation_grad_launch(
     y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, out: Tensor, negative_slope: float | None
 ) -> gpu.Launch:
     """The launch that fills out from packed tensors: see activation_grad."""
-    batch, channels, height, width = y.shape
-    chosen = config_passes.pointwise_config(channels)
-    windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
-    arguments = {
-        "y_ptr": y,
-        "grad_y_ptr": grad_y,
-        "grad_pooled_ptr": grad_pooled,
-        "out_ptr": out,
-        "windows": windows,
-        "H": height,
-        "W": width,
-        "C": channels,
-        "negative_slope": float(negative_slope or 0),
-        "ACTIVATION": activation_code(negative_slope),
-        "BLOCK_P": chosen.block_windows,
-        "BLOCK_C": chosen.block_channels,
-    }
-    grid = triton.cdiv(windows, chosen.block_windows) * triton.cdiv(channels, chosen.block_channels)
-    return gpu.Launch(activation_grad_kernel, grid, arguments, chosen.num_warps, num_stages=1)
+    tensors = {"y_ptr": y, "grad_y_ptr": grad_y, "grad_pooled_ptr": grad_pooled, "out_ptr": out}
+    return windows_launch(activation_grad_kernel, y.shape, tensors, negative_slope)
 
 
 def activation_grad(

@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config_passes, gpu
-from fastunet.kernels.epilogue import Statistics, activation_code
+from fastunet.kernels.epilogue import Statistics
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.tiles import activate, nan_max
-from fastunet.kernels.windows import pixel_at, pooled_at, window_origin
+from fastunet.kernels.windows import pixel_at, pooled_at, window_origin, windows_launch
 from torch import Tensor
 
 
@@ -264,25 +264,8 @@ def normalise_launch(
     raw: Tensor, affine: Affine, y: Tensor, pooled: Tensor | None, negative_slope: float | None
 ) -> gpu.Launch:
     """The launch that fills y and pooled from packed raw: see normalise."""
-    batch, channels, height, width = raw.shape
-    chosen = config_passes.pointwise_config(channels)
-    windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
-    arguments = {
-        "raw_ptr": raw,
-        **affine.arguments(),
-        "y_ptr": y,
-        "pooled_ptr": pooled,
-        "windows": windows,
-        "H": height,
-        "W": width,
-        "C": channels,
-        "negative_slope": float(negative_slope or 0),
-        "ACTIVATION": activation_code(negative_slope),
-        "BLOCK_P": chosen.block_windows,
-        "BLOCK_C": chosen.block_channels,
-    }
-    grid = triton.cdiv(windows, chosen.block_windows) * triton.cdiv(channels, chosen.block_channels)
-    return gpu.Launch(normalise_kernel, grid, arguments, chosen.num_warps, num_stages=1)
+    tensors = {"raw_ptr": raw, **affine.arguments(), "y_ptr": y, "pooled_ptr": pooled}
+    return windows_launch(normalise_kernel, raw.shape, tensors, negative_slope)
 
 
 def normalise(

@@ -8,8 +8,13 @@ and the pixels they lack are masked.
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from fastunet.kernels import config_passes, gpu
+from fastunet.kernels.epilogue import activation_code
 
 
 # fmt: off
@@ -49,3 +54,27 @@ def winner_of(y0, y1, y2, y3):
     best = tl.where(winner == 2, y2, best)
     return tl.where(_takes_over(y3, best), 3, winner)
 # fmt: on
+
+
+def windows_launch(
+    kernel: Any, shape: Sequence[int], tensors: Mapping[str, Any], negative_slope: float | None
+) -> gpu.Launch:
+    """The launch of a pass with an activation over the windows of images of shape [N, C, H, W]; tensors: the arguments
+    that are the kernel's own.
+    """
+    batch, channels, height, width = shape
+    chosen = config_passes.pointwise_config(channels)
+    windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
+    arguments = {
+        **tensors,
+        "windows": windows,
+        "H": height,
+        "W": width,
+        "C": channels,
+        "negative_slope": float(negative_slope or 0),
+        "ACTIVATION": activation_code(negative_slope),
+        "BLOCK_P": chosen.block_windows,
+        "BLOCK_C": chosen.block_channels,
+    }
+    grid = triton.cdiv(windows, chosen.block_windows) * triton.cdiv(channels, chosen.block_channels)
+    return gpu.Launch(kernel, grid, arguments, chosen.num_warps, num_stages=1)
