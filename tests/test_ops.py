@@ -262,6 +262,21 @@ def test_an_input_changed_before_backward_raises() -> None:
         y.backward(torch.randn_like(y))
 
 
+def test_statistics_may_be_changed_before_a_backward_that_does_not_read_them() -> None:
+    """In training the batch's own count."""
+    x, w, gamma = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 6, 5), (4, 3, 3, 3), (4,)))
+    grads = []
+    for changed in (True, False):
+        weight, mean, var = w.clone().requires_grad_(), torch.zeros(4).double(), torch.ones(4).double()
+        y = ops.conv3x3_batch_norm_relu(x, weight, gamma, gamma, mean, var, training=True)
+        if changed:
+            mean.add_(1)
+            var.mul_(2)
+        y.backward(y.detach().roll(1, 0))
+        grads.append(weight.grad)
+    assert torch.equal(*grads)
+
+
 def test_only_one_of_two_outputs_used() -> None:
     x, w = torch.randn(2, 3, 6, 5, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
     for index in (0, 1):

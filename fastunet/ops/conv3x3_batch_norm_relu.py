@@ -355,7 +355,9 @@ class Conv3x3BatchNormRelu(Function):
         y, pooled, raw, mean, invstd = below_autograd(_op, *args[:-1], True)
         # Our kernels find y again from raw, in registers.
         kept = y if (pool or slope is not None) and not runs_on_triton(NAME, x) else None
-        ctx.save_for_backward(x, up, weight, gamma, beta, running_mean, running_var, raw, mean, invstd, kept)
+        # Those that training moves may move again before its backward, which does not read them.
+        running = (None, None) if training else (running_mean, running_var)
+        ctx.save_for_backward(x, up, weight, gamma, beta, *running, raw, mean, invstd, kept)
         ctx.training, ctx.eps, ctx.slope, ctx.pool = training, eps, slope, pool
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(raw, mean, invstd, *(() if pool else (pooled,)))
