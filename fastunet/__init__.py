@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastunet import losses, ops, reference
     from fastunet.checks import FastUNetError
+    from fastunet.compiler import compile
     from fastunet.dispatch import backend
     from fastunet.explanation import explain
     from fastunet.inference import predict
@@ -20,13 +21,14 @@ _HOMES: dict[str, str | None] = {
     "FastUNetError": "checks",
     "UNet": "unet",
     "backend": "dispatch",
+    "compile": "compiler",
     "explain": "explanation",
     "losses": None,
     "ops": None,
     "predict": "inference",
     "reference": None,
 }
-__all__ = ["FastUNetError", "UNet", "backend", "explain", "losses", "ops", "predict", "reference"]
+__all__ = ["FastUNetError", "UNet", "backend", "compile", "explain", "losses", "ops", "predict", "reference"]
 
 
 def __getattr__(name: str) -> Any:

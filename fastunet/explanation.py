@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastunet import dispatch
+from fastunet import compiler, dispatch, modules
+from fastunet.fx_nodes import arguments, value_of
 from fastunet.ops.registration import NAMESPACE, choice_for
+from fastunet.patterns import Pattern
 
 # ATen ops worth a line of their own: layers that run beside our ops.
 _ATEN_LAYERS = ("convolution", "batch_norm", "max_pool2d", "upsample", "cat", "pad", "relu")
+_OWN_BLOCKS = (modules.DoubleConv, modules.Up, modules.OutConv)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One op of one layer: the op, its input [N, C, H, W] and dtype, what runs it, and why."""
+    """One op of one layer, or all that one op could compute: the op or the pattern, its image [N, C, H, W] and dtype,
+    what runs it, and why. Of a model not made of fastunet's blocks, also the op that replaces the pattern, or "".
+    """
 
     layer: str
     op: str
     input: str
     implementation: str
     reason: str
+    replaced_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,35 +43,105 @@ class Explanation:
 
     rows: tuple[Row, ...]
 
+    @property
+    def replaced(self) -> int:
+        """In how many rows an op of fastunet's replaces a pattern."""
+        return sum(row.replaced_by != "" for row in self.rows)
+
+    @property
+    def left(self) -> int:
+        """How many rows torch.compile's other backend has."""
+        return len(self.rows) - self.replaced
+
     def __str__(self) -> str:
-        table = [("layer", "op", "input", "runs on", "why")]
-        table += [(row.layer, row.op, row.input, row.implementation, row.reason) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        table = [("layer", "op", "input", "replaced by", "runs on", "why")]
+        table += [(row.layer, row.op, row.input, row.replaced_by, row.implementation, row.reason) for row in self.rows]
+        columns = [column for column in zip(*table, strict=True) if any(column[1:])]
+        widths = [max(map(len, column)) for column in columns]
         return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in zip(*columns, strict=True)
         )
 
 
 def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | None = None) -> Explanation:
     """Which implementation each op of model(example) gets under the backend in force, and the reason.
 
+    Of a model of fastunet's own blocks, a row for each op that runs. Of any other, compiled or not, a row for each
+    convolution, pooling and upsampling with all that would be computed with it: what
+    `torch.compile(model, backend="fastunet")` puts in its place, or why it is left.
+
     Nothing is computed and nothing changes: the model runs on fake tensors, without data. `device` asks about another
     device than the example's, "cuda" also on a machine that has none. The model's mode is as it stands: in training it
-    is asked as for a step with gradients, in eval as for inference.
+    is asked as for a step with gradients, in eval as for inference. As torch._dynamo.explain, it resets what
+    torch.compile has cached: compiled models compile again when they are next called.
     Raises BackendError where the forced backend cannot run an op.
     """
+    model = getattr(model, "_orig_mod", model)  # What torch.compile wraps.
     target = torch.device(device) if device is not None else example.device
+    with torch.set_grad_enabled(model.training):
+        if any(isinstance(module, _OWN_BLOCKS) for module in model.modules()):
+            return Explanation(tuple(_recorded(model, example, target)))
+        return Explanation(tuple(_compiled(model, example, target)))
+
+
+def _fake(mode: FakeTensorMode, t: Tensor, device: torch.device) -> Tensor:
+    with mode:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device, requires_grad=False)
+
+
+def _recorded(model: nn.Module, example: Tensor, device: torch.device) -> list[Row]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(t: Tensor) -> Tensor:
-        with mode:
-            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=target, requires_grad=False)
-
-    state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    state = {name: _fake(mode, t, device) for name, t in (*model.named_parameters(), *model.named_buffers())}
     layers = {id(t): name.rpartition(".")[0] for name, t in state.items()}
-    with torch.set_grad_enabled(model.training), mode, _Recorder(layers) as recorder:
-        torch.func.functional_call(model, state, (fake(example),))
-    return Explanation(tuple(recorder.rows))
+    with mode, _Recorder(layers) as recorder:
+        torch.func.functional_call(model, state, (_fake(mode, example, device),))
+    return recorder.rows
+
+
+def _compiled(model: nn.Module, example: Tensor, device: torch.device) -> list[Row]:
+    """The rows of a copy of the model whose tensors are fake."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(_fake(mode, p, p.device), p.requires_grad) for p in model.parameters()
+    }
+    plain = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    memo |= {id(t): _fake(mode, t, t.device) for t in (*model.buffers(), *plain)}
+    copied = copy.deepcopy(model, memo)
+    layers = {id(t): name.rpartition(".")[0] for name, t in (*copied.named_parameters(), *copied.named_buffers())}
+    rows: list[Row] = []
+
+    def backend(graph_module: GraphModule, inputs: Any) -> Callable:
+        for _, found in compiler.find_patterns(graph_module, device=device):
+            rows.extend(_row_of(pattern, layers) for pattern in found)
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    try:
+        with mode:
+            torch.compile(copied, backend=backend, dynamic=False)(_fake(mode, example, example.device))
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from None
+    finally:
+        torch._dynamo.reset()
+    return rows
+
+
+def _row_of(pattern: Pattern, layers: dict[int, str]) -> Row:
+    weight = arguments(pattern.anchor).get("weight")
+    # Within a frame after a graph break the modules' paths are not those from the model on; the weights tell.
+    tensor = weight.meta["grapharg"].example if isinstance(weight, Node) and "grapharg" in weight.meta else None
+    value = value_of(pattern.anchor)
+    layer = layers.get(id(tensor), pattern.layer)
+    if not pattern.is_replaced:
+        return Row(layer, pattern.description, _typed(value), compiler.default_fallback(), pattern.reason)
+    assert pattern.op is not None
+    assert pattern.runs_on is not None
+    return Row(layer, pattern.description, _typed(value), pattern.runs_on, pattern.reason, pattern.op)
+
+
+def _typed(image: Tensor) -> str:
+    return f"{list(image.shape)} {str(image.dtype).removeprefix('torch.')}"
 
 
 class _Recorder(TorchDispatchMode):
@@ -83,8 +162,7 @@ class _Recorder(TorchDispatchMode):
         if x is not None and (ours or any(part in op for part in _ATEN_LAYERS)):
             choice = self._choice(op, x, args) if ours else dispatch.Choice("aten", "not one of fastunet's ops")
             layer = next((self.layers[id(a)] for a in args if id(a) in self.layers), "")
-            described = f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-            self.rows.append(Row(layer, op, described, choice.implementation, choice.reason))
+            self.rows.append(Row(layer, op, _typed(x), choice.implementation, choice.reason))
         return func(*args, **(kwargs or {}))
 
     def _choice(self, op: str, x: Tensor, args: Any) -> dispatch.Choice:

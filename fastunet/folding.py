@@ -69,3 +69,26 @@ def _borders(size: int) -> list[tuple[slice, slice]]:
         (slice(1, size - after), _INNER),
         (slice(size - after, size), slice(3, 3 + after)),
     ]
+
+
+def move_bias_after_norm(
+    bias: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor | None, Tensor]:
+    """gamma and beta by which batch_norm(y, mean, variance, gamma, beta) equals batch_norm(y + bias, ...), all [Cout].
+
+    beta + bias * gamma / sqrt(variance + eps), through which bias and gamma have their gradients.
+    """
+    scale = torch.rsqrt(variance.to(torch.promote_types(variance.dtype, torch.float32)) + eps)
+    shift = bias * (scale if gamma is None else scale * gamma)
+    moved = shift if beta is None else beta + shift
+    like = bias if beta is None else beta
+    return torch.ones_like(like) if gamma is None else gamma, moved.to(like.dtype)
+
+
+def keep_idle_bias(bias: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gamma and beta with nothing added but bias's gradient: a norm by its input's own statistics takes any constant
+    away, so that a bias before it has a gradient of zeros, not none. What is not finite stays so.
+    """
+    if gamma is None or beta is None:
+        return torch.ones_like(bias), bias * 0
+    return gamma, beta + bias * 0

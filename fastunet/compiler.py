@@ -1,0 +1,110 @@
+"""torch.compile(model, backend="fastunet"): fastunet's ops in the U-Nets that people already have.
+
+Dynamo hands over a graph of torch functions. What in it is exactly one of the ops, and would run on something else than
+ATen, is replaced (`patterns`, `rewriting`); the rest goes on to another backend of torch.compile, inductor by default.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+import fastunet.ops  # noqa: F401  (registers the ops)
+from fastunet import patterns, rewriting
+from fastunet.checks import ConfigError
+from fastunet.patterns import Pattern
+
+FALLBACKS = ("inductor", "aot_eager", "eager")
+
+
+def compile(model: nn.Module, **kwargs: Any) -> Any:
+    """torch.compile(model, backend="fastunet", **kwargs), after bringing the model's 4-D weights into channels_last.
+
+    The parameters stay the same objects, so an optimizer made before keeps working; only their strides change.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return torch.compile(model, backend="fastunet", **kwargs)
+
+
+def fastunet_backend(
+    graph_module: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable:
+    """The backend, by the interface of torch.compile's backends; found through the entry point "fastunet".
+
+    options: "fallback", which backend gets what is left: "inductor" (default; "eager" where there is no C++ compiler),
+    "aot_eager" or "eager"; "force": True replaces every pattern that is exactly one of the ops, also where the op would
+    run on ATen, for tests; any others, like mode, are inductor's. Raises ConfigError on others with another fallback.
+    """
+    fallback, force, rest = _read(mode, options)
+    replace_patterns(graph_module, force=force)
+    return _compile_rest(graph_module, example_inputs, fallback, mode, rest)
+
+
+def find_patterns(graph_module: GraphModule, **options: Any) -> list[tuple[GraphModule, list[Pattern]]]:
+    """patterns.find of a graph and of the graphs within it (checkpointed regions, branches), by graph."""
+    inner = (child for child in graph_module.children() if isinstance(child, GraphModule))
+    found = [pair for child in inner for pair in find_patterns(child, **options)]
+    return [*found, (graph_module, patterns.find(graph_module, **options))]
+
+
+def replace_patterns(graph_module: GraphModule, *, force: bool = False) -> list[Pattern]:
+    """Put the ops into a graph, in the place of the patterns to be replaced; all that were found."""
+    everything = []
+    for inner, found in find_patterns(graph_module, force=force):
+        rewriting.replace(inner, [pattern for pattern in found if pattern.is_replaced])
+        everything += found
+    return everything
+
+
+def _read(mode: str | None, options: dict[str, Any] | None) -> tuple[str, bool, dict[str, Any]]:
+    rest = dict(options or {})
+    fallback = rest.pop("fallback", None)
+    force = rest.pop("force", False)
+    if fallback not in (None, *FALLBACKS):
+        raise ConfigError(f"option 'fallback': expected one of {', '.join(FALLBACKS)}, got {fallback!r}")
+    if not isinstance(force, bool):
+        raise ConfigError(f"option 'force': expected True or False, got {force!r}")
+    if fallback in ("eager", "aot_eager") and rest:
+        raise ConfigError(f"options {', '.join(rest)}: expected the fallback 'inductor' for them, got {fallback!r}")
+    return fallback or default_fallback(), force, rest
+
+
+@cache
+def default_fallback() -> str:
+    """What gets the rest where no fallback is asked for: "inductor", or "eager" where that cannot work."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, OSError):  # The latter where CXX names what cannot be run.
+        warnings.warn(
+            "fastunet: no C++ compiler was found (CXX names one), which torch.compile's inductor needs: "
+            "what fastunet does not replace runs in eager mode",
+            stacklevel=2,
+        )
+        return "eager"
+    return "inductor"
+
+
+def _compile_rest(
+    graph_module: GraphModule, inputs: list[Any], fallback: str, mode: str | None, options: dict[str, Any]
+) -> Any:
+    if fallback != "inductor":
+        return torch._dynamo.lookup_backend(fallback)(graph_module, inputs)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    settings = {**(list_mode_options(mode) if mode not in (None, "default") else {}), **options}
+    return compile_fx(graph_module, inputs, config_patches=settings or None)

@@ -1,0 +1,377 @@
+"""What in a graph of torch functions is exactly one of fastunet's ops, and why the rest is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastunet import dispatch
+from fastunet.fx_nodes import Order, arguments, is_image, layer_of, name_of, only_user, value_of
+
+STEP_UP = "conv_transpose2x2_concat_conv3x3_relu"
+WITH_HEAD = "conv3x3_relu_conv1x1"
+_ANCHORS = (
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("max_pool2d", "interpolate"),
+)
+# By kernel and kind: the op's part in a description, and the geometry that it stands for.
+_GEOMETRY: dict[tuple[str, int], dict[str, Any]] = {
+    ("conv2d", 3): {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1},
+    ("conv2d", 1): {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1},
+    ("conv_transpose2d", 2): {
+        "stride": (2, 2),
+        "padding": (0, 0),
+        "output_padding": (0, 0),
+        "dilation": (1, 1),
+        "groups": 1,
+    },
+}
+_WINDOW = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+
+
+@dataclass
+class Pattern:
+    """Nodes that belong together, and the op that computes them in one step.
+
+    Attributes:
+        anchor: the convolution, pooling or upsampling that it was found by.
+        result: the last of its nodes but the pool, what the op's first result stands for.
+        op: name of the op; None where none computes exactly this.
+        reason: why there is no op, or why `runs_on` runs.
+        runs_on: "triton", "onednn" or "aten", what the op would run on here; None without an op.
+        cat, norm, activation, pool, up, pad, head, head_activation: the other nodes it takes in, where it has them.
+        idle: dropouts that do nothing.
+        is_replaced: whether the op is to take the nodes' place.
+        layer: the path of the module that holds the anchor.
+        description: what it computes: "conv3x3 + batch_norm + relu".
+    """
+
+    anchor: Node
+    result: Node
+    op: str | None = None
+    reason: str = ""
+    runs_on: str | None = None
+    cat: Node | None = None
+    norm: Node | None = None
+    activation: Node | None = None
+    pool: Node | None = None
+    up: Node | None = None
+    pad: Node | None = None
+    head: Node | None = None
+    head_activation: Node | None = None
+    idle: list[Node] = field(default_factory=list)
+    is_replaced: bool = False
+    layer: str = ""
+    description: str = ""
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All nodes it takes the place of."""
+        optional = (self.up, self.pad, self.cat, self.norm, self.activation, self.pool, self.head, self.head_activation)
+        return [self.anchor, *(node for node in optional if node is not None), *self.idle]
+
+    def describe(self) -> None:
+        """Note the layer and the description, while the graph still has the nodes."""
+        parts = (self.up, self.pad, self.cat, self.anchor, self.norm, self.activation, self.pool, self.head)
+        nodes = [node for node in (*parts, self.head_activation) if node is not None]
+        self.layer, self.description = layer_of(self.anchor), " + ".join(map(_described, nodes))
+
+
+def find(graph_module: GraphModule, *, force: bool = False, device: torch.device | None = None) -> list[Pattern]:
+    """The patterns of a graph from Dynamo, in its order; not those of graphs within it.
+
+    force: choose ops also where they would run on ATen, as does what they replace. device: answer as for a graph on
+    that device.
+    Raises BackendError where the backend in force is "triton" and a kernel cannot run here.
+    """
+    search = _Search(graph_module, force, device)
+    for node in graph_module.graph.nodes:
+        if name_of(node) in _ANCHORS and node not in search.covered:
+            search.add(node)
+    return [pattern for pattern in search.patterns if pattern.anchor not in search.absorbed]
+
+
+class _Search:
+    def __init__(self, graph_module: GraphModule, force: bool, device: torch.device | None) -> None:
+        self.order = Order(graph_module.graph.nodes)
+        self.force, self.device = force, device
+        self.patterns: list[Pattern] = []
+        self.covered: set[Node] = set()
+        self.absorbed: set[Node] = set()
+
+    def add(self, node: Node) -> None:
+        pattern = Pattern(node, result=node)
+        obstacle = _obstacle(node)
+        if obstacle is not None:
+            pattern.reason = obstacle
+        elif name_of(node) == "max_pool2d":
+            pattern.op = "max_pool2x2"
+        elif name_of(node) == "conv_transpose2d":
+            pattern.op = "conv_transpose2x2"
+        elif _kernel_size(node) == 1:
+            pattern.op = "conv1x1"
+            self._take_head_activation(pattern, node)
+        else:
+            self._grow(pattern)
+        if pattern.op is not None:
+            self._choose(pattern)
+        pattern.describe()
+        self.patterns.append(pattern)
+        self.covered.update(pattern.nodes)
+
+    def _choose(self, pattern: Pattern) -> None:
+        choice = self._choice(pattern.op, pattern)
+        pattern.runs_on, pattern.reason = choice.implementation, choice.reason
+        pattern.is_replaced = self.force or choice.implementation != "aten"
+        if not pattern.is_replaced:
+            pattern.reason = f"the op would run on ATen here ({choice.reason})"
+
+    def _choice(self, op: Any, pattern: Pattern) -> dispatch.Choice:
+        """What dispatch chooses for the anchor's own result: it has the dtype that autocast gives."""
+        norm_trains = pattern.norm is not None and arguments(pattern.norm).get("training", False)
+        weight = arguments(pattern.anchor).get("weight")
+        frozen = None if weight is None or norm_trains or _has_gradient(pattern) else value_of(weight)
+        image = value_of(pattern.anchor)
+        if self.device is not None:
+            with image.fake_mode:
+                image = torch.empty(image.shape, dtype=image.dtype, device=self.device)
+        return dispatch.choose(op, image, frozen=frozen)
+
+    def _take(self, pattern: Pattern, **nodes: Node) -> bool:
+        """Let pattern have these nodes too, each in its role, if it can still be computed in one step."""
+        if not self.order.is_quiet([*pattern.nodes, *nodes.values()]):
+            return False
+        for role, node in nodes.items():
+            setattr(pattern, role, node)
+            if role in ("norm", "activation", "head", "head_activation"):
+                pattern.result = node
+        return True
+
+    def _grow(self, pattern: Pattern) -> None:
+        """From a 3x3 convolution on: what follows it, what joins its input, and the steps of inference around it."""
+        pattern.op = "conv3x3_bias_relu"
+        self._take_norm(pattern)
+        user = self._take_idle(pattern)
+        if user is not None and _slope(user) is not None:
+            self._take(pattern, activation=user)
+        joined = arguments(pattern.anchor)["input"]
+        if _is_plain_cat(joined) and only_user(joined) is not None:
+            self._take(pattern, cat=joined)
+        is_foldable = not _has_gradient(pattern) and _can_be_folded(pattern)
+        if is_foldable and (self._take_step_up(pattern) or self._take_head(pattern)):
+            return
+        for user in pattern.result.users:
+            if name_of(user) == "max_pool2d" and _obstacle(user) is None and self._take(pattern, pool=user):
+                return
+
+    def _take_idle(self, pattern: Pattern) -> Node | None:
+        """Take in dropouts that do nothing; what alone uses the result then."""
+        user = only_user(pattern.result)
+        while user is not None and _is_idle(user) and self.order.is_quiet([*pattern.nodes, user]):
+            pattern.idle.append(user)
+            pattern.result = user
+            user = only_user(user)
+        return user
+
+    def _take_norm(self, pattern: Pattern) -> None:
+        user = self._take_idle(pattern)
+        kind = None if user is None else _norm_kind(user)
+        if user is not None and kind is not None and self._take(pattern, norm=user):
+            pattern.op = f"conv3x3_{kind}_relu"
+
+    def _take_step_up(self, pattern: Pattern) -> bool:
+        """The transposed convolution that gives the second of the joined inputs, where the two are computed as one."""
+        if pattern.cat is None or self._choice(STEP_UP, pattern).implementation != "onednn":
+            return False
+        skip, up = arguments(pattern.cat)["tensors"]
+        pad = up if name_of(up) == "pad" else None
+        transposed = up if pad is None else arguments(pad)["input"]
+        if not _gives_step_up(transposed, pad, skip):
+            return False
+        nodes = {"up": transposed} if pad is None else {"up": transposed, "pad": pad}
+        if any(only_user(node) is None for node in nodes.values()) or not self._take(pattern, **nodes):
+            return False
+        self.absorbed.add(transposed)
+        pattern.op = STEP_UP
+        return True
+
+    def _take_head(self, pattern: Pattern) -> bool:
+        """The 1x1 convolution that alone uses the result."""
+        head = only_user(pattern.result)
+        if pattern.cat is not None or head is None or name_of(head) != "conv2d":
+            return False
+        if arguments(head)["input"] is not pattern.result or _obstacle(head) is not None or _kernel_size(head) != 1:
+            return False
+        if self._choice(WITH_HEAD, pattern).implementation == "aten" and not self.force:
+            return False
+        if not self._take(pattern, head=head):
+            return False
+        pattern.op = WITH_HEAD
+        self._take_head_activation(pattern, head)
+        return True
+
+    def _take_head_activation(self, pattern: Pattern, head: Node) -> None:
+        user = only_user(head)
+        if user is None or name_of(user) not in ("sigmoid", "softmax"):
+            return
+        of_channels = name_of(user) == "sigmoid" or (
+            arguments(user)["dim"] in (1, -3) and arguments(user)["dtype"] is None and pattern.head is None
+        )
+        if of_channels:
+            self._take(pattern, head_activation=user)
+
+
+# --- single nodes ---
+
+
+def _obstacle(node: Node) -> str | None:
+    """Why no op computes what this anchor calls, or None."""
+    name, given = name_of(node), arguments(node)
+    if name == "interpolate":
+        return "upsampling by interpolation has no op of its own; the convolution after it takes its result unjoined"
+    if name.endswith(("1d", "3d")):
+        return f"{name}: the ops are for images [N, C, H, W]"
+    if not is_image(node) or not is_image(given["input"]):
+        value = value_of(node)
+        return f"expected floating-point images [N, C, H, W], got {_typed(value)}"
+    if name == "max_pool2d":
+        return _pool_obstacle(given)
+    return _weight_obstacle(node) or _geometry_obstacle(node)
+
+
+def _typed(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _pool_obstacle(given: dict[str, Any]) -> str | None:
+    window = {key: _pair(given[key]) for key in _WINDOW}
+    window["stride"] = window["kernel_size"] if given["stride"] in (None, []) else window["stride"]
+    wrong = [f"{key} {window[key]}" for key in _WINDOW if window[key] != _WINDOW[key]]
+    wrong += [key for key in ("ceil_mode", "return_indices") if given[key]]
+    return f"max-pooling with {', '.join(wrong)}: the op is for 2x2 windows side by side" if wrong else None
+
+
+def _weight_obstacle(node: Node) -> str | None:
+    weight = arguments(node)["weight"]
+    if not isinstance(weight, Node) or weight.op not in ("placeholder", "get_attr"):
+        return "its weight is computed (parametrised, pruned, or scaled), not a parameter"
+    layers = {layer_of(user) for user in weight.users}
+    uses = sum(name_of(user).startswith("conv") for user in weight.users)
+    if uses > 1:
+        return f"its weight is shared by {uses} convolutions ({', '.join(sorted(layers))})"
+    return None
+
+
+def _geometry_obstacle(node: Node) -> str | None:
+    name, given = name_of(node), arguments(node)
+    size = _kernel_size(node)
+    expected = _GEOMETRY.get((name, size)) if size is not None else None
+    if expected is None:
+        kernel = "x".join(str(s) for s in value_of(given["weight"]).shape[2:])
+        return f"{name} of {kernel}: the ops have 3x3, 1x1, and transposed 2x2"
+    actual = {key: value if key == "groups" else _pair(value) for key, value in given.items() if key in expected}
+    if actual["padding"] == ("same", "same"):  # Of an odd kernel at stride 1, to which torch confines the word.
+        actual["padding"] = expected["padding"]
+    wrong = [f"{key} {value} instead of {expected[key]}" for key, value in actual.items() if value != expected[key]]
+    return f"{name} of {size}x{size} with {', '.join(wrong)}" if wrong else None
+
+
+def _kernel_size(node: Node) -> int | None:
+    """The side of a square kernel."""
+    sides = value_of(arguments(node)["weight"]).shape[2:]
+    return int(sides[0]) if len(set(sides)) == 1 else None
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if isinstance(value, list | tuple):
+        return (value[0], value[0]) if len(value) == 1 else tuple(value)
+    return (value, value)
+
+
+def _is_idle(node: Node) -> bool:
+    return name_of(node) == "dropout" and (not arguments(node)["training"] or arguments(node)["p"] == 0)
+
+
+def _slope(node: Node) -> float | None:
+    """Of a ReLU 0.0, of a LeakyReLU its slope, else None."""
+    if name_of(node) == "relu":
+        return 0.0
+    if name_of(node) == "leaky_relu" and isinstance(slope := arguments(node)["negative_slope"], float | int):
+        return float(slope) if slope >= 0 else None
+    return None
+
+
+def slope_of(activation: Node | None) -> float | None:
+    """The ops' `slope` argument for an activation that a pattern took in."""
+    return None if activation is None else _slope(activation)
+
+
+def _norm_kind(node: Node) -> str | None:
+    """ "batch_norm" or "instance_norm" where the node is what the op of that name computes."""
+    kind = name_of(node)
+    if kind not in ("batch_norm", "instance_norm") or not is_image(node):
+        return None
+    given = arguments(node)
+    has_statistics = given["running_mean"] is not None and given["running_var"] is not None
+    has_pair = (given["weight"] is None) == (given["bias"] is None)
+    numbers = all(isinstance(given[key], float | int) for key in ("momentum", "eps"))
+    if not (has_pair and numbers):
+        return None
+    if kind == "batch_norm":
+        return kind if isinstance(given["training"], bool) and (given["training"] or has_statistics) else None
+    return kind if given["use_input_stats"] is True and given["running_mean"] is None else None
+
+
+def _is_plain_cat(node: Any) -> bool:
+    """Two images of one dtype joined along the channels."""
+    if name_of(node) != "cat" or not is_image(node):
+        return False
+    tensors, dim = arguments(node)["tensors"], arguments(node)["dim"]
+    return (
+        dim in (1, -3)
+        and len(tensors) == 2
+        and all(is_image(t) for t in tensors)
+        and value_of(tensors[0]).dtype == value_of(tensors[1]).dtype
+    )
+
+
+def _has_gradient(pattern: Pattern) -> bool:
+    return value_of(pattern.result).requires_grad
+
+
+def _can_be_folded(pattern: Pattern) -> bool:
+    """Whether it has no norm, or batch norm by running statistics."""
+    return pattern.norm is None or (
+        name_of(pattern.norm) == "batch_norm" and arguments(pattern.norm)["training"] is False
+    )
+
+
+def _gives_step_up(up: Any, pad: Node | None, skip: Any) -> bool:
+    """Whether `up`, padded by at most a row below and a column on the right, doubles an image to skip's size."""
+    if name_of(up) != "conv_transpose2d" or _obstacle(up) is not None:
+        return False
+    if pad is None:
+        return True
+    given = arguments(pad)
+    low, large = value_of(arguments(up)["input"]).shape[2:], value_of(skip).shape[2:]
+    zeros = given["mode"] == "constant" and given["value"] in (None, 0)
+    widths = list(given["pad"])
+    return (
+        zeros
+        and all(isinstance(size, int) for size in (*widths, *low, *large))
+        and widths == [0, large[1] - 2 * low[1], 0, large[0] - 2 * low[0]]
+        and all(width in (0, 1) for width in widths)
+    )
+
+
+def _described(node: Node) -> str:
+    name = name_of(node)
+    if name in ("conv2d", "conv_transpose2d"):
+        weight = value_of(arguments(node)["weight"])
+        kernel = "x".join(str(s) for s in weight.shape[2:]) if isinstance(weight, Tensor) else ""
+        return name.removesuffix("2d") + kernel
+    return {"max_pool2d": "max_pool", "interpolate": "upsample"}.get(name, name)

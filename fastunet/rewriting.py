@@ -1,0 +1,180 @@
+"""Putting fastunet's ops into a graph, in the place of the patterns that they compute."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fastunet import folding
+from fastunet.fx_nodes import arguments, name_of, value_of
+from fastunet.patterns import Pattern, slope_of
+
+# Functions that take images in either memory format and answer in the one they get.
+_FOLLOWS_FORMAT = (
+    *("batch_norm", "cat", "conv2d", "conv_transpose2d", "dropout", "instance_norm", "interpolate", "leaky_relu"),
+    *("max_pool2d", "pad", "prelu", "relu", "sigmoid", "silu", "softmax"),
+)
+_ELEMENTWISE = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul)
+
+
+def replace(graph_module: GraphModule, patterns: Sequence[Pattern]) -> None:
+    """Compute each pattern by its op, in channels_last; what is not part of a pattern gets the strides it had."""
+    made: set[Node] = set()
+    for pattern in patterns:
+        made |= _replace_one(graph_module.graph, pattern)
+    _restore_strides(graph_module.graph, made)
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
+    """The nodes that stand for the pattern's results."""
+    assert pattern.op is not None
+    op = getattr(torch.ops.fastunet, pattern.op).default
+    result, removed = pattern.result, _in_order(graph, pattern.nodes)
+    with graph.inserting_before(result):
+        images, rest = _arguments(graph, pattern)
+        call = graph.call_function(op, (*(_channels_last(graph, image) for image in images), *rest))
+        call.meta.update({key: result.meta[key] for key in ("nn_module_stack", "stack_trace") if key in result.meta})
+        several = len(op._schema.returns) > 1
+        y = graph.call_function(operator.getitem, (call, 0)) if several else call
+        results = [(result, y)]
+        if pattern.pool is not None:
+            results.append((pattern.pool, graph.call_function(operator.getitem, (call, 1))))
+        if pattern.norm is not None:
+            _shift_running_mean(graph, pattern)
+    for old, new in results:
+        new.meta["example_value"] = value_of(old)
+        old.replace_all_uses_with(new)
+    for node in reversed(removed):
+        graph.erase_node(node)
+    return {new for _, new in results}
+
+
+def _in_order(graph: Any, nodes: Sequence[Node]) -> list[Node]:
+    members = set(nodes)
+    return [node for node in graph.nodes if node in members]
+
+
+def _channels_last(graph: Any, image: Node | None) -> Node | None:
+    if image is None:
+        return None
+    return graph.call_method("contiguous", (image,), {"memory_format": torch.channels_last})
+
+
+# --- arguments of the ops ---
+
+
+def _arguments(graph: Any, pattern: Pattern) -> tuple[list[Node | None], list[Any]]:
+    """(the images, the rest) of the arguments of the pattern's op, in its schema's order."""
+    given = arguments(pattern.anchor)
+    x, weight, bias = given["input"], given.get("weight"), given.get("bias")
+    joined = None
+    if pattern.cat is not None:
+        x, joined = arguments(pattern.cat)["tensors"]
+    slope, pools = slope_of(pattern.activation), pattern.pool is not None
+    if pattern.op == "max_pool2x2":
+        return [x], []
+    if pattern.op == "conv_transpose2x2":
+        return [x], [weight, bias, False]
+    if pattern.op == "conv1x1":
+        return [x], [weight, bias, _name_or_none(pattern.head_activation)]
+    if pattern.op == "conv3x3_bias_relu":
+        return [x, joined], [weight, bias, slope, pools, None, False, False]
+    if pattern.op == "conv3x3_batch_norm_relu":
+        gamma, beta, mean, variance, training, momentum, eps = _batch_norm(graph, pattern)
+        return [x, joined], [weight, gamma, beta, mean, variance, training, momentum, eps, slope, pools, False]
+    if pattern.op == "conv3x3_instance_norm_relu":
+        norm = arguments(pattern.norm)  # type: ignore[arg-type]
+        gamma, beta = _with_idle_bias(graph, norm, bias)
+        return [x, joined], [weight, gamma, beta, norm["eps"], slope, pools, False]
+    mean = variance = gamma = None
+    eps = 0.0
+    if pattern.norm is not None:
+        gamma, bias, mean, variance, _, _, eps = _batch_norm(graph, pattern)
+    folded = [bias, mean, variance, gamma, eps, slope]
+    if pattern.op == "conv3x3_relu_conv1x1":
+        head = arguments(pattern.head)  # type: ignore[arg-type]
+        return [x], [weight, *folded, head["weight"], head["bias"], pattern.head_activation is not None]
+    assert pattern.op == "conv_transpose2x2_concat_conv3x3_relu"
+    up = arguments(pattern.up)  # type: ignore[arg-type]
+    return [x, up["input"]], [up["weight"], up["bias"], weight, *folded]
+
+
+def _name_or_none(node: Node | None) -> str | None:
+    return None if node is None else name_of(node)
+
+
+def _batch_norm(graph: Any, pattern: Pattern) -> tuple[Any, ...]:
+    """(gamma, beta, mean, variance, training, momentum, eps), the convolution's bias carried over to beta."""
+    norm, bias = arguments(pattern.norm), arguments(pattern.anchor)["bias"]  # type: ignore[arg-type]
+    gamma, beta = norm["weight"], norm["bias"]
+    if bias is not None and not norm["training"]:
+        moved = (bias, gamma, beta, norm["running_mean"], norm["running_var"], norm["eps"])
+        gamma, beta = _pair(graph, graph.call_function(folding.move_bias_after_norm, moved))
+    elif bias is not None:
+        gamma, beta = _with_idle_bias(graph, norm, bias)
+    return gamma, beta, norm["running_mean"], norm["running_var"], norm["training"], norm["momentum"], norm["eps"]
+
+
+def _with_idle_bias(graph: Any, norm: dict[str, Any], bias: Node | None) -> tuple[Any, Any]:
+    """gamma and beta of a norm by the batch's own statistics, which take the convolution's bias away again: what is
+    left of it is its gradient, of zeros.
+    """
+    gamma, beta = norm["weight"], norm["bias"]
+    if bias is None or not value_of(bias).requires_grad:
+        return gamma, beta
+    return _pair(graph, graph.call_function(folding.keep_idle_bias, (bias, gamma, beta)))
+
+
+def _pair(graph: Any, node: Node) -> tuple[Node, Node]:
+    return graph.call_function(operator.getitem, (node, 0)), graph.call_function(operator.getitem, (node, 1))
+
+
+def _shift_running_mean(graph: Any, pattern: Pattern) -> None:
+    """The op moves the running mean by that of the convolution without its bias."""
+    norm, bias = arguments(pattern.norm), arguments(pattern.anchor)["bias"]  # type: ignore[arg-type]
+    if bias is None or not norm.get("training") or norm["running_mean"] is None:
+        return
+    detached = graph.call_method("detach", (bias,))
+    graph.call_method("add_", (norm["running_mean"], detached), {"alpha": norm["momentum"]})
+
+
+# --- memory format ---
+
+
+def _restore_strides(graph: Any, made: set[Node]) -> None:
+    """Give back the strides they had before to the users of the ops' results that could tell a difference."""
+    in_channels_last = {node for node in made if _was_contiguous(node)}
+    for node in list(graph.nodes):
+        sources = [source for source in node.all_input_nodes if source in in_channels_last]
+        if not sources or node.target == "contiguous" or node.target is operator.getitem:
+            continue
+        if _follows_format(node):
+            if _was_contiguous(node):
+                in_channels_last.add(node)
+        else:
+            for source in sources:
+                with graph.inserting_before(node):
+                    node.replace_input_with(source, graph.call_method("contiguous", (source,)))
+
+
+def _follows_format(node: Node) -> bool:
+    ours = getattr(node.target, "namespace", "") == "fastunet"
+    elementwise = node.target in _ELEMENTWISE and all(_is_image_or_number(a) for a in node.args)
+    return ours or elementwise or name_of(node) in _FOLLOWS_FORMAT
+
+
+def _is_image_or_number(argument: Any) -> bool:
+    value = value_of(argument)
+    return not isinstance(argument, Node) or not isinstance(value, Tensor) or value.dim() == 4
+
+
+def _was_contiguous(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dim() == 4 and value.is_contiguous()

@@ -1,0 +1,389 @@
+"""What is one of fastunet's ops in a graph of torch functions, and what is not: exact counts, and the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from drop_in import assert_same, patterns_of
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+X = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(3))
+
+
+class Net(nn.Module):
+    """Modules by name, and a function of them and the inputs."""
+
+    def __init__(self, run: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.run(self, *inputs)
+
+
+def conv(channels: int = 3, out: int = 4, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, 3, **{"padding": 1, **options})
+
+
+def chain(*modules: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(*modules)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    return net
+
+
+ONE_OP = {
+    "conv3x3": (lambda: chain(conv()), "conv3x3"),
+    "no bias": (lambda: chain(conv(bias=False), nn.ReLU()), "conv3x3 + relu"),
+    "in place": (lambda: chain(conv(), nn.ReLU(inplace=True)), "conv3x3 + relu"),
+    "same": (lambda: chain(conv(padding="same"), nn.ReLU()), "conv3x3 + relu"),
+    "leaky": (lambda: chain(conv(), nn.LeakyReLU(0.2, inplace=True)), "conv3x3 + leaky_relu"),
+    "batch norm": (
+        lambda: chain(conv(bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
+        "conv3x3 + batch_norm + relu",
+    ),
+    "bias before batch norm": (lambda: chain(conv(), nn.BatchNorm2d(4), nn.ReLU()), "conv3x3 + batch_norm + relu"),
+    "batch norm without parameters": (lambda: chain(conv(), nn.BatchNorm2d(4, affine=False)), "conv3x3 + batch_norm"),
+    "batch norm without statistics": (
+        lambda: chain(conv(), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU()),
+        "conv3x3 + batch_norm + relu",
+    ),
+    "momentum": (lambda: chain(conv(), nn.BatchNorm2d(4, momentum=0.3, eps=1e-2)), "conv3x3 + batch_norm"),
+    "instance norm": (
+        lambda: chain(conv(), nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU()),
+        "conv3x3 + instance_norm + leaky_relu",
+    ),
+    "instance norm without parameters": (
+        lambda: chain(conv(), nn.InstanceNorm2d(4), nn.ReLU()),
+        "conv3x3 + instance_norm + relu",
+    ),
+    "dropout of nothing": (
+        lambda: chain(conv(), nn.Dropout2d(0.0), nn.BatchNorm2d(4), nn.Dropout(0.0), nn.ReLU()),
+        "conv3x3 + batch_norm + relu",
+    ),
+    "pool": (lambda: chain(conv(), nn.ReLU(), nn.MaxPool2d(2)), "conv3x3 + relu + max_pool"),
+    "pool alone": (lambda: chain(nn.MaxPool2d(2, 2)), "max_pool"),
+    "transposed": (lambda: chain(nn.ConvTranspose2d(3, 4, 2, stride=2)), "conv_transpose2x2"),
+    "head": (lambda: chain(nn.Conv2d(3, 4, 1)), "conv1x1"),
+    "sigmoid": (lambda: chain(nn.Conv2d(3, 4, 1), nn.Sigmoid()), "conv1x1 + sigmoid"),
+    "softmax": (lambda: chain(nn.Conv2d(3, 4, 1), nn.Softmax(dim=1)), "conv1x1 + softmax"),
+    "prelu follows": (lambda: chain(conv(), nn.BatchNorm2d(4), nn.PReLU()), "conv3x3 + batch_norm"),
+    "silu follows": (lambda: chain(conv(), nn.SiLU()), "conv3x3"),
+    "elu follows": (lambda: chain(conv(), nn.ELU(inplace=True)), "conv3x3"),
+    "group norm follows": (lambda: chain(conv(), nn.GroupNorm(2, 4), nn.ReLU()), "conv3x3"),
+    "statistics of each image and of all": (
+        lambda: chain(conv(), nn.InstanceNorm2d(4, track_running_stats=True)),
+        "conv3x3",
+    ),
+    "larger pool follows": (lambda: chain(conv(), nn.ReLU(), nn.MaxPool2d(3, 2)), "conv3x3 + relu"),
+    "softmax over rows": (lambda: chain(nn.Conv2d(3, 4, 1), nn.Softmax(dim=2)), "conv1x1"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ONE_OP)
+def test_one_op(name: str, training: bool) -> None:
+    """What each chain becomes, exactly, and that it computes the same."""
+    make, description = ONE_OP[name]
+    if not training and name == "statistics of each image and of all":
+        description = "conv3x3"  # In eval torch takes the running statistics.
+    assert assert_same(make().train(training), X).descriptions == [description]
+
+
+def test_active_dropout_ends_a_pattern() -> None:
+    net = chain(conv(), nn.Dropout2d(0.5), nn.ReLU())
+    assert patterns_of(net.train(), X).descriptions == ["conv3x3"]
+    assert patterns_of(net.eval(), X).descriptions == ["conv3x3 + relu"]
+
+
+def pruned(module: nn.Conv2d) -> nn.Conv2d:
+    module = prune.random_unstructured(module, "weight", amount=0.5)
+    with torch.no_grad():
+        module(X)  # Leaves it with a masked weight that has no history, which can be copied.
+    return module
+
+
+LEFT = {
+    "stride": (lambda: conv(stride=2), "stride (2, 2) instead of (1, 1)"),
+    "padding": (lambda: conv(padding=0), "padding (0, 0) instead of (1, 1)"),
+    "dilation": (lambda: conv(dilation=2, padding=2), "dilation (2, 2) instead of (1, 1)"),
+    "groups": (lambda: conv(out=3, groups=3), "groups 3 instead of 1"),
+    "padding mode": (lambda: conv(padding_mode="reflect"), "padding (0, 0) instead of (1, 1)"),
+    "kernel": (lambda: nn.Conv2d(3, 4, 5, padding=2), "conv2d of 5x5"),
+    "oblong kernel": (lambda: nn.Conv2d(3, 4, (3, 1), padding=(1, 0)), "conv2d of 3x1"),
+    "transposed 3x3": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), "conv_transpose2d of 3x3"),
+    "output padding": (lambda: nn.ConvTranspose2d(3, 4, 2, stride=2, output_padding=1), "output_padding (1, 1)"),
+    "overlapping pool": (lambda: nn.MaxPool2d(3, 2, 1), "kernel_size (3, 3), padding (1, 1)"),
+    "ceil": (lambda: nn.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
+    "upsampling": (lambda: nn.Upsample(scale_factor=2), "upsampling by interpolation"),
+    "parametrised": (lambda: parametrizations.weight_norm(conv()), "its weight is computed"),
+    "pruned": (lambda: pruned(conv()), "its weight is computed"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_not_exactly_ours_is_left_with_the_reason(name: str, training: bool) -> None:
+    torch.manual_seed(0)
+    make, reason = LEFT[name]
+    patterns = assert_same(nn.Sequential(make()).train(training), X)
+    assert patterns.ops == []
+    assert len(patterns.reasons) == 1
+    assert reason in patterns.reasons[0]
+
+
+def test_other_ranks_and_dtypes_are_left() -> None:
+    torch.manual_seed(0)
+    volume = patterns_of(nn.Sequential(nn.Conv3d(3, 4, 3, padding=1)), X[:, :, None])
+    assert volume.reasons == ["conv3d: the ops are for images [N, C, H, W]"]
+    single = patterns_of(nn.Sequential(conv()), X[0])
+    assert single.reasons == ["expected floating-point images [N, C, H, W], got torch.float32 [4, 9, 8]"]
+    imaginary = patterns_of(nn.Sequential(conv(dtype=torch.complex64)), X.to(torch.complex64))
+    assert imaginary.reasons == ["expected floating-point images [N, C, H, W], got torch.complex64 [2, 4, 9, 8]"]
+
+
+def test_a_shared_weight_is_left() -> None:
+    """It would be prepared for one of its uses, and thrown away for the other."""
+    torch.manual_seed(0)
+    net = Net(lambda m, x: m.a(m.a(x)), a=conv(3, 3))
+    patterns = assert_same(net.train(), X)
+    assert patterns.ops == []
+    assert patterns.reasons == ["its weight is shared by 2 convolutions (a)"] * 2
+
+
+# --- values that others need ---
+
+
+def test_what_others_see_keeps_existing() -> None:
+    """Deep supervision: each value inside a chain that is returned too ends the pattern there."""
+    torch.manual_seed(0)
+
+    def run(m: Any, x: Tensor) -> Any:
+        raw = m.conv(x)
+        normal = m.norm(raw)
+        return raw, F.relu(normal)
+
+    patterns = assert_same(Net(run, conv=conv(), norm=nn.BatchNorm2d(4)).train(), X)
+    assert patterns.descriptions == ["conv3x3"]
+
+    def run_later(m: Any, x: Tensor) -> Any:
+        normal = m.norm(m.conv(x))
+        return normal, F.relu(normal)
+
+    patterns = assert_same(Net(run_later, conv=conv(), norm=nn.BatchNorm2d(4)).train(), X)
+    assert patterns.descriptions == ["conv3x3 + batch_norm"]
+
+
+def test_a_skip_is_used_beside_its_pool() -> None:
+    torch.manual_seed(0)
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = F.relu(m.conv(x))
+        return y, F.max_pool2d(y, 2), F.max_pool2d(y, 2), y * 2
+
+    patterns = assert_same(Net(run, conv=conv()).train(), X)
+    assert patterns.descriptions == ["conv3x3 + relu + max_pool", "max_pool"]
+
+
+def test_a_value_changed_in_place_under_a_second_name_is_not_fused() -> None:
+    """relu_ of what the pool also reads: the pool sees it changed."""
+    torch.manual_seed(0)
+
+    def run(m: Any, x: Tensor) -> Any:
+        y = m.conv(x)
+        F.relu_(y)
+        return F.max_pool2d(y, 2)
+
+    patterns = assert_same(Net(run, conv=conv()).train(), X)
+    assert patterns.descriptions == ["conv3x3", "max_pool"]
+
+
+def test_an_input_changed_between_two_steps_is_not_fused() -> None:
+    """The op stands where the last step stood, and would read the changed image."""
+    torch.manual_seed(0)
+
+    def run(m: Any, x: Tensor) -> Any:
+        z = x * 1
+        y = m.conv(z)
+        z.add_(1)
+        return m.norm(y), z
+
+    patterns = assert_same(Net(run, conv=conv(), norm=nn.BatchNorm2d(4)).eval(), X)
+    assert patterns.descriptions == ["conv3x3"]
+
+
+@pytest.mark.parametrize("change", ["setitem", "iadd", "out"])
+def test_every_way_to_change_a_tensor_is_noticed(change: str) -> None:
+    torch.manual_seed(0)
+
+    def run(m: Any, x: Tensor) -> Any:
+        z = x * 1
+        y = m.conv(z)
+        if change == "setitem":
+            z[:, 0] = 2.0
+        elif change == "iadd":
+            z += 1
+        else:
+            torch.add(z, 1, out=z)
+        return m.norm(y), z
+
+    patterns = assert_same(Net(run, conv=conv(), norm=nn.BatchNorm2d(4)).eval(), X)
+    assert patterns.descriptions == ["conv3x3"]
+
+
+def test_statistics_move_in_the_order_they_did() -> None:
+    """One batch norm after two convolutions: fused, the second's would come first."""
+    torch.manual_seed(0)
+
+    def run(m: Any, x: Tensor) -> Any:
+        a, b = m.a(x), m.b(x)
+        a, b = m.norm(a), m.norm(b)
+        b = F.relu(b)
+        return F.relu(a) + b
+
+    patterns = assert_same(Net(run, a=conv(), b=conv(), norm=nn.BatchNorm2d(4, momentum=0.4)).train(), X)
+    assert sorted(patterns.descriptions) == ["conv3x3", "conv3x3 + batch_norm"]
+
+
+def test_a_chain_across_the_end_of_autocast_is_cut_there() -> None:
+    torch.manual_seed(0)
+
+    def run(m: Any, x: Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = m.conv(x)
+        return F.relu(y.float())
+
+    patterns = patterns_of(Net(run, conv=conv()).train(), X)
+    assert patterns.descriptions == ["conv3x3"]
+
+    def run_outside(m: Any, x: Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = m.conv(x)
+        return F.relu(y)
+
+    assert patterns_of(Net(run_outside, conv=conv()).train(), X).descriptions == ["conv3x3"]
+
+
+def test_hooks_see_and_change_what_they_did() -> None:
+    torch.manual_seed(0)
+    net = chain(conv(), nn.BatchNorm2d(4), nn.ReLU())
+    net[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    patterns = assert_same(net.train(), X)
+    assert patterns.descriptions == ["conv3x3 + batch_norm"]
+
+    seen: list[Tensor] = []
+    net = chain(conv(), nn.ReLU())
+    net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
+    assert_same(net.eval(), X)
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-12)
+
+
+def test_a_parametrised_norm_is_computed_before_the_op() -> None:
+    """Its gamma is made after the convolution; the op stands after both."""
+    torch.manual_seed(0)
+
+    class Double(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return 2 * w
+
+    net = chain(conv(), nn.BatchNorm2d(4), nn.ReLU())
+    parametrize.register_parametrization(net[1], "weight", Double())
+    assert assert_same(net.train(), X).descriptions == ["conv3x3 + batch_norm + relu"]
+
+
+# --- joined inputs ---
+
+
+def joined(order: str, up: nn.Module, pad: Callable[[Tensor, Tensor], Tensor] | None = None) -> Net:
+    torch.manual_seed(0)
+
+    def run(m: Any, skip: Tensor, low: Tensor) -> Tensor:
+        high = m.up(low)
+        high = high if pad is None else pad(high, skip)
+        both = [skip, high] if order == "skip first" else [high, skip]
+        return F.relu(m.conv(torch.cat(both, dim=1)))
+
+    return Net(run, up=up, conv=conv(6, 4))
+
+
+UPSAMPLING = {
+    "transposed": lambda: nn.ConvTranspose2d(5, 3, 2, stride=2),
+    "nearest": lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(5, 3, 1)),
+    "bilinear": lambda: nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.Conv2d(5, 3, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("up", UPSAMPLING)
+@pytest.mark.parametrize("order", ["skip first", "up first"])
+def test_joined_inputs(order: str, up: str, training: bool) -> None:
+    net = joined(order, UPSAMPLING[up]()).train(training)
+    patterns = assert_same(net, torch.randn(2, 3, 8, 6), torch.randn(2, 5, 4, 3))
+    assert patterns.descriptions[-1] == "cat + conv3x3 + relu"
+
+
+@pytest.mark.parametrize("mode", ["constant", "replicate"])
+def test_joined_inputs_of_odd_sizes(mode: str) -> None:
+    net = joined("skip first", UPSAMPLING["transposed"](), lambda up, skip: F.pad(up, (0, 1, 0, 1), mode=mode))
+    patterns = assert_same(net.train(), torch.randn(2, 3, 9, 7), torch.randn(2, 5, 4, 3))
+    assert patterns.descriptions == ["conv_transpose2x2", "cat + conv3x3 + relu"]
+
+
+def test_three_inputs_or_another_dimension_are_joined_as_before() -> None:
+    torch.manual_seed(0)
+    three = Net(lambda m, x: m.conv(torch.cat([x, x, x], 1)), conv=conv(9))
+    assert assert_same(three.train(), X).descriptions == ["conv3x3"]
+    rows = Net(lambda m, x: m.conv(torch.cat([x, x], 2)), conv=conv())
+    assert assert_same(rows.train(), X).descriptions == ["conv3x3"]
+    used_twice = Net(lambda m, x: (lambda y: m.conv(y) + y[:, :4])(torch.cat([x, x], 1)), conv=conv(6))
+    assert assert_same(used_twice.train(), X).descriptions == ["conv3x3"]
+
+
+# --- inference on the CPU: whole steps, with prepared weights ---
+
+
+def folded(net: nn.Module, *inputs: Tensor) -> list[str]:
+    """The descriptions in eval under auto, outputs compared in float32 to the bounds of a few roundings."""
+    patterns = patterns_of(net.eval(), *inputs, force=False)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        actual = torch.compile(net, backend="fastunet", options={"fallback": "eager"})(*inputs)
+        torch.testing.assert_close(actual, net.double()(*(x.double() for x in inputs)).float(), rtol=1e-5, atol=1e-5)
+    return patterns.descriptions
+
+
+@pytest.mark.parametrize("pad", [None, "odd", "shifted"])
+def test_the_step_up_is_one_op_in_inference(pad: str | None) -> None:
+    widths = {None: None, "odd": (0, 1, 0, 1), "shifted": (1, 0, 1, 0)}[pad]
+    fill = None if widths is None else lambda up, skip: F.pad(up, widths)
+    net = joined("skip first", UPSAMPLING["transposed"](), fill)
+    skip = torch.randn(2, 3, 8, 6) if pad is None else torch.randn(2, 3, 9, 7)
+    expected = {
+        None: ["conv_transpose2x2 + cat + conv3x3 + relu"],
+        "odd": ["conv_transpose2x2 + pad + cat + conv3x3 + relu"],
+        "shifted": ["conv_transpose2x2", "cat + conv3x3 + relu"],
+    }
+    assert folded(net, skip, torch.randn(2, 5, 4, 3)) == expected[pad]
+
+
+def test_the_head_joins_the_last_convolution_in_inference() -> None:
+    net = chain(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Sigmoid())
+    assert folded(net, X) == ["conv3x3 + batch_norm + relu + conv1x1 + sigmoid"]
+
+
+def test_a_bias_before_batch_norm_is_folded_in_inference() -> None:
+    net = chain(conv(), nn.BatchNorm2d(4, affine=False), nn.ReLU())
+    assert folded(net, X) == ["conv3x3 + batch_norm + relu"]
