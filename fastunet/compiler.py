@@ -106,5 +106,6 @@ def _compile_rest(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    rewriting.replace_replicate_pads(graph_module)
     settings = {**(list_mode_options(mode) if mode not in (None, "default") else {}), **options}
     return compile_fx(graph_module, inputs, config_patches=settings or None)

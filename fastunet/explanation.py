@@ -102,9 +102,7 @@ def _recorded(model: nn.Module, example: Tensor, device: torch.device) -> list[R
 def _compiled(model: nn.Module, example: Tensor, device: torch.device) -> list[Row]:
     """The rows of a copy of the model whose tensors are fake."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(_fake(mode, p, p.device), p.requires_grad) for p in model.parameters()
-    }
+    memo: dict[int, Any] = {id(p): nn.Parameter(_fake(mode, p, p.device), p.requires_grad) for p in model.parameters()}
     plain = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     memo |= {id(t): _fake(mode, t, t.device) for t in (*model.buffers(), *plain)}
     copied = copy.deepcopy(model, memo)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastunet import folding
-from fastunet.fx_nodes import arguments, name_of, value_of
+from fastunet.fx_nodes import arguments, is_image, name_of, value_of
 from fastunet.patterns import Pattern, slope_of
 
 # Functions that take images in either memory format and answer in the one they get.
@@ -143,6 +143,32 @@ def _shift_running_mean(graph: Any, pattern: Pattern) -> None:
         return
     detached = graph.call_method("detach", (bias,))
     graph.call_method("add_", (norm["running_mean"], detached), {"alpha": norm["momentum"]})
+
+
+# --- what inductor cannot do ---
+
+
+def replace_replicate_pads(graph_module: GraphModule) -> None:
+    """Pad images that have a gradient by copies of their edges, in place of F.pad's "replicate" mode: of its backward
+    inductor expects other strides than it gets, and raises at run time (seen with torch 2.13).
+    """
+    for node in graph_module.graph.nodes:
+        if name_of(node) == "pad" and arguments(node)["mode"] == "replicate" and is_image(node):
+            given = arguments(node)
+            widths_fit = len(given["pad"]) == 4 and all(isinstance(w, int) and w >= 0 for w in given["pad"])
+            if value_of(node).requires_grad and widths_fit:
+                node.op, node.target = "call_function", replicate_pad
+                node.args, node.kwargs = (given["input"], given["pad"]), {}
+    graph_module.recompile()
+
+
+def replicate_pad(x: Tensor, widths: Sequence[int]) -> Tensor:
+    """F.pad(x, [left, right, above, below], "replicate") of an image [N, C, H, W], where no width is negative."""
+    left, right, above, below = widths
+    n, c, h, _ = x.shape
+    wide = torch.cat([x[..., :1].expand(n, c, h, left), x, x[..., -1:].expand(n, c, h, right)], dim=3)
+    w = wide.shape[3]
+    return torch.cat([wide[..., :1, :].expand(n, c, above, w), wide, wide[..., -1:, :].expand(n, c, below, w)], dim=2)
 
 
 # --- memory format ---

@@ -395,22 +395,86 @@ def test_autocast_with_a_scaler(dtype: torch.dtype, fallback: str) -> None:
         torch.testing.assert_close(c, b, rtol=2.0**-6, atol=2.0**-6)
 
 
+def test_autocast_in_inference_runs_the_ops() -> None:
+    """In bfloat16 the up-convolution is not composed, so its two steps are ops of their own."""
+    model, x = unet().eval(), image()
+    compiled = torch.compile(model, backend="fastunet", options={"fallback": "eager"})
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled(x)
+        counts = ops_run(lambda: compiled(x))
+        actual, expected = compiled(x), model(x)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+    assert actual.dtype == torch.bfloat16
+    error, allowed = (float((t.double() - exact).abs().max()) for t in (actual, expected))
+    assert error <= 2 * allowed
+    expected_ops = {"conv3x3_batch_norm_relu": 5, "conv_transpose2x2": 1, "conv3x3_relu_conv1x1": 1}
+    # The dispatcher counts an op once where autocast casts, and once below.
+    assert {name: counts[name] // 2 for name in expected_ops} == expected_ops
+
+
+class Padded(nn.Module):
+    """A step up whose image is padded by copies of its edge, as in MONAI's BasicUNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(1, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 2, 2)
+        self.last = nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = F.relu(self.down(x))
+        up = F.pad(self.up(F.max_pool2d(skip, 2)), [0, 1, 0, 1], "replicate")
+        return self.last(torch.cat([skip, up], dim=1))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_inductor_trains_with_replicated_edges(force: bool) -> None:
+    """By itself inductor raises at run time: wrong strides of replication_pad2d_backward."""
+    torch.manual_seed(0)
+    plain, x = Padded().double(), image(2, 17, 19).double()
+    model = copy.deepcopy(plain)
+    compiled = torch.compile(model, backend="fastunet", options={"force": force})
+    expected, actual = plain(x), compiled(x)
+    compare([expected], [actual], 1e-11)
+    cotangent = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected.backward(cotangent)
+    actual.backward(cotangent)
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-11, atol=1e-10)
+
+
+def test_inductor_runs_the_ops_in_inference() -> None:
+    """With the default fallback; the weights are prepared at the first call and found again at the next."""
+    model, x = unet().eval(), image()
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="fastunet")
+    with torch.no_grad():
+        compare([plain(x)], [compiled(x)], 1e-5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastunet.folding.fold_batch_norm", None)
+            counts = ops_run(lambda: compiled(x))
+    assert {name: counts[name] for name in IN_INFERENCE} == IN_INFERENCE
+
+
 RANK = """
 import copy, os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, os.environ["TESTS"])
-from test_compiler import FORCED, compare, trained, unet
+from test_compiler import FORCED, IN_TRAINING, compare, ops_run, trained, unet
 dist.init_process_group("gloo")
+dist._DEFAULT_FIRST_BUCKET_BYTES = 1000  # Of at most what the other buckets have.
 rank = dist.get_rank()
 plain = unet().double()
 model = copy.deepcopy(plain)
 results = []
 for net, options in ((plain, None), (model, FORCED)):
-    wrapped = DistributedDataParallel(net)
+    wrapped = DistributedDataParallel(net, bucket_cap_mb=0.002)  # So small that the graph is split between buckets.
     forward = wrapped if options is None else torch.compile(wrapped, backend="fastunet", options=options)
     results.append(trained(net, lambda x: forward(x + rank)))
 compare(*results, 1e-10)
 assert max(float((a - b).abs().max()) for a, b in zip(results[0], unet().double().parameters())) > 1e-3
+counts = ops_run(lambda: forward(torch.randn(2, 1, 16, 18).double()))
+assert {name: counts[name] // 2 for name in IN_TRAINING} == IN_TRAINING, counts
 dist.destroy_process_group()
 print("same on rank", rank)
 """
