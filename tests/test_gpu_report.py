@@ -120,24 +120,23 @@ def test_quantiles() -> None:
 def test_runs_take_turns_in_both_orders_on_every_set() -> None:
     clock = FakeClock()
     runs = {"a": [clock.run("a0", 1.0), clock.run("a1", 3.0)], "b": [clock.run("b0", 10.0)]}
-    times = timing.interleave(runs, clock, rounds=3, warmup=1)
+    samples = timing.interleaved_samples(runs, clock, rounds=3, warmup=1)
     assert clock.log == [
         *("a0", "b0", "wait"),
         *("prepare", "a0", "prepare", "b0", "wait"),
         *("prepare", "b0", "prepare", "a1", "wait"),
         *("prepare", "a0", "prepare", "b0", "wait"),
     ]
-    assert times["a"] == timing.Quantiles.of([1.0, 3.0, 1.0])
-    assert times["b"].median == 10.0
+    assert samples == {"a": [1.0, 3.0, 1.0], "b": [10.0, 10.0, 10.0]}
 
 
 def test_warmup_is_not_counted_and_time_ends_the_rounds() -> None:
     clock = FakeClock()
     runs = {"a": [clock.run("a", 100.0, 100.0, 1.0)]}
-    times = timing.interleave(runs, clock, rounds=50, warmup=2, seconds=204.5, now=lambda: clock.time)
-    assert times["a"] == timing.Quantiles(1.0, 1.0, 1.0, 5)
-    late = timing.interleave({"a": [clock.run("a", 1.0)]}, clock, rounds=9, seconds=0.0, now=lambda: clock.time)
-    assert late["a"].samples == 1
+    samples = timing.interleaved_samples(runs, clock, rounds=50, warmup=2, seconds=204.5, now=lambda: clock.time)
+    assert samples == {"a": [1.0] * 5}
+    again = {"a": [clock.run("a", 1.0)]}
+    assert timing.interleaved_samples(again, clock, rounds=9, seconds=0.0, now=lambda: clock.time) == {"a": [1.0]}
 
 
 def test_more_sets_of_inputs_for_smaller_ones() -> None:
