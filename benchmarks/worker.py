@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from .measure import run_step
-from .steps import Row, Settings, Step, describe
+from .steps import Row, Settings, Step, describe, failure
 
 
 class Spawned:
@@ -87,8 +87,7 @@ def serve(settings: Settings, connection: Connection) -> None:
         try:
             row = run_step(settings, step)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            row = describe(settings, step) | {"status": "failed", "reason": reason[:2000]}
+            row = describe(settings, step) | failure(error)
         connection.send((row, _clean_up(settings)))
 
 

@@ -14,6 +14,7 @@ from command import fastunet
 from fastunet.benchmarks import comparison, perf_table
 from fastunet.benchmarks.comparison import Settings, default_settings
 from fastunet.benchmarks.comparison_report import draw, tables
+from fastunet.benchmarks.gate import runs_or_reason
 from fastunet.benchmarks.opponents import OURS, Opponent, Unavailable
 from PIL import Image
 from rich.console import Console
@@ -141,14 +142,29 @@ def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
     row = compared(opponent(OURS), *others, opponent("right"), check=check)
     assert row["status"] == "ok"
     assert row["missing"] == {
-        "wrong": "wrong: off by one",
+        "wrong": "parity failed: off by one",
         "refuses": "no plan",
-        "breaks": "RuntimeError: first line",
+        "breaks": "RuntimeError: first line\nsecond line",
         "absent": "not installed",
         "skipped": "not wanted",
     }
     assert set(row["samples_ms"]) == {OURS, "right"}
     assert set(row["ratios"]) == {"right"}
+
+
+def test_cudnn_tries_its_algorithms_for_the_opponent_and_not_for_what_it_is_checked_with() -> None:
+    states: list[tuple[str, bool]] = []
+
+    def note(what: str) -> None:
+        states.append((what, torch.backends.cudnn.benchmark))
+
+    def prepare(each: Opponent) -> list[Any]:
+        note("prepare")
+        return [lambda: note("run")]
+
+    found = runs_or_reason(opponent("any"), prepare, lambda each, result: note("check"))
+    assert len(found) == 1
+    assert states == [("prepare", True), ("run", True), ("check", False)]
 
 
 @pytest.mark.parametrize(("error", "status"), [(AssertionError("off"), "parity failed"), (OSError("x"), "failed")])
