@@ -34,6 +34,7 @@ FLOORS = {
     "inference": 4,
     "report": 4,
     "training": 4,
+    "doctor": 4,
     "cli": 5,
     "__main__": 6,
 }
@@ -48,6 +49,7 @@ WITHIN_A_FLOOR = {
     ("training", "checkpoint"),
     ("training", "inference"),
     ("training", "report"),
+    ("doctor", "training"),
 }
 
 
