@@ -79,7 +79,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of split, weights, crops and augmentation.")] = 0,
 ) -> None:
     """Train a U-Net on DATA; leave model, settings, metrics, history and report.png in OUT."""
-    from .training import TrainConfig
+    from .train_config import TrainConfig
 
     config = TrainConfig(
         steps=steps,
@@ -301,7 +301,7 @@ def bench(
 
 
 def _bench_dtype(name: str, device: str) -> torch.dtype:
-    from .training import multiplies_bf16
+    from .train_config import multiplies_bf16
 
     if name not in DTYPES:
         raise typer.BadParameter(f"dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {name!r}")
@@ -339,7 +339,7 @@ def demo(
     import shutil
 
     from .synthetic import write_dataset
-    from .training import TrainConfig
+    from .train_config import TrainConfig
 
     data, run_folder, predictions = out / "data", out / "run", out / "predictions"
     for folder in (data, run_folder, predictions):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from . import dispatch, ops
 from .checks import FastUNetError
-from .training import multiplies_bf16
+from .train_config import multiplies_bf16
 
 PACKAGES = (
     "torch",

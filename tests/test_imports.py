@@ -26,6 +26,7 @@ FLOORS = {
     "losses": 3,
     "metrics": 3,
     "explanation": 3,
+    "train_config": 3,
     "images": 4,
     "data": 4,
     "augmentation": 4,
@@ -49,7 +50,6 @@ WITHIN_A_FLOOR = {
     ("training", "checkpoint"),
     ("training", "inference"),
     ("training", "report"),
-    ("doctor", "training"),
 }
 
 
