@@ -18,10 +18,10 @@ from fastunet.dispatch import selected_backend
 
 from . import timing
 from .environment import environment
-from .gate import NetGate, check_layer
+from .gate import NetGate, check_layer, runs_or_reason
 from .layer_runs import device_inputs, input_sets
 from .layers import Layer, unet_layers
-from .opponents import OURS, Opponent, Run, Unavailable, dtype_name, layer_opponents, net_opponents
+from .opponents import OURS, Opponent, Run, dtype_name, layer_opponents, net_opponents
 from .steps import TASKS, Row
 
 # Opponents that compile for each layer anew, which takes longer than the layers.
@@ -164,17 +164,13 @@ def run_comparison(
     missing: dict[str, str] = {}
     status = "ok"
     for opponent in opponents:
-        reason = opponent.unavailable or skip.get(opponent.name, "")
-        if not reason:
-            found = _prepared(opponent, prepare, check)
-            if isinstance(found, str):
-                reason = found
-            else:
-                runs[opponent.name] = found
-        if reason:
-            missing[opponent.name] = reason
-        if reason and opponent.name == OURS:
-            status = "parity failed" if reason.startswith(_WRONG) else "failed"
+        found = opponent.unavailable or skip.get(opponent.name) or runs_or_reason(opponent, prepare, check)
+        if not isinstance(found, str):
+            runs[opponent.name] = found
+            continue
+        missing[opponent.name] = found
+        if opponent.name == OURS:
+            status = "parity failed" if found.startswith("parity failed") else "failed"
             break
     row: Row = {"status": status, "missing": missing, "forms": _forms(opponents)}
     if status != "ok":
@@ -195,27 +191,8 @@ def run_comparison(
     return row
 
 
-_WRONG = "wrong: "
 # The spread, p90 / p10, of the plainest opponent's times, above which other work has disturbed the machine too much.
 STEADY = 1.15
-
-
-def _prepared(
-    opponent: Opponent, prepare: Callable[[Opponent], list[Run]], check: Callable[[Opponent, Any], object]
-) -> list[Run] | str:
-    """Its runs, the first of which was right; or why there are none."""
-    try:
-        with timing.cudnn_benchmark():
-            runs = prepare(opponent)
-            result = runs[0]()
-        check(opponent, result)
-    except Unavailable as error:
-        return str(error)
-    except AssertionError as error:
-        return f"{_WRONG}{error}"
-    except Exception as error:  # A compiler's, a driver's: an opponent that fails is not the end of the comparison.
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    return runs
 
 
 def _forms(opponents: Sequence[Opponent]) -> dict[str, Row]:

@@ -99,7 +99,8 @@ def _missing_table(rows: Sequence[Row]) -> Table:
             where.setdefault((name, reason), []).append(row["name"])
     table = Table("not measured", "in", "why", box=box.SIMPLE_HEAD)
     for (name, reason), places in where.items():
-        table.add_row(name, ", ".join(places) if len(places) < 4 else f"{len(places)} comparisons", reason)
+        found_in = ", ".join(places) if len(places) < 4 else f"{len(places)} comparisons"
+        table.add_row(name, found_in, reason.partition("\n")[0])
     return table
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .timing import Clock, CudaClock, interleave
+from .timing import Clock, CudaClock, interleaved_samples
 
 
 def timing_cross_check(
@@ -24,7 +25,7 @@ def timing_cross_check(
     a run of milliseconds, and larger the shorter the run. Without CuPy: "event_ms", and the "reason" why there is no
     more. stream: the address of torch's current stream, on which CuPy is to record its events.
     """
-    event_ms = 1e3 * interleave({"run": [run]}, clock or CudaClock(), rounds=rounds)["run"].median
+    event_ms = 1e3 * statistics.median(interleaved_samples({"run": [run]}, clock or CudaClock(), rounds=rounds)["run"])
     try:
         cupy, profiler = importlib.import_module("cupy"), importlib.import_module("cupyx.profiler")
     except ImportError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timing import CudaClock, interleave
+from .timing import CudaClock, interleaved_samples
 
 _DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF"}
 # Plans that are timed, in the heuristics' order: each is compiled, and the good ones come first.
@@ -107,8 +108,8 @@ def plan(cudnn: Any, conv: ConvGraph) -> list[int]:
 
 def fastest(runs: Mapping[int, Callable[[], Any]]) -> int:
     """The index of the run with the least median, by events on the GPU."""
-    times = interleave({str(index): [run] for index, run in runs.items()}, CudaClock(), rounds=7)
-    return min(runs, key=lambda index: times[str(index)].median)
+    samples = interleaved_samples({str(index): [run] for index, run in runs.items()}, CudaClock(), rounds=7)
+    return min(runs, key=lambda index: statistics.median(samples[str(index)]))
 
 
 class Conv:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +16,8 @@ from fastunet.testing import UNIT_ROUNDOFF
 from . import parity
 from .expected import Call
 from .layers import Layer
-from .opponents import Opponent, bce_dice
+from .opponents import Opponent, Run, bce_dice, reason_of
+from .timing import cudnn_benchmark
 
 # A net in a dtype may be this many times as far from float64 as plain torch modules are in the same dtype.
 _TIMES_PLAIN = 2.0
@@ -31,6 +32,20 @@ def check_layer(layer: Layer, inputs: Mapping[str, Tensor], result: Any, *, allo
     call = Call(layer.op, images, {}, {}, [], allow_tf32=allow_tf32, stores_steps=True)
     outputs = [y[-1:] for y in parity.outputs_of(result)]
     parity.compare(dict(zip(("y", "pooled"), outputs, strict=False)), call)
+
+
+def runs_or_reason(
+    opponent: Opponent, prepare: Callable[[Opponent], list[Run]], check: Callable[[Opponent, Any], object]
+) -> list[Run] | str:
+    """An opponent's runs, the first of which was right; or why there are none."""
+    try:
+        with cudnn_benchmark():
+            runs = prepare(opponent)
+            result = runs[0]()
+        check(opponent, result)
+    except Exception as error:  # A compiler's, a driver's: an opponent that fails is not the end of the comparison.
+        return reason_of(error)
+    return runs
 
 
 class NetGate:

@@ -9,7 +9,7 @@ from fastunet.testing import float32_precision
 
 from . import parity
 from .parity import backends_for
-from .steps import Row, Settings, Step, describe
+from .steps import Row, Settings, Step, describe, failure
 
 
 def run_step(settings: Settings, step: Step) -> Row:
@@ -19,7 +19,7 @@ def run_step(settings: Settings, step: Step) -> Row:
         with float32_precision("tf32" if step.variant == "tf32" else "ieee"):
             found = _measured(settings, step, row)
     except AssertionError as error:
-        return row | {"status": "parity failed", "reason": str(error)}
+        return row | failure(error)
     return row | {"status": "ok", "reason": ""} | found
 
 

@@ -28,6 +28,7 @@ from fastunet.reference import functional as reference
 
 from . import compiled, cudnn_graph, parity
 from .layers import Layer
+from .steps import failure
 
 Run = Callable[[], Any]
 # The names under which ours are listed: under the backend in force, and with the Triton kernels forced.
@@ -52,6 +53,14 @@ class Opponent:
 
 class Unavailable(RuntimeError):
     """An opponent cannot do this work: the message says why."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why something has no time. An assertion is the parity check's."""
+    if isinstance(error, Unavailable):
+        return str(error)
+    found = failure(error)
+    return (found["reason"] if found["status"] == "failed" else f"{found['status']}: {found['reason']}")[:500]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

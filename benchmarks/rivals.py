@@ -10,15 +10,14 @@ import torch
 
 import fastunet
 
-from .gate import NetGate, check_layer
+from .gate import NetGate, check_layer, runs_or_reason
 from .layer_runs import Inputs, Runs, check_last_image
 from .layers import Layer
 from .net_runs import images, target_for
-from .opponents import OURS, OURS_TRITON, Opponent, Unavailable, layer_opponents, net_opponents
+from .opponents import OURS, OURS_TRITON, Opponent, Run, layer_opponents, net_opponents, reason_of
 from .search import subject_of, within
 from .steps import DTYPE, Settings
 
-Run = Callable[[], Any]
 # What could not be timed, by name, with the reason.
 Absent = dict[str, str]
 
@@ -27,12 +26,13 @@ def layer_rivals(layer: Layer, device: torch.device, sets: Sequence[Inputs], *, 
     """Others' runs of the layer, forward: what torch.compile makes of it, or all the rest; only right ones."""
 
     def prepare(opponent: Opponent) -> list[Run]:
-        runs = [opponent.prepare(each) for each in sets]
-        check_layer(layer, sets[0], runs[0]())
-        return runs
+        return [opponent.prepare(each) for each in sets]
+
+    def check(opponent: Opponent, result: Any) -> None:
+        check_layer(layer, sets[0], result)
 
     found = [each for each in layer_opponents(layer, device, DTYPE) if not each.name.startswith("fastunet")]
-    return _prepared([each for each in found if _is_compiled(each) == compiled], prepare)
+    return _prepared([each for each in found if _is_compiled(each) == compiled], prepare, check)
 
 
 def net_rivals(
@@ -47,14 +47,12 @@ def net_rivals(
     gate = NetGate(model, x, target, training=training)
 
     def prepare(opponent: Opponent) -> list[Run]:
-        run = opponent.prepare(copy.deepcopy(model), x, target if training else None)
-        gate.check(opponent, run())
-        return [run]
+        return [opponent.prepare(copy.deepcopy(model), x, target if training else None)]
 
     # Ours under a backend is timed already.
     found = [each for each in net_opponents(x.device, DTYPE, training=training) if each.name not in (OURS, OURS_TRITON)]
     wanted = [each for each in found if (each.name == only if only else not _is_compiled(each))]
-    runs, absent = _prepared(wanted, prepare)
+    runs, absent = _prepared(wanted, prepare, gate.check)
     return {name: run for name, (run,) in runs.items()}, absent
 
 
@@ -62,24 +60,18 @@ def _is_compiled(opponent: Opponent) -> bool:
     return opponent.name.startswith("compile")
 
 
-def _prepared(opponents: Sequence[Opponent], prepare: Callable[[Opponent], list[Run]]) -> tuple[Runs, Absent]:
+def _prepared(
+    opponents: Sequence[Opponent], prepare: Callable[[Opponent], list[Run]], check: Callable[[Opponent, Any], object]
+) -> tuple[Runs, Absent]:
     runs: Runs = {}
     absent: Absent = {}
     for opponent in opponents:
-        try:
-            if opponent.unavailable:
-                raise Unavailable(opponent.unavailable)
-            runs[opponent.name] = prepare(opponent)
-        except Exception as error:  # Another library's: the rest is still worth its time.
-            absent[opponent.name] = reason_of(error)
+        found = opponent.unavailable or runs_or_reason(opponent, prepare, check)
+        if isinstance(found, str):
+            absent[opponent.name] = found
+        else:
+            runs[opponent.name] = found
     return runs, absent
-
-
-def reason_of(error: Exception) -> str:
-    """Why something has no time. An assertion is the parity check's."""
-    if isinstance(error, AssertionError):
-        return f"parity failed: {error}"[:500]
-    return str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"[:500]
 
 
 def form_runs(layer: Layer, device: torch.device, sets: Sequence[Inputs], ours: Sequence[Run]) -> tuple[Runs, Absent]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .steps import Row
-from .timing import Clock, Quantiles, burst_and_steady, clock_of, interleave
+from .timing import Clock, Quantiles, burst_and_steady, clock_of, interleaved_samples
 
 # What runs on CUDA: reads, past L1 (.cg), `count` vectors `repeats` times. Each pass begins elsewhere, so that no load
 # of it can be taken from the pass before. The sum is stored where it can never be seen to be the value.
@@ -63,7 +63,8 @@ def copy_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
     """ "gb_per_s" (10^9 bytes), read and written, of one large Tensor.copy_."""
     source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).random_(0, 256)
     target = torch.empty_like(source)
-    times = interleave({"copy": [lambda: target.copy_(source)]}, clock, rounds=sizes.rounds)["copy"]
+    samples = interleaved_samples({"copy": [lambda: target.copy_(source)]}, clock, rounds=sizes.rounds)
+    times = Quantiles.of(samples["copy"])
     how = f"Tensor.copy_ of {sizes.copy_bytes} bytes, counted twice; median of {times.samples}"
     return {"gb_per_s": 2 * sizes.copy_bytes / times.median / 1e9, "how": how, "seconds": asdict(times)}
 
@@ -107,7 +108,7 @@ def l2_rate(
         return {"gb_per_s": None, "reason": f"the device is {device.type}, not cuda"}
     try:
         reader = (make_reader or cupy_reader)(device)
-        times = interleave({"read": [reader.run]}, clock, rounds=rounds)["read"]
+        times = Quantiles.of(interleaved_samples({"read": [reader.run]}, clock, rounds=rounds)["read"])
     except ImportError as error:
         return {"gb_per_s": None, "reason": f"CuPy cannot be imported: {error}"}
     except Exception as error:  # CuPy's own, such as a compiler that it does not find: the other roofs still count.

@@ -19,6 +19,7 @@ import fastunet
 
 from .layer_runs import backward_run, check_last_image, forward_run, layer_sets
 from .layers import Layer
+from .opponents import reason_of
 from .steps import DTYPE, Row, Settings, Step, layer_of
 from .timing import Clock, Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio
 
@@ -158,8 +159,6 @@ def _right_ones(
             break
         try:
             right[i] = prepare(candidate)
-        except AssertionError as error:
-            dropped.append({"config": asdict(candidate), "reason": f"parity failed: {error}"})
-        except Exception as error:  # A compiler's, or too many resources: the others may still run.
-            dropped.append({"config": asdict(candidate), "reason": f"{type(error).__name__}: {error}"[:500]})
+        except Exception as error:  # The parity check's, a compiler's, or too many resources: the others may still run.
+            dropped.append({"config": asdict(candidate), "reason": reason_of(error)})
     return right, dropped

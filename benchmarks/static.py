@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import multiprocessing
 import os
 import re
 import sys
@@ -41,6 +40,7 @@ from fastunet.kernels import gpu
 from torch import Tensor
 
 from .jobs import TARGETS, TRITON_TYPES, Job, all_jobs, all_ops, describe, launch_of
+from .worker import Spawned
 
 # A product with fewer rows than this has no wgmma and no tcgen05 instruction.
 _WARPGROUP_ROWS = 64
@@ -175,58 +175,29 @@ def compile_job(job: Job) -> Row:
         return Row(job, label, None, time.perf_counter() - start, [reason])
 
 
-class _Compiler:
-    """A process that compiles jobs one by one, replaced when it dies or takes too long."""
-
-    def __init__(self) -> None:
-        self._process: Any = None
-        self._connection: Any = None
-
-    def run(self, job: Job) -> Row:
-        if self._process is None:
-            self._start()
-        try:
-            self._connection.send(job)
-            if self._connection.poll(_TIMEOUT):
-                return self._connection.recv()
-            reason = f"took more than {_TIMEOUT:.0f} s"
-        except (EOFError, OSError):
-            self._process.join()
-            reason = f"the compiling process died with exit code {self._process.exitcode}"
-        self.close()
-        return Row(job, "", None, 0.0, [reason])
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()  # So that the process's death ends our reading.
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-            self._process = None
-
-
 def _serve(connection: Connection) -> None:
     while True:
         connection.send(compile_job(connection.recv()))
+
+
+def _row_of(job: Job, compiler: Spawned) -> Row:
+    try:
+        return compiler.ask(job, _TIMEOUT)
+    except (TimeoutError, ChildProcessError) as error:
+        return Row(job, "", None, 0.0, [str(error)])
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[Row]:
     """Compile the jobs in `processes` processes; rows come in the jobs' order."""
     os.environ.pop("TRITON_INTERPRET", None)  # Interpreted kernels cannot be compiled.
     local = threading.local()
-    compilers: list[_Compiler] = []
+    compilers: list[Spawned] = []
 
     def run(job: Job) -> Row:
         if not hasattr(local, "compiler"):
-            local.compiler = _Compiler()
+            local.compiler = Spawned(_serve)
             compilers.append(local.compiler)
-        return local.compiler.run(job)
+        return _row_of(job, local.compiler)
 
     try:
         with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:

@@ -96,6 +96,13 @@ def describe(settings: Settings, step: Step) -> Row:
     return row
 
 
+def failure(error: Exception) -> Row:
+    """ "status" and "reason" of a row that the error has ended. An assertion is the parity check's."""
+    if isinstance(error, AssertionError):
+        return {"status": "parity failed", "reason": str(error)}
+    return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()}"[:2000]}
+
+
 def is_ours(implementation: str) -> bool:
     """Whether a name among a row's times is of fastunet with its kernels."""
     return implementation.startswith(("triton", "fastunet"))

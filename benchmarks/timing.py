@@ -115,20 +115,6 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
-def interleave(
-    runs: Mapping[str, Sequence[Callable[[], Any]]],
-    clock: Clock,
-    *,
-    rounds: int,
-    warmup: int = 3,
-    seconds: float = math.inf,
-    now: Callable[[], float] = time.perf_counter,
-) -> dict[str, Quantiles]:
-    """The quantiles of what `interleaved_samples` takes."""
-    samples = interleaved_samples(runs, clock, rounds=rounds, warmup=warmup, seconds=seconds, now=now)
-    return {name: Quantiles.of(values) for name, values in samples.items()}
-
-
 def interleaved_samples(
     runs: Mapping[str, Sequence[Callable[[], Any]]],
     clock: Clock,
@@ -138,7 +124,7 @@ def interleaved_samples(
     seconds: float = math.inf,
     now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Time each run once a round, in turn, every other round in the opposite order.
+    """Seconds of each run, timed once a round, in turn, every other round in the opposite order.
 
     runs: by name, the same work on one set of inputs after the other; round r takes set r. The warm-up rounds before
     the first sample compile, choose algorithms and fill the allocator. After `seconds`, by `now`, no further round

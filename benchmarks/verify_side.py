@@ -16,17 +16,10 @@ from .layer_runs import layer_sets, prepare_layer
 from .measure import run_step
 from .net_runs import make_net, prepare_net
 from .parity import backends_for
-from .steps import DTYPE, Row, Settings, Step, describe, layer_of
+from .steps import DTYPE, Row, Settings, Step, describe, failure, layer_of
 from .timing import clock_of, cudnn_benchmark
 
 _WARMUP = 3
-
-
-def _failure(error: Exception) -> Row:
-    """An assertion is the parity check's."""
-    if isinstance(error, AssertionError):
-        return {"status": "parity failed", "reason": str(error)}
-    return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 
 
 class Side:
@@ -55,7 +48,7 @@ class Side:
         try:
             return run_step(self._settings, step)
         except Exception as error:
-            return describe(self._settings, step) | _failure(error)
+            return describe(self._settings, step) | failure(error)
 
     def prepare(self, kind: str, name: str, variant: str) -> Row:
         """Get a layer or a net ready for `round`: "status" and "reason", and the "implementation" that will run."""
@@ -71,7 +64,7 @@ class Side:
                 for run in _WARMUP * self._runs:
                     run()
         except Exception as error:
-            return row | _failure(error)
+            return row | failure(error)
         return row
 
     def _prepared(self, step: Step, device: torch.device) -> tuple[str, list[Callable[[], Any]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import __version__, dispatch, ops
+from . import __version__, dispatch
 from .checks import DataError, FastUNetError
 
 app = typer.Typer(
@@ -80,7 +79,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of split, weights, crops and augmentation.")] = 0,
 ) -> None:
     """Train a U-Net on DATA; leave model, settings, metrics, history and report.png in OUT."""
-    from .training import TrainConfig
+    from .train_config import TrainConfig
 
     config = TrainConfig(
         steps=steps,
@@ -302,7 +301,7 @@ def bench(
 
 
 def _bench_dtype(name: str, device: str) -> torch.dtype:
-    from .training import multiplies_bf16
+    from .train_config import multiplies_bf16
 
     if name not in DTYPES:
         raise typer.BadParameter(f"dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {name!r}")
@@ -317,63 +316,15 @@ def _bench_dtype(name: str, device: str) -> torch.dtype:
 @app.command()
 def doctor() -> None:
     """Print versions and devices, and which implementation each op gets on each device, and why."""
+    from .doctor import device_table, op_table, package_table
+
     console.print(f"fastunet {__version__}, Python {platform.python_version()}, {platform.platform()}", soft_wrap=True)
-    packages = Table("package", "version", title="packages", title_justify="left")
-    for name in (
-        "torch",
-        "triton",
-        "numpy",
-        "accelerate",
-        "kornia",
-        "safetensors",
-        "monai",
-        "cupy-cuda12x",
-        "cupy-cuda13x",
-    ):
-        packages.add_row(name, _version(name))
-    console.print(packages)
-    console.print(_device_table())
+    console.print(package_table())
+    console.print(device_table())
     backend = dispatch.selected_backend()
     console.print(f"backend: {backend} (FASTUNET_BACKEND or fastunet.backend changes it)", soft_wrap=True)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        console.print(_op_table(device))
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _device_table() -> Table:
-    from .training import multiplies_bf16
-
-    table = Table("device", "what", title="devices", title_justify="left")
-    capability = torch.backends.cpu.get_cpu_capability()
-    bf16 = "multiplies bf16" if multiplies_bf16(cpu=True) else "no native bf16"
-    table.add_row("cpu", f"{platform.machine()} {capability}, {torch.get_num_threads()} threads, {bf16}")
-    if not torch.cuda.is_available():
-        table.add_row("cuda", "no CUDA device" if torch.version.cuda else "this torch is built without CUDA")
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = properties.total_memory / 2**30
-        kind = f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} SMs, {memory:.0f} GiB"
-        table.add_row(f"cuda:{index}", f"{properties.name}: {kind}")
-    return table
-
-
-def _op_table(device: str) -> Table:
-    table = Table("op", "runs on", "why", title=f"ops on {device}, float32", title_justify="left")
-    for op in ops.__all__:
-        # Pool and concat forms share the plain form's kernels and its choice.
-        base = op.removeprefix("concat_").removesuffix("_pool")
-        try:
-            choice = dispatch.choose(base, torch.empty(0, device=device))
-            table.add_row(op, choice.implementation, choice.reason)
-        except FastUNetError as error:
-            table.add_row(op, "error", str(error))
-    return table
+        console.print(op_table(device))
 
 
 # --- demo ---
@@ -388,7 +339,7 @@ def demo(
     import shutil
 
     from .synthetic import write_dataset
-    from .training import TrainConfig
+    from .train_config import TrainConfig
 
     data, run_folder, predictions = out / "data", out / "run", out / "predictions"
     for folder in (data, run_folder, predictions):

@@ -13,18 +13,15 @@ Where the statistics were given instead of taken from raw, the last is gamma * i
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config_passes, gpu
-from fastunet.kernels.epilogue import activation_code
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.norm import Affine, load_affine, normalise_pixel
 from fastunet.kernels.reduction import sum_rows_launch
 from fastunet.kernels.tiles import activate_grad
-from fastunet.kernels.windows import pixel_at, pooled_at, window_origin, winner_of
+from fastunet.kernels.windows import pixel_at, pooled_at, window_arguments, window_origin, winner_of
 from torch import Tensor
 
 
@@ -149,30 +146,6 @@ def norm_grad_kernel(
 # fmt: on
 
 
-def _shared_arguments(
-    raw: Tensor,
-    grad_y: Tensor | None,
-    grad_pooled: Tensor | None,
-    affine: Affine,
-    negative_slope: float | None,
-    chosen: config_passes.NormGradConfig,
-) -> dict[str, Any]:
-    _, channels, height, width = raw.shape
-    return {
-        "raw_ptr": raw,
-        "grad_y_ptr": grad_y,
-        "grad_pooled_ptr": grad_pooled,
-        **affine.arguments(),
-        "H": height,
-        "W": width,
-        "C": channels,
-        "negative_slope": float(negative_slope or 0),
-        "ACTIVATION": activation_code(negative_slope),
-        "BLOCK_P": chosen.block_windows,
-        "BLOCK_C": chosen.block_channels,
-    }
-
-
 def norm_grad_launches(
     raw: Tensor,
     grad_y: Tensor | None,
@@ -195,7 +168,8 @@ def norm_grad_launches(
     per_split = triton.cdiv(per_group, chosen.splits)
     splits = triton.cdiv(per_group, per_split)
     partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=raw.device)
-    shared = _shared_arguments(raw, grad_y, grad_pooled, affine, negative_slope, chosen)
+    tensors = {"raw_ptr": raw, "grad_y_ptr": grad_y, "grad_pooled_ptr": grad_pooled, **affine.arguments()}
+    shared = tensors | window_arguments(raw.shape, negative_slope, chosen)
     parts = {"partial_ptr": partial, "windows": per_group, "splits": splits, "per_split": per_split}
     last = {
         "sums_ptr": sums,

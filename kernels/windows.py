@@ -56,6 +56,24 @@ def winner_of(y0, y1, y2, y3):
 # fmt: on
 
 
+def window_arguments(
+    shape: Sequence[int],
+    negative_slope: float | None,
+    chosen: config_passes.PointwiseConfig | config_passes.NormGradConfig,
+) -> dict[str, Any]:
+    """What every kernel with an activation over the windows of images of shape [N, C, H, W] is told of them."""
+    _, channels, height, width = shape
+    return {
+        "H": height,
+        "W": width,
+        "C": channels,
+        "negative_slope": float(negative_slope or 0),
+        "ACTIVATION": activation_code(negative_slope),
+        "BLOCK_P": chosen.block_windows,
+        "BLOCK_C": chosen.block_channels,
+    }
+
+
 def windows_launch(
     kernel: Any, shape: Sequence[int], tensors: Mapping[str, Any], negative_slope: float | None
 ) -> gpu.Launch:
@@ -65,16 +83,6 @@ def windows_launch(
     batch, channels, height, width = shape
     chosen = config_passes.pointwise_config(channels)
     windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
-    arguments = {
-        **tensors,
-        "windows": windows,
-        "H": height,
-        "W": width,
-        "C": channels,
-        "negative_slope": float(negative_slope or 0),
-        "ACTIVATION": activation_code(negative_slope),
-        "BLOCK_P": chosen.block_windows,
-        "BLOCK_C": chosen.block_channels,
-    }
+    arguments = {**tensors, "windows": windows, **window_arguments(shape, negative_slope, chosen)}
     grid = triton.cdiv(windows, chosen.block_windows) * triton.cdiv(channels, chosen.block_channels)
     return gpu.Launch(kernel, grid, arguments, chosen.num_warps, num_stages=1)

@@ -4,46 +4,31 @@ from __future__ import annotations
 
 import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command import fastunet
 from fastunet.benchmarks import comparison, perf_table
 from fastunet.benchmarks.comparison import Settings, default_settings
 from fastunet.benchmarks.comparison_report import draw, tables
+from fastunet.benchmarks.gate import runs_or_reason
 from fastunet.benchmarks.opponents import OURS, Opponent, Unavailable
 from PIL import Image
 from rich.console import Console
 
-from fastunet.__main__ import main
-
 TINY = Settings("cpu", "float32", 16, 1, (4, 8), rounds=3, warmup=1, compiles=False)
-
-
-def fastunet(*arguments: str | Path) -> tuple[int, str, str]:
-    """Exit code, output and errors of the command, run in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["fastunet", *map(str, arguments)])
-        patch.setenv("COLUMNS", "200")
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp("bench") / "deep" / "er"
     size = ["--size", "16", "--batch", "2", "--features", "4,8", "--dtype", "float32"]
-    code, output, errors = fastunet("bench", "--quick", "--device", "cpu", "--out", out, *size)
-    assert code == 0, errors
-    return output, out
+    result = fastunet("bench", "--quick", "--device", "cpu", "--out", out, *size)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, out
 
 
 def test_the_json_has_every_sample_and_the_ratios_of_its_rounds(done: tuple[str, Path]) -> None:
@@ -115,18 +100,19 @@ def test_the_picture_is_there_and_not_blank(done: tuple[str, Path]) -> None:
 )
 def test_bad_arguments_are_one_error(arguments: list[str], message: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, output, errors = fastunet("bench", "--device", "cpu", "--out", out, *arguments)
-    assert code == 2
-    assert message in " ".join((output + errors).replace("│", " ").split())
-    assert "Traceback" not in output + errors
+    result = fastunet("bench", "--device", "cpu", "--out", out, *arguments)
+    assert result.returncode == 2
+    said = result.stdout + result.stderr
+    assert message in " ".join(said.replace("│", " ").split())
+    assert "Traceback" not in said
     assert not out.exists()
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    code, _, errors = fastunet("bench", "--quick", "--device", "cpu", "--out", tmp_path / "out")
-    assert (code, errors.count("\n")) == (2, 1)
-    assert "expected a folder for the results, got a file" in errors
+    result = fastunet("bench", "--quick", "--device", "cpu", "--out", tmp_path / "out")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "expected a folder for the results, got a file" in result.stderr
 
 
 def opponent(name: str, unavailable: str = "") -> Opponent:
@@ -156,14 +142,29 @@ def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
     row = compared(opponent(OURS), *others, opponent("right"), check=check)
     assert row["status"] == "ok"
     assert row["missing"] == {
-        "wrong": "wrong: off by one",
+        "wrong": "parity failed: off by one",
         "refuses": "no plan",
-        "breaks": "RuntimeError: first line",
+        "breaks": "RuntimeError: first line\nsecond line",
         "absent": "not installed",
         "skipped": "not wanted",
     }
     assert set(row["samples_ms"]) == {OURS, "right"}
     assert set(row["ratios"]) == {"right"}
+
+
+def test_cudnn_tries_its_algorithms_for_the_opponent_and_not_for_what_it_is_checked_with() -> None:
+    states: list[tuple[str, bool]] = []
+
+    def note(what: str) -> None:
+        states.append((what, torch.backends.cudnn.benchmark))
+
+    def prepare(each: Opponent) -> list[Any]:
+        note("prepare")
+        return [lambda: note("run")]
+
+    found = runs_or_reason(opponent("any"), prepare, lambda each, result: note("check"))
+    assert len(found) == 1
+    assert states == [("prepare", True), ("run", True), ("check", False)]
 
 
 @pytest.mark.parametrize(("error", "status"), [(AssertionError("off"), "parity failed"), (OSError("x"), "failed")])
@@ -180,10 +181,10 @@ def test_a_wrong_net_of_ours_ends_with_an_error(monkeypatch: pytest.MonkeyPatch,
     forward = library.UNet.forward
     monkeypatch.setattr(library.UNet, "forward", lambda self, x: 1.1 * forward(self, x))
     size = ["--size", "16", "--features", "4,8", "--dtype", "float32"]
-    code, output, errors = fastunet("bench", "--quick", "--device", "cpu", "--out", tmp_path, *size)
-    assert code == 1
-    assert "fastunet itself failed in inference, training" in errors
-    assert "distance to float64" in output
+    result = fastunet("bench", "--quick", "--device", "cpu", "--out", tmp_path, *size)
+    assert result.returncode == 1
+    assert "fastunet itself failed in inference, training" in result.stderr
+    assert "distance to float64" in result.stdout
     assert json.loads((tmp_path / "bench.json").read_text())["summary"]["not_measured"] == 2
 
 

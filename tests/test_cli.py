@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+from command import fastunet
 from PIL import Image
 
-from fastunet.__main__ import main
 from fastunet.synthetic import write_dataset
 
 TINY = ["--steps", "4", "--features", "4,8", "--crop", "32", "--batch-size", "2", "--no-tta", "--precision", "fp32"]
-
-
-def fastunet(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in this process, which has imported everything already."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["fastunet", *map(str, arguments)])
-        patch.setenv("COLUMNS", "200")
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
 def fastunet_command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""The GPU report, on a CPU: layers and their work, the timer, the parity gate, the budget, the files."""
+"""The GPU report, on a CPU: layers and their work, the parity gate, the budget, the files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import gpu_report, measure, opponents, parity, schedule, search, timing, worker
+from fake_clock import FakeClock
+from fastunet.benchmarks import gpu_report, measure, opponents, parity, schedule, search, worker
 from fastunet.benchmarks.bounds import Bounded, pool_grad
 from fastunet.benchmarks.layers import meta_unet, unet_layers
 from fastunet.benchmarks.steps import COMPILED, COMPILED_NETS, Settings, Step, all_steps, describe, layer_of
@@ -79,71 +79,6 @@ def test_a_layers_outputs_are_what_its_modules_return(upsample: Any) -> None:
             module.register_forward_hook(note)
     twin(torch.zeros(2, 3, 16, 24))
     assert [shape for layer in unet_layers(model, 2, 16, 24) for shape in layer.outputs.values()] == returned
-
-
-class FakeClock:
-    """Time passes only in runs; events are noted in order."""
-
-    def __init__(self) -> None:
-        self.time, self.log = 0.0, []
-
-    def prepare(self) -> None:
-        self.log.append("prepare")
-
-    def mark(self) -> float:
-        return self.time
-
-    def wait(self) -> None:
-        self.log.append("wait")
-
-    def elapsed(self, begin: float, end: float) -> float:
-        return end - begin
-
-    def run(self, name: str, *durations: float) -> Callable[[], None]:
-        remaining = list(durations)
-
-        def work() -> None:
-            self.log.append(name)
-            self.time += remaining.pop(0) if len(remaining) > 1 else remaining[0]
-
-        return work
-
-
-def test_quantiles() -> None:
-    got = timing.Quantiles.of([float(i) for i in (10, 0, 3, 1, 2, 9, 8, 7, 6, 5, 4)])
-    assert (got.median, got.p10, got.p90, got.samples) == (5.0, 1.0, 9.0, 11)
-    assert timing.Quantiles.of([1.0, 2.0]).median == 1.5
-    with pytest.raises(ValueError, match="at least one sample"):
-        timing.Quantiles.of([])
-
-
-def test_runs_take_turns_in_both_orders_on_every_set() -> None:
-    clock = FakeClock()
-    runs = {"a": [clock.run("a0", 1.0), clock.run("a1", 3.0)], "b": [clock.run("b0", 10.0)]}
-    times = timing.interleave(runs, clock, rounds=3, warmup=1)
-    assert clock.log == [
-        *("a0", "b0", "wait"),
-        *("prepare", "a0", "prepare", "b0", "wait"),
-        *("prepare", "b0", "prepare", "a1", "wait"),
-        *("prepare", "a0", "prepare", "b0", "wait"),
-    ]
-    assert times["a"] == timing.Quantiles.of([1.0, 3.0, 1.0])
-    assert times["b"].median == 10.0
-
-
-def test_warmup_is_not_counted_and_time_ends_the_rounds() -> None:
-    clock = FakeClock()
-    runs = {"a": [clock.run("a", 100.0, 100.0, 1.0)]}
-    times = timing.interleave(runs, clock, rounds=50, warmup=2, seconds=204.5, now=lambda: clock.time)
-    assert times["a"] == timing.Quantiles(1.0, 1.0, 1.0, 5)
-    late = timing.interleave({"a": [clock.run("a", 1.0)]}, clock, rounds=9, seconds=0.0, now=lambda: clock.time)
-    assert late["a"].samples == 1
-
-
-def test_more_sets_of_inputs_for_smaller_ones() -> None:
-    small, large = torch.empty(1 << 20, dtype=torch.uint8), torch.empty(1 << 28, dtype=torch.uint8)
-    assert timing.sets_past_cache([small], CPU) == 8
-    assert timing.sets_past_cache([large], CPU) == 2
 
 
 def test_every_op_has_a_case_and_passes() -> None:

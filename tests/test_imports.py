@@ -30,6 +30,7 @@ FLOORS = {
     "rewriting": 3,
     "patterns": 3,
     "fx_nodes": 3,
+    "train_config": 3,
     "images": 4,
     "data": 4,
     "augmentation": 4,
@@ -38,6 +39,7 @@ FLOORS = {
     "inference": 4,
     "report": 4,
     "training": 4,
+    "doctor": 4,
     "cli": 5,
     "__main__": 6,
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_clock import FakeClock
 from fastunet.benchmarks import search, tune
 from fastunet.benchmarks.steps import Settings, layer_of
 from fastunet.kernels import config, gpu, tuning
@@ -20,29 +21,6 @@ OTHERS = [replace(DERIVED, tile_h=8), replace(DERIVED, num_warps=8)]
 CANDIDATES = [DERIVED, *OTHERS]
 
 
-class FakeClock:
-    """Time passes only in runs."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def prepare(self) -> None: ...
-
-    def mark(self) -> float:
-        return self.time
-
-    def wait(self) -> None: ...
-
-    def elapsed(self, begin: float, end: float) -> float:
-        return end - begin
-
-    def taking(self, seconds: float) -> list[Callable[[], None]]:
-        def run() -> None:
-            self.time += seconds
-
-        return [run]
-
-
 def choose(seconds: list[float | Exception], aten: float) -> dict:
     clock = FakeClock()
 
@@ -50,9 +28,9 @@ def choose(seconds: list[float | Exception], aten: float) -> dict:
         found = seconds[CANDIDATES.index(candidate)]
         if isinstance(found, Exception):
             raise found
-        return clock.taking(found)
+        return [clock.run("candidate", found)]
 
-    return search.choose(CANDIDATES, prepare, clock.taking(aten), clock, SETTINGS)
+    return search.choose(CANDIDATES, prepare, [clock.run("aten", aten)], clock, SETTINGS)
 
 
 def test_the_fastest_wins_with_its_margins() -> None:
@@ -88,9 +66,9 @@ def test_preparing_ends_in_time_but_not_before_the_first() -> None:
     def prepare(candidate: config.ConvConfig) -> list[Callable[[], None]]:
         seen.append(candidate)
         clock.time += 30
-        return clock.taking(1.0)
+        return [clock.run("run", 1.0)]
 
-    search.choose(CANDIDATES, prepare, clock.taking(1.0), clock, SETTINGS, now=lambda: clock.time)
+    search.choose(CANDIDATES, prepare, [clock.run("run", 1.0)], clock, SETTINGS, now=lambda: clock.time)
     assert seen == CANDIDATES[:2]
 
 
