@@ -20,8 +20,9 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e '.[train]'
 	touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/dev.stamp: pyproject.toml constraints.txt tests/dropin/requirements.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e '.[dev,bench]'
+	$(PIP) install -q --no-deps -r tests/dropin/requirements.txt
 	touch $@ $(VENV)/train.stamp
 
 demo: $(VENV)/train.stamp

@@ -1,8 +1,8 @@
 """The U-Nets that people already have, from the packages they have them from: what the drop-in benchmark times and its
 tests compare.
 
-segmentation_models_pytorch, dynamic_network_architectures, timm and torchvision are installed without what they ask for:
-they ask for builds of torch of their own.
+segmentation_models_pytorch, dynamic_network_architectures, timm and torchvision are installed without what they ask
+for, which would be a torch of their own (`tests/dropin/requirements.txt`).
 """
 
 from __future__ import annotations
@@ -86,11 +86,20 @@ def _nnunet(name: str, **options: Any) -> DropInModel:
         from dynamic_network_architectures.architectures import unet
 
         return getattr(unet, name)(
-            **{"input_channels": 1, "n_stages": 4, "features_per_stage": [width * 2**level for level in range(4)]},
-            **{"conv_op": nn.Conv2d, "kernel_sizes": 3, "strides": (1, 2, 2, 2), "num_classes": 2},
-            **{"n_conv_per_stage_decoder": (1, 1, 1), "conv_bias": True, "deep_supervision": True},
-            **{"norm_op": nn.InstanceNorm2d, "norm_op_kwargs": {"eps": 1e-5, "affine": True}},
-            **{"nonlin": nn.LeakyReLU, "nonlin_kwargs": {"inplace": True}},
+            input_channels=1,
+            n_stages=4,
+            features_per_stage=_levels(width),
+            conv_op=nn.Conv2d,
+            kernel_sizes=3,
+            strides=(1, 2, 2, 2),
+            num_classes=2,
+            n_conv_per_stage_decoder=(1, 1, 1),
+            conv_bias=True,
+            norm_op=nn.InstanceNorm2d,
+            norm_op_kwargs={"eps": 1e-5, "affine": True},
+            nonlin=nn.LeakyReLU,
+            nonlin_kwargs={"inplace": True},
+            deep_supervision=True,
             **options,
         )
 

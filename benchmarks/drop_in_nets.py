@@ -1,11 +1,12 @@
 """U-Nets as people write them by hand, in plain torch.nn: models for the drop-in benchmark and its tests.
 
-Three habits that `torch.compile(model, backend="fastunet")` meets: padding to the skip's size and [skip, up] order, with
-activations in place; [up, skip] order with a sigmoid at the end; residual blocks of group norm and SiLU.
+Three habits that `torch.compile(model, backend="fastunet")` meets: padding to the skip's size, [skip, up] order and
+activations in place; [up, skip] order and a sigmoid at the end; residual blocks of group norm and SiLU.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ class PaddedUNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int], *, bilinear: bool = False) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.first = Twice(channels, widths[0])
         self.downs = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), Twice(a, b)) for a, b in pairs)
         self.ups = nn.ModuleList(
@@ -58,7 +59,7 @@ class SigmoidUNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int]) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.encoders = nn.ModuleList(Twice(a, b) for a, b in zip((channels, *widths[:-1]), widths, strict=True))
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
         self.ups = nn.ModuleList(nn.ConvTranspose2d(b, a, kernel_size=2, stride=2) for a, b in reversed(pairs))
@@ -95,7 +96,7 @@ class ResidualUNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, widths: Sequence[int]) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.first = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(Residual(a, a) for a in widths)
         self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)

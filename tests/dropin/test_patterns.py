@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from drop_in import assert_same, patterns_of
+from parity import assert_same, patterns_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 

@@ -1,0 +1,24 @@
+"""What all tests of the drop-in backend need."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_code() -> None:
+    """Each test compiles anew."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def packages_deprecations() -> Iterator[None]:
+    """What other packages' models do in their ways is not ours to mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield

@@ -1,0 +1,244 @@
+"""Training with torch.compile(model, backend="fastunet"): as without, under every habit of training."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import FORCED, IN_INFERENCE, compare, ops_run, small_image, small_unet
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from fastunet import compiler
+from fastunet.reference import ReferenceUNet
+
+
+def trained(model: nn.Module, forward: Any, *, steps: int = 3, accumulate: int = 1) -> list[Tensor]:
+    """Parameters and buffers after some steps of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(2)
+    dtype = next(model.parameters()).dtype
+    for step in range(steps * accumulate):
+        x = torch.randn(2, 1, 16, 18, generator=generator).to(dtype)
+        target = torch.randn(2, 2, 16, 18, generator=generator).to(dtype)
+        (F.mse_loss(forward(x), target) / accumulate).backward()
+        if step % accumulate == accumulate - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [*model.parameters(), *model.buffers()]
+
+
+def compiled_and_plain(**options: Any) -> tuple[nn.Module, nn.Module, Any]:
+    plain = small_unet(**options).double()
+    model = copy.deepcopy(plain)
+    return plain, model, torch.compile(model, backend="fastunet", options=FORCED)
+
+
+def test_gradient_accumulation() -> None:
+    plain, model, compiled = compiled_and_plain()
+    compare(trained(plain, plain, accumulate=3), trained(model, compiled, accumulate=3), 1e-11)
+
+
+class Checkpointed(nn.Module):
+    """A U-Net whose first two blocks are computed again in backward."""
+
+    def __init__(self, net: ReferenceUNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        net: Any = self.net
+        skip = checkpoint(net.inc, x, use_reentrant=False)
+        low = checkpoint(net.down1, skip, use_reentrant=False)
+        return net.outc(net.up1(low, skip))
+
+
+@pytest.mark.parametrize("fallback", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_gradient_checkpointing(fallback: str) -> None:
+    """Ops within the checkpointed regions are ours too, and the running statistics move once."""
+    plain = Checkpointed(small_unet()).double()
+    model = copy.deepcopy(plain)
+    counter = compiler.find_patterns
+    found: list[Any] = []
+
+    def counting(graph_module: Any, **options: Any) -> Any:
+        result = counter(graph_module, **options)
+        found.append(result)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "find_patterns", counting)
+        compiled = torch.compile(model, backend="fastunet", options={"fallback": fallback, "force": True})
+        actual = trained(model, compiled)
+    inner = [len(patterns) for _, patterns in found[-1]]
+    assert inner == [2, 3, 4]
+    uncompiled = trained(plain.net, plain.net)  # Eager checkpointing moves the statistics twice.
+    compare(uncompiled, actual, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fallback", ["eager", "aot_eager"])
+def test_autocast_with_a_scaler(dtype: torch.dtype, fallback: str) -> None:
+    """A step under autocast: loss, gradients and statistics as far from float32's as the plain model's, or near it."""
+    exact = small_unet()
+    plain, model = copy.deepcopy(exact), copy.deepcopy(exact)
+    compiled = torch.compile(model, backend="fastunet", options={"fallback": fallback, "force": True})
+    x, target = small_image(), torch.randn(2, 2, 16, 18)
+    F.mse_loss(exact(x), target).backward()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=dtype == torch.float16)
+    for m, forward in ((plain, plain), (model, compiled)):
+        with torch.autocast("cpu", dtype=dtype):
+            y = forward(x)
+            assert y.dtype == dtype
+            loss = F.mse_loss(y.float(), target)
+        scaler.scale(loss).backward()
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.0)
+        scaler.unscale_(optimizer)
+    largest = max(float(p.grad.abs().max()) for p in exact.parameters())
+    for a, b, c in zip(exact.parameters(), plain.parameters(), model.parameters(), strict=True):
+        assert c.grad.dtype == torch.float32
+        error, allowed = (float((t - a.grad).abs().max()) for t in (c.grad, b.grad))
+        assert error <= 2 * allowed + 2.0**-8 * largest
+    for b, c in zip(plain.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(c, b, rtol=2.0**-6, atol=2.0**-6)
+
+
+def test_autocast_in_inference_runs_the_ops() -> None:
+    """In bfloat16 the up-convolution is not composed, so its two steps are ops of their own."""
+    model, x = small_unet().eval(), small_image()
+    compiled = torch.compile(model, backend="fastunet", options={"fallback": "eager"})
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled(x)
+        counts = ops_run(lambda: compiled(x))
+        actual, expected = compiled(x), model(x)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+    assert actual.dtype == torch.bfloat16
+    error, allowed = (float((t.double() - exact).abs().max()) for t in (actual, expected))
+    assert error <= 2 * allowed
+    expected_ops = {"conv3x3_batch_norm_relu": 5, "conv_transpose2x2": 1, "conv3x3_relu_conv1x1": 1}
+    # The dispatcher counts an op once where autocast casts, and once below.
+    assert {name: counts[name] // 2 for name in expected_ops} == expected_ops
+
+
+class Padded(nn.Module):
+    """A step up whose image is padded by copies of its edge, as in MONAI's BasicUNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(1, 4, 3, padding=1), nn.ConvTranspose2d(4, 4, 2, 2)
+        self.last = nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = F.relu(self.down(x))
+        up = F.pad(self.up(F.max_pool2d(skip, 2)), [0, 1, 0, 1], "replicate")
+        return self.last(torch.cat([skip, up], dim=1))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_inductor_trains_with_replicated_edges(force: bool) -> None:
+    """By itself inductor raises at run time: wrong strides of replication_pad2d_backward."""
+    torch.manual_seed(0)
+    plain, x = Padded().double(), small_image(2, 17, 19).double()
+    model = copy.deepcopy(plain)
+    compiled = torch.compile(model, backend="fastunet", options={"force": force})
+    expected, actual = plain(x), compiled(x)
+    compare([expected], [actual], 1e-11)
+    cotangent = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected.backward(cotangent)
+    actual.backward(cotangent)
+    for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-11, atol=1e-10)
+
+
+def test_inductor_runs_the_ops_in_inference() -> None:
+    """With the default fallback; the weights are prepared at the first call and found again at the next."""
+    model, x = small_unet().eval(), small_image()
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="fastunet")
+    with torch.no_grad():
+        compare([plain(x)], [compiled(x)], 1e-5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fastunet.folding.fold_batch_norm", None)
+            counts = ops_run(lambda: compiled(x))
+    assert {name: counts[name] for name in IN_INFERENCE} == IN_INFERENCE
+
+
+RANK = """
+import copy, os, sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, os.environ["TESTS"])
+from test_compiled_training import trained
+from parity import FORCED, IN_TRAINING, compare, ops_run, small_unet
+dist.init_process_group("gloo")
+dist._DEFAULT_FIRST_BUCKET_BYTES = 1000  # Of at most what the other buckets have.
+rank = dist.get_rank()
+plain = small_unet().double()
+model = copy.deepcopy(plain)
+results = []
+for net, options in ((plain, None), (model, FORCED)):
+    wrapped = DistributedDataParallel(net, bucket_cap_mb=0.002)  # So small that the graph is split between buckets.
+    forward = wrapped if options is None else torch.compile(wrapped, backend="fastunet", options=options)
+    results.append(trained(net, lambda x: forward(x + rank)))
+compare(*results, 1e-10)
+assert max(float((a - b).abs().max()) for a, b in zip(results[0], small_unet().double().parameters())) > 1e-3
+counts = ops_run(lambda: forward(torch.randn(2, 1, 16, 18).double()))
+assert {name: counts[name] // 2 for name in IN_TRAINING} == IN_TRAINING, counts
+dist.destroy_process_group()
+print("same on rank", rank)
+"""
+
+
+def test_distributed_training_of_two_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    environment = {**os.environ, "TESTS": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("same")) == [
+        "same on rank 0",
+        "same on rank 1",
+    ]
+
+
+# --- sizes ---
+
+
+def compiles(backend: Any, *, training: bool, sizes: list[tuple[int, int]]) -> list[int]:
+    """How often Dynamo calls the backend in a first and a second pass over batches and sizes."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    model = small_unet().train(training)
+    compiled = torch.compile(model, backend=counter)
+    counts = []
+    with torch.set_grad_enabled(training), torch._dynamo.config.patch(recompile_limit=64):
+        for _ in range(2):
+            for batch, size in sizes:
+                compiled(torch.randn(batch, 1, size, size))
+            counts.append(counter.frame_count)
+    return counts
+
+
+SIZES = [(batch, size) for batch in (1, 2, 4, 7, 9) for size in range(64, 257, 16)]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_no_more_compiles_than_aot_eager(training: bool) -> None:
+    sizes = SIZES[:: 7 if training else 4]
+    expected = compiles("aot_eager", training=training, sizes=sizes)
+
+    def forced(graph_module: Any, inputs: Any) -> Any:
+        return compiler.fastunet_backend(graph_module, inputs, options={"fallback": "aot_eager", "force": True})
+
+    actual = compiles(forced, training=training, sizes=sizes)
+    assert actual[0] <= expected[0]
+    assert actual[1] == actual[0]

@@ -1,0 +1,135 @@
+"""The U-Nets people already have, from the real packages: the same numbers with every pattern replaced, and how many.
+
+On ATen in float64; `test_models_triton.py` runs the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from fastunet.benchmarks.drop_in_models import MODELS, DropInModel
+from parity import ALL, assert_same, assert_trains_same, built, compare, compare_grads, flat, image, patterns_of, step
+from torch import nn
+
+import fastunet
+from fastunet import rewriting
+
+# float64's rounding, through some thirty layers of sums of up to a few thousand terms, is a few 1e-12 of the largest
+# value; what is wrong is off by more than its square root.
+ATOL = 1e-9
+# By model: patterns found and those exactly ours, in training and in eval; of what auto finds in eval, where it joins
+# whole steps, those it replaces on a CPU with oneDNN. (In training it leaves all to inductor, which is faster there.)
+COUNTS = {
+    "U-Net, padded": ((18, 18), (14, 14), (14, 14)),
+    "U-Net, bilinear": ((18, 15), (17, 14), (17, 14)),
+    "U-Net, sigmoid": ((18, 18), (17, 17), (17, 17)),
+    "U-Net, residual": ((28, 22), (28, 22), (28, 19)),
+    "MONAI BasicUNet": ((23, 23), (23, 23), (23, 22)),
+    "MONAI UNet": ((18, 9), (18, 9), (18, 8)),
+    "MONAI DynUNet": ((18, 15), (18, 15), (18, 14)),
+    "MONAI AttentionUnet": ((24, 18), (24, 18), (24, 8)),
+    "nnU-Net PlainConvUNet": ((17, 14), (17, 14), (17, 11)),
+    "nnU-Net ResidualEncoderUNet": ((27, 24), (27, 24), (27, 18)),
+    "smp Unet": ((37, 24), (37, 24), (37, 24)),
+    "smp UnetPlusPlus": ((55, 36), (55, 36), (55, 36)),
+    "smp FPN": ((43, 25), (43, 25), (43, 20)),
+}
+
+
+@ALL
+def test_the_number_of_patterns(model: DropInModel) -> None:
+    net, x = built(model), image(model)
+    evaluated, trained = patterns_of(net.eval(), x), patterns_of(net.train(), x)
+    automatic = patterns_of(net.eval(), x, force=False)
+    counts = tuple((len(patterns.found), len(patterns.ops)) for patterns in (trained, evaluated, automatic))
+    assert counts == COUNTS[model.name]
+    assert patterns_of(net.train(), x, force=False).ops == []
+
+
+@ALL
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_same_numbers(model: DropInModel, training: bool) -> None:
+    assert_same(built(model).train(training), image(model), atol=ATOL)
+
+
+@ALL
+def test_the_same_after_three_steps(model: DropInModel) -> None:
+    # Five levels down, smaller images leave batch norms of two values, which multiply rounding by hundreds a step.
+    side = 96 if model.name.startswith("smp") else 32
+    assert_trains_same(built(model), image(model, side, side), atol=ATOL)
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m.any_size], ids=lambda model: model.name)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_odd_sizes(model: DropInModel, training: bool) -> None:
+    assert_same(built(model).train(training), image(model, 37, 35), atol=ATOL)
+
+
+@ALL
+def test_explain_names_every_layer(model: DropInModel) -> None:
+    """Each pattern once, by the layer that holds its weight, with a reason where it is left."""
+    net = built(model).eval()
+    explanation = fastunet.explain(net, image(model))
+    assert (len(explanation.rows), explanation.replaced) == COUNTS[model.name][2]
+    names = {name for name, _ in net.named_modules()}
+    with_weight = [row for row in explanation.rows if "conv" in row.op]
+    assert {row.layer for row in with_weight} <= names
+    assert len({row.layer for row in with_weight}) == len(with_weight)
+    assert all(row.reason for row in explanation.rows)
+
+
+# --- the comparison itself ---
+
+PLANTED = {
+    "a slope lost": ("slope_of", lambda activation: None),
+    "a running mean not shifted": ("_shift_running_mean", lambda graph, pattern: None),
+    "a bias without gradient": ("_with_idle_bias", lambda graph, norm, bias: (norm["weight"], norm["bias"])),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).train()
+    x = torch.randn(2, 1, 8, 8)
+    assert_same(net, x)
+    monkeypatch.setattr(rewriting, *PLANTED[fault])
+    with pytest.raises(AssertionError):
+        assert_same(net, x)
+
+
+def test_a_wrong_order_of_the_joined_inputs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS[0]
+    original = rewriting._arguments
+
+    def swapped(graph: Any, pattern: Any) -> Any:
+        images, rest = original(graph, pattern)
+        return (images[::-1], rest) if pattern.cat is not None else (images, rest)
+
+    monkeypatch.setattr(rewriting, "_arguments", swapped)
+    with pytest.raises(AssertionError):
+        assert_same(built(model).train(), image(model), atol=ATOL)
+
+
+@pytest.mark.slow
+@ALL
+def test_inductor_by_default(model: DropInModel) -> None:
+    """As people call it, in float32: inference and a training step, to the rounding of some thirty layers."""
+    plain, x = built(model), image(model)
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            module.p = 0.0  # Inductor draws its own.
+    net = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(net, backend="fastunet")
+    outputs, grads = step(plain.train(), x)
+    net.train()
+    other_outputs, other_grads = step(compiled, x)
+    compare(outputs, other_outputs, 2e-4)
+    compare_grads(grads, other_grads, 2e-3)
+    plain.eval()
+    net.eval()
+    with torch.no_grad():
+        compare(flat(plain(x)), flat(compiled(x)), 2e-4)

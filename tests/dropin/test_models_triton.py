@@ -1,0 +1,46 @@
+"""The U-Nets people already have on the Triton kernels, in the interpreter: a training step, and inference."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from fastunet.benchmarks.drop_in_models import MODELS, DropInModel
+from parity import ALL, built, compare, compare_grads, flat, image, ops_run, step
+
+from fastunet import dispatch
+
+pytestmark = pytest.mark.interpreter
+if not dispatch.interpreting():
+    pytest.skip("needs TRITON_INTERPRET=1, set before triton is imported", allow_module_level=True)
+
+# Of the largest value: float32's rounding in some thirty layers, norms of few pixels among them.
+OUTPUT, GRADIENT = 2e-4, 2e-3
+
+
+def check(model: DropInModel) -> None:
+    plain, x = built(model, 2), image(model, batch=1)
+    net = copy.deepcopy(plain)
+    compiled: Any = torch.compile(net, backend="fastunet", options={"fallback": "eager"})
+    outputs, grads = step(plain.double().train(), x.double())
+    net.train()
+    results: list[Any] = []
+    assert ops_run(lambda: results.append(step(compiled, x)))
+    compare([y.float() for y in outputs], results[0][0], OUTPUT)
+    compare_grads([None if g is None else g.float() for g in grads], results[0][1], GRADIENT)
+    plain.eval()
+    net.eval()
+    with torch.no_grad():
+        compare([y.float() for y in flat(plain(x.double()))], flat(compiled(x)), OUTPUT)
+
+
+def test_a_padded_unet() -> None:
+    check(MODELS[0])
+
+
+@pytest.mark.slow
+@ALL
+def test_all_models(model: DropInModel) -> None:
+    check(model)
