@@ -180,8 +180,16 @@ class _Search:
     def _take_norm(self, pattern: Pattern) -> None:
         user = self._take_idle(pattern)
         kind = None if user is None else _norm_kind(user)
-        if user is not None and kind is not None and self._take(pattern, norm=user):
+        if user is None or kind is None or not (self.force or self._gains(pattern, user, kind)):
+            return
+        if self._take(pattern, norm=user):
             pattern.op = f"conv3x3_{kind}_relu"
+
+    def _gains(self, pattern: Pattern, norm: Node, kind: str) -> bool:
+        """Whether the op is better with the norm than without. Inference on the CPU folds batch norm away; instance
+        norm it computes as ATen does, where another backend makes one pass of it and of all that follows.
+        """
+        return kind != "instance_norm" or self._choice(f"conv3x3_{kind}_relu", pattern).implementation != "onednn"
 
     def _take_step_up(self, pattern: Pattern) -> bool:
         """The transposed convolution that gives the second of the joined inputs, where the two are computed as one."""

@@ -384,6 +384,11 @@ def test_the_head_joins_the_last_convolution_in_inference() -> None:
     assert folded(net, X) == ["conv3x3 + batch_norm + relu + conv1x1 + sigmoid"]
 
 
+def test_instance_norm_is_left_beside_its_convolution_in_inference() -> None:
+    """Inductor makes one pass of it and the activation; the convolution's weight is prepared."""
+    assert folded(chain(conv(), nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU()), X) == ["conv3x3"]
+
+
 def test_a_bias_before_batch_norm_is_folded_in_inference() -> None:
     net = chain(conv(), nn.BatchNorm2d(4, affine=False), nn.ReLU())
     assert folded(net, X) == ["conv3x3 + batch_norm + relu"]

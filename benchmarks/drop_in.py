@@ -1,0 +1,194 @@
+"""Other people's U-Nets under torch.compile: fastunet's backend against inductor, in turn in one run.
+
+`python -m benchmarks.drop_in --out FILE.json`: for each model what `fastunet.explain` finds, replaces and leaves, and
+the time of inference or of a training step. Every compiled model's output is compared with float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import fastunet
+from fastunet.files import write_json
+
+from . import timing
+from .drop_in_models import MODELS, DropInModel
+from .environment import environment
+from .opponents import reason_of
+
+# As many runs of one model as there are, each compiled for each of its blocks.
+_MOST_COMPILES = 64
+Forward = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Images [batch, channels, size, size], `width` channels in a model's first level; at most `rounds` samples each,
+    and no further one after `seconds`.
+    """
+
+    task: str
+    size: int = 256
+    batch: int = 1
+    width: int = 32
+    rounds: int = 15
+    seconds: float = 20.0
+    warmup: int = 3
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+# By name, how a copy of the model is called.
+VARIANTS: dict[str, Callable[[nn.Module], Forward]] = {
+    "eager": lambda model: model,
+    "inductor": lambda model: torch.compile(model),
+    "inductor channels_last": lambda model: torch.compile(_channels_last(model)),
+    "fastunet": lambda model: torch.compile(model, backend="fastunet"),
+    "fastunet.compile": lambda model: fastunet.compile(model),
+}
+OURS = ("fastunet", "fastunet.compile")
+
+
+def measure(model: DropInModel, settings: Settings) -> dict[str, Any]:
+    """The row of a model: what is replaced, and seconds of each variant, or why it has none."""
+    torch.manual_seed(0)
+    net = model.build(settings.width).train(settings.task == "training")
+    x = torch.randn(settings.batch, model.channels, settings.size, settings.size)
+    row = {"name": model.name, "is_unet": model.is_unet, **explained(net, x)}
+    torch._dynamo.reset()
+    runs, failures = {}, {}
+    with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILES):
+        allowed, exact = _rounding(net), _exact(net, x)
+        for name, prepare in VARIANTS.items():
+            try:
+                runs[name] = _run(net, prepare, x, settings.task)
+                distance = _distance(flat(runs[name]()), exact)
+                if not distance <= allowed:
+                    raise AssertionError(f"relative distance from float64: expected at most {allowed}, got {distance}")
+            except Exception as error:  # Whatever a compiler raises: the others are timed.
+                runs.pop(name, None)
+                failures[name] = reason_of(error)
+        samples = timing.interleaved_samples(
+            {name: [run] for name, run in runs.items()},
+            timing.CpuClock(),
+            rounds=settings.rounds,
+            warmup=settings.warmup,
+            seconds=settings.seconds,
+        )
+    return row | {"failures": failures, "samples": samples, "ratios": ratios(samples)}
+
+
+def explained(net: nn.Module, x: Tensor) -> dict[str, Any]:
+    """How many patterns are found and replaced, and the reasons of those left with their number."""
+    explanation = fastunet.explain(net, x)
+    left = Counter(row.reason for row in explanation.rows if not row.replaced_by)
+    return {"found": len(explanation.rows), "replaced": explanation.replaced, "left": dict(left.most_common())}
+
+
+def ratios(samples: dict[str, list[float]]) -> dict[str, Any]:
+    """Of each of ours to each of the others: how many times as long the other takes, by round."""
+    return {
+        ours: {other: asdict(timing.ratio(samples, other, ours)) for other in samples if other not in OURS}
+        for ours in OURS
+        if ours in samples
+    }
+
+
+def _run(net: nn.Module, prepare: Callable[[nn.Module], Forward], x: Tensor, task: str) -> Callable[[], Any]:
+    copied = copy.deepcopy(net)
+    forward = prepare(copied)
+
+    def infer() -> Any:
+        with torch.no_grad():
+            return forward(x)
+
+    def train() -> Any:
+        copied.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        outputs = flat(forward(x))
+        sum(y.square().mean() for y in outputs).backward()  # type: ignore[union-attr]
+        return [y.detach() for y in outputs]
+
+    return train if task == "training" else infer
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """The tensors of a model's outputs."""
+    return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+
+
+def _exact(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """The outputs in float64. Dropout is the only chance in them, and seeded."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return flat(copy.deepcopy(net).double()(x.double()))
+
+
+def _rounding(net: nn.Module) -> float:
+    """How far from float64 an output may be, relatively: 6 sqrt(2 L K) 2^-24 after L convolutions of sums of K terms,
+    each with a norm that is as long a sum, whose errors are independent.
+    """
+    sums = [m.weight[0].numel() for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    return 6 * (2 * len(sums) * max(sums)) ** 0.5 * 2.0**-24
+
+
+def _distance(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest of the outputs' relative distances in the 2-norm."""
+    return max(float((a.double() - e).norm() / e.norm()) for a, e in zip(actual, exact, strict=True))
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The results, as JSON.")],
+    task: Annotated[str, typer.Option(help="inference or training.")] = "inference",
+    rounds: Annotated[int, typer.Option(min=1, help="Samples of each time, at most.")] = 15,
+    size: Annotated[int, typer.Option(min=32, help="Sides of the images.")] = 256,
+    width: Annotated[int, typer.Option(min=2, help="Channels of a model's first level.")] = 32,
+    only: Annotated[list[str] | None, typer.Option(help="Names of models; all without.")] = None,
+) -> None:
+    """Time other people's U-Nets, compiled by fastunet and by inductor."""
+    if task not in ("inference", "training"):
+        raise typer.BadParameter(f"--task: expected inference or training, got {task!r}")
+    unknown = set(only or ()) - {model.name for model in MODELS}
+    if unknown:
+        raise typer.BadParameter(f"--only: expected names of {', '.join(m.name for m in MODELS)}, got {unknown}")
+    settings = Settings(task, size=size, width=width, rounds=rounds)
+    rows = []
+    for model in MODELS:
+        if only is not None and model.name not in only:
+            continue
+        if not model.is_installed():
+            print(f"{model.name}: {model.package} is not installed")
+            continue
+        rows.append(measure(model, settings))
+        print(line(rows[-1]), flush=True)
+        found = {
+            "environment": environment("cpu"),
+            "settings": {**asdict(settings), "threads": torch.get_num_threads()},
+        }
+        write_json(out, {**found, "rows": rows})
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row in a line of text."""
+    times = (
+        f"{other} / {ours} {ratio['median']:.2f}"
+        for ours, others in row["ratios"].items()
+        for other, ratio in others.items()
+    )
+    failed = (f"{name}: {reason.splitlines()[0]}" for name, reason in row["failures"].items())
+    return "; ".join((f"{row['name']}: {row['replaced']} of {row['found']} replaced", *times, *failed))
+
+
+if __name__ == "__main__":
+    typer.run(main)
