@@ -45,7 +45,7 @@ class DropInModel:
 
 
 @cache
-def _stand_in_for_torchvision() -> Any:
+def stand_in_for_torchvision() -> Any:
     """Names of two ops that torchvision's build for another torch asks for when it is imported; kept for good."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
@@ -56,7 +56,7 @@ def _stand_in_for_torchvision() -> Any:
 
 def _smp(name: str, **options: Any) -> Callable[[int], nn.Module]:
     def build(width: int) -> nn.Module:
-        _stand_in_for_torchvision()
+        stand_in_for_torchvision()
         import segmentation_models_pytorch as smp
 
         return getattr(smp, name)("resnet18", encoder_weights=None, classes=2, **options)
@@ -82,7 +82,7 @@ def _monai(name: str, make: Callable[[Any, int], nn.Module]) -> DropInModel:
 
 def _nnunet(name: str, **options: Any) -> DropInModel:
     def build(width: int) -> nn.Module:
-        _stand_in_for_torchvision()
+        stand_in_for_torchvision()
         from dynamic_network_architectures.architectures import unet
 
         return getattr(unet, name)(

@@ -3,7 +3,8 @@
 Rewrites the text between the two marker lines of README.md. Its figures are those of the `summary` in
 benchmarks/results/<gpu>/gpu_report.json and benchmarks/results/cpu/*.json: by task ("inference", "training") and
 opponent, how many times as long the opponent takes as fastunet ("ratio", and of the rounds' ratios "p10" and "p90").
-Other files there, which have no such summary, have no part in it. What has no file is said to be unmeasured.
+benchmarks/results/cpu/drop_in_<task>.json give other people's U-Nets. Other files there have no part in it. What has no
+file is said to be unmeasured.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def generate(folder: Path) -> str:
     parts += [_section(path.relative_to(folder.parents[1]), result) for path, result in found["cpu"]]
     if not found["cpu"]:
         parts.append("Speed on a CPU: not measured. There is no file of it in `benchmarks/results/cpu/`.")
+    for path in sorted(folder.glob("cpu/drop_in_*.json")):
+        parts.append(_drop_in_section(path.relative_to(folder.parents[1]), json.loads(path.read_text())))
     return "\n\n".join(parts)
 
 
@@ -66,6 +69,41 @@ def _section(path: Path, result: Result) -> str:
         return "\n".join([_conditions(path, settings, environment), "", *header, *lines])
     except (KeyError, TypeError, AttributeError) as error:
         raise TableError(f"{path}: expected a summary, settings and environment of a net, got {error!r}") from error
+
+
+# The columns of other people's models: the time of the first over that of the second.
+_DROP_IN = (
+    ("eager", "fastunet"),
+    ("inductor", "fastunet"),
+    ("inductor channels_last", "fastunet.compile"),
+)
+
+
+def _drop_in_section(path: Path, result: Result) -> str:
+    """Conditions, and by model what is replaced, what is left and why, and how many times as long the others take."""
+    try:
+        settings, environment = result["settings"], result["environment"]
+        names = [f"{other} / {ours}" for other, ours in _DROP_IN]
+        header = [
+            f"| model | found | replaced | left, and why | {' | '.join(names)} |",
+            "|---|--:|--:|---|--:|--:|--:|",
+        ]
+        rows = []
+        for row in result["rows"]:
+            left = "; ".join(f"{count}: {reason.partition(':')[0]}" for reason, count in row["left"].items())
+            times = [row["ratios"].get(ours, {}).get(other) for other, ours in _DROP_IN]
+            cells = [f"{t['median']:.2f} ({t['p10']:.2f} to {t['p90']:.2f})" if t else "" for t in times]
+            rows.append(f"| {row['name']} | {row['found']} | {row['replaced']} | {left} | {' | '.join(cells)} |")
+        side = settings["size"]
+        said = (
+            f"{environment['device']}, torch {environment['torch']}; {settings['task']} of other people's U-Nets, "
+            f"{settings['width']} channels in the first level, images of {side}x{side}, batches of "
+            f"{settings['batch']}, {settings['threads']} threads; medians of at most {settings['rounds']} rounds in turn, p10 to p90 in "
+            f"brackets; above 1, fastunet is faster (`{path}`):"
+        )
+        return "\n".join([said, "", *header, *rows])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TableError(f"{path}: expected the rows of `benchmarks.drop_in`, got {error!r}") from error
 
 
 def _conditions(path: Path, settings: Result, environment: Result) -> str:

@@ -128,7 +128,7 @@ class _Search:
         pattern.runs_on, pattern.reason = choice.implementation, choice.reason
         pattern.is_replaced = self.force or choice.implementation != "aten"
         if not pattern.is_replaced:
-            pattern.reason = f"the op would run on ATen here ({choice.reason})"
+            pattern.reason = f"the op would run on ATen here: {choice.reason}"
 
     def _choice(self, op: Any, pattern: Pattern) -> dispatch.Choice:
         """What dispatch chooses for the anchor's own result: it has the dtype that autocast gives."""
@@ -240,7 +240,7 @@ def _obstacle(node: Node) -> str | None:
     """Why no op computes what this anchor calls, or None."""
     name, given = name_of(node), arguments(node)
     if name == "interpolate":
-        return "upsampling by interpolation has no op of its own; the convolution after it takes its result unjoined"
+        return "upsampling by interpolation has no op: the convolution after it takes its result unjoined"
     if name.endswith(("1d", "3d")):
         return f"{name}: the ops are for images [N, C, H, W]"
     if not is_image(node) or not is_image(given["input"]):

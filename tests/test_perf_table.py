@@ -50,6 +50,19 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
     assert "a device, torch 2.13.0; U-Net 2-4, float16, images of 256x256, batches of 1, 2 threads" in text
 
 
+def test_other_peoples_models(tmp_path: Path) -> None:
+    settings = {"task": "inference", "size": 256, "batch": 1, "width": 32, "rounds": 15, "threads": 2}
+    ratio = {"median": 1.014, "p10": 0.9, "p90": 1.1, "samples": 15}
+    row = {"name": "a net", "found": 5, "replaced": 3, "left": {"too large: why": 2}, "ratios": {"fastunet": {}}}
+    row["ratios"]["fastunet"]["eager"] = ratio
+    result = {"environment": RESULT["environment"], "settings": settings, "rows": [row]}
+    text = perf_table.generate(write(tmp_path, "cpu/drop_in_inference.json", result))
+    assert "| a net | 5 | 3 | 2: too large | 1.01 (0.90 to 1.10) |  |  |" in text
+    assert "32 channels in the first level, images of 256x256" in text
+    with pytest.raises(TableError, match=r"drop_in_inference\.json"):
+        perf_table.generate(write(tmp_path, "cpu/drop_in_inference.json", {**result, "rows": [{}]}))
+
+
 def test_without_results_it_says_so(tmp_path: Path) -> None:
     text = perf_table.generate(write(tmp_path, "cpu/accuracy.json", {"plain": {}}))
     assert text.count("not measured") == 2

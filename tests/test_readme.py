@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,10 +31,13 @@ def test_the_accuracy_table_is_the_result_files() -> None:
 
 
 def test_the_python_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example, one_line = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     small = example.replace("fastunet.UNet(3, 2)", "fastunet.UNet(3, 2, features=(4, 8, 8, 8, 8))")
     assert small != example
     names: dict = {}
     exec(small, names)
     assert names["probabilities"].shape == (1, 2, 257, 190)
     assert names["loss"].isfinite()
+    names["your_model"] = torch.nn.Conv2d(3, 4, 3, padding=1)
+    exec(one_line, names)
+    assert names["compiled"](names["x"]).shape == (1, 4, 257, 190)

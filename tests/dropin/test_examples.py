@@ -1,0 +1,48 @@
+"""Every script in examples/ runs, learns, and gives what the plain model gives."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastunet.benchmarks.drop_in_models import stand_in_for_torchvision
+from parity import ops_run
+
+EXAMPLES = sorted(p for p in (Path(__file__).parents[2] / "examples").glob("*.py") if p.stem != "shapes")
+
+
+def run(path: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(path.parent))
+    stand_in_for_torchvision()
+    return runpy.run_path(str(path))["main"](**arguments)
+
+
+def check(found: dict[str, Any]) -> None:
+    torch.testing.assert_close(found["result"], found["expected"], rtol=1e-4, atol=1e-4)
+    if "losses" in found:
+        assert found["losses"][-1] < 0.8 * found["losses"][0]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With eager in inductor's place, whose compiling takes longer than the example."""
+    found: dict[str, Any] = {}
+    size = {"size": 32} if path.stem == "milesial_checkpoint" else {}
+    counts = ops_run(lambda: found.update(run(path, monkeypatch, options={"fallback": "eager"}, **size)))
+    check(found)
+    assert sum(counts.values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_as_it_stands(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(run(path, monkeypatch))
+
+
+def test_there_are_five_with_one_changed_line_each() -> None:
+    texts = [path.read_text() for path in EXAMPLES]
+    assert len(texts) == 5
+    assert all(text.count('backend="fastunet"') == text.count("# the one changed line") == 1 for text in texts)
