@@ -22,7 +22,7 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt tests/dropin/requirements.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e '.[dev,bench]'
-	$(PIP) install -q --no-deps -r tests/dropin/requirements.txt
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/dropin -r tests/dropin/requirements.txt
 	touch $@ $(VENV)/train.stamp
 
 demo: $(VENV)/train.stamp

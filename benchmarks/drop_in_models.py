@@ -1,16 +1,19 @@
 """The U-Nets that people already have, from the packages they have them from: what the drop-in benchmark times and its
 tests compare.
 
-segmentation_models_pytorch, dynamic_network_architectures, timm and torchvision are installed without what they ask
-for, which would be a torch of their own (`tests/dropin/requirements.txt`).
+segmentation_models_pytorch, dynamic_network_architectures, timm and torchvision are taken from where they are
+installed. `make test` leaves some beside the environment (`tests/dropin/requirements.txt`): their torchvision is of
+another torch, and what imports it by the way, as torchmetrics does, is not to find it.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,22 +44,27 @@ class DropInModel:
 
     def is_installed(self) -> bool:
         """Whether it can be built here."""
+        find_packages()
         return importlib.util.find_spec(self.package) is not None
 
 
 @cache
-def stand_in_for_torchvision() -> Any:
-    """Names of two ops that torchvision's build for another torch asks for when it is imported; kept for good."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
+def find_packages() -> Any:
+    """Let packages be imported from beside the environment, and torchvision's build for another torch with them: two
+    ops that it asks for get their names. Does nothing where torchvision is installed.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        return None
+    sys.path.append(str(Path(sys.prefix) / "dropin"))
+    library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library
 
 
 def _smp(name: str, **options: Any) -> Callable[[int], nn.Module]:
     def build(width: int) -> nn.Module:
-        stand_in_for_torchvision()
+        find_packages()
         import segmentation_models_pytorch as smp
 
         return getattr(smp, name)("resnet18", encoder_weights=None, classes=2, **options)
@@ -82,7 +90,7 @@ def _monai(name: str, make: Callable[[Any, int], nn.Module]) -> DropInModel:
 
 def _nnunet(name: str, **options: Any) -> DropInModel:
     def build(width: int) -> nn.Module:
-        stand_in_for_torchvision()
+        find_packages()
         from dynamic_network_architectures.architectures import unet
 
         return getattr(unet, name)(

@@ -94,11 +94,11 @@ def _drop_in_section(path: Path, result: Result) -> str:
             times = [row["ratios"].get(ours, {}).get(other) for other, ours in _DROP_IN]
             cells = [f"{t['median']:.2f} ({t['p10']:.2f} to {t['p90']:.2f})" if t else "" for t in times]
             rows.append(f"| {row['name']} | {row['found']} | {row['replaced']} | {left} | {' | '.join(cells)} |")
-        side = settings["size"]
+        side, batch = settings["size"], settings["batch"]
         said = (
             f"{environment['device']}, torch {environment['torch']}; {settings['task']} of other people's U-Nets, "
-            f"{settings['width']} channels in the first level, images of {side}x{side}, batches of "
-            f"{settings['batch']}, {settings['threads']} threads; medians of at most {settings['rounds']} rounds in turn, p10 to p90 in "
+            f"{settings['width']} channels in the first level, images of {side}x{side}, batches of {batch}, "
+            f"{settings['threads']} threads; medians of at most {settings['rounds']} rounds in turn, p10 to p90 in "
             f"brackets; above 1, fastunet is faster (`{path}`):"
         )
         return "\n".join([said, "", *header, *rows])

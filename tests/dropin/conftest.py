@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fastunet.benchmarks.drop_in_models import find_packages
+
+find_packages()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks.drop_in_models import stand_in_for_torchvision
 from parity import ops_run
 
 EXAMPLES = sorted(p for p in (Path(__file__).parents[2] / "examples").glob("*.py") if p.stem != "shapes")
@@ -16,7 +15,6 @@ EXAMPLES = sorted(p for p in (Path(__file__).parents[2] / "examples").glob("*.py
 
 def run(path: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(path.parent))
-    stand_in_for_torchvision()
     return runpy.run_path(str(path))["main"](**arguments)
 
 
