@@ -21,6 +21,7 @@ FLOORS = {
     "dispatch": 2,
     "ops": 2,
     "testing": 2,
+    "pretrained": 3,
     "unet": 3,
     "modules": 3,
     "losses": 3,
@@ -40,6 +41,7 @@ FLOORS = {
 WITHIN_A_FLOOR = {
     ("ops", "dispatch"),
     ("unet", "modules"),
+    ("unet", "pretrained"),
     ("data", "images"),
     ("checkpoint", "data"),
     ("report", "checkpoint"),
