@@ -12,18 +12,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from .checks import DataError
 from .data import DataSummary
-from .files import write_json, written_whole
+from .files import write_json
+from .pretrained import CONFIG, WEIGHTS, write_weights
 from .unet import UNet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CONFIG, WEIGHTS, PROGRESS = "config.json", "model.safetensors", "progress.json"
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def save_weights(run: Path, model: UNet) -> None:
     """Write RUN/model.safetensors."""
-    with written_whole(run / WEIGHTS) as temporary:
-        save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, temporary)
+    write_weights(run / WEIGHTS, model.state_dict())
 
 
 def load_run(run: str | Path) -> tuple[UNet, RunConfig]:
@@ -86,12 +83,7 @@ def load_run(run: str | Path) -> tuple[UNet, RunConfig]:
     path = Path(run) / WEIGHTS
     if not path.is_file():
         raise DataError(f"{path}: expected the weights of a finished run, got no such file (continue it with --resume)")
-    model = UNet(**config.model)
-    try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise DataError(f"{path}: expected weights that fit config.json, got {error}") from error
-    return model.eval(), config
+    return UNet.from_pretrained(run), config
 
 
 def save_checkpoint(run: Path, accelerator: Accelerator, progress: dict[str, Any]) -> None:

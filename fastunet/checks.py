@@ -36,6 +36,10 @@ class ConfigError(FastUNetError, ValueError):
     """Options contradict each other or lie outside their range."""
 
 
+class MissingPackageError(FastUNetError, ModuleNotFoundError):
+    """A package of one of fastunet's extras is not installed: the message names both."""
+
+
 def check_activation(op: str, **tensors: Tensor) -> None:
     """Each tensor is a 4-D floating-point image batch [N, C, H, W]."""
     for name, t in tensors.items():

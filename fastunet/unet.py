@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fastunet import modules
-from fastunet.checks import ShapeError, check_activation
+from fastunet import modules, pretrained
+from fastunet.checks import ConfigError, ShapeError, check_activation
 from fastunet.reference import ReferenceUNet
 
 
@@ -26,6 +28,8 @@ class UNet(ReferenceUNet):
             at each level's end).
         activation: "relu", or "leaky_relu" with slope 0.01.
         head: None, "sigmoid", or "softmax" over the channels.
+
+    `UNet.from_pretrained` makes one from a checkpoint, of milesial/Pytorch-UNet and others; `save_pretrained` keeps it.
 
     Raises ValueError on unknown options, ShapeError on an image too small or with other channels.
     """
@@ -82,6 +86,60 @@ class UNet(ReferenceUNet):
                 f"UNet: instance norm needs more than one pixel at the bottom: "
                 f"expected height or width >= {2 * least} (2**(depth + 1)), got {height}x{width}"
             )
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str] | Mapping[str, Any], *, dtype: torch.dtype | None = None, **options: Any
+    ) -> Self:
+        """The U-Net of some weights, on the CPU and in eval mode; the random state is left alone.
+
+        The weights are fastunet's or milesial/Pytorch-UNet's, or mateuszbuda/brain-segmentation-pytorch's, whose head
+        is a sigmoid. A prefix "module." or "_orig_mod." of all names, milesial's `mask_values`, a convolution's bias
+        before a norm and missing batch counts make no difference; outputs are equal to rounding.
+
+        Arguments:
+            source: a folder (of `save_pretrained`, or the RUN of `fastunet train`), a .safetensors file, a file of
+                torch.save (read by weights_only=True alone: no pickle is run), or a state dict. The last two may keep
+                it under "state_dict", "model_state_dict", "model" or "net".
+            dtype: that of the model; None keeps the weights', half precision too.
+            options: arguments of UNet. What weights do not tell, `activation` and `head`, is as given, else as
+                config.json says, else "relu" and the format's head. The others follow from the weights, which what is
+                given must agree with.
+
+        Raises:
+            DataError: a file that is missing, broken, refused by weights_only, or of an unknown model; the message
+                names it.
+            DtypeError: weights of several dtypes, where dtype is None; or another than float16, bfloat16, float32, 64.
+            ConfigError: an option that UNet does not have, or the weights contradict.
+            MissingPackageError: a safetensors file, without that package.
+        """
+        config, state = pretrained.load(source, options, dtype)
+        with torch.device("meta"):
+            model = cls(**config)
+        model = model.to(state["outc.conv.weight"].dtype).to_empty(device="cpu")
+        model.load_state_dict(state)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write FOLDER/config.json and FOLDER/model.safetensors, from which `from_pretrained` makes an equal model.
+
+        The folder is made where there is none. Both files are complete before one appears, and replace those of an
+        earlier save_pretrained.
+
+        Raises:
+            DataError: folder is a file, or holds another config.json, that of a training run included: it says more,
+                which would be lost.
+            ConfigError: the model is no longer UNet(**model.config), because a module or its settings were changed.
+            DtypeError: weights of several dtypes.
+            MissingPackageError: without safetensors.
+        """
+        with torch.device("meta"):
+            plain = type(self)(**self.config)
+        # SyncBatchNorm has batch norm's weights and means the same.
+        for ours, theirs in zip(str(self).splitlines(), str(plain).splitlines(), strict=False):
+            if ours.replace("SyncBatchNorm", "BatchNorm2d") != theirs:
+                raise ConfigError(f"save_pretrained: expected UNet as built, {theirs.strip()}, got {ours.strip()}")
+        pretrained.save(folder, self.config, self.state_dict())
 
     def to_reference(self) -> ReferenceUNet:
         """The plain PyTorch twin with a copy of the weights, on the same device, dtype and mode."""

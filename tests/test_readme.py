@@ -6,7 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
+
+import fastunet
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,14 +33,33 @@ def test_the_accuracy_table_is_the_result_files() -> None:
     assert rows == expected
 
 
+def python_example(call: str) -> str:
+    """The README's one block of Python with this call in it."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = (text for text in examples if call in text)
+    return example
+
+
 def test_the_python_example_runs() -> None:
-    example, one_line = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    small = example.replace("fastunet.UNet(3, 2)", "fastunet.UNet(3, 2, features=(4, 8, 8, 8, 8))")
-    assert small != example
+    example = python_example("fastunet.UNet(3, 2)")
     names: dict = {}
-    exec(small, names)
+    exec(example.replace("fastunet.UNet(3, 2)", "fastunet.UNet(3, 2, features=(4, 8, 8, 8, 8))"), names)
     assert names["probabilities"].shape == (1, 2, 257, 190)
     assert names["loss"].isfinite()
+
+
+def test_the_example_of_one_line_runs() -> None:
+    names: dict = {"torch": torch, "fastunet": fastunet, "x": torch.randn(1, 3, 9, 8)}
     names["your_model"] = torch.nn.Conv2d(3, 4, 3, padding=1)
-    exec(one_line, names)
-    assert names["compiled"](names["x"]).shape == (1, 4, 257, 190)
+    exec(python_example("torch.compile(your_model"), names)
+    assert names["compiled"](names["x"]).shape == (1, 4, 9, 8)
+
+
+def test_the_example_of_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = fastunet.UNet(3, 2, features=(4, 8))
+    torch.save({**model.state_dict(), "mask_values": [0, 1]}, "checkpoint_epoch5.pth")
+    names: dict = {}
+    exec(python_example("fastunet.UNet.from_pretrained"), names)
+    assert names["same"].config == model.config
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in names["same"].state_dict().items())

@@ -92,6 +92,9 @@ class OutConv(nn.Module):
         super().__init__()
         self.conv, self.head = nn.Conv2d(in_channels, out_channels, 1), head
 
+    def extra_repr(self) -> str:
+        return f"head={self.head!r}"
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
         if self.head is None:
