@@ -1,4 +1,6 @@
-"""Inference from a milesial/Pytorch-UNet checkpoint, by fastunet.UNet or by the model it came from, compiled.
+"""Inference from a milesial/Pytorch-UNet checkpoint by the model it came from, compiled: what is replaced, and the time.
+
+Or without that model: fastunet.UNet.from_pretrained("checkpoint.pth").
 
 pip install fastunet; python milesial_checkpoint.py checkpoint.pth (without a file, one of random weights)
 """
