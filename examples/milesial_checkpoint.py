@@ -1,4 +1,4 @@
-"""Inference from a milesial/Pytorch-UNet checkpoint by the model it came from, compiled: what is replaced, and the time.
+"""Inference from a milesial/Pytorch-UNet checkpoint by the model it came from, compiled: what is replaced, and times.
 
 Or without that model: fastunet.UNet.from_pretrained("checkpoint.pth").
 

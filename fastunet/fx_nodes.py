@@ -165,7 +165,7 @@ class Order:
         inside = [self._index[node] for node in members]
         statistics = {s for node in members for s in _moved_statistics(node)}
         return not any(
-            _has_effect(node) or statistics.intersection(node.all_input_nodes)
+            has_effect(node) or statistics.intersection(node.all_input_nodes)
             for node in self._nodes[min(inside) : max(inside)]
             if node not in members
         )
@@ -177,7 +177,7 @@ def _moved_statistics(node: Node) -> list[Node]:
     return [s for s in (arguments(node)[key] for key in ("running_mean", "running_var")) if isinstance(s, Node)]
 
 
-def _has_effect(node: Node) -> bool:
+def has_effect(node: Node) -> bool:
     """Whether a node may change anything but its own result. What is not known to be pure may."""
     if node.op == "call_method":
         name = str(node.target)
@@ -187,10 +187,17 @@ def _has_effect(node: Node) -> bool:
     return (
         getattr(node.target, "__name__", "") in _MODES
         or isinstance(node.target, torch._ops.HigherOrderOperator)
-        or (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable)
+        or _is_mutable(node.target)
         or is_in_place(node)
         or not node.users
     )
+
+
+def _is_mutable(op: Any) -> bool:
+    """Whether an op from torch.ops, in any of its overloads, changes an argument."""
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return any(getattr(op, name)._schema.is_mutable for name in op.overloads())
+    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
 
 
 def is_in_place(node: Node) -> bool:

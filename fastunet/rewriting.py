@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastunet import folding
-from fastunet.fx_nodes import arguments, is_image, name_of, value_of
+from fastunet.fx_nodes import arguments, has_effect, is_image, name_of, value_of
 from fastunet.patterns import Pattern, slope_of
 
 # Functions that take images in either memory format and answer in the one they get.
@@ -19,7 +19,12 @@ _FOLLOWS_FORMAT = (
     *("batch_norm", "cat", "conv2d", "conv_transpose2d", "dropout", "instance_norm", "interpolate", "leaky_relu"),
     *("max_pool2d", "pad", "prelu", "relu", "sigmoid", "silu", "softmax"),
 )
-_ELEMENTWISE = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul)
+_ELEMENTWISE = (
+    *(operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul),
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
+)
+# Marks the nodes that bring an op's images into channels_last.
+_OWN = "fastunet"
 
 
 def replace(graph_module: GraphModule, patterns: Sequence[Pattern]) -> None:
@@ -64,7 +69,9 @@ def _in_order(graph: Any, nodes: Sequence[Node]) -> list[Node]:
 def _channels_last(graph: Any, image: Node | None) -> Node | None:
     if image is None:
         return None
-    return graph.call_method("contiguous", (image,), {"memory_format": torch.channels_last})
+    node = graph.call_method("contiguous", (image,), {"memory_format": torch.channels_last})
+    node.meta[_OWN] = True
+    return node
 
 
 # --- arguments of the ops ---
@@ -175,25 +182,61 @@ def replicate_pad(x: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _restore_strides(graph: Any, made: set[Node]) -> None:
-    """Give back the strides they had before to the users of the ops' results that could tell a difference."""
+    """Give back the strides they had before to the users of the ops' results that could tell a difference.
+
+    A user gets a copy. Where something is changed in place from then on, which might have to show in both, the results
+    themselves are brought into their former strides, once and for all.
+    """
+    copies = _copies(graph, made)
+    if _something_changes_from(graph, [user for user, _ in copies if user.op != "output"]):
+        for node in filter(_was_contiguous, made):
+            users = list(node.users)
+            with graph.inserting_after(node):
+                restored = graph.call_method("contiguous", (node,))
+            for user in users:
+                user.replace_input_with(node, restored)
+        return
+    for user, source in copies:
+        with graph.inserting_before(user):
+            user.replace_input_with(source, graph.call_method("contiguous", (source,)))
+
+
+def _copies(graph: Any, made: set[Node]) -> list[tuple[Node, Node]]:
+    """(user, result) wherever what was contiguous, and is channels_last now, is used by what could tell."""
     in_channels_last = {node for node in made if _was_contiguous(node)}
-    for node in list(graph.nodes):
+    found = []
+    for node in graph.nodes:
         sources = [source for source in node.all_input_nodes if source in in_channels_last]
-        if not sources or node.target == "contiguous" or node.target is operator.getitem:
+        if not sources or _OWN in node.meta:
             continue
-        if _follows_format(node):
-            if _was_contiguous(node):
-                in_channels_last.add(node)
-        else:
-            for source in sources:
-                with graph.inserting_before(node):
-                    node.replace_input_with(source, graph.call_method("contiguous", (source,)))
+        if not _follows_format(node):
+            found += [(node, source) for source in sources]
+        elif _was_contiguous(node):
+            in_channels_last.add(node)
+    return found
+
+
+def _something_changes_from(graph: Any, nodes: Sequence[Node]) -> bool:
+    """Whether anything but the graph's own inputs may be changed in place by one of the nodes, or after the first."""
+    remaining = list(graph.nodes)[min((list(graph.nodes).index(node) for node in nodes), default=len(graph.nodes)) :]
+    return any(
+        has_effect(node) and not _is_ours(node) and not _is_input(node.args[:1])
+        for node in remaining
+        if node.op != "output"
+    )
+
+
+def _is_input(arguments_: tuple[Any, ...]) -> bool:
+    return bool(arguments_) and isinstance(arguments_[0], Node) and arguments_[0].op == "placeholder"
+
+
+def _is_ours(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == "fastunet"
 
 
 def _follows_format(node: Node) -> bool:
-    ours = getattr(node.target, "namespace", "") == "fastunet"
     elementwise = node.target in _ELEMENTWISE and all(_is_image_or_number(a) for a in node.args)
-    return ours or elementwise or name_of(node) in _FOLLOWS_FORMAT
+    return _is_ours(node) or elementwise or name_of(node) in _FOLLOWS_FORMAT
 
 
 def _is_image_or_number(argument: Any) -> bool:

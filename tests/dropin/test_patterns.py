@@ -241,6 +241,46 @@ def test_every_way_to_change_a_tensor_is_noticed(change: str) -> None:
     assert patterns.descriptions == ["conv3x3"]
 
 
+def view_then_change(y: Tensor) -> Any:
+    z = y.view(y.shape[0], -1)
+    y.add_(1)
+    return z, y
+
+
+def change_a_view(y: Tensor) -> Any:
+    y.view(y.shape[0], -1).mul_(3)
+    return y, y + 1
+
+
+def change_a_slice(y: Tensor) -> Any:
+    y[:, :2].mul_(3)
+    return y * 2
+
+
+def change_itself(y: Tensor) -> Any:
+    z = y + 0
+    y.mul_(2)
+    return z, y, y.flatten(1)
+
+
+def change_by_another(y: Tensor) -> Any:
+    y += y.flip(3)
+    y[:, 0] = 1.0
+    return y.permute(0, 2, 3, 1)
+
+
+CHANGES = (view_then_change, change_a_view, change_a_slice, change_itself, change_by_another)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_what_an_op_gives_may_be_changed_in_place(change: Callable[[Tensor], Any], training: bool) -> None:
+    """Through the result itself or what shares its memory, which a copy with other strides would not."""
+    torch.manual_seed(0)
+    net = Net(lambda m, x: change(m.norm(m.conv(x))), conv=conv(), norm=nn.BatchNorm2d(4)).train(training)
+    assert assert_same(net, X).descriptions == ["conv3x3 + batch_norm"]
+
+
 def test_statistics_move_in_the_order_they_did() -> None:
     """One batch norm after two convolutions: fused, the second's would come first."""
     torch.manual_seed(0)
