@@ -30,7 +30,7 @@ def compile(model: nn.Module, **kwargs: Any) -> Any:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
     return torch.compile(model, backend="fastunet", **kwargs)
 
 

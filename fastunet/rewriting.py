@@ -69,7 +69,8 @@ def _in_order(graph: Any, nodes: Sequence[Node]) -> list[Node]:
 def _channels_last(graph: Any, image: Node | None) -> Node | None:
     if image is None:
         return None
-    node = graph.call_method("contiguous", (image,), {"memory_format": torch.channels_last})
+    # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
+    node = graph.call_method("to", (image,), {"memory_format": torch.channels_last})
     node.meta[_OWN] = True
     return node
 

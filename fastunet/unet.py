@@ -60,7 +60,8 @@ class UNet(ReferenceUNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
+        x = x.to(memory_format=torch.channels_last)
         skip, x = modules.with_pool(self.inc, x)
         skips = [skip]
         *downs, bottom = self.downs

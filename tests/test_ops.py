@@ -260,6 +260,23 @@ def test_an_input_changed_before_backward_raises() -> None:
         y.backward(torch.randn_like(y))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 6, 5), (2, 3, 1, 1), (1, 1, 1, 1), (2, 4, 6, 5)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice of channels_last"])
+def test_memory_format_is_that_of_torchs_convolution(shape: tuple[int, ...], layout: str) -> None:
+    """Of an image of one channel, which is contiguous either way, the strides tell."""
+    x, w = torch.randn(shape), torch.randn(4, shape[1], 3, 3)
+    if layout != "contiguous":
+        x = x.to(memory_format=torch.channels_last)
+    if layout == "slice of channels_last":
+        x = F.pad(x, (0, 2)).contiguous(memory_format=torch.channels_last)[..., : shape[3]]
+    expected = F.conv2d(x, w, padding=1)
+    for grad in (False, True):
+        y = ops.conv3x3_bias_relu(x, w.requires_grad_(grad), relu=False)
+        # Nothing is ever a stride away along a side of one.
+        strides = zip(y.stride(), expected.stride(), y.shape, strict=True)
+        assert all(actual == wanted for actual, wanted, side in strides if side > 1)
+
+
 def test_statistics_may_be_changed_before_a_backward_that_does_not_read_them() -> None:
     """In training the batch's own count."""
     x, w, gamma = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 6, 5), (4, 3, 3, 3), (4,)))

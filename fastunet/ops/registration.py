@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd import Function
 
 from fastunet import dispatch
@@ -124,10 +125,13 @@ def memory_format(*tensors: Tensor | None) -> torch.memory_format:
 
 
 def suggests_channels_last(t: Tensor) -> bool:
-    """Whether torch takes a 4-D tensor for channels_last: its strides say so, and not those of a contiguous one
-    as well.
+    """Whether torch takes a 4-D tensor for channels_last: where it is contiguous either way, or neither, as torch does
+    by the order of its strides.
     """
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    is_channels_last = t.is_contiguous(memory_format=torch.channels_last)
+    if is_channels_last != t.is_contiguous():
+        return is_channels_last
+    return suggest_memory_format(t) == torch.channels_last
 
 
 def empty_in(format: torch.memory_format, like: Tensor, *shape: int) -> Tensor:

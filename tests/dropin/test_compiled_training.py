@@ -231,9 +231,10 @@ def compiles(backend: Any, *, training: bool, sizes: list[tuple[int, int]]) -> l
 SIZES = [(batch, size) for batch in (1, 2, 4, 7, 9) for size in range(64, 257, 16)]
 
 
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_no_more_compiles_than_aot_eager(training: bool) -> None:
-    sizes = SIZES[:: 7 if training else 4]
+def test_no_more_compiles_than_aot_eager(training: bool, every: int) -> None:
+    sizes = SIZES[::every]
     expected = compiles("aot_eager", training=training, sizes=sizes)
 
     def forced(graph_module: Any, inputs: Any) -> Any:
