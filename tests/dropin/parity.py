@@ -30,6 +30,12 @@ def image(model: DropInModel, height: int = 32, width: int = 32, batch: int = 2)
     return torch.randn(batch, model.channels, height, width, generator=torch.Generator().manual_seed(3))
 
 
+def large_image(model: DropInModel) -> Tensor:
+    """A batch that leaves the deepest batch norm enough values: one of two values multiplies rounding by hundreds."""
+    side = 96 if model.name.startswith("smp") else 32  # These go five levels down.
+    return image(model, side, side)
+
+
 LEVELS = (4, 8)
 # The ops of such a U-Net in training, and in inference on the CPU.
 IN_TRAINING = {"conv3x3_batch_norm_relu": 6, "conv_transpose2x2": 1, "conv1x1": 1}

@@ -11,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 from fastunet.benchmarks.drop_in_models import MODELS, DropInModel
-from parity import ALL, assert_same, assert_trains_same, built, compare, compare_grads, flat, image, patterns_of, step
+from parity import (
+    ALL,
+    assert_same,
+    assert_trains_same,
+    built,
+    compare,
+    compare_grads,
+    flat,
+    image,
+    large_image,
+    patterns_of,
+    step,
+)
 from torch import nn
 
 import fastunet
@@ -57,9 +69,7 @@ def test_the_same_numbers(model: DropInModel, training: bool) -> None:
 
 @ALL
 def test_the_same_after_three_steps(model: DropInModel) -> None:
-    # Five levels down, smaller images leave batch norms of two values, which multiply rounding by hundreds a step.
-    side = 96 if model.name.startswith("smp") else 32
-    assert_trains_same(built(model), image(model, side, side), atol=ATOL)
+    assert_trains_same(built(model), large_image(model), atol=ATOL)
 
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m.any_size], ids=lambda model: model.name)
@@ -116,20 +126,26 @@ def test_a_wrong_order_of_the_joined_inputs_is_seen(monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 @ALL
 def test_inductor_by_default(model: DropInModel) -> None:
-    """As people call it, in float32: inference and a training step, to the rounding of some thirty layers."""
-    plain, x = built(model), image(model)
+    """As people call it, in float32. Training, all of which auto leaves to inductor, to its very bits; inference to
+    the rounding of some thirty layers.
+
+    Not to eager's gradients: in float32 UnetPlusPlus's own are 4e-3 off, for a ReLU beside zero flips.
+    """
+    plain, x = built(model), large_image(model)
     for module in plain.modules():
         if isinstance(module, nn.Dropout | nn.Dropout2d):
             module.p = 0.0  # Inductor draws its own.
-    net = copy.deepcopy(plain)
     torch._dynamo.reset()
+    net, other = copy.deepcopy(plain), copy.deepcopy(plain)
     compiled: Any = torch.compile(net, backend="fastunet")
-    outputs, grads = step(plain.train(), x)
-    net.train()
-    other_outputs, other_grads = step(compiled, x)
-    compare(outputs, other_outputs, 2e-4)
-    compare_grads(grads, other_grads, 2e-3)
-    plain.eval()
+    # Inductor's backward of replication padding fails, which BasicUNet has.
+    bound = 2e-4 if model.name == "MONAI BasicUNet" else 0.0
+    expected: Any = other if bound else torch.compile(other)
+    outputs, grads = step(expected, x)
+    ours, our_grads = step(compiled, x)
+    compare(outputs, ours, bound)
+    compare_grads(grads, our_grads, 10 * bound)
     net.eval()
+    other.eval()
     with torch.no_grad():
-        compare(flat(plain(x)), flat(compiled(x)), 2e-4)
+        compare(flat(other(x)), flat(compiled(x)), 2e-4)
