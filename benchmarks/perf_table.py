@@ -91,8 +91,7 @@ def _drop_in_section(path: Path, result: Result) -> str:
         rows = []
         for row in result["rows"]:
             left = "; ".join(f"{count}: {reason.partition(':')[0]}" for reason, count in row["left"].items())
-            times = [row["ratios"].get(ours, {}).get(other) for other, ours in _DROP_IN]
-            cells = [f"{t['median']:.2f} ({t['p10']:.2f} to {t['p90']:.2f})" if t else "" for t in times]
+            cells = [_drop_in_ratio(row, other, ours) for other, ours in _DROP_IN]
             rows.append(f"| {row['name']} | {row['found']} | {row['replaced']} | {left} | {' | '.join(cells)} |")
         side, batch = settings["size"], settings["batch"]
         said = (
@@ -104,6 +103,15 @@ def _drop_in_section(path: Path, result: Result) -> str:
         return "\n".join([said, "", *header, *rows])
     except (KeyError, TypeError, AttributeError) as error:
         raise TableError(f"{path}: expected the rows of `benchmarks.drop_in`, got {error!r}") from error
+
+
+def _drop_in_ratio(row: Result, other: str, ours: str) -> str:
+    """How many times as long as ours the other takes, or which of the two could not run the model."""
+    failed = [name for name in (other, ours) if name in row["failures"]]
+    if failed:
+        return f"{' and '.join(failed)}: failed"
+    times = row["ratios"][ours][other]
+    return f"{times['median']:.2f} ({times['p10']:.2f} to {times['p90']:.2f})"
 
 
 def _conditions(path: Path, settings: Result, environment: Result) -> str:

@@ -53,11 +53,13 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
 def test_other_peoples_models(tmp_path: Path) -> None:
     settings = {"task": "inference", "size": 256, "batch": 1, "width": 32, "rounds": 15, "threads": 2}
     ratio = {"median": 1.014, "p10": 0.9, "p90": 1.1, "samples": 15}
-    row = {"name": "a net", "found": 5, "replaced": 3, "left": {"too large: why": 2}, "ratios": {"fastunet": {}}}
-    row["ratios"]["fastunet"]["eager"] = ratio
+    row = {"name": "a net", "found": 5, "replaced": 3, "left": {"too large: why": 2}}
+    row["ratios"] = {"fastunet": {"eager": ratio}}
+    row["failures"] = {"inductor": "strides", "fastunet.compile": "too", "inductor channels_last": "as well"}
     result = {"environment": RESULT["environment"], "settings": settings, "rows": [row]}
     text = perf_table.generate(write(tmp_path, "cpu/drop_in_inference.json", result))
-    assert "| a net | 5 | 3 | 2: too large | 1.01 (0.90 to 1.10) |  |  |" in text
+    failed = "inductor: failed | inductor channels_last and fastunet.compile: failed"
+    assert f"| a net | 5 | 3 | 2: too large | 1.01 (0.90 to 1.10) | {failed} |" in text
     assert "32 channels in the first level, images of 256x256" in text
     with pytest.raises(TableError, match=r"drop_in_inference\.json"):
         perf_table.generate(write(tmp_path, "cpu/drop_in_inference.json", {**result, "rows": [{}]}))
