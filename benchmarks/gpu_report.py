@@ -180,14 +180,9 @@ def make_report(
 
 def _search(settings: Settings, budget: Budget, folder: Path, save: Callable[[list[Row]], None]) -> None:
     """Search for configurations as long as there is time; what is found goes into the GPU's table in the folder."""
-    from .search import tune_steps  # Late: without kernels installed, `main` says what to do.
-    from .tune import table_name, write_table
+    from .tune import measure_table, table_name  # Late: without kernels installed, `main` says what to do.
 
-    def save_both(rows: list[Row]) -> None:
-        write_table(folder / table_name(settings.device), rows, settings.device)
-        save(rows)
-
-    measure(settings, tune_steps(settings), Worker(settings), budget, save_both)
+    measure_table(settings, folder / table_name(settings.device), budget, save)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

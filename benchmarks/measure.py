@@ -27,11 +27,12 @@ def _measured(settings: Settings, step: Step, row: Row) -> Row:
     if step.kind == "parity":
         return _parity(settings, step, row)
     # Late: a commit that is compared with this one may lack what these measure beyond its ops.
+    from .margins import margin
     from .search import search
     from .times import clock_check, layer_times, net_times, roofs
 
-    if step.kind == "tune":
-        return search(settings, step)
+    if step.kind in ("tune", "margin"):
+        return (search if step.kind == "tune" else margin)(settings, step)
     times = {"layer": layer_times, "net": net_times, "roofs": roofs, "clock": clock_check}
     return times[step.kind](settings, step, row)
 

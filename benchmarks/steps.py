@@ -25,7 +25,8 @@ class Settings:
     """What is measured: the device, the net UNet(in_channels, out_channels, features=features), its images.
 
     rounds: samples of each time. seconds: after which a timing takes no further sample. steady_seconds: for which a
-    net runs without a break.
+    net runs without a break. table: the file of measured configurations that margins are measured with, None for the
+    one of the GPU.
     """
 
     device: str = "cuda"
@@ -37,6 +38,7 @@ class Settings:
     rounds: int = 50
     seconds: float = 3.0
     steady_seconds: float = 2.0
+    table: str | None = None
 
     def layers(self) -> list[Layer]:
         """Of the net, for its images."""
@@ -50,7 +52,7 @@ class Step:
 
     "parity": name is the case's number, variant the number format. "layer": the layer; the direction, or COMPILED for
     forward beside what torch.compile makes of it. "net": the task; variant empty or one of COMPILED_NETS. "tune": the
-    layer, and which of its kernels. "roofs": the device's.
+    layer, and which of its kernels. "margin": one of margin_cases, and the task. "roofs": the device's.
     "clock": the layer that is timed by another timer too.
     """
 

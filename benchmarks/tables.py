@@ -58,6 +58,7 @@ def render(report: Report) -> str:
     parts += ["## Parity with float64", _parity_table([row for row in rows if row["kind"] == "parity"])]
     parts += ["## The timer beside CuPy's", _clock_table([row for row in rows if row["kind"] == "clock"])]
     parts += ["## Configurations measured", _tune_table([row for row in rows if row["kind"] == "tune"])]
+    parts += ["## Layers beside ATen", _margin_table([row for row in rows if row["kind"] == "margin"])]
     parts += ["## Tests on the GPU", _tests(report["tests"])]
     return "\n\n".join(parts) + "\n"
 
@@ -142,13 +143,22 @@ def _tune_table(rows: Sequence[Row]) -> str:
     for row in rows:
         entry = row.get("entry", {})
         config = " ".join(f"{key}={value}" for key, value in entry.get("config", {}).items())
-        margins = [
-            f"{row[key]['median']:.2f} [{row[key]['p10']:.2f}, {row[key]['p90']:.2f}]" if key in row else ""
-            for key in ("margin_over_derived", "margin_over_aten")
-        ]
+        margins = [_margin(row, key) for key in ("margin_over_derived", "margin_over_aten")]
         dropped = str(len(row["dropped"])) if "dropped" in row else ""
         lines.append([row["name"], row["variant"], config, *margins, str(row.get("tried", "")), dropped, _note(row)])
     return table(["layer", "kernel", "config", "derived / it", "aten / it", "tried", "dropped", "note"], lines)
+
+
+def _margin_table(rows: Sequence[Row]) -> str:
+    """A line for each layer as a net runs it: `auto` takes our kernels where ATen takes longer at p10."""
+    lines = [
+        [row["name"], row["variant"], _margin(row.get("layer", {}), "margin_over_aten"), _note(row)] for row in rows
+    ]
+    return table(["layer", "task", "aten / ours", "note"], lines)
+
+
+def _margin(row: Row, key: str) -> str:
+    return f"{row[key]['median']:.2f} [{row[key]['p10']:.2f}, {row[key]['p90']:.2f}]" if key in row else ""
 
 
 def _clock_table(rows: Sequence[Row]) -> str:

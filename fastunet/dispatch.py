@@ -1,8 +1,9 @@
 """The only place that picks an implementation, with its reason.
 
-`auto` is for what has been measured faster. No Triton kernel has been measured yet, so on CUDA it runs ATen (cuDNN). On
-the CPU, inference runs oneDNN with weights prepared once, and the rest ATen. The choice is process-wide: autograd runs
-CUDA backwards in threads of its own, which see no context variable.
+`auto` is for what has been measured faster. On CUDA that is what the GPU's table of measurements says of a layer, its
+size included: a kernel that lost there, or was not measured, leaves the layer to ATen (cuDNN). On the CPU, inference
+runs oneDNN with weights prepared once, and the rest ATen. The choice is process-wide: autograd runs CUDA backwards in
+threads of its own, which see no context variable.
 """
 
 from __future__ import annotations
@@ -88,17 +89,19 @@ def selected_backend() -> str:
     return _selected
 
 
-def choose(op: str, x: Tensor, *, frozen: Tensor | None = None) -> Choice:
-    """Which implementation runs `op` on an activation like x (its device, dtype and shape count, never its values).
+def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool = False) -> Choice:
+    """Which implementation runs `op` on an activation like x (its device, dtype and shape count, never its values, nor
+    the number of images: an image's result is the same in any batch).
 
-    frozen: the op's weight where it is used for inference, so that it is worth preparing once.
+    weight: the op's, of which the same holds; without it nothing is known to be faster. training: there is to be a
+    backward, or this is it. A weight is worth preparing where there is none.
     """
     if _selected == "aten":
         return Choice("aten", "backend is set to aten")
-    if _selected == "auto" and op in ONEDNN_OPS and frozen is not None and x.device.type == "cpu":
-        if _onednn_takes(op, x, frozen):
+    if _selected == "auto" and op in ONEDNN_OPS and weight is not None and not training and x.device.type == "cpu":
+        if _onednn_takes(op, x, weight):
             return Choice("onednn", "inference on the CPU: weights folded and packed once")
-        if frozen.dtype == torch.bfloat16:
+        if weight.dtype == torch.bfloat16:
             return Choice("aten", "weights in bfloat16 are not prepared: keep them in float32, under autocast")
     if op not in TRITON_OPS:
         return Choice("aten", "no Triton kernel for this op")
@@ -109,7 +112,26 @@ def choose(op: str, x: Tensor, *, frozen: Tensor | None = None) -> Choice:
         return Choice("triton", "backend is set to triton")
     if obstacle is not None:
         return Choice("aten", obstacle)
-    return Choice("aten", "no measurement of the Triton kernel on this kind of device yet")
+    return _faster(op, x, weight, training)
+
+
+def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice:
+    """What the table of measurements on x's device says."""
+    sizes = [*x.shape[1:], *(() if weight is None else weight.shape[:2])]
+    if x.dim() != 4 or not all(isinstance(size, int) for size in sizes):
+        return Choice("aten", "which is faster depends on the size of the layer, and that is open here")
+    if x.device.type == "cuda" and not torch.cuda.is_available():
+        return Choice("aten", "there is no such GPU here, and so no measurement on it")
+    from fastunet.kernels import gpu, tuning
+
+    name = gpu.target(x.device).name
+    layer = tuning.layer(op, x, weight, training=training)
+    margin = tuning.margin(layer, x.dtype, tf32_allowed(), name)
+    if margin is None:
+        return Choice("aten", f"the Triton kernel is not measured for this layer on {name}")
+    if margin < 1:
+        return Choice("aten", f"measured on {name}: the Triton kernel is {1 / margin:.2f} times as slow")
+    return Choice("triton", f"measured on {name}: {margin:.2f} times as fast as ATen")
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

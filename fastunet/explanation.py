@@ -165,4 +165,4 @@ class _Recorder(TorchDispatchMode):
 
     def _choice(self, op: str, x: Tensor, args: Any) -> dispatch.Choice:
         # The fake parameters ask for no gradient, as the model's do where gradients are recorded.
-        return dispatch.choose(op, x) if torch.is_grad_enabled() else choice_for(op, x, args)
+        return choice_for(op, x, args, training=torch.is_grad_enabled())

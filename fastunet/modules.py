@@ -83,7 +83,7 @@ class Up(reference.Up):
             and _is_inference(norm)
             and not _has_hooks(self.conv)
             and all(s // 2 == n for s, n in zip(skip.shape[2:], low.shape[2:], strict=True))
-            and dispatch.choose(JOINED_UP, skip, frozen=conv.weight).implementation == "onednn"
+            and dispatch.choose(JOINED_UP, skip, conv.weight).implementation == "onednn"
         )
 
     def _composed(self, low: Tensor, skip: Tensor) -> Tensor:

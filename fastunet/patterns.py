@@ -131,15 +131,15 @@ class _Search:
             pattern.reason = f"the op would run on ATen here: {choice.reason}"
 
     def _choice(self, op: Any, pattern: Pattern) -> dispatch.Choice:
-        """What dispatch chooses for the anchor's own result: it has the dtype that autocast gives."""
+        """What dispatch chooses for the anchor's image, in the dtype of its result, which is that autocast gives."""
         norm_trains = pattern.norm is not None and arguments(pattern.norm).get("training", False)
         weight = arguments(pattern.anchor).get("weight")
-        frozen = None if weight is None or norm_trains or _has_gradient(pattern) else value_of(weight)
-        image = value_of(pattern.anchor)
-        if self.device is not None:
-            with image.fake_mode:
-                image = torch.empty(image.shape, dtype=image.dtype, device=self.device)
-        return dispatch.choose(op, image, frozen=frozen)
+        result = value_of(pattern.anchor)
+        with result.fake_mode:
+            shape = value_of(arguments(pattern.anchor)["input"]).shape
+            image = torch.empty(shape, dtype=result.dtype, device=self.device or result.device)
+        training = norm_trains or _has_gradient(pattern)
+        return dispatch.choose(op, image, None if weight is None else value_of(weight), training=training)
 
     def _take(self, pattern: Pattern, **nodes: Node) -> bool:
         """Let pattern have these nodes too, each in its role, if it can still be computed in one step."""

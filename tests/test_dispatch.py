@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from fastunet.kernels import gpu, tuning
 
 import fastunet
 from fastunet import dispatch
@@ -116,3 +120,59 @@ def test_explain_shows_what_is_not_fastunets() -> None:
     rows = fastunet.explain(net, torch.zeros(1, 1, 16, 16)).rows
     assert (rows[0].layer, rows[0].op, rows[0].reason) == ("0", "convolution", "not one of fastunet's ops")
     assert all(row.op in ("conv3x3_batch_norm_relu", "conv_transpose2x2", "conv1x1") for row in rows[1:])
+
+
+HOPPER = gpu.known_target(90)
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Path]]:
+    """A GPU where a convolution of 8 channels to 16 on images of 32x24 was measured, with this margin over ATen."""
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda *_: None)
+    monkeypatch.setattr(gpu, "target", lambda _: HOPPER)
+    path = tmp_path / "table.json"
+
+    def write(p10: float) -> Path:
+        layer = tuning.layer("conv3x3_bias_relu", torch.empty(1, 8, 32, 24), torch.empty(16, 8, 3, 3), training=True)
+        row = tuning.as_layer_row(layer, torch.float32, dispatch.tf32_allowed()) | {
+            "margin_over_aten": {"median": 9.0, "p10": p10}
+        }
+        path.write_text(json.dumps({"gpu": HOPPER.name, "configs": [], "layers": [row]}))
+        return path
+
+    with fastunet.backend("auto"):
+        yield write
+
+
+def test_auto_takes_what_was_measured_faster_and_nothing_else(measured: Callable[[float], Path]) -> None:
+    x, weight = torch.empty(5, 8, 32, 24), torch.empty(16, 8, 3, 3)
+
+    def choose(x: torch.Tensor = x, *, training: bool = True) -> dispatch.Choice:
+        return dispatch.choose("conv3x3_bias_relu", x, weight, training=training)
+
+    with tuning.reading(measured(1.25)):
+        assert choose() == dispatch.Choice("triton", "measured on sm_90: 1.25 times as fast as ATen")
+        assert choose(x[:1]).implementation == "triton", "in any batch"
+        for other in (choose(x[:, :, 1:]), choose(x.half())):
+            assert other == dispatch.Choice("aten", "the Triton kernel is not measured for this layer on sm_90")
+        assert choose(training=False).implementation == "onednn", "on this CPU"
+        assert "size of the layer" in choose(torch.empty(0)).reason
+    with tuning.reading(measured(0.5)):
+        assert choose() == dispatch.Choice("aten", "measured on sm_90: the Triton kernel is 2.00 times as slow")
+
+
+def test_explain_and_a_compiled_graph_choose_by_the_table(measured: Callable[[float], Path]) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.Conv2d(16, 8, 3, padding=1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).relu()).relu()
+
+    with tuning.reading(measured(1.25)):
+        rows = fastunet.explain(Net().train(), torch.zeros(5, 8, 32, 24)).rows
+    assert [(row.layer, row.implementation, row.replaced_by) for row in rows] == [
+        ("first", "triton", "conv3x3_bias_relu"),
+        ("second", "inductor", ""),
+    ]

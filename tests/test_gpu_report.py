@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from fake_clock import FakeClock
-from fastunet.benchmarks import gpu_report, measure, opponents, parity, schedule, search, worker
+from fastunet.benchmarks import gpu_report, measure, opponents, parity, schedule, search, tune, worker
 from fastunet.benchmarks.bounds import Bounded, pool_grad
 from fastunet.benchmarks.layers import meta_unet, unet_layers
+from fastunet.benchmarks.margins import margin_steps
 from fastunet.benchmarks.steps import COMPILED, COMPILED_NETS, Settings, Step, all_steps, describe, layer_of
 from fastunet.benchmarks.tables import render, summarise
 from fastunet.kernels import gpu, tuning
@@ -299,18 +300,26 @@ def test_what_the_search_finds_goes_into_the_table(
                 subject = search.subject_of(layer, step.variant, gpu.INTERPRETER)
                 chosen = subject.candidates[0]
                 row["entry"] = tuning.as_row(subject.op, subject.shape, torch.bfloat16, False, chosen)
+            if step.kind == "margin":
+                layer = tuning.MeasuredLayer(step.name, (8, 4), 8, 8, step.variant == "training")
+                margin = {"median": 1.5, "p10": 1.2, "p90": 2.0, "samples": 5}
+                row["layer"] = tuning.as_layer_row(layer, torch.bfloat16, False) | {"margin_over_aten": margin}
             return row
 
-    monkeypatch.setattr(gpu_report, "Worker", Searching)
+    for module in (gpu_report, tune):
+        monkeypatch.setattr(module, "Worker", Searching)
     monkeypatch.setattr(gpu_report.dispatch, "triton_obstacle", lambda *_: None)
     folder = tmp_path / "tuned" if is_tuned else tmp_path
     report = gpu_report.make_report(TINY, tmp_path, 3.0, tuned=tmp_path / "tuned" if is_tuned else None)
     table = json.loads((folder / "interpreter.json").read_text())
     searched = [row for row in report["rows"] if row["kind"] == "tune"]
     assert len(table["configs"]) == len(searched) == len(search.tune_steps(TINY))
+    assert len(table["layers"]) == len(margin_steps(TINY)) > 30
     assert table["gpu"] == "interpreter"
     assert json.loads((tmp_path / "gpu_report.json").read_text())["rows"] == report["rows"]
-    assert "| inc.c2 | forward | tile_h=" in (tmp_path / "gpu_report.md").read_text()
+    text = (tmp_path / "gpu_report.md").read_text()
+    assert "| inc.c2 | forward | tile_h=" in text
+    assert "| inc.c2 conv3x3_batch_norm_relu_pool | training | 1.50 [1.20, 2.00] |" in text
 
 
 def test_the_names_of_compiled_nets_are_those_of_opponents() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from fastunet.benchmarks import measure, parity, search
+from fastunet.benchmarks import margins, measure, parity, search
 from fastunet.benchmarks.steps import Settings, Step
-from fastunet.kernels import config, config_search, gpu
+from fastunet.kernels import config, config_search, gpu, tuning
 from kernel_device import DEVICE, INTERPRETED, MARK
+
+from fastunet import dispatch
 
 pytestmark = MARK
 SMALL = Settings(device=DEVICE.type, size=16, batch=2, features=(8, 16), rounds=2, steady_seconds=0.05)
@@ -94,3 +98,60 @@ def test_other_forms_are_timed_if_they_are_right(monkeypatch: pytest.MonkeyPatch
     assert not {"triton, wrong form", "triton, broken form"} & set(row["times"])
     assert row["absent"]["triton, wrong form"].startswith("parity failed")
     assert row["absent"]["triton, broken form"]
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("inc.c2 conv3x3_bias_relu_pool", "inference"),
+        ("up1.c1 concat_conv3x3_batch_norm_relu", "training"),
+        ("up1.c2 conv3x3_relu_conv1x1", "inference"),
+        ("outc segmentation_sums", "training"),
+        pytest.param("inc.c2 conv3x3_batch_norm_relu_pool", "inference", marks=pytest.mark.slow),
+        pytest.param("up1.c1 concat_conv3x3_instance_norm_relu", "training", marks=pytest.mark.slow),
+        pytest.param("up1.up conv_transpose2x2", "training", marks=pytest.mark.slow),
+        pytest.param("outc conv1x1", "training", marks=pytest.mark.slow),
+    ],
+)
+def test_auto_goes_by_the_margin_that_is_measured(
+    name: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The op looks for its margin where the measurement has left it, forward and backward."""
+    row = measure.run_step(SMALL, Step("margin", name, task))
+    assert row["status"] == "ok", row["reason"]
+    assert row["layer"]["margin_over_aten"]["median"] > 0
+    monkeypatch.setattr(dispatch, "ONEDNN_OPS", ())  # A CPU's own choice in inference.
+    launches: list[gpu.Launch] = []
+    run = gpu.Launch.run
+    monkeypatch.setattr(gpu.Launch, "run", lambda launch, device: (launches.append(launch), run(launch, device)))
+    case = margins.margin_cases(SMALL)[name]
+    options = {**case.options, **({"training": task == "training"} if "training" in case.options else {})}
+    case = dataclasses.replace(case, options=options)
+    inputs = parity.make_inputs(case.shapes, torch.bfloat16, DEVICE)
+    counts = []
+    for p10 in (1.5, 0.5):
+        row["layer"]["margin_over_aten"]["p10"] = p10
+        path = tmp_path / "table.json"
+        path.write_text(json.dumps({"configs": [], "layers": [row["layer"]]}))
+        with tuning.reading(path):
+            call = margins.run_of(case, inputs, "auto", task == "training")
+            launches.clear()
+            call()
+        counts.append(len(launches))
+    # These two do not know in their forward whether there will be a backward: it goes by inference.
+    keeps = not name.endswith(("conv1x1", "segmentation_sums"))
+    assert counts[0] >= (2 if task == "training" and keeps else 1)
+    assert counts[1] == 0
+
+
+def test_no_margin_of_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = gpu.Launch.run
+
+    def spoilt(launch: gpu.Launch, device: torch.device) -> None:
+        run(launch, device)
+        launch.arguments["head_ptr"].mul_(1.5)
+
+    monkeypatch.setattr(gpu.Launch, "run", spoilt)
+    row = measure.run_step(SMALL, Step("margin", "up1.c2 conv3x3_relu_conv1x1", "inference"))
+    assert row["status"] == "parity failed"
+    assert "layer" not in row

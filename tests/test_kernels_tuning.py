@@ -25,9 +25,9 @@ def choose(
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the table of HOPPER is read from."""
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
-    tuning._table.cache_clear()
+    tuning._table_of.cache_clear()
     yield tuning.table_path(HOPPER.name)
-    tuning._table.cache_clear()
+    tuning._table_of.cache_clear()
 
 
 def test_a_row_overrides_its_own_shape_dtype_and_gpu_alone(table: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_row_overrides_its_own_shape_dtype_and_gpu_alone(table: Path) -> None:
     before = choose(other_shape), choose(dtype=other_dtype), choose(target=gpu.known_target(100))
     winner = dataclasses.replace(derived, tile_h=16, num_warps=8)
     table.write_text(json.dumps({"configs": [tuning.as_row("conv3x3", SHAPE, torch.bfloat16, False, winner)]}))
-    tuning._table.cache_clear()
+    tuning._table_of.cache_clear()
     assert choose() == winner != derived
     assert (choose(other_shape), choose(dtype=other_dtype), choose(target=gpu.known_target(100))) == before
 
@@ -47,7 +47,7 @@ def test_rows_of_the_weight_gradient(table: Path) -> None:
     table.write_text(
         json.dumps({"configs": [tuning.as_row("conv3x3_weight_grad", SHAPE, torch.float32, True, winner)]})
     )
-    tuning._table.cache_clear()
+    tuning._table_of.cache_clear()
     assert config.weight_grad_config(SHAPE, torch.float32, HOPPER, allow_tf32=True) == winner
     assert config.weight_grad_config(SHAPE, torch.float32, HOPPER, allow_tf32=False) != winner
 
@@ -77,3 +77,40 @@ def test_tables_in_the_package_can_be_read() -> None:
 
 def test_names_of_tables() -> None:
     assert tuning.table_path("NVIDIA H100 80GB HBM3").name == "nvidia_h100_80gb_hbm3.json"
+
+
+IMAGE, WEIGHT = torch.empty(7, 64, 512, 256), torch.empty(32, 64, 3, 3)
+LAYER = tuning.layer("conv3x3_bias_relu", IMAGE, WEIGHT, training=True)
+
+
+def layer_row(p10: float) -> dict:
+    return tuning.as_layer_row(LAYER, torch.bfloat16, False) | {"margin_over_aten": {"median": 2.0, "p10": p10}}
+
+
+def test_a_margin_is_of_its_own_layer_alone(table: Path) -> None:
+    """The lowest of its rows', with pooling and without: whatever the batch, but in no other size, dtype or task."""
+    table.write_text(json.dumps({"configs": [], "layers": [layer_row(1.75), layer_row(1.25), layer_row(1.5)]}))
+    tuning._table_of.cache_clear()
+    assert tuning.margin(LAYER, torch.bfloat16, False, HOPPER.name) == 1.25
+    assert tuning.layer("conv3x3_bias_relu", IMAGE[:2], WEIGHT, training=True) == LAYER
+    others = [
+        tuning.layer("conv3x3_bias_relu", IMAGE, WEIGHT, training=False),
+        tuning.layer("conv3x3_bias_relu", IMAGE, WEIGHT[:16], training=True),
+        tuning.layer("conv3x3_bias_relu", IMAGE[..., 1:], WEIGHT, training=True),
+        tuning.layer("conv3x3_bias_relu", IMAGE[:, :, 1:], WEIGHT, training=True),
+        tuning.layer("conv3x3_batch_norm_relu", IMAGE, WEIGHT, training=True),
+        tuning.layer("max_pool2x2", IMAGE, None, training=True),
+    ]
+    for other in others:
+        assert tuning.margin(other, torch.bfloat16, False, HOPPER.name) is None, other
+    assert tuning.margin(LAYER, torch.float16, False, HOPPER.name) is None
+    assert tuning.margin(LAYER, torch.bfloat16, False, "another GPU") is None
+
+
+def test_a_table_is_read_in_place_of_the_gpus(table: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    for p10 in (1.25, 0.75):  # Anew at each time.
+        other.write_text(json.dumps({"configs": [], "layers": [layer_row(p10)]}))
+        with tuning.reading(other):
+            assert tuning.margin(LAYER, torch.bfloat16, False, HOPPER.name) == p10
+    assert tuning.margin(LAYER, torch.bfloat16, False, HOPPER.name) is None

@@ -99,7 +99,7 @@ def test_the_launchers_take_what_the_table_says(
     winner = subject.candidates[-1]
     row = {"name": name, "entry": tuning.as_row(subject.op, subject.shape, torch.bfloat16, False, winner)}
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
-    tuning._table.cache_clear()
+    tuning._table_of.cache_clear()
     tuning.table_path(HOPPER.name).write_text(json.dumps(tune.table([row], HOPPER.name, {"commit": "abc"})))
     tensors = [meta(*layer.shapes[each]) for each in ("x", "skip", "up") if each in layer.shapes]
     x, up = (*tensors, None)[:2]
@@ -115,7 +115,7 @@ def test_the_launchers_take_what_the_table_says(
         blocks = {key: value for key, value in chosen.arguments.items() if key.startswith("BLOCK")}
         assert (chosen.num_warps, chosen.num_stages) == (winner.num_warps, winner.num_stages)
         assert blocks == {key.upper(): value for key, value in vars(winner).items() if key.startswith("block")}
-    tuning._table.cache_clear()
+    tuning._table_of.cache_clear()
 
 
 def test_a_table_keeps_the_rows_of_other_shapes() -> None:

@@ -42,7 +42,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    if dispatch.choose(NAME, x).implementation == "triton":
+    if dispatch.choose(NAME, x, weight).implementation == "triton":
         y = _forward_triton(x, weight, bias, activation)
     else:
         y = _activate(F.conv2d(x, weight, bias), activation)
@@ -74,7 +74,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, activation: str | None, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias."""
-    if dispatch.choose(NAME, x).implementation == "triton":
+    if dispatch.choose(NAME, x, weight, training=True).implementation == "triton":
         return _backward_triton(grad, x, weight, y, activation, mask)
     if activation == "sigmoid":
         grad = aten.sigmoid_backward(grad, y)
@@ -133,6 +133,7 @@ _op = define(
     implementation=_forward,
     fake=_forward_fake,
     autograd=Conv1x1,
+    weight=lambda *args: (args[1], False),
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, str? activation, bool[] mask) "

@@ -155,14 +155,13 @@ def _forward(
     eval) its statistics.
     """
     format = memory_format(x, up, weight)
-    if runs_on_triton(NAME, x):
+    if runs_on_triton(NAME, x, weight, training=training or keep):
         arguments = (x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, keep)
         y, pooled, raw, mean, invstd = _forward_triton(*arguments)
         images = (t if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw))
         y, pooled, raw = (none_like(x) if t is None else t for t in images)
         return y, pooled, raw, mean, invstd
-    frozen = _frozen(weight, training, keep)
-    if dispatch.choose(NAME, x, frozen=frozen).implementation == "onednn":
+    if dispatch.choose(NAME, x, weight, training=training or keep).implementation == "onednn":
         norm = onednn.norm_of(running_mean, running_var, gamma, eps)
         y = onednn.conv3x3(x, up, weight, beta, norm, slope).contiguous(memory_format=format)
         pooled = F.max_pool2d(y, 2) if pool else none_like(x)
@@ -181,11 +180,6 @@ def _no_statistics(gamma: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Stand for mean and invstd of a batch where running ones were taken."""
     dtype = statistics_dtype(gamma, like)
     return like.new_empty(0, dtype=dtype), like.new_empty(0, dtype=dtype)
-
-
-def _frozen(weight: Tensor, training: bool, keep: bool) -> Tensor | None:
-    """The weight, where the op is inference."""
-    return None if training or keep else weight
 
 
 def _forward_triton(
@@ -278,7 +272,7 @@ def _backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up, weight, gamma, beta."""
-    if runs_on_triton(NAME, x):
+    if runs_on_triton(NAME, x, weight, training=True):
         statistics = (mean[None], invstd[None])
         if not training:
             assert running_mean is not None
@@ -354,7 +348,7 @@ class Conv3x3BatchNormRelu(Function):
         x, up, weight, gamma, beta, running_mean, running_var, training, _, eps, slope, pool, _ = args
         y, pooled, raw, mean, invstd = below_autograd(_op, *args[:-1], True)
         # Our kernels find y again from raw, in registers.
-        kept = y if (pool or slope is not None) and not runs_on_triton(NAME, x) else None
+        kept = y if (pool or slope is not None) and not runs_on_triton(NAME, x, weight, training=True) else None
         # Those that training moves may move again before its backward, which does not read them.
         running = (None, None) if training else (running_mean, running_var)
         ctx.save_for_backward(x, up, weight, gamma, beta, *running, raw, mean, invstd, kept)
@@ -382,7 +376,7 @@ _op = define(
     implementation=_forward,
     fake=_forward_fake,
     autograd=Conv3x3BatchNormRelu,
-    frozen=lambda *args: _frozen(args[2], args[7], args[-1]),
+    weight=lambda *args: (args[2], args[7] or args[-1]),
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? gamma, "

@@ -146,7 +146,7 @@ def _forward(
     grad_is_ready: y's gradient comes from such an op, already carried through this one's activation.
     keep: there will be a backward.
     """
-    implementation = dispatch.choose(NAME, x, frozen=None if keep else weight).implementation
+    implementation = dispatch.choose(NAME, x, weight, training=keep).implementation
     if implementation == "triton":
         y, pooled = _forward_triton(x, up, weight, bias, slope, pool)
     else:
@@ -212,7 +212,7 @@ def _backward(
     input_slope: float | None,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if dispatch.choose(NAME, x).implementation == "triton":
+    if dispatch.choose(NAME, x, weight, training=True).implementation == "triton":
         return _backward_triton(grad_y, grad_pooled, x, up, weight, y, slope, input_slope, mask)
     grad = epilogue_grad(grad_y, grad_pooled, y, slope)
     grads = conv_backward(grad, x, up, weight, mask)
@@ -354,7 +354,7 @@ _op = define(
     implementation=_forward,
     fake=_forward_fake,
     autograd=Conv3x3BiasRelu,
-    frozen=lambda *args: None if args[-1] else args[2],
+    weight=lambda *args: (args[2], args[-1]),
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? y, "

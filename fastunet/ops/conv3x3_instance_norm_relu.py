@@ -115,14 +115,14 @@ def _forward(
     its statistics.
     """
     format = memory_format(x, up, weight)
-    if runs_on_triton(NAME, x):
+    if runs_on_triton(NAME, x, weight, training=keep):
         y, pooled, raw, mean, invstd = forward_triton(
             x, up, weight, gamma, beta, slope, pool, groups=x.shape[0], eps=eps
         )
         images = (t if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw if keep else None))
         y, pooled, raw = (none_like(x) if t is None else t for t in images)
         return y, pooled, raw, mean, invstd
-    if dispatch.choose(NAME, x, frozen=None if keep else weight).implementation == "onednn":
+    if dispatch.choose(NAME, x, weight, training=keep).implementation == "onednn":
         raw = onednn.conv3x3(x, up, weight, None, None, None)
     else:
         raw = convolve(x, up, weight)
@@ -176,7 +176,7 @@ def _backward(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, up, weight, gamma, beta."""
-    if runs_on_triton(NAME, x):
+    if runs_on_triton(NAME, x, weight, training=True):
         return backward_triton(
             *(grad_y, grad_pooled, x, up, weight, gamma, beta, raw, (mean, invstd), slope, mask), statistics_given=False
         )
@@ -242,7 +242,7 @@ class Conv3x3InstanceNormRelu(Function):
         x, up, weight, gamma, beta, _, slope, pool, _ = args
         y, pooled, raw, mean, invstd = below_autograd(_op, *args[:-1], True)
         # Our kernels find y again from raw, in registers.
-        kept = y if (pool or slope is not None) and not runs_on_triton(NAME, x) else None
+        kept = y if (pool or slope is not None) and not runs_on_triton(NAME, x, weight, training=True) else None
         ctx.save_for_backward(x, up, weight, gamma, beta, raw, mean, invstd, kept)
         ctx.slope, ctx.pool = slope, pool
         ctx.set_materialize_grads(False)
@@ -264,7 +264,7 @@ _op = define(
     implementation=_forward,
     fake=_forward_fake,
     autograd=Conv3x3InstanceNormRelu,
-    frozen=lambda *args: None if args[-1] else args[2],
+    weight=lambda *args: (args[2], args[-1]),
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? gamma, "

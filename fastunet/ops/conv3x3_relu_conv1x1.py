@@ -63,7 +63,7 @@ def _forward(
 ) -> Tensor:
     format = memory_format(x, weight)
     given = (x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
-    implementation = dispatch.choose(NAME, x, frozen=weight).implementation
+    implementation = dispatch.choose(NAME, x, weight).implementation
     if implementation == "triton":
         return _forward_triton(*given).contiguous(memory_format=format)
     if implementation == "onednn":
@@ -126,6 +126,6 @@ _op = define(
     "float? slope, Tensor head_weight, Tensor? head_bias, bool sigmoid) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
-    frozen=lambda *args: args[1],
+    weight=lambda *args: (args[1], False),
 )
 define_autocast(_op, cast=(0, 8, 9), parameters=(1,))

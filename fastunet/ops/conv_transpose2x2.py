@@ -39,7 +39,7 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
     """keep: there will be a backward."""
-    implementation = dispatch.choose(NAME, x, frozen=None if keep else weight).implementation
+    implementation = dispatch.choose(NAME, x, weight, training=keep).implementation
     if implementation == "triton":
         y = _forward_triton(x, weight, bias)
     elif implementation == "onednn":
@@ -62,7 +62,7 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) ->
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias."""
-    if dispatch.choose(NAME, x).implementation == "triton":
+    if dispatch.choose(NAME, x, weight, training=True).implementation == "triton":
         return _backward_triton(grad, x, weight, mask)
     return convolution_grads(grad, x, weight, mask, stride=2, transposed=True)
 
@@ -103,7 +103,7 @@ _op = define(
     implementation=_forward,
     fake=_forward_fake,
     autograd=ConvTranspose2x2,
-    frozen=lambda *args: None if args[-1] else args[1],
+    weight=lambda *args: (args[1], args[-1]),
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor grad, Tensor x, Tensor weight, bool[] mask) -> (Tensor, Tensor, Tensor)",

@@ -65,7 +65,7 @@ def _forward(
     slope: float | None,
 ) -> Tensor:
     format = memory_format(skip, low, weight)
-    if dispatch.choose(NAME, skip, frozen=weight).implementation == "onednn":
+    if dispatch.choose(NAME, skip, weight).implementation == "onednn":
         norm = onednn.norm_of(mean, variance, gamma, eps)
         y = onednn.conv_transpose2x2_concat_conv3x3(skip, low, up_weight, up_bias, weight, bias, norm, slope)
         return y.contiguous(memory_format=format)
@@ -104,6 +104,6 @@ _op = define(
     "Tensor? variance, Tensor? gamma, float eps, float? slope) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
-    frozen=lambda *args: args[4],
+    weight=lambda *args: (args[4], False),
 )
 define_autocast(_op, cast=(0, 1), parameters=(2, 3, 4))

@@ -44,7 +44,7 @@ def _forward_fake(x: Tensor) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor) -> Tensor:
-    triton = dispatch.choose(NAME, x).implementation == "triton"
+    triton = dispatch.choose(NAME, x, training=True).implementation == "triton"
     return strided_like(_backward_triton(grad, x) if triton else epilogue_grad(None, grad, x, None), x)
 
 

@@ -9,9 +9,12 @@ from fastunet.ops.conv3x3_bias_relu import conv_backward_triton
 from fastunet.ops.registration import none_like
 
 
-def runs_on_triton(op: str, x: Tensor) -> bool:
-    """Whether our kernels run the op. An empty batch, whose statistics are torch's business, stays with ATen."""
-    return dispatch.choose(op, x).implementation == "triton" and x.numel() > 0
+def runs_on_triton(op: str, x: Tensor, weight: Tensor, *, training: bool) -> bool:
+    """Whether our kernels run the op; training: there is to be a backward, or statistics of a batch.
+
+    An empty batch, whose statistics are torch's business, stays with ATen.
+    """
+    return dispatch.choose(op, x, weight, training=training).implementation == "triton" and x.numel() > 0
 
 
 def forward_triton(

@@ -22,8 +22,8 @@ from fastunet import dispatch
 NAMESPACE = "fastunet"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-# By op, what finds the weight among its arguments that may be prepared once: none where a gradient is asked for.
-_FROZEN: dict[str, Callable[..., Tensor | None]] = {}
+# By op, what finds its weight among its arguments, and whether they say that there will be a backward.
+_WEIGHT: dict[str, Callable[..., tuple[Tensor | None, bool]]] = {}
 
 
 def define(
@@ -32,14 +32,14 @@ def define(
     implementation: Callable,
     fake: Callable,
     autograd: type[Function] | None = None,
-    frozen: Callable[..., Tensor | None] | None = None,
+    weight: Callable[..., tuple[Tensor | None, bool]] | None = None,
 ) -> Callable:
     """Register an op from its schema and return it. Without `autograd` it is a backward op: a second derivative
-    raises. `frozen(*args)` gives the weight that `dispatch.choose` is told of.
+    raises. `weight(*args)` gives what `dispatch.choose` is told: the weight, and whether there will be a backward.
     """
     name = schema.partition("(")[0]
-    if frozen is not None:
-        _FROZEN[name] = frozen
+    if weight is not None:
+        _WEIGHT[name] = weight
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
@@ -58,9 +58,10 @@ def _is_recorded(args: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def choice_for(name: str, x: Tensor, args: Sequence[Any]) -> dispatch.Choice:
-    """What `dispatch` chooses for an op with these arguments, x among them its activation."""
-    return dispatch.choose(name, x, frozen=_FROZEN[name](*args) if name in _FROZEN else None)
+def choice_for(name: str, x: Tensor, args: Sequence[Any], *, training: bool = False) -> dispatch.Choice:
+    """What `dispatch` chooses for an op with these arguments, x among them its activation, and in training."""
+    weight, keeps = _WEIGHT[name](*args) if name in _WEIGHT else (None, False)
+    return dispatch.choose(name, x, weight, training=training or keeps)
 
 
 def below_autograd(op: Callable, *args: Any) -> Any:

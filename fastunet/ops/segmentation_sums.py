@@ -64,8 +64,9 @@ def _sums_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _runs_triton(logits: Tensor) -> bool:
-    return dispatch.choose(NAME, logits).implementation == "triton" and logits.shape[1] <= MOST_CHANNELS
+def _runs_triton(logits: Tensor, *, training: bool = False) -> bool:
+    chosen = dispatch.choose(NAME, logits, training=training).implementation
+    return chosen == "triton" and logits.shape[1] <= MOST_CHANNELS
 
 
 # --- forward ---
@@ -158,7 +159,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and target: grad [rows, N, C] weighs each pixel's terms."""
     grad_logits, grad_target = none_like(logits), none_like(logits)
-    if wanted[0] and _runs_triton(logits):
+    if wanted[0] and _runs_triton(logits, training=True):
         from fastunet.kernels.segmentation_loss import segmentation_sums_grad as launch
 
         grad_logits = launch(grad, logits, target, mask, softmax=softmax, squared=squared)
