@@ -13,6 +13,7 @@ prints a row for each and ends with exit code 1 if any row breaks a rule:
 - both 16-bit operands of wgmma in shared memory: the first may also come from registers, and does if it must be
   rearranged on the way, which is slower; right only where the kernel computes it
 - no ptxas warning C75xx: a serialised wgmma
+- where warps have roles of their own: registers given from one to the other, and no operand read by ldmatrix
 - NaN kept: no plain `max.f32` anywhere, and a `max.NaN` where there is pooling
 
 What is compiled is what the launchers would launch: their arguments, on tensors without memory, specialised as Triton
@@ -80,10 +81,12 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     triton.knobs.compilation.always_compile = True  # The cache would give back the code without ptxas's report.
     triton.knobs.nvidia.dump_ptxas_log = True
-    source = ASTSource(launch.kernel, *_specialise(launch))
+    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    source = kind(launch.kernel, *_specialise(launch))
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         built = triton.compile(
@@ -118,7 +121,8 @@ def _specialise(launch: gpu.Launch) -> tuple[dict[str, str], dict[str, Any], dic
             divisible = True
         elif hasattr(value, "block_shape"):
             block = ", ".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{TRITON_TYPES[value.base.dtype]}[{block}]>"
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's say where they lie.
+            signature[name] = f"tensordesc<{TRITON_TYPES[value.base.dtype]}[{block}]{layout}>"
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[name] = "constexpr"
             constants[name] = value
@@ -145,6 +149,9 @@ def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_me
     if job.op in ("pool", "max_pool") and "max.NaN." not in compiled.ptx:
         found.append("pooling without max.NaN drops NaN")
     found += _tensor_core_breaches(compiled, job, launch)
+    if job.op.startswith("halo"):
+        found += [f"no {each}" for each in ("setmaxnreg.inc", "setmaxnreg.dec") if each not in compiled.ptx]
+        found += ["an operand read by ldmatrix"] if "ldmatrix" in compiled.ptx else []
     return found
 
 

@@ -15,8 +15,9 @@ from fastunet.kernels import tuning
 from fastunet.kernels.gpu import Target
 
 # How a kernel reads its operands: gathering through pointers, tap by tap; the same with all taps folded into the
-# channels; or whole boxes through tensor descriptors, which the hardware copies and pads with zeros.
-POINTER, FOLDED, DESCRIPTOR = "pointer", "folded", "descriptor"
+# channels; whole boxes through tensor descriptors, which the hardware copies and pads with zeros; or such boxes with a
+# border, fetched once for three taps (sm_90 alone).
+POINTER, FOLDED, DESCRIPTOR, HALO = "pointer", "folded", "descriptor", "halo"
 
 # Below this many input channels the nine taps fold into one K dimension of 9*C values: tap by tap, at least half of
 # each block of 16 channels, the least tl.dot takes, would be zeros.
@@ -54,7 +55,9 @@ class ConvConfig:
     """Blocks of the convolution, and of its input gradient, which is one.
 
     tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or values
-    of 9*C where folded. form: POINTER, FOLDED or DESCRIPTOR. max_registers: per thread, None leaves it to ptxas.
+    of 9*C where folded. form: POINTER, FOLDED, DESCRIPTOR or HALO. max_registers: per thread, None leaves it to ptxas.
+    Of the halo form, num_stages are those of pixels and weight_stages those of weights, and swapped is the product of
+    weights and pixels in place of that of pixels and weights.
     """
 
     tile_h: int
@@ -65,6 +68,8 @@ class ConvConfig:
     num_stages: int
     form: str
     max_registers: int | None = None
+    weight_stages: int = 0
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,36 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
     warps = 8 if wide or block_n == 128 else 4
     limit = ALL_REGISTERS if target.capability >= 100 else None
     return ConvConfig(tile_h, TILE_W, block_n, block_k, warps, num_stages, DESCRIPTOR, limit)
+
+
+def fits_halo(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:
+    """Whether a convolution can run in the halo form: whole steps of 64 channels of each input, one output."""
+    whole = shape.c1 % 64 == 0 and shape.c2 % 64 == 0 and shape.c_out % 8 == 0 and shape.c_out > 32
+    return target.capability == 90 and dtype.itemsize == 2 and whole and shape.c_out2 == 0
+
+
+def halo_config(shape: ConvShape, target: Target) -> ConvConfig:
+    """The halo form's blocks, where `fits_halo`: large tiles but for a small image, and all stages there is room for.
+
+    The swapped product, which for 64 channels reads less shared memory, and whose threads hold fewer channels of a
+    norm. Unmeasured.
+    """
+    if shape.c_out <= 64:
+        tile_h, block_n, slots, weights = 32, 64, 3, 6
+    elif cdiv(shape.width, TILE_W) * cdiv(shape.height, 32) * cdiv(shape.c_out, 128) >= target.multiprocessors:
+        tile_h, block_n, slots, weights = 32, 128, 2, 4
+    else:
+        tile_h, block_n, slots, weights = 16, 64, 4, 8
+    return ConvConfig(tile_h, TILE_W, block_n, 64, 4, slots, HALO, weight_stages=weights, swapped=True)
+
+
+def halo_shared_memory(chosen: ConvConfig) -> int:
+    """Bytes of the halo form: both rings, and what is stored of y and of its pooled half, 16 bits each. Barriers
+    aside.
+    """
+    pixels, block_n = chosen.tile_h * chosen.tile_w, chosen.block_n
+    rings = chosen.num_stages * (chosen.tile_h + 2) * chosen.tile_w + chosen.weight_stages * block_n
+    return 2 * (rings * chosen.block_k + pixels * block_n + pixels // 4 * block_n)
 
 
 def with_statistics(chosen: ConvConfig) -> ConvConfig:

@@ -1,14 +1,15 @@
 """The configurations that a convolution could run with, for measuring which is fastest: pure enumeration.
 
-The derived configuration comes first, then the others by how many of its fields they change, so that a search which is
-cut short has seen the likeliest. All are correct by construction and fit shared memory; whether one compiles without
-spills, or at all, is for the search to find out.
+The derived configuration comes first, then those of the other forms, then the rest by how many fields they change of
+their own form's, so that a search which is cut short has seen the likeliest. All are correct by construction and fit
+shared memory; whether one compiles without spills, or at all, is for the search to find out.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import astuple, replace
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from fastunet.kernels.config import (
     ALL_REGISTERS,
     DESCRIPTOR,
     FOLDED,
+    HALO,
     POINTER,
     TILE_W,
     ConvConfig,
@@ -38,6 +40,8 @@ def conv_forms(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf
     """By form, the derived config of each form that `shape` can run in on the target, the one that is chosen first."""
     derived = config.derived_conv_config(shape, dtype, target, allow_tf32)
     forms = {derived.form: derived}
+    if config.fits_halo(shape, dtype, target):
+        forms[HALO] = config.halo_config(shape, target)
     if derived.form == DESCRIPTOR:
         without = replace(target, capability=min(target.capability, 89))
         forms[POINTER] = config.derived_conv_config(shape, dtype, without, allow_tf32)
@@ -49,13 +53,14 @@ def feasible_conv_configs(
 ) -> list[ConvConfig]:
     """Configs for a convolution of `shape`, or an input gradient, which is one; `allow_tf32` matters for float32."""
     forms = conv_forms(shape, dtype, target, allow_tf32=allow_tf32)
-    derived = next(iter(forms.values()))
     found = [candidate for form in forms.values() for candidate in _conv_variants(form, shape, dtype, target)]
-    return _nearest_first(derived, found)
+    return _nearest_first(forms, found)
 
 
 def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
     """The configs of derived's form."""
+    if derived.form == HALO:
+        return _halo_variants(derived, shape.c_out, target)
     channels = max(shape.c_out, shape.c_out2)
     heights = [h for h in (8, 16, 32) if h <= derived.tile_h or dtype.itemsize == 2]
     # Where the derived block holds all output channels, so does every other: a joined head needs it.
@@ -71,6 +76,21 @@ def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, ta
         if _fits(tile_h * TILE_W * block_n, warps, depth * per_stage, target):
             found.append(candidate)
     return found
+
+
+def _halo_variants(derived: ConvConfig, channels: int, target: Target) -> list[ConvConfig]:
+    blocks = (64, 128) if channels > 64 else (64,)
+    heights, depths, weight_depths, orders = (16, 32), (2, 3, 4), (4, 6, 8), (False, True)
+    found = [
+        replace(derived, tile_h=tile_h, block_n=block_n, num_stages=depth, weight_stages=weights, swapped=swapped)
+        for tile_h, block_n, depth, weights, swapped in itertools.product(
+            heights, blocks, depths, weight_depths, orders
+        )
+        # The largest tile has registers for a norm's channels only where a thread has few: by the swapped product.
+        if swapped or tile_h * block_n < 32 * 128
+    ]
+    # Half a kilobyte is for the barriers.
+    return [c for c in found if config.halo_shared_memory(c) + 512 <= target.shared_memory]
 
 
 def _covers(block: int, channels: int, derived_block: int) -> bool:
@@ -115,17 +135,25 @@ def feasible_weight_grad_configs(
         per_stage = tile_h * derived.tile_w * (block_out + block_in) * dtype.itemsize
         if _fits(block_out * block_in, warps, depth * per_stage, target):
             found.append(candidate)
-    return _nearest_first(derived, found)
+    return _nearest_first({derived.form: derived}, found)
 
 
 def _fits(sums: int, warps: int, shared_memory: int, target: Target) -> bool:
     return sums <= _MOST_SUMS * 32 * warps and shared_memory <= target.shared_memory
 
 
-def _nearest_first(derived: T, found: list[T]) -> list[T]:
+def _nearest_first(derived: Mapping[str, T], found: list[T]) -> list[T]:
+    """derived: by form, first the one that is chosen unmeasured."""
+
     def distance(candidate: T) -> tuple[int, float]:
         """Fields that differ, and how many times blocks, warps and stages are doubled or halved."""
-        changed = [(a, b) for a, b in zip(astuple(candidate), astuple(derived), strict=True) if a != b]
-        return len(changed), sum(abs(math.log2(a / b)) for a, b in changed if isinstance(a, int) and isinstance(b, int))
+        pairs = zip(astuple(candidate), astuple(derived[candidate.form]), strict=True)
+        changed = [(a, b) for a, b in pairs if a != b]
+        return len(changed), sum(abs(math.log2(a / b)) for a, b in changed if a and b and _is_number(a, b))
 
-    return [derived, *sorted((candidate for candidate in found if candidate != derived), key=distance)]
+    first: list[T] = list(derived.values())
+    return [*first, *sorted((candidate for candidate in found if candidate not in first), key=distance)]
+
+
+def _is_number(*values: object) -> bool:
+    return all(type(value) is int for value in values)

@@ -156,7 +156,11 @@ def conv3x3_launch(
     *,
     allow_tf32: bool,
 ) -> gpu.Launch:
-    """The launch of either form that fills the epilogue's outputs from packed x and up."""
+    """The launch of any form that fills the epilogue's outputs from packed x and up."""
+    if chosen.form == config.HALO:
+        from fastunet.kernels import conv3x3_hopper  # Late: its interface is private to some releases of Triton.
+
+        return conv3x3_hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
     if chosen.form == config.DESCRIPTOR:
         return conv3x3_descriptor.conv3x3_launch(x, up, weight, chosen, epilogue)
     batch, c1, height, width = x.shape
@@ -199,12 +203,27 @@ def conv3x3_launch(
     )
 
 
-def choose(x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, *, allow_tf32: bool) -> config.ConvConfig:
-    """The configuration for conv2d(cat([x, up], 1), weight, padding=1)."""
+def choose(
+    x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, *, allow_tf32: bool, stores_y_alone: bool = True
+) -> config.ConvConfig:
+    """The configuration for conv2d(cat([x, up], 1), weight, padding=1).
+
+    stores_y_alone: the epilogue has neither a head nor statistics, which the halo form cannot give.
+    """
     c1, c2, channels = x.shape[1], 0 if up is None else up.shape[1], weight.shape[0]
     aligned = config.aligned(c1, c2, channels) and weight_aligned(weight)
     shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
-    return config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
+    chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
+    if chosen.form == config.HALO and not (stores_y_alone and halo_runs(x.device)):
+        return config.derived_conv_config(shape, x.dtype, target, allow_tf32)
+    return chosen
+
+
+def halo_runs(device: torch.device) -> bool:
+    """Whether the halo form, which was chosen by a measurement or a pin, may run there."""
+    from fastunet.kernels import hopper_gate
+
+    return hopper_gate.obstacle(device) is None
 
 
 def weight_aligned(weight: Tensor) -> bool:
@@ -261,7 +280,8 @@ def conv3x3_head(
     The head reads y before it is rounded to x's dtype.
     """
     x, up = packed(x), None if up is None else packed(up)
-    chosen = config.with_head(choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32))
+    target = gpu.target(x.device)
+    chosen = config.with_head(choose(x, up, weight, target, allow_tf32=allow_tf32, stores_y_alone=False))
     if chosen.block_n < weight.shape[0] or head.weight.shape[0] > HEAD_CLASSES:
         return None
     probabilities = empty_packed(x, head.weight.shape[0], *x.shape[2:])
@@ -280,7 +300,8 @@ def conv3x3_with_statistics(
     """
     x, up = packed(x), None if up is None else packed(up)
     y = empty_packed(x, weight.shape[0], *x.shape[2:])
-    chosen = config.with_statistics(choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32))
+    target = gpu.target(x.device)
+    chosen = config.with_statistics(choose(x, up, weight, target, allow_tf32=allow_tf32, stores_y_alone=False))
     tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
     statistics = Statistics(
         count=torch.empty((tiles,), dtype=torch.float32, device=x.device),

@@ -58,9 +58,9 @@ class Job:
 
 
 def _families() -> list[ModuleType]:
-    from . import conv1x1, conv3x3, conv_transpose2x2, max_pool2x2, norm, reduction, segmentation_loss
+    from . import conv1x1, conv3x3, conv_transpose2x2, hopper, max_pool2x2, norm, reduction, segmentation_loss
 
-    return [conv3x3, norm, max_pool2x2, conv_transpose2x2, conv1x1, reduction, segmentation_loss]
+    return [conv3x3, hopper, norm, max_pool2x2, conv_transpose2x2, conv1x1, reduction, segmentation_loss]
 
 
 def all_ops() -> tuple[str, ...]:
@@ -84,9 +84,12 @@ def launch_of(job: Job) -> gpu.Launch:
 
 
 def describe(launch: gpu.Launch) -> str:
-    """The configuration in short: the blocks in the kernel's order, warps, stages."""
-    blocks = _blocks(launch.arguments)
-    return f"{'x'.join(map(str, blocks))} w{launch.num_warps} s{launch.num_stages}"
+    """The configuration in short: the blocks in the kernel's order, warps, stages, or the slots of rings."""
+    blocks, arguments = _blocks(launch.arguments), launch.arguments
+    said = f"{'x'.join(map(str, blocks))} w{launch.num_warps}"
+    if "SLOTS" not in arguments:
+        return f"{said} s{launch.num_stages}"
+    return f"{said} s{arguments['SLOTS']}/{arguments['WEIGHT_SLOTS']}{' swapped' if arguments['SWAPPED'] else ''}"
 
 
 def _blocks(arguments: Any) -> Sequence[int]:

@@ -1,0 +1,371 @@
+"""The 3x3 convolution for sm_90 with halo reuse, in 16 bits: a tile of pixels is fetched three times, not nine.
+
+Written in Gluon, because the schedule is the point. One warp produces: for each column of the window and 64 input
+channels it has the hardware copy TILE_H + 2 rows of 8 pixels, and the three weights of that column. Two warpgroups
+consume, each half of the rows: the taps of a column are the same pixels in memory, begun one row later. A program stays
+and takes one tile after the other; barriers in shared memory pass the slots of two rings, pixels and weights, back
+and forth. By the product of pixels and weights [P, N], or by that of weights and pixels [N, P] (`swapped`), which
+reads less shared memory where N is 64.
+
+Gluon's interface is private to each release of Triton: `hopper_gate` says where this form may run. Unmeasured.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+import triton.language as tl
+from fastunet.kernels import config, gpu
+from fastunet.kernels.epilogue import Epilogue, activation_code
+from fastunet.kernels.layout import weight_matrix
+from fastunet.kernels.tiles import IDENTITY, LEAKY_RELU
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Input channels of one step: a row of a 128-byte swizzled tile.
+BLOCK_K = 64
+# The pixels of a tile's row.
+TILE_W = config.TILE_W
+# Registers of a consuming and of the producing thread: together what a multiprocessor has.
+_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 40
+
+_BLOCK_K = tl.constexpr(BLOCK_K)
+_TILE_W = tl.constexpr(TILE_W)
+_IDENTITY, _LEAKY_RELU = tl.constexpr(IDENTITY.value), tl.constexpr(LEAKY_RELU.value)
+
+
+# fmt: off
+@builtin
+def view(memory, dtype, shape, layout, _semantic=None):
+    """Shared memory from where `memory` begins, in another shape and layout."""
+    unwrap = gl._core._unwrap_if_constexpr
+    return _semantic.memdesc_reinterpret(memory, unwrap(dtype), [unwrap(s) for s in unwrap(shape)], unwrap(layout))
+
+
+@gluon.jit
+def larger(a, b):
+    """The larger, NaN if either is."""
+    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def tile_at(tile, H, W, blocks_n, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Image, row, column and channel where a tile begins. Blocks of channels run fastest: they share pixels in L2."""
+    columns = (W + _TILE_W - 1) // _TILE_W
+    rows = (H + TILE_H - 1) // TILE_H
+    pixels = tile // blocks_n
+    return (
+        pixels // (rows * columns),
+        pixels // columns % rows * TILE_H,
+        pixels % columns * _TILE_W,
+        tile % blocks_n * BLOCK_N,
+    )
+
+
+@gluon.jit
+def load_column(desc, low_desc, upper, lower, image, h, w, k, full, pred, TILE_H: gl.constexpr):
+    """Copy TILE_H + 2 rows of pixels from (h, w) and channel k on, in two boxes; zeros outside the image."""
+    tma.async_copy_global_to_shared(desc, [image, h, w, k], full, upper, pred=pred)
+    tma.async_copy_global_to_shared(low_desc, [image, h + TILE_H, w, k], full, lower, pred=pred)
+
+
+@gluon.jit
+def produce(
+    x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights,
+    pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, tiles, blocks_n,
+    TWO_INPUTS: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    WEIGHT_SLOTS: gl.constexpr,
+):
+    """Fill the rings: by blocks of channels and columns of the window one slot of pixels and three of weights.
+
+    Round r of a slot may begin when its r-th release has come: its parity is that of r - 1, and a new barrier counts as
+    having passed the phase before its first.
+    """
+    channels = C1 + C2
+    step = 0
+    tap_step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        image, h0, w0, n0 = tile_at(tile, H, W, blocks_n, TILE_H, BLOCK_N)
+        for i in range(3 * (channels // _BLOCK_K)):
+            kw = i % 3
+            k = i // 3 * _BLOCK_K
+            slot = step % SLOTS
+            mbarrier.wait(pixels_empty.index(slot), ((step // SLOTS) & 1) ^ 1)
+            full = pixels_full.index(slot)
+            mbarrier.expect(full, (TILE_H + 2) * _TILE_W * _BLOCK_K * 2)
+            first = slot * (TILE_H + 2)
+            upper = view(pixels.index(first), x_desc.dtype, [1, TILE_H, _TILE_W, _BLOCK_K], x_desc.layout)
+            lower = view(pixels.index(first + TILE_H), x_desc.dtype, [1, 2, _TILE_W, _BLOCK_K], x_low_desc.layout)
+            if TWO_INPUTS:
+                load_column(x_desc, x_low_desc, upper, lower, image, h0 - 1, w0 + kw - 1, k, full, k < C1, TILE_H)
+                load_column(
+                    up_desc, up_low_desc, upper, lower, image, h0 - 1, w0 + kw - 1, k - C1, full, k >= C1, TILE_H
+                )
+            else:
+                load_column(x_desc, x_low_desc, upper, lower, image, h0 - 1, w0 + kw - 1, k, full, True, TILE_H)
+            step += 1
+            for kh in gl.static_range(3):
+                tap_slot = tap_step % WEIGHT_SLOTS
+                mbarrier.wait(weights_empty.index(tap_slot), ((tap_step // WEIGHT_SLOTS) & 1) ^ 1)
+                full = weights_full.index(tap_slot)
+                mbarrier.expect(full, BLOCK_N * _BLOCK_K * 2)
+                at = [n0, (kh * 3 + kw) * channels + k]
+                tma.async_copy_global_to_shared(weight_desc, at, full, weights.index(tap_slot))
+                tap_step += 1
+
+
+@gluon.jit
+def multiply(pixels, weight, acc, SWAPPED: gl.constexpr):
+    """Begin acc += pixels [P, K] @ weight [N, K].T, or its transpose."""
+    if SWAPPED:
+        return warpgroup_mma(weight, pixels.permute((1, 0)), acc, is_async=True)
+    else:
+        return warpgroup_mma(pixels, weight.permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def load_channels(ptr, n, COUT, AXIS: gl.constexpr):
+    """One float32 value per channel, zero beyond COUT, shaped to broadcast over the sums."""
+    return gl.expand_dims(gl.load(ptr + n, mask=n < COUT, other=0.0).to(gl.float32), 1 - AXIS)
+
+
+@gluon.jit
+def finish(
+    acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
+    BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, AXIS: gl.constexpr,
+):
+    """As epilogue.finish_sums, which Gluon cannot call."""
+    if NORM:
+        scale = 1.0 / gl.sqrt(load_channels(variance_ptr, n, COUT, AXIS) + eps)
+        if GAMMA:
+            scale = scale * load_channels(gamma_ptr, n, COUT, AXIS)
+        acc = (acc - load_channels(mean_ptr, n, COUT, AXIS)) * scale
+    if BIAS:
+        acc = acc + load_channels(bias_ptr, n, COUT, AXIS)
+    if ACTIVATION != _IDENTITY:
+        if ACTIVATION == _LEAKY_RELU:
+            acc = gl.where(acc > 0.0, acc, acc * negative_slope)
+        else:
+            acc = larger(acc, 0.0)
+    return acc
+
+
+@gluon.jit
+def pool(acc, PIXELS: gl.constexpr, BLOCK_N: gl.constexpr, SWAPPED: gl.constexpr):
+    """Maxima of the 2x2 windows of sums of whole rows of pixels, [P / 4, N] or [N, P / 4]."""
+    H2: gl.constexpr = PIXELS // _TILE_W // 2
+    W2: gl.constexpr = _TILE_W // 2
+    if SWAPPED:
+        windows = gl.reduce(gl.reduce(acc.reshape([BLOCK_N, H2, 2, W2, 2]), 4, larger), 2, larger)
+        return windows.reshape([BLOCK_N, H2 * W2])
+    else:
+        windows = gl.reduce(gl.reduce(acc.reshape([H2, 2, W2, 2, BLOCK_N]), 3, larger), 1, larger)
+        return windows.reshape([H2 * W2, BLOCK_N])
+
+
+@gluon.jit
+def consume(
+    HALF: gl.constexpr, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, y_desc, pooled_desc, pixels, weights, y_stage,
+    pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, COUT, tiles, blocks_n, eps,
+    negative_slope, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr,
+    POOL: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    WEIGHT_SLOTS: gl.constexpr,
+):
+    """Sum up and store one half of the rows of each tile."""
+    ROWS: gl.constexpr = TILE_H // 2
+    PIXELS: gl.constexpr = ROWS * _TILE_W
+    M: gl.constexpr = BLOCK_N if SWAPPED else PIXELS
+    N: gl.constexpr = PIXELS if SWAPPED else BLOCK_N
+    AXIS: gl.constexpr = 0 if SWAPPED else 1  # That of the channels.
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    ROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    step = 0
+    tap_step = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        image, h0, w0, n0 = tile_at(tile, H, W, blocks_n, TILE_H, BLOCK_N)
+        h0 += HALF * ROWS
+        acc = gl.zeros([M, N], gl.float32, SUMS)
+        for i in range(3 * ((C1 + C2) // _BLOCK_K)):
+            slot = step % SLOTS
+            mbarrier.wait(pixels_full.index(slot), (step // SLOTS) & 1)
+            for kh in gl.static_range(3):
+                tap_slot = tap_step % WEIGHT_SLOTS
+                mbarrier.wait(weights_full.index(tap_slot), (tap_step // WEIGHT_SLOTS) & 1)
+                rows = pixels.index(slot * (TILE_H + 2) + HALF * ROWS + kh)
+                tap = view(rows, y_desc.dtype, [PIXELS, _BLOCK_K], ROW)
+                acc = multiply(tap, weights.index(tap_slot), acc, SWAPPED)
+                # All products but this one have ended: the slots of the one before it are free.
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+                if kh == 0:
+                    mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS), pred=i > 0)
+                    mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS), pred=i > 0)
+                else:
+                    mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
+                tap_step += 1
+            step += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        # The last slots, before the epilogue: the producer fetches the next tile meanwhile.
+        mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
+        mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))
+
+        n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1 - AXIS, SUMS))
+        acc = finish(
+            acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
+            BIAS, NORM, GAMMA, ACTIVATION, AXIS,
+        )
+        tma.store_wait(0)  # Of the tile before, from the same memory.
+        staged = view(y_stage.index(HALF), y_desc.dtype, [PIXELS, BLOCK_N], y_stage.index(HALF).layout)
+        y = acc.to(y_desc.dtype)
+        if SWAPPED:
+            staged.permute((1, 0)).store(y)
+        else:
+            staged.store(y)
+        if POOL:
+            pooled = pool(acc, PIXELS, BLOCK_N, SWAPPED).to(y_desc.dtype)
+            staged = pooled_stage.index(HALF)
+            if SWAPPED:
+                staged.permute((1, 0)).store(pooled)
+            else:
+                staged.store(pooled)
+        fence_async_shared()
+        box = view(y_stage.index(HALF), y_desc.dtype, [1, ROWS, _TILE_W, BLOCK_N], y_desc.layout)
+        tma.async_copy_shared_to_global(y_desc, [image, h0, w0, n0], box)
+        if POOL:
+            shape: gl.constexpr = [1, ROWS // 2, _TILE_W // 2, BLOCK_N]
+            box = view(pooled_stage.index(HALF), y_desc.dtype, shape, pooled_desc.layout)
+            tma.async_copy_shared_to_global(pooled_desc, [image, h0 // 2, w0 // 2, n0], box)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["H", "W", "C1", "C2", "COUT", "tiles", "blocks_n"])
+def conv3x3_hopper_kernel(
+    x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, y_desc, pooled_desc, H, W, C1, C2, COUT, tiles, blocks_n,
+    bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
+    TWO_INPUTS: gl.constexpr, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr,
+    POOL: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):
+    """As conv3x3_descriptor_kernel, but for statistics and heads, by as many programs as there are multiprocessors.
+
+    The low descriptors read boxes of two rows. What a flag leaves out is any tensor, and is not read.
+    """
+    DTYPE: gl.constexpr = y_desc.dtype
+    ROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    PIXELS: gl.constexpr = TILE_H // 2 * _TILE_W
+    pixels = gl.allocate_shared_memory(DTYPE, [SLOTS * (TILE_H + 2), _TILE_W, _BLOCK_K], ROW)
+    weights = gl.allocate_shared_memory(DTYPE, [WEIGHT_SLOTS, BLOCK_N, _BLOCK_K], weight_desc.layout)
+    y_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS, BLOCK_N], ROW)
+    pooled_stage = y_stage
+    if POOL:
+        pooled_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS // 4, BLOCK_N], ROW)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    pixels_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    pixels_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    weights_full = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
+    weights_empty = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(pixels_full.index(i), count=1)
+        mbarrier.init(pixels_empty.index(i), count=2)
+    for i in gl.static_range(WEIGHT_SLOTS):
+        mbarrier.init(weights_full.index(i), count=1)
+        mbarrier.init(weights_empty.index(i), count=2)
+    fence_async_shared()  # The hardware that copies sees the barriers too.
+    gl.warp_specialize(
+        [
+            (consume, (
+                0, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, y_desc, pooled_desc, pixels, weights, y_stage,
+                pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, COUT, tiles,
+                blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION, POOL, SWAPPED, TILE_H, BLOCK_N, SLOTS,
+                WEIGHT_SLOTS,
+            )),
+            (consume, (
+                1, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, y_desc, pooled_desc, pixels, weights, y_stage,
+                pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, COUT, tiles,
+                blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION, POOL, SWAPPED, TILE_H, BLOCK_N, SLOTS,
+                WEIGHT_SLOTS,
+            )),
+            (produce, (
+                x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights, pixels_full, pixels_empty,
+                weights_full, weights_empty, H, W, C1, C2, tiles, blocks_n, TWO_INPUTS, TILE_H, BLOCK_N, SLOTS,
+                WEIGHT_SLOTS,
+            )),
+        ],
+        [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+# fmt: on
+# fmt: on
+
+
+def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescriptor:
+    """Packed x [N, C, H, W] in boxes of pixels by channels."""
+    n, c, h, w = x.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    # Spelled out: where a size is 1, a packed tensor may have any stride.
+    return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], [1, rows, columns, channels], layout)
+
+
+def conv3x3_launch(
+    x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
+) -> gpu.Launch:
+    """The launch that fills the epilogue's y, and pooled, from packed x and up. An epilogue without y, with a head or
+    with statistics has no such form: ValueError.
+    """
+    if epilogue.y is None or epilogue.head is not None or epilogue.statistics is not None:
+        raise ValueError("the halo form stores y and its pooled half, and neither a head nor statistics")
+    batch, c1, height, width = x.shape
+    c2, channels = 0 if up is None else up.shape[1], weight.shape[0]
+    tile_h, block_n = chosen.tile_h, chosen.block_n
+    matrix = weight_matrix(weight)
+    rows = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    second, stored = x if up is None else up, epilogue.y
+    given = epilogue.arguments()
+    pointers = {name: given[f"{name}_ptr"] for name in ("bias", "mean", "variance", "gamma")}
+    tiles = batch * config.tiles_per_image(chosen, height, width) * config.cdiv(channels, block_n)
+    # Pooled pixels that lie beyond a window cut by the image's edge are not stored: there may be none at all.
+    pooled = None if epilogue.pooled is None or not epilogue.pooled.numel() else epilogue.pooled
+    arguments = {
+        "x_desc": _boxes(x, tile_h, TILE_W, BLOCK_K),
+        "x_low_desc": _boxes(x, 2, TILE_W, BLOCK_K),
+        "up_desc": _boxes(second, tile_h, TILE_W, BLOCK_K),
+        "up_low_desc": _boxes(second, 2, TILE_W, BLOCK_K),
+        "weight_desc": TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [block_n, BLOCK_K], rows),
+        "y_desc": _boxes(stored, tile_h // 2, TILE_W, block_n),
+        "pooled_desc": _boxes(stored if pooled is None else pooled, tile_h // 4, TILE_W // 2, block_n),
+        "H": height,
+        "W": width,
+        "C1": c1,
+        "C2": c2,
+        "COUT": channels,
+        "tiles": tiles,
+        "blocks_n": config.cdiv(channels, block_n),
+        **{f"{name}_ptr": matrix if t is None else t for name, t in pointers.items()},
+        "eps": given["eps"],
+        "negative_slope": given["negative_slope"],
+        "TWO_INPUTS": up is not None,
+        "BIAS": pointers["bias"] is not None,
+        "NORM": pointers["mean"] is not None,
+        "GAMMA": pointers["gamma"] is not None,
+        "ACTIVATION": activation_code(epilogue.negative_slope),
+        "POOL": pooled is not None,
+        "SWAPPED": chosen.swapped,
+        "TILE_H": tile_h,
+        "BLOCK_N": block_n,
+        "SLOTS": chosen.num_stages,
+        "WEIGHT_SLOTS": chosen.weight_stages,
+        "CONSUMER_REGISTERS": _CONSUMER_REGISTERS,
+        "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+    }
+    grid = min(tiles, gpu.target(x.device).multiprocessors)
+    return gpu.Launch(
+        conv3x3_hopper_kernel, grid, arguments, chosen.num_warps, 1, product_rows=block_n if chosen.swapped else 64
+    )

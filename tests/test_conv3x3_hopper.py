@@ -1,0 +1,344 @@
+"""The halo form without a Hopper GPU: its source on a model of a thread block, against float64, and with faults put in;
+its configurations; how it is launched; and where it may run.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs triton, for the kernel's constants and descriptors")
+
+from emulated_cta import Cta, Fault
+from fastunet.kernels import (
+    config,
+    config_search,
+    conv3x3,
+    conv3x3_grad,
+    conv3x3_hopper,
+    gpu,
+    hopper_check,
+    hopper_gate,
+)
+from fastunet.kernels.epilogue import Epilogue, Head, Normalisation
+from gluon_source import Edit, run, weave
+
+HOPPER = gpu.known_target(90)
+MODES = len(Cta.MODES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution: batch, height, width, channels of both inputs and of the output; the kernel's blocks."""
+
+    n: int = 1
+    h: int = 20
+    w: int = 17
+    c1: int = 64
+    c2: int = 0
+    c_out: int = 64
+    tile_h: int = 16
+    block_n: int = 64
+    slots: int = 2
+    weight_slots: int = 2
+    swapped: bool = False
+    pool: bool = True
+    norm: bool = False
+    slope: float | None = 0.0
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in vars(self).values())
+
+    @property
+    def chosen(self) -> config.ConvConfig:
+        return config.ConvConfig(
+            *(self.tile_h, 8, self.block_n, 64, 4, self.slots, config.HALO),
+            weight_stages=self.weight_slots,
+            swapped=self.swapped,
+        )
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    t = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return t.bfloat16().contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
+
+
+def check(case: Case, seed: int, edits: list[Edit] | None = None) -> None:
+    """Fault, or AssertionError, unless all that the launch is to write comes out right, once each."""
+    x = random(case.n, case.c1, case.h, case.w, seed=1)
+    up = random(case.n, case.c2, case.h, case.w, seed=2) if case.c2 else None
+    weight = random(case.c_out, case.c1 + case.c2, 3, 3, seed=3)
+    bias, mean, variance, gamma = (random(case.c_out, seed=4 + i) for i in range(4))
+    variance = variance.abs() + 0.5
+    y, pooled = (
+        torch.empty(case.n, case.c_out, h, w, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        for h, w in ((case.h, case.w), (case.h // 2, case.w // 2))
+    )
+    norm = Normalisation(mean, variance, gamma, 1e-3) if case.norm else None
+    epilogue = Epilogue(y, bias, norm, case.slope, pooled if case.pool else None)
+    launch = conv3x3_hopper.conv3x3_launch(x, up, weight, case.chosen, epilogue)
+    memory = run(conv3x3_hopper, launch, seed, None if edits is None else weave(conv3x3_hopper, edits))
+    joined = x if up is None else torch.cat([x, up], 1)
+    expected = F.conv2d(joined.double(), weight.double(), padding=1)
+    if case.norm:
+        expected = F.batch_norm(expected, mean.double(), variance.double(), gamma.double(), eps=1e-3)
+    expected += bias.double()[:, None, None]
+    if case.slope is not None:
+        expected = F.leaky_relu(expected, case.slope)
+    # Nothing is rounded but by float64 itself: what is wrong is off by more than a billionth.
+    torch.testing.assert_close(memory.result(y), expected, rtol=0, atol=1e-9)
+    if case.pool and pooled.numel():
+        torch.testing.assert_close(memory.result(pooled), F.max_pool2d(expected, 2), rtol=0, atol=1e-9)
+
+
+CASES = [
+    *(
+        Case(n=2, h=13, w=11, slots=slots, weight_slots=weight_slots)
+        for slots in (2, 3, 4)
+        for weight_slots in (2, 3, 4)
+    ),
+    Case(h=33, w=9, c2=64),
+    Case(n=2, h=33, w=20, swapped=True),
+    Case(n=2, h=8, w=17, c2=128, c_out=128, slots=3, weight_slots=4, pool=False, norm=True),
+    Case(h=17, w=23, c_out=128, block_n=128, weight_slots=3, slope=0.1),
+    Case(h=40, w=8, c2=64, tile_h=32, slots=4),
+    Case(h=17, w=9, c_out=72, block_n=128, swapped=True, slope=None),
+    Case(n=3, h=1, w=1, pool=True),
+    Case(n=1, h=3, w=200, norm=True, swapped=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_on_the_model(case: Case) -> None:
+    for seed in range(MODES):
+        check(case, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_on_the_model_in_many_orders(case: Case) -> None:
+    for seed in range(MODES, 20 * MODES):
+        check(case, seed)
+
+
+PROBES = [Case(n=2, h=33, w=20, weight_slots=6), Case(h=33, w=25, c2=64), Case(n=2, h=33, w=25, swapped=True, slots=3)]
+FREE_WEIGHT = "mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))"
+FREE_PIXELS = "mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))"
+LAST_WAIT = "        acc = warpgroup_mma_wait(0, deps=(acc,))\n"
+FAULTS: dict[str, list[Edit]] = {
+    "the producer waits for the wrong phase of pixels": [("((step // SLOTS) & 1) ^ 1", "(step // SLOTS) & 1")],
+    "the producer waits for the wrong phase of weights": [
+        ("((tap_step // WEIGHT_SLOTS) & 1) ^ 1", "(tap_step // WEIGHT_SLOTS) & 1")
+    ],
+    "a consumer waits for the wrong phase of pixels": [
+        ("pixels_full.index(slot), (step // SLOTS) & 1)", "pixels_full.index(slot), ((step // SLOTS) & 1) ^ 1)")
+    ],
+    "a consumer does not wait for weights": [
+        ("mbarrier.wait(weights_full.index(tap_slot), (tap_step // WEIGHT_SLOTS) & 1)", "pass")
+    ],
+    "weights freed a product early": [
+        (
+            FREE_WEIGHT + "\n                tap_step",
+            "mbarrier.arrive(weights_empty.index(tap_slot))\n                tap_step",
+        )
+    ],
+    "pixels freed a column early": [
+        ("pixels_empty.index((step + SLOTS - 1) % SLOTS), pred=i > 0", "pixels_empty.index(slot), pred=i > 0")
+    ],
+    "one product too many in flight": [("warpgroup_mma_wait(1", "warpgroup_mma_wait(2")],
+    "sums used before they are complete": [(LAST_WAIT, LAST_WAIT.replace("(0", "(1"))],
+    "the last slots freed before the products have ended": [
+        (LAST_WAIT, ""),
+        (f"        {FREE_PIXELS}\n\n", f"        {FREE_PIXELS}\n{LAST_WAIT}\n"),
+    ],
+    "the last pixels never freed": [(f"        {FREE_PIXELS}\n\n", "\n")],
+    "the last weights freed twice": [("WEIGHT_SLOTS), pred=i > 0", "WEIGHT_SLOTS), pred=step > 0")],
+    "staging memory rewritten": [("        tma.store_wait(0)  # Of the tile before, from the same memory.\n", "")],
+    "staging memory rewritten while the second copy reads it": [
+        ("        tma.store_wait(0)  # Of", "        tma.store_wait(1)  # Of")
+    ],
+    "no fence before the copy": [("        fence_async_shared()\n        box", "        box")],
+    "a barrier of pixels with one arrival": [
+        ("mbarrier.init(pixels_empty.index(i), count=2)", "mbarrier.init(pixels_empty.index(i), count=1)")
+    ],
+    "a barrier of weights with three arrivals": [
+        ("mbarrier.init(weights_empty.index(i), count=2)", "mbarrier.init(weights_empty.index(i), count=3)")
+    ],
+    "too few bytes expected": [("(TILE_H + 2) * _TILE_W * _BLOCK_K * 2)", "TILE_H * _TILE_W * _BLOCK_K * 2)")],
+    "too many bytes expected": [
+        ("mbarrier.expect(full, BLOCK_N * _BLOCK_K * 2)", "mbarrier.expect(full, BLOCK_N * 256)")
+    ],
+    "the border one row too low": [("h0 - 1, w0 + kw - 1, k, full, k < C1", "h0, w0 + kw - 1, k, full, k < C1")],
+    "the lower box one row too low": [("[image, h + TILE_H, w, k]", "[image, h + TILE_H + 1, w, k]")],
+    "the second input's channels counted from the first's": [("k - C1, full", "k, full")],
+    "a column for a row": [("(kh * 3 + kw) * channels", "(kw * 3 + kh) * channels")],
+    "the lower half begins at the upper half's rows": [("(TILE_H + 2) + HALF * ROWS + kh", "(TILE_H + 2) + kh")],
+    "both halves store the same rows": [("        h0 += HALF * ROWS\n", "")],
+    "every program takes every tile": [("range(gl.program_id(0), tiles, gl.num_programs(0))", "range(0, tiles, 1)")],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_shows(fault: str) -> None:
+    """In some order of events of some probe; never as a success."""
+    for case in PROBES:
+        for seed in range(2 * MODES):
+            try:
+                check(case, seed, FAULTS[fault])
+            except (Fault, AssertionError, TypeError):  # Sums still in flight are no numbers.
+                return
+    pytest.fail("every order of events passed")
+
+
+# --- how it is launched ---
+
+
+def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
+    out = torch.empty(2, 128, 9, 12, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(conv3x3_grad, "halo_runs", lambda _: True)
+    given = {"allow_tf32": False, "target": HOPPER}
+    with config.tuning.pinned("conv3x3", Case(c_out=128).chosen):
+        launch = conv3x3_grad.input_grad_launch(grad, weight, (out, None), None, None, **given)
+        masked = conv3x3_grad.input_grad_launch(grad, weight, (out, None), out, 0.0, **given)
+    assert launch.kernel is conv3x3_hopper.conv3x3_hopper_kernel
+    assert masked.kernel is not launch.kernel, "the activation's mask is not in this form"
+    expected = F.conv_transpose2d(grad.double(), weight.double(), padding=1)
+    torch.testing.assert_close(run(conv3x3_hopper, launch, 0).result(out), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("may_run", [True, False])
+def test_a_pin_falls_back_where_the_form_may_not_run(may_run: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
+    monkeypatch.setattr(conv3x3, "halo_runs", lambda _: may_run)
+    chosen = Case().chosen
+    derived = config.derived_conv_config(config.ConvShape(64, 0, 64, 9, 12), torch.bfloat16, HOPPER, False)
+    with config.tuning.pinned("conv3x3", chosen):
+        for_y = conv3x3.choose(x, None, weight, HOPPER, allow_tf32=False)
+        for_more = conv3x3.choose(x, None, weight, HOPPER, allow_tf32=False, stores_y_alone=False)
+    assert for_y == (chosen if may_run else derived)
+    assert for_more == derived
+
+
+def test_what_it_cannot_store_is_an_error() -> None:
+    x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
+    head = Head(weight[:2, :, :1, :1], None, sigmoid=False)
+    with pytest.raises(ValueError, match="neither a head nor statistics"):
+        conv3x3_hopper.conv3x3_launch(x, None, weight, Case().chosen, Epilogue(x, head=head, probabilities=x))
+
+
+# --- configurations ---
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "target", "fits"),
+    [
+        (config.ConvShape(64, 0, 64, 8, 8), torch.bfloat16, HOPPER, True),
+        (config.ConvShape(64, 128, 40, 8, 8), torch.float16, HOPPER, True),
+        (config.ConvShape(64, 0, 64, 8, 8), torch.float32, HOPPER, False),
+        (config.ConvShape(64, 0, 64, 8, 8), torch.bfloat16, gpu.known_target(100), False),
+        (config.ConvShape(96, 0, 64, 8, 8), torch.bfloat16, HOPPER, False),
+        (config.ConvShape(64, 32, 64, 8, 8), torch.bfloat16, HOPPER, False),
+        (config.ConvShape(64, 0, 68, 8, 8), torch.bfloat16, HOPPER, False),
+        (config.ConvShape(64, 0, 64, 8, 8, c_out2=64), torch.bfloat16, HOPPER, False),
+    ],
+)
+def test_where_the_form_fits(shape: config.ConvShape, dtype: torch.dtype, target: gpu.Target, fits: bool) -> None:
+    assert config.fits_halo(shape, dtype, target) is fits
+    forms = {each.form for each in config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)}
+    assert (config.HALO in forms) is fits
+    assert config.conv_config(shape, dtype, target, allow_tf32=False).form != config.HALO, "nothing has measured it"
+
+
+@pytest.mark.parametrize("channels", [64, 128, 256])
+@pytest.mark.parametrize("side", [8, 64, 512])
+def test_a_search_tries_it_early_and_within_shared_memory(channels: int, side: int) -> None:
+    shape = config.ConvShape(channels, 0, channels, side, side)
+    found = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
+    halos = [each for each in found if each.form == config.HALO]
+    assert found[1] == halos[0] == config.halo_config(shape, HOPPER)
+    assert len(halos) == len(set(halos)) > 10
+    assert all(config.halo_shared_memory(each) <= HOPPER.shared_memory for each in halos)
+
+
+# --- where it may run ---
+
+
+def test_the_gate_wants_sm_90_and_a_known_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    target = HOPPER
+    monkeypatch.setattr(gpu, "target", lambda _: target)
+    monkeypatch.setattr(hopper_gate, "checked", lambda _, key, index: asked.append(index) or key)
+
+    def obstacle() -> str | None:
+        hopper_gate.obstacle.cache_clear()
+        return hopper_gate.obstacle(torch.device("cuda", 3))
+
+    assert "sm_90" in (obstacle() or "")
+    assert asked == [3]
+    monkeypatch.setattr(hopper_gate.triton, "__version__", "3.9.1")
+    assert obstacle() == "the halo form is written for Triton 3.6 and 3.7, not 3.9"
+    target = gpu.known_target(100)
+    assert obstacle() == "the halo form is for sm_90, not sm_100"
+    assert asked == [3]
+    hopper_gate.obstacle.cache_clear()
+
+
+def test_an_outcome_is_kept_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: list[str | None] = ["wrong", None]
+    monkeypatch.setattr(hopper_gate, "run_check", lambda _: outcomes.pop(0))
+    cache = tmp_path / "new" / "outcomes.json"
+    assert [hopper_gate.checked(cache, key, 0) for key in ("a", "a", "b", "b", "a")] == [
+        "wrong",
+        "wrong",
+        None,
+        None,
+        "wrong",
+    ]
+    cache.write_text("{broken")
+    outcomes.append("anew")
+    assert hopper_gate.checked(cache, "a", 0) == "anew"
+    assert not list(cache.parent.glob("tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("program", "outcome"),
+    [
+        ("pass", None),
+        (
+            "raise AssertionError('3 of 5 of y are wrong')",
+            "failed its check on this GPU: AssertionError: 3 of 5 of y are wrong",
+        ),
+        ("import os; os.abort()", "failed its check on this GPU: exit code -6"),
+        ("import time; time.sleep(60)", "did not end its check within 2 s"),
+    ],
+)
+def test_a_check_may_fail_crash_or_hang(program: str, outcome: str | None) -> None:
+    found = hopper_gate.run_check(0, [sys.executable, "-c", program], timeout=2.0)
+    assert found == outcome or (outcome is not None and outcome in (found or ""))
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_the_check_tells_right_from_wrong(is_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the model, whose results are rounded as the hardware's are."""
+    code = None if is_right else weave(conv3x3_hopper, FAULTS["the second input's channels counted from the first's"])
+
+    def emulate(launch: gpu.Launch, _: torch.device) -> None:
+        memory = run(conv3x3_hopper, launch, 1, code)
+        for name in ("y_desc", "pooled_desc"):
+            t = launch.arguments[name].base
+            t.copy_(memory.result(t))
+
+    monkeypatch.setattr(gpu.Launch, "run", emulate)
+    problem, chosen = (2, 9, 17, 64, 64, 128), replace(Case().chosen, block_n=128, swapped=True)
+    if is_right:
+        hopper_check.check(problem, chosen, torch.float16, torch.device("cpu"))
+    else:
+        with pytest.raises(AssertionError, match=r"of y are wrong"):
+            hopper_check.check(problem, chosen, torch.float16, torch.device("cpu"))
