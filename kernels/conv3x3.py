@@ -220,10 +220,15 @@ def choose(
 
 
 def halo_runs(device: torch.device) -> bool:
-    """Whether the halo form, which was chosen by a measurement or a pin, may run there."""
-    from fastunet.kernels import hopper_gate
+    """Whether the halo form, which a measurement has chosen, may run there. RuntimeError where it may not and is
+    pinned: whoever pins it is to see that form, and no other in its place.
+    """
+    from fastunet.kernels import hopper_gate, tuning
 
-    return hopper_gate.obstacle(device) is None
+    obstacle = hopper_gate.obstacle(device)
+    if obstacle is not None and tuning.is_pinned("conv3x3"):
+        raise RuntimeError(obstacle)
+    return obstacle is None
 
 
 def weight_aligned(weight: Tensor) -> bool:

@@ -40,6 +40,11 @@ def pinned(op: str, config: Any) -> Iterator[None]:
         _pins.update(before)
 
 
+def is_pinned(op: str) -> bool:
+    """Whether a benchmark has set the op's config."""
+    return op in _pins
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Within the block, the table is read from this file, as it is then, whatever the GPU; none if there is no file."""

@@ -4,6 +4,7 @@ its configurations; how it is launched; and where it may run.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from fastunet.kernels import (
     gpu,
     hopper_check,
     hopper_gate,
+    tuning,
 )
 from fastunet.kernels.epilogue import Epilogue, Head, Normalisation
 from gluon_source import Edit, run, weave
@@ -204,7 +206,7 @@ def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatc
     out = torch.empty(2, 128, 9, 12, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr(conv3x3_grad, "halo_runs", lambda _: True)
     given = {"allow_tf32": False, "target": HOPPER}
-    with config.tuning.pinned("conv3x3", Case(c_out=128).chosen):
+    with tuning.pinned("conv3x3", Case(c_out=128).chosen):
         launch = conv3x3_grad.input_grad_launch(grad, weight, (out, None), None, None, **given)
         masked = conv3x3_grad.input_grad_launch(grad, weight, (out, None), out, 0.0, **given)
     assert launch.kernel is conv3x3_hopper.conv3x3_hopper_kernel
@@ -214,16 +216,29 @@ def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatc
 
 
 @pytest.mark.parametrize("may_run", [True, False])
-def test_a_pin_falls_back_where_the_form_may_not_run(may_run: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measured_choice_falls_back_where_the_form_may_not_run(
+    may_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But a pin, by which a benchmark asks for this form, is an error there."""
     x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
-    monkeypatch.setattr(conv3x3, "halo_runs", lambda _: may_run)
-    chosen = Case().chosen
-    derived = config.derived_conv_config(config.ConvShape(64, 0, 64, 9, 12), torch.bfloat16, HOPPER, False)
-    with config.tuning.pinned("conv3x3", chosen):
-        for_y = conv3x3.choose(x, None, weight, HOPPER, allow_tf32=False)
-        for_more = conv3x3.choose(x, None, weight, HOPPER, allow_tf32=False, stores_y_alone=False)
-    assert for_y == (chosen if may_run else derived)
-    assert for_more == derived
+    monkeypatch.setattr(hopper_gate, "obstacle", lambda _: None if may_run else "the halo form is wrong here")
+    chosen, shape = Case().chosen, config.ConvShape(64, 0, 64, 9, 12)
+    derived = config.derived_conv_config(shape, torch.bfloat16, HOPPER, False)
+
+    def choose(**options: bool) -> config.ConvConfig:
+        return conv3x3.choose(x, None, weight, HOPPER, allow_tf32=False, **options)
+
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"configs": [tuning.as_row("conv3x3", shape, torch.bfloat16, False, chosen)]}))
+    with tuning.reading(table):
+        assert choose() == (chosen if may_run else derived)
+        assert choose(stores_y_alone=False) == derived
+    with tuning.pinned("conv3x3", chosen):
+        if may_run:
+            assert choose() == chosen
+        else:
+            with pytest.raises(RuntimeError, match="the halo form is wrong here"):
+                choose()
 
 
 def test_what_it_cannot_store_is_an_error() -> None:
