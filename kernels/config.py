@@ -15,9 +15,10 @@ from fastunet.kernels import tuning
 from fastunet.kernels.gpu import Target
 
 # How a kernel reads its operands: gathering through pointers, tap by tap; the same with all taps folded into the
-# channels; whole boxes through tensor descriptors, which the hardware copies and pads with zeros; or such boxes with a
-# border, fetched once for three taps (sm_90 alone).
-POINTER, FOLDED, DESCRIPTOR, HALO = "pointer", "folded", "descriptor", "halo"
+# channels; whole boxes through tensor descriptors, which the hardware copies and pads with zeros; on sm_90 also such
+# boxes with a border, fetched once for three taps, and the same with all weights kept in shared memory.
+POINTER, FOLDED, DESCRIPTOR, HALO, RESIDENT = "pointer", "folded", "descriptor", "halo", "resident"
+HOPPER_FORMS = (HALO, RESIDENT)
 
 # Below this many input channels the nine taps fold into one K dimension of 9*C values: tap by tap, at least half of
 # each block of 16 channels, the least tl.dot takes, would be zeros.
@@ -55,9 +56,9 @@ class ConvConfig:
     """Blocks of the convolution, and of its input gradient, which is one.
 
     tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or values
-    of 9*C where folded. form: POINTER, FOLDED, DESCRIPTOR or HALO. max_registers: per thread, None leaves it to ptxas.
-    Of the halo form, num_stages are those of pixels and weight_stages those of weights, and swapped is the product of
-    weights and pixels in place of that of pixels and weights.
+    of 9*C where folded. form: one of the five above. max_registers: per thread, None leaves it to ptxas. Of the last
+    two forms, num_stages are those of pixels and weight_stages those of weights, all of them in the resident form;
+    swapped is the product of weights and pixels in place of that of pixels and weights.
     """
 
     tile_h: int
@@ -202,8 +203,20 @@ def halo_config(shape: ConvShape, target: Target) -> ConvConfig:
     return ConvConfig(tile_h, TILE_W, block_n, 64, 4, slots, HALO, weight_stages=weights, swapped=True)
 
 
-def halo_shared_memory(chosen: ConvConfig) -> int:
-    """Bytes of the halo form: both rings, and what is stored of y and of its pooled half, 16 bits each. Barriers
+def fits_resident(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:
+    """Whether a convolution can run in the resident form: as the halo form, 64 to 128 channels to 64 at most."""
+    return fits_halo(shape, dtype, target) and shape.c_out <= 64 and shape.c1 + shape.c2 <= 128
+
+
+def resident_config(shape: ConvShape) -> ConvConfig:
+    """The resident form's blocks, where `fits_resident`: what shared memory there is beside the weights. Unmeasured."""
+    channels = shape.c1 + shape.c2
+    tile_h = 32 if channels == 64 else 16
+    return ConvConfig(tile_h, TILE_W, 64, 64, 4, 3, RESIDENT, weight_stages=9 * channels // 64, swapped=True)
+
+
+def hopper_shared_memory(chosen: ConvConfig) -> int:
+    """Bytes of the halo and resident forms: both rings, y and its pooled half on their way, 16 bits each. Barriers
     aside.
     """
     pixels, block_n = chosen.tile_h * chosen.tile_w, chosen.block_n
@@ -217,7 +230,12 @@ def with_statistics(chosen: ConvConfig) -> ConvConfig:
 
 
 def with_head(chosen: ConvConfig) -> ConvConfig:
-    """The config for a convolution whose epilogue holds a head, which needs registers of its own."""
+    """The config for a convolution whose epilogue holds a head, which needs registers of its own.
+
+    A head sums over channels: of pixels times weights, they are all in one warp.
+    """
+    if chosen.form in HOPPER_FORMS:
+        return replace(chosen, swapped=False, tile_h=chosen.tile_h if chosen.block_n == 64 else 16)
     return replace(chosen, tile_h=min(chosen.tile_h, 16))
 
 

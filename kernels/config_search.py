@@ -21,6 +21,7 @@ from fastunet.kernels.config import (
     FOLDED,
     HALO,
     POINTER,
+    RESIDENT,
     TILE_W,
     ConvConfig,
     ConvShape,
@@ -42,6 +43,8 @@ def conv_forms(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf
     forms = {derived.form: derived}
     if config.fits_halo(shape, dtype, target):
         forms[HALO] = config.halo_config(shape, target)
+    if config.fits_resident(shape, dtype, target):
+        forms[RESIDENT] = config.resident_config(shape)
     if derived.form == DESCRIPTOR:
         without = replace(target, capability=min(target.capability, 89))
         forms[POINTER] = config.derived_conv_config(shape, dtype, without, allow_tf32)
@@ -59,8 +62,8 @@ def feasible_conv_configs(
 
 def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
     """The configs of derived's form."""
-    if derived.form == HALO:
-        return _halo_variants(derived, shape.c_out, target)
+    if derived.form in config.HOPPER_FORMS:
+        return _hopper_variants(derived, shape.c_out, target)
     channels = max(shape.c_out, shape.c_out2)
     heights = [h for h in (8, 16, 32) if h <= derived.tile_h or dtype.itemsize == 2]
     # Where the derived block holds all output channels, so does every other: a joined head needs it.
@@ -78,19 +81,20 @@ def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, ta
     return found
 
 
-def _halo_variants(derived: ConvConfig, channels: int, target: Target) -> list[ConvConfig]:
+def _hopper_variants(derived: ConvConfig, channels: int, target: Target) -> list[ConvConfig]:
     blocks = (64, 128) if channels > 64 else (64,)
-    heights, depths, weight_depths, orders = (16, 32), (2, 3, 4), (4, 6, 8), (False, True)
+    weight_depths = (derived.weight_stages,) if derived.form == RESIDENT else (4, 6, 8)
+    heights, depths, orders = (16, 32), (2, 3, 4), (False, True)
     found = [
         replace(derived, tile_h=tile_h, block_n=block_n, num_stages=depth, weight_stages=weights, swapped=swapped)
         for tile_h, block_n, depth, weights, swapped in itertools.product(
             heights, blocks, depths, weight_depths, orders
         )
-        # The largest tile has registers for a norm's channels only where a thread has few: by the swapped product.
-        if swapped or tile_h * block_n < 32 * 128
+        # Of pixels times weights, a thread holds 32 of 128 channels: a norm's vectors spill. Of weights times pixels, 4.
+        if swapped or block_n == 64
     ]
     # Half a kilobyte is for the barriers.
-    return [c for c in found if config.halo_shared_memory(c) + 512 <= target.shared_memory]
+    return [c for c in found if config.hopper_shared_memory(c) + 512 <= target.shared_memory]
 
 
 def _covers(block: int, channels: int, derived_block: int) -> bool:

@@ -157,7 +157,7 @@ def conv3x3_launch(
     allow_tf32: bool,
 ) -> gpu.Launch:
     """The launch of any form that fills the epilogue's outputs from packed x and up."""
-    if chosen.form == config.HALO:
+    if chosen.form in config.HOPPER_FORMS:
         from fastunet.kernels import conv3x3_hopper  # Late: its interface is private to some releases of Triton.
 
         return conv3x3_hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
@@ -204,23 +204,29 @@ def conv3x3_launch(
 
 
 def choose(
-    x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, *, allow_tf32: bool, stores_y_alone: bool = True
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    target: gpu.Target,
+    *,
+    allow_tf32: bool,
+    leaves_statistics: bool = False,
 ) -> config.ConvConfig:
     """The configuration for conv2d(cat([x, up], 1), weight, padding=1).
 
-    stores_y_alone: the epilogue has neither a head nor statistics, which the halo form cannot give.
+    leaves_statistics: the epilogue has such, which the forms for sm_90 do not give.
     """
     c1, c2, channels = x.shape[1], 0 if up is None else up.shape[1], weight.shape[0]
     aligned = config.aligned(c1, c2, channels) and weight_aligned(weight)
     shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
-    if chosen.form == config.HALO and not (stores_y_alone and halo_runs(x.device)):
+    if chosen.form in config.HOPPER_FORMS and (leaves_statistics or not hopper_forms_run(x.device)):
         return config.derived_conv_config(shape, x.dtype, target, allow_tf32)
     return chosen
 
 
-def halo_runs(device: torch.device) -> bool:
-    """Whether the halo form, which a measurement has chosen, may run there. RuntimeError where it may not and is
+def hopper_forms_run(device: torch.device) -> bool:
+    """Whether a form for sm_90, which a measurement has chosen, may run there. RuntimeError where it may not and is
     pinned: whoever pins it is to see that form, and no other in its place.
     """
     from fastunet.kernels import hopper_gate, tuning
@@ -285,8 +291,7 @@ def conv3x3_head(
     The head reads y before it is rounded to x's dtype.
     """
     x, up = packed(x), None if up is None else packed(up)
-    target = gpu.target(x.device)
-    chosen = config.with_head(choose(x, up, weight, target, allow_tf32=allow_tf32, stores_y_alone=False))
+    chosen = config.with_head(choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32))
     if chosen.block_n < weight.shape[0] or head.weight.shape[0] > HEAD_CLASSES:
         return None
     probabilities = empty_packed(x, head.weight.shape[0], *x.shape[2:])
@@ -306,7 +311,7 @@ def conv3x3_with_statistics(
     x, up = packed(x), None if up is None else packed(up)
     y = empty_packed(x, weight.shape[0], *x.shape[2:])
     target = gpu.target(x.device)
-    chosen = config.with_statistics(choose(x, up, weight, target, allow_tf32=allow_tf32, stores_y_alone=False))
+    chosen = config.with_statistics(choose(x, up, weight, target, allow_tf32=allow_tf32, leaves_statistics=True))
     tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
     statistics = Statistics(
         count=torch.empty((tiles,), dtype=torch.float32, device=x.device),

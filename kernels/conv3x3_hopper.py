@@ -7,6 +7,9 @@ and takes one tile after the other; barriers in shared memory pass the slots of 
 and forth. By the product of pixels and weights [P, N], or by that of weights and pixels [N, P] (`swapped`), which
 reads less shared memory where N is 64.
 
+Where all weights of up to 64 output channels fit shared memory beside the pixels, they are fetched once and stay: the
+resident form, in which only pixels go round.
+
 Gluon's interface is private to each release of Triton: `hopper_gate` says where this form may run. Unmeasured.
 """
 
@@ -17,8 +20,8 @@ from __future__ import annotations
 import triton.language as tl
 from fastunet.kernels import config, gpu
 from fastunet.kernels.epilogue import Epilogue, activation_code
+from fastunet.kernels.hopper_epilogue import finish, pool, store_head
 from fastunet.kernels.layout import weight_matrix
-from fastunet.kernels.tiles import IDENTITY, LEAKY_RELU
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,7 +44,6 @@ _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 40
 
 _BLOCK_K = tl.constexpr(BLOCK_K)
 _TILE_W = tl.constexpr(TILE_W)
-_IDENTITY, _LEAKY_RELU = tl.constexpr(IDENTITY.value), tl.constexpr(LEAKY_RELU.value)
 
 
 # fmt: off
@@ -50,12 +52,6 @@ def view(memory, dtype, shape, layout, _semantic=None):
     """Shared memory from where `memory` begins, in another shape and layout."""
     unwrap = gl._core._unwrap_if_constexpr
     return _semantic.memdesc_reinterpret(memory, unwrap(dtype), [unwrap(s) for s in unwrap(shape)], unwrap(layout))
-
-
-@gluon.jit
-def larger(a, b):
-    """The larger, NaN if either is."""
-    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @gluon.jit
@@ -83,10 +79,11 @@ def load_column(desc, low_desc, upper, lower, image, h, w, k, full, pred, TILE_H
 def produce(
     x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights,
     pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, tiles, blocks_n,
-    TWO_INPUTS: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    TWO_INPUTS: gl.constexpr, RESIDENT: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
     WEIGHT_SLOTS: gl.constexpr,
 ):
-    """Fill the rings: by blocks of channels and columns of the window one slot of pixels and three of weights.
+    """Fill the rings: by blocks of channels and columns of the window one slot of pixels and three of weights; or all
+    weights once, where they are resident.
 
     Round r of a slot may begin when its r-th release has come: its parity is that of r - 1, and a new barrier counts as
     having passed the phase before its first.
@@ -94,6 +91,11 @@ def produce(
     channels = C1 + C2
     step = 0
     tap_step = 0
+    if RESIDENT:
+        full = weights_full.index(0)
+        mbarrier.expect(full, WEIGHT_SLOTS * BLOCK_N * _BLOCK_K * 2)
+        for j in gl.static_range(WEIGHT_SLOTS):
+            tma.async_copy_global_to_shared(weight_desc, [0, j * _BLOCK_K], full, weights.index(j))
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         image, h0, w0, n0 = tile_at(tile, H, W, blocks_n, TILE_H, BLOCK_N)
         for i in range(3 * (channels // _BLOCK_K)):
@@ -114,14 +116,15 @@ def produce(
             else:
                 load_column(x_desc, x_low_desc, upper, lower, image, h0 - 1, w0 + kw - 1, k, full, True, TILE_H)
             step += 1
-            for kh in gl.static_range(3):
-                tap_slot = tap_step % WEIGHT_SLOTS
-                mbarrier.wait(weights_empty.index(tap_slot), ((tap_step // WEIGHT_SLOTS) & 1) ^ 1)
-                full = weights_full.index(tap_slot)
-                mbarrier.expect(full, BLOCK_N * _BLOCK_K * 2)
-                at = [n0, (kh * 3 + kw) * channels + k]
-                tma.async_copy_global_to_shared(weight_desc, at, full, weights.index(tap_slot))
-                tap_step += 1
+            if not RESIDENT:
+                for kh in gl.static_range(3):
+                    tap_slot = tap_step % WEIGHT_SLOTS
+                    mbarrier.wait(weights_empty.index(tap_slot), ((tap_step // WEIGHT_SLOTS) & 1) ^ 1)
+                    full = weights_full.index(tap_slot)
+                    mbarrier.expect(full, BLOCK_N * _BLOCK_K * 2)
+                    at = [n0, (kh * 3 + kw) * channels + k]
+                    tma.async_copy_global_to_shared(weight_desc, at, full, weights.index(tap_slot))
+                    tap_step += 1
 
 
 @gluon.jit
@@ -134,52 +137,22 @@ def multiply(pixels, weight, acc, SWAPPED: gl.constexpr):
 
 
 @gluon.jit
-def load_channels(ptr, n, COUT, AXIS: gl.constexpr):
-    """One float32 value per channel, zero beyond COUT, shaped to broadcast over the sums."""
-    return gl.expand_dims(gl.load(ptr + n, mask=n < COUT, other=0.0).to(gl.float32), 1 - AXIS)
-
-
-@gluon.jit
-def finish(
-    acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
-    BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, AXIS: gl.constexpr,
-):
-    """As epilogue.finish_sums, which Gluon cannot call."""
-    if NORM:
-        scale = 1.0 / gl.sqrt(load_channels(variance_ptr, n, COUT, AXIS) + eps)
-        if GAMMA:
-            scale = scale * load_channels(gamma_ptr, n, COUT, AXIS)
-        acc = (acc - load_channels(mean_ptr, n, COUT, AXIS)) * scale
-    if BIAS:
-        acc = acc + load_channels(bias_ptr, n, COUT, AXIS)
-    if ACTIVATION != _IDENTITY:
-        if ACTIVATION == _LEAKY_RELU:
-            acc = gl.where(acc > 0.0, acc, acc * negative_slope)
-        else:
-            acc = larger(acc, 0.0)
-    return acc
-
-
-@gluon.jit
-def pool(acc, PIXELS: gl.constexpr, BLOCK_N: gl.constexpr, SWAPPED: gl.constexpr):
-    """Maxima of the 2x2 windows of sums of whole rows of pixels, [P / 4, N] or [N, P / 4]."""
-    H2: gl.constexpr = PIXELS // _TILE_W // 2
-    W2: gl.constexpr = _TILE_W // 2
+def stage(values, memory, SWAPPED: gl.constexpr):
+    """Write values [P, N], or [N, P], into memory [P, N]."""
     if SWAPPED:
-        windows = gl.reduce(gl.reduce(acc.reshape([BLOCK_N, H2, 2, W2, 2]), 4, larger), 2, larger)
-        return windows.reshape([BLOCK_N, H2 * W2])
+        memory.permute((1, 0)).store(values)
     else:
-        windows = gl.reduce(gl.reduce(acc.reshape([H2, 2, W2, 2, BLOCK_N]), 3, larger), 1, larger)
-        return windows.reshape([H2 * W2, BLOCK_N])
+        memory.store(values)
 
 
 @gluon.jit
 def consume(
-    HALF: gl.constexpr, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, y_desc, pooled_desc, pixels, weights, y_stage,
-    pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, COUT, tiles, blocks_n, eps,
-    negative_slope, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr,
-    POOL: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
-    WEIGHT_SLOTS: gl.constexpr,
+    HALF: gl.constexpr, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
+    pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, H, W,
+    C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr,
+    ACTIVATION: gl.constexpr, STORE: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr,
+    SIGMOID: gl.constexpr, RESIDENT: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
 ):
     """Sum up and store one half of the rows of each tile."""
     ROWS: gl.constexpr = TILE_H // 2
@@ -191,31 +164,38 @@ def consume(
     ROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     step = 0
     tap_step = 0
+    blocks_k = (C1 + C2) // _BLOCK_K
+    if RESIDENT:
+        mbarrier.wait(weights_full.index(0), 0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         image, h0, w0, n0 = tile_at(tile, H, W, blocks_n, TILE_H, BLOCK_N)
         h0 += HALF * ROWS
         acc = gl.zeros([M, N], gl.float32, SUMS)
-        for i in range(3 * ((C1 + C2) // _BLOCK_K)):
+        for i in range(3 * blocks_k):
             slot = step % SLOTS
             mbarrier.wait(pixels_full.index(slot), (step // SLOTS) & 1)
             for kh in gl.static_range(3):
                 tap_slot = tap_step % WEIGHT_SLOTS
-                mbarrier.wait(weights_full.index(tap_slot), (tap_step // WEIGHT_SLOTS) & 1)
+                if RESIDENT:
+                    tap_slot = (kh * 3 + i % 3) * blocks_k + i // 3
+                else:
+                    mbarrier.wait(weights_full.index(tap_slot), (tap_step // WEIGHT_SLOTS) & 1)
                 rows = pixels.index(slot * (TILE_H + 2) + HALF * ROWS + kh)
                 tap = view(rows, y_desc.dtype, [PIXELS, _BLOCK_K], ROW)
                 acc = multiply(tap, weights.index(tap_slot), acc, SWAPPED)
                 # All products but this one have ended: the slots of the one before it are free.
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 if kh == 0:
-                    mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS), pred=i > 0)
                     mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS), pred=i > 0)
-                else:
-                    mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
-                tap_step += 1
+                if not RESIDENT:
+                    last = (tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS
+                    mbarrier.arrive(weights_empty.index(last), pred=i + kh > 0)
+                    tap_step += 1
             step += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         # The last slots, before the epilogue: the producer fetches the next tile meanwhile.
-        mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
+        if not RESIDENT:
+            mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
         mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))
 
         n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1 - AXIS, SUMS))
@@ -223,81 +203,83 @@ def consume(
             acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
             BIAS, NORM, GAMMA, ACTIVATION, AXIS,
         )
-        tma.store_wait(0)  # Of the tile before, from the same memory.
-        staged = view(y_stage.index(HALF), y_desc.dtype, [PIXELS, BLOCK_N], y_stage.index(HALF).layout)
-        y = acc.to(y_desc.dtype)
-        if SWAPPED:
-            staged.permute((1, 0)).store(y)
-        else:
-            staged.store(y)
-        if POOL:
-            pooled = pool(acc, PIXELS, BLOCK_N, SWAPPED).to(y_desc.dtype)
-            staged = pooled_stage.index(HALF)
-            if SWAPPED:
-                staged.permute((1, 0)).store(pooled)
-            else:
-                staged.store(pooled)
-        fence_async_shared()
-        box = view(y_stage.index(HALF), y_desc.dtype, [1, ROWS, _TILE_W, BLOCK_N], y_desc.layout)
-        tma.async_copy_shared_to_global(y_desc, [image, h0, w0, n0], box)
-        if POOL:
-            shape: gl.constexpr = [1, ROWS // 2, _TILE_W // 2, BLOCK_N]
-            box = view(pooled_stage.index(HALF), y_desc.dtype, shape, pooled_desc.layout)
-            tma.async_copy_shared_to_global(pooled_desc, [image, h0 // 2, w0 // 2, n0], box)
-    tma.store_wait(0)
+        if CLASSES > 0:
+            store_head(
+                head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, image, h0, w0, H, W,
+                CLASSES, HEAD_BIAS, SIGMOID, PIXELS, AXIS, SUMS,
+            )
+        if STORE:
+            tma.store_wait(0)  # Of the tile before, from the same memory.
+            stage(acc.to(y_desc.dtype), y_stage.index(HALF), SWAPPED)
+            if POOL:
+                stage(pool(acc, PIXELS, BLOCK_N, SWAPPED).to(y_desc.dtype), pooled_stage.index(HALF), SWAPPED)
+            fence_async_shared()
+            box = view(y_stage.index(HALF), y_desc.dtype, [1, ROWS, _TILE_W, BLOCK_N], y_desc.layout)
+            tma.async_copy_shared_to_global(y_desc, [image, h0, w0, n0], box)
+            if POOL:
+                shape: gl.constexpr = [1, ROWS // 2, _TILE_W // 2, BLOCK_N]
+                box = view(pooled_stage.index(HALF), y_desc.dtype, shape, pooled_desc.layout)
+                tma.async_copy_shared_to_global(pooled_desc, [image, h0 // 2, w0 // 2, n0], box)
+    if STORE:
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["H", "W", "C1", "C2", "COUT", "tiles", "blocks_n"])
 def conv3x3_hopper_kernel(
     x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, y_desc, pooled_desc, H, W, C1, C2, COUT, tiles, blocks_n,
-    bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
+    bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, eps, negative_slope,
     TWO_INPUTS: gl.constexpr, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr,
-    POOL: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    STORE: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr,
+    RESIDENT: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
     WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """As conv3x3_descriptor_kernel, but for statistics and heads, by as many programs as there are multiprocessors.
+    """As conv3x3_descriptor_kernel, but for statistics, by as many programs as there are multiprocessors.
 
-    The low descriptors read boxes of two rows. What a flag leaves out is any tensor, and is not read.
+    The low descriptors read boxes of two rows. What a flag leaves out is any tensor, and is not read. Where weights are
+    RESIDENT, WEIGHT_SLOTS hold all of them.
     """
     DTYPE: gl.constexpr = y_desc.dtype
     ROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     PIXELS: gl.constexpr = TILE_H // 2 * _TILE_W
     pixels = gl.allocate_shared_memory(DTYPE, [SLOTS * (TILE_H + 2), _TILE_W, _BLOCK_K], ROW)
     weights = gl.allocate_shared_memory(DTYPE, [WEIGHT_SLOTS, BLOCK_N, _BLOCK_K], weight_desc.layout)
-    y_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS, BLOCK_N], ROW)
-    pooled_stage = y_stage
+    y_stage = weights
+    pooled_stage = weights
+    if STORE:
+        y_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS, BLOCK_N], ROW)
     if POOL:
         pooled_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS // 4, BLOCK_N], ROW)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     pixels_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     pixels_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
-    weights_full = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
-    weights_empty = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
+    RING: gl.constexpr = 1 if RESIDENT else WEIGHT_SLOTS
+    weights_full = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
+    weights_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
     for i in gl.static_range(SLOTS):
         mbarrier.init(pixels_full.index(i), count=1)
         mbarrier.init(pixels_empty.index(i), count=2)
-    for i in gl.static_range(WEIGHT_SLOTS):
+    for i in gl.static_range(RING):
         mbarrier.init(weights_full.index(i), count=1)
         mbarrier.init(weights_empty.index(i), count=2)
     fence_async_shared()  # The hardware that copies sees the barriers too.
     gl.warp_specialize(
         [
             (consume, (
-                0, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, y_desc, pooled_desc, pixels, weights, y_stage,
-                pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, COUT, tiles,
-                blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION, POOL, SWAPPED, TILE_H, BLOCK_N, SLOTS,
-                WEIGHT_SLOTS,
+                0, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
+                pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
+                weights_empty, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION,
+                STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, RESIDENT, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (consume, (
-                1, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, y_desc, pooled_desc, pixels, weights, y_stage,
-                pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, COUT, tiles,
-                blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION, POOL, SWAPPED, TILE_H, BLOCK_N, SLOTS,
-                WEIGHT_SLOTS,
+                1, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
+                pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
+                weights_empty, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION,
+                STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, RESIDENT, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (produce, (
                 x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights, pixels_full, pixels_empty,
-                weights_full, weights_empty, H, W, C1, C2, tiles, blocks_n, TWO_INPUTS, TILE_H, BLOCK_N, SLOTS,
-                WEIGHT_SLOTS,
+                weights_full, weights_empty, H, W, C1, C2, tiles, blocks_n, TWO_INPUTS, RESIDENT, TILE_H, BLOCK_N,
+                SLOTS, WEIGHT_SLOTS,
             )),
         ],
         [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -317,30 +299,34 @@ def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescripto
 def conv3x3_launch(
     x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
 ) -> gpu.Launch:
-    """The launch that fills the epilogue's y, and pooled, from packed x and up. An epilogue without y, with a head or
-    with statistics has no such form: ValueError.
+    """The launch that fills the epilogue's outputs from packed x and up. ValueError where they are statistics, which
+    this form does not leave, or a head of more channels than a program holds.
     """
-    if epilogue.y is None or epilogue.head is not None or epilogue.statistics is not None:
-        raise ValueError("the halo form stores y and its pooled half, and neither a head nor statistics")
+    head, channels = epilogue.head, weight.shape[0]
+    if epilogue.statistics is not None or (head is not None and channels > chosen.block_n):
+        raise ValueError("the halo form leaves no statistics, and heads only where a program holds all channels")
     batch, c1, height, width = x.shape
-    c2, channels = 0 if up is None else up.shape[1], weight.shape[0]
+    c2 = 0 if up is None else up.shape[1]
     tile_h, block_n = chosen.tile_h, chosen.block_n
     matrix = weight_matrix(weight)
     rows = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    second, stored = x if up is None else up, epilogue.y
-    given = epilogue.arguments()
-    pointers = {name: given[f"{name}_ptr"] for name in ("bias", "mean", "variance", "gamma")}
-    tiles = batch * config.tiles_per_image(chosen, height, width) * config.cdiv(channels, block_n)
-    # Pooled pixels that lie beyond a window cut by the image's edge are not stored: there may be none at all.
+    second = x if up is None else up
+    # A descriptor of what is not stored is never used, but says the dtype.
+    y = x if epilogue.y is None else epilogue.y
+    # A window cut by the image's edge is none: there may be no pooled pixel at all.
     pooled = None if epilogue.pooled is None or not epilogue.pooled.numel() else epilogue.pooled
+    given = epilogue.arguments()
+    names = ("bias", "mean", "variance", "gamma", "head", "head_weight", "head_bias")
+    pointers = {f"{name}_ptr": given[f"{name}_ptr"] for name in names}
+    tiles = batch * config.tiles_per_image(chosen, height, width) * config.cdiv(channels, block_n)
     arguments = {
         "x_desc": _boxes(x, tile_h, TILE_W, BLOCK_K),
         "x_low_desc": _boxes(x, 2, TILE_W, BLOCK_K),
         "up_desc": _boxes(second, tile_h, TILE_W, BLOCK_K),
         "up_low_desc": _boxes(second, 2, TILE_W, BLOCK_K),
         "weight_desc": TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [block_n, BLOCK_K], rows),
-        "y_desc": _boxes(stored, tile_h // 2, TILE_W, block_n),
-        "pooled_desc": _boxes(stored if pooled is None else pooled, tile_h // 4, TILE_W // 2, block_n),
+        "y_desc": _boxes(y, tile_h // 2, TILE_W, block_n),
+        "pooled_desc": _boxes(y if pooled is None else pooled, tile_h // 4, TILE_W // 2, block_n),
         "H": height,
         "W": width,
         "C1": c1,
@@ -348,15 +334,20 @@ def conv3x3_launch(
         "COUT": channels,
         "tiles": tiles,
         "blocks_n": config.cdiv(channels, block_n),
-        **{f"{name}_ptr": matrix if t is None else t for name, t in pointers.items()},
+        **{name: matrix if t is None else t for name, t in pointers.items()},
         "eps": given["eps"],
         "negative_slope": given["negative_slope"],
         "TWO_INPUTS": up is not None,
-        "BIAS": pointers["bias"] is not None,
-        "NORM": pointers["mean"] is not None,
-        "GAMMA": pointers["gamma"] is not None,
+        "BIAS": pointers["bias_ptr"] is not None,
+        "NORM": pointers["mean_ptr"] is not None,
+        "GAMMA": pointers["gamma_ptr"] is not None,
         "ACTIVATION": activation_code(epilogue.negative_slope),
+        "STORE": epilogue.y is not None,
         "POOL": pooled is not None,
+        "CLASSES": given["CLASSES"],
+        "HEAD_BIAS": pointers["head_bias_ptr"] is not None,
+        "SIGMOID": given["SIGMOID"],
+        "RESIDENT": chosen.form == config.RESIDENT,
         "SWAPPED": chosen.swapped,
         "TILE_H": tile_h,
         "BLOCK_N": block_n,
@@ -366,6 +357,4 @@ def conv3x3_launch(
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
     grid = min(tiles, gpu.target(x.device).multiprocessors)
-    return gpu.Launch(
-        conv3x3_hopper_kernel, grid, arguments, chosen.num_warps, 1, product_rows=block_n if chosen.swapped else 64
-    )
+    return gpu.Launch(conv3x3_hopper_kernel, grid, arguments, chosen.num_warps, 1, product_rows=64)

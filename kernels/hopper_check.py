@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from fastunet.kernels import config, conv3x3_hopper, gpu
 from fastunet.kernels.config import ConvConfig, ConvShape
-from fastunet.kernels.epilogue import Epilogue, Normalisation
+from fastunet.kernels.epilogue import Epilogue, Head, Normalisation
 from fastunet.kernels.layout import empty_packed
 from torch import Tensor
 
@@ -21,18 +22,22 @@ from torch import Tensor
 PROBLEMS = (
     (5, 131, 75, 64, 0, 64),
     (2, 33, 65, 64, 64, 128),
+    (2, 75, 131, 64, 64, 48),
     (3, 16, 24, 128, 0, 72),
 )
 
 
-def blocks(shape: ConvShape) -> list[ConvConfig]:
-    """Both orders of the product, small tiles and large."""
+def blocks(shape: ConvShape, dtype: torch.dtype, target: gpu.Target) -> list[ConvConfig]:
+    """Both orders of the product, small tiles and large, and the resident form where it fits."""
     wide = 128 if shape.c_out > 64 else 64
     sizes = ((32, 64, 3, 6), (16, 64, 4, 8), (16, wide, 2, 4))
-    return [
-        ConvConfig(tile_h, config.TILE_W, block_n, 64, 4, slots, config.HALO, weight_stages=weights, swapped=swapped)
-        for (tile_h, block_n, slots, weights), swapped in itertools.product(sizes, (False, True))
+    found = [
+        ConvConfig(tile_h, config.TILE_W, block_n, 64, 4, slots, config.HALO, weight_stages=weights)
+        for tile_h, block_n, slots, weights in sizes
     ]
+    if config.fits_resident(shape, dtype, target):
+        found.append(config.resident_config(shape))
+    return [replace(each, swapped=swapped) for each in found for swapped in (False, True)]
 
 
 def integers(*sizes: int, device: torch.device) -> Tensor:
@@ -40,40 +45,46 @@ def integers(*sizes: int, device: torch.device) -> Tensor:
 
 
 def check(problem: Sequence[int], chosen: ConvConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """AssertionError unless y and its pooled half are exact, twice over, in the same memory."""
+    """AssertionError unless y and its pooled half, and a head in their place, are exact, twice over."""
     n, h, w, c1, c2, c_out = problem
-    images = [integers(n, c, h, w, device=device) for c in (c1, c2) if c]
-    weight = integers(c_out, c1 + c2, 3, 3, device=device)
+    x, up, weight = (
+        integers(*sizes, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        for sizes in ((n, c1, h, w), (n, c2, h, w), (c_out, c1 + c2, 3, 3))
+    )
     bias, mean = integers(c_out, device=device), integers(c_out, device=device)
     # With eps a variance of 1, whose root is exact.
     norm = Normalisation(mean, torch.full_like(mean, 0.75), None, 0.25)
-    half = [t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (*images, weight)]
-    *inputs, half_weight = half
-    expected = F.conv2d(torch.cat(images, 1).double(), weight.double(), padding=1) - mean.double()[:, None, None]
-    expected = (expected + bias.double()[:, None, None]).relu()
-    y = empty_packed(inputs[0], c_out, h, w)
-    pooled = empty_packed(inputs[0], c_out, h // 2, w // 2)
-    up = inputs[1] if c2 else None
-    launch = conv3x3_hopper.conv3x3_launch(inputs[0], up, half_weight, chosen, Epilogue(y, bias, norm, 0.0, pooled))
+    head = integers(2, c_out, 1, 1, device=device) * (torch.arange(c_out, device=device) % 8 == 0)[:, None, None]
+    exact = F.conv2d(torch.cat([x, up], 1).double(), weight.double(), padding=1)
+    exact = (exact - mean.double()[:, None, None] + bias.double()[:, None, None]).relu()
+    expected = {"y": exact, "pooled": F.max_pool2d(exact, 2), "head": F.conv2d(exact, head.double())}
+    actual = {name: empty_packed(x, *each.shape[1:]) for name, each in expected.items()}
+    launches = [(chosen, Epilogue(actual["y"], bias, norm, 0.0, actual["pooled"]))]
+    if c_out <= chosen.block_n:
+        given = Head(head.to(dtype), None, sigmoid=False)
+        joined = Epilogue(None, bias, norm, 0.0, head=given, probabilities=actual["head"])
+        launches.append((config.with_head(chosen), joined))
+    else:
+        del expected["head"]
     for _ in range(2):
-        y.fill_(float("nan"))
-        pooled.fill_(float("nan"))
-        launch.run(device)
-        for name, actual, exact in (("y", y, expected), ("pooled", pooled, F.max_pool2d(expected, 2))):
-            wrong = int((actual != exact.to(dtype)).sum())
+        for each in actual.values():
+            each.fill_(float("nan"))
+        for config_of, epilogue in launches:
+            conv3x3_hopper.conv3x3_launch(x, up if c2 else None, weight, config_of, epilogue).run(device)
+        for name, each in expected.items():
+            wrong = int((actual[name] != each.to(dtype)).sum())
             if wrong:
-                raise AssertionError(
-                    f"{chosen} on {problem} in {dtype}: {wrong} of {actual.numel()} of {name} are wrong"
-                )
+                raise AssertionError(f"{chosen} on {problem} in {dtype}: {wrong} of {each.numel()} of {name} are wrong")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check every problem, blocks and dtype on the GPU of that number."""
     device = torch.device("cuda", int(arguments[0]))
+    target = gpu.target(device)
     for problem, dtype in itertools.product(PROBLEMS, (torch.bfloat16, torch.float16)):
         _, h, w, c1, c2, c_out = problem
-        for chosen in blocks(ConvShape(c1, c2, c_out, h, w)):
-            if config.halo_shared_memory(chosen) + 512 <= gpu.target(device).shared_memory:
+        for chosen in blocks(ConvShape(c1, c2, c_out, h, w), dtype, target):
+            if config.hopper_shared_memory(chosen) + 512 <= target.shared_memory:
                 check(problem, chosen, dtype, device)
     torch.cuda.synchronize(device)
     return 0

@@ -25,7 +25,7 @@ from fastunet.kernels import gpu
 TRITON_VERSIONS = ("3.6", "3.7")
 # Seconds for starting Python, compiling a dozen kernels, and running them.
 TIMEOUT = 240.0
-_SOURCES = ("conv3x3_hopper.py", "hopper_check.py")
+_SOURCES = ("conv3x3_hopper.py", "hopper_epilogue.py", "hopper_check.py")
 
 
 @functools.cache
@@ -33,10 +33,10 @@ def obstacle(device: torch.device) -> str | None:
     """Why the Gluon kernels may not run on a device, None where they may."""
     target = gpu.target(device)
     if target.capability != 90:
-        return f"the halo form is for sm_90, not {target.name}"
+        return f"the forms for Hopper are for sm_90, not {target.name}"
     version = ".".join(triton.__version__.split(".")[:2])
     if version not in TRITON_VERSIONS:
-        return f"the halo form is written for Triton {' and '.join(TRITON_VERSIONS)}, not {version}"
+        return f"the forms for Hopper are written for Triton {' and '.join(TRITON_VERSIONS)}, not {version}"
     index = torch.cuda.current_device() if device.index is None else device.index
     return checked(cache_file(), identity(target.name), index)
 
@@ -72,11 +72,11 @@ def run_check(index: int, command: list[str] | None = None, timeout: float = TIM
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return f"the halo form did not end its check within {timeout:.0f} s on this GPU"
+        return f"the forms for Hopper did not end their check within {timeout:.0f} s on this GPU"
     if done.returncode == 0:
         return None
     last = (done.stderr or done.stdout).strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-    return f"the halo form failed its check on this GPU: {last[0][:200]}"
+    return f"the forms for Hopper failed their check on this GPU: {last[0][:200]}"
 
 
 def _write(cache: Path, outcomes: dict[str, str | None]) -> None:

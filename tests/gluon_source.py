@@ -8,8 +8,8 @@ launcher gives the kernel is taken as it is: descriptors of CPU tensors become b
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -56,15 +56,16 @@ class _Weave(ast.NodeTransformer):
         return ast.YieldFrom(value=node) if takes_step else node
 
 
-def weave(module: ModuleType, edits: Sequence[Edit] = ()) -> CodeType:
-    """The jitted functions of a kernel's module as generators; edits: texts of its source, and what stands there
+def weave(modules: Sequence[ModuleType], edits: Sequence[Edit] = ()) -> CodeType:
+    """The jitted functions of a kernel's modules as generators; edits: texts of their source, and what stands there
     instead. ValueError where there is no such text.
     """
-    assert module.__file__ is not None
-    text = Path(module.__file__).read_text()
+    text = "\n".join(inspect.getsource(module) for module in modules).replace(
+        "from __future__ import annotations\n", ""
+    )
     for old, new in edits:
         if old not in text:
-            raise ValueError(f"{module.__name__} has no {old!r}")
+            raise ValueError(f"{modules[-1].__name__} has no {old!r}")
         text = text.replace(old, new)
     tree = ast.parse(text)
     jitted = [
@@ -76,7 +77,7 @@ def weave(module: ModuleType, edits: Sequence[Edit] = ()) -> CodeType:
     tree.body = [
         _Weave({node.name for node in jitted} - {"larger"}).visit(node) for node in jitted if node.name != "larger"
     ]
-    return compile(ast.fix_missing_locations(tree), module.__file__, "exec")
+    return compile(ast.fix_missing_locations(tree), modules[-1].__name__, "exec")
 
 
 class _Anything:
@@ -90,22 +91,30 @@ class _Anything:
 
 
 class Pointer:
-    """A pointer into a tensor of channels."""
+    """A pointer into a tensor, and how often each of its values is written."""
 
-    def __init__(self, values: np.ndarray, offset: Any = 0) -> None:
-        self.values, self.offset = values, offset
+    dtype = _Anything()
+
+    def __init__(self, values: np.ndarray, written: np.ndarray, offset: Any = 0) -> None:
+        self.values, self.written, self.offset = values, written, offset
 
     def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.values, self.offset + offset)
+        return Pointer(self.values, self.written, self.offset + offset)
 
 
 def _language(cta: Cta) -> _Anything:
     def allocate(_: Any, shape: Sequence[int], __: Any) -> Memory | Barriers:
         return cta.barriers(shape[0]) if len(shape) == 2 and shape[1] == 1 else cta.allocate(shape)
 
-    def load(pointer: Pointer, mask: Any, other: float) -> Registers:
+    def load(pointer: Pointer, mask: Any = True, other: float = 0.0) -> Registers:
         offsets = np.where(mask, pointer.offset, 0).astype(int)
         return registers(np.where(mask, pointer.values[offsets], other))
+
+    def store(pointer: Pointer, values: Any, mask: Any) -> Steps:
+        yield
+        offsets = np.asarray(pointer.offset)[mask].astype(int)
+        pointer.values[offsets] = values[mask]
+        np.add.at(pointer.written, offsets, 1)
 
     class Language(_Anything):
         program_id = staticmethod(lambda _: cta.number)
@@ -116,17 +125,21 @@ def _language(cta: Cta) -> _Anything:
         expand_dims = staticmethod(lambda values, axis: registers(np.expand_dims(values, axis)))
         sqrt = staticmethod(np.sqrt)
         where = staticmethod(lambda mask, a, b: registers(np.where(mask, a, b)))
+        exp = staticmethod(np.exp)
+        sum = staticmethod(lambda values, axis: registers(np.sum(values, axis)))
         reduce = staticmethod(lambda values, axis, _: registers(np.max(values, axis)))
 
     language = Language()
     language.load = load  # type: ignore[attr-defined]
+    language.store = store  # type: ignore[attr-defined]
     language.allocate_shared_memory = allocate  # type: ignore[attr-defined]
     return language
 
 
-def environment(module: ModuleType, cta: Cta) -> dict[str, Any]:
-    """The names that the kernels of a module use, on the model."""
-    constants = {name: each.value for name, each in vars(module).items() if type(each).__name__ == "constexpr"}
+def environment(modules: Sequence[ModuleType], cta: Cta) -> dict[str, Any]:
+    """The names that the kernels of the modules use, on the model."""
+    names = [item for module in modules for item in vars(module).items()]
+    constants = {name: each.value for name, each in names if type(each).__name__ == "constexpr"}
 
     def wait(barrier: Barrier, parity: int) -> Steps:
         return cta.until(lambda: (barrier.phase & 1) != parity)
@@ -202,7 +215,7 @@ class Globals:
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return Pointer(self._flat(value)[0])
+            return Pointer(*self._flat(value))
         if not hasattr(value, "block_shape"):
             return value
         flat, written = self._flat(value.base)
@@ -219,6 +232,10 @@ class Globals:
             self._arrays[t.data_ptr()] = flat, np.zeros(flat.shape)
         return self._arrays[t.data_ptr()]
 
+    def is_written(self, t: Tensor) -> bool:
+        """Whether anything of the tensor is."""
+        return bool(self._flat(t)[1].any())
+
     def result(self, t: Tensor) -> Tensor:
         """What a channels_last tensor [N, C, H, W] holds now. Fault unless each of its values was written once."""
         flat, written = self._flat(t)
@@ -228,14 +245,16 @@ class Globals:
         return torch.from_numpy(flat).reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
-def run(module: ModuleType, launch: Any, seed: int, code: CodeType | None = None) -> Globals:
-    """Every program of a launch, one after the other, in an order of events that the seed decides."""
+def run(modules: Sequence[ModuleType], launch: Any, seed: int, code: CodeType | None = None) -> Globals:
+    """Every program of a launch, one after the other, in an order of events that the seed decides. modules: those with
+    the kernel's source; code: as weave has edited it.
+    """
     memory = Globals(launch.arguments)
-    code = weave(module) if code is None else code
+    code = weave(modules) if code is None else code
     name = launch.kernel.fn.__name__
     for number in range(launch.grid):
         cta = Cta(seed + 9001 * number, number, launch.grid)
-        names = environment(module, cta)
+        names = environment(modules, cta)
         exec(code, names)
         kernel: Callable[..., Steps] = names[name]
         with np.errstate(invalid="ignore"):

@@ -25,14 +25,16 @@ from fastunet.kernels import (
     conv3x3_hopper,
     gpu,
     hopper_check,
+    hopper_epilogue,
     hopper_gate,
     tuning,
 )
-from fastunet.kernels.epilogue import Epilogue, Head, Normalisation
+from fastunet.kernels.epilogue import Epilogue, Head, Normalisation, Statistics
 from gluon_source import Edit, run, weave
 
 HOPPER = gpu.known_target(90)
 MODES = len(Cta.MODES)
+MODULES = (hopper_epilogue, conv3x3_hopper)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Case:
     pool: bool = True
     norm: bool = False
     slope: float | None = 0.0
+    resident: bool = False
+    classes: int = 0
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in vars(self).values())
@@ -60,8 +64,8 @@ class Case:
     @property
     def chosen(self) -> config.ConvConfig:
         return config.ConvConfig(
-            *(self.tile_h, 8, self.block_n, 64, 4, self.slots, config.HALO),
-            weight_stages=self.weight_slots,
+            *(self.tile_h, 8, self.block_n, 64, 4, self.slots, config.RESIDENT if self.resident else config.HALO),
+            weight_stages=9 * (self.c1 + self.c2) // 64 if self.resident else self.weight_slots,
             swapped=self.swapped,
         )
 
@@ -84,8 +88,15 @@ def check(case: Case, seed: int, edits: list[Edit] | None = None) -> None:
     )
     norm = Normalisation(mean, variance, gamma, 1e-3) if case.norm else None
     epilogue = Epilogue(y, bias, norm, case.slope, pooled if case.pool else None)
+    if case.classes:  # In place of y.
+        head_weight, head_bias = random(case.classes, case.c_out, 1, 1, seed=9), random(case.classes, seed=10)
+        y = torch.empty(case.n, case.classes, case.h, case.w, dtype=torch.bfloat16).contiguous(
+            memory_format=torch.channels_last
+        )
+        head = Head(head_weight, head_bias, sigmoid=case.classes == 1)
+        epilogue = Epilogue(None, bias, norm, case.slope, head=head, probabilities=y)
     launch = conv3x3_hopper.conv3x3_launch(x, up, weight, case.chosen, epilogue)
-    memory = run(conv3x3_hopper, launch, seed, None if edits is None else weave(conv3x3_hopper, edits))
+    memory = run(MODULES, launch, seed, None if edits is None else weave(MODULES, edits))
     joined = x if up is None else torch.cat([x, up], 1)
     expected = F.conv2d(joined.double(), weight.double(), padding=1)
     if case.norm:
@@ -93,9 +104,12 @@ def check(case: Case, seed: int, edits: list[Edit] | None = None) -> None:
     expected += bias.double()[:, None, None]
     if case.slope is not None:
         expected = F.leaky_relu(expected, case.slope)
+    if case.classes:
+        expected = F.conv2d(expected, head_weight.double(), head_bias.double())
+        expected = expected.sigmoid() if case.classes == 1 else expected
     # Nothing is rounded but by float64 itself: what is wrong is off by more than a billionth.
     torch.testing.assert_close(memory.result(y), expected, rtol=0, atol=1e-9)
-    if case.pool and pooled.numel():
+    if epilogue.pooled is not None and pooled.numel():
         torch.testing.assert_close(memory.result(pooled), F.max_pool2d(expected, 2), rtol=0, atol=1e-9)
 
 
@@ -113,6 +127,12 @@ CASES = [
     Case(h=17, w=9, c_out=72, block_n=128, swapped=True, slope=None),
     Case(n=3, h=1, w=1, pool=True),
     Case(n=1, h=3, w=200, norm=True, swapped=True),
+    Case(n=2, h=33, w=20, resident=True, swapped=True),
+    Case(n=1, h=40, w=20, resident=True, tile_h=32, slots=3, norm=True),
+    Case(n=2, h=18, w=31, resident=True, c2=64, c_out=48, slots=4, slope=0.1, swapped=True),
+    Case(n=2, h=18, w=31, resident=True, classes=1),
+    Case(n=2, h=18, w=15, classes=3, norm=True, c_out=40),
+    Case(n=1, h=18, w=15, classes=2, swapped=True, resident=True),
 ]
 
 
@@ -129,8 +149,12 @@ def test_the_kernel_on_the_model_in_many_orders(case: Case) -> None:
         check(case, seed)
 
 
-PROBES = [Case(n=2, h=33, w=20, weight_slots=6), Case(h=33, w=25, c2=64), Case(n=2, h=33, w=25, swapped=True, slots=3)]
-FREE_WEIGHT = "mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))"
+PROBES = [
+    Case(n=2, h=33, w=20, weight_slots=6),
+    Case(h=33, w=25, c2=64),
+    Case(n=2, h=33, w=25, swapped=True, slots=3),
+    Case(h=33, w=25, resident=True, c2=64),
+]
 FREE_PIXELS = "mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))"
 LAST_WAIT = "        acc = warpgroup_mma_wait(0, deps=(acc,))\n"
 FAULTS: dict[str, list[Edit]] = {
@@ -144,12 +168,7 @@ FAULTS: dict[str, list[Edit]] = {
     "a consumer does not wait for weights": [
         ("mbarrier.wait(weights_full.index(tap_slot), (tap_step // WEIGHT_SLOTS) & 1)", "pass")
     ],
-    "weights freed a product early": [
-        (
-            FREE_WEIGHT + "\n                tap_step",
-            "mbarrier.arrive(weights_empty.index(tap_slot))\n                tap_step",
-        )
-    ],
+    "weights freed a product early": [("last = (tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS", "last = tap_slot")],
     "pixels freed a column early": [
         ("pixels_empty.index((step + SLOTS - 1) % SLOTS), pred=i > 0", "pixels_empty.index(slot), pred=i > 0")
     ],
@@ -160,12 +179,14 @@ FAULTS: dict[str, list[Edit]] = {
         (f"        {FREE_PIXELS}\n\n", f"        {FREE_PIXELS}\n{LAST_WAIT}\n"),
     ],
     "the last pixels never freed": [(f"        {FREE_PIXELS}\n\n", "\n")],
-    "the last weights freed twice": [("WEIGHT_SLOTS), pred=i > 0", "WEIGHT_SLOTS), pred=step > 0")],
-    "staging memory rewritten": [("        tma.store_wait(0)  # Of the tile before, from the same memory.\n", "")],
+    "the last weights freed twice": [("pred=i + kh > 0", "pred=step + kh > 0")],
+    "resident weights not waited for": [("        mbarrier.wait(weights_full.index(0), 0)\n", "        pass\n")],
+    "resident weights counted by taps alone": [("* blocks_k + i // 3", "+ i // 3")],
+    "staging memory rewritten": [("            tma.store_wait(0)  # Of the tile before, from the same memory.\n", "")],
     "staging memory rewritten while the second copy reads it": [
-        ("        tma.store_wait(0)  # Of", "        tma.store_wait(1)  # Of")
+        ("            tma.store_wait(0)  # Of", "            tma.store_wait(1)  # Of")
     ],
-    "no fence before the copy": [("        fence_async_shared()\n        box", "        box")],
+    "no fence before the copy": [("            fence_async_shared()\n            box", "            box")],
     "a barrier of pixels with one arrival": [
         ("mbarrier.init(pixels_empty.index(i), count=2)", "mbarrier.init(pixels_empty.index(i), count=1)")
     ],
@@ -204,7 +225,7 @@ def test_a_fault_shows(fault: str) -> None:
 def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
     grad, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
     out = torch.empty(2, 128, 9, 12, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(conv3x3_grad, "halo_runs", lambda _: True)
+    monkeypatch.setattr(conv3x3_grad, "hopper_forms_run", lambda _: True)
     given = {"allow_tf32": False, "target": HOPPER}
     with tuning.pinned("conv3x3", Case(c_out=128).chosen):
         launch = conv3x3_grad.input_grad_launch(grad, weight, (out, None), None, None, **given)
@@ -212,7 +233,7 @@ def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatc
     assert launch.kernel is conv3x3_hopper.conv3x3_hopper_kernel
     assert masked.kernel is not launch.kernel, "the activation's mask is not in this form"
     expected = F.conv_transpose2d(grad.double(), weight.double(), padding=1)
-    torch.testing.assert_close(run(conv3x3_hopper, launch, 0).result(out), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(run(MODULES, launch, 0).result(out), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("may_run", [True, False])
@@ -232,7 +253,7 @@ def test_a_measured_choice_falls_back_where_the_form_may_not_run(
     table.write_text(json.dumps({"configs": [tuning.as_row("conv3x3", shape, torch.bfloat16, False, chosen)]}))
     with tuning.reading(table):
         assert choose() == (chosen if may_run else derived)
-        assert choose(stores_y_alone=False) == derived
+        assert choose(leaves_statistics=True) == derived
     with tuning.pinned("conv3x3", chosen):
         if may_run:
             assert choose() == chosen
@@ -243,9 +264,11 @@ def test_a_measured_choice_falls_back_where_the_form_may_not_run(
 
 def test_what_it_cannot_store_is_an_error() -> None:
     x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
-    head = Head(weight[:2, :, :1, :1], None, sigmoid=False)
-    with pytest.raises(ValueError, match="neither a head nor statistics"):
-        conv3x3_hopper.conv3x3_launch(x, None, weight, Case().chosen, Epilogue(x, head=head, probabilities=x))
+    count, partial = torch.empty(1), torch.empty(2, 1, 64)
+    with pytest.raises(ValueError, match="leaves no statistics"):
+        conv3x3_hopper.conv3x3_launch(
+            x, None, weight, Case().chosen, Epilogue(x, statistics=Statistics(count, partial))
+        )
 
 
 # --- configurations ---
@@ -276,10 +299,22 @@ def test_where_the_form_fits(shape: config.ConvShape, dtype: torch.dtype, target
 def test_a_search_tries_it_early_and_within_shared_memory(channels: int, side: int) -> None:
     shape = config.ConvShape(channels, 0, channels, side, side)
     found = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    halos = [each for each in found if each.form == config.HALO]
-    assert found[1] == halos[0] == config.halo_config(shape, HOPPER)
-    assert len(halos) == len(set(halos)) > 10
-    assert all(config.halo_shared_memory(each) <= HOPPER.shared_memory for each in halos)
+    ours = [each for each in found if each.form in config.HOPPER_FORMS]
+    assert found[1] == ours[0] == config.halo_config(shape, HOPPER)
+    assert (found[2] == config.resident_config(shape)) is (channels == 64)
+    assert len(ours) == len(set(ours)) > 10
+    assert all(config.hopper_shared_memory(each) <= HOPPER.shared_memory for each in ours)
+
+
+@pytest.mark.parametrize("up", [0, 64])
+def test_the_resident_form_keeps_all_weights(up: int) -> None:
+    shape = config.ConvShape(64, up, 64, 512, 512)
+    chosen = config.resident_config(shape)
+    assert config.fits_resident(shape, torch.bfloat16, HOPPER)
+    assert chosen.weight_stages * 64 * 64 == 9 * (64 + up) * 64
+    assert config.hopper_shared_memory(chosen) + 512 <= HOPPER.shared_memory
+    assert not config.fits_resident(config.ConvShape(64, 128, 64, 512, 512), torch.bfloat16, HOPPER)
+    assert not config.fits_resident(config.ConvShape(64, 0, 128, 512, 512), torch.bfloat16, HOPPER)
 
 
 # --- where it may run ---
@@ -298,9 +333,9 @@ def test_the_gate_wants_sm_90_and_a_known_triton(monkeypatch: pytest.MonkeyPatch
     assert "sm_90" in (obstacle() or "")
     assert asked == [3]
     monkeypatch.setattr(hopper_gate.triton, "__version__", "3.9.1")
-    assert obstacle() == "the halo form is written for Triton 3.6 and 3.7, not 3.9"
+    assert obstacle() == "the forms for Hopper are written for Triton 3.6 and 3.7, not 3.9"
     target = gpu.known_target(100)
-    assert obstacle() == "the halo form is for sm_90, not sm_100"
+    assert obstacle() == "the forms for Hopper are for sm_90, not sm_100"
     assert asked == [3]
     hopper_gate.obstacle.cache_clear()
 
@@ -328,10 +363,10 @@ def test_an_outcome_is_kept_by_its_key(tmp_path: Path, monkeypatch: pytest.Monke
         ("pass", None),
         (
             "raise AssertionError('3 of 5 of y are wrong')",
-            "failed its check on this GPU: AssertionError: 3 of 5 of y are wrong",
+            "failed their check on this GPU: AssertionError: 3 of 5 of y are wrong",
         ),
-        ("import os; os.abort()", "failed its check on this GPU: exit code -6"),
-        ("import time; time.sleep(60)", "did not end its check within 2 s"),
+        ("import os; os.abort()", "failed their check on this GPU: exit code -6"),
+        ("import time; time.sleep(60)", "did not end their check within 2 s"),
     ],
 )
 def test_a_check_may_fail_crash_or_hang(program: str, outcome: str | None) -> None:
@@ -342,13 +377,14 @@ def test_a_check_may_fail_crash_or_hang(program: str, outcome: str | None) -> No
 @pytest.mark.parametrize("is_right", [True, False])
 def test_the_check_tells_right_from_wrong(is_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the model, whose results are rounded as the hardware's are."""
-    code = None if is_right else weave(conv3x3_hopper, FAULTS["the second input's channels counted from the first's"])
+    code = None if is_right else weave(MODULES, FAULTS["the second input's channels counted from the first's"])
 
     def emulate(launch: gpu.Launch, _: torch.device) -> None:
-        memory = run(conv3x3_hopper, launch, 1, code)
-        for name in ("y_desc", "pooled_desc"):
-            t = launch.arguments[name].base
-            t.copy_(memory.result(t))
+        memory = run(MODULES, launch, 1, code)
+        for name in ("y_desc", "pooled_desc", "head_ptr"):
+            t = getattr(launch.arguments[name], "base", launch.arguments[name])
+            if memory.is_written(t):
+                t.copy_(memory.result(t))
 
     monkeypatch.setattr(gpu.Launch, "run", emulate)
     problem, chosen = (2, 9, 17, 64, 64, 128), replace(Case().chosen, block_n=128, swapped=True)

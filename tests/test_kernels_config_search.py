@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fastunet.kernels import config, config_search, gpu
-from fastunet.kernels.config import DESCRIPTOR, FOLDED, HALO, POINTER, ConvShape
+from fastunet.kernels.config import DESCRIPTOR, FOLDED, HALO, POINTER, RESIDENT, ConvShape
 
 AMPERE, HOPPER = gpu.known_target(80), gpu.known_target(90)
 SHAPES = (
@@ -31,8 +31,10 @@ def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) 
     for each in found:
         pixels, sums = each.tile_h * each.tile_w, each.tile_h * each.tile_w * each.block_n
         stage = (pixels + each.block_n) * each.block_k * dtype.itemsize
-        warps = 2 * each.num_warps if each.form == HALO else each.num_warps  # Of the kernel, which adds its own.
-        if each.form != HALO:
+        warps = (
+            2 * each.num_warps if each.form in config.HOPPER_FORMS else each.num_warps
+        )  # Of the kernel, which adds its own.
+        if each.form not in config.HOPPER_FORMS:
             assert each.num_stages * stage <= target.shared_memory
         assert sums / (32 * warps) <= 128
         assert each.tile_w == 8
@@ -46,14 +48,14 @@ def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) 
 def test_forms_and_their_order() -> None:
     shape = SHAPES[0]
     forms = config_search.conv_forms(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    assert list(forms) == [DESCRIPTOR, HALO, POINTER]
+    assert list(forms) == [DESCRIPTOR, HALO, RESIDENT, POINTER]
     assert forms[POINTER] == config.conv_config(shape, torch.bfloat16, gpu.known_target(89), allow_tf32=False)
     assert list(config_search.conv_forms(shape, torch.bfloat16, AMPERE, allow_tf32=False)) == [POINTER]
     assert list(config_search.conv_forms(SHAPES[3], torch.bfloat16, HOPPER, allow_tf32=False)) == [FOLDED]
     found = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    assert found[:3] == list(forms.values())
+    assert found[:4] == list(forms.values())
     assert {each.form for each in found} == set(forms)
-    other = found[3]
+    other = found[4]
     changed = [name for name in vars(other) if getattr(other, name) != getattr(forms[other.form], name)]
     assert len(changed) == 1
 

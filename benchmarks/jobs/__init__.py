@@ -89,7 +89,8 @@ def describe(launch: gpu.Launch) -> str:
     said = f"{'x'.join(map(str, blocks))} w{launch.num_warps}"
     if "SLOTS" not in arguments:
         return f"{said} s{launch.num_stages}"
-    return f"{said} s{arguments['SLOTS']}/{arguments['WEIGHT_SLOTS']}{' swapped' if arguments['SWAPPED'] else ''}"
+    weights = "all" if arguments["RESIDENT"] else arguments["WEIGHT_SLOTS"]
+    return f"{said} s{arguments['SLOTS']}/{weights}{' swapped' if arguments['SWAPPED'] else ''}"
 
 
 def _blocks(arguments: Any) -> Sequence[int]:

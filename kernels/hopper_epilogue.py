@@ -1,0 +1,86 @@
+"""epilogue.py's formulas in Gluon, which cannot call Triton's functions.
+
+Sums are [P, N], pixels by channels, or [N, P], as of warpgroup products: `AXIS` is the axis of the channels.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+import triton.language as tl
+from fastunet.kernels import config
+from fastunet.kernels.tiles import IDENTITY, LEAKY_RELU
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+_TILE_W = tl.constexpr(config.TILE_W)
+_IDENTITY, _LEAKY_RELU = tl.constexpr(IDENTITY.value), tl.constexpr(LEAKY_RELU.value)
+
+
+# fmt: off
+@gluon.jit
+def larger(a, b):
+    """The larger, NaN if either is."""
+    return gl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def load_channels(ptr, n, COUT, AXIS: gl.constexpr):
+    """One float32 value per channel, zero beyond COUT, shaped to broadcast over the sums."""
+    return gl.expand_dims(gl.load(ptr + n, mask=n < COUT, other=0.0).to(gl.float32), 1 - AXIS)
+
+
+@gluon.jit
+def finish(
+    acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
+    BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, AXIS: gl.constexpr,
+):
+    """As epilogue.finish_sums, which Gluon cannot call."""
+    if NORM:
+        scale = 1.0 / gl.sqrt(load_channels(variance_ptr, n, COUT, AXIS) + eps)
+        if GAMMA:
+            scale = scale * load_channels(gamma_ptr, n, COUT, AXIS)
+        acc = (acc - load_channels(mean_ptr, n, COUT, AXIS)) * scale
+    if BIAS:
+        acc = acc + load_channels(bias_ptr, n, COUT, AXIS)
+    if ACTIVATION != _IDENTITY:
+        if ACTIVATION == _LEAKY_RELU:
+            acc = gl.where(acc > 0.0, acc, acc * negative_slope)
+        else:
+            acc = larger(acc, 0.0)
+    return acc
+
+
+@gluon.jit
+def pool(acc, PIXELS: gl.constexpr, BLOCK_N: gl.constexpr, SWAPPED: gl.constexpr):
+    """Maxima of the 2x2 windows of sums of whole rows of pixels, [P / 4, N] or [N, P / 4]."""
+    H2: gl.constexpr = PIXELS // _TILE_W // 2
+    W2: gl.constexpr = _TILE_W // 2
+    if SWAPPED:
+        windows = gl.reduce(gl.reduce(acc.reshape([BLOCK_N, H2, 2, W2, 2]), 4, larger), 2, larger)
+        return windows.reshape([BLOCK_N, H2 * W2])
+    else:
+        windows = gl.reduce(gl.reduce(acc.reshape([H2, 2, W2, 2, BLOCK_N]), 3, larger), 1, larger)
+        return windows.reshape([H2 * W2, BLOCK_N])
+
+
+@gluon.jit
+def store_head(
+    head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, image, h0, w0, H, W,
+    CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, PIXELS: gl.constexpr, AXIS: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """As epilogue.store_head, of sums of whole rows of pixels, the first at (h0, w0)."""
+    p = gl.arange(0, PIXELS, gl.SliceLayout(AXIS, SUMS))
+    rows = h0 + p // _TILE_W
+    columns = w0 + p % _TILE_W
+    inside = (rows < H) & (columns < W)
+    at = (((rows + image * H).to(gl.int64)) * W + columns) * CLASSES
+    for j in gl.static_range(CLASSES):
+        z = gl.sum(acc * load_channels(head_weight_ptr + j * COUT, n, COUT, AXIS), AXIS)
+        if HEAD_BIAS:
+            z = z + gl.load(head_bias_ptr + j).to(gl.float32)
+        if SIGMOID:
+            z = 1.0 / (1.0 + gl.exp(-z))
+        gl.store(head_ptr + (at + j), z.to(head_ptr.dtype.element_ty), mask=inside)
+# fmt: on
