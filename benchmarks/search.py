@@ -54,7 +54,9 @@ def subject_of(layer: Layer, kind: str, target: gpu.Target) -> Subject:
         shape = ConvShape(c1, c2, c_out, *sides, aligned)
     else:
         shape = ConvShape(c_out, 0, c1, *sides, aligned, c_out2=c2)
-    return Subject("conv3x3", shape, config_search.feasible_conv_configs(shape, DTYPE, target, allow_tf32=False))
+    splits = kind == "forward"
+    found = config_search.feasible_conv_configs(shape, DTYPE, target, allow_tf32=False, splits=splits)
+    return Subject(config.CONV3X3 if splits else config.INPUT_GRAD, shape, found)
 
 
 def tune_steps(settings: Settings) -> list[Step]:

@@ -20,6 +20,9 @@ from fastunet.kernels.gpu import Target
 POINTER, FOLDED, DESCRIPTOR, HALO, RESIDENT = "pointer", "folded", "descriptor", "halo", "resident"
 HOPPER_FORMS = (HALO, RESIDENT)
 
+# By what names `tuning` knows the ops whose blocks are a ConvConfig.
+CONV3X3, INPUT_GRAD = "conv3x3", "conv3x3_input_grad"
+
 # Below this many input channels the nine taps fold into one K dimension of 9*C values: tap by tap, at least half of
 # each block of 16 channels, the least tl.dot takes, would be zeros.
 FOLDED_BELOW = 8
@@ -58,7 +61,8 @@ class ConvConfig:
     tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or values
     of 9*C where folded. form: one of the five above. max_registers: per thread, None leaves it to ptxas. Of the last
     two forms, num_stages are those of pixels and weight_stages those of weights, all of them in the resident form;
-    swapped is the product of weights and pixels in place of that of pixels and weights.
+    swapped is the product of weights and pixels in place of that of pixels and weights. splits: programs that share the
+    input channels of a tile, each with as many; a second kernel adds their sums.
     """
 
     tile_h: int
@@ -71,6 +75,7 @@ class ConvConfig:
     max_registers: int | None = None
     weight_stages: int = 0
     swapped: bool = False
+    splits: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,13 @@ def step_block(c1: int, c2: int, largest: int) -> int:
     return min(common & -common, largest)
 
 
-def conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> ConvConfig:
-    """The blocks for a convolution of `shape`; `allow_tf32` matters for float32 only."""
-    override = tuning.override("conv3x3", shape, dtype, allow_tf32, target.name, ConvConfig)
+def conv_config(
+    shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool, op: str = CONV3X3
+) -> ConvConfig:
+    """The blocks for a convolution of `shape`; `allow_tf32` matters for float32 only. op: CONV3X3, or INPUT_GRAD for
+    one that is an input gradient, whose kernels are others.
+    """
+    override = tuning.override(op, shape, dtype, allow_tf32, target.name, ConvConfig)
     return override or derived_conv_config(shape, dtype, target, allow_tf32)
 
 
@@ -180,6 +189,24 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
     warps = 8 if wide or block_n == 128 else 4
     limit = ALL_REGISTERS if target.capability >= 100 else None
     return ConvConfig(tile_h, TILE_W, block_n, block_k, warps, num_stages, DESCRIPTOR, limit)
+
+
+def splittings(chosen: ConvConfig, shape: ConvShape, target: Target) -> list[int]:
+    """The numbers of splits worth a try: where the tiles of one image leave more than half of the GPU idle.
+
+    Each program has whole blocks of channels, of each input as many. Whatever the batch, which it would help less the
+    larger it is: the derived configs have none.
+    """
+    blocks1, blocks2 = shape.c1 // chosen.block_k, shape.c2 // chosen.block_k
+    whole = shape.c1 % chosen.block_k == 0 and shape.c2 % chosen.block_k == 0 and not shape.c_out2
+    if chosen.form not in (POINTER, DESCRIPTOR) or not whole:
+        return []
+    programs = tiles_per_image(chosen, shape.height, shape.width) * cdiv(shape.c_out, chosen.block_n)
+    return [
+        splits
+        for splits in (2, 4, 8, 16)
+        if blocks1 % splits == 0 and blocks2 % splits == 0 and programs * splits <= 2 * target.multiprocessors
+    ]
 
 
 def fits_halo(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:

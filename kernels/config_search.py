@@ -52,11 +52,17 @@ def conv_forms(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf
 
 
 def feasible_conv_configs(
-    shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool
+    shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool, splits: bool = True
 ) -> list[ConvConfig]:
-    """Configs for a convolution of `shape`, or an input gradient, which is one; `allow_tf32` matters for float32."""
+    """Configs for a convolution of `shape`, or an input gradient, which is one, but whose kernels split no sums;
+    `allow_tf32` matters for float32.
+    """
     forms = conv_forms(shape, dtype, target, allow_tf32=allow_tf32)
     found = [candidate for form in forms.values() for candidate in _conv_variants(form, shape, dtype, target)]
+    if splits:
+        found += [
+            replace(form, splits=count) for form in forms.values() for count in config.splittings(form, shape, target)
+        ]
     return _nearest_first(forms, found)
 
 
@@ -90,7 +96,7 @@ def _hopper_variants(derived: ConvConfig, channels: int, target: Target) -> list
         for tile_h, block_n, depth, weights, swapped in itertools.product(
             heights, blocks, depths, weight_depths, orders
         )
-        # Of pixels times weights, a thread holds 32 of 128 channels: a norm's vectors spill. Of weights times pixels, 4.
+        # Of pixels times weights, a thread holds 32 of 128 channels, and a norm's vectors spill; the other way 4.
         if swapped or block_n == 64
     ]
     # Half a kilobyte is for the barriers.

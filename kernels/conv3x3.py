@@ -79,6 +79,33 @@ def accumulate_folded(
     return acc
 
 
+@triton.jit
+def store_outputs(
+    acc, y_ptr, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image, h0, w0, tile,
+    tiles, n, first_block, H, W, COUT, rows, origin, offsets, CLASSES: tl.constexpr, SIGMOID: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """What the kernel's outputs take of finished values acc [P, N]: see conv3x3_kernel."""
+    inside = rows >= 0
+    if y_ptr is not None:
+        y = acc.to(y_ptr.dtype.element_ty)
+        pointers = y_ptr + (origin + offsets)[:, None] * COUT + n[None, :]
+        tl.store(pointers, y, mask=inside[:, None] & (n < COUT)[None, :])
+        if partial_ptr is not None:
+            store_statistics(count_ptr, partial_ptr, y, tile, tiles, n, COUT, inside, first_block, 1)
+    if head_ptr is not None:
+        store_head(
+            head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, origin + offsets, inside, CLASSES, SIGMOID, 1
+        )
+    if pooled_ptr is not None:
+        # Tile sides are even, so that each window lies in one tile. A window cut by the image's edge has no output.
+        rows, _ = tile_pixels(h0 // 2, w0 // 2, H // 2, W // 2, TILE_H // 2, TILE_W // 2)
+        windows = (image * (H // 2) + h0 // 2) * (W // 2) + w0 // 2 + pixel_offsets(W // 2, TILE_H // 2, TILE_W // 2)
+        pooled = pool2x2(acc, TILE_H, TILE_W, BLOCK_N).to(pooled_ptr.dtype.element_ty)
+        pointers = pooled_ptr + windows[:, None] * COUT + n[None, :]
+        tl.store(pointers, pooled, mask=(rows >= 0)[:, None] & (n < COUT)[None, :])
+
+
 @triton.jit(do_not_specialize=["H", "W", "steps1", "steps2", "tiles"])
 def conv3x3_kernel(
     x_ptr, up_ptr, weight_ptr, y_ptr, pooled_ptr, H, W, C1, C2, COUT, steps1, steps2, tiles,
@@ -126,24 +153,10 @@ def conv3x3_kernel(
     acc = finish_sums(
         acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 1
     )
-    inside = rows >= 0
-    if y_ptr is not None:
-        y = acc.to(y_ptr.dtype.element_ty)
-        pointers = y_ptr + (origin + offsets)[:, None] * COUT + n[None, :]
-        tl.store(pointers, y, mask=inside[:, None] & (n < COUT)[None, :])
-        if partial_ptr is not None:
-            store_statistics(count_ptr, partial_ptr, y, tile, tiles, n, COUT, inside, block == 0, 1)
-    if head_ptr is not None:
-        store_head(
-            head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, origin + offsets, inside, CLASSES, SIGMOID, 1
-        )
-    if pooled_ptr is not None:
-        # Tile sides are even, so that each window lies in one tile. A window cut by the image's edge has no output.
-        rows, columns = tile_pixels(h0 // 2, w0 // 2, H // 2, W // 2, TILE_H // 2, TILE_W // 2)
-        windows = (image * (H // 2) + h0 // 2) * (W // 2) + w0 // 2 + pixel_offsets(W // 2, TILE_H // 2, TILE_W // 2)
-        pooled = pool2x2(acc, TILE_H, TILE_W, BLOCK_N).to(pooled_ptr.dtype.element_ty)
-        pointers = pooled_ptr + windows[:, None] * COUT + n[None, :]
-        tl.store(pointers, pooled, mask=(rows >= 0)[:, None] & (n < COUT)[None, :])
+    store_outputs(
+        acc, y_ptr, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image, h0, w0, tile,
+        tiles, n, block == 0, H, W, COUT, rows, origin, offsets, CLASSES, SIGMOID, TILE_H, TILE_W, BLOCK_N,
+    )
 # fmt: on
 
 
@@ -203,6 +216,19 @@ def conv3x3_launch(
     )
 
 
+def _run(
+    x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue, *, allow_tf32: bool
+) -> None:
+    """Fill the epilogue's outputs, by one kernel, or by two where the sums are split."""
+    if chosen.splits == 1:
+        conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32).run(x.device)
+        return
+    from fastunet.kernels import conv3x3_split  # Late: its kernels call this module's.
+
+    for launch in conv3x3_split.launches(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32):
+        launch.run(x.device)
+
+
 def choose(
     x: Tensor,
     up: Tensor | None,
@@ -220,19 +246,19 @@ def choose(
     aligned = config.aligned(c1, c2, channels) and weight_aligned(weight)
     shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
-    if chosen.form in config.HOPPER_FORMS and (leaves_statistics or not hopper_forms_run(x.device)):
+    if chosen.form in config.HOPPER_FORMS and (leaves_statistics or not hopper_forms_run(x.device, config.CONV3X3)):
         return config.derived_conv_config(shape, x.dtype, target, allow_tf32)
     return chosen
 
 
-def hopper_forms_run(device: torch.device) -> bool:
-    """Whether a form for sm_90, which a measurement has chosen, may run there. RuntimeError where it may not and is
-    pinned: whoever pins it is to see that form, and no other in its place.
+def hopper_forms_run(device: torch.device, op: str) -> bool:
+    """Whether a form for sm_90, which a measurement has chosen for the op, may run there. RuntimeError where it may not
+    and is pinned: whoever pins it is to see that form, and no other in its place.
     """
     from fastunet.kernels import hopper_gate, tuning
 
     obstacle = hopper_gate.obstacle(device)
-    if obstacle is not None and tuning.is_pinned("conv3x3"):
+    if obstacle is not None and tuning.is_pinned(op):
         raise RuntimeError(obstacle)
     return obstacle is None
 
@@ -270,7 +296,7 @@ def conv3x3(
     if y.numel():  # A descriptor cannot describe an empty tensor.
         chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32)
         epilogue = Epilogue(y, bias, norm, negative_slope, pooled)
-        conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32).run(x.device)
+        _run(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32)
     return y, pooled
 
 
@@ -297,7 +323,7 @@ def conv3x3_head(
     probabilities = empty_packed(x, head.weight.shape[0], *x.shape[2:])
     if probabilities.numel():
         epilogue = Epilogue(None, bias, norm, negative_slope, head=head, probabilities=probabilities)
-        conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32).run(x.device)
+        _run(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32)
     return probabilities
 
 
@@ -318,5 +344,5 @@ def conv3x3_with_statistics(
         partial=torch.empty((2, tiles, weight.shape[0]), dtype=torch.float32, device=x.device),
     )
     if y.numel():
-        conv3x3_launch(x, up, weight, chosen, Epilogue(y, statistics=statistics), allow_tf32=allow_tf32).run(x.device)
+        _run(x, up, weight, chosen, Epilogue(y, statistics=statistics), allow_tf32=allow_tf32)
     return y, statistics

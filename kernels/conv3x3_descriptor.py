@@ -38,19 +38,20 @@ def _load_box(desc, image, h, w, c, TILE_H: tl.constexpr, TILE_W: tl.constexpr, 
 
 
 @triton.jit
-def _accumulate(
-    acc, x_desc, weight_desc, first, C, steps, n0, image, h0, w0, FLIP: tl.constexpr,
+def accumulate_boxes(
+    acc, x_desc, weight_desc, begin, first, C, steps, n0, image, h0, w0, FLIP: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """acc [N, P] += weights [N, K] @ the taps of x [K, P].
 
-    weight_desc reads [N, 9*C], tap by tap, of which x has the channels from `first` on. With FLIP the window is turned
-    around. (Weights as boxes of three dimensions would be serialised by ptxas, or go through registers.)
+    weight_desc reads [N, 9*C], tap by tap, of which x has the channels from `first` on; the steps take x's channels
+    from `begin` on. With FLIP the window is turned around. (Weights as boxes of three dimensions would be serialised by
+    ptxas, or go through registers.)
     """
     tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
     for step in range(steps):
         tap = step % 9
-        k0 = step // 9 * BLOCK_K
+        k0 = begin + step // 9 * BLOCK_K
         x = _load_box(x_desc, image, h0 + tap // 3 - 1, w0 + tap % 3 - 1, k0, TILE_H, TILE_W, BLOCK_K)
         weight = weight_desc.load([n0, (8 - tap if FLIP else tap) * C + first + k0])
         acc = tl.dot(weight, tl.trans(x), acc)
@@ -80,12 +81,13 @@ def conv3x3_descriptor_kernel(
     number = image.to(tl.int32)
 
     acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
-    acc = _accumulate(
-        acc, x_desc, weight_desc, 0, C1 + C2, steps1, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
+    acc = accumulate_boxes(
+        acc, x_desc, weight_desc, 0, 0, C1 + C2, steps1, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
     )
     if up_desc is not None:
-        acc = _accumulate(
-            acc, up_desc, weight_desc, C1, C1 + C2, steps2, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
+        acc = accumulate_boxes(
+            acc, up_desc, weight_desc, 0, C1, C1 + C2, steps2, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N,
+            BLOCK_K,
         )
 
     n = n0 + tl.arange(0, BLOCK_N)
@@ -122,8 +124,8 @@ def conv3x3_input_grad_descriptor_kernel(
     image, h0, w0 = tile_origin(tl.program_id(0) // blocks, H, W, TILE_H, TILE_W)
     image = image.to(tl.int32)
     acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
-    acc = _accumulate(
-        acc, grad_desc, weight_desc, 0, COUT, steps, tl.where(is_first, 0, C1) + n0, image, h0, w0, True,
+    acc = accumulate_boxes(
+        acc, grad_desc, weight_desc, 0, 0, COUT, steps, tl.where(is_first, 0, C1) + n0, image, h0, w0, True,
         TILE_H, TILE_W, BLOCK_N, BLOCK_K,
     )
     if x_desc is not None:
@@ -196,7 +198,7 @@ def conv3x3_weight_grad_descriptor_kernel(
 # fmt: on
 
 
-def _boxes(x: Tensor | None, tile_h: int, tile_w: int, channels: int) -> TensorDescriptor | None:
+def boxes(x: Tensor | None, tile_h: int, tile_w: int, channels: int) -> TensorDescriptor | None:
     """Packed x [N, C, H, W] in boxes of pixels by channels; None where it is None."""
     if x is None:
         return None
@@ -223,11 +225,11 @@ def conv3x3_launch(
     tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
     tiles = batch * config.tiles_per_image(chosen, height, width)
     arguments = {
-        "x_desc": _boxes(x, tile_h, tile_w, block_k),
-        "up_desc": _boxes(up, tile_h, tile_w, block_k),
+        "x_desc": boxes(x, tile_h, tile_w, block_k),
+        "up_desc": boxes(up, tile_h, tile_w, block_k),
         "weight_desc": TensorDescriptor.from_tensor(weight_matrix(weight), [block_n, block_k]),
-        "y_desc": _boxes(epilogue.y, tile_h, tile_w, block_n),
-        "pooled_desc": _boxes(epilogue.pooled, tile_h // 2, tile_w // 2, block_n),
+        "y_desc": boxes(epilogue.y, tile_h, tile_w, block_n),
+        "pooled_desc": boxes(epilogue.pooled, tile_h // 2, tile_w // 2, block_n),
         "H": height,
         "W": width,
         "C1": c1,
@@ -257,11 +259,11 @@ def input_grad_launch(
     tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
     c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
     arguments = {
-        "grad_desc": _boxes(grad, tile_h, tile_w, block_k),
+        "grad_desc": boxes(grad, tile_h, tile_w, block_k),
         "weight_desc": TensorDescriptor.from_tensor(weight_matrix(weight.transpose(0, 1)), [block_n, block_k]),
-        "x_desc": _boxes(x, tile_h, tile_w, block_n),
-        "out_desc": _boxes(out, tile_h, tile_w, block_n),
-        "out_up_desc": _boxes(out_up, tile_h, tile_w, block_n),
+        "x_desc": boxes(x, tile_h, tile_w, block_n),
+        "out_desc": boxes(out, tile_h, tile_w, block_n),
+        "out_up_desc": boxes(out_up, tile_h, tile_w, block_n),
         "H": height,
         "W": width,
         "C1": c1,
@@ -285,7 +287,7 @@ def weight_grad_launch(
     n, c, h, w = grad.shape
     operands = {
         "grad_desc": TensorDescriptor(grad, [n * h * w, c], [c, 1], [tile_h * tile_w, chosen.block_out]),
-        "x_desc": _boxes(x, tile_h, tile_w, chosen.block_in),
+        "x_desc": boxes(x, tile_h, tile_w, chosen.block_in),
     }
     kernel = conv3x3_weight_grad_descriptor_kernel
     return _launch(kernel, grid, operands | arguments, chosen, chosen.block_out)

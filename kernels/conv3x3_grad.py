@@ -177,9 +177,11 @@ def input_grad_launch(
     c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
     aligned = config.aligned(channels_out, c1, c2) and weight_aligned(weight)
     shape = config.ConvShape(channels_out, 0, c1, height, width, aligned, c_out2=c2)
-    chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32)
+    chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32, op=config.INPUT_GRAD)
     if chosen.form in config.HOPPER_FORMS:
-        if x is None and hopper_forms_run(grad.device):  # It is a convolution by the window turned around.
+        if x is None and hopper_forms_run(
+            grad.device, config.INPUT_GRAD
+        ):  # It is a convolution by the window turned around.
             turned = weight.transpose(0, 1).flip(2, 3)
             return conv3x3_launch(grad, None, turned, chosen, Epilogue(out), allow_tf32=allow_tf32)
         chosen = config.derived_conv_config(shape, grad.dtype, target, allow_tf32)

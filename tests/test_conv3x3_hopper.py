@@ -225,9 +225,9 @@ def test_a_fault_shows(fault: str) -> None:
 def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
     grad, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
     out = torch.empty(2, 128, 9, 12, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(conv3x3_grad, "hopper_forms_run", lambda _: True)
+    monkeypatch.setattr(conv3x3_grad, "hopper_forms_run", lambda *_: True)
     given = {"allow_tf32": False, "target": HOPPER}
-    with tuning.pinned("conv3x3", Case(c_out=128).chosen):
+    with tuning.pinned("conv3x3_input_grad", Case(c_out=128).chosen):
         launch = conv3x3_grad.input_grad_launch(grad, weight, (out, None), None, None, **given)
         masked = conv3x3_grad.input_grad_launch(grad, weight, (out, None), out, 0.0, **given)
     assert launch.kernel is conv3x3_hopper.conv3x3_hopper_kernel

@@ -183,7 +183,7 @@ BUGS = {
     "weights_of_the_mirrored_tap": ("conv3x3_descriptor", "(8 - tap if FLIP else tap)", "(tap if FLIP else 8 - tap)"),
     "up_lost": ("conv3x3_descriptor", "if up_desc is not None:", "if False:"),
     "pooled_box_misplaced": ("conv3x3_descriptor", "h0 // 2, w0 // 2, n0", "h0 // 2, w0, n0"),
-    "up_reads_the_first_weights": ("conv3x3_descriptor", "weight_desc, C1, C1 + C2", "weight_desc, 0, C1 + C2"),
+    "up_reads_the_first_weights": ("conv3x3_descriptor", "weight_desc, 0, C1, C1 + C2", "weight_desc, 0, 0, C1 + C2"),
 }  # fmt: skip
 
 

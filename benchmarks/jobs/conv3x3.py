@@ -14,6 +14,7 @@ from . import Job
 OPS = (
     *("forward", "pool", "two_inputs", "contiguous_weight", "leaky", "norm", "head", "statistics"),
     *("input_grad", "masked_input_grad", "two_input_grads", "weight_grad", "bias_grad", "activation_grad", "unpool"),
+    *("split", "finish_split"),
 )
 
 
@@ -45,14 +46,26 @@ def _jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[
     )
     for op in ("leaky", "norm", "masked_input_grad", "weight_grad"):
         yield make(op, shape=widest)
+    for deep in dict.fromkeys(_deep(shape) for shape in shapes.values()):
+        chosen = config.derived_conv_config(deep, dtype, target, allow_tf32)
+        if config.splittings(chosen, deep, target):
+            yield make("split", shape=deep)
+    yield make("finish_split", shape=widest)
     if not allow_tf32:
         yield make("activation_grad", shape=widest)
         for channels in (*config_passes.pointwise_configs().values(), 3, 100):  # The last two load no vectors.
             yield make("unpool", shape=replace(widest, c_out=channels))
 
 
+def _deep(shape: config.ConvShape) -> config.ConvShape:
+    """Two inputs of many channels, as where sums are split: with blocks for which `shape` stands."""
+    return replace(shape, c1=16 * shape.c1, c2=16 * shape.c1, height=8, width=8)
+
+
 def launch(job: Job) -> gpu.Launch:
     """The launch of one job."""
+    if job.op in ("split", "finish_split"):
+        return _split(job)
     if job.op in ("activation_grad", "unpool"):
         return _activation_grad(job)
     if job.op in ("weight_grad", "bias_grad"):
@@ -89,6 +102,22 @@ def _forward(job: Job) -> gpu.Launch:
         pooled = job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2) if job.op == "pool" else None
         epilogue = Epilogue(y, per_channel, norm, 0.1 if job.op == "leaky" else 0.0, pooled)
     return conv3x3.conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=job.allow_tf32)
+
+
+def _split(job: Job) -> gpu.Launch:
+    from fastunet.kernels import conv3x3_split
+    from fastunet.kernels.epilogue import Epilogue, Normalisation
+
+    shape, sides = job.shape, (job.shape.height, job.shape.width)
+    x, up = job.pixels(shape.c1, *sides), job.pixels(shape.c2, *sides) if shape.c2 else None
+    weight = job.tensor(shape.c_out, shape.c1 + shape.c2, 3, 3, layout=torch.channels_last)
+    chosen = config.derived_conv_config(shape, job.dtype, job.target, job.allow_tf32)
+    y, per_channel = job.pixels(shape.c_out, *sides), job.tensor(shape.c_out)
+    pooled = job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2)
+    epilogue = Epilogue(y, per_channel, Normalisation(per_channel, per_channel, per_channel, 1e-5), 0.0, pooled)
+    given = {"allow_tf32": job.allow_tf32}
+    both = conv3x3_split.launches(x, up, weight, replace(chosen, splits=2), epilogue, **given)
+    return both[0] if job.op == "split" else both[1]
 
 
 def _input_grad(job: Job) -> gpu.Launch:

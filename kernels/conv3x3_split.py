@@ -1,0 +1,208 @@
+"""The 3x3 convolution with its input channels split among programs, for a lone image on a deep level, whose tiles are
+too few for the GPU. Each program leaves its sums in float32; a second kernel adds them, always in the same order, and
+does what the other forms do in their epilogue. No atomics: the bits are the same at every run.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastunet.kernels import config, gpu
+from fastunet.kernels.conv3x3 import accumulate, store_outputs
+from fastunet.kernels.conv3x3_descriptor import accumulate_boxes, boxes
+from fastunet.kernels.epilogue import Epilogue, finish_sums, precision
+from fastunet.kernels.layout import strided_weight, weight_matrix
+from fastunet.kernels.tiles import pixel_offsets, tile_origin, tile_pixels
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Pixels and channels of the adding kernel's tiles: a few values to a thread. Unmeasured.
+_FINISH_H, _FINISH_N, _FINISH_WARPS = 4, 64, 4
+
+
+# fmt: off
+@triton.jit
+def locate(H, W, COUT, SPLITS: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's image (int64), first row, column and channel, and split. Channel blocks run fastest, then splits:
+    neighbours in time share pixels in L2.
+    """
+    blocks_n = tl.cdiv(COUT, BLOCK_N)
+    block = tl.program_id(0) % blocks_n
+    split = tl.program_id(0) // blocks_n % SPLITS
+    image, h0, w0 = tile_origin(tl.program_id(0) // (blocks_n * SPLITS), H, W, TILE_H, TILE_W)
+    return image, h0, w0, block * BLOCK_N, split
+
+
+@triton.jit(do_not_specialize=["H", "W", "steps1", "steps2"])
+def conv3x3_split_kernel(
+    x_ptr, up_ptr, weight_ptr, sums_ptr, pixels, H, W, C1, C2, COUT, steps1, steps2, stride_out, stride_tap, stride_in,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """sums[s, p, o] = the part of conv3x3_kernel's v[p, o] of the channels of split s: the s-th of equal parts of each
+    input. sums [SPLITS, pixels, COUT] float32; steps1 and steps2 are those of one split.
+    """
+    image, h0, w0, n0, split = locate(H, W, COUT, SPLITS, TILE_H, TILE_W, BLOCK_N)
+    n = n0 + tl.arange(0, BLOCK_N)
+    rows, columns = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
+    origin = (image * H + h0) * W + w0
+    offsets = pixel_offsets(W, TILE_H, TILE_W)
+    first = tl.multiple_of(split * (C1 // SPLITS), 16)  # Of whole blocks of channels.
+    acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
+    acc = accumulate(
+        acc, x_ptr + first, weight_ptr, first, steps1, n, rows, columns, origin, offsets, H, W, C1, COUT,
+        stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
+    )
+    if up_ptr is not None:
+        first = tl.multiple_of(split * (C2 // SPLITS), 16)
+        acc = accumulate(
+            acc, up_ptr + first, weight_ptr, C1 + first, steps2, n, rows, columns, origin, offsets, H, W, C2, COUT,
+            stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
+        )
+    pointers = sums_ptr + (split.to(tl.int64) * pixels + origin + offsets)[:, None] * COUT + n[None, :]
+    tl.store(pointers, acc, mask=(rows >= 0)[:, None] & (n < COUT)[None, :])
+
+
+@triton.jit(do_not_specialize=["H", "W", "steps1", "steps2"])
+def conv3x3_split_descriptor_kernel(
+    x_desc, up_desc, weight_desc, sums_ptr, pixels, H, W, C1, C2, COUT, steps1, steps2, SPLITS: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """As conv3x3_split_kernel."""
+    image, h0, w0, n0, split = locate(H, W, COUT, SPLITS, TILE_H, TILE_W, BLOCK_N)
+    number = image.to(tl.int32)
+    acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
+    acc = accumulate_boxes(
+        acc, x_desc, weight_desc, split * (C1 // SPLITS), 0, C1 + C2, steps1, n0, number, h0, w0, False,
+        TILE_H, TILE_W, BLOCK_N, BLOCK_K,
+    )
+    if up_desc is not None:
+        acc = accumulate_boxes(
+            acc, up_desc, weight_desc, split * (C2 // SPLITS), C1, C1 + C2, steps2, n0, number, h0, w0, False,
+            TILE_H, TILE_W, BLOCK_N, BLOCK_K,
+        )
+    n = n0 + tl.arange(0, BLOCK_N)
+    rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
+    at = split.to(tl.int64) * pixels + (image * H + h0) * W + w0 + pixel_offsets(W, TILE_H, TILE_W)
+    tl.store(sums_ptr + at[None, :] * COUT + n[:, None], acc, mask=(rows >= 0)[None, :] & (n < COUT)[:, None])
+
+
+@triton.jit(do_not_specialize=["H", "W", "tiles"])
+def conv3x3_finish_kernel(
+    sums_ptr, y_ptr, pooled_ptr, pixels, H, W, COUT, tiles,
+    bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
+    head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr,
+    ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr, SPLITS: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """v = the sum over s of sums[s], first split first; then as conv3x3_kernel."""
+    image, h0, w0, n0, _ = locate(H, W, COUT, 1, TILE_H, TILE_W, BLOCK_N)
+    n = n0 + tl.arange(0, BLOCK_N)
+    rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
+    origin = (image * H + h0) * W + w0
+    offsets = pixel_offsets(W, TILE_H, TILE_W)
+    pointers = sums_ptr + (origin + offsets)[:, None] * COUT + n[None, :]
+    mask = (rows >= 0)[:, None] & (n < COUT)[None, :]
+    acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
+    for _ in tl.static_range(SPLITS):
+        acc += tl.load(pointers, mask=mask, other=0.0)
+        pointers += pixels * COUT
+    acc = finish_sums(
+        acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 1
+    )
+    tile = tl.program_id(0) // tl.cdiv(COUT, BLOCK_N)
+    store_outputs(
+        acc, y_ptr, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image, h0, w0, tile,
+        tiles, n, n0 == 0, H, W, COUT, rows, origin, offsets, CLASSES, SIGMOID, TILE_H, TILE_W, BLOCK_N,
+    )
+# fmt: on
+
+
+def launches(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    chosen: config.ConvConfig,
+    epilogue: Epilogue,
+    *,
+    allow_tf32: bool,
+) -> list[gpu.Launch]:
+    """Those that fill the epilogue's outputs from packed x and up: the sums of each split, then what comes of them."""
+    batch, _, height, width = x.shape
+    pixels, channels = batch * height * width, weight.shape[0]
+    sums = torch.empty((chosen.splits, pixels, channels), dtype=torch.float32, device=x.device)
+    return [
+        _sums_launch(x, up, weight, chosen, sums, allow_tf32=allow_tf32),
+        _finish_launch(sums, (batch, height, width), chosen, epilogue),
+    ]
+
+
+def _sums_launch(
+    x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, sums: Tensor, *, allow_tf32: bool
+) -> gpu.Launch:
+    batch, c1, height, width = x.shape
+    c2, (splits, pixels, channels) = 0 if up is None else up.shape[1], sums.shape
+    tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
+    arguments: dict[str, Any] = {
+        "sums_ptr": sums,
+        "pixels": pixels,
+        "H": height,
+        "W": width,
+        "C1": c1,
+        "C2": c2,
+        "COUT": channels,
+        "steps1": config.conv_steps(chosen, c1 // splits),
+        "steps2": config.conv_steps(chosen, c2 // splits),
+        "SPLITS": splits,
+        "TILE_H": tile_h,
+        "TILE_W": tile_w,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+    }
+    if chosen.form == config.DESCRIPTOR:
+        kernel: Any = conv3x3_split_descriptor_kernel
+        arguments["x_desc"] = boxes(x, tile_h, tile_w, block_k)
+        arguments["up_desc"] = boxes(up, tile_h, tile_w, block_k)
+        arguments["weight_desc"] = TensorDescriptor.from_tensor(weight_matrix(weight), [block_n, block_k])
+    else:
+        kernel = conv3x3_split_kernel
+        weight, stride_out, stride_in, stride_tap = strided_weight(weight)
+        arguments |= {"x_ptr": x, "up_ptr": up, "weight_ptr": weight, "PRECISION": precision(x.dtype, allow_tf32)}
+        arguments |= {"stride_out": stride_out, "stride_tap": stride_tap, "stride_in": stride_in}
+    grid = batch * config.tiles_per_image(chosen, height, width) * splits * triton.cdiv(channels, block_n)
+    rows = block_n if chosen.form == config.DESCRIPTOR else tile_h * tile_w
+    limit = chosen.max_registers
+    return gpu.Launch(kernel, grid, arguments, chosen.num_warps, chosen.num_stages, limit, product_rows=rows)
+
+
+def _finish_launch(
+    sums: Tensor, images: tuple[int, int, int], chosen: config.ConvConfig, epilogue: Epilogue
+) -> gpu.Launch:
+    batch, height, width = images
+    splits, pixels, channels = sums.shape
+    # Statistics are by tiles that the caller has counted, and a head wants all channels in one program.
+    tile_h = _FINISH_H if epilogue.statistics is None else chosen.tile_h
+    block_n = _FINISH_N if epilogue.head is None else config.cover(channels, 32, 128)
+    tiles = batch * config.cdiv(height, tile_h) * config.cdiv(width, chosen.tile_w)
+    arguments = {
+        "sums_ptr": sums,
+        "y_ptr": epilogue.y,
+        "pooled_ptr": epilogue.pooled,
+        "pixels": pixels,
+        "H": height,
+        "W": width,
+        "COUT": channels,
+        "tiles": tiles,
+        **epilogue.arguments(),
+        "SPLITS": splits,
+        "TILE_H": tile_h,
+        "TILE_W": chosen.tile_w,
+        "BLOCK_N": block_n,
+    }
+    grid = tiles * triton.cdiv(channels, block_n)
+    return gpu.Launch(conv3x3_finish_kernel, grid, arguments, _FINISH_WARPS, 1, config.ALL_REGISTERS)
