@@ -13,6 +13,7 @@ prints a row for each and ends with exit code 1 if any row breaks a rule:
 - both 16-bit operands of wgmma in shared memory: the first may also come from registers, and does if it must be
   rearranged on the way, which is slower; right only where the kernel computes it
 - no ptxas warning C75xx: a serialised wgmma
+- products of 8 bits where the values have as many
 - where warps have roles of their own: registers given from one to the other, and no operand read by ldmatrix
 - NaN kept: no plain `max.f32` anywhere, and a `max.NaN` where there is pooling
 
@@ -149,6 +150,9 @@ def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_me
     if job.op in ("pool", "max_pool") and "max.NaN." not in compiled.ptx:
         found.append("pooling without max.NaN drops NaN")
     found += _tensor_core_breaches(compiled, job, launch)
+    if job.op in ("fp8", "fp8_pool", "fp8_two_inputs"):
+        products = r"wgmma\.mma_async\S*e4m3|tcgen05\.mma\S*f8f6f4"
+        found += [] if re.search(products, compiled.ptx) else ["no product of 8 bits"]
     if job.op.startswith("halo"):
         found += [f"no {each}" for each in ("setmaxnreg.inc", "setmaxnreg.dec") if each not in compiled.ptx]
         found += ["an operand read by ldmatrix"] if "ldmatrix" in compiled.ptx else []

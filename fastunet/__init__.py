@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastunet.dispatch import backend
     from fastunet.explanation import explain
     from fastunet.inference import predict
+    from fastunet.quantization import quantize
     from fastunet.unet import UNet
 
 __version__ = "0.1.0"
@@ -26,9 +27,21 @@ _HOMES: dict[str, str | None] = {
     "losses": None,
     "ops": None,
     "predict": "inference",
+    "quantize": "quantization",
     "reference": None,
 }
-__all__ = ["FastUNetError", "UNet", "backend", "compile", "explain", "losses", "ops", "predict", "reference"]
+__all__ = [
+    "FastUNetError",
+    "UNet",
+    "backend",
+    "compile",
+    "explain",
+    "losses",
+    "ops",
+    "predict",
+    "quantize",
+    "reference",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -75,6 +75,8 @@ class Up(reference.Up):
 
     def _composes(self, low: Tensor, skip: Tensor) -> bool:
         """Whether the upsampling is computed together with the convolution after it."""
+        if not isinstance(self.conv, DoubleConv):  # Quantised.
+            return False
         block: Any = self.conv.double_conv
         conv, norm, act, *_ = block
         return (

@@ -251,6 +251,25 @@ def hopper_shared_memory(chosen: ConvConfig) -> int:
     return 2 * (rings * chosen.block_k + pixels * block_n + pixels // 4 * block_n)
 
 
+def fits_fp8(target: Target, inputs: tuple[int, ...], c_out: int) -> bool:
+    """Whether a convolution can run in e4m3: rows are whole 16-byte vectors, and products take 32 channels at least."""
+    return target.capability >= 90 and all(c % 32 == 0 for c in inputs) and c_out % 8 == 0 and c_out > 32
+
+
+def fp8_config(shape: ConvShape, target: Target) -> ConvConfig:
+    """The descriptor form's blocks for e4m3, where `fits_fp8`: its steps have twice as many channels. Unmeasured."""
+    block_n = channel_block(shape.c_out, 128)
+    block_k = step_block(shape.c1, shape.c2, 128)
+    blocks = cdiv(shape.c_out, block_n) * cdiv(shape.width, TILE_W)
+    tile_h = next((h for h in (32, 16) if 4 * blocks * cdiv(shape.height, h) >= target.multiprocessors), 8)
+    wide = tile_h * block_n > 32 * 64
+    num_stages = stages((tile_h * TILE_W + block_n) * block_k, target, programs=1 if wide else 2)
+    limit = ALL_REGISTERS if target.capability >= 100 else None
+    return ConvConfig(
+        tile_h, TILE_W, block_n, block_k, 8 if wide or block_n == 128 else 4, num_stages, DESCRIPTOR, limit
+    )
+
+
 def with_statistics(chosen: ConvConfig) -> ConvConfig:
     """The config for a convolution that leaves its statistics: the pointer form spills a few values otherwise."""
     return replace(chosen, max_registers=ALL_REGISTERS) if chosen.form == POINTER else chosen

@@ -1,8 +1,9 @@
-"""Repairs to Triton's interpreter, for tests: bfloat16 as hardware computes it, reductions slice by slice.
+"""Repairs to Triton's interpreter, for tests: bfloat16 and e4m3 as hardware computes them, reductions slice by slice.
 
-As of Triton 3.7 the interpreter multiplies the bit patterns of bfloat16 in tl.dot, truncates float32 to bfloat16 where
-GPUs round to nearest even, reduces with a custom function one element at a time, and patches the language anew for
-every helper a kernel calls. Call repair() once, after TRITON_INTERPRET=1 is set; a second call changes nothing.
+As of Triton 3.7 the interpreter multiplies the bit patterns of bfloat16 and of float8 in tl.dot, truncates float32 to
+bfloat16 where GPUs round to nearest even, loses the NaN of e4m3 and rounds some of its values otherwise, reduces with a
+custom function one element at a time, and patches the language anew for every helper a kernel calls. Call repair()
+once, after TRITON_INTERPRET=1 is set; a second call changes nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -25,9 +27,19 @@ def _float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
+def _e4m3_to_float32(bits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
+
+
+def _float32_to_e4m3(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def _as_float32(handle: Any) -> np.ndarray:
     if handle.dtype.scalar == tl.bfloat16:
         return _bfloat16_to_float32(handle.data)
+    if handle.dtype.scalar == tl.float8e4nv:
+        return _e4m3_to_float32(handle.data)
     return handle.data.astype(np.float32, copy=False)
 
 
@@ -44,6 +56,12 @@ def _cast(self: Any, source: Any, target: Any) -> Any:
     if old == tl.float32 and new == tl.bfloat16:
         return interpreter.TensorHandle(_float32_to_bfloat16(source.data), new)
     return _original_cast(self, source, target)
+
+
+def _convert(self: Any, source: Any, target: Any, *rounding: Any) -> Any:
+    if source.dtype.scalar == tl.float32 and target.scalar == tl.float8e4nv:
+        return interpreter.TensorHandle(_float32_to_e4m3(source.data), tl.float8e4nv)
+    return _original_convert(self, source, target, *rounding)
 
 
 def _reduce(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
@@ -64,6 +82,7 @@ def _call_helper(self: Any, *arguments: Any, **keywords: Any) -> Any:
     return _original_call(self, *arguments, **keywords)
 
 
+_original_convert = interpreter.InterpreterBuilder.create_fp_to_fp
 _original_cast = interpreter.InterpreterBuilder.cast_impl
 _original_reduce = interpreter.ReduceOps.generic_reduce
 _original_call = interpreter.InterpretedFunction.__call__
@@ -73,5 +92,6 @@ def repair() -> None:
     """Install the repairs in this process."""
     interpreter.InterpreterBuilder.create_dot = _create_dot
     interpreter.InterpreterBuilder.cast_impl = _cast
+    interpreter.InterpreterBuilder.create_fp_to_fp = _convert
     interpreter.ReduceOps.generic_reduce = _reduce
     interpreter.InterpretedFunction.__call__ = _call_helper

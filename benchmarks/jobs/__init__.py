@@ -24,6 +24,7 @@ TRITON_TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 _FORMATS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True))
 
@@ -58,9 +59,9 @@ class Job:
 
 
 def _families() -> list[ModuleType]:
-    from . import conv1x1, conv3x3, conv_transpose2x2, hopper, max_pool2x2, norm, reduction, segmentation_loss
+    from . import conv1x1, conv3x3, conv_transpose2x2, fp8, hopper, max_pool2x2, norm, reduction, segmentation_loss
 
-    return [conv3x3, hopper, norm, max_pool2x2, conv_transpose2x2, conv1x1, reduction, segmentation_loss]
+    return [conv3x3, hopper, fp8, norm, max_pool2x2, conv_transpose2x2, conv1x1, reduction, segmentation_loss]
 
 
 def all_ops() -> tuple[str, ...]:

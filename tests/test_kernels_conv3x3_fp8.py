@@ -1,0 +1,78 @@
+"""The kernels of 8 bits where they run: what they quantise, and the convolution, against the same values in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastunet.kernels import config, conv3x3_fp8, gpu
+from fastunet.kernels.epilogue import Normalisation
+from kernel_device import DEVICE, MARK, nan_in_fresh_memory  # noqa: F401
+
+import fastunet
+from fastunet.testing import random_input
+
+pytestmark = MARK
+E4M3, LARGEST = conv3x3_fp8.DTYPE, torch.finfo(conv3x3_fp8.DTYPE).max
+if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+    pytest.skip("8-bit products need sm_90", allow_module_level=True)
+
+
+def quantised(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3)
+
+
+def test_quantising_rounds_and_holds_to_the_range() -> None:
+    x = random_input((2, 32, 5, 7), scale=300.0, dtype=torch.float16, device=DEVICE, seed=1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    x[0, :3, 0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    scale = torch.tensor([0.75], device=DEVICE)
+    out = torch.empty_like(x, dtype=E4M3)
+    conv3x3_fp8.quantise_launch(x, scale, out).run(DEVICE)
+    torch.testing.assert_close(out.float(), quantised(x, scale).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels_up", [0, 64])
+def test_parity(channels_up: int) -> None:
+    options = {"dtype": torch.float16, "device": DEVICE}
+    x = random_input((2, 32, 9, 11), seed=1, **options)
+    up = random_input((2, channels_up, 9, 11), seed=2, **options) if channels_up else None
+    weight = random_input((40, 32 + channels_up, 3, 3), scale=100.0, seed=3, device=DEVICE)
+    weight = weight.clamp(-LARGEST, LARGEST).to(E4M3).contiguous(memory_format=torch.channels_last)
+    scale = torch.tensor([4.0 / LARGEST], device=DEVICE)
+    mean, variance, gamma, bias = (random_input((40,), seed=i, device=DEVICE) for i in range(4, 8))
+    variance, gamma = variance.abs() + 0.5, gamma * 1e-4
+    norm = Normalisation(mean, variance, gamma, 1e-3)
+    y, pooled = conv3x3_fp8.conv3x3_fp8(x, up, weight, scale, bias, norm, 0.0, pool=True)
+    joined = x if up is None else torch.cat([x, up], 1)
+    values, exact_weight = quantised(joined, scale).double(), weight.double()
+    sums = F.conv2d(values, exact_weight, padding=1)
+    factor = (gamma.double() / (variance.double() + 1e-3).sqrt())[:, None, None]
+    expected = ((sums - mean.double()[:, None, None]) * factor + bias.double()[:, None, None]).relu()
+    # float32 sums of so many products as in the other kernels' bound, times the factor; then one rounding to float16.
+    terms = 9 * joined.shape[1]
+    size = F.conv2d(values.abs(), exact_weight.abs(), padding=1) * factor.abs()
+    allowed = 6 * terms**0.5 * 2.0**-23 * size + 2.0**-11 * expected + 2.0**-21 * (1 + size)
+    assert ((y.double() - expected).abs() <= allowed).all()
+    assert torch.equal(pooled, F.max_pool2d(y, 2))
+
+
+def test_a_quantised_layer_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the same layer emulated in float32, but for the order of sums and one rounding to half."""
+    launches: list[gpu.Launch] = []
+    run = gpu.Launch.run
+    monkeypatch.setattr(gpu.Launch, "run", lambda launch, device: (launches.append(launch), run(launch, device)))
+    monkeypatch.setattr(config, "fits_fp8", lambda *_: True)
+    torch.manual_seed(0)
+    model = fastunet.UNet(1, 2, features=(32, 64)).to(DEVICE).eval()
+    layer = fastunet.quantize(model, torch.randn(1, 1, 16, 16, device=DEVICE)).up1.conv.first
+    x, up = (random_input((1, 32, 9, 11), dtype=torch.float16, device=DEVICE, seed=i) for i in (1, 2))
+    launches.clear()
+    with fastunet.backend("triton"):
+        y, pooled = layer(x, up, pool=True)
+        assert [launch.kernel for launch in launches[:2]] == [conv3x3_fp8.quantise_kernel] * 2
+        assert len(launches) == 3
+    with fastunet.backend("aten"):
+        emulated, _ = layer(x, up, pool=True)
+    torch.testing.assert_close(y, emulated, rtol=2**-10, atol=2**-10)
+    assert torch.equal(pooled, F.max_pool2d(y, 2))

@@ -1,0 +1,169 @@
+"""The U-Net in 8 bits: the formula, what is quantised, the accuracy, and errors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastunet
+from fastunet.checks import ConfigError, DataError
+from fastunet.quantization import E4M3, LARGEST, QuantizedConv3x3
+
+FEATURES = (32, 64)
+
+
+def model(norm: str | None = "batch", **options: Any) -> fastunet.UNet:
+    torch.manual_seed(0)
+    net = fastunet.UNet(1, 2, features=FEATURES, norm=norm, **options)
+    with torch.no_grad():
+        net(images())  # Moves the running statistics.
+    return net.eval()
+
+
+def images(n: int = 2, seed: int = 1) -> Tensor:
+    return torch.randn(n, 1, 20, 22, generator=torch.Generator().manual_seed(seed))
+
+
+def quantised_layers(net: nn.Module) -> dict[str, QuantizedConv3x3]:
+    return {name: each for name, each in net.named_modules() if isinstance(each, QuantizedConv3x3)}
+
+
+def test_what_is_quantised() -> None:
+    net = model()
+    before = copy.deepcopy(net.state_dict())
+    quantised = fastunet.quantize(net, images())
+    assert list(quantised_layers(quantised)) == [
+        *(
+            "inc.second",
+            "down1.maxpool_conv.1.first",
+            "down1.maxpool_conv.1.second",
+            "up1.conv.first",
+            "up1.conv.second",
+        )
+    ]
+    assert all(layer.weight.dtype == E4M3 for layer in quantised_layers(quantised).values())
+    assert not any(key for key, value in net.state_dict().items() if not torch.equal(value, before[key]))
+    assert not quantised.training
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_the_formula(norm: str | None) -> None:
+    """Of the second convolution: e4m3 values times e4m3 weights in float64, then norm and activation in float64."""
+    net = model(norm)
+    quantised = fastunet.quantize(net, images())
+    layer = quantised_layers(quantised)["down1.maxpool_conv.1.second"]
+    conv, following, _ = list(net.down1.maxpool_conv[1].double_conv)[3:]
+    x = torch.randn(2, 64, 9, 7, generator=torch.Generator().manual_seed(5)) * 3
+    weight_scale = conv.weight.detach().abs().amax((1, 2, 3)) / LARGEST
+    weight = (conv.weight.detach() / weight_scale[:, None, None, None]).to(E4M3).double() * weight_scale.double()[
+        :, None, None, None
+    ]
+    assert torch.equal(layer.weight.double() * weight_scale.double()[:, None, None, None], weight)
+    values = (x / layer.scale).clamp(-LARGEST, LARGEST).to(E4M3).double() * layer.scale.double()
+    expected = following.double()(
+        F.conv2d(values, weight, None if conv.bias is None else conv.bias.double(), padding=1)
+    ).relu()
+    y, pooled = layer(x, pool=True)
+    # Sums of 576 products in float32, of values up to 448 of their scales, which come out of the sum once.
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=0, atol=1e-4 * float(expected.max()))
+    assert torch.equal(pooled, F.max_pool2d(y, 2))
+
+
+def test_values_beyond_the_range_are_held_to_it_and_nan_stays() -> None:
+    layer = next(iter(quantised_layers(fastunet.quantize(model(), images())).values()))
+    channels = layer.weight.shape[1]
+    largest = float(layer.scale) * LARGEST
+    x = torch.full((1, channels, 4, 4), largest)
+    assert torch.equal(layer(x), layer(100 * x))
+    x[0, 0, 0, 0] = float("nan")
+    assert layer(x)[0, :, :2, :2].isnan().all()
+    assert not layer(x)[0, :, 2:, 2:].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": None}, {"upsample": "bilinear"}, {"head": "sigmoid"}, {"activation": "leaky_relu"}]
+)
+def test_it_is_near_the_model_and_not_the_model(options: dict[str, Any]) -> None:
+    net = model(**options)
+    quantised = fastunet.quantize(net, (image for image in images(4).split(2)))
+    x = images(seed=3)
+    with torch.no_grad():
+        y, near = net(x), quantised(x)
+    error = float((y - near).norm() / y.norm())
+    assert 1e-4 < error < 0.1, "e4m3 has four significant bits, and the errors of a layer's products are independent"
+
+
+def test_a_quantised_model_is_kept_and_moved() -> None:
+    quantised = fastunet.quantize(model(), images())
+    x = images(seed=3)
+    expected = quantised(x)
+    other = fastunet.quantize(model(), 2 * images(seed=7))
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(quantised.state_dict())
+    assert torch.equal(other(x), expected)
+    half = copy.deepcopy(quantised).bfloat16()
+    layer = quantised_layers(half)["up1.conv.first"]
+    assert (layer.weight.dtype, layer.gamma.dtype) == (E4M3, torch.float32)
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantised(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("net", "batch", "error", "message"),
+    [
+        (lambda: model("instance"), images, ConfigError, "got instance norm"),
+        (model, list, DataError, "expected some images for calibration, got none"),
+        (model, lambda: images() * float("nan"), DataError, "expected finite values"),
+        (
+            lambda: fastunet.quantize(model(), images()),
+            images,
+            ConfigError,
+            "expected fastunet's DoubleConv, got SplitDoubleConv",
+        ),
+    ],
+)
+def test_bad_input(net: Any, batch: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fastunet.quantize(net(), batch())
+
+
+def test_it_does_not_train() -> None:
+    quantised = fastunet.quantize(model(), images())
+    with pytest.raises(ConfigError, match="expected eval mode, got train mode"):
+        quantised.train()(images())
+    with pytest.raises(ConfigError, match="as built"):
+        quantised.save_pretrained("nowhere")
+
+
+def test_a_trained_net_loses_little() -> None:
+    """Dice of cell-like images, by a net trained on others."""
+    from fastunet.losses import BCEDiceLoss
+    from fastunet.synthetic import cells
+
+    pictures, masks = (torch.from_numpy(np.stack(each))[:, None].float() for each in cells(24, 64))
+    x, y = pictures / 255, masks.gt(0).float()
+    torch.manual_seed(0)
+    net = fastunet.UNet(1, 1, features=FEATURES)
+    optimizer, loss = torch.optim.AdamW(net.parameters(), 3e-3), BCEDiceLoss()
+    for step in range(60):
+        part = slice(4 * (step % 4), 4 * (step % 4) + 4)
+        loss(net(x[part]), y[part]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    net.eval()
+    quantised = fastunet.quantize(net, x[:16])
+
+    def dice(judged: nn.Module) -> float:
+        with torch.no_grad():
+            p = (judged(x[16:]) > 0).float()
+        return float(2 * (p * y[16:]).sum() / (p.sum() + y[16:].sum()))
+
+    assert dice(net) > 0.9, "it has learnt something"
+    assert dice(quantised) > dice(net) - 0.002
