@@ -139,24 +139,51 @@ def _numel(a: Mapping[str, Any], name: str) -> int:
 
 def _conv3x3(a: Mapping[str, Any], grid: int) -> Accesses:
     suffix = "desc" if "x_desc" in a else "ptr"
-    images, channels = _images(a, f"x_{suffix}"), a["COUT"]
-    blocks, taps, tiles = cdiv(channels, a["BLOCK_N"]), _taps(a, "x_desc"), grid // cdiv(channels, a["BLOCK_N"])
-    loads = {
+    epilogue = _epilogue(a, grid, f"y_{suffix}", f"pooled_{suffix}")
+    return Accesses({**_operands(a, grid), **epilogue.loads}, epilogue.stores, {})
+
+
+def _operands(a: Mapping[str, Any], grid: int) -> dict[str, int]:
+    """What the sums of a convolution load. Splits share the channels of a tile: together they load them once."""
+    suffix, channels = "desc" if "x_desc" in a else "ptr", a["COUT"]
+    images, blocks, taps = _images(a, f"x_{suffix}"), cdiv(channels, a["BLOCK_N"]), _taps(a, "x_desc")
+    tiles = grid // (blocks * a.get("SPLITS", 1))
+    return {
         f"x_{suffix}": images * taps * a["C1"] * blocks,
         f"up_{suffix}": images * taps * a["C2"] * blocks,
         f"weight_{suffix}": tiles * 9 * (a["C1"] + a["C2"]) * channels,
+    }
+
+
+def _epilogue(a: Mapping[str, Any], grid: int, y: str, pooled: str) -> Accesses:
+    channels = a["COUT"]
+    tiles = grid // cdiv(channels, a["BLOCK_N"])
+    loads = {
         **dict.fromkeys(("bias_ptr", "mean_ptr", "variance_ptr", "gamma_ptr"), tiles * channels),
         "head_weight_ptr": tiles * channels * a["CLASSES"],
         "head_bias_ptr": tiles * a["CLASSES"],
     }
     stores = {
-        f"y_{suffix}": _numel(a, f"y_{suffix}"),
-        f"pooled_{suffix}": _numel(a, f"pooled_{suffix}"),
+        y: _numel(a, y),
+        pooled: _numel(a, pooled),
         "head_ptr": _numel(a, "head_ptr"),
         "count_ptr": tiles,
         "partial_ptr": 2 * tiles * channels,
     }
     return Accesses(loads, stores, {})
+
+
+def _conv3x3_split(a: Mapping[str, Any], grid: int) -> Accesses:
+    return Accesses(_operands(a, grid), {"sums_ptr": _numel(a, "sums_ptr")}, {})
+
+
+def _conv3x3_finish(a: Mapping[str, Any], grid: int) -> Accesses:
+    epilogue = _epilogue(a, grid, "y_ptr", "pooled_ptr")
+    return Accesses({"sums_ptr": _numel(a, "sums_ptr"), **epilogue.loads}, epilogue.stores, {})
+
+
+def _quantise(a: Mapping[str, Any], grid: int) -> Accesses:
+    return Accesses({"x_ptr": _numel(a, "x_ptr"), "scale_ptr": grid}, {"out_ptr": _numel(a, "out_ptr")}, {})
 
 
 def _conv3x3_input_grad(a: Mapping[str, Any], grid: int) -> Accesses:
@@ -338,6 +365,10 @@ def _segmentation_sums_grad(a: Mapping[str, Any], grid: int) -> Accesses:
 _COUNTS: dict[str, Callable[[Mapping[str, Any], int], Accesses]] = {
     "conv3x3_kernel": _conv3x3,
     "conv3x3_descriptor_kernel": _conv3x3,
+    "conv3x3_split_kernel": _conv3x3_split,
+    "conv3x3_split_descriptor_kernel": _conv3x3_split,
+    "conv3x3_finish_kernel": _conv3x3_finish,
+    "quantise_kernel": _quantise,
     "conv3x3_input_grad_kernel": _conv3x3_input_grad,
     "conv3x3_input_grad_descriptor_kernel": _conv3x3_input_grad,
     "conv3x3_weight_grad_kernel": _conv3x3_weight_grad,

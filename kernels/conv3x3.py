@@ -10,6 +10,8 @@ channels, which is never written.
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+import warnings
+
 import torch
 import triton
 import triton.language as tl
@@ -252,14 +254,16 @@ def choose(
 
 
 def hopper_forms_run(device: torch.device, op: str) -> bool:
-    """Whether a form for sm_90, which a measurement has chosen for the op, may run there. RuntimeError where it may not
-    and is pinned: whoever pins it is to see that form, and no other in its place.
+    """Whether a form for sm_90, which a measurement has chosen for the op, may run there; where not, it warns.
+    RuntimeError where it is pinned: whoever pins it is to see that form, and no other in its place.
     """
     from fastunet.kernels import hopper_gate, tuning
 
     obstacle = hopper_gate.obstacle(device)
     if obstacle is not None and tuning.is_pinned(op):
         raise RuntimeError(obstacle)
+    if obstacle is not None:
+        warnings.warn(f"{obstacle}; the derived form runs in its place", RuntimeWarning, stacklevel=2)
     return obstacle is None
 
 

@@ -132,8 +132,14 @@ def launches(
     *,
     allow_tf32: bool,
 ) -> list[gpu.Launch]:
-    """Those that fill the epilogue's outputs from packed x and up: the sums of each split, then what comes of them."""
-    batch, _, height, width = x.shape
+    """Those that fill the epilogue's outputs from packed x and up: the sums of each split, then what comes of them.
+
+    ValueError where a split would have a part of a block of channels.
+    """
+    batch, c1, height, width = x.shape
+    step = chosen.splits * chosen.block_k
+    if c1 % step or (0 if up is None else up.shape[1]) % step:
+        raise ValueError(f"{chosen.splits} splits of blocks of {chosen.block_k} channels: expected multiples of {step}")
     pixels, channels = batch * height * width, weight.shape[0]
     sums = torch.empty((chosen.splits, pixels, channels), dtype=torch.float32, device=x.device)
     return [

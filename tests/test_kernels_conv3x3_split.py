@@ -114,6 +114,12 @@ def test_norm_head_and_statistics_follow_the_added_sums() -> None:
     torch.testing.assert_close(also_counted.partial, counted.partial, rtol=2**-9, atol=2**-9)
 
 
+def test_a_split_of_part_of_a_block_is_an_error() -> None:
+    x, up, weight, bias = tensors(32, 16, 40)
+    with tuning.pinned("conv3x3", split()), pytest.raises(ValueError, match="expected multiples of 32"):
+        OPS.conv3x3(x, weight, bias, up=up)
+
+
 BUGS = {
     "first_split_only": ("conv3x3_split", "tl.static_range(SPLITS)", "tl.static_range(1)"),
     "every_split_the_first_channels": ("conv3x3_split", "x_ptr + first,", "x_ptr,"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,6 +142,24 @@ def test_it_does_not_train() -> None:
         quantised.train()(images())
     with pytest.raises(ConfigError, match="as built"):
         quantised.save_pretrained("nowhere")
+
+
+def test_the_loss_of_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastunet.benchmarks import quantization
+
+    from fastunet.synthetic import write_dataset
+    from fastunet.training import TrainConfig, train
+
+    write_dataset(tmp_path / "data", 8, size=64)
+    options = {"crop": 32, "batch_size": 2, "val_fraction": 0.25, "tta": False, "precision": "fp32"}
+    train(tmp_path / "data", tmp_path / "run", TrainConfig(steps=5, features=FEATURES, **options))
+    quantization.main(tmp_path / "run", tmp_path / "data", tmp_path / "loss.json", calibration=3)
+    found = json.loads((tmp_path / "loss.json").read_text())
+    assert found["loss"] == found["float"]["mean_dice"] - found["e4m3"]["mean_dice"]
+    assert found["float"] != found["e4m3"]
+    assert (len(found["images"]["calibration"]), len(found["images"]["judged"])) == (3, 2)
+    assert not set(found["images"]["calibration"]) & set(found["images"]["judged"])
+    assert "loss: " in capsys.readouterr().out
 
 
 def test_a_trained_net_loses_little() -> None:

@@ -29,6 +29,8 @@ _PLAIN = ConvShape(16, 0, 80, *_SIDES)
 _TWO = ConvShape(16, 16, 40, *_SIDES)
 _FOLDED = ConvShape(3, 0, 40, *_SIDES, aligned=False)
 _NARROW = ConvShape(16, 0, 40, *_SIDES)
+_DEEP = ConvShape(128, 128, 40, *_SIDES)
+_QUANTISED = ConvShape(32, 0, 40, *_SIDES)
 _TWO_OUT = ConvShape(16, 0, 40, *_SIDES, c_out2=40)
 _WHOLE_TILES = ConvShape(32, 0, 80, 16, 16)
 _LOSS = {"masked": True, "squared": False}
@@ -46,6 +48,8 @@ JOBS = [
     *(_job("statistics", _PLAIN, capability) for capability in (80, 90)),
     *(_job("two_inputs", _TWO, capability) for capability in (80, 90)),
     _job("leaky", _NARROW),
+    *(_job(op, _DEEP, capability) for op in ("split", "finish_split") for capability in (80, 90)),
+    *(_job(op, _QUANTISED, 90, torch.bfloat16) for op in ("fp8", "fp8_pool", "fp8_two_inputs", "fp8_quantise")),
     _job("contiguous_weight", _NARROW),
     *(_job("input_grad", shape, capability) for shape in (_PLAIN, _FOLDED) for capability in (80, 90)),
     *(_job("two_input_grads", _TWO_OUT, capability) for capability in (80, 90)),
@@ -79,7 +83,8 @@ JOBS = [
 
 
 def test_every_op_there_is_a_job_for_is_counted() -> None:
-    assert {job.op for job in JOBS} == set(all_ops())
+    # Gluon has no interpreter: those kernels have no count either.
+    assert {job.op for job in JOBS} == {op for op in all_ops() if not op.startswith("halo")}
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job.op}-sm_{job.capability}-{job.shape}")
