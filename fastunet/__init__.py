@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastunet.compiler import compile
     from fastunet.dispatch import backend
     from fastunet.explanation import explain
+    from fastunet.graphs import graphed
     from fastunet.inference import predict
     from fastunet.quantization import quantize
     from fastunet.unet import UNet
@@ -24,6 +25,7 @@ _HOMES: dict[str, str | None] = {
     "backend": "dispatch",
     "compile": "compiler",
     "explain": "explanation",
+    "graphed": "graphs",
     "losses": None,
     "ops": None,
     "predict": "inference",
@@ -36,6 +38,7 @@ __all__ = [
     "backend",
     "compile",
     "explain",
+    "graphed",
     "losses",
     "ops",
     "predict",

@@ -169,6 +169,20 @@ def cuda_graph_of_a_net() -> None:
     assert torch.equal(y, expected)
 
 
+def cuda_graphed_model() -> None:
+    torch.manual_seed(0)
+    model = fastunet.UNet(3, 2, features=(16, 32, 64)).cuda().eval()
+    fast = fastunet.graphed(model)
+    x, other = (t.contiguous() for t in make("cuda", (2, 3, 64, 48), (2, 3, 64, 48), dtype=torch.float32))
+    for _ in range(2):
+        for image in (x, other, x[:1]):
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                assert torch.equal(fast(image), model(image))
+        with torch.no_grad():
+            model.outc.conv.bias.add_(1.0)
+    assert len(fast._graphs) == 2
+
+
 def cuda_graph_of_a_step() -> None:
     x, weight, bias, grad, other = make(
         "cuda", (2, 32, 24, 16), (64, 32, 3, 3), (64,), (2, 64, 24, 16), (2, 32, 24, 16)
@@ -238,6 +252,7 @@ def cuda_out_of_memory() -> None:
 
 CUDA_BODIES = {
     "graph_of_a_net": cuda_graph_of_a_net,
+    "graphed_model": cuda_graphed_model,
     "graph_of_a_step": cuda_graph_of_a_step,
     "side_stream": cuda_side_stream,
     "out_of_memory": cuda_out_of_memory,

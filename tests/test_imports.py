@@ -38,6 +38,7 @@ FLOORS = {
     "augmentation": 4,
     "synthetic": 4,
     "checkpoint": 4,
+    "graphs": 4,
     "inference": 4,
     "report": 4,
     "training": 4,

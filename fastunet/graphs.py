@@ -1,0 +1,112 @@
+"""Inference by CUDA graphs: a net's launches are recorded once for each size of image, and replayed in one go.
+
+For small images, whose kernels are shorter than the time that Python takes to launch them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import ConfigError, DeviceError
+
+# Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.
+_WARMUP = 3
+Recording = tuple[Callable[[], None], Tensor]
+
+
+def graphed(model: nn.Module, *, most: int = 8) -> GraphedModel:
+    """The model as a module whose calls replay CUDA graphs, for inference on images [N, C, H, W] on a GPU.
+
+    The first call with a shape, dtype and autocast setting records its graph. At most `most` are kept, those last used;
+    each holds the memory of its activations. Results are those of the model, in tensors of their own. Weights that are
+    changed in place, by an optimizer or load_state_dict, are seen; where they lie elsewhere (`.to`, another parameter),
+    the graphs are recorded anew. The model must do the same work whatever the values of its images, and no work of its
+    own on the CPU.
+
+    Raises ConfigError for a model in train mode, at the call, and DeviceError for images that are not on a GPU.
+    """
+    return GraphedModel(model, most=most)
+
+
+@dataclass
+class _Graph:
+    image: Tensor
+    replay: Callable[[], None]
+    result: Tensor
+
+
+class GraphedModel(nn.Module):
+    """See `graphed`. record: makes a replay, and the tensor it fills, of a function without arguments."""
+
+    def __init__(
+        self, model: nn.Module, *, most: int = 8, record: Callable[[Callable[[], Tensor]], Recording] | None = None
+    ) -> None:
+        super().__init__()
+        if most < 1:
+            raise ConfigError(f"graphed: most: expected at least 1 graph, got {most}")
+        self.model = model
+        self.training = model.training
+        self._most, self._record = most, record or _record
+        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+        self._places: tuple[int, ...] = ()
+
+    @property
+    def config(self) -> Any:
+        """The model's, by which `predict` knows its head."""
+        return getattr(self.model, "config", {})
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        if self.model.training:
+            raise ConfigError("a graphed model is for inference: expected eval mode, got train mode")
+        if self._record is _record and not x.is_cuda:
+            raise DeviceError(f"graphed: expected images on a GPU, got {x.device}")
+        places = tuple(t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers()))
+        if places != self._places:
+            self._graphs.clear()
+            self._places = places
+        kind = x.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (tuple(x.shape), x.dtype, x.device, autocast)
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._recorded(x)
+            self._graphs[key] = graph
+            if len(self._graphs) > self._most:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        graph.image.copy_(x)
+        graph.replay()
+        return graph.result.clone()
+
+    def _recorded(self, x: Tensor) -> _Graph:
+        image = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+        replay, result = self._record(lambda: self.model(image))
+        return _Graph(image, replay, result)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Graphs are not copied or pickled: a copy records its own."""
+        return {**self.__dict__, "_graphs": OrderedDict(), "_places": ()}
+
+
+def _record(run: Callable[[], Tensor]) -> Recording:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARMUP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # Autocast keeps cast weights between calls: within a recording they would be the recording's own.
+    with (
+        torch.autocast("cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False),
+        torch.cuda.graph(graph),
+    ):
+        result = run()
+    return graph.replay, result

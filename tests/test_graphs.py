@@ -1,0 +1,102 @@
+"""Inference by graphs: when one is recorded, what it is given, and what comes back; recording itself is faked here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastunet
+from fastunet.checks import ConfigError, DeviceError
+from fastunet.graphs import GraphedModel, graphed
+
+
+class Recorder:
+    """A replay runs the function again, and leaves its result where the first lay, as a graph does."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.recorded += 1
+        result = run().clone()
+
+        def replay() -> None:
+            self.replayed += 1
+            result.copy_(run())
+
+        return replay, result
+
+
+@pytest.fixture
+def net() -> fastunet.UNet:
+    torch.manual_seed(0)
+    return fastunet.UNet(1, 2, features=(4, 8), head="softmax").eval()
+
+
+def image(n: int = 1, side: int = 12, seed: int = 0) -> Tensor:
+    return torch.randn(n, 1, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_results_are_the_models_and_stay(net: fastunet.UNet) -> None:
+    recorder = Recorder()
+    fast = GraphedModel(net, record=recorder)
+    x, other = image(), image(seed=1)
+    first = fast(x)
+    second = fast(other)
+    torch.testing.assert_close(first, net(x))
+    torch.testing.assert_close(second, net(other))
+    assert not torch.equal(first, second)
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
+
+
+@torch.no_grad()
+def test_each_kind_of_call_has_a_graph_and_the_oldest_goes(net: fastunet.UNet) -> None:
+    recorder = Recorder()
+    fast = GraphedModel(net, most=2, record=recorder)
+    fast(image())
+    fast(image(2))
+    fast(image(seed=3))
+    assert recorder.recorded == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast(image()).dtype == torch.bfloat16
+    assert recorder.recorded == 3, "the graph of two images is the oldest, and gone"
+    fast(image())
+    assert recorder.recorded == 3
+    fast(image(2))
+    assert recorder.recorded == 4
+
+
+@torch.no_grad()
+def test_changes_of_weights_are_seen(net: fastunet.UNet) -> None:
+    recorder = Recorder()
+    fast = GraphedModel(net, record=recorder)
+    x = image()
+    before = fast(x)
+    net.outc.conv.bias.add_(torch.tensor([3.0, 0.0]))
+    changed = fast(x)
+    assert not torch.equal(before, changed)
+    torch.testing.assert_close(changed, net(x))
+    assert recorder.recorded == 1, "what is changed in place is where the graph reads it"
+    net.outc.conv.bias = torch.nn.Parameter(torch.tensor([0.0, 3.0]))
+    torch.testing.assert_close(fast(x), net(x))
+    assert recorder.recorded == 2
+    assert not copy.deepcopy(fast)._graphs, "a copy records its own"
+
+
+def test_predict_knows_the_head(net: fastunet.UNet) -> None:
+    fast = GraphedModel(net, record=Recorder())
+    torch.testing.assert_close(fastunet.predict(fast, image()), fastunet.predict(net, image()))
+
+
+def test_errors(net: fastunet.UNet) -> None:
+    with pytest.raises(ConfigError, match="at least 1 graph, got 0"):
+        graphed(net, most=0)
+    with pytest.raises(DeviceError, match="expected images on a GPU, got cpu"):
+        graphed(net)(image())
+    with pytest.raises(ConfigError, match="expected eval mode, got train mode"):
+        graphed(net.train())(image())
