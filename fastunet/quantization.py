@@ -9,6 +9,8 @@ and convolutions whose channels are no multiples of 32, such as the first, stay 
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -106,17 +108,19 @@ class _Observed(Conv3x3):
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
         inputs = [x] if up is None else [x, up]
         self.channels = tuple(t.shape[1] for t in inputs)
-        self.largest = max(self.largest, *(float(t.detach().abs().max()) for t in inputs))
+        for t in inputs:
+            largest = float(t.abs().max())
+            if not math.isfinite(largest):  # `max` would pass over NaN.
+                raise DataError(f"quantize: expected finite values in calibration, got {largest} within the net")
+            self.largest = max(self.largest, largest)
         return super().forward(x, up, pool=pool)
 
 
 def _quantised(name: str, half: Any) -> nn.Module:
     """The quantised convolution of an observed one, or a plain one where its channels do not suit."""
     largest = half.largest
-    if not 0 < largest < float("inf"):
-        raise DataError(
-            f"quantize: {name}: expected finite values in calibration, some not 0, got a largest of {largest}"
-        )
+    if largest == 0:
+        raise DataError(f"quantize: {name}: expected values other than 0 in calibration, got none")
     if any(channels % 32 for channels in half.channels):
         return Conv3x3(half.conv, half.norm, half.act)
     return QuantizedConv3x3(half.conv, half.norm, half.act, largest)
@@ -164,7 +168,11 @@ class QuantizedConv3x3(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, up = x.to(dtype), None if up is None else up.to(dtype)
-        y, pooled = self._on_tensor_cores(x, up, pool) if self._has_tensor_cores(x, up) else self._emulated(x, up, pool)
+        has_tensor_cores = self._has_tensor_cores(x, up)
+        if x.is_cuda and not has_tensor_cores:
+            said = "8 bits are emulated in float32, slowly: tensor cores want sm_90, images in 16 bits, and Triton"
+            warnings.warn(said, RuntimeWarning, stacklevel=2)
+        y, pooled = (self._on_tensor_cores if has_tensor_cores else self._emulated)(x, up, pool)
         return (y, pooled) if pool else y
 
     def _has_tensor_cores(self, x: Tensor, up: Tensor | None) -> bool:

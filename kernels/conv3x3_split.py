@@ -94,13 +94,13 @@ def conv3x3_split_descriptor_kernel(
 
 @triton.jit(do_not_specialize=["H", "W", "tiles"])
 def conv3x3_finish_kernel(
-    sums_ptr, y_ptr, pooled_ptr, pixels, H, W, COUT, tiles,
+    sums_ptr, y_ptr, pooled_ptr, stride, H, W, COUT, tiles,
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
     head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr,
     ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr, SPLITS: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """v = the sum over s of sums[s], first split first; then as conv3x3_kernel."""
+    """v = the sum over s of sums[s], first split first; then as conv3x3_kernel. stride: from one s to the next."""
     image, h0, w0, n0, _ = locate(H, W, COUT, 1, TILE_H, TILE_W, BLOCK_N)
     n = n0 + tl.arange(0, BLOCK_N)
     rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
@@ -111,7 +111,7 @@ def conv3x3_finish_kernel(
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
     for _ in tl.static_range(SPLITS):
         acc += tl.load(pointers, mask=mask, other=0.0)
-        pointers += pixels * COUT
+        pointers += stride
     acc = finish_sums(
         acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 1
     )
@@ -199,7 +199,7 @@ def _finish_launch(
         "sums_ptr": sums,
         "y_ptr": epilogue.y,
         "pooled_ptr": epilogue.pooled,
-        "pixels": pixels,
+        "stride": pixels * channels,  # Not in the kernel: the product may need 64 bits where its factors do not.
         "H": height,
         "W": width,
         "COUT": channels,

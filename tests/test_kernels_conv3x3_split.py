@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import config, gpu, tuning
+from fastunet.kernels import config, conv3x3_split, gpu, tuning
+from fastunet.kernels.epilogue import Epilogue
 from kernel_device import DEVICE, MARK, nan_in_fresh_memory  # noqa: F401
 from planted_bugs import kernels_with
 from torch import Tensor
@@ -118,6 +119,15 @@ def test_a_split_of_part_of_a_block_is_an_error() -> None:
     x, up, weight, bias = tensors(32, 16, 40)
     with tuning.pinned("conv3x3", split()), pytest.raises(ValueError, match="expected multiples of 32"):
         OPS.conv3x3(x, weight, bias, up=up)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """From split to split the sums of a large batch are more than 2^31 values apart: no product of the kernel's."""
+    x = torch.empty((1100, 64, 64, 512), dtype=torch.float16, device="meta").permute(0, 3, 1, 2)
+    weight = torch.empty((512, 512, 3, 3), dtype=torch.float16, device="meta")
+    first, last = conv3x3_split.launches(x, None, weight, split(), Epilogue(x), allow_tf32=False)
+    assert last.arguments["stride"] == 1100 * 64 * 64 * 512 > 2**31
+    assert first.arguments["sums_ptr"].shape == (2, 1100 * 64 * 64, 512)
 
 
 BUGS = {

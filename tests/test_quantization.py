@@ -32,6 +32,12 @@ def images(n: int = 2, seed: int = 1) -> Tensor:
     return torch.randn(n, 1, 20, 22, generator=torch.Generator().manual_seed(seed))
 
 
+def with_one_nan() -> Tensor:
+    x = 50 * images()
+    x[1, 0, 3, 4] = float("nan")
+    return x
+
+
 def quantised_layers(net: nn.Module) -> dict[str, QuantizedConv3x3]:
     return {name: each for name, each in net.named_modules() if isinstance(each, QuantizedConv3x3)}
 
@@ -123,6 +129,8 @@ def test_a_quantised_model_is_kept_and_moved() -> None:
         (lambda: model("instance"), images, ConfigError, "got instance norm"),
         (model, list, DataError, "expected some images for calibration, got none"),
         (model, lambda: images() * float("nan"), DataError, "expected finite values"),
+        (model, lambda: [images(), with_one_nan()], DataError, "expected finite values"),
+        (model, lambda: [with_one_nan(), images()], DataError, "expected finite values"),
         (
             lambda: fastunet.quantize(model(), images()),
             images,

@@ -50,7 +50,7 @@ def _jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[
         chosen = config.derived_conv_config(deep, dtype, target, allow_tf32)
         if config.splittings(chosen, deep, target):
             yield make("split", shape=deep)
-    yield make("finish_split", shape=widest)
+    yield make("finish_split", shape=_deep(widest))
     if not allow_tf32:
         yield make("activation_grad", shape=widest)
         for channels in (*config_passes.pointwise_configs().values(), 3, 100):  # The last two load no vectors.
