@@ -2,7 +2,8 @@
 
 `auto` is for what has been measured faster. On CUDA that is what the GPU's table of measurements says of a layer, its
 size included: a kernel that lost there, or was not measured, leaves the layer to ATen (cuDNN). On the CPU, inference
-runs oneDNN with weights prepared once, and the rest ATen. The choice is process-wide: autograd runs CUDA backwards in
+runs oneDNN with weights prepared once, training in float32 the wide convolutions by Winograd's algorithm, and the rest
+ATen. The choice is process-wide: autograd runs CUDA backwards in
 threads of its own, which see no context variable.
 """
 
@@ -43,7 +44,12 @@ ONEDNN_OPS = (
     "conv_transpose2x2",
     "conv_transpose2x2_concat_conv3x3_relu",
 )
-# Of them, those whose prepared weights are sums of products: in 16 bits they would be rounded more than the two steps.
+# Ops with a 3x3 convolution that trains faster on the CPU by Winograd's algorithm, in float32: from so many channels
+# and pixels on, which is where it wins with a single image.
+WINOGRAD_OPS = ("conv3x3_batch_norm_relu", "conv3x3_bias_relu", "conv3x3_instance_norm_relu")
+_WINOGRAD_CHANNELS, _WINOGRAD_PIXELS, _WINOGRAD_WEIGHTS_PER_PIXEL = 128, 1024, 1024
+# Of ONEDNN_OPS those whose prepared weights are sums of products: in 16 bits they would be rounded more than the two
+# steps.
 _ONEDNN_FLOAT32_OPS = ("conv_transpose2x2_concat_conv3x3_relu",)
 
 # Of this build of torch, and of this processor.
@@ -53,7 +59,7 @@ _ONEDNN_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs an op ("triton", "onednn" or "aten"), and why."""
+    """What runs an op ("triton", "onednn", "winograd" or "aten"), and why."""
 
     implementation: str
     reason: str
@@ -103,6 +109,8 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
             return Choice("onednn", "inference on the CPU: weights folded and packed once")
         if weight.dtype == torch.bfloat16:
             return Choice("aten", "weights in bfloat16 are not prepared: keep them in float32, under autocast")
+    if _selected == "auto" and op in WINOGRAD_OPS and weight is not None and training and _winograd_wins(x, weight):
+        return Choice("winograd", "training on the CPU: Winograd's algorithm multiplies less")
     if op not in TRITON_OPS:
         return Choice("aten", "no Triton kernel for this op")
     obstacle = triton_obstacle(x.device, x.dtype)
@@ -158,6 +166,20 @@ def _onednn_takes(op: str, x: Tensor, weight: Tensor) -> bool:
         and _HAS_ONEDNN
         # A graph may be traced through here, but not through the question; its ops ask again when they run.
         and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled())
+    )
+
+
+def _winograd_wins(x: Tensor, weight: Tensor) -> bool:
+    """Whether a 3x3 convolution has enough channels for the algorithm, and enough pixels for these."""
+    if x.dim() != 4 or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+        return False
+    channels_out, channels = weight.shape[:2]
+    pixels = x.shape[2] * x.shape[3]
+    return (
+        x.shape[0] > 0
+        and min(channels, channels_out) >= _WINOGRAD_CHANNELS
+        and pixels >= _WINOGRAD_PIXELS
+        and channels * channels_out <= pixels * _WINOGRAD_WEIGHTS_PER_PIXEL
     )
 
 

@@ -375,17 +375,18 @@ def test_sums_of_few_images_at_a_time_are_those_of_all(monkeypatch: pytest.Monke
         assert_close(some[1], results[2][1], "gradient")
 
 
-def test_weight_gradient_of_a_small_image_in_bfloat16() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_weight_gradient_of_a_small_image(dtype: torch.dtype) -> None:
     """Where a matrix product takes the place of oneDNN's gradient: within the bounds of a sum over the pixels."""
-    x, weight = random_input((2, 344, 5, 6), dtype=torch.bfloat16), random_input((344, 344, 3, 3), dtype=torch.bfloat16)
-    grad = random_input((2, 344, 5, 6), dtype=torch.bfloat16, seed=1)
+    x, weight = random_input((2, 344, 5, 6), dtype=dtype), random_input((344, 344, 3, 3), dtype=dtype)
+    grad = random_input((2, 344, 5, 6), dtype=dtype, seed=1)
     for format in (torch.contiguous_format, torch.channels_last):
         leaf = weight.contiguous(memory_format=format).requires_grad_()
         y = ops.conv3x3_bias_relu(x.contiguous(memory_format=format), leaf, relu=False)
         (actual,) = torch.autograd.grad(y, leaf, grad)
         exact = conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
         size = conv2d_weight(x.double().abs(), weight.shape, grad.double().abs(), padding=1)
-        assert_within(actual, exact, conv_tolerance(exact, size, terms=60, dtype=torch.bfloat16))
+        assert_within(actual, exact, conv_tolerance(exact, size, terms=60, dtype=dtype))
         assert actual.stride() == leaf.stride()
 
 

@@ -11,7 +11,8 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.ops import onednn
-from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
+from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward_fake, conv_fake
+from fastunet.ops.convolution import conv_backward, convolve
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
@@ -166,7 +167,7 @@ def _forward(
         y = onednn.conv3x3(x, up, weight, beta, norm, slope).contiguous(memory_format=format)
         pooled = F.max_pool2d(y, 2) if pool else none_like(x)
         return y, pooled, none_like(x), *_no_statistics(gamma, x)
-    raw = convolve(x, up, weight).contiguous(memory_format=format)
+    raw = convolve(x, up, weight, training=training or keep).contiguous(memory_format=format)
     y, mean, invstd = aten.native_batch_norm(raw, gamma, beta, running_mean, running_var, training, momentum, eps)
     y = activate_(y.contiguous(memory_format=format), slope)
     pooled = F.max_pool2d(y, 2).contiguous(memory_format=format) if pool else none_like(x)

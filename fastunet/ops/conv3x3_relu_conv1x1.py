@@ -9,7 +9,8 @@ from torch import Tensor
 from fastunet import checks, dispatch
 from fastunet.ops import onednn
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm
-from fastunet.ops.conv3x3_bias_relu import check_inputs, convolve
+from fastunet.ops.conv3x3_bias_relu import check_inputs
+from fastunet.ops.convolution import convolve
 from fastunet.ops.epilogue import activate_, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
 

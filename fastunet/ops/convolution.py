@@ -1,4 +1,4 @@
-"""The gradient of a convolution by ATen, for every op that holds one."""
+"""Convolutions without our kernels and their gradients, for every op that holds one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastunet import dispatch
+from fastunet.ops import winograd
 from fastunet.ops.registration import none_like, strided_like
+
+CONV3X3 = "conv3x3_bias_relu"
+
+
+def convolve(
+    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None = None, *, training: bool = False
+) -> Tensor:
+    """conv2d([x, up], weight, bias, padding=1) without our kernels, in x's dtype: a compiled graph may have left the
+    casts of autocast to an implementation that does not run.
+    """
+    if dispatch.choose(CONV3X3, x, weight, training=training).implementation == "winograd":
+        y = winograd.convolve(*_by_input(x, up, weight), winograd.side_of_tiles(x, weight))
+        return y if bias is None else y.add_(bias.view(-1, 1, 1))
+    joined = x if up is None else torch.cat([x, up], dim=1)
+    return F.conv2d(joined, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
+
+
+def conv_backward(
+    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, up, weight and bias from that of conv2d([x, up], weight, bias), without our kernels; mask says
+    which are wanted.
+    """
+    if dispatch.choose(CONV3X3, x, weight, training=True).implementation == "winograd":
+        return _conv_backward_winograd(grad, x, up, weight, mask)
+    wants_x, wants_up, wants_weight, wants_bias = mask
+    if up is None:
+        grad_x, grad_weight, grad_bias = convolution_grads(
+            grad, x, weight, [wants_x, wants_weight, wants_bias], padding=1
+        )
+        return grad_x, none_like(x), grad_weight, grad_bias
+    # Each input with its share of the weight: nothing is joined, and no gradient is copied out of a joint one.
+    _, (share_x, share_up) = _by_input(x, up, weight)
+    grad_x, grad_share_x, grad_bias = convolution_grads(
+        grad, x, share_x, [wants_x, wants_weight, wants_bias], padding=1
+    )
+    grad_up, grad_share_up, _ = convolution_grads(grad, up, share_up, [wants_up, wants_weight, False], padding=1)
+    if not wants_weight:
+        return grad_x, grad_up, none_like(x), grad_bias
+    return grad_x, grad_up, strided_like(torch.cat([grad_share_x, grad_share_up], dim=1), weight), grad_bias
+
+
+def _conv_backward_winograd(
+    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, shares = _by_input(x, up, weight)
+    side = winograd.side_of_tiles(x, weight)
+    grads, share_grads = winograd.gradients(grad, inputs, shares, side, mask[: len(inputs)], mask[2])
+    results = [none_like(x)] * 4
+    for i, (result, t) in enumerate(zip(grads, inputs, strict=True)):
+        if result is not None:
+            results[i] = strided_like(result, t)
+    if mask[2]:
+        results[2] = strided_like(torch.cat([g for g in share_grads if g is not None], dim=1), weight)
+    if mask[3]:
+        results[3] = grad.sum((0, 2, 3))
+    return results[0], results[1], results[2], results[3]
+
+
+def _by_input(x: Tensor, up: Tensor | None, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs, and each one's share of the weight."""
+    if up is None:
+        return [x], [weight]
+    return [x, up], [weight[:, : x.shape[1]], weight[:, x.shape[1] :]]
 
 
 def convolution_grads(
@@ -44,14 +110,15 @@ def convolution_grads(
     )
 
 
-# Up to so many pixels in a batch, and from so many weights, oneDNN's weight gradient in bfloat16 takes up to eight
-# times as long as the matrix product it stands for.
-_FEW_PIXELS, _MANY_WEIGHTS = 512, 1 << 20
+# Up to so many pixels in a batch, and from so many weights, oneDNN's weight gradient takes up to eight times as long as
+# the matrix product it stands for in bfloat16, and up to twice as long in float32.
+_FEW_PIXELS, _MANY_WEIGHTS = 1024, 1 << 20
 
 
 def _prefers_matmul(x: Tensor, weight: Tensor) -> bool:
     is_few = x.shape[0] * x.shape[2] * x.shape[3] <= _FEW_PIXELS
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and is_few and weight.numel() >= _MANY_WEIGHTS
+    is_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
+    return is_cpu and is_few and weight.numel() >= _MANY_WEIGHTS
 
 
 def _weight_grad_by_matmul(grad: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,282 @@
+"""3x3 convolutions by Winograd's algorithm: values and gradients within the bounds of the direct sum, and where it
+runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastunet
+from fastunet import dispatch, ops
+from fastunet.ops import winograd
+from fastunet.testing import (
+    assert_within,
+    conv3x3_expected,
+    conv3x3_input_grad_expected,
+    conv3x3_weight_grad_expected,
+    conv_tolerance,
+    in_layout,
+    random_cotangent,
+    random_input,
+    random_integers,
+)
+
+# Images whose sides are and are not whole tiles; one or two inputs; several images.
+SHAPES = [(1, (8,), 5, 8, 12), (3, (5, 3), 6, 9, 7), (2, (4,), 3, 1, 1), (2, (3, 4), 8, 16, 16), (1, (2,), 2, 5, 21)]
+sides = pytest.mark.parametrize("m", [2, 4])
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@pytest.fixture(params=[1 << 8, 1 << 13, 1 << 23], ids=["a row", "some rows", "all"])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_PASS_BYTES", request.param)
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What a function of winograd adds up, each term by its size: by that, not by the terms of the direct sum, its
+    rounding errors go.
+    """
+
+    def run(name: str, tensors: tuple[Any, ...], *args: Any) -> Any:
+        transforms = winograd._transforms
+        with monkeypatch.context() as patch:
+            patch.setattr(winograd, "_transforms", lambda m: winograd._Transforms(*(t.abs() for t in transforms(m))))
+            absolute = [[t.abs() for t in of] if isinstance(of, list) else of.abs() for of in tensors]
+            return getattr(winograd, name)(*absolute, *args)
+
+    return run
+
+
+def make(shape: tuple[Any, ...], fill: Any = random_input) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Inputs, their shares of one weight, and a gradient."""
+    n, channels, channels_out, h, w = shape
+    inputs = [fill((n, c, h, w), seed=i) for i, c in enumerate(channels)]
+    weight = fill((channels_out, sum(channels), 3, 3), seed=7)
+    return inputs, list(weight.split(channels, dim=1)), fill((n, channels_out, h, w), seed=8)
+
+
+@sides
+@shapes
+def test_sum_within_bounds_of_float64(shape: tuple[Any, ...], m: int, at_once: None, sizes: Callable[..., Any]) -> None:
+    inputs, weights, _ = make(shape)
+    y = winograd.convolve(inputs, weights, m)
+    exact = conv3x3_expected(torch.cat(inputs, 1), torch.cat(weights, 1)).value
+    size = sizes("convolve", (inputs, weights), m).double()
+    assert_within(y, exact, conv_tolerance(exact, size, 9 * sum(shape[1]) + 1, torch.float32))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@sides
+@shapes
+def test_gradients_within_bounds_of_float64(
+    shape: tuple[Any, ...], m: int, at_once: None, sizes: Callable[..., Any]
+) -> None:
+    inputs, weights, grad = make(shape)
+    asked = ([True] * len(inputs), True)
+    grads, weight_grads = winograd.gradients(grad, inputs, weights, m, *asked)
+    size, weight_size = sizes("gradients", (grad, inputs, weights), m, *asked)
+    n, _, channels_out, h, w = shape
+    for i, x in enumerate(inputs):
+        exact = conv3x3_input_grad_expected(grad, weights[i]).value
+        assert_within(grads[i], exact, conv_tolerance(exact, size[i].double(), 9 * channels_out + 1, torch.float32))
+        exact = conv3x3_weight_grad_expected(grad, x).value
+        assert_within(
+            weight_grads[i], exact, conv_tolerance(exact, weight_size[i].double(), n * h * w + 1, torch.float32)
+        )
+
+
+@shapes
+def test_tiles_of_two_are_exact_on_integers(shape: tuple[Any, ...]) -> None:
+    """Their matrices hold halves at worst, which float32 keeps."""
+    inputs, weights, grad = make(shape, random_integers)
+    assert_within(
+        winograd.convolve(inputs, weights, 2), conv3x3_expected(torch.cat(inputs, 1), torch.cat(weights, 1)).value, 0
+    )
+    grads, weight_grads = winograd.gradients(grad, inputs, weights, 2, [True] * len(inputs), True)
+    for i, x in enumerate(inputs):
+        assert_within(grads[i], conv3x3_input_grad_expected(grad, weights[i]).value, 0)
+        assert_within(weight_grads[i], conv3x3_weight_grad_expected(grad, x).value, 0)
+
+
+def test_only_what_is_asked_for() -> None:
+    inputs, weights, grad = make((2, (3, 4), 8, 16, 16))
+    grads, weight_grads = winograd.gradients(grad, inputs, weights, 2, [False, True], False)
+    assert grads[0] is None
+    assert weight_grads == [None, None]
+    assert_within(grads[1], *conv3x3_input_grad_expected(grad, weights[1]))
+
+
+def test_results_outlive_the_next_call() -> None:
+    """What a call returns is not of the memory that the next one works in."""
+    inputs, weights, grad = make((1, (8,), 5, 8, 8))
+    y, (grads, weight_grads) = (
+        winograd.convolve(inputs, weights, 4),
+        winograd.gradients(grad, inputs, weights, 4, [True], True),
+    )
+    kept = [t.clone() for t in (y, grads[0], weight_grads[0])]
+    others = [t * 3 for t in inputs]
+    winograd.convolve(others, weights, 4)
+    winograd.gradients(grad * 5, others, weights, 4, [True], True)
+    for t, copy in zip((y, grads[0], weight_grads[0]), kept, strict=True):
+        assert_within(t, copy, 0)
+
+
+def test_memory_is_each_threads_own_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = winograd._Workspace()
+    here = workspace.empty("name", 10)
+    assert workspace.empty("name", 2, 5).data_ptr() == here.data_ptr(), "the same memory for the same name"
+    there: list[int] = []
+    thread = threading.Thread(target=lambda: there.append(workspace.empty("name", 10).data_ptr()))
+    thread.start()
+    thread.join()
+    assert there[0] != here.data_ptr()
+    monkeypatch.setattr(winograd, "_KEPT_BYTES", 400)
+    large = workspace.empty("name", 101)
+    assert workspace.empty("name", 101).data_ptr() != large.data_ptr(), "a large one is not kept"
+    assert workspace.empty("name", 10).data_ptr() == here.data_ptr()
+
+
+def test_memory_of_inference_serves_training() -> None:
+    workspace = winograd._Workspace()
+    with torch.inference_mode():
+        workspace.empty("name", 4)
+    workspace.empty("name", 4).add_(1)  # Would raise of an inference tensor.
+
+
+# --- in the ops ---
+
+auto = pytest.mark.skipif(dispatch.selected_backend() != "auto", reason="FASTUNET_BACKEND is not auto")
+X, UP, WEIGHT = (2, 128, 34, 33), (2, 64, 34, 33), (128, 192, 3, 3)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which of the two functions ran."""
+    made: list[str] = []
+
+    def recorded(name: str) -> Any:
+        function = getattr(winograd, name)
+
+        def run(*args: Any) -> Any:
+            made.append(name)
+            return function(*args)
+
+        return run
+
+    for name in ("convolve", "gradients"):
+        monkeypatch.setattr(winograd, name, recorded(name))
+    return made
+
+
+@auto
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_op_within_bounds(joined: bool, layout: str, calls: list[str]) -> None:
+    x, up = (in_layout(random_input(shape, seed=i), layout).requires_grad_() for i, shape in enumerate((X, UP)))
+    weight = in_layout(random_input(WEIGHT if joined else (128, 128, 3, 3), seed=2), layout).requires_grad_()
+    bias = random_input((128,), seed=3).requires_grad_()
+    leaves = [x, up, weight, bias] if joined else [x, weight, bias]
+    if joined:
+        y = ops.concat_conv3x3_bias_relu(x, up, weight, bias, relu=False)
+    else:
+        y = ops.conv3x3_bias_relu(x, weight, bias, relu=False)
+    grad = random_cotangent(y)
+    grads = dict(zip(("x", "up", "weight", "bias") if joined else ("x", "weight", "bias"), leaves, strict=True))
+    results = dict(zip(grads, torch.autograd.grad(y, leaves, grad), strict=True))
+    assert calls == ["convolve", "gradients"]
+    detached = {name: t.detach() for name, t in grads.items()}
+    assert_within(y, *conv3x3_expected(detached["x"], detached["weight"], detached["bias"], up=detached.get("up")))
+    assert_within(results["x"], *conv3x3_input_grad_expected(grad, detached["weight"][:, :128]))
+    assert_within(results["weight"][:, :128], *conv3x3_weight_grad_expected(grad, detached["x"]))
+    if joined:
+        assert_within(results["up"], *conv3x3_input_grad_expected(grad, detached["weight"][:, 128:]))
+        assert_within(results["weight"][:, 128:], *conv3x3_weight_grad_expected(grad, detached["up"]))
+    for name, t in results.items():
+        assert t.stride() == grads[name].stride(), name
+
+
+def batch_norm(op: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return op(*tensors, None, None, training=True, relu=False)
+
+
+@auto
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_op_with_norm_is_nearly_as_near_to_float64_as_on_aten(norm: str, calls: list[str]) -> None:
+    """Without an activation: where that bends, a value next to 0 may fall on either side."""
+    make = {"seed": 2, "layout": "channels_last"}
+    tensors = [random_input(X, seed=0), random_input((128, 128, 3, 3), **make), *(random_input((128,)) for _ in "ab")]
+    op = getattr(ops, f"conv3x3_{norm}_norm_relu")
+    results = []
+    for backend, dtype in (("auto", torch.float32), ("aten", torch.float32), ("aten", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        with fastunet.backend(backend):
+            y = batch_norm(op, *leaves) if norm == "batch" else op(*leaves, relu=False)
+            results.append([y, *torch.autograd.grad(y, leaves, random_cotangent(y))])
+    assert calls == ["convolve", "gradients"]
+    for ours, theirs, exact in zip(*results, strict=True):
+        error, on_aten = (float((t.double() - exact).norm() / exact.norm()) for t in (ours, theirs))
+        assert error <= 10 * on_aten + 1e-7, (error, on_aten)
+
+
+@auto
+def test_training_step_of_a_net(calls: list[str]) -> None:
+    net = fastunet.UNet(1, 2, features=(8, 128, 128)).train()
+    y = net(random_input((1, 1, 64, 68), seed=1))
+    y.backward(random_cotangent(y))
+    assert calls == ["convolve"] * 3 + ["gradients"] * 3
+    assert_within(y, net.to_reference().train()(random_input((1, 1, 64, 68), seed=1)), 1e-4 * y.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "training", "expected"),
+    [
+        (X, (128, 128, 3, 3), True, "winograd"),
+        (X, (128, 128, 3, 3), False, "onednn"),
+        (X, (127, 128, 3, 3), True, "aten"),
+        ((1, 128, 31, 33), (128, 128, 3, 3), True, "aten"),
+        ((1, 2048, 32, 32), (1024, 2048, 3, 3), True, "aten"),
+        ((0, 128, 34, 33), (128, 128, 3, 3), True, "aten"),
+    ],
+)
+@auto
+def test_where_it_runs(x: tuple[int, ...], weight: tuple[int, ...], training: bool, expected: str) -> None:
+    chosen = dispatch.choose("conv3x3_bias_relu", torch.empty(x), torch.empty(weight), training=training)
+    assert chosen.implementation == expected
+
+
+@auto
+@pytest.mark.parametrize("other", ["double", "bfloat16", "aten"])
+def test_where_it_stays_out(other: str, calls: list[str]) -> None:
+    x, weight = random_input(X), random_input((128, 128, 3, 3), seed=1)
+    with fastunet.backend("aten" if other == "aten" else "auto"):
+        if other != "aten":
+            x, weight = (t.to(getattr(torch, other)) for t in (x, weight))
+        y = ops.conv3x3_bias_relu(x, weight.requires_grad_())
+        y.backward(random_cotangent(y))
+    assert calls == []
+
+
+@auto
+def test_explain_tells() -> None:
+    net = fastunet.UNet(1, 2, features=(8, 128, 128)).train()
+    rows = fastunet.explain(net, torch.zeros(1, 1, 64, 64)).rows
+    chosen = {row.layer: row.implementation for row in rows if row.implementation == "winograd"}
+    assert len(chosen) == 3, rows
+    assert {row.reason for row in rows if row.implementation == "winograd"} == {
+        "training on the CPU: Winograd's algorithm multiplies less"
+    }
+
+
+@auto
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool) -> None:
+    x, weight = random_input((1, 128, 32, 32)), random_input((128, 128, 3, 3), seed=1)
+    args = (x.requires_grad_(requires_grad), None, weight.requires_grad_(requires_grad), None)
+    torch.library.opcheck(torch.ops.fastunet.conv3x3_bias_relu.default, (*args, 0.0, False, None, False, False))
