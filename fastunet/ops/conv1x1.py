@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
+from fastunet.ops import recompute
 from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
 from fastunet.ops.registration import (
     below_autograd,
@@ -110,14 +111,14 @@ class Conv1x1(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
         y = below_autograd(_op, x, weight, bias, activation)
-        ctx.save_for_backward(x, weight, y if activation is not None else None)
+        recompute.save(ctx, x, weight, y if activation is not None else None)
         ctx.activation = activation
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask = list(ctx.needs_input_grad[:3])
-        grads = _backward_op(grad, *ctx.saved_tensors, ctx.activation, mask)
+        grads = _backward_op(grad, *recompute.saved(ctx, reads_values=mask[1]), ctx.activation, mask)
         return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
-from fastunet.ops import onednn
+from fastunet.ops import onednn, recompute
 from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward_fake, conv_fake
 from fastunet.ops.convolution import conv_backward, convolve
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
@@ -112,9 +112,11 @@ def _call(
     elif running_mean is None:
         raise checks.ConfigError(f"{name}: expected running_mean and running_var when not training, got None")
     slope = slope_of(relu, negative_slope)
-    return torch.ops.fastunet.conv3x3_batch_norm_relu(
+    y, pooled, raw, mean, invstd = torch.ops.fastunet.conv3x3_batch_norm_relu(
         x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, False
-    )[:2]
+    )
+    recompute.remember(y, raw, mean, invstd, gamma, beta, slope)
+    return y, pooled
 
 
 def check_pair(name: str, **pair: Tensor | None) -> None:
@@ -349,10 +351,12 @@ class Conv3x3BatchNormRelu(Function):
         x, up, weight, gamma, beta, running_mean, running_var, training, _, eps, slope, pool, _ = args
         y, pooled, raw, mean, invstd = below_autograd(_op, *args[:-1], True)
         # Our kernels find y again from raw, in registers.
-        kept = y if (pool or slope is not None) and not runs_on_triton(NAME, x, weight, training=True) else None
+        on_triton = runs_on_triton(NAME, x, weight, training=True)
+        kept = y if (pool or slope is not None) and not on_triton else None
         # Those that training moves may move again before its backward, which does not read them.
         running = (None, None) if training else (running_mean, running_var)
-        ctx.save_for_backward(x, up, weight, gamma, beta, *running, raw, mean, invstd, kept)
+        recompute.save(ctx, x, up, weight, gamma, beta, *running, raw, mean, invstd, kept)
+        ctx.is_recomputable = on_triton and training
         ctx.training, ctx.eps, ctx.slope, ctx.pool = training, eps, slope, pool
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(raw, mean, invstd, *(() if pool else (pooled,)))
@@ -363,7 +367,7 @@ class Conv3x3BatchNormRelu(Function):
         if grad_y is None and grad_pooled is None:
             return (None,) * 13
         mask = list(ctx.needs_input_grad[:5])
-        *saved, kept = ctx.saved_tensors
+        *saved, kept = recompute.saved(ctx, reads_values=mask[2])
         grads = _backward_op(
             grad_y, grad_pooled if ctx.pool else None, *saved, kept, ctx.training, ctx.eps, ctx.slope, mask
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
-from fastunet.ops import onednn
+from fastunet.ops import onednn, recompute
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm, check_pair, norm_grads_fake, statistics_dtype
 from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward_fake, conv_fake
 from fastunet.ops.convolution import conv_backward, convolve
@@ -95,7 +95,11 @@ def _call(
     if x.shape[2] * x.shape[3] == 1:
         raise checks.ShapeError(f"{name}: expected more than 1 pixel per image, got input {list(x.shape)}")
     slope = slope_of(relu, negative_slope)
-    return torch.ops.fastunet.conv3x3_instance_norm_relu(x, up, weight, gamma, beta, eps, slope, pool, False)[:2]
+    y, pooled, raw, mean, invstd = torch.ops.fastunet.conv3x3_instance_norm_relu(
+        x, up, weight, gamma, beta, eps, slope, pool, False
+    )
+    recompute.remember(y, raw, mean, invstd, gamma, beta, slope)
+    return y, pooled
 
 
 # --- forward ---
@@ -243,8 +247,9 @@ class Conv3x3InstanceNormRelu(Function):
         x, up, weight, gamma, beta, _, slope, pool, _ = args
         y, pooled, raw, mean, invstd = below_autograd(_op, *args[:-1], True)
         # Our kernels find y again from raw, in registers.
-        kept = y if (pool or slope is not None) and not runs_on_triton(NAME, x, weight, training=True) else None
-        ctx.save_for_backward(x, up, weight, gamma, beta, raw, mean, invstd, kept)
+        ctx.is_recomputable = runs_on_triton(NAME, x, weight, training=True)
+        kept = y if (pool or slope is not None) and not ctx.is_recomputable else None
+        recompute.save(ctx, x, up, weight, gamma, beta, raw, mean, invstd, kept)
         ctx.slope, ctx.pool = slope, pool
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(raw, mean, invstd, *(() if pool else (pooled,)))
@@ -255,7 +260,8 @@ class Conv3x3InstanceNormRelu(Function):
         if grad_y is None and grad_pooled is None:
             return (None,) * 9
         mask = list(ctx.needs_input_grad[:5])
-        grads = _backward_op(grad_y, grad_pooled if ctx.pool else None, *ctx.saved_tensors, ctx.slope, mask)
+        saved = recompute.saved(ctx, reads_values=mask[2])
+        grads = _backward_op(grad_y, grad_pooled if ctx.pool else None, *saved, ctx.slope, mask)
         return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), *(None,) * 4
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
-from fastunet.ops import onednn
+from fastunet.ops import onednn, recompute
 from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
 from fastunet.ops.registration import (
     below_autograd,
@@ -88,13 +88,13 @@ def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) ->
 class ConvTranspose2x2(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        recompute.save(ctx, x, weight)
         return below_autograd(_op, x, weight, bias, True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask = list(ctx.needs_input_grad[:3])
-        grads = _backward_op(grad, *ctx.saved_tensors, mask)
+        grads = _backward_op(grad, *recompute.saved(ctx, reads_values=mask[1]), mask)
         return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
 
 
