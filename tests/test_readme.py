@@ -33,6 +33,16 @@ def test_the_accuracy_table_is_the_result_files() -> None:
     assert rows == expected
 
 
+def test_the_kept_bytes_are_the_result_files() -> None:
+    summary = json.loads((ROOT / "benchmarks/results/saved_memory.json").read_text())["summary"]
+    sentence = (
+        "keeps {} MB of every 512x512 image in bfloat16 on the Triton kernels and\n"
+        "{} MB on ATen; plain PyTorch keeps {} MB"
+    )
+    figures = (f"{summary[name]['bytes'] / 1e6:.0f}" for name in ("triton", "aten", "eager"))
+    assert sentence.format(*figures) in (ROOT / "README.md").read_text()
+
+
 def python_example(call: str) -> str:
     """The README's one block of Python with this call in it."""
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
