@@ -44,10 +44,10 @@ ONEDNN_OPS = (
     "conv_transpose2x2",
     "conv_transpose2x2_concat_conv3x3_relu",
 )
-# Ops with a 3x3 convolution that trains faster on the CPU by Winograd's algorithm, in float32: from so many channels
-# and pixels on, which is where it wins with a single image.
+# Ops with a 3x3 convolution that is faster on the CPU by Winograd's algorithm, in float32: from so many channels,
+# pixels and products on, and up to so many weights for each pixel, which is where it wins with a single image.
 WINOGRAD_OPS = ("conv3x3_batch_norm_relu", "conv3x3_bias_relu", "conv3x3_instance_norm_relu")
-_WINOGRAD_CHANNELS, _WINOGRAD_PIXELS, _WINOGRAD_WEIGHTS_PER_PIXEL = 128, 1024, 1024
+_WINOGRAD_CHANNELS, _WINOGRAD_PIXELS, _WINOGRAD_PRODUCTS, _WINOGRAD_WEIGHTS_PER_PIXEL = 128, 1024, 1 << 25, 1024
 # Of ONEDNN_OPS those whose prepared weights are sums of products: in 16 bits they would be rounded more than the two
 # steps.
 _ONEDNN_FLOAT32_OPS = ("conv_transpose2x2_concat_conv3x3_relu",)
@@ -106,10 +106,12 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
         return Choice("aten", "backend is set to aten")
     if _selected == "auto" and op in ONEDNN_OPS and weight is not None and not training and x.device.type == "cpu":
         if _onednn_takes(op, x, weight):
+            if op in WINOGRAD_OPS and winograd_wins(x, weight):
+                return Choice("onednn", "inference on the CPU: weights folded and transformed once (Winograd)")
             return Choice("onednn", "inference on the CPU: weights folded and packed once")
         if weight.dtype == torch.bfloat16:
             return Choice("aten", "weights in bfloat16 are not prepared: keep them in float32, under autocast")
-    if _selected == "auto" and op in WINOGRAD_OPS and weight is not None and training and _winograd_wins(x, weight):
+    if _selected == "auto" and op in WINOGRAD_OPS and weight is not None and training and winograd_wins(x, weight):
         return Choice("winograd", "training on the CPU: Winograd's algorithm multiplies less")
     if op not in TRITON_OPS:
         return Choice("aten", "no Triton kernel for this op")
@@ -170,8 +172,8 @@ def _onednn_takes(op: str, x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _winograd_wins(x: Tensor, weight: Tensor) -> bool:
-    """Whether a 3x3 convolution has enough channels for the algorithm, and enough pixels for these."""
+def winograd_wins(x: Tensor, weight: Tensor) -> bool:
+    """Whether a 3x3 convolution is faster by Winograd's algorithm, of images like x and a weight like this one."""
     if x.dim() != 4 or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return False
     channels_out, channels = weight.shape[:2]
@@ -180,6 +182,7 @@ def _winograd_wins(x: Tensor, weight: Tensor) -> bool:
         x.shape[0] > 0
         and min(channels, channels_out) >= _WINOGRAD_CHANNELS
         and pixels >= _WINOGRAD_PIXELS
+        and channels * channels_out * pixels >= _WINOGRAD_PRODUCTS
         and channels * channels_out <= pixels * _WINOGRAD_WEIGHTS_PER_PIXEL
     )
 

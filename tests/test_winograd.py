@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastunet
@@ -66,9 +67,9 @@ def make(shape: tuple[Any, ...], fill: Any = random_input) -> tuple[list[Tensor]
 @shapes
 def test_sum_within_bounds_of_float64(shape: tuple[Any, ...], m: int, at_once: None, sizes: Callable[..., Any]) -> None:
     inputs, weights, _ = make(shape)
-    y = winograd.convolve(inputs, weights, m)
+    y = winograd.convolve(inputs, weights, None, m)
     exact = conv3x3_expected(torch.cat(inputs, 1), torch.cat(weights, 1)).value
-    size = sizes("convolve", (inputs, weights), m).double()
+    size = sizes("convolve", (inputs, weights), None, m).double()
     assert_within(y, exact, conv_tolerance(exact, size, 9 * sum(shape[1]) + 1, torch.float32))
     assert y.is_contiguous(memory_format=torch.channels_last)
 
@@ -97,7 +98,9 @@ def test_tiles_of_two_are_exact_on_integers(shape: tuple[Any, ...]) -> None:
     """Their matrices hold halves at worst, which float32 keeps."""
     inputs, weights, grad = make(shape, random_integers)
     assert_within(
-        winograd.convolve(inputs, weights, 2), conv3x3_expected(torch.cat(inputs, 1), torch.cat(weights, 1)).value, 0
+        winograd.convolve(inputs, weights, None, 2),
+        conv3x3_expected(torch.cat(inputs, 1), torch.cat(weights, 1)).value,
+        0,
     )
     grads, weight_grads = winograd.gradients(grad, inputs, weights, 2, [True] * len(inputs), True)
     for i, x in enumerate(inputs):
@@ -117,12 +120,12 @@ def test_results_outlive_the_next_call() -> None:
     """What a call returns is not of the memory that the next one works in."""
     inputs, weights, grad = make((1, (8,), 5, 8, 8))
     y, (grads, weight_grads) = (
-        winograd.convolve(inputs, weights, 4),
+        winograd.convolve(inputs, weights, None, 4),
         winograd.gradients(grad, inputs, weights, 4, [True], True),
     )
     kept = [t.clone() for t in (y, grads[0], weight_grads[0])]
     others = [t * 3 for t in inputs]
-    winograd.convolve(others, weights, 4)
+    winograd.convolve(others, weights, None, 4)
     winograd.gradients(grad * 5, others, weights, 4, [True], True)
     for t, copy in zip((y, grads[0], weight_grads[0]), kept, strict=True):
         assert_within(t, copy, 0)
@@ -153,12 +156,12 @@ def test_memory_of_inference_serves_training() -> None:
 # --- in the ops ---
 
 auto = pytest.mark.skipif(dispatch.selected_backend() != "auto", reason="FASTUNET_BACKEND is not auto")
-X, UP, WEIGHT = (2, 128, 34, 33), (2, 64, 34, 33), (128, 192, 3, 3)
+X, UP, WEIGHT = (2, 128, 50, 49), (2, 64, 50, 49), (128, 192, 3, 3)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the two functions ran."""
+    """Which functions ran."""
     made: list[str] = []
 
     def recorded(name: str) -> Any:
@@ -170,7 +173,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    for name in ("convolve", "gradients"):
+    for name in ("convolve_transformed", "gradients"):
         monkeypatch.setattr(winograd, name, recorded(name))
     return made
 
@@ -190,7 +193,7 @@ def test_op_within_bounds(joined: bool, layout: str, calls: list[str]) -> None:
     grad = random_cotangent(y)
     grads = dict(zip(("x", "up", "weight", "bias") if joined else ("x", "weight", "bias"), leaves, strict=True))
     results = dict(zip(grads, torch.autograd.grad(y, leaves, grad), strict=True))
-    assert calls == ["convolve", "gradients"]
+    assert calls == ["convolve_transformed", "gradients"]
     detached = {name: t.detach() for name, t in grads.items()}
     assert_within(y, *conv3x3_expected(detached["x"], detached["weight"], detached["bias"], up=detached.get("up")))
     assert_within(results["x"], *conv3x3_input_grad_expected(grad, detached["weight"][:, :128]))
@@ -219,7 +222,7 @@ def test_op_with_norm_is_nearly_as_near_to_float64_as_on_aten(norm: str, calls: 
         with fastunet.backend(backend):
             y = batch_norm(op, *leaves) if norm == "batch" else op(*leaves, relu=False)
             results.append([y, *torch.autograd.grad(y, leaves, random_cotangent(y))])
-    assert calls == ["convolve", "gradients"]
+    assert calls == ["convolve_transformed", "gradients"]
     for ours, theirs, exact in zip(*results, strict=True):
         error, on_aten = (float((t.double() - exact).norm() / exact.norm()) for t in (ours, theirs))
         assert error <= 10 * on_aten + 1e-7, (error, on_aten)
@@ -228,10 +231,10 @@ def test_op_with_norm_is_nearly_as_near_to_float64_as_on_aten(norm: str, calls: 
 @auto
 def test_training_step_of_a_net(calls: list[str]) -> None:
     net = fastunet.UNet(1, 2, features=(8, 128, 128)).train()
-    y = net(random_input((1, 1, 64, 68), seed=1))
+    y = net(random_input((1, 1, 96, 100), seed=1))
     y.backward(random_cotangent(y))
-    assert calls == ["convolve"] * 3 + ["gradients"] * 3
-    assert_within(y, net.to_reference().train()(random_input((1, 1, 64, 68), seed=1)), 1e-4 * y.abs().max())
+    assert calls == ["convolve_transformed"] * 3 + ["gradients"] * 3
+    assert_within(y, net.to_reference().train()(random_input((1, 1, 96, 100), seed=1)), 1e-4 * y.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -241,8 +244,10 @@ def test_training_step_of_a_net(calls: list[str]) -> None:
         (X, (128, 128, 3, 3), False, "onednn"),
         (X, (127, 128, 3, 3), True, "aten"),
         ((1, 128, 31, 33), (128, 128, 3, 3), True, "aten"),
+        ((1, 128, 32, 32), (128, 128, 3, 3), True, "aten"),
+        ((1, 256, 32, 32), (128, 256, 3, 3), True, "winograd"),
         ((1, 2048, 32, 32), (1024, 2048, 3, 3), True, "aten"),
-        ((0, 128, 34, 33), (128, 128, 3, 3), True, "aten"),
+        ((0, 128, 50, 49), (128, 128, 3, 3), True, "aten"),
     ],
 )
 @auto
@@ -263,20 +268,90 @@ def test_where_it_stays_out(other: str, calls: list[str]) -> None:
     assert calls == []
 
 
+# --- in inference ---
+
+NORM = [random_input((128,), seed=s) for s in (11, 12, 13, 14)]
+
+
+def folded() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gamma, beta, mean and variance."""
+    gamma, beta, mean, variance = NORM
+    return gamma, beta, mean, variance.abs() + 0.5
+
+
+@auto
+@pytest.mark.parametrize("joined", [False, True])
+def test_inference_within_bounds(joined: bool, calls: list[str]) -> None:
+    x, up = (random_input(shape, seed=i) for i, shape in enumerate((X, UP)))
+    weight, bias = random_input(WEIGHT if joined else (128, 128, 3, 3), seed=2), random_input((128,), seed=3)
+    with torch.inference_mode():
+        y = ops.concat_conv3x3_bias_relu(x, up, weight, bias) if joined else ops.conv3x3_bias_relu(x, weight, bias)
+    assert calls == ["convolve_transformed"]
+    expected = conv3x3_expected(x, weight, bias, up=up if joined else None, negative_slope=0.0)
+    assert_within(y, *expected)
+
+
+@auto
+def test_inference_with_norm_sees_every_change(calls: list[str]) -> None:
+    x, weight = random_input(X), random_input((128, 128, 3, 3), seed=2)
+    gamma, beta, mean, variance = folded()
+
+    def check() -> None:
+        with torch.no_grad():
+            y = ops.conv3x3_batch_norm_relu(x, weight, gamma, beta, mean, variance, training=False, relu=False)
+        scale = gamma / (variance + 1e-5).sqrt()
+        assert_within(y, *conv3x3_expected(x, weight * scale.view(-1, 1, 1, 1), beta - mean * scale))
+
+    check()
+    weight.data.mul_(2)
+    check()
+    gamma.add_(1)
+    check()
+    assert calls == ["convolve_transformed"] * 3
+
+
+@auto
+def test_inference_after_stepping_up(calls: list[str]) -> None:
+    """The skip's half of a convolution that takes the upsampling into itself."""
+    skip, low = random_input(X), random_input((2, 32, 25, 24), seed=1)
+    up_weight, up_bias = random_input((32, 64, 2, 2), seed=2), random_input((64,), seed=3)
+    weight, bias = random_input(WEIGHT, seed=4), random_input((128,), seed=5)
+    with torch.no_grad():
+        y = ops.conv_transpose2x2_concat_conv3x3_relu(skip, low, up_weight, up_bias, weight, bias)
+    assert calls == ["convolve_transformed"]
+    up = F.conv_transpose2d(low.double(), up_weight.double(), up_bias.double(), stride=2)
+    joined = torch.cat([skip.double(), F.pad(up, [0, 1, 0, 0])], 1)
+    exact = F.relu(F.conv2d(joined, weight.double(), bias.double(), padding=1))
+    assert float((y.double() - exact).norm() / exact.norm()) < 3e-6
+
+
+@auto
+def test_two_sizes_of_an_image_one_after_the_other() -> None:
+    """Small ones run directly, larger ones by tiles, and neither by what was prepared for the other."""
+    weight = random_input((128, 128, 3, 3), seed=2)
+    for size in (16, 48, 16, 50):
+        x = random_input((1, 128, size, size), seed=size)
+        with torch.no_grad():
+            assert_within(ops.conv3x3_bias_relu(x, weight, relu=False), *conv3x3_expected(x, weight))
+
+
 @auto
 def test_explain_tells() -> None:
     net = fastunet.UNet(1, 2, features=(8, 128, 128)).train()
-    rows = fastunet.explain(net, torch.zeros(1, 1, 64, 64)).rows
+    rows = fastunet.explain(net, torch.zeros(1, 1, 96, 96)).rows
     chosen = {row.layer: row.implementation for row in rows if row.implementation == "winograd"}
     assert len(chosen) == 3, rows
     assert {row.reason for row in rows if row.implementation == "winograd"} == {
         "training on the CPU: Winograd's algorithm multiplies less"
     }
+    rows = fastunet.explain(net.eval(), torch.zeros(1, 1, 96, 96)).rows
+    reasons = [row.reason for row in rows if row.implementation == "onednn"]
+    assert reasons.count("inference on the CPU: weights folded and transformed once (Winograd)") == 2
 
 
 @auto
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:
-    x, weight = random_input((1, 128, 32, 32)), random_input((128, 128, 3, 3), seed=1)
+    x, weight = random_input((1, 128, 48, 48)), random_input((128, 128, 3, 3), seed=1)
     args = (x.requires_grad_(requires_grad), None, weight.requires_grad_(requires_grad), None)
     torch.library.opcheck(torch.ops.fastunet.conv3x3_bias_relu.default, (*args, 0.0, False, None, False, False))

@@ -36,8 +36,8 @@ def conv3x3_bias_relu(
     negative_slope > 0 makes it LeakyReLU. Equal to `F.relu(F.conv2d(x, weight, bias, padding=1))`, NaN included.
     Raises ShapeError, DtypeError, DeviceError or ConfigError before any work.
 
-    On the CPU, training in float32 from 128 channels and 32x32 pixels on runs by Winograd's algorithm. Its rounding
-    errors go by the largest values of a tile of 6x6 pixels, and a NaN or infinity makes all results of its tile NaN.
+    On the CPU, float32 of 128 channels and more runs by Winograd's algorithm where that is faster. Its rounding errors
+    go by the largest values of a tile of 6x6 pixels, and a NaN or infinity makes all results of its tile NaN.
     """
     y, _ = _call(NAME, x, None, weight, bias, relu, negative_slope, pool=False)
     return y

@@ -20,8 +20,7 @@ def convolve(
     casts of autocast to an implementation that does not run.
     """
     if dispatch.choose(CONV3X3, x, weight, training=training).implementation == "winograd":
-        y = winograd.convolve(*_by_input(x, up, weight), winograd.side_of_tiles(x, weight))
-        return y if bias is None else y.add_(bias.view(-1, 1, 1))
+        return winograd.convolve(*_by_input(x, up, weight), bias, winograd.side_of_tiles(x, weight))
     joined = x if up is None else torch.cat([x, up], dim=1)
     return F.conv2d(joined, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
 

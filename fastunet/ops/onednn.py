@@ -1,7 +1,8 @@
-"""Convolutions of inference on the CPU: oneDNN with weights that are folded and packed once.
+"""Convolutions of inference on the CPU, with weights that are folded and prepared once.
 
 oneDNN works on weights in blocks. torch's own convolutions bring them into that order at every call; these keep them.
-In float32 a second input is added to the sum of the first instead of being joined to it. The activation is a pass of
+In float32 a second input is added to the sum of the first instead of being joined to it, and wide convolutions are left
+to Winograd's algorithm, whose transformed weights are kept. The activation is a pass of
 its own, over values still in the cache: oneDNN's ReLU turns NaN into 0.
 """
 
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastunet import folding
+from fastunet import dispatch, folding
+from fastunet.ops import winograd
 from fastunet.ops.epilogue import activate_
 from fastunet.prepared import prepared
 
@@ -41,6 +43,8 @@ def conv3x3(
     """activation(norm(conv2d([x, up], weight, padding=1)) + bias) in x's dtype; the arguments as the ops have them."""
     if up is not None and x.dtype != torch.float32:
         x, up = torch.cat([x, up], dim=1), None  # The sum of the first would be rounded before the second's.
+    if dispatch.winograd_wins(x, weight):
+        return activate_(_convolve_winograd([x] if up is None else [x, up], weight, bias, norm), slope)
 
     def make() -> tuple[Tensor | None, Tensor, Tensor | None]:
         folded, shift = _folded(weight, bias, norm)
@@ -80,6 +84,8 @@ def conv_transpose2x2_concat_conv3x3(
     right to skip's size, which is never computed: the two weights are composed.
     """
     split = skip.shape[1]
+    is_wide = dispatch.winograd_wins(skip, weight[:, :split])
+    side = winograd.side_of_tiles(skip, weight[:, :split]) if is_wide else 0
 
     def make() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         folded, shift = _folded(weight, bias, norm)
@@ -90,15 +96,31 @@ def conv_transpose2x2_concat_conv3x3(
             inner = border[:, 1, 1]
             shift = inner if shift is None else shift + inner
         composed = _pack_transpose(folding.compose_upsampling(up_weight.detach().float(), of_up), low, padding=1)
-        return composed, _pack(folded[:, :split], skip), _as(shift, skip), _as(border, skip)
+        of_skip = winograd.transformed(folded[:, :split], side) if side else _pack(folded[:, :split], skip)
+        return composed, of_skip, _as(shift, skip), _as(border, skip)
 
-    kind = ("conv_transpose2x2_concat_conv3x3", skip.dtype, None if norm is None else norm.eps)
+    kind = ("conv_transpose2x2_concat_conv3x3", skip.dtype, side, None if norm is None else norm.eps)
     sources = [*_sources(weight, bias, norm), up_weight, up_bias]
     composed, of_skip, shift, border = prepared(kind, sources, make)
     y = _convolve_transpose(low, composed, shift, padding=1, output_padding=[size % 2 for size in skip.shape[2:]])
     if border is not None:
         y = folding.add_upsampled_bias_(y, border)
+    if side:
+        return activate_(y.add_(winograd.convolve_transformed([skip], [of_skip], None, side)), slope)
     return activate_(_convolve_add_(y, skip, of_skip), slope)
+
+
+def _convolve_winograd(inputs: list[Tensor], weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+    side = winograd.side_of_tiles(inputs[0], weight)
+
+    def make() -> tuple[list[Tensor], Tensor | None]:
+        folded, shift = _folded(weight, bias, norm)
+        shares = folded.split([x.shape[1] for x in inputs], dim=1)
+        return [winograd.transformed(share, side) for share in shares], shift
+
+    kind = ("winograd", side, inputs[0].shape[1], None if norm is None else norm.eps)
+    factors, shift = prepared(kind, _sources(weight, bias, norm), make)
+    return winograd.convolve_transformed(inputs, factors, shift, side)
 
 
 def _sources(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> list[Tensor | None]:

@@ -134,13 +134,16 @@ class _Tiles:
         for tiles, part in self.parts(images, shaped, first):
             tiles.add_(part)
 
-    def store(self, products: Tensor, images: Tensor, first: int) -> None:
-        """Write the outputs that the products [(m + 2)^2, tiles, C] transform to."""
+    def store(self, products: Tensor, bias: Tensor | None, images: Tensor, first: int) -> None:
+        """Write the outputs that the products [(m + 2)^2, tiles, C] transform to, plus bias."""
         channels = images.shape[-1]
         out = _workspace.empty("outputs", self.m**2, self.count * channels)
         torch.mm(_transforms(self.m).outputs, products.view(self.places, -1), out=out)
         tiles = self.view(images, first)
-        tiles.copy_(out.view(tiles.shape))
+        if bias is None:
+            tiles.copy_(out.view(tiles.shape))
+        else:
+            torch.add(out.view(tiles.shape), bias, out=tiles)
 
     def output_grads(self, images: Tensor, first: int) -> Tensor:
         """The gradients [(m + 2)^2, tiles, C] of the products that `store` has transformed into images."""
@@ -220,15 +223,26 @@ def _empty_images(n: int, height: int, width: int, channels: int) -> Tensor:
     return torch.empty((n, height, width, channels), dtype=torch.float32, device="cpu")
 
 
-def convolve(inputs: Sequence[Tensor], weights: Sequence[Tensor], m: int) -> Tensor:
-    """The sum of conv2d(x, weight, padding=1) over the inputs x [N, Cin, H, W] and their weights [Cout, Cin, 3, 3].
+def transformed(weight: Tensor, m: int) -> Tensor:
+    """What convolve_transformed takes of weight [Cout, Cin, 3, 3]: [(m + 2)^2, Cin, Cout]."""
+    return _transformed_weight(weight, m, "weight 0").transpose(1, 2).contiguous()
+
+
+def convolve(inputs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, m: int) -> Tensor:
+    """The sum of conv2d(x, weight, padding=1) over the inputs x [N, Cin, H, W] and their weights [Cout, Cin, 3, 3],
+    plus bias [Cout].
 
     float32, on the CPU; m: the side of a tile of outputs, 2 or 4. The result is channels_last. With m = 2 it is as
     exact as the sum taken directly; with m = 4 its rounding errors are a few times as large.
     """
-    channels_out = weights[0].shape[0]
-    grid = _Grid(inputs[0], m, max(channels_out, *(x.shape[1] for x in inputs)))
     factors = [_transformed_weight(weight, m, f"weight {i}").transpose(1, 2) for i, weight in enumerate(weights)]
+    return convolve_transformed(inputs, factors, bias, m)
+
+
+def convolve_transformed(inputs: Sequence[Tensor], factors: Sequence[Tensor], bias: Tensor | None, m: int) -> Tensor:
+    """convolve, by weights transformed before."""
+    channels_out = factors[0].shape[2]
+    grid = _Grid(inputs[0], m, max(channels_out, *(x.shape[1] for x in inputs)))
     y = _empty_images(grid.n, grid.h, grid.w, channels_out)
     for batch in grid.batches():
         images = [grid.padded(f"input {i}", batch, x) for i, x in enumerate(inputs)]
@@ -238,7 +252,7 @@ def convolve(inputs: Sequence[Tensor], weights: Sequence[Tensor], m: int) -> Ten
             torch.bmm(tiles.inputs(images[0], first), factors[0], out=products)
             for image, factor in zip(images[1:], factors[1:], strict=True):
                 products.baddbmm_(tiles.inputs(image, first), factor)
-            tiles.store(products, out, first)
+            tiles.store(products, bias, out, first)
         if not grid.is_whole:
             y[batch] = out[:, : grid.h, : grid.w]
     return y.permute(0, 3, 1, 2)
