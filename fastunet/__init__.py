@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastunet.explanation import explain
     from fastunet.graphs import graphed
     from fastunet.inference import predict
+    from fastunet.plan import planned
     from fastunet.quantization import quantize
     from fastunet.unet import UNet
 
@@ -28,6 +29,7 @@ _HOMES: dict[str, str | None] = {
     "graphed": "graphs",
     "losses": None,
     "ops": None,
+    "planned": "plan",
     "predict": "inference",
     "quantize": "quantization",
     "reference": None,
@@ -41,6 +43,7 @@ __all__ = [
     "graphed",
     "losses",
     "ops",
+    "planned",
     "predict",
     "quantize",
     "reference",

@@ -1,14 +1,16 @@
-"""The device as numbers, read once and never at import, and the launch of one kernel on it."""
+"""The device as numbers, read once and never at import, and the launch of one kernel on it, noted down where asked."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Shared memory that one block may opt in to, in bytes, by compute capability (CUDA C Programming Guide, "Technical
 # Specifications per Compute Capability", less the 1 KiB that the driver keeps for itself).
@@ -60,6 +62,52 @@ def target(device: torch.device) -> Target:
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
+class _Noted(threading.local):
+    """The steps that this thread notes down, or None."""
+
+    steps: list[Launch | Copy] | None = None
+
+
+_noted = _Noted()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch | Copy]]:
+    """Within the block this thread's launches, and the copies that prepare them, are noted down as they run."""
+    steps: list[Launch | Copy] = []
+    before = _noted.steps
+    _noted.steps = steps
+    try:
+        yield steps
+    finally:
+        _noted.steps = before
+
+
+def _note(step: Launch | Copy) -> None:
+    if _noted.steps is not None:
+        _noted.steps.append(step)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The values of source, in the order of out: what a launch reads that does not lie in memory as it must."""
+
+    source: Tensor
+    out: Tensor
+
+    def run(self, device: torch.device) -> None:
+        """Copy on the current stream."""
+        _note(self)
+        self.out.copy_(self.source)
+
+
+def contiguous_copy(source: Tensor) -> Tensor:
+    """A copy of source whose elements lie in its dimensions' order."""
+    out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    Copy(source, out).run(source.device)
+    return out
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel with everything it is launched with: what runs on a GPU is what `benchmarks.static` compiles.
@@ -88,6 +136,7 @@ class Launch:
         """Launch on `device`'s current stream. An empty grid launches nothing."""
         if self.grid == 0:
             return
+        _note(self)
         with _current(device):
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 

@@ -39,6 +39,7 @@ FLOORS = {
     "synthetic": 4,
     "checkpoint": 4,
     "graphs": 4,
+    "plan": 5,  # On graphs, for what they share.
     "inference": 4,
     "report": 4,
     "training": 4,
