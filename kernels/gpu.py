@@ -83,7 +83,8 @@ def recording() -> Iterator[list[Launch | Copy]]:
         _noted.steps = before
 
 
-def _note(step: Launch | Copy) -> None:
+def note(step: Launch | Copy) -> None:
+    """Add a step to what this thread notes down, if it does."""
     if _noted.steps is not None:
         _noted.steps.append(step)
 
@@ -97,7 +98,7 @@ class Copy:
 
     def run(self, device: torch.device) -> None:
         """Copy on the current stream."""
-        _note(self)
+        note(self)
         self.out.copy_(self.source)
 
 
@@ -136,7 +137,7 @@ class Launch:
         """Launch on `device`'s current stream. An empty grid launches nothing."""
         if self.grid == 0:
             return
-        _note(self)
+        note(self)
         with _current(device):
             self.kernel[(self.grid,)](**self.arguments, **self.options)
 

@@ -1,0 +1,25 @@
+"""The time of Python before a launch: measured in a process of its own, where launches do nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="times what comes before Triton's launches")
+
+
+def test_command(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    command = [sys.executable, "-m", "benchmarks.launch_overhead", "--features", "16", "32", "--size", "16"]
+    done = subprocess.run([*command, "--rounds", "5", "--out", str(out)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    # Six blocks and the step up; the head is in the last.
+    assert result["launches"] == 7
+    assert f"each of {result['launches']} launches" in done.stdout
+    assert set(result["summary"]) == {"layer by layer", "planned"}
+    assert all(of["median"] > 0 for of in result["summary"].values())
