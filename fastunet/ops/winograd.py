@@ -44,8 +44,8 @@ _ROWS: dict[int, tuple[list[list[float]], list[list[float]], list[list[float]]]]
         [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
     ),
 }
-# What each matrix of a pass may take of the workspace: few enough bytes to stay in the caches.
-_PASS_BYTES = 1 << 23
+# What each matrix of a pass may take of the workspace for every thread: few enough bytes to stay in the caches.
+_PASS_BYTES = 1 << 22
 # A larger tensor is not kept from call to call.
 _KEPT_BYTES = 48 << 20
 # From so many weights for each pixel of an image on, tiles of 4 x 4 lose more on the weights than they gain.
@@ -163,7 +163,8 @@ class _Grid:
         self.m = m
         self.tall, self.wide = -(-self.h // m), -(-self.w // m)
         self.is_whole = self.h % m == 0 and self.w % m == 0
-        at_once = max(1, _PASS_BYTES // (4 * (m + 2) ** 2 * channels))
+        pass_bytes = min(_PASS_BYTES * torch.get_num_threads(), _KEPT_BYTES)
+        at_once = max(1, pass_bytes // (4 * (m + 2) ** 2 * channels))
         self.images = max(1, at_once // (self.tall * self.wide))
         self.rows = max(1, min(self.tall, at_once // self.wide))
 
