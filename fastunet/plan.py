@@ -32,7 +32,8 @@ def planned(model: nn.Module, *, most: int = 8) -> GraphedModel:
     anew. Threads and streams take turns: a call must have ended before the next begins.
 
     Raises, at the call, ConfigError for a model in train mode, and for one of which not all work on an image is Triton
-    kernels' (`fastunet.explain` tells): such as a layer that runs on ATen, or one that pads to an odd size.
+    kernels' (`fastunet.explain` tells): a layer that runs on ATen, one that pads to an odd size, or a cast of weights,
+    which are to have the images' dtype.
     """
     return GraphedModel(model, most=most, record=record)
 
@@ -106,7 +107,7 @@ def _check(steps: Sequence[Any], result: Tensor, expected: Tensor, lasting: set[
 def _tensors(step: Any) -> Iterable[Tensor]:
     values = step.arguments.values() if hasattr(step, "arguments") else (step.source, step.out)
     for value in values:
-        t = getattr(value, "base", value)  # A tensor descriptor's.
+        t = value if isinstance(value, Tensor) else getattr(value, "base", None)  # A tensor descriptor's.
         if isinstance(t, Tensor):
             yield t
 
@@ -149,6 +150,7 @@ def _on(step: Any, move: Callable[[Tensor], Tensor]) -> Any:
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor):
             return move(value)
-        return dataclasses.replace(value, base=move(value.base)) if hasattr(value, "base") else value
+        base = getattr(value, "base", None)
+        return dataclasses.replace(value, base=move(base)) if isinstance(base, Tensor) else value
 
     return dataclasses.replace(step, arguments={name: moved(value) for name, value in step.arguments.items()})

@@ -183,6 +183,18 @@ def cuda_graphed_model() -> None:
     assert len(fast._graphs) == 2
 
 
+def cuda_planned_model() -> None:
+    torch.manual_seed(0)
+    model = fastunet.UNet(3, 2, features=(16, 32, 64)).to("cuda", torch.bfloat16).eval()
+    fast = fastunet.planned(model)
+    x, other = (t.contiguous() for t in make("cuda", (2, 3, 64, 48), (2, 3, 64, 48)))
+    with fastunet.backend("triton"), torch.no_grad():
+        for _ in range(2):
+            for image in (x, other, x[:1]):
+                assert torch.equal(fast(image), model(image))
+            model.outc.conv.bias.add_(1.0)
+
+
 def cuda_graph_of_a_step() -> None:
     x, weight, bias, grad, other = make(
         "cuda", (2, 32, 24, 16), (64, 32, 3, 3), (64,), (2, 64, 24, 16), (2, 32, 24, 16)
@@ -253,6 +265,7 @@ def cuda_out_of_memory() -> None:
 CUDA_BODIES = {
     "graph_of_a_net": cuda_graph_of_a_net,
     "graphed_model": cuda_graphed_model,
+    "planned_model": cuda_planned_model,
     "graph_of_a_step": cuda_graph_of_a_step,
     "side_stream": cuda_side_stream,
     "out_of_memory": cuda_out_of_memory,
