@@ -11,6 +11,9 @@ from . import parity
 from .parity import backends_for
 from .steps import Row, Settings, Step, describe, failure
 
+# Side of the lone image whose launches are timed on the host: small enough for them to matter.
+SMALL_SIDE = 256
+
 
 def run_step(settings: Settings, step: Step) -> Row:
     """Measure: the row, with "status" "ok" or "parity failed" and a "reason". Errors of the op pass through."""
@@ -33,6 +36,10 @@ def _measured(settings: Settings, step: Step, row: Row) -> Row:
 
     if step.kind in ("tune", "margin"):
         return (search if step.kind == "tune" else margin)(settings, step)
+    if step.kind == "overhead":
+        from .launch_overhead import measured
+
+        return {"overhead": measured(settings.features, SMALL_SIDE, rounds=settings.rounds)}
     times = {"layer": layer_times, "net": net_times, "roofs": roofs, "clock": clock_check}
     return times[step.kind](settings, step, row)
 
