@@ -14,7 +14,8 @@ prints a row for each and ends with exit code 1 if any row breaks a rule:
   rearranged on the way, which is slower; right only where the kernel computes it
 - no ptxas warning C75xx: a serialised wgmma
 - products of 8 bits where the values have as many
-- where warps have roles of their own: registers given from one to the other, and no operand read by ldmatrix
+- where warps have roles of their own: registers given from one to the other, no operand read by ldmatrix, and in the
+  innermost loops around the products no load from shared memory into registers
 - NaN kept: no plain `max.f32` anywhere, and a `max.NaN` where there is pooling
 
 What is compiled is what the launchers would launch: their arguments, on tensors without memory, specialised as Triton
@@ -28,6 +29,7 @@ import contextlib
 import io
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -53,7 +55,9 @@ _TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compilation gave: registers, spills and warnings as ptxas reports them, instruction counts of the PTX."""
+    """What a compilation gave: registers, spills and warnings as ptxas reports them, instruction counts of the PTX; of
+    kernels in Gluon also those of the machine code.
+    """
 
     registers: int
     spill_bytes: int
@@ -64,6 +68,7 @@ class Compiled:
     tcgen05: int
     warnings: tuple[str, ...]
     ptx: str
+    loads_between_products: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
             options=launch.options,
         )
     report, ptx = log.getvalue(), built.asm["ptx"]
+    is_gluon = kind is GluonASTSource
     return Compiled(
         registers=int(re.findall(r"Used (\d+) registers", report)[-1]),
         spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)),
@@ -106,7 +112,33 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
         tcgen05=ptx.count("tcgen05.mma."),
         warnings=tuple(re.findall(r"\(C75\d\d\).*", report)),
         ptx=ptx,
+        loads_between_products=loads_between_products(_disassembled(built.asm["cubin"])) if is_gluon else 0,
     )
+
+
+def _disassembled(cubin: bytes) -> str:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def loads_between_products(sass: str) -> int:
+    """How many loads from shared memory into registers there are in the innermost loops around wgmma, in nvdisasm's
+    text: what should go to the tensor cores from where it lies. ValueError where it shows no such loop.
+    """
+    lines = sass.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
+    jumps = ((i, re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", line)) for i, line in enumerate(lines))
+    loops = [(labels[found[1]], i) for i, found in jumps if found and labels.get(found[1], i) < i]
+    around = [(a, b) for a, b in loops if any(re.search(r"\b[HQI]GMMA", line) for line in lines[a:b])]
+    if not around:
+        raise ValueError("expected a loop around wgmma in the machine code, found none")
+    inner = [(a, b) for a, b in around if not any((a, b) != (c, d) and a <= c and d <= b for c, d in around)]
+    return sum(bool(re.search(r"\bLDSM?\b", line)) for a, b in inner for line in lines[a:b])
 
 
 def _specialise(launch: gpu.Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
@@ -156,6 +188,8 @@ def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_me
     if job.op.startswith("halo"):
         found += [f"no {each}" for each in ("setmaxnreg.inc", "setmaxnreg.dec") if each not in compiled.ptx]
         found += ["an operand read by ldmatrix"] if "ldmatrix" in compiled.ptx else []
+        loads = compiled.loads_between_products
+        found += [f"{loads} loads from shared memory between products"] if loads else []
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastunet.benchmarks import static
 from fastunet.benchmarks.jobs import TARGETS, Job, all_jobs, all_ops
-from fastunet.benchmarks.static import Compiled, find_breaches
+from fastunet.benchmarks.static import Compiled, find_breaches, loads_between_products
 from fastunet.benchmarks.worker import Spawned
 from fastunet.kernels import gpu
 from fastunet.kernels.config import ConvShape
@@ -170,3 +170,27 @@ def test_exit_code(limit: int, code: int) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert ("FAIL: shared memory" in done.stdout) == bool(code)
+
+
+SASS = """
+        /*0000*/                   LDS R2, [R1] ;
+.L_x_1:
+        /*0010*/                   LDS.128 R4, [R2] ;
+.L_x_2:
+        /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;{}
+        /*0040*/              @!P0 BRA `(.L_x_2) ;
+        /*0050*/                   STS [R1], R24 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0070*/                   LDS R2, [R1] ;
+        /*0080*/               @P1 BRA `(.L_x_3) ;
+"""
+
+
+def test_loads_between_products_are_those_of_the_innermost_loop_around_them() -> None:
+    assert loads_between_products(SASS.format("")) == 0
+    spoilt = SASS.format("\n        /*0038*/                   LDSM.16.M88.4 R8, [R2] ;")
+    assert loads_between_products(spoilt) == 1
+    with pytest.raises(ValueError, match="a loop around wgmma"):
+        loads_between_products(SASS.replace("GMMA", "FMA"))
