@@ -177,13 +177,16 @@ def winograd_wins(x: Tensor, weight: Tensor) -> bool:
     if x.dim() != 4 or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return False
     channels_out, channels = weight.shape[:2]
-    pixels = x.shape[2] * x.shape[3]
+    sizes: list[Any] = [*x.shape[2:]]
+    if not all(isinstance(size, int) for size in sizes):  # Open, in a graph that is compiled for any size.
+        return False
+    pixels = sizes[0] * sizes[1]
     return (
-        x.shape[0] > 0
-        and min(channels, channels_out) >= _WINOGRAD_CHANNELS
+        min(channels, channels_out) >= _WINOGRAD_CHANNELS
         and pixels >= _WINOGRAD_PIXELS
         and channels * channels_out * pixels >= _WINOGRAD_PRODUCTS
         and channels * channels_out <= pixels * _WINOGRAD_WEIGHTS_PER_PIXEL
+        and x.shape[0] > 0
     )
 
 

@@ -126,10 +126,8 @@ class _Search:
     def _choose(self, pattern: Pattern) -> None:
         choice = self._choice(pattern.op, pattern)
         pattern.runs_on, pattern.reason = choice.implementation, choice.reason
-        pattern.is_replaced = self.force or choice.implementation in ("triton", "onednn")
-        if choice.implementation == "winograd" and not self.force:
-            pattern.runs_on, pattern.reason = "aten", "training on the CPU is left to the default backend"
-        elif not pattern.is_replaced:
+        pattern.is_replaced = self.force or choice.implementation != "aten"
+        if not pattern.is_replaced:
             pattern.reason = f"the op would run on ATen here: {choice.reason}"
 
     def _choice(self, op: Any, pattern: Pattern) -> dispatch.Choice:

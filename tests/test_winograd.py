@@ -257,6 +257,18 @@ def test_where_it_runs(x: tuple[int, ...], weight: tuple[int, ...], training: bo
 
 
 @auto
+def test_open_sizes_are_left() -> None:
+    """Those of a graph that is compiled for any size: to compare them would fix them."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
+    x = mode.from_tensor(torch.empty(2, 128, 48, 52))
+    assert not isinstance(x.shape[2], int)
+    assert not dispatch.winograd_wins(x, torch.empty(128, 128, 3, 3))
+    assert dispatch.winograd_wins(torch.empty(2, 128, 48, 52), torch.empty(128, 128, 3, 3))
+
+
+@auto
 @pytest.mark.parametrize("other", ["double", "bfloat16", "aten"])
 def test_where_it_stays_out(other: str, calls: list[str]) -> None:
     x, weight = random_input(X), random_input((128, 128, 3, 3), seed=1)
