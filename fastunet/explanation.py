@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import compiler, dispatch, modules
 from fastunet.fx_nodes import arguments, value_of
 from fastunet.ops.registration import NAMESPACE, choice_for
 from fastunet.patterns import Pattern
+from fastunet.quantization import QuantizedConv3x3
 
 # ATen ops worth a line of their own: layers that run beside our ops.
 _ATEN_LAYERS = ("convolution", "batch_norm", "max_pool2d", "upsample", "cat", "pad", "relu")
@@ -94,7 +97,7 @@ def _recorded(model: nn.Module, example: Tensor, device: torch.device) -> list[R
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {name: _fake(mode, t, device) for name, t in (*model.named_parameters(), *model.named_buffers())}
     layers = {id(t): name.rpartition(".")[0] for name, t in state.items()}
-    with mode, _Recorder(layers) as recorder:
+    with mode, _Recorder(layers) as recorder, recorder.seeing(model):
         torch.func.functional_call(model, state, (_fake(mode, example, device),))
     return recorder.rows
 
@@ -152,12 +155,36 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.layers = layers
         self.rows: list[Row] = []
+        self.is_within = False
+
+    @contextmanager
+    def seeing(self, model: nn.Module) -> Iterator[None]:
+        """Within the block each quantised layer of the model is one row, whatever it is computed of."""
+        names = {module: name for name, module in model.named_modules() if isinstance(module, QuantizedConv3x3)}
+
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if module in names:
+                x, up = (*inputs, None)[:2]
+                choice = module.choose(x, up)
+                self.rows.append(Row(names[module], "conv3x3 in e4m3", _typed(x), choice.implementation, choice.reason))
+                self.is_within = True
+
+        def after(module: nn.Module, *_: Any) -> None:
+            self.is_within = self.is_within and module not in names
+
+        # The hooks of all modules: a layer's own would be seen by the block that it is in.
+        hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         x = next((a for a in args if isinstance(a, Tensor)), None)
         op = func.name().partition("::")[2].partition(".")[0]
         ours = func.namespace == NAMESPACE
-        if x is not None and (ours or any(part in op for part in _ATEN_LAYERS)):
+        if x is not None and not self.is_within and (ours or any(part in op for part in _ATEN_LAYERS)):
             choice = self._choice(op, x, args) if ours else dispatch.Choice("aten", "not one of fastunet's ops")
             layer = next((self.layers[id(a)] for a in args if id(a) in self.layers), "")
             self.rows.append(Row(layer, op, _typed(x), choice.implementation, choice.reason))

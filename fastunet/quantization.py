@@ -76,6 +76,12 @@ def _halves(block: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
     return [(steps[0], steps[1], steps[2]), (steps[3], steps[4], steps[5])]
 
 
+ON_TENSOR_CORES = dispatch.Choice("triton", "in 8 bits on tensor cores")
+EMULATED = dispatch.Choice(
+    "aten", "emulated in float32, slowly: tensor cores want sm_90, images in 16 bits, and Triton"
+)
+
+
 class SplitDoubleConv(nn.Module):
     """A DoubleConv of two modules, each of which takes (x, up, pool=...)."""
 
@@ -168,21 +174,27 @@ class QuantizedConv3x3(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, up = x.to(dtype), None if up is None else up.to(dtype)
-        has_tensor_cores = self._has_tensor_cores(x, up)
-        if x.is_cuda and not has_tensor_cores:
-            said = "8 bits are emulated in float32, slowly: tensor cores want sm_90, images in 16 bits, and Triton"
-            warnings.warn(said, RuntimeWarning, stacklevel=2)
-        y, pooled = (self._on_tensor_cores if has_tensor_cores else self._emulated)(x, up, pool)
+        choice = self.choose(x, up)
+        on_tensor_cores = choice.implementation == "triton"
+        if x.is_cuda and not on_tensor_cores:
+            warnings.warn(f"8 bits are {choice.reason}", RuntimeWarning, stacklevel=2)
+        y, pooled = (self._on_tensor_cores if on_tensor_cores else self._emulated)(x, up, pool)
         return (y, pooled) if pool else y
 
-    def _has_tensor_cores(self, x: Tensor, up: Tensor | None) -> bool:
-        if dispatch.selected_backend() == "aten" or dispatch.triton_obstacle(x.device, x.dtype) is not None:
-            return False
+    def choose(self, x: Tensor, up: Tensor | None) -> dispatch.Choice:
+        """What runs this layer on inputs like these, and why."""
+        return EMULATED if self._obstacle(x, up) else ON_TENSOR_CORES
+
+    def _obstacle(self, x: Tensor, up: Tensor | None) -> bool:
+        is_absent = x.device.type == "cuda" and not torch.cuda.is_available()
+        if is_absent or x.dtype.itemsize != 2 or x.numel() == 0 or dispatch.selected_backend() == "aten":
+            return True
+        if dispatch.triton_obstacle(x.device, x.dtype) is not None:
+            return True
         from fastunet.kernels import config, gpu
 
         inputs = (x.shape[1], 0 if up is None else up.shape[1])
-        fits = config.fits_fp8(gpu.target(x.device), inputs, self.weight.shape[0])
-        return fits and x.dtype.itemsize == 2 and x.numel() > 0
+        return not config.fits_fp8(gpu.target(x.device), inputs, self.weight.shape[0])
 
     def _on_tensor_cores(self, x: Tensor, up: Tensor | None, pool: bool) -> tuple[Tensor, Tensor | None]:
         from fastunet.kernels.conv3x3_fp8 import conv3x3_fp8
@@ -197,7 +209,7 @@ class QuantizedConv3x3(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             sums = F.conv2d(values, self.weight.float(), padding=1)
         scale = self.gamma * (self.variance + self.eps).rsqrt()
-        y = (sums - self.mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+        y = (sums - self.mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         y = F.leaky_relu(y, self.negative_slope).to(x.dtype)
         return y, F.max_pool2d(y, 2) if pool else None
 

@@ -54,6 +54,7 @@ WITHIN_A_FLOOR = {
     ("explanation", "compiler"),
     ("explanation", "patterns"),
     ("explanation", "fx_nodes"),
+    ("explanation", "quantization"),
     ("compiler", "patterns"),
     ("compiler", "rewriting"),
     ("rewriting", "patterns"),

@@ -195,3 +195,28 @@ def test_a_trained_net_loses_little() -> None:
 
     assert dice(net) > 0.9, "it has learnt something"
     assert dice(quantised) > dice(net) - 0.002
+
+
+def test_explain_names_the_layers_in_8_bits() -> None:
+    """One row for each, on this device and as on a GPU that is not there, and the others' as ever."""
+    torch.manual_seed(0)
+    model = fastunet.UNet(1, 1, features=(32, 64)).eval()
+    x = torch.randn(1, 1, 16, 16)
+    quantised = fastunet.quantize(model, [x])
+    for device in ("cpu", "cuda"):
+        rows = fastunet.explain(quantised, x, device=device).rows
+        found = [(row.layer, row.input) for row in rows if row.op == "conv3x3 in e4m3"]
+        assert found == [
+            ("inc.second", "[1, 32, 16, 16] float32"),
+            ("down1.maxpool_conv.1.first", "[1, 32, 8, 8] float32"),
+            ("down1.maxpool_conv.1.second", "[1, 64, 8, 8] float32"),
+            ("up1.conv.first", "[1, 32, 16, 16] float32"),
+            ("up1.conv.second", "[1, 32, 16, 16] float32"),
+        ]
+        assert {row.op for row in rows} - {"conv3x3 in e4m3"} == {
+            "conv3x3_batch_norm_relu",
+            "conv_transpose2x2",
+            "conv1x1",
+        }
+        assert all("emulated in float32" in row.reason for row in rows if row.op == "conv3x3 in e4m3")
+    assert torch.equal(quantised(x), quantised(x)), "nothing of it stays"
