@@ -60,7 +60,13 @@ class Down(reference.Down):
 
 
 class Up(reference.Up):
-    """Double the lower level, pad it to the skip's size, and DoubleConv the two without joining them."""
+    """Double the lower level, pad it to the skip's size, and DoubleConv the two without joining them.
+
+    folds_upsampling: in inference the upsampling may be computed together with the convolution after it, by a weight
+    composed of both, where that is faster. False has each computed by itself, as in training.
+    """
+
+    folds_upsampling = True
 
     def forward(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
         up: Any = self.up
@@ -80,7 +86,8 @@ class Up(reference.Up):
         block: Any = self.conv.double_conv
         conv, norm, act, *_ = block
         return (
-            _has(self.up, CONV_TRANSPOSE2X2)
+            self.folds_upsampling
+            and _has(self.up, CONV_TRANSPOSE2X2)
             and _is_fusable(conv, norm, act)
             and _is_inference(norm)
             and not _has_hooks(self.conv)

@@ -29,6 +29,9 @@ class UNet(ReferenceUNet):
         activation: "relu", or "leaky_relu" with slope 0.01.
         head: None, "sigmoid", or "softmax" over the channels.
 
+    In inference on the CPU, in float32, each upsampling is folded into the convolution after it; `up.folds_upsampling =
+    False` for an `up` of `model.ups` leaves it out.
+
     `UNet.from_pretrained` makes one from a checkpoint, of milesial/Pytorch-UNet and others; `save_pretrained` keeps it.
 
     Raises ValueError on unknown options, ShapeError on an image too small or with other channels.

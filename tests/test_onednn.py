@@ -275,6 +275,21 @@ def step_up(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], tuple[Ten
     return given, norm
 
 
+def test_folding_of_the_upsampling_can_be_left_out(calls: list[str]) -> None:
+    model, x = unet(), random_input((1, 3, 32, 32))
+    with torch.no_grad():
+        folded = model(x)
+        assert calls.count("conv_transpose2x2_concat_conv3x3") == 2
+        for up in model.ups:
+            up.folds_upsampling = False
+        calls.clear()
+        apart = copy.deepcopy(model)(x)
+    assert calls.count("conv_transpose2x2") == 2
+    assert "conv_transpose2x2_concat_conv3x3" not in calls
+    assert not torch.equal(folded, apart)
+    assert distance(apart, folded.double()) < 1e-5
+
+
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("with_biases", [False, True])
 def test_step_up_is_its_layers(with_norm: bool, with_biases: bool) -> None:
