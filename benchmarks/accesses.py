@@ -12,7 +12,7 @@ The counts are exact: tests run the kernels in Triton's interpreter and count ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,13 +98,15 @@ def copies_of(launch: gpu.Launch, given: Iterable[Tensor | None]) -> Traffic:
 def tap_rows(size: int, tile: int | None = None) -> int:
     """Rows (or columns) of an image of `size` of them that its tiles load for the three taps -1, 0 and 1 in all.
 
-    Gathered, only pixels of the image have taps, and taps outside it are masked. With boxes of `tile` rows, the last
-    tile's rows past the edge have taps too, and the first of those moves back inside.
+    Gathered, only pixels of the image have taps, and taps outside it are masked.
     """
-    if tile is None:
-        return 3 * size - 2
+    return 3 * size - 2 if tile is None else _box_taps(size, tile, (-1, 0, 1))
+
+
+def _box_taps(size: int, tile: int, taps: Sequence[int]) -> int:
+    """The same for boxes of `tile` rows: the last one's rows past the edge have taps too, of which some are inside."""
     covered = cdiv(size, tile) * tile
-    return sum(min(size, covered + tap) - max(0, tap) for tap in (-1, 0, 1))
+    return sum(min(size, covered + tap) - max(0, tap) for tap in taps)
 
 
 def _taps(a: Mapping[str, Any], desc: str) -> int:
@@ -180,6 +182,26 @@ def _conv3x3_split(a: Mapping[str, Any], grid: int) -> Accesses:
 def _conv3x3_finish(a: Mapping[str, Any], grid: int) -> Accesses:
     epilogue = _epilogue(a, grid, "y_ptr", "pooled_ptr")
     return Accesses({"sums_ptr": _numel(a, "sums_ptr"), **epilogue.loads}, epilogue.stores, {})
+
+
+def _composed(a: Mapping[str, Any], grid: int) -> Accesses:
+    images, channels = _images(a, "low_desc"), a["COUT"]
+    blocks = channels // a["BLOCK_N"]
+
+    def pixels(taps: Sequence[int]) -> int:
+        return images * blocks * _box_taps(a["H"], a["TILE_H"], taps) * _box_taps(a["W"], a["TILE_W"], taps)
+
+    programs = grid // blocks  # One for each sub-pixel of a tile.
+    loads = {
+        # Taps of both sub-pixels of a row or column, counted in pairs of rows of skip, and in rows of low.
+        "skip_desc": pixels((-1, 0, 0, 0, 0, 1)) * a["C1"],
+        "low_desc": pixels((-1, 0, 0, 1)) * a["CL"],
+        "skip_weight_desc": programs * 9 * a["C1"] * channels,
+        "low_weight_desc": programs * 4 * a["CL"] * channels,
+        "border_ptr": programs * 4 * channels,
+        **dict.fromkeys(("bias_ptr", "mean_ptr", "variance_ptr", "gamma_ptr"), programs * channels),
+    }
+    return Accesses(loads, {"y_desc": _numel(a, "y_desc")}, {})
 
 
 def _quantise(a: Mapping[str, Any], grid: int) -> Accesses:
@@ -383,6 +405,7 @@ _COUNTS: dict[str, Callable[[Mapping[str, Any], int], Accesses]] = {
     "sum_rows_kernel": _sum_rows,
     "conv_transpose2x2_kernel": _conv_transpose2x2,
     "conv_transpose2x2_descriptor_kernel": _conv_transpose2x2,
+    "conv_transpose2x2_concat_conv3x3_kernel": _composed,
     "conv_transpose2x2_input_grad_kernel": _conv_transpose2x2_input_grad,
     "conv1x1_kernel": _conv1x1,
     "conv1x1_input_grad_kernel": _conv1x1_input_grad,

@@ -1,6 +1,7 @@
 """Where the kernels are faster than ATen: the layers of a U-Net as the net runs them, norms and all, ours and ATen's in
 turn. Of these `tuning` keeps a table by which `auto` chooses.
 
+A step up, of which one kernel computes both ops, is measured beside the two as `auto` runs them by the table there is.
 In inference a layer is one call without gradients; in training it is the call and its backward, because the two are
 chosen together (but by ops that do not know in their forward whether a backward follows: that goes by inference). The
 kernels have the configurations that the table already holds.
@@ -19,6 +20,7 @@ from fastunet.kernels import tuning
 from torch import Tensor
 
 import fastunet
+from fastunet import dispatch, ops
 
 from . import parity
 from .layer_runs import input_sets
@@ -30,6 +32,7 @@ from .timing import clock_of, cudnn_benchmark, interleaved_samples, ratio
 _PLAIN = "conv3x3_bias_relu"
 _EPS = 1e-5
 _NORMS = ("conv3x3_batch_norm_relu", "conv3x3_instance_norm_relu")
+_STEP_UP = "conv_transpose2x2_concat_conv3x3_relu"
 
 
 def margin_steps(settings: Settings) -> list[Step]:
@@ -51,6 +54,19 @@ def margin_cases(settings: Settings) -> dict[str, Case]:
             taken = [(each.op, dict(each.shapes)) for each in cases.values()]
             if (case.op, dict(case.shapes)) not in taken:
                 cases[f"{layer.name} {case.op}"] = case
+    # After their steps, against which they are measured.
+    return cases | _steps_up({layer.name: layer for layer in settings.layers()})
+
+
+def _steps_up(layers: Mapping[str, Layer]) -> dict[str, Case]:
+    cases = {}
+    for name, conv in layers.items():
+        up = layers.get(name.replace(".c1", ".up"))
+        if up is None or up.op != "conv_transpose2x2" or up is conv:
+            continue
+        of_up = {"low": up.shapes["x"], "up_weight": up.shapes["weight"], "up_bias": up.shapes["bias"]}
+        shapes = {"skip": conv.shapes["skip"], **of_up, "weight": conv.shapes["weight"], "bias": conv.shapes["bias"]}
+        cases[f"{name} {_STEP_UP}"] = Case(_STEP_UP, shapes, backward=False)
     return cases
 
 
@@ -89,11 +105,18 @@ def _margin(case: Case, task: str, settings: Settings) -> Row:
         case = replace(case, options={**case.options, "training": training})
     one_image = {name: (1, *shape[1:]) if _is_image(name) else shape for name, shape in case.shapes.items()}
     with fastunet.backend("triton"):
+        if case.op == _STEP_UP:
+            asked = [torch.empty(one_image[name], dtype=DTYPE, device=device) for name in ("skip", "weight")]
+            choice = dispatch.choose(case.op, *asked)
+            if choice.implementation != "triton":
+                return {"status": "skipped", "reason": choice.reason}
         parity.check(replace(case, shapes=one_image, backward=training), DTYPE, device)
     inputs = parity.make_inputs(case.shapes, DTYPE, device)
     images = {name: t.contiguous(memory_format=torch.channels_last) for name, t in inputs.items() if t.dim() == 4}
     sets = input_sets(inputs | images, device)
     runs = {backend: [run_of(case, each, backend, training) for each in sets] for backend in ("triton", "aten")}
+    if case.op == _STEP_UP:
+        runs["aten"] = [_two_steps(*each.values()) for each in sets]
     with cudnn_benchmark():
         samples = interleaved_samples(runs, clock_of(device), rounds=settings.rounds, seconds=settings.seconds)
     image, weight = next(iter(inputs.values())), inputs.get("weight")
@@ -103,7 +126,18 @@ def _margin(case: Case, task: str, settings: Settings) -> Row:
 
 
 def _is_image(name: str) -> bool:
-    return name in ("x", "skip", "up", "logits", "target")
+    return name in ("x", "skip", "up", "low", "logits", "target")
+
+
+def _two_steps(
+    skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor
+) -> Callable[[], Any]:
+    def run() -> None:
+        with torch.no_grad(), fastunet.backend("auto"):
+            up = ops.conv_transpose2x2(low, up_weight, up_bias)
+            ops.concat_conv3x3_bias_relu(skip, up, weight, bias)
+
+    return run
 
 
 def run_of(case: Case, inputs: Mapping[str, Tensor], backend: str, training: bool) -> Callable[[], Any]:

@@ -13,7 +13,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -32,9 +32,12 @@ TRITON_OPS = (
     "conv3x3_instance_norm_relu",
     "conv3x3_relu_conv1x1",
     "conv_transpose2x2",
+    "conv_transpose2x2_concat_conv3x3_relu",
     "max_pool2x2",
     "segmentation_sums",
 )
+# Of them the one whose kernel is for some GPUs and sizes only: elsewhere its two steps are ops of their own.
+_STEP_UP = "conv_transpose2x2_concat_conv3x3_relu"
 # Ops with convolutions whose weights can be prepared once for inference on the CPU.
 ONEDNN_OPS = (
     "conv3x3_batch_norm_relu",
@@ -50,7 +53,7 @@ WINOGRAD_OPS = ("conv3x3_batch_norm_relu", "conv3x3_bias_relu", "conv3x3_instanc
 _WINOGRAD_CHANNELS, _WINOGRAD_PIXELS, _WINOGRAD_PRODUCTS, _WINOGRAD_WEIGHTS_PER_PIXEL = 128, 1024, 1 << 25, 1024
 # Of ONEDNN_OPS those whose prepared weights are sums of products: in 16 bits they would be rounded more than the two
 # steps.
-_ONEDNN_FLOAT32_OPS = ("conv_transpose2x2_concat_conv3x3_relu",)
+_ONEDNN_FLOAT32_OPS = (_STEP_UP,)
 
 # Of this build of torch, and of this processor.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
@@ -59,10 +62,11 @@ _ONEDNN_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs an op ("triton", "onednn", "winograd" or "aten"), and why."""
+    """What runs an op ("triton", "onednn", "winograd" or "aten"), why, and whether its weights are prepared once."""
 
     implementation: str
     reason: str
+    prepares: bool = False
 
 
 def _checked(name: str, source: str) -> str:
@@ -107,8 +111,8 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
     if _selected == "auto" and op in ONEDNN_OPS and weight is not None and not training and x.device.type == "cpu":
         if _onednn_takes(op, x, weight):
             if op in WINOGRAD_OPS and winograd_wins(x, weight):
-                return Choice("onednn", "inference on the CPU: weights folded and transformed once (Winograd)")
-            return Choice("onednn", "inference on the CPU: weights folded and packed once")
+                return Choice("onednn", "inference on the CPU: weights folded and transformed once (Winograd)", True)
+            return Choice("onednn", "inference on the CPU: weights folded and packed once", True)
         if weight.dtype == torch.bfloat16:
             return Choice("aten", "weights in bfloat16 are not prepared: keep them in float32, under autocast")
     if _selected == "auto" and op in WINOGRAD_OPS and weight is not None and training and winograd_wins(x, weight):
@@ -116,13 +120,30 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
     if op not in TRITON_OPS:
         return Choice("aten", "no Triton kernel for this op")
     obstacle = triton_obstacle(x.device, x.dtype)
-    if _selected == "triton":
-        if obstacle is not None:
-            raise BackendError(f"{op}: backend 'triton' was asked for, but {obstacle}")
-        return Choice("triton", "backend is set to triton")
+    if _selected == "triton" and obstacle is not None:
+        raise BackendError(f"{op}: backend 'triton' was asked for, but {obstacle}")
+    if obstacle is None and op == _STEP_UP:
+        obstacle = _composition_obstacle(x, weight, training)
     if obstacle is not None:
         return Choice("aten", obstacle)
-    return _faster(op, x, weight, training)
+    choice = Choice("triton", "backend is set to triton") if _selected == "triton" else _faster(op, x, weight, training)
+    return replace(choice, prepares=op == _STEP_UP and choice.implementation == "triton")
+
+
+def _composition_obstacle(skip: Tensor, weight: Tensor | None, training: bool) -> str | None:
+    """Why no kernel computes an upsampling together with the convolution after it, or None if one does."""
+    sizes = [*skip.shape[1:], *(() if weight is None else weight.shape[:1])]
+    if weight is None or training or len(sizes) != 4 or not all(isinstance(size, int) for size in sizes):
+        return "in two steps: an upsampling is composed with the convolution after it in inference, at a known size"
+    if skip.shape[2] % 2 or skip.shape[3] % 2:
+        return "in two steps: an upsampling that is padded to an odd size is not composed"
+    if skip.device.type == "cuda" and not torch.cuda.is_available():
+        return "in two steps: whether the GPU has a kernel for both is open, and there is none here"
+    from fastunet.kernels import config, gpu
+
+    if config.fits_composed(skip.shape[1:2], weight.shape[0], skip.dtype, gpu.target(skip.device)):
+        return None
+    return "in two steps: the kernel for both takes 16 bits, multiples of 16 channels to ones of 64, and sm_90"
 
 
 def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice:

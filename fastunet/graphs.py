@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import ConfigError, DeviceError
+from .prepared import address, uses_noted
 
 # Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.
 _WARMUP = 3
@@ -26,8 +27,8 @@ def graphed(model: nn.Module, *, most: int = 8) -> GraphedModel:
     The first call with a shape, dtype and autocast setting records its graph. At most `most` are kept, those last used;
     each holds the memory of its activations. Results are those of the model, in tensors of their own. Weights that are
     changed in place, by an optimizer or load_state_dict, are seen; where they lie elsewhere (`.to`, another parameter),
-    the graphs are recorded anew. The model must do the same work whatever the values of its images, and no work of its
-    own on the CPU.
+    or something was prepared of them (an upsampling composed with a convolution), the graphs are recorded anew. The
+    model must do the same work whatever the values of its images, and no work of its own on the CPU.
 
     Raises ConfigError for a model in train mode, at the call, and DeviceError for images that are not on a GPU.
     """
@@ -39,6 +40,12 @@ class _Graph:
     image: Tensor
     replay: Callable[[], None]
     result: Tensor
+    prepared: list[Callable[[], bool]]
+
+    @property
+    def holds(self) -> bool:
+        """Whether what had been prepared of weights is still what it would be now."""
+        return all(use() for use in self.prepared)
 
 
 class GraphedModel(nn.Module):
@@ -67,7 +74,7 @@ class GraphedModel(nn.Module):
             raise ConfigError("a graphed model is for inference: expected eval mode, got train mode")
         if self._record is _record and not x.is_cuda:
             raise DeviceError(f"graphed: expected images on a GPU, got {x.device}")
-        places = tuple(t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers()))
+        places = tuple(address(t) for t in (*self.model.parameters(), *self.model.buffers()))
         if places != self._places:
             self._graphs.clear()
             self._places = places
@@ -75,7 +82,7 @@ class GraphedModel(nn.Module):
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (tuple(x.shape), x.dtype, x.device, autocast)
         graph = self._graphs.get(key)
-        if graph is None:
+        if graph is None or not graph.holds:
             graph = self._recorded(x)
             self._graphs[key] = graph
             if len(self._graphs) > self._most:
@@ -87,8 +94,9 @@ class GraphedModel(nn.Module):
 
     def _recorded(self, x: Tensor) -> _Graph:
         image = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
-        replay, result = self._record(lambda: self.model(image))
-        return _Graph(image, replay, result)
+        with uses_noted() as prepared:
+            replay, result = self._record(lambda: self.model(image))
+        return _Graph(image, replay, result, prepared)
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are not copied or pickled: a copy records its own."""

@@ -63,7 +63,8 @@ class Up(reference.Up):
     """Double the lower level, pad it to the skip's size, and DoubleConv the two without joining them.
 
     folds_upsampling: in inference the upsampling may be computed together with the convolution after it, by a weight
-    composed of both, where that is faster. False has each computed by itself, as in training.
+    composed of both, where that is faster. False has each computed by itself, as in training. The composed weight is
+    made again when one of the two changes, but not within a CUDA graph: `fastunet.graphed` records a new one.
     """
 
     folds_upsampling = True
@@ -92,7 +93,7 @@ class Up(reference.Up):
             and _is_inference(norm)
             and not _has_hooks(self.conv)
             and all(s // 2 == n for s, n in zip(skip.shape[2:], low.shape[2:], strict=True))
-            and dispatch.choose(JOINED_UP, skip, conv.weight).implementation == "onednn"
+            and dispatch.choose(JOINED_UP, skip, conv.weight).prepares
         )
 
     def _composed(self, low: Tensor, skip: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ class _Search:
 
     def _take_step_up(self, pattern: Pattern) -> bool:
         """The transposed convolution that gives the second of the joined inputs, where the two are computed as one."""
-        if pattern.cat is None or self._choice(STEP_UP, pattern).implementation != "onednn":
+        if pattern.cat is None or not self._choice(STEP_UP, pattern).prepares:
             return False
         skip, up = arguments(pattern.cat)["tensors"]
         pad = up if name_of(up) == "pad" else None

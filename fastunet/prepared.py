@@ -4,16 +4,20 @@ Every way in which torch changes a weight is seen: a new tensor, in-place ops, l
 counters miss, through `.data` or of inference tensors. For that a weight's storage is marked copy-on-write, without a
 second owner: the first write takes the mark away and copies nothing. A weight without the mark is compared by a
 checksum, at the cost of reading it once; storages that torch did not allocate (shared memory, NumPy's) take no mark and
-are compared each time. Not seen is a write by other means than torch, such as a NumPy array of the weight made earlier.
+are compared each time. On a GPU the checksum waits for it, and the mark does not: whoever only wants to know where a
+weight lies asks `address`, since `data_ptr` takes the mark away. Not seen is a write by other means than torch, such as
+a NumPy array of the weight made earlier.
 
 What is kept belongs to the weight: it goes with it, and is no part of a module's state_dict, copies or pickles.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +28,7 @@ T = TypeVar("T")
 
 # 64-bit words in a row of the checksum: a prime, so that values which change places change columns.
 _COLUMNS = 4093
-# Tensors of fewer bytes are compared value by value.
+# Tensors of fewer bytes on the CPU are compared value by value.
 _SMALL = 64 << 10
 
 
@@ -46,6 +50,33 @@ _writes: dict[int, int] = {}
 _numbers = itertools.count(1)
 
 
+class _Noted(threading.local):
+    """What this thread notes down of what it was given, or None."""
+
+    uses: list[Callable[[], bool]] | None = None
+
+
+_noted = _Noted()
+
+
+@contextmanager
+def uses_noted() -> Iterator[list[Callable[[], bool]]]:
+    """Within the block, for each result that this thread is given, a function that tells whether it still holds: for
+    what goes on to use the results without asking for them again.
+    """
+    uses: list[Callable[[], bool]] = []
+    before, _noted.uses = _noted.uses, uses
+    try:
+        yield uses
+    finally:
+        _noted.uses = before
+
+
+def address(t: Tensor) -> int:
+    """Where t's values begin."""
+    return torch._C._data_address(t)  # type: ignore[attr-defined]
+
+
 def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> T:
     """make(), or what it gave before for the same kind and unchanged sources.
 
@@ -54,12 +85,16 @@ def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[]
     """
     record = _record(sources[0])
     found = record.results.get(kind)
-    if found is not None and all(map(_is_unchanged, found[0], sources)):
-        return found[1]
-    state = [_state(t) for t in sources]
-    value = make()
-    record.results[kind] = (state, value)
-    return value
+    if found is None or not _holds(found[0], sources):
+        state = [_state(t) for t in sources]
+        found = record.results[kind] = (state, make())
+    if _noted.uses is not None:
+        _noted.uses.append(functools.partial(_holds, found[0], sources))
+    return found[1]
+
+
+def _holds(state: list[Any], sources: Sequence[Tensor | None]) -> bool:
+    return all(map(_is_unchanged, state, sources))
 
 
 def _record(t: Tensor | None) -> _Record:
@@ -85,7 +120,7 @@ def _is_unchanged(state: Any, t: Tensor | None) -> bool:
 
 
 def _is_small(t: Tensor) -> bool:
-    return t.numel() * t.element_size() < _SMALL
+    return t.device.type == "cpu" and t.numel() * t.element_size() < _SMALL
 
 
 def _number(t: Tensor) -> int:

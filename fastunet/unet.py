@@ -29,8 +29,8 @@ class UNet(ReferenceUNet):
         activation: "relu", or "leaky_relu" with slope 0.01.
         head: None, "sigmoid", or "softmax" over the channels.
 
-    In inference on the CPU, in float32, each upsampling is folded into the convolution after it; `up.folds_upsampling =
-    False` for an `up` of `model.ups` leaves it out.
+    In inference each upsampling may be folded into the convolution after it: on the CPU in float32, by the Triton
+    kernels in 16 bits on sm_90 and above. `up.folds_upsampling = False` for an `up` of `model.ups` leaves it out.
 
     `UNet.from_pretrained` makes one from a checkpoint, of milesial/Pytorch-UNet and others; `save_pretrained` keeps it.
 

@@ -21,7 +21,7 @@ POINTER, FOLDED, DESCRIPTOR, HALO, RESIDENT = "pointer", "folded", "descriptor",
 HOPPER_FORMS = (HALO, RESIDENT)
 
 # By what names `tuning` knows the ops whose blocks are a ConvConfig.
-CONV3X3, INPUT_GRAD = "conv3x3", "conv3x3_input_grad"
+CONV3X3, INPUT_GRAD, COMPOSED = "conv3x3", "conv3x3_input_grad", "conv_transpose2x2_concat_conv3x3"
 
 # Below this many input channels the nine taps fold into one K dimension of 9*C values: tap by tap, at least half of
 # each block of 16 channels, the least tl.dot takes, would be zeros.
@@ -189,6 +189,23 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
     warps = 8 if wide or block_n == 128 else 4
     limit = ALL_REGISTERS if target.capability >= 100 else None
     return ConvConfig(tile_h, TILE_W, block_n, block_k, warps, num_stages, DESCRIPTOR, limit)
+
+
+def fits_composed(inputs: tuple[int, ...], c_out: int, dtype: torch.dtype, target: Target) -> bool:
+    """Whether an upsampling can be composed with the convolution after it: as in the descriptor form, in whole blocks.
+
+    inputs: channels of the convolution's first input, and of the image before the upsampling.
+    """
+    return fits_descriptors(dtype, target, inputs, (c_out,)) and c_out % 64 == 0
+
+
+def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
+    """The blocks of such a convolution, where `fits_composed`. Unmeasured.
+
+    shape: c1 channels of the convolution's first input, c2 and the size of the image before the upsampling.
+    """
+    override = tuning.override(COMPOSED, shape, dtype, False, target.name, ConvConfig)
+    return override or _descriptor_conv_config(shape, dtype, target)
 
 
 def splittings(chosen: ConvConfig, shape: ConvShape, target: Target) -> list[int]:

@@ -195,6 +195,24 @@ def cuda_planned_model() -> None:
             model.outc.conv.bias.add_(1.0)
 
 
+def cuda_composed_weights() -> None:
+    """They are made once, nobody waits for the GPU to know that they hold, and a graph is recorded anew with them."""
+    torch.manual_seed(0)
+    model = fastunet.UNet(3, 2, features=(64, 128)).to("cuda", torch.bfloat16).eval()
+    fast = fastunet.graphed(model)
+    (x,) = make("cuda", (2, 3, 64, 48))
+    with torch.no_grad():
+        before = model(x)
+        torch.cuda.set_sync_debug_mode("error")
+        again = model(x)
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(again, before)
+        assert torch.equal(fast(x), before)
+        model.up1.up.weight.mul_(1.5)
+        assert torch.equal(fast(x), model(x))
+        assert not torch.equal(fast(x), before)
+
+
 def cuda_graph_of_a_step() -> None:
     x, weight, bias, grad, other = make(
         "cuda", (2, 32, 24, 16), (64, 32, 3, 3), (64,), (2, 64, 24, 16), (2, 32, 24, 16)
@@ -266,6 +284,7 @@ CUDA_BODIES = {
     "graph_of_a_net": cuda_graph_of_a_net,
     "graphed_model": cuda_graphed_model,
     "planned_model": cuda_planned_model,
+    "composed_weights": cuda_composed_weights,
     "graph_of_a_step": cuda_graph_of_a_step,
     "side_stream": cuda_side_stream,
     "out_of_memory": cuda_out_of_memory,

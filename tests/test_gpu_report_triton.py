@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,27 @@ def test_auto_goes_by_the_margin_that_is_measured(
     keeps = not name.endswith(("conv1x1", "segmentation_sums"))
     assert counts[0] >= (2 if task == "training" and keeps else 1)
     assert counts[1] == 0
+
+
+def test_a_step_up_is_measured_beside_its_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = dataclasses.replace(SMALL, features=(64, 128), size=8)
+    step = Step("margin", "up1.c1 conv_transpose2x2_concat_conv3x3_relu", "inference")
+    row = measure.run_step(settings, step)
+    assert (row["status"], "sm_90" in row["reason"]) == ("skipped", True)
+    monkeypatch.setattr(gpu, "INTERPRETER", dataclasses.replace(gpu.known_target(90), multiprocessors=4))
+    asked = []
+    choose = dispatch.choose
+
+    def noted(op: str, *args: Any, **options: Any) -> dispatch.Choice:
+        asked.append((op, dispatch.selected_backend()))
+        return choose(op, *args, **options)
+
+    monkeypatch.setattr(dispatch, "choose", noted)
+    row = measure.run_step(settings, step)
+    assert row["status"] == "ok", row["reason"]
+    assert row["layer"]["channels"] == [64, 128]
+    assert {("conv_transpose2x2", "auto"), (row["layer"]["op"], "triton")} <= set(asked)
+    assert (row["layer"]["op"], "auto") not in asked
 
 
 def test_no_margin_of_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,25 @@ def test_changes_of_weights_are_seen(net: fastunet.UNet) -> None:
     assert not copy.deepcopy(fast)._graphs, "a copy records its own"
 
 
+@torch.no_grad()
+def test_what_is_prepared_of_weights_is_in_the_graph(net: fastunet.UNet) -> None:
+    """Here the replay does not run the model again: what it had prepared is part of it."""
+    recorded = []
+
+    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        recorded.append(run())
+        return lambda: None, recorded[-1]
+
+    fast, x = GraphedModel(net, record=record), image()
+    before = fast(x)
+    torch.testing.assert_close(fast(x), before)
+    assert len(recorded) == 1
+    net.up1.conv.double_conv[0].weight.data.mul_(2)
+    torch.testing.assert_close(fast(x), net(x))
+    assert len(recorded) == 2
+    assert not torch.equal(recorded[0], recorded[1])
+
+
 def test_predict_knows_the_head(net: fastunet.UNet) -> None:
     fast = GraphedModel(net, record=Recorder())
     torch.testing.assert_close(fastunet.predict(fast, image()), fastunet.predict(net, image()))

@@ -59,9 +59,20 @@ class Job:
 
 
 def _families() -> list[ModuleType]:
-    from . import conv1x1, conv3x3, conv_transpose2x2, fp8, hopper, max_pool2x2, norm, reduction, segmentation_loss
+    from . import (
+        composed,
+        conv1x1,
+        conv3x3,
+        conv_transpose2x2,
+        fp8,
+        hopper,
+        max_pool2x2,
+        norm,
+        reduction,
+        segmentation_loss,
+    )
 
-    return [conv3x3, hopper, fp8, norm, max_pool2x2, conv_transpose2x2, conv1x1, reduction, segmentation_loss]
+    return [conv3x3, hopper, fp8, norm, max_pool2x2, conv_transpose2x2, composed, conv1x1, reduction, segmentation_loss]
 
 
 def all_ops() -> tuple[str, ...]:

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastunet import checks, dispatch
+from fastunet import checks, dispatch, folding
 from fastunet.ops import onednn
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm
 from fastunet.ops.epilogue import slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
+from fastunet.prepared import prepared
 
 NAME = "conv_transpose2x2_concat_conv3x3_relu"
 
@@ -33,9 +34,10 @@ def conv_transpose2x2_concat_conv3x3_relu(
     stride=2), padded with zeros below and right where skip is one larger.
 
     skip [N, C1, H, W], low [N, Cl, H // 2, W // 2], up_weight [Cl, C2, 2, 2], up_bias [C2] or None, weight [Cout, C1 +
-    C2, 3, 3], bias [Cout] or None; norm as in conv3x3_relu_conv1x1. The result is [N, Cout, H, W]. On the CPU up is
-    never computed: the two weights compose to one of 4x4 (exactly, but for rounding). For inference: the result has no
-    gradient, and asking for one raises.
+    C2, 3, 3], bias [Cout] or None; norm as in conv3x3_relu_conv1x1. The result is [N, Cout, H, W]. On the CPU in
+    float32, and by a kernel in 16 bits on sm_90 and above, up is never computed: the two weights compose to one of 4x4
+    (exactly, but for one rounding to the dtype, where otherwise up has one). For inference: the result has no gradient,
+    and asking for one raises.
     """
     mean, variance, gamma, eps = norm if norm is not None else (None, None, None, 0.0)
     checks.check_activation(NAME, skip=skip, low=low)
@@ -65,9 +67,13 @@ def _forward(
     slope: float | None,
 ) -> Tensor:
     format = memory_format(skip, low, weight)
-    if dispatch.choose(NAME, skip, weight).implementation == "onednn":
+    implementation = dispatch.choose(NAME, skip, weight).implementation
+    if implementation == "onednn":
         norm = onednn.norm_of(mean, variance, gamma, eps)
         y = onednn.conv_transpose2x2_concat_conv3x3(skip, low, up_weight, up_bias, weight, bias, norm, slope)
+        return y.contiguous(memory_format=format)
+    if implementation == "triton" and low.shape[1] % 16 == 0:  # Of low's channels dispatch knows nothing.
+        y = _by_kernel(skip, low, up_weight, up_bias, weight, bias, (mean, variance, gamma, eps), slope)
         return y.contiguous(memory_format=format)
     parameters = (t if t is None else t.to(skip.dtype) for t in (up_weight, up_bias, weight))
     up_weight, up_bias, weight = parameters  # type: ignore[assignment]
@@ -80,6 +86,36 @@ def _forward(
         given = (gamma, bias, mean, variance, False, 0.0, eps, slope, False, False)
         y, *_ = torch.ops.fastunet.conv3x3_batch_norm_relu(skip, up, weight, *given)
     return y.contiguous(memory_format=format)
+
+
+def _by_kernel(
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor | None, Tensor | None, Tensor | None, float],
+    slope: float | None,
+) -> Tensor:
+    from fastunet.kernels import conv_transpose2x2_concat_conv3x3 as kernels
+    from fastunet.kernels.epilogue import Normalisation
+
+    def make() -> kernels.Composed:
+        # In float64, so that they are rounded but once, on a GPU as well, where float32 might be TF32.
+        of_skip, of_up = weight.detach().split([skip.shape[1], weight.shape[1] - skip.shape[1]], dim=1)
+        of_up = of_up.double()
+        composed = folding.compose_upsampling(up_weight.detach().double(), of_up)
+        border = None if up_bias is None else folding.upsampled_bias(up_bias.detach().double(), of_up)
+        weights = kernels.arranged(of_skip, composed, border, skip.dtype)
+        if skip.is_cuda:  # The next call may be on another stream.
+            torch.cuda.current_stream(skip.device).synchronize()
+        return weights
+
+    weights = prepared((NAME, skip.dtype), [weight, up_weight, up_bias], make)
+    mean, variance, gamma, eps = norm
+    given = None if mean is None or variance is None else Normalisation(mean, variance, gamma, eps)
+    return kernels.conv_transpose2x2_concat_conv3x3(skip, low, weights, bias, norm=given, negative_slope=slope)
 
 
 def _forward_fake(

@@ -88,7 +88,7 @@ def define_autocast(
                 return answer
             dtype = torch.get_autocast_dtype(device)
             values = [_cast(a, dtype) if i in cast else a for i, a in enumerate(args)]
-            is_prepared = not _is_recorded(args) and choice_for(name, values[0], args).implementation == "onednn"
+            is_prepared = not _is_recorded(args) and choice_for(name, values[0], args).prepares
             if not is_prepared:
                 values = [_cast(a, dtype) if i in parameters else a for i, a in enumerate(values)]
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):

@@ -22,9 +22,11 @@ from .budget import (
     random_cotangent,
     random_input,
     random_integers,
+    stored,
 )
 from .convolutions import (
     bias_grad_expected,
+    composed_sums_expected,
     conv3x3_activation_grad_expected,
     conv3x3_expected,
     conv3x3_input_grad_expected,
@@ -49,6 +51,7 @@ __all__ = [
     "Expected",
     "assert_within",
     "bias_grad_expected",
+    "composed_sums_expected",
     "conv1x1_bias_grad_expected",
     "conv1x1_expected",
     "conv1x1_input_grad_expected",
@@ -70,4 +73,5 @@ __all__ = [
     "random_integers",
     "segmentation_sums_expected",
     "segmentation_sums_grad_expected",
+    "stored",
 ]

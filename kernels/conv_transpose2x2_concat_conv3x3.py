@@ -1,0 +1,231 @@
+"""A U-Net's step up as one convolution: conv3x3([skip, conv_transpose2x2(low)]) with the two weights composed.
+
+Of the four sub-pixels of each pixel of low, every one is a sum over 3x3 pixels of skip and 2x2 pixels of low: 9*C1 +
+4*Cl products, where the two steps have 9*C1 + 9*C2 + Cl, and the upsampled image is never written. A program owns one
+sub-pixel of a tile of low's pixels. Through tensor descriptors alone: sm_90 and above, 16 bits.
+"""
+
+# Of a kernel's parameters only the constexprs carry an annotation.
+# mypy: disallow-incomplete-defs=False
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from fastunet.kernels import config, gpu
+from fastunet.kernels.conv3x3_descriptor import boxes
+from fastunet.kernels.epilogue import Epilogue, Normalisation, finish_sums, load_channels
+from fastunet.kernels.layout import empty_packed, packed, weight_matrix
+from fastunet.kernels.tiles import tile_origin
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+SUBPIXELS = 4
+
+
+class Composed(NamedTuple):
+    """The weights of the step up, of one dtype, as the kernel reads them.
+
+    of_skip [Cout, 9*C1], tap by tap; of_low [4*Cout, 4*Cl], by sub-pixels and taps, row by row; border [4, 4, Cout]
+    float32 or None: for each sub-pixel what the upsampling's bias adds everywhere, and what more it adds in low's row
+    next to the border of the image that the sub-pixel is at, in such a column, and in the corner.
+    """
+
+    of_skip: Tensor
+    of_low: Tensor
+    border: Tensor | None
+
+
+# fmt: off
+@triton.jit
+def _accumulate_skip(
+    acc, desc, weight_desc, C, steps, n0, image, h0, w0, down, right,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """acc [N, P] += weights @ the 3x3 taps of the sub-pixel (down, right) of each pixel of the tile.
+
+    desc [N, H, 2, W, 2*C]: rows and columns of skip in pairs, those of low's pixels.
+    """
+    tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
+    for step in range(steps):
+        tap = step % 9
+        k0 = step // 9 * BLOCK_K
+        # Counted from the pair before the pixel's own, so that nothing is negative.
+        row = tap // 3 + 1 + down
+        column = tap % 3 + 1 + right
+        x = desc.load([image, h0 - 1 + row // 2, row % 2, w0 - 1 + column // 2, column % 2 * C + k0])
+        weight = weight_desc.load([n0, tap * C + k0])
+        acc = tl.dot(weight, tl.trans(tl.reshape(x, (TILE_H * TILE_W, BLOCK_K))), acc)
+    return acc
+
+
+@triton.jit
+def _accumulate_low(
+    acc, desc, weight_desc, C, steps, n0, image, h0, w0, down, right,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """acc [N, P] += weights @ the 2x2 taps of each pixel of the tile, those nearest to its sub-pixel."""
+    tl.assume(steps > 0)
+    for step in range(steps):
+        tap = step % 4
+        k0 = step // 4 * BLOCK_K
+        x = desc.load([image, h0 - 1 + tap // 2 + down, w0 - 1 + tap % 2 + right, k0])
+        weight = weight_desc.load([n0, tap * C + k0])
+        acc = tl.dot(weight, tl.trans(tl.reshape(x, (TILE_H * TILE_W, BLOCK_K))), acc)
+    return acc
+
+
+@triton.jit
+def _load_term(ptr, n, COUT):
+    return load_channels(ptr, n, COUT, 0)[:, :, None]
+
+
+@triton.jit
+def _add_border(
+    acc, ptr, n, COUT, h0, w0, H, W, down, right,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """acc [N, P] plus what the upsampling's bias adds to the sub-pixel (down, right) of each pixel."""
+    ptr += (down * 2 + right) * (4 * COUT)
+    acc += load_channels(ptr, n, COUT, 0)
+    at_row = h0 + tl.arange(0, TILE_H) == down * (H - 1)
+    at_column = w0 + tl.arange(0, TILE_W) == right * (W - 1)
+    # By rows and columns of the tile: a thread would hold both of each of its pixels.
+    at_row = at_row.to(tl.float32)[None, :, None]
+    at_column = at_column.to(tl.float32)[None, None, :]
+    acc = tl.reshape(acc, (BLOCK_N, TILE_H, TILE_W))
+    acc += (_load_term(ptr + COUT, n, COUT) + _load_term(ptr + 3 * COUT, n, COUT) * at_column) * at_row
+    acc += _load_term(ptr + 2 * COUT, n, COUT) * at_column
+    return tl.reshape(acc, (BLOCK_N, TILE_H * TILE_W))
+
+
+@triton.jit(do_not_specialize=["H", "W", "steps1", "steps2"])
+def conv_transpose2x2_concat_conv3x3_kernel(
+    skip_desc, low_desc, skip_weight_desc, low_weight_desc, border_ptr, y_desc, H, W, C1, CL, COUT, steps1, steps2,
+    bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """y = activation(norm(sums) + bias) of skip [N, 2H, 2W, C1] and low [N, H, W, CL]: y [N, 2H, 2W, COUT].
+
+    y_desc [N, H, 2, W, 2*COUT], of which BLOCK_N divides COUT: no box reaches into the next sub-pixel.
+    """
+    # Channel blocks and sub-pixels run fastest: programs that are neighbours in time share pixels in L2.
+    blocks_n = COUT // BLOCK_N
+    n0 = tl.program_id(0) % blocks_n * BLOCK_N
+    sub = tl.program_id(0) // blocks_n % 4
+    down = sub // 2
+    right = sub % 2
+    image, h0, w0 = tile_origin(tl.program_id(0) // (4 * blocks_n), H, W, TILE_H, TILE_W)
+    image = image.to(tl.int32)
+
+    acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
+    acc = _accumulate_skip(
+        acc, skip_desc, skip_weight_desc, C1, steps1, n0, image, h0, w0, down, right, TILE_H, TILE_W, BLOCK_N, BLOCK_K
+    )
+    acc = _accumulate_low(
+        acc, low_desc, low_weight_desc, CL, steps2, sub * COUT + n0, image, h0, w0, down, right, TILE_H, TILE_W,
+        BLOCK_N, BLOCK_K,
+    )
+    n = n0 + tl.arange(0, BLOCK_N)
+    if border_ptr is not None:
+        acc = _add_border(acc, border_ptr, n, COUT, h0, w0, H, W, down, right, TILE_H, TILE_W, BLOCK_N)
+    acc = finish_sums(
+        acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 0
+    )
+    y = tl.reshape(tl.trans(acc.to(y_desc.dtype)), (1, TILE_H, 1, TILE_W, BLOCK_N))
+    y_desc.store([image, h0, down, w0, right * COUT + n0], y)
+# fmt: on
+
+
+def arranged(of_skip: Tensor, composed: Tensor, border: Tensor | None, dtype: torch.dtype) -> Composed:
+    """The weights as the kernel reads them, rounded to dtype.
+
+    of_skip [Cout, C1, 3, 3]; composed [Cl, Cout, 4, 4], the weight of conv_transpose2d(low, ., stride=2, padding=1);
+    border [Cout, 5, 5] or None, what that adds to images of which the first row or column is the first, the second
+    stands for the inner ones, and the fourth is the last.
+    """
+    channels, channels_out = composed.shape[:2]
+    # Sub-pixel a sees its first tap through 3 - a, and its second through 1 - a.
+    subpixels = composed.flip(2, 3).view(channels, channels_out, 2, 2, 2, 2).permute(3, 5, 1, 2, 4, 0)
+    of_low = subpixels.reshape(SUBPIXELS * channels_out, SUBPIXELS * channels)
+    return Composed(
+        weight_matrix(of_skip.to(dtype).contiguous(memory_format=torch.channels_last)),
+        of_low.to(dtype),
+        None if border is None else _border_terms(border.float()),
+    )
+
+
+def _border_terms(border: Tensor) -> Tensor:
+    inner, terms = border[:, 1, 1], []
+    for down, right in ((0, 0), (0, 3), (3, 0), (3, 3)):
+        row, column = border[:, down, 1] - inner, border[:, 1, right] - inner
+        terms.append(torch.stack([inner, row, column, border[:, down, right] - inner - row - column]))
+    return torch.stack(terms)
+
+
+def _pairs(x: Tensor, chosen: config.ConvConfig, channels: int) -> TensorDescriptor:
+    """Packed x [N, C, 2H, 2W] as [N, H, 2, W, 2*C], in boxes of one sub-pixel of a tile by channels."""
+    n, c, height, width = x.shape
+    shape = [n, height // 2, 2, width // 2, 2 * c]
+    strides = [height * width * c, 2 * width * c, width * c, 2 * c, 1]
+    return TensorDescriptor(x, shape, strides, [1, chosen.tile_h, 1, chosen.tile_w, channels])
+
+
+def launch(skip: Tensor, low: Tensor, weights: Composed, chosen: config.ConvConfig, epilogue: Epilogue) -> gpu.Launch:
+    """The launch that fills the epilogue's y from packed skip and low, which are not empty."""
+    assert epilogue.y is not None
+    (batch, channels_low, height, width), channels = low.shape, skip.shape[1]
+    channels_out, block_n, block_k = epilogue.y.shape[1], chosen.block_n, chosen.block_k
+    unused = ("head_ptr", "head_weight_ptr", "head_bias_ptr", "count_ptr", "partial_ptr", "CLASSES", "SIGMOID")
+    arguments: dict[str, Any] = {
+        "skip_desc": _pairs(skip, chosen, block_k),
+        "low_desc": boxes(low, chosen.tile_h, chosen.tile_w, block_k),
+        "skip_weight_desc": TensorDescriptor.from_tensor(weights.of_skip, [block_n, block_k]),
+        "low_weight_desc": TensorDescriptor.from_tensor(weights.of_low, [block_n, block_k]),
+        "border_ptr": weights.border,
+        "y_desc": _pairs(epilogue.y, chosen, block_n),
+        "H": height,
+        "W": width,
+        "C1": channels,
+        "CL": channels_low,
+        "COUT": channels_out,
+        "steps1": 9 * (channels // block_k),
+        "steps2": 4 * (channels_low // block_k),
+        **{name: value for name, value in epilogue.arguments().items() if name not in unused},
+        "TILE_H": chosen.tile_h,
+        "TILE_W": chosen.tile_w,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+    }
+    grid = batch * config.tiles_per_image(chosen, height, width) * SUBPIXELS * (channels_out // block_n)
+    kernel = conv_transpose2x2_concat_conv3x3_kernel
+    warps, limit = chosen.num_warps, chosen.max_registers
+    return gpu.Launch(kernel, grid, arguments, warps, chosen.num_stages, limit, product_rows=block_n)
+
+
+def conv_transpose2x2_concat_conv3x3(
+    skip: Tensor,
+    low: Tensor,
+    weights: Composed,
+    bias: Tensor | None = None,
+    *,
+    norm: Normalisation | None = None,
+    negative_slope: float | None = None,
+    target: gpu.Target | None = None,
+) -> Tensor:
+    """activation(norm(conv2d(cat([skip, conv_transpose2d(low, stride=2)], 1), padding=1)) + bias), weights `arranged`.
+
+    skip [N, C1, 2H, 2W], low [N, Cl, H, W], bias [Cout] or None; 16 bits, of which the caller has checked
+    `config.fits_composed`. Returns [N, Cout, 2H, 2W], channels_last. float32 sums. target: as of another device.
+    """
+    channels_out = weights.of_skip.shape[0]
+    y = empty_packed(skip, channels_out, *skip.shape[2:])
+    if y.numel():  # A descriptor cannot describe an empty tensor.
+        skip, low = packed(skip), packed(low)
+        shape = config.ConvShape(skip.shape[1], low.shape[1], channels_out, *low.shape[2:])
+        chosen = config.composed_config(shape, skip.dtype, target or gpu.target(skip.device))
+        epilogue = Epilogue(y, bias, norm, negative_slope)
+        launch(skip, low, weights, chosen, epilogue).run(skip.device)
+    return y

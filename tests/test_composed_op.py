@@ -1,0 +1,137 @@
+"""The step up as one kernel where whole ops and nets run on Triton: when it is taken, what it gives, and whose weights
+it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fastunet.kernels import conv_transpose2x2_concat_conv3x3, gpu
+from kernel_device import DEVICE, INTERPRETED, MARK, ieee  # noqa: F401
+from torch import Tensor, nn
+
+import fastunet
+from fastunet import dispatch, ops
+from fastunet.testing import assert_within, composed_sums_expected, random_input, stored
+
+pytestmark = MARK
+if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
+    pytest.skip("tensor descriptors need sm_90", allow_module_level=True)
+
+HALF = torch.float16
+KERNEL = conv_transpose2x2_concat_conv3x3.conv_transpose2x2_concat_conv3x3_kernel
+OP = "conv_transpose2x2_concat_conv3x3_relu"
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if INTERPRETED:
+        monkeypatch.setattr(gpu, "INTERPRETER", dataclasses.replace(gpu.known_target(90), multiprocessors=4))
+    with fastunet.backend("triton"), torch.no_grad():
+        yield
+
+
+def arguments(size: tuple[int, int], c_low: int = 32, c_out: int = 64) -> tuple[Tensor, ...]:
+    """skip, low, up_weight, up_bias, weight of an image of that size."""
+    options = {"dtype": HALF, "device": DEVICE}
+    shapes = [(2, 16, *size), (2, c_low, size[0] // 2, size[1] // 2), (c_low, 16, 2, 2), (16,), (c_out, 32, 3, 3)]
+    scales = (1, 1, c_low**-0.5, 1, 288**-0.5)
+    return tuple(
+        random_input(s, scale=scale, seed=i, **options) for i, (s, scale) in enumerate(zip(shapes, scales, strict=True))
+    )
+
+
+def composed(steps: list) -> int:
+    """How many of the launches are the kernel's."""
+    return sum(getattr(step, "kernel", None) is KERNEL for step in steps)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_parity(format: torch.memory_format) -> None:
+    skip, low, *parameters = arguments((6, 10))
+    skip, low = (t.contiguous(memory_format=format) for t in (skip, low))
+    with gpu.recording() as steps:
+        y = ops.conv_transpose2x2_concat_conv3x3_relu(skip, low, *parameters, relu=False)
+    assert composed(steps) == 1
+    value, error = composed_sums_expected(skip, low, *parameters)
+    assert_within(y, value, stored(value, error, HALF))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (arguments((7, 10)), "odd size"),
+        (arguments((6, 10), c_out=48), "multiples of 16 channels to ones of 64"),
+        (tuple(t.float() for t in arguments((6, 10))), "16 bits"),
+        (arguments((6, 10), c_low=24), None),  # What dispatch is not told.
+    ],
+    ids=["odd", "channels", "float32", "low"],
+)
+def test_elsewhere_in_two_steps(given: tuple[Tensor, ...], why: str | None) -> None:
+    skip, low, up_weight, up_bias, weight = given
+    with gpu.recording() as steps:
+        y = ops.conv_transpose2x2_concat_conv3x3_relu(*given)
+    assert composed(steps) == 0
+    up = ops.conv_transpose2x2(low, up_weight, up_bias)
+    up = nn.functional.pad(up, [0, skip.shape[3] - up.shape[3], 0, skip.shape[2] - up.shape[2]])
+    assert_within(y, ops.concat_conv3x3_bias_relu(skip, up, weight), 0)
+    if why is not None:
+        choice = dispatch.choose(OP, skip, weight)
+        assert choice.implementation == "aten"
+        assert why in choice.reason
+
+
+def net(**options: object) -> fastunet.UNet:
+    torch.manual_seed(0)
+    model = fastunet.UNet(1, 2, features=(64, 128), **options).to(DEVICE)
+    with fastunet.backend("aten"):
+        model(image().float())  # Moves the running statistics.
+    return model.eval()
+
+
+def image(seed: int = 0) -> Tensor:
+    return random_input((1, 1, 4, 6), dtype=HALF, device=DEVICE, seed=seed)
+
+
+def test_a_net_takes_it_in_inference() -> None:
+    """Under autocast from weights in float32, which are rounded once composed."""
+    model, x = net(), image().float()
+    exact = model.to_reference().double()(x.double())
+    errors = []
+    for folds in (True, False):
+        model.up1.folds_upsampling = folds
+        with torch.autocast(DEVICE.type, HALF), gpu.recording() as steps:
+            y = model(x)
+        assert composed(steps) == folds
+        errors.append(float((y.double() - exact).norm() / exact.norm()))
+    assert max(errors) < 2**-10, errors
+    model.up1.folds_upsampling = True
+    with torch.enable_grad(), torch.autocast(DEVICE.type, HALF), gpu.recording() as steps:
+        model(x)
+    assert composed(steps) == 0
+
+
+def test_explain_says_so() -> None:
+    model, x = net().half(), image()
+    rows = {row.op: row for row in fastunet.explain(model, x).rows}
+    assert (rows[OP].implementation, rows[OP].layer) == ("triton", "up1.up")
+    model.up1.folds_upsampling = False
+    assert OP not in {row.op for row in fastunet.explain(model, x).rows}
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_changes_of_weights_are_seen(norm: str | None) -> None:
+    """By the op, and by a list of launches, which has the composed weight in it."""
+    model, x = net(norm=norm).half(), image()
+    fast = fastunet.planned(model)
+    before = model(x)
+    assert_within(fast(x), before, 0)
+    for p in (model.up1.up.weight, model.up1.up.bias, model.up1.conv.double_conv[0].weight):
+        p.data.mul_(1.5)
+        after = model(x)
+        assert not torch.equal(after, before)
+        assert_within(fast(x), after, 0)
+        before = after

@@ -1,0 +1,156 @@
+"""An upsampling composed with the convolution after it, as a kernel: equal to the two steps in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastunet.kernels import config, gpu
+from kernel_device import DEVICE, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
+from planted_bugs import kernels_with
+from torch import Tensor
+
+from fastunet.folding import compose_upsampling, upsampled_bias
+from fastunet.testing import assert_within, composed_sums_expected, random_input, random_integers, stored
+
+pytestmark = MARK
+if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
+    pytest.skip("tensor descriptors need sm_90", allow_module_level=True)
+
+TARGET = dataclasses.replace(gpu.known_target(90), multiprocessors=4) if INTERPRETED else gpu.target(DEVICE)
+EPS = 1e-3
+# Low's height and width: one pixel, less than a tile, several tiles.
+SIZES = [(1, 1), (3, 5), (9, 11)]
+
+
+def load(package: str = "fastunet.kernels") -> SimpleNamespace:
+    """What the tests need of a kernels package."""
+    names = ("conv_transpose2x2_concat_conv3x3", "epilogue", "tuning")
+    kernels, epilogue, tuning = (importlib.import_module(f"{package}.{name}") for name in names)
+    return SimpleNamespace(
+        arranged=kernels.arranged,
+        run=kernels.conv_transpose2x2_concat_conv3x3,
+        Normalisation=epilogue.Normalisation,
+        pinned=tuning.pinned,
+    )
+
+
+OPS = load()
+
+
+def chosen(tile_h: int = 8, block_k: int = 16) -> config.ConvConfig:
+    return config.ConvConfig(tile_h, 8, 64, block_k, 4, 2, config.DESCRIPTOR)
+
+
+def tensors(size: tuple[int, int], *, c1: int = 16, c_low: int = 32, c_out: int = 64, make: Any = random_input) -> dict:
+    """Tensors of a step up in float16; the convolution has as many channels of the upsampled image as of skip."""
+    options = {"dtype": torch.float16, "device": DEVICE}
+    doubled = tuple(2 * side for side in size)
+    scales = {"up_weight": c_low**-0.5, "weight": (18 * c1) ** -0.5} if make is random_input else {}
+    shapes = {
+        "skip": (2, c1, *doubled),
+        "low": (2, c_low, *size),
+        "up_weight": (c_low, c1, 2, 2),
+        "up_bias": (c1,),
+        "weight": (c_out, 2 * c1, 3, 3),
+    }
+    return {
+        name: make(shape, seed=i, **options, **({"scale": scales[name]} if name in scales else {}))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def run(
+    ops: SimpleNamespace, t: dict, *arguments: Any, config: config.ConvConfig | None = None, **options: Any
+) -> Tensor:
+    split = t["skip"].shape[1]
+    of_up, up_weight = t["weight"][:, split:].double(), t["up_weight"].double()
+    border = None if t["up_bias"] is None else upsampled_bias(t["up_bias"].double(), of_up)
+    weights = ops.arranged(t["weight"][:, :split], compose_upsampling(up_weight, of_up), border, torch.float16)
+    with ops.pinned("conv_transpose2x2_concat_conv3x3", config or chosen()):
+        return ops.run(t["skip"], t["low"], weights, *arguments, target=TARGET, **options)
+
+
+def check(ops: SimpleNamespace, t: dict, config: config.ConvConfig | None = None) -> None:
+    value, error = composed_sums_expected(**t)
+    assert_within(run(ops, t, config=config), value, stored(value, error, torch.float16))
+
+
+def check_norm(ops: SimpleNamespace, t: dict) -> None:
+    channels = t["weight"].shape[0]
+    mean, variance, gamma, bias = (random_input((channels,), seed=i, device=DEVICE) for i in range(6, 10))
+    variance = variance.abs() + 0.5
+    y = run(ops, t, bias, norm=ops.Normalisation(mean, variance, gamma, EPS), negative_slope=0.1)
+    mean, variance, gamma, bias = (p.double()[:, None, None] for p in (mean, variance, gamma, bias))
+    value, error = composed_sums_expected(**t)
+    scale = gamma / (variance + EPS).sqrt()
+    # Eight roundings of float32: those of the norm and of its scale.
+    error = error * scale.abs() + 2.0**-21 * ((value.abs() + mean.abs()) * scale.abs() + bias.abs())
+    value = (value - mean) * scale + bias
+    value = torch.where(value <= 0, 0.1 * value, value)
+    assert_within(y, value, stored(value, error, torch.float16))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parity(size: tuple[int, int]) -> None:
+    check(OPS, tensors(size))
+
+
+@pytest.mark.parametrize("up_bias", [True, False])
+def test_norm_and_activation(up_bias: bool) -> None:
+    t = tensors((3, 5))
+    check_norm(OPS, t if up_bias else {**t, "up_bias": None})
+
+
+def test_several_blocks_of_channels_and_steps() -> None:
+    check(OPS, tensors((9, 3), c1=32, c_low=48, c_out=128), chosen(16))
+
+
+def test_integers_are_exact() -> None:
+    t = tensors((4, 6), make=lambda *a, **k: random_integers(*a, largest=1, **k))
+    up = F.conv_transpose2d(t["low"].double(), t["up_weight"].double(), t["up_bias"].double(), stride=2)
+    expected = F.conv2d(torch.cat([t["skip"].double(), up], 1), t["weight"].double(), padding=1)
+    assert expected.abs().max() < 2048  # Beyond, float16 has no longer every integer.
+    assert torch.equal(run(OPS, t).double(), expected)
+
+
+def test_an_image_alone_and_in_a_batch_has_the_same_bits() -> None:
+    t = tensors((3, 5))
+    assert torch.equal(run(OPS, t)[1:], run(OPS, {**t, "skip": t["skip"][1:], "low": t["low"][1:]}))
+
+
+def test_an_empty_batch() -> None:
+    t = tensors((3, 5))
+    assert run(OPS, {**t, "skip": t["skip"][:0], "low": t["low"][:0]}).shape == (0, 64, 6, 10)
+
+
+MODULE = "conv_transpose2x2_concat_conv3x3"
+BUGS = [
+    (MODULE, "row = tap // 3 + 1 + down", "row = tap // 3 + 1"),
+    (MODULE, "column % 2 * C + k0", "k0"),
+    (MODULE, "row // 2, row % 2,", "row // 2, 1 - row % 2,"),
+    (MODULE, "w0 - 1 + tap % 2 + right, k0", "w0 - 1 + tap % 2, k0"),
+    (MODULE, "sub * COUT + n0, image", "n0, image"),
+    (MODULE, "k0 = step // 4 * BLOCK_K", "k0 = 0"),
+    (MODULE, "at_row = h0 + tl.arange(0, TILE_H) ==", "at_row = tl.arange(0, TILE_H) =="),
+    (MODULE, "== right * (W - 1)", "== right * W"),
+    (MODULE, "ptr + 3 * COUT, n", "ptr + 2 * COUT, n"),
+    (MODULE, "right * COUT + n0], y)", "n0], y)"),
+    (MODULE, "composed.flip(2, 3)", "composed"),
+    (MODULE, "- inner - row - column", "- inner"),
+]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the copies of the kernels are for the interpreter")
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug[2])
+def test_planted_bugs_are_caught(bug: tuple[str, str, str], tmp_path: Path) -> None:
+    with kernels_with(bug, tmp_path) as package:
+        ops = load(package)
+        with pytest.raises(AssertionError, match="outside the tolerance"):
+            check(ops, tensors((9, 11), c_low=32))
