@@ -142,7 +142,8 @@ def _numel(a: Mapping[str, Any], name: str) -> int:
 def _conv3x3(a: Mapping[str, Any], grid: int) -> Accesses:
     suffix = "desc" if "x_desc" in a else "ptr"
     epilogue = _epilogue(a, grid, f"y_{suffix}", f"pooled_{suffix}")
-    return Accesses({**_operands(a, grid), **epilogue.loads}, epilogue.stores, {})
+    scales = dict.fromkeys(("y_scale_ptr", "pooled_scale_ptr"), grid) if suffix == "desc" else {}
+    return Accesses({**_operands(a, grid), **epilogue.loads, **scales}, epilogue.stores, {})
 
 
 def _operands(a: Mapping[str, Any], grid: int) -> dict[str, int]:

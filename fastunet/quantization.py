@@ -2,8 +2,9 @@
 
 Weights are scaled by output channel, the images that a convolution reads by one number, the largest magnitude that
 calibration has seen, so that each fills e4m3's range (Micikevicius et al. 2022, arXiv:2209.05433). Products are summed
-in float32. Norm, activation and pooling follow in float32, as without quantisation; transposed convolutions, the head
-and convolutions whose channels are no multiples of 32, such as the first, stay as they are.
+in float32. Norm, activation and pooling follow in float32, as without quantisation, and what is then for a quantised
+convolution alone is written in e4m3. Transposed convolutions, the head and convolutions whose channels are no multiples
+of 32, such as the first, stay as they are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from .unet import UNet
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
+ON_TENSOR_CORES = dispatch.Choice("triton", "in 8 bits on tensor cores")
+EMULATED = dispatch.Choice(
+    "aten", "emulated in float32, slowly: tensor cores want sm_90, images in 16 bits, and Triton"
+)
 
 
 @torch.no_grad()
@@ -57,7 +62,24 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
         raise DataError("quantize: expected some images for calibration, got none")
     for name, block in _blocks(observed):
         _put(observed, name, SplitDoubleConv(*(_quantised(name, half) for half in (block.first, block.second))))
+    _chain(observed)
     return observed.eval()
+
+
+def _chain(model: UNet) -> None:
+    """Tell each quantised convolution for which others alone its results are: they are written in e4m3 for those."""
+    blocks = [block for _, block in _blocks(model)]
+    for block in blocks:
+        _write_for(block.first, y=block.second)
+    depth = len(model.downs)
+    for level in range(depth):
+        _write_for(blocks[level].second, y=blocks[-1 - level].first, pooled=blocks[level + 1].first)
+
+
+def _write_for(producer: nn.Module, **consumers: nn.Module) -> None:
+    for result, consumer in consumers.items():
+        if isinstance(producer, QuantizedConv3x3) and isinstance(consumer, QuantizedConv3x3):
+            setattr(producer, f"{result}_scale", consumer.scale.clone())
 
 
 def _blocks(model: UNet) -> list[tuple[str, Any]]:
@@ -74,12 +96,6 @@ def _put(model: nn.Module, path: str, block: nn.Module) -> None:
 def _halves(block: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
     steps = list(block.double_conv)
     return [(steps[0], steps[1], steps[2]), (steps[3], steps[4], steps[5])]
-
-
-ON_TENSOR_CORES = dispatch.Choice("triton", "in 8 bits on tensor cores")
-EMULATED = dispatch.Choice(
-    "aten", "emulated in float32, slowly: tensor cores want sm_90, images in 16 bits, and Triton"
-)
 
 
 class SplitDoubleConv(nn.Module):
@@ -135,8 +151,12 @@ def _quantised(name: str, half: Any) -> nn.Module:
 class QuantizedConv3x3(nn.Module):
     """activation(norm(conv2d(x, weight, padding=1))) of images [N, C, H, W] and weights in e4m3, for inference.
 
+    Images come in the model's dtype, or divided by scale and in e4m3, as another such module has left them. Results are
+    of the model's dtype, autocast's, or, where they have a scale, divided by it and in e4m3.
+
     Buffers: weight e4m3 [Cout, C, 3, 3]; scale, that of the images; mean, variance, gamma, bias, float32 [Cout]: batch
-    norm's, as it is to be taken of the sums of e4m3 values, so that they hold the scales.
+    norm's, as it is to be taken of the sums of e4m3 values, so that they hold the scales; y_scale and pooled_scale,
+    those of the results, or None.
     """
 
     weight: Tensor
@@ -146,6 +166,9 @@ class QuantizedConv3x3(nn.Module):
     gamma: Tensor
     bias: Tensor
     eps: float
+    y_scale: Tensor | None
+    pooled_scale: Tensor | None
+    _like: Tensor
 
     def __init__(self, conv: Any, norm: Any, act: Any, largest: float) -> None:
         super().__init__()
@@ -162,18 +185,22 @@ class QuantizedConv3x3(nn.Module):
         self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32, device=weight.device))
         for key, value in (("mean", mean / scales), ("variance", variance), ("gamma", gamma * scales), ("bias", bias)):
             self.register_buffer(key, value)
+        self.register_buffer("y_scale", None)
+        self.register_buffer("pooled_scale", None)
+        # No values, but the model's dtype, which an image in e4m3 does not tell.
+        self.register_buffer("_like", conv.weight.detach().new_empty(0), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move to another device, but to no other dtype: the buffers have the one they need."""
-        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+        like = fn(self._like)
+        super()._apply(lambda t: t.to(like.device), recurse)
+        self._like = like
+        return self
 
     @torch.no_grad()
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
         if self.training:
             raise ConfigError("a quantised model is for inference: expected eval mode, got train mode")
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, up = x.to(dtype), None if up is None else up.to(dtype)
         choice = self.choose(x, up)
         on_tensor_cores = choice.implementation == "triton"
         if x.is_cuda and not on_tensor_cores:
@@ -183,13 +210,20 @@ class QuantizedConv3x3(nn.Module):
 
     def choose(self, x: Tensor, up: Tensor | None) -> dispatch.Choice:
         """What runs this layer on inputs like these, and why."""
-        return EMULATED if self._obstacle(x, up) else ON_TENSOR_CORES
+        return EMULATED if self._is_emulated(x, up) else ON_TENSOR_CORES
 
-    def _obstacle(self, x: Tensor, up: Tensor | None) -> bool:
+    def _dtype(self, x: Tensor, up: Tensor | None) -> torch.dtype:
+        """Of results that are not in e4m3."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return next((t.dtype for t in (x, up) if t is not None and t.dtype != E4M3), self._like.dtype)
+
+    def _is_emulated(self, x: Tensor, up: Tensor | None) -> bool:
         is_absent = x.device.type == "cuda" and not torch.cuda.is_available()
-        if is_absent or x.dtype.itemsize != 2 or x.numel() == 0 or dispatch.selected_backend() == "aten":
+        dtype = self._dtype(x, up)
+        if is_absent or dtype.itemsize != 2 or x.numel() == 0 or dispatch.selected_backend() == "aten":
             return True
-        if dispatch.triton_obstacle(x.device, x.dtype) is not None:
+        if dispatch.triton_obstacle(x.device, dtype) is not None:
             return True
         from fastunet.kernels import config, gpu
 
@@ -200,18 +234,31 @@ class QuantizedConv3x3(nn.Module):
         from fastunet.kernels.conv3x3_fp8 import conv3x3_fp8
         from fastunet.kernels.epilogue import Normalisation
 
+        dtype = self._dtype(x, up)
+        images = (t if t is None or t.dtype == E4M3 else t.to(dtype) for t in (x, up))
         norm = Normalisation(self.mean, self.variance, self.gamma, self.eps)
-        return conv3x3_fp8(x, up, self.weight, self.scale, self.bias, norm, self.negative_slope, pool=pool)
+        results = {"dtype": dtype, "pool": pool, "y_scale": self.y_scale, "pooled_scale": self.pooled_scale}
+        return conv3x3_fp8(*images, self.weight, self.scale, self.bias, norm, self.negative_slope, **results)
 
     def _emulated(self, x: Tensor, up: Tensor | None, pool: bool) -> tuple[Tensor, Tensor | None]:
-        joined = x if up is None else torch.cat([x, up], dim=1)
-        values = (joined.float() / self.scale).clamp(-LARGEST, LARGEST).to(E4M3).float()
+        dtype = self._dtype(x, up)
+        images = (t if t.dtype == E4M3 else _to_e4m3(t.to(dtype), self.scale) for t in (x, up) if t is not None)
         with torch.autocast(x.device.type, enabled=False):
-            sums = F.conv2d(values, self.weight.float(), padding=1)
+            sums = F.conv2d(torch.cat([t.float() for t in images], dim=1), self.weight.float(), padding=1)
         scale = self.gamma * (self.variance + self.eps).rsqrt()
         y = (sums - self.mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-        y = F.leaky_relu(y, self.negative_slope).to(x.dtype)
-        return y, F.max_pool2d(y, 2) if pool else None
+        y = F.leaky_relu(y, self.negative_slope)
+        pooled = _as_result(F.max_pool2d(y, 2), self.pooled_scale, dtype) if pool else None
+        return _as_result(y, self.y_scale, dtype), pooled
+
+
+def _to_e4m3(t: Tensor, scale: Tensor) -> Tensor:
+    """As the kernels: by the reciprocal."""
+    return (t.float() * (1 / scale)).clamp(-LARGEST, LARGEST).to(E4M3)
+
+
+def _as_result(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return t.to(dtype) if scale is None else _to_e4m3(t, scale)
 
 
 def _affine(conv: Any, norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:

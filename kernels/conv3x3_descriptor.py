@@ -15,7 +15,14 @@ from typing import Any
 import triton
 import triton.language as tl
 from fastunet.kernels import config, gpu
-from fastunet.kernels.epilogue import Epilogue, activation_code, finish_sums, store_head, store_statistics
+from fastunet.kernels.epilogue import (
+    Epilogue,
+    activation_code,
+    finish_sums,
+    scale_to_e4m3,
+    store_head,
+    store_statistics,
+)
 from fastunet.kernels.layout import weight_matrix
 from fastunet.kernels.tiles import (
     activate_grad,
@@ -68,11 +75,13 @@ def _store_box(desc, v, image, h, w, c, TILE_H: tl.constexpr, TILE_W: tl.constex
 def conv3x3_descriptor_kernel(
     x_desc, up_desc, weight_desc, y_desc, pooled_desc, H, W, C1, C2, COUT, steps1, steps2, tiles,
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
-    head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr,
+    head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, y_scale_ptr, pooled_scale_ptr,
     ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """As conv3x3_kernel. BLOCK_K divides C1 and C2: no step reads the weights of another tap or input."""
+    """As conv3x3_kernel. BLOCK_K divides C1 and C2: no step reads the weights of another tap or input. y and pooled may
+    be in e4m3, divided by a scale.
+    """
     blocks_n = tl.cdiv(COUT, BLOCK_N)
     block = tl.program_id(0) % blocks_n
     tile = tl.program_id(0) // blocks_n
@@ -95,7 +104,10 @@ def conv3x3_descriptor_kernel(
         acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 0
     )
     if y_desc is not None:
-        y = acc.to(y_desc.dtype)
+        y = acc
+        if y_scale_ptr is not None:
+            y = scale_to_e4m3(y, y_scale_ptr)
+        y = y.to(y_desc.dtype)
         _store_box(y_desc, y, number, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
         if partial_ptr is not None:
             rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
@@ -105,7 +117,10 @@ def conv3x3_descriptor_kernel(
         pixels = (image * H + h0) * W + w0 + pixel_offsets(W, TILE_H, TILE_W)
         store_head(head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, pixels, rows >= 0, CLASSES, SIGMOID, 0)
     if pooled_desc is not None:
-        pooled = pool2x2_columns(acc, TILE_H, TILE_W, BLOCK_N).to(pooled_desc.dtype)
+        pooled = pool2x2_columns(acc, TILE_H, TILE_W, BLOCK_N)
+        if pooled_scale_ptr is not None:
+            pooled = scale_to_e4m3(pooled, pooled_scale_ptr)
+        pooled = pooled.to(pooled_desc.dtype)
         _store_box(pooled_desc, pooled, number, h0 // 2, w0 // 2, n0, TILE_H // 2, TILE_W // 2, BLOCK_N)
 
 
@@ -239,6 +254,8 @@ def conv3x3_launch(
         "steps2": config.conv_steps(chosen, c2),
         "tiles": tiles,
         **epilogue.arguments(),
+        "y_scale_ptr": epilogue.y_scale,
+        "pooled_scale_ptr": epilogue.pooled_scale,
         **_tile_arguments(chosen),
     }
     grid = tiles * triton.cdiv(channels, block_n)

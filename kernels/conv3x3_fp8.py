@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config, conv3x3_descriptor, gpu
-from fastunet.kernels.epilogue import Epilogue, Normalisation
+from fastunet.kernels.epilogue import Epilogue, Normalisation, scale_to_e4m3
 from fastunet.kernels.layout import packed
 from torch import Tensor
 
@@ -20,12 +20,11 @@ _BLOCK, _WARPS = 4096, 8
 
 # fmt: off
 @triton.jit(do_not_specialize=["size"])
-def quantise_kernel(x_ptr, scale_ptr, out_ptr, size, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
-    """out = x / scale, held to +-LARGEST; NaN stays."""
+def quantise_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """out = x by scale_to_e4m3."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    v = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) / tl.load(scale_ptr)
-    v = tl.where(v > LARGEST, LARGEST, tl.where(v < -LARGEST, -LARGEST, v))
+    v = scale_to_e4m3(tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32), scale_ptr)
     tl.store(out_ptr + at, v.to(out_ptr.dtype.element_ty), mask=mask)
 # fmt: on
 
@@ -37,7 +36,6 @@ def quantise_launch(x: Tensor, scale: Tensor, out: Tensor) -> gpu.Launch:
         "scale_ptr": scale,
         "out_ptr": out,
         "size": x.numel(),
-        "LARGEST": torch.finfo(DTYPE).max,
         "BLOCK": _BLOCK,
     }
     return gpu.Launch(quantise_kernel, triton.cdiv(x.numel(), _BLOCK), arguments, _WARPS, 1)
@@ -52,27 +50,40 @@ def conv3x3_fp8(
     norm: Normalisation,
     negative_slope: float | None,
     *,
+    dtype: torch.dtype,
     pool: bool,
+    y_scale: Tensor | None = None,
+    pooled_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """activation(norm(conv2d(cat([x, up], 1) / scale in e4m3, weight, padding=1)) + bias), and with pool its maxima.
 
-    x [N, C1, H, W], up [N, C2, H, W] or None, in 16 bits, which the results have too, packed. weight [Cout, C1 + C2,
-    3, 3] e4m3, channels_last. scale: one float32. The norm's tensors and bias, float32 [Cout], hold the scales of
-    weight and images. The caller has checked `config.fits_fp8`, and that the images are not empty.
+    x [N, C1, H, W], up [N, C2, H, W] or None: in 16 bits, or already divided by scale and in e4m3. weight [Cout, C1 +
+    C2, 3, 3] e4m3, channels_last. scale: one float32. The norm's tensors and bias, float32 [Cout], hold the scales of
+    weight and images. The results are packed, of dtype, or e4m3 where they have a scale, and then divided by it. The
+    caller has checked `config.fits_fp8`, and that the images are not empty.
     """
-    quantised = [torch.empty_like(packed(t), dtype=DTYPE) for t in (x, up) if t is not None]
-    for t, out in zip((x, up), quantised, strict=False):
-        assert t is not None
-        quantise_launch(packed(t), scale, out).run(x.device)
+    first, second = (_quantised(t, scale) for t in (x, up))
+    assert first is not None
     batch, _, height, width = x.shape
-    y, pooled = (
-        torch.empty((batch, weight.shape[0], h, w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        for h, w in ((height, width), (height // 2, width // 2))
-    )
-    epilogue = Epilogue(y, bias, norm, negative_slope, pooled if pool else None)
-    inputs = (quantised[0], quantised[1] if up is not None else None)
-    fp8_launch(*inputs, weight, gpu.target(x.device), epilogue).run(x.device)
-    return y, epilogue.pooled
+
+    def empty(size: tuple[int, int], own_scale: Tensor | None) -> Tensor:
+        kind = dtype if own_scale is None else DTYPE
+        shape = (batch, weight.shape[0], *size)
+        return torch.empty(shape, dtype=kind, device=x.device, memory_format=torch.channels_last)
+
+    y, pooled = empty((height, width), y_scale), empty((height // 2, width // 2), pooled_scale) if pool else None
+    scales = {"y_scale": y_scale, "pooled_scale": pooled_scale if pool else None}
+    epilogue = Epilogue(y, bias, norm, negative_slope, pooled, **scales)
+    fp8_launch(first, second, weight, gpu.target(x.device), epilogue).run(x.device)
+    return y, pooled
+
+
+def _quantised(t: Tensor | None, scale: Tensor) -> Tensor | None:
+    if t is None or t.dtype == DTYPE:
+        return t if t is None else packed(t)
+    out = torch.empty_like(packed(t), dtype=DTYPE)
+    quantise_launch(packed(t), scale, out).run(t.device)
+    return out
 
 
 def fp8_launch(x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, epilogue: Epilogue) -> gpu.Launch:

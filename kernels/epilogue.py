@@ -19,6 +19,8 @@ from torch import Tensor
 
 # Classes a fused head may have: each is a pass over the tile in registers.
 HEAD_CLASSES = 8
+# e4m3's largest number.
+_LARGEST = tl.constexpr(448.0)
 
 
 # fmt: off
@@ -45,6 +47,15 @@ def finish_sums(
     if bias_ptr is not None:
         acc += load_channels(bias_ptr, n, COUT, AXIS)
     return activate(acc, negative_slope, ACTIVATION)
+
+
+@triton.jit
+def scale_to_e4m3(v, scale_ptr):
+    """v times the reciprocal of scale, held to e4m3's range; NaN stays. Both round to the nearest, so that other
+    devices have the same values.
+    """
+    v = v * tl.div_rn(1.0, tl.load(scale_ptr))
+    return tl.where(v > _LARGEST, _LARGEST, tl.where(v < -_LARGEST, -_LARGEST, v))
 
 
 @triton.jit
@@ -128,7 +139,8 @@ class Statistics:
 class Epilogue:
     """What a convolution does with its sums and where it writes: what is None is left out.
 
-    y [N, Cout, H, W], pooled [N, Cout, H // 2, W // 2] and probabilities [N, classes, H, W] (with head) are packed.
+    y [N, Cout, H, W], pooled [N, Cout, H // 2, W // 2] and probabilities [N, classes, H, W] (with head) are packed. y
+    and pooled may be in e4m3, each with a scale, one float32, by which it is divided: in the descriptor form.
     """
 
     y: Tensor | None
@@ -139,6 +151,8 @@ class Epilogue:
     head: Head | None = None
     probabilities: Tensor | None = None
     statistics: Statistics | None = None
+    y_scale: Tensor | None = None
+    pooled_scale: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The kernels' arguments, but for y and pooled, which each form takes in its own way."""

@@ -19,7 +19,7 @@ if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
 
 
 def quantised(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3)
+    return (x.float() * (1 / scale)).clamp(-LARGEST, LARGEST).to(E4M3)
 
 
 def test_quantising_rounds_and_holds_to_the_range() -> None:
@@ -32,18 +32,20 @@ def test_quantising_rounds_and_holds_to_the_range() -> None:
     torch.testing.assert_close(out.float(), quantised(x, scale).float(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("channels_up", [0, 64])
-def test_parity(channels_up: int) -> None:
+@pytest.mark.parametrize(("channels_up", "chained"), [(0, False), (64, False), (64, True)])
+def test_parity(channels_up: int, chained: bool) -> None:
+    """chained: of inputs that are in e4m3 already, to results that are. Those are the others' before rounding."""
     options = {"dtype": torch.float16, "device": DEVICE}
     x = random_input((2, 32, 9, 11), seed=1, **options)
     up = random_input((2, channels_up, 9, 11), seed=2, **options) if channels_up else None
-    weight = random_input((40, 32 + channels_up, 3, 3), scale=100.0, seed=3, device=DEVICE)
+    weight = random_input((48, 32 + channels_up, 3, 3), scale=100.0, seed=3, device=DEVICE)
     weight = weight.clamp(-LARGEST, LARGEST).to(E4M3).contiguous(memory_format=torch.channels_last)
     scale = torch.tensor([4.0 / LARGEST], device=DEVICE)
-    mean, variance, gamma, bias = (random_input((40,), seed=i, device=DEVICE) for i in range(4, 8))
+    mean, variance, gamma, bias = (random_input((48,), seed=i, device=DEVICE) for i in range(4, 8))
     variance, gamma = variance.abs() + 0.5, gamma * 1e-4
     norm = Normalisation(mean, variance, gamma, 1e-3)
-    y, pooled = conv3x3_fp8.conv3x3_fp8(x, up, weight, scale, bias, norm, 0.0, pool=True)
+    arguments = (weight, scale, bias, norm, 0.0)
+    y, pooled = conv3x3_fp8.conv3x3_fp8(x, up, *arguments, dtype=torch.float16, pool=True)
     joined = x if up is None else torch.cat([x, up], 1)
     values, exact_weight = quantised(joined, scale).double(), weight.double()
     sums = F.conv2d(values, exact_weight, padding=1)
@@ -55,17 +57,37 @@ def test_parity(channels_up: int) -> None:
     allowed = 6 * terms**0.5 * 2.0**-23 * size + 2.0**-11 * expected + 2.0**-21 * (1 + size)
     assert ((y.double() - expected).abs() <= allowed).all()
     assert torch.equal(pooled, F.max_pool2d(y, 2))
+    if chained:
+        assert up is not None
+        scales = {"y_scale": torch.tensor([0.03], device=DEVICE), "pooled_scale": torch.tensor([0.05], device=DEVICE)}
+        given = (quantised(x, scale), quantised(up, scale), *arguments)
+        precise, _ = conv3x3_fp8.conv3x3_fp8(*given, dtype=torch.float32, pool=False)
+        y, pooled = conv3x3_fp8.conv3x3_fp8(*given, dtype=torch.float16, pool=True, **scales)
+        for result, exact, own in zip((y, pooled), (precise, F.max_pool2d(precise, 2)), scales.values(), strict=True):
+            assert result.dtype == E4M3
+            assert torch.equal(result.float(), quantised(exact, own).float())
 
 
-def test_a_quantised_layer_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the same layer emulated in float32, but for the order of sums and one rounding to half."""
-    launches: list[gpu.Launch] = []
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[gpu.Launch]:
+    """Of layers in 8 bits, wherever the kernels run."""
+    found: list[gpu.Launch] = []
     run = gpu.Launch.run
-    monkeypatch.setattr(gpu.Launch, "run", lambda launch, device: (launches.append(launch), run(launch, device)))
+    monkeypatch.setattr(gpu.Launch, "run", lambda launch, device: (found.append(launch), run(launch, device)))
     monkeypatch.setattr(config, "fits_fp8", lambda *_: True)
+    return found
+
+
+def quantised_model(dtype: torch.dtype) -> fastunet.UNet:
     torch.manual_seed(0)
-    model = fastunet.UNet(1, 2, features=(32, 64)).to(DEVICE).eval()
-    layer = fastunet.quantize(model, torch.randn(1, 1, 16, 16, device=DEVICE)).up1.conv.first
+    model = fastunet.UNet(1, 2, features=(32, 64)).to(DEVICE, dtype).eval()
+    return fastunet.quantize(model, torch.randn(1, 1, 16, 16).to(DEVICE, dtype))
+
+
+def test_a_quantised_layer_runs_on_the_kernel(launches: list[gpu.Launch]) -> None:
+    """As the same layer emulated in float32, but for the order of sums and one rounding to half."""
+    layer = quantised_model(torch.float32).up1.conv.first
+    layer.y_scale = None
     x, up = (random_input((1, 32, 9, 11), dtype=torch.float16, device=DEVICE, seed=i) for i in (1, 2))
     launches.clear()
     with fastunet.backend("triton"):
@@ -76,3 +98,19 @@ def test_a_quantised_layer_runs_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -
         emulated, _ = layer(x, up, pool=True)
     torch.testing.assert_close(y, emulated, rtol=2**-10, atol=2**-10)
     assert torch.equal(pooled, F.max_pool2d(y, 2))
+
+
+def test_a_quantised_net_quantises_what_other_kernels_give(launches: list[gpu.Launch]) -> None:
+    """The first convolution and the transposed one: the rest is written in e4m3."""
+    model = quantised_model(torch.float16)
+    x = random_input((1, 1, 8, 16), dtype=torch.float16, device=DEVICE)
+    launches.clear()
+    with torch.no_grad(), fastunet.backend("triton"):
+        y = model(x)
+    assert sum(launch.kernel is conv3x3_fp8.quantise_kernel for launch in launches) == 2
+    with torch.no_grad(), fastunet.backend("aten"):
+        emulated = model(x)
+    assert y.dtype == emulated.dtype == torch.float16
+    # The order of sums decides a rounding to four bits here and there.
+    error = (y - emulated).double().norm() / emulated.double().norm()
+    assert float(error) < 2e-3

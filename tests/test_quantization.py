@@ -60,6 +60,27 @@ def test_what_is_quantised() -> None:
     assert not quantised.training
 
 
+def test_what_is_written_in_8_bits() -> None:
+    """All that quantised convolutions alone read; and it is what they would have made of it themselves."""
+    torch.manual_seed(0)
+    net = fastunet.UNet(1, 2, features=(32, 64, 96)).eval()
+    quantised = fastunet.quantize(net, images())
+    layers = quantised_layers(quantised)
+    assert {name for name, layer in layers.items() if layer.y_scale is not None} == {
+        *(f"{name}.second" for name in ("inc", "down1.maxpool_conv.1")),
+        *(f"{name}.first" for name in ("down1.maxpool_conv.1", "down2.maxpool_conv.1", "up1.conv", "up2.conv")),
+    }
+    assert {name for name, layer in layers.items() if layer.pooled_scale is not None} == {
+        "inc.second",
+        "down1.maxpool_conv.1.second",
+    }
+    x = images(seed=3)
+    chained = quantised(x)
+    for layer in layers.values():
+        layer.y_scale = layer.pooled_scale = None
+    assert torch.equal(chained, quantised(x))
+
+
 @pytest.mark.parametrize("norm", ["batch", None])
 def test_the_formula(norm: str | None) -> None:
     """Of the second convolution: e4m3 values times e4m3 weights in float64, then norm and activation in float64."""
@@ -208,10 +229,10 @@ def test_explain_names_the_layers_in_8_bits() -> None:
         found = [(row.layer, row.input) for row in rows if row.op == "conv3x3 in e4m3"]
         assert found == [
             ("inc.second", "[1, 32, 16, 16] float32"),
-            ("down1.maxpool_conv.1.first", "[1, 32, 8, 8] float32"),
-            ("down1.maxpool_conv.1.second", "[1, 64, 8, 8] float32"),
-            ("up1.conv.first", "[1, 32, 16, 16] float32"),
-            ("up1.conv.second", "[1, 32, 16, 16] float32"),
+            ("down1.maxpool_conv.1.first", "[1, 32, 8, 8] float8_e4m3fn"),
+            ("down1.maxpool_conv.1.second", "[1, 64, 8, 8] float8_e4m3fn"),
+            ("up1.conv.first", "[1, 32, 16, 16] float8_e4m3fn"),
+            ("up1.conv.second", "[1, 32, 16, 16] float8_e4m3fn"),
         ]
         assert {row.op for row in rows} - {"conv3x3 in e4m3"} == {
             "conv3x3_batch_norm_relu",

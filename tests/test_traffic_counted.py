@@ -30,7 +30,7 @@ _TWO = ConvShape(16, 16, 40, *_SIDES)
 _FOLDED = ConvShape(3, 0, 40, *_SIDES, aligned=False)
 _NARROW = ConvShape(16, 0, 40, *_SIDES)
 _DEEP = ConvShape(128, 128, 40, *_SIDES)
-_QUANTISED = ConvShape(32, 0, 40, *_SIDES)
+_QUANTISED = ConvShape(32, 0, 48, *_SIDES)
 _COMPOSED = ConvShape(16, 32, 128, *_SIDES)
 _TWO_OUT = ConvShape(16, 0, 40, *_SIDES, c_out2=40)
 _WHOLE_TILES = ConvShape(32, 0, 80, 16, 16)
@@ -50,7 +50,10 @@ JOBS = [
     *(_job("two_inputs", _TWO, capability) for capability in (80, 90)),
     _job("leaky", _NARROW),
     *(_job(op, _DEEP, capability) for op in ("split", "finish_split") for capability in (80, 90)),
-    *(_job(op, _QUANTISED, 90, torch.bfloat16) for op in ("fp8", "fp8_pool", "fp8_two_inputs", "fp8_quantise")),
+    *(
+        _job(op, _QUANTISED, 90, torch.bfloat16)
+        for op in ("fp8", "fp8_pool", "fp8_two_inputs", "fp8_chain", "fp8_quantise")
+    ),
     *(_job(op, _COMPOSED, 90) for op in ("composed", "composed_bias")),
     _job("contiguous_weight", _NARROW),
     *(_job("input_grad", shape, capability) for shape in (_PLAIN, _FOLDED) for capability in (80, 90)),
