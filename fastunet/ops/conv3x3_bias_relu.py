@@ -11,13 +11,19 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.ops import onednn
-from fastunet.ops.convolution import conv_backward, convolution_grads_fake, convolve
+from fastunet.ops.convolution import (
+    check_inputs,
+    conv_backward,
+    conv_backward_fake,
+    conv_backward_triton,
+    conv_fake,
+    convolve,
+)
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
 from fastunet.ops.registration import (
     below_autograd,
     define,
     define_autocast,
-    empty_in,
     memory_format,
     none_like,
     strided_like,
@@ -118,17 +124,6 @@ def _check(name: str, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor
     checks.check_together(name, x, bias=bias)
 
 
-def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> None:
-    """The checks shared by every op that begins with a 3x3 convolution of x, or of x and up joined."""
-    checks.check_activation(name, x=x)
-    if up is not None:
-        checks.check_same_images(name, x, up)
-    checks.check_convolution(name, weight, x.shape[1] + (up.shape[1] if up is not None else 0), 3)
-    checks.check_together(name, x, weight=weight)
-    if pool:
-        checks.check_pooled(name, *x.shape[2:])
-
-
 # --- forward ---
 
 
@@ -185,14 +180,6 @@ def _forward_fake(
     return conv_fake(x, up, weight, pool)
 
 
-def conv_fake(x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
-    """Shapes and strides of (y, pooled)."""
-    format = memory_format(x, up, weight)
-    (n, _, h, w), channels = x.shape, weight.shape[0]
-    y = empty_in(format, x, n, channels, h, w)
-    return y, empty_in(format, x, n, channels, h // 2, w // 2) if pool else none_like(x)
-
-
 # --- backward ---
 
 
@@ -238,40 +225,6 @@ def _backward_triton(
     return conv_backward_triton(grad, x, up, weight, mask, input_slope)
 
 
-def conv_backward_triton(
-    grad: Tensor,
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    mask: list[bool],
-    input_slope: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """conv_backward by our kernels; input_slope as in _forward."""
-    from fastunet.kernels import conv3x3_grad as kernels
-
-    tf32 = dispatch.tf32_allowed()
-    split = x.shape[1]
-    results = [none_like(x)] * 4
-    if mask[0] and up is not None and mask[1]:
-        grad_x, grad_up = kernels.conv3x3_two_input_grads(grad, weight, split, allow_tf32=tf32)
-        results[0], results[1] = strided_like(grad_x, x), strided_like(grad_up, up)
-    elif mask[0]:
-        activated = {} if input_slope is None else {"x": x, "negative_slope": input_slope}
-        grad_x = kernels.conv3x3_input_grad(grad, weight[:, :split], allow_tf32=tf32, **activated)
-        results[0] = strided_like(grad_x, x)
-    elif up is not None and mask[1]:
-        results[1] = strided_like(kernels.conv3x3_input_grad(grad, weight[:, split:], allow_tf32=tf32), up)
-    if mask[2] or mask[3]:
-        parts = [kernels.conv3x3_weight_grad(grad, x, with_bias=mask[3], allow_tf32=tf32)]
-        if up is not None and mask[2]:
-            parts.append(kernels.conv3x3_weight_grad(grad, up, allow_tf32=tf32))
-        if mask[2]:
-            results[2] = strided_like(torch.cat([part[0] for part in parts], dim=1), weight)
-        if parts[0][1] is not None:
-            results[3] = parts[0][1]
-    return results[0], results[1], results[2], results[3]
-
-
 def _backward_fake(
     grad_y: Tensor | None,
     grad_pooled: Tensor | None,
@@ -284,14 +237,6 @@ def _backward_fake(
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return conv_backward_fake(x, up, weight, mask)
-
-
-def conv_backward_fake(
-    x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and strides of the four gradients: those of what they are gradients of."""
-    grad_x, grad_weight, grad_bias = convolution_grads_fake(x, weight, [mask[0], *mask[2:]])
-    return grad_x, torch.empty_like(up) if mask[1] and up is not None else none_like(x), grad_weight, grad_bias
 
 
 # --- registration ---

@@ -14,8 +14,7 @@ from torch.autograd import Function
 from fastunet import checks, dispatch
 from fastunet.ops import onednn, recompute
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm, check_pair, norm_grads_fake, statistics_dtype
-from fastunet.ops.conv3x3_bias_relu import check_inputs, conv_backward_fake, conv_fake
-from fastunet.ops.convolution import conv_backward, convolve
+from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like

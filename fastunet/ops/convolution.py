@@ -1,4 +1,4 @@
-"""Convolutions without our kernels and their gradients, for every op that holds one."""
+"""What ops with a convolution share: checks, shapes, gradients, and the convolution without our kernels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastunet import dispatch
+from fastunet import checks, dispatch
 from fastunet.ops import winograd
-from fastunet.ops.registration import none_like, strided_like
+from fastunet.ops.registration import empty_in, memory_format, none_like, strided_like
 
 CONV3X3 = "conv3x3_bias_relu"
+
+
+def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> None:
+    """The checks shared by every op that begins with a 3x3 convolution of x, or of x and up joined."""
+    checks.check_activation(name, x=x)
+    if up is not None:
+        checks.check_same_images(name, x, up)
+    checks.check_convolution(name, weight, x.shape[1] + (up.shape[1] if up is not None else 0), 3)
+    checks.check_together(name, x, weight=weight)
+    if pool:
+        checks.check_pooled(name, *x.shape[2:])
 
 
 def convolve(
@@ -48,6 +59,40 @@ def conv_backward(
     if not wants_weight:
         return grad_x, grad_up, none_like(x), grad_bias
     return grad_x, grad_up, strided_like(torch.cat([grad_share_x, grad_share_up], dim=1), weight), grad_bias
+
+
+def conv_backward_triton(
+    grad: Tensor,
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    mask: list[bool],
+    input_slope: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """conv_backward by our kernels; input_slope as in _forward."""
+    from fastunet.kernels import conv3x3_grad as kernels
+
+    tf32 = dispatch.tf32_allowed()
+    split = x.shape[1]
+    results = [none_like(x)] * 4
+    if mask[0] and up is not None and mask[1]:
+        grad_x, grad_up = kernels.conv3x3_two_input_grads(grad, weight, split, allow_tf32=tf32)
+        results[0], results[1] = strided_like(grad_x, x), strided_like(grad_up, up)
+    elif mask[0]:
+        activated = {} if input_slope is None else {"x": x, "negative_slope": input_slope}
+        grad_x = kernels.conv3x3_input_grad(grad, weight[:, :split], allow_tf32=tf32, **activated)
+        results[0] = strided_like(grad_x, x)
+    elif up is not None and mask[1]:
+        results[1] = strided_like(kernels.conv3x3_input_grad(grad, weight[:, split:], allow_tf32=tf32), up)
+    if mask[2] or mask[3]:
+        parts = [kernels.conv3x3_weight_grad(grad, x, with_bias=mask[3], allow_tf32=tf32)]
+        if up is not None and mask[2]:
+            parts.append(kernels.conv3x3_weight_grad(grad, up, allow_tf32=tf32))
+        if mask[2]:
+            results[2] = strided_like(torch.cat([part[0] for part in parts], dim=1), weight)
+        if parts[0][1] is not None:
+            results[3] = parts[0][1]
+    return results[0], results[1], results[2], results[3]
 
 
 def _conv_backward_winograd(
@@ -137,3 +182,19 @@ def convolution_grads_fake(
         torch.empty_like(weight) if mask[1] else none_like(x),
         weight.new_empty(weight.shape[1 if transposed else 0]) if mask[2] else none_like(x),
     )
+
+
+def conv_fake(x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
+    """Shapes and strides of (y, pooled)."""
+    format = memory_format(x, up, weight)
+    (n, _, h, w), channels = x.shape, weight.shape[0]
+    y = empty_in(format, x, n, channels, h, w)
+    return y, empty_in(format, x, n, channels, h // 2, w // 2) if pool else none_like(x)
+
+
+def conv_backward_fake(
+    x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shapes and strides of the four gradients: those of what they are gradients of."""
+    grad_x, grad_weight, grad_bias = convolution_grads_fake(x, weight, [mask[0], *mask[2:]])
+    return grad_x, torch.empty_like(up) if mask[1] and up is not None else none_like(x), grad_weight, grad_bias

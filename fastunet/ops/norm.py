@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastunet import dispatch
-from fastunet.ops.conv3x3_bias_relu import conv_backward_triton
+from fastunet.ops.convolution import conv_backward_triton
 from fastunet.ops.registration import none_like
 
 

@@ -49,7 +49,7 @@ _PASS_BYTES = 1 << 22
 # A larger tensor is not kept from call to call.
 _KEPT_BYTES = 48 << 20
 # From so many weights for each pixel of an image on, tiles of 4 x 4 lose more on the weights than they gain.
-_MANY_WEIGHTS = 256
+_WEIGHTS_PER_PIXEL = 256
 
 
 class _Transforms(NamedTuple):
@@ -202,7 +202,7 @@ class _Grid:
 
 def side_of_tiles(x: Tensor, weight: Tensor) -> int:
     """The faster m of convolve, for images like x and weights like weight: 2 or 4."""
-    return 4 if x.shape[2] * x.shape[3] * _MANY_WEIGHTS >= weight.shape[0] * weight.shape[1] else 2
+    return 4 if x.shape[2] * x.shape[3] * _WEIGHTS_PER_PIXEL >= weight.shape[0] * weight.shape[1] else 2
 
 
 def _transformed_weight(weight: Tensor, m: int, name: str) -> Tensor:
