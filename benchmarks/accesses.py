@@ -142,7 +142,7 @@ def _numel(a: Mapping[str, Any], name: str) -> int:
 def _conv3x3(a: Mapping[str, Any], grid: int) -> Accesses:
     suffix = "desc" if "x_desc" in a else "ptr"
     epilogue = _epilogue(a, grid, f"y_{suffix}", f"pooled_{suffix}")
-    scales = dict.fromkeys(("y_scale_ptr", "pooled_scale_ptr"), grid) if suffix == "desc" else {}
+    scales = {name: grid for name in ("y_scale_ptr", "pooled_scale_ptr") if name in a}
     return Accesses({**_operands(a, grid), **epilogue.loads, **scales}, epilogue.stores, {})
 
 
@@ -325,6 +325,7 @@ def _conv_transpose2x2(a: Mapping[str, Any], grid: int) -> Accesses:
         f"x_{suffix}": 4 * blocks * _numel(a, f"x_{suffix}"),
         f"weight_{suffix}": tiles * weights,
         "bias_ptr": 4 * tiles * channels,
+        **({"y_scale_ptr": grid} if suffix == "desc" else {}),
     }
     return Accesses(loads, {f"y_{suffix}": _numel(a, f"y_{suffix}")}, {})
 

@@ -2,9 +2,9 @@
 
 Weights are scaled by output channel, the images that a convolution reads by one number, the largest magnitude that
 calibration has seen, so that each fills e4m3's range (Micikevicius et al. 2022, arXiv:2209.05433). Products are summed
-in float32. Norm, activation and pooling follow in float32, as without quantisation, and what is then for a quantised
-convolution alone is written in e4m3. Transposed convolutions, the head and convolutions whose channels are no multiples
-of 32, such as the first, stay as they are.
+in float32. Norm, activation and pooling follow in float32, as without quantisation. Transposed convolutions, the head
+and convolutions whose channels are no multiples of 32, such as the first, compute as they did. What is for quantised
+convolutions alone is written in e4m3 at once, by whatever computes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch, modules
+from . import dispatch, modules, ops
 from .checks import ConfigError, DataError
 from .unet import UNet
 
@@ -67,8 +67,11 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
 
 
 def _chain(model: UNet) -> None:
-    """Tell each quantised convolution for which others alone its results are: they are written in e4m3 for those."""
+    """Tell each layer for which quantised convolutions alone its results are: they are written in e4m3 for those."""
     blocks = [block for _, block in _blocks(model)]
+    for up in model.ups:
+        if isinstance(up.up, nn.ConvTranspose2d) and isinstance(up.conv.first, QuantizedConv3x3):
+            up.up = ChainedConvTranspose2x2(up.up, up.conv.first.scale.clone())
     for block in blocks:
         _write_for(block.first, y=block.second)
     depth = len(model.downs)
@@ -78,7 +81,7 @@ def _chain(model: UNet) -> None:
 
 def _write_for(producer: nn.Module, **consumers: nn.Module) -> None:
     for result, consumer in consumers.items():
-        if isinstance(producer, QuantizedConv3x3) and isinstance(consumer, QuantizedConv3x3):
+        if hasattr(producer, f"{result}_scale") and isinstance(consumer, QuantizedConv3x3):
             setattr(producer, f"{result}_scale", consumer.scale.clone())
 
 
@@ -111,14 +114,106 @@ class SplitDoubleConv(nn.Module):
 
 
 class Conv3x3(nn.Module):
-    """A convolution with what follows it, as in the float model."""
+    """A convolution with what follows it, as in the float model.
+
+    y_scale: its result is for a quantised convolution alone: of the first convolution on tensor cores it is divided by
+    this and in e4m3.
+    """
+
+    y_scale: Tensor | None
 
     def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module) -> None:
         super().__init__()
         self.conv, self.norm, self.act = conv, norm, act
+        self.register_buffer("y_scale", None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return _keep_float32(self, "y_scale", super()._apply, fn, recurse)
 
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
+        if self.y_scale is not None and up is None and not pool and self._chains(x):
+            return self._chained(x)
         return modules.conv_norm_activation(self.conv, self.norm, self.act, x, up, pool=pool)
+
+    def _chains(self, x: Tensor) -> bool:
+        if not _has_tensor_cores(x, _dtype_of(x)):
+            return False
+        from fastunet.kernels import config
+
+        return x.shape[1] < config.FOLDED_BELOW
+
+    @torch.no_grad()
+    def _chained(self, x: Tensor) -> Tensor:
+        from fastunet.kernels.conv3x3 import conv3x3
+        from fastunet.kernels.epilogue import Normalisation
+
+        dtype = _dtype_of(x)
+        bias, given = modules._bias_and_norm(self.conv, self.norm)
+        options = {"norm": None if given is None else Normalisation(*given), "negative_slope": modules._slope(self.act)}
+        y, _ = conv3x3(x.to(dtype), self.conv.weight.to(dtype), bias, y_scale=self.y_scale, **options)
+        return y
+
+
+class ChainedConvTranspose2x2(nn.Module):
+    """A 2x2 transposed convolution whose result is for a quantised one alone: on tensor cores it is divided by y_scale
+    and in e4m3.
+    """
+
+    up: Any
+    y_scale: Tensor
+
+    def __init__(self, up: nn.Module, y_scale: Tensor) -> None:
+        super().__init__()
+        self.up = up
+        self.register_buffer("y_scale", y_scale)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return _keep_float32(self, "y_scale", super()._apply, fn, recurse)
+
+    @torch.no_grad()
+    def forward(self, low: Tensor) -> Tensor:
+        dtype = _dtype_of(low)
+        if not self._chains(low, dtype):
+            return ops.conv_transpose2x2(low, self.up.weight, self.up.bias)
+        from fastunet.kernels.conv_transpose2x2 import conv_transpose2x2
+
+        weight, bias = (None if t is None else t.to(dtype) for t in (self.up.weight, self.up.bias))
+        return conv_transpose2x2(low.to(dtype), weight, bias, y_scale=self.y_scale)
+
+    def _chains(self, low: Tensor, dtype: torch.dtype) -> bool:
+        if not _has_tensor_cores(low, dtype):
+            return False
+        from fastunet.kernels import config_pixels, gpu
+
+        channels = self.up.weight.shape[:2]
+        return config_pixels.writes_e4m3(*channels, dtype, gpu.target(low.device))
+
+
+def _keep_float32(module: nn.Module, name: str, apply: Any, fn: Any, recurse: bool) -> Any:
+    """Apply fn, but keep a buffer's dtype: scales stay in float32."""
+    scale = getattr(module, name)
+    apply(fn, recurse)
+    if scale is not None:
+        setattr(module, name, scale.to(getattr(module, name).device))
+    return module
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """In which a layer computes on x."""
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
+
+
+def _has_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels on 8-bit tensor cores can run on images like x, in a net that computes in dtype."""
+    is_absent = x.device.type == "cuda" and not torch.cuda.is_available()
+    if is_absent or dtype.itemsize != 2 or x.numel() == 0 or dispatch.selected_backend() == "aten":
+        return False
+    if dispatch.triton_obstacle(x.device, dtype) is not None:
+        return False
+    from fastunet.kernels import config, gpu
+
+    return config.has_fp8(gpu.target(x.device))
 
 
 class _Observed(Conv3x3):
@@ -219,16 +314,11 @@ class QuantizedConv3x3(nn.Module):
         return next((t.dtype for t in (x, up) if t is not None and t.dtype != E4M3), self._like.dtype)
 
     def _is_emulated(self, x: Tensor, up: Tensor | None) -> bool:
-        is_absent = x.device.type == "cuda" and not torch.cuda.is_available()
-        dtype = self._dtype(x, up)
-        if is_absent or dtype.itemsize != 2 or x.numel() == 0 or dispatch.selected_backend() == "aten":
+        if not _has_tensor_cores(x, self._dtype(x, up)):
             return True
-        if dispatch.triton_obstacle(x.device, dtype) is not None:
-            return True
-        from fastunet.kernels import config, gpu
+        from fastunet.kernels import config
 
-        inputs = (x.shape[1], 0 if up is None else up.shape[1])
-        return not config.fits_fp8(gpu.target(x.device), inputs, self.weight.shape[0])
+        return not config.fits_fp8((x.shape[1], 0 if up is None else up.shape[1]), self.weight.shape[0])
 
     def _on_tensor_cores(self, x: Tensor, up: Tensor | None, pool: bool) -> tuple[Tensor, Tensor | None]:
         from fastunet.kernels.conv3x3_fp8 import conv3x3_fp8

@@ -268,9 +268,14 @@ def hopper_shared_memory(chosen: ConvConfig) -> int:
     return 2 * (rings * chosen.block_k + pixels * block_n + pixels // 4 * block_n)
 
 
-def fits_fp8(target: Target, inputs: tuple[int, ...], c_out: int) -> bool:
+def has_fp8(target: Target) -> bool:
+    """Whether the GPU's tensor cores multiply e4m3, and read it through descriptors."""
+    return target.capability >= 90
+
+
+def fits_fp8(inputs: tuple[int, ...], c_out: int) -> bool:
     """Whether a convolution can run in e4m3: rows are whole 16-byte vectors, and products take 32 channels at least."""
-    return target.capability >= 90 and all(c % 32 == 0 for c in inputs) and c_out % 8 == 0 and c_out > 32
+    return all(c % 32 == 0 for c in inputs) and c_out % 8 == 0 and c_out > 32
 
 
 def fp8_config(shape: ConvShape, target: Target) -> ConvConfig:

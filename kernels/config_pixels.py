@@ -149,6 +149,11 @@ def pixel_product_configs(
     return found
 
 
+def writes_e4m3(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> bool:
+    """Whether conv_transpose2x2 can leave its result in e4m3: in the descriptor form, whole 16-byte vectors of it."""
+    return subpixel_tile_config(c_in, c_out, dtype, target) is not None and c_out % 16 == 0
+
+
 def subpixel_tile_configs(dtype: torch.dtype, target: Target) -> dict[SubpixelTileConfig, tuple[int, int]]:
     """Every config that subpixel_tile_config can choose, each with channels (in, out) that lead to it."""
     chosen = {channels: subpixel_tile_config(*channels, dtype, target) for channels in _PIXEL_CHANNELS}

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config, conv3x3_descriptor, gpu
 from fastunet.kernels.epilogue import (
+    E4M3,
     HEAD_CLASSES,
     Epilogue,
     Head,
@@ -24,6 +25,7 @@ from fastunet.kernels.epilogue import (
     Statistics,
     finish_sums,
     precision,
+    scale_to_e4m3,
     store_head,
     store_statistics,
 )
@@ -83,14 +85,17 @@ def accumulate_folded(
 
 @triton.jit
 def store_outputs(
-    acc, y_ptr, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image, h0, w0, tile,
-    tiles, n, first_block, H, W, COUT, rows, origin, offsets, CLASSES: tl.constexpr, SIGMOID: tl.constexpr,
+    acc, y_ptr, y_scale_ptr, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image, h0,
+    w0, tile, tiles, n, first_block, H, W, COUT, rows, origin, offsets, CLASSES: tl.constexpr, SIGMOID: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """What the kernel's outputs take of finished values acc [P, N]: see conv3x3_kernel."""
     inside = rows >= 0
     if y_ptr is not None:
-        y = acc.to(y_ptr.dtype.element_ty)
+        y = acc
+        if y_scale_ptr is not None:
+            y = scale_to_e4m3(y, y_scale_ptr)
+        y = y.to(y_ptr.dtype.element_ty)
         pointers = y_ptr + (origin + offsets)[:, None] * COUT + n[None, :]
         tl.store(pointers, y, mask=inside[:, None] & (n < COUT)[None, :])
         if partial_ptr is not None:
@@ -113,7 +118,7 @@ def conv3x3_kernel(
     x_ptr, up_ptr, weight_ptr, y_ptr, pooled_ptr, H, W, C1, C2, COUT, steps1, steps2, tiles,
     stride_out, stride_tap, stride_in,
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
-    head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr,
+    head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, y_scale_ptr,
     ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr, FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -156,8 +161,9 @@ def conv3x3_kernel(
         acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 1
     )
     store_outputs(
-        acc, y_ptr, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image, h0, w0, tile,
-        tiles, n, block == 0, H, W, COUT, rows, origin, offsets, CLASSES, SIGMOID, TILE_H, TILE_W, BLOCK_N,
+        acc, y_ptr, y_scale_ptr, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image,
+        h0, w0, tile, tiles, n, block == 0, H, W, COUT, rows, origin, offsets, CLASSES, SIGMOID,
+        TILE_H, TILE_W, BLOCK_N,
     )
 # fmt: on
 
@@ -200,6 +206,7 @@ def conv3x3_launch(
         "stride_tap": stride_tap,
         "stride_in": stride_in,
         **epilogue.arguments(),
+        "y_scale_ptr": epilogue.y_scale,
         "FOLDED": chosen.form == config.FOLDED,
         "PRECISION": precision(x.dtype, allow_tf32),
         "TILE_H": chosen.tile_h,
@@ -285,6 +292,7 @@ def conv3x3(
     negative_slope: float | None = None,
     pool: bool = False,
     allow_tf32: bool = False,
+    y_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """activation(norm(conv2d(cat([x, up], 1), weight, padding=1)) + bias) and, with pool, its 2x2 maxima.
 
@@ -292,14 +300,19 @@ def conv3x3(
     which the caller has checked; bias [Cout] or None and the norm's tensors may be float32 instead. negative_slope:
     None for no activation, 0 for ReLU, above 0 for LeakyReLU. Returns y [N, Cout, H, W] and pooled [N, Cout, H // 2,
     W // 2] or None, channels_last. float32 sums; allow_tf32 lets float32 inputs be rounded to TF32 on tensor cores.
+    y_scale: one float32, by which y is divided, in e4m3; of an image of fewer than FOLDED_BELOW channels, else
+    ValueError.
     """
+    if y_scale is not None and (up is not None or x.shape[1] >= config.FOLDED_BELOW):
+        raise ValueError(f"y_scale: expected one image of fewer than {config.FOLDED_BELOW} channels, got {x.shape[1]}")
     x, up = packed(x), None if up is None else packed(up)
     height, width = x.shape[2:]
-    y = empty_packed(x, weight.shape[0], height, width)
+    like = x if y_scale is None else x.new_empty((x.shape[0], 0, 0, 0), dtype=E4M3)
+    y = empty_packed(like, weight.shape[0], height, width)
     pooled = empty_packed(x, weight.shape[0], height // 2, width // 2) if pool else None
     if y.numel():  # A descriptor cannot describe an empty tensor.
         chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32)
-        epilogue = Epilogue(y, bias, norm, negative_slope, pooled)
+        epilogue = Epilogue(y, bias, norm, negative_slope, pooled, y_scale=y_scale)
         _run(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32)
     return y, pooled
 

@@ -10,11 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config, conv3x3_descriptor, gpu
-from fastunet.kernels.epilogue import Epilogue, Normalisation, scale_to_e4m3
+from fastunet.kernels.epilogue import E4M3, Epilogue, Normalisation, scale_to_e4m3
 from fastunet.kernels.layout import packed
 from torch import Tensor
 
-DTYPE = torch.float8_e4m3fn
 _BLOCK, _WARPS = 4096, 8
 
 
@@ -67,7 +66,7 @@ def conv3x3_fp8(
     batch, _, height, width = x.shape
 
     def empty(size: tuple[int, int], own_scale: Tensor | None) -> Tensor:
-        kind = dtype if own_scale is None else DTYPE
+        kind = dtype if own_scale is None else E4M3
         shape = (batch, weight.shape[0], *size)
         return torch.empty(shape, dtype=kind, device=x.device, memory_format=torch.channels_last)
 
@@ -79,9 +78,9 @@ def conv3x3_fp8(
 
 
 def _quantised(t: Tensor | None, scale: Tensor) -> Tensor | None:
-    if t is None or t.dtype == DTYPE:
+    if t is None or t.dtype == E4M3:
         return t if t is None else packed(t)
-    out = torch.empty_like(packed(t), dtype=DTYPE)
+    out = torch.empty_like(packed(t), dtype=E4M3)
     quantise_launch(packed(t), scale, out).run(t.device)
     return out
 

@@ -117,8 +117,8 @@ def conv3x3_finish_kernel(
     )
     tile = tl.program_id(0) // tl.cdiv(COUT, BLOCK_N)
     store_outputs(
-        acc, y_ptr, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image, h0, w0, tile,
-        tiles, n, n0 == 0, H, W, COUT, rows, origin, offsets, CLASSES, SIGMOID, TILE_H, TILE_W, BLOCK_N,
+        acc, y_ptr, None, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image, h0, w0,
+        tile, tiles, n, n0 == 0, H, W, COUT, rows, origin, offsets, CLASSES, SIGMOID, TILE_H, TILE_W, BLOCK_N,
     )
 # fmt: on
 

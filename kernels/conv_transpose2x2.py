@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastunet.kernels import config_pixels, gpu
-from fastunet.kernels.epilogue import precision
+from fastunet.kernels.epilogue import E4M3, precision, scale_to_e4m3
 from fastunet.kernels.layout import empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, subpixel_step
@@ -53,13 +53,14 @@ def conv_transpose2x2_kernel(
 
 @triton.jit(do_not_specialize=["W", "steps"])
 def conv_transpose2x2_descriptor_kernel(
-    x_desc, weight_desc, bias_ptr, y_desc, W, COUT, steps,
+    x_desc, weight_desc, bias_ptr, y_desc, y_scale_ptr, W, COUT, steps,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """As conv_transpose2x2_kernel, the product turned around: both operands are then read from shared memory.
 
     x_desc [N*H, W, C], weight_desc [4*COUT, C], y_desc [N*H, 2, W, 2, COUT]; a program owns a tile of x, one sub-pixel
-    and BLOCK_N channels of y. Boxes read zeros outside, and store nothing there: not the next sub-pixel's channels.
+    and BLOCK_N channels of y. Boxes read zeros outside, and store nothing there: not the next sub-pixel's channels. y
+    may be in e4m3, divided by a scale.
     """
     blocks_n = tl.cdiv(COUT, BLOCK_N)
     pid = tl.program_id(0)
@@ -77,6 +78,8 @@ def conv_transpose2x2_descriptor_kernel(
     if bias_ptr is not None:
         n = n0 + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + n, mask=n < COUT, other=0.0).to(tl.float32)[:, None]
+    if y_scale_ptr is not None:
+        acc = scale_to_e4m3(acc, y_scale_ptr)
     y = tl.reshape(tl.trans(acc.to(y_desc.dtype)), (TILE_H, 1, TILE_W, 1, BLOCK_N))
     y_desc.store([h0, sub // 2, w0, sub % 2, n0], y)
 
@@ -154,7 +157,12 @@ def _launch(
 
 
 def _descriptor_launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chosen: config_pixels.SubpixelTileConfig
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    chosen: config_pixels.SubpixelTileConfig,
+    y_scale: Tensor | None,
 ) -> gpu.Launch:
     """The launch of the descriptor form."""
     batch, channels, height, width = x.shape
@@ -169,6 +177,7 @@ def _descriptor_launch(
         "weight_desc": TensorDescriptor.from_tensor(_weight_matrix(weight), [block_n, block_k]),
         "bias_ptr": bias,
         "y_desc": TensorDescriptor(y, y_sizes, y_strides, [tile_h, 1, tile_w, 1, block_n]),
+        "y_scale_ptr": y_scale,
         "W": width,
         "COUT": channels_out,
         "steps": triton.cdiv(channels, block_k),
@@ -190,14 +199,26 @@ def _descriptor_launch(
 
 
 def conv_transpose2x2_launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, allow_tf32: bool, target: gpu.Target
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    allow_tf32: bool,
+    target: gpu.Target,
+    y_scale: Tensor | None = None,
 ) -> gpu.Launch:
-    """The launch of either form that fills packed y from packed x, which is not empty."""
+    """The launch of either form that fills packed y from packed x, which is not empty.
+
+    ValueError for a y_scale where the descriptor form does not run.
+    """
     channels_out = weight.shape[1]
     bias = None if bias is None else bias.contiguous()
     tiles = config_pixels.subpixel_tile_config(x.shape[1], channels_out, x.dtype, target)
     if tiles is not None:
-        return _descriptor_launch(x, weight, bias, y, tiles)
+        return _descriptor_launch(x, weight, bias, y, tiles, y_scale)
+    if y_scale is not None:
+        raise ValueError("y_scale: expected a shape and target of the descriptor form, got others")
     chosen = config_pixels.pixel_product_config(x.shape[1], channels_out, x.dtype, target, allow_tf32=allow_tf32)
     tensors = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}
     products = SUBPIXELS * triton.cdiv(channels_out, chosen.block_n)
@@ -214,17 +235,27 @@ def input_grad_launch(grad: Tensor, weight: Tensor, out: Tensor, *, allow_tf32: 
     return _launch(kernel, tensors, _one_run(weight), out, products, chosen, allow_tf32)
 
 
-def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, allow_tf32: bool = False) -> Tensor:
+def conv_transpose2x2(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    allow_tf32: bool = False,
+    y_scale: Tensor | None = None,
+) -> Tensor:
     """F.conv_transpose2d(x, weight, bias, stride=2).
 
     x [N, C, H, W], weight [C, Cout, 2, 2] in any layout, bias [Cout] or None; all of one dtype and device, which the
     caller has checked. Returns [N, Cout, 2H, 2W], channels_last. float32 sums; allow_tf32 lets float32 inputs be
-    rounded to TF32 on tensor cores.
+    rounded to TF32 on tensor cores. y_scale: one float32, by which the result is divided, in e4m3; where
+    `config_pixels.writes_e4m3`.
     """
-    y = empty_packed(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
+    like = x if y_scale is None else x.new_empty((x.shape[0], 0, 0, 0), dtype=E4M3)
+    y = empty_packed(like, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
     if y.numel():  # A descriptor cannot describe an empty tensor.
         target = gpu.target(x.device)
-        conv_transpose2x2_launch(packed(x), weight, bias, y, allow_tf32=allow_tf32, target=target).run(x.device)
+        options = {"allow_tf32": allow_tf32, "target": target, "y_scale": y_scale}
+        conv_transpose2x2_launch(packed(x), weight, bias, y, **options).run(x.device)
     return y
 
 

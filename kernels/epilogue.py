@@ -19,8 +19,8 @@ from torch import Tensor
 
 # Classes a fused head may have: each is a pass over the tile in registers.
 HEAD_CLASSES = 8
-# e4m3's largest number.
-_LARGEST = tl.constexpr(448.0)
+E4M3 = torch.float8_e4m3fn
+_LARGEST = tl.constexpr(torch.finfo(E4M3).max)
 
 
 # fmt: off
@@ -140,7 +140,8 @@ class Epilogue:
     """What a convolution does with its sums and where it writes: what is None is left out.
 
     y [N, Cout, H, W], pooled [N, Cout, H // 2, W // 2] and probabilities [N, classes, H, W] (with head) are packed. y
-    and pooled may be in e4m3, each with a scale, one float32, by which it is divided: in the descriptor form.
+    and pooled may be in e4m3, each with a scale, one float32, by which it is divided: both in the descriptor form, y in
+    the pointer form.
     """
 
     y: Tensor | None

@@ -74,6 +74,11 @@ def test_what_is_written_in_8_bits() -> None:
         "inc.second",
         "down1.maxpool_conv.1.second",
     }
+    for first, chained in (
+        (quantised.inc.first, "inc.second"),
+        *((quantised.ups[i].up, f"up{i + 1}.conv.first") for i in (0, 1)),
+    ):
+        assert torch.equal(first.y_scale, layers[chained].scale)
     x = images(seed=3)
     chained = quantised(x)
     for layer in layers.values():

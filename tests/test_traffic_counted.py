@@ -54,6 +54,8 @@ JOBS = [
         _job(op, _QUANTISED, 90, torch.bfloat16)
         for op in ("fp8", "fp8_pool", "fp8_two_inputs", "fp8_chain", "fp8_quantise")
     ),
+    _job("fp8_first", _FOLDED, 90, torch.bfloat16),
+    _job("fp8_transpose", (16, 80), 90, torch.bfloat16),
     *(_job(op, _COMPOSED, 90) for op in ("composed", "composed_bias")),
     _job("contiguous_weight", _NARROW),
     *(_job("input_grad", shape, capability) for shape in (_PLAIN, _FOLDED) for capability in (80, 90)),
