@@ -20,9 +20,8 @@ from fastunet.kernels import tuning
 from torch import Tensor
 
 import fastunet
-from fastunet import dispatch, ops
 
-from . import parity
+from . import parity, step_up
 from .layer_runs import input_sets
 from .layers import UPSAMPLE, Layer
 from .parity import Case
@@ -32,7 +31,6 @@ from .timing import clock_of, cudnn_benchmark, interleaved_samples, ratio
 _PLAIN = "conv3x3_bias_relu"
 _EPS = 1e-5
 _NORMS = ("conv3x3_batch_norm_relu", "conv3x3_instance_norm_relu")
-_STEP_UP = "conv_transpose2x2_concat_conv3x3_relu"
 
 
 def margin_steps(settings: Settings) -> list[Step]:
@@ -55,19 +53,7 @@ def margin_cases(settings: Settings) -> dict[str, Case]:
             if (case.op, dict(case.shapes)) not in taken:
                 cases[f"{layer.name} {case.op}"] = case
     # After their steps, against which they are measured.
-    return cases | _steps_up({layer.name: layer for layer in settings.layers()})
-
-
-def _steps_up(layers: Mapping[str, Layer]) -> dict[str, Case]:
-    cases = {}
-    for name, conv in layers.items():
-        up = layers.get(name.replace(".c1", ".up"))
-        if up is None or up.op != "conv_transpose2x2" or up is conv:
-            continue
-        of_up = {"low": up.shapes["x"], "up_weight": up.shapes["weight"], "up_bias": up.shapes["bias"]}
-        shapes = {"skip": conv.shapes["skip"], **of_up, "weight": conv.shapes["weight"], "bias": conv.shapes["bias"]}
-        cases[f"{name} {_STEP_UP}"] = Case(_STEP_UP, shapes, backward=False)
-    return cases
+    return cases | {f"{name} {case.op}": case for name, case in step_up.cases(settings.layers()).items()}
 
 
 def _cases_of(layer: Layer, settings: Settings) -> list[Case]:
@@ -103,20 +89,17 @@ def _margin(case: Case, task: str, settings: Settings) -> Row:
     device, training = torch.device(settings.device), task == "training"
     if "training" in case.options:  # Batch norm: of the batch's statistics, or of the running ones.
         case = replace(case, options={**case.options, "training": training})
+    if case.op == step_up.OP and (reason := step_up.obstacle(case, device)) is not None:
+        return {"status": "skipped", "reason": reason}
     one_image = {name: (1, *shape[1:]) if _is_image(name) else shape for name, shape in case.shapes.items()}
     with fastunet.backend("triton"):
-        if case.op == _STEP_UP:
-            asked = [torch.empty(one_image[name], dtype=DTYPE, device=device) for name in ("skip", "weight")]
-            choice = dispatch.choose(case.op, *asked)
-            if choice.implementation != "triton":
-                return {"status": "skipped", "reason": choice.reason}
         parity.check(replace(case, shapes=one_image, backward=training), DTYPE, device)
     inputs = parity.make_inputs(case.shapes, DTYPE, device)
     images = {name: t.contiguous(memory_format=torch.channels_last) for name, t in inputs.items() if t.dim() == 4}
     sets = input_sets(inputs | images, device)
     runs = {backend: [run_of(case, each, backend, training) for each in sets] for backend in ("triton", "aten")}
-    if case.op == _STEP_UP:
-        runs["aten"] = [_two_steps(*each.values()) for each in sets]
+    if case.op == step_up.OP:
+        runs["triton"], runs["aten"] = step_up.runs(case, device)
     with cudnn_benchmark():
         samples = interleaved_samples(runs, clock_of(device), rounds=settings.rounds, seconds=settings.seconds)
     image, weight = next(iter(inputs.values())), inputs.get("weight")
@@ -127,17 +110,6 @@ def _margin(case: Case, task: str, settings: Settings) -> Row:
 
 def _is_image(name: str) -> bool:
     return name in ("x", "skip", "up", "low", "logits", "target")
-
-
-def _two_steps(
-    skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor
-) -> Callable[[], Any]:
-    def run() -> None:
-        with torch.no_grad(), fastunet.backend("auto"):
-            up = ops.conv_transpose2x2(low, up_weight, up_bias)
-            ops.concat_conv3x3_bias_relu(skip, up, weight, bias)
-
-    return run
 
 
 def run_of(case: Case, inputs: Mapping[str, Tensor], backend: str, training: bool) -> Callable[[], Any]:

@@ -17,13 +17,17 @@ from fastunet.kernels.config import ConvShape
 
 import fastunet
 
+from . import step_up
 from .layer_runs import backward_run, check_last_image, forward_run, layer_sets
 from .layers import Layer
 from .opponents import reason_of
+from .parity import Case
 from .steps import DTYPE, Row, Settings, Step, layer_of
 from .timing import Clock, Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio
 
 KINDS = ("forward", "weight_grad", "input_grad")
+# Of an upsampling composed with the convolution after it: in inference.
+STEP_UP = "step_up"
 # Seconds for compiling and checking a layer's candidates; after them those are timed that there are.
 _PREPARING = 50.0
 _PARAMETERS = ("weight", "bias")
@@ -59,8 +63,15 @@ def subject_of(layer: Layer, kind: str, target: gpu.Target) -> Subject:
     return Subject(config.CONV3X3 if splits else config.INPUT_GRAD, shape, found)
 
 
+def step_up_subject(case: Case, target: gpu.Target) -> Subject:
+    """The same of an upsampling composed with the convolution after it."""
+    (_, c1, *_), (_, c_low, *sides), (c_out, *_) = (case.shapes[name] for name in ("skip", "low", "weight"))
+    shape = ConvShape(c1, c_low, c_out, *sides)
+    return Subject(config.COMPOSED, shape, config_search.feasible_composed_configs(shape, DTYPE, target))
+
+
 def tune_steps(settings: Settings) -> list[Step]:
-    """Forward first, then the gradients; of each, a shape once, and the most work first."""
+    """Forward first, then steps up as one kernel, then gradients; of each, a shape once, and the most work first."""
     steps: dict[tuple[str, ConvShape], Step] = {}
     layers = [layer for layer in settings.layers() if "conv3x3" in layer.op]
     for kind in KINDS:
@@ -68,7 +79,9 @@ def tune_steps(settings: Settings) -> list[Step]:
             if layer.input_has_grad or kind != "input_grad":
                 found = subject_of(layer, kind, gpu.INTERPRETER)
                 steps.setdefault((kind, found.shape), Step("tune", layer.name, kind))
-    return list(steps.values())
+    forward = [step for step in steps.values() if step.variant == KINDS[0]]
+    steps_up = [Step("tune", name, STEP_UP) for name in reversed(step_up.cases(settings.layers()))]
+    return [*forward, *steps_up, *(step for step in steps.values() if step not in forward)]
 
 
 def search(settings: Settings, step: Step) -> Row:
@@ -76,7 +89,20 @@ def search(settings: Settings, step: Step) -> Row:
 
     AssertionError if none is right.
     """
-    device, layer = torch.device(settings.device), layer_of(settings, step.name)
+    device = torch.device(settings.device)
+    if step.variant == STEP_UP:
+        case = step_up.cases(settings.layers())[step.name]
+        if (reason := step_up.obstacle(case, device)) is not None:
+            return {"status": "skipped", "reason": reason}
+        subject = step_up_subject(case, gpu.target(device))
+        ours, others = step_up.runs(case, device)
+
+        def check(candidate: Any) -> None:
+            with tuning.pinned(subject.op, candidate):
+                step_up.check(case, device)
+
+        return _searched(settings, subject, ours, others, check)
+    layer = layer_of(settings, step.name)
     subject = subject_of(layer, step.variant, gpu.target(device))
     backward = step.variant != "forward"
     sets = layer_sets(layer, device)
@@ -88,16 +114,23 @@ def search(settings: Settings, step: Step) -> Row:
         only = [name for name in inputs if (name in _PARAMETERS) == (step.variant == "weight_grad")]
         return [backward_run(layer, backend, each, only) for each in sets]
 
-    # The graph of a backward pass is made once, by the derived configurations; a pin holds for the pass itself.
-    ours = runs_of("triton")
-
-    def prepare(candidate: Any) -> Runs:
+    def check_layer(candidate: Any) -> None:
         with fastunet.backend("triton"):
             check_last_image(layer, inputs, backward=backward, around=lambda: tuning.pinned(subject.op, candidate))
+
+    # The graph of a backward pass is made once, by the derived configurations; a pin holds for the pass itself.
+    return _searched(settings, subject, runs_of("triton"), runs_of("aten"), check_layer)
+
+
+def _searched(settings: Settings, subject: Subject, ours: Runs, others: Runs, check: Callable[[Any], None]) -> Row:
+    """The row of a subject by calls of the kernel, and of what people have in its place."""
+
+    def prepare(candidate: Any) -> Runs:
+        check(candidate)
         return [within(subject.op, candidate, run) for run in ours]
 
     with cudnn_benchmark():
-        found = choose(subject.candidates, prepare, runs_of("aten"), clock_of(device), settings)
+        found = choose(subject.candidates, prepare, others, clock_of(torch.device(settings.device)), settings)
     winner = found.pop("winner")
     margins = {name: found[name]["median"] for name in ("margin_over_derived", "margin_over_aten") if name in found}
     return {"entry": tuning.as_row(subject.op, subject.shape, DTYPE, False, winner) | margins, **found}

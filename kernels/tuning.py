@@ -30,8 +30,8 @@ _pins: dict[str, Any] = {}
 
 @contextmanager
 def pinned(op: str, config: Any) -> Iterator[None]:
-    """Within the block, `op` ("conv3x3", "conv3x3_input_grad" or "conv3x3_weight_grad") runs with this config whatever
-    its shape.
+    """Within the block, `op` ("conv3x3", "conv3x3_input_grad", "conv3x3_weight_grad" or config.COMPOSED) runs with this
+    config whatever its shape.
     """
     before = dict(_pins)
     _pins[op] = config

@@ -54,12 +54,34 @@ def spoil_single_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(launch: gpu.Launch, device: torch.device) -> None:
         run(launch, device)
         if launch.num_warps == 1:
-            for name in ("y_ptr", "out_ptr", "partial_ptr"):
+            for name in ("y_ptr", "y_desc", "out_ptr", "partial_ptr"):
                 result = launch.arguments.get(name)
                 if result is not None:
-                    result.mul_(1.5)
+                    getattr(result, "base", result).mul_(1.5)
 
     monkeypatch.setattr(gpu.Launch, "run", spoilt)
+
+
+@pytest.mark.slow
+def test_a_search_of_a_step_up_drops_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, step = dataclasses.replace(SMALL, features=(64, 128), size=8), Step("tune", "up1.c1", search.STEP_UP)
+    row = measure.run_step(settings, step)
+    assert (row["status"], "sm_90" in row["reason"]) == ("skipped", True)
+    monkeypatch.setattr(gpu, "INTERPRETER", dataclasses.replace(gpu.known_target(90), multiprocessors=4))
+    subject_of = search.step_up_subject
+
+    def two(*arguments: Any) -> search.Subject:
+        found = subject_of(*arguments)
+        derived = found.candidates[0]
+        return dataclasses.replace(found, candidates=[derived, dataclasses.replace(derived, num_warps=1)])
+
+    monkeypatch.setattr(search, "step_up_subject", two)
+    spoil_single_warps(monkeypatch)
+    row = measure.run_step(settings, step)
+    assert row["status"] == "ok", row["reason"]
+    assert [each["config"]["num_warps"] for each in row["dropped"]] == [1]
+    assert row["entry"]["op"] == "conv_transpose2x2_concat_conv3x3"
+    assert row["entry"]["config"]["num_warps"] > 1
 
 
 @pytest.mark.slow

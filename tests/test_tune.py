@@ -74,7 +74,9 @@ def test_preparing_ends_in_time_but_not_before_the_first() -> None:
 
 def test_every_shape_is_searched_once() -> None:
     steps = search.tune_steps(Settings())
-    assert [step.variant for step in steps] == sorted((step.variant for step in steps), key=search.KINDS.index)
+    order = ["forward", search.STEP_UP, *search.KINDS[1:]]
+    assert [step.variant for step in steps] == sorted((step.variant for step in steps), key=order.index)
+    assert [step.name for step in steps if step.variant == search.STEP_UP] == [f"up{i}.c1" for i in (4, 3, 2, 1)]
     forward = {step.name for step in steps if step.variant == "forward"}
     assert {"inc.c1", "inc.c2", "up4.c1", "down4.c2"} <= forward
     assert not {"up4.c2", "outc", "up1.up"} & forward, "up4.c2 has inc.c2's shape; the others are no 3x3 convolutions"
@@ -83,6 +85,28 @@ def test_every_shape_is_searched_once() -> None:
 
 def meta(*sizes: int) -> torch.Tensor:
     return torch.empty(sizes, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+
+
+def test_a_composed_launch_takes_what_the_table_says(tmp_path: Path) -> None:
+    kernels = pytest.importorskip("fastunet.kernels.conv_transpose2x2_concat_conv3x3", reason="needs triton")
+    from fastunet.benchmarks import step_up
+    from fastunet.kernels.epilogue import Epilogue
+
+    case = step_up.cases(Settings(batch=2).layers())["up4.c1"]
+    subject = search.step_up_subject(case, HOPPER)
+    assert all(64 % candidate.block_n == 0 for candidate in subject.candidates)
+    winner = subject.candidates[-1]
+    row = {"name": "up4.c1", "entry": tuning.as_row(subject.op, subject.shape, torch.bfloat16, False, winner)}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(tune.table([row], HOPPER.name, {})))
+    images = meta(2, 64, 512, 512), meta(2, 128, 256, 256)
+    weights = kernels.Composed(meta(64, 9 * 64, 1, 1)[:, :, 0, 0], meta(4 * 64, 4 * 128, 1, 1)[:, :, 0, 0], None)
+    with tuning.reading(path):
+        chosen = config.composed_config(subject.shape, torch.bfloat16, HOPPER)
+    launch = kernels.launch(*images, weights, chosen, Epilogue(meta(2, 64, 512, 512)))
+    assert chosen == winner != subject.candidates[0]
+    assert (launch.num_warps, launch.arguments["TILE_H"]) == (winner.num_warps, winner.tile_h)
+    assert launch.arguments["BLOCK_K"] == winner.block_k
 
 
 @pytest.mark.parametrize("name", ["inc.c1", "inc.c2", "up4.c1"])
