@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastunet.files import write_json
 
+from . import step_up
 from .accesses import Traffic, copies_of, traffic_of
 from .environment import environment
 from .jobs import TARGETS, describe
@@ -33,6 +34,8 @@ from .work import eager_passes, fused_pass
 
 # Whose totals are the net's with its head in the last convolution's epilogue, as it runs without gradients.
 JOINED = "with the head joined"
+# The same, and every upsampling composed with the convolution after it.
+COMPOSED = "with steps up composed, too"
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,49 @@ def joined_head_traffic(
     return replace(row, floor_bytes=least, eager_bytes=eager)
 
 
+def composed_traffic(settings: Settings, target: gpu.Target, dtype: torch.dtype = DTYPE) -> list[LayerTraffic]:
+    """Of each upsampling with the convolution after it in one launch; none where the kernel does not take them all."""
+    layers = {layer.name: layer for layer in settings.layers()}
+    rows = []
+    for name, case in step_up.cases([*layers.values()]).items():
+        row = _composed(layers[name.replace(".c1", ".up")], layers[name], case.shapes, target, dtype)
+        if row is None:
+            return []
+        rows.append(row)
+    return rows
+
+
+def _composed(
+    up: Layer, conv: Layer, shapes: Mapping[str, tuple[int, ...]], target: gpu.Target, dtype: torch.dtype
+) -> LayerTraffic | None:
+    from fastunet.kernels import conv_transpose2x2_concat_conv3x3 as kernels
+    from fastunet.kernels.epilogue import Epilogue
+
+    skip, low, bias = (_tensor(shapes[name], dtype) for name in ("skip", "low", "bias"))
+    (batch, c1, *sides), c_low, c_out = skip.shape, low.shape[1], shapes["weight"][0]
+    if not config.fits_composed((c1, c_low), c_out, dtype, target) or any(side % 2 for side in sides):
+        return None
+    weights = kernels.Composed(
+        _tensor((c_out, 9 * c1), dtype),
+        _tensor((4 * c_out, 4 * c_low), dtype),
+        torch.empty((4, 4, c_out), device="meta"),
+    )
+    y = _tensor((batch, c_out, *sides), dtype)
+    shape = config.ConvShape(c1, c_low, c_out, *low.shape[2:])
+    chosen = config.composed_config(shape, dtype, target)
+    launch = kernels.launch(skip, low, weights, chosen, Epilogue(y, bias, negative_slope=0.0))
+    flops = 2 * y.numel() * (9 * c1 + 4 * c_low)
+    # The pair has no fewer bytes than its inputs, its parameters and its output; the weights are composed once.
+    given = [skip, low, bias, y, *(t for t in weights if t is not None)]
+    pair = replace(conv, name=f"{up.name}+{conv.name}", flops=flops)
+    row = _of_launch(pair, launch, {str(i): t for i, t in enumerate(given)}, dtype)
+    eager = sum(work.bytes for layer in (up, conv) for work in eager_passes(layer, dtype.itemsize))
+    return replace(row, floor_bytes=sum(t.numel() * t.element_size() for t in given), eager_bytes=eager)
+
+
 def _of_launch(layer: Layer, launch: gpu.Launch, tensors: dict[str, Tensor], dtype: torch.dtype) -> LayerTraffic:
     arguments = launch.arguments
-    form = config.DESCRIPTOR if "x_desc" in arguments else config.POINTER
+    form = config.DESCRIPTOR if {"x_desc", "skip_desc"} & {*arguments} else config.POINTER
     return LayerTraffic(
         layer.name,
         config.FOLDED if arguments.get("FOLDED") else form,
@@ -148,11 +191,18 @@ def net_traffic(
     return [layer_traffic(layer, target, dtype) for layer in layers], joined
 
 
-def summarise(rows: Sequence[LayerTraffic], joined: LayerTraffic | None) -> dict[str, Any]:
-    """Totals of the net, layer by layer and, where that is possible, with the head joined to the last convolution."""
+def summarise(
+    rows: Sequence[LayerTraffic], joined: LayerTraffic | None, composed: Sequence[LayerTraffic] = ()
+) -> dict[str, Any]:
+    """Totals of the net, layer by layer and, where that is possible, with the head joined to the last convolution, and
+    with steps up composed beside.
+    """
     summary = {"layer by layer": _totals(rows)}
     if joined is not None:
         summary[JOINED] = _totals([*rows[:-2], joined])
+        replaced = {name for row in composed for name in row.name.split("+")}
+        if composed:
+            summary[COMPOSED] = _totals([*(r for r in rows[:-2] if r.name not in replaced), *composed, joined])
     return summary
 
 
@@ -170,11 +220,12 @@ def _totals(rows: Sequence[LayerTraffic]) -> dict[str, Any]:
     }
 
 
-def render(rows: Sequence[LayerTraffic], joined: LayerTraffic | None) -> str:
+def render(rows: Sequence[LayerTraffic], joined: LayerTraffic | None, composed: Sequence[LayerTraffic] = ()) -> str:
     """Markdown, in megabytes over the batch."""
     header = ["layer", "form", "config", "floor MB", "kernel MB", "eager MB", "of floor", "of eager", "L2 B/kFLOP"]
-    lines = [_line(row.name, row.form, row.config, _totals([row])) for row in (*rows, *([joined] if joined else []))]
-    lines += [_line(name, "", "", totals) for name, totals in summarise(rows, joined).items()]
+    every = [*rows, *([joined] if joined else []), *composed]
+    lines = [_line(row.name, row.form, row.config, _totals([row])) for row in every]
+    lines += [_line(name, "", "", totals) for name, totals in summarise(rows, joined, composed).items()]
     return table(header, lines)
 
 
@@ -214,17 +265,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     dtype = DTYPES[options.dtype]
     try:
+        targets = {capability: gpu.known_target(capability) for capability in options.capability}
         nets = {
-            capability: net_traffic(settings, gpu.known_target(capability), dtype) for capability in options.capability
+            capability: (*net_traffic(settings, target, dtype), composed_traffic(settings, target, dtype))
+            for capability, target in targets.items()
         }
     except ValueError as error:  # Of the model: channels below one, a single level.
         parser.error(str(error))
     found = {}
-    for capability, (rows, joined) in nets.items():
-        print(f"## sm_{capability}\n\n{render(rows, joined)}\n")
-        every = [*rows, *([joined] if joined else [])]
+    for capability, (rows, joined, composed) in nets.items():
+        print(f"## sm_{capability}\n\n{render(rows, joined, composed)}\n")
+        every = [*rows, *([joined] if joined else []), *composed]
         found[f"sm_{capability}"] = {
-            "summary": summarise(rows, joined),
+            "summary": summarise(rows, joined, composed),
             "rows": [{**asdict(row), "l2_bytes_per_flop": row.l2_bytes_per_flop} for row in every],
         }
     if options.out is not None:

@@ -210,7 +210,9 @@ def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> Con
 
 def derived_composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
     """As composed_config, whatever was measured. A block of channels is 128 only where that divides them."""
-    return _descriptor_conv_config(shape, dtype, target)
+    # There is a program for each of four sub-pixels: as many as of an image of twice the size.
+    doubled = replace(shape, height=2 * shape.height, width=2 * shape.width)
+    return _descriptor_conv_config(doubled, dtype, target)
 
 
 def splittings(chosen: ConvConfig, shape: ConvShape, target: Target) -> list[int]:

@@ -50,6 +50,25 @@ def test_a_joined_head_saves_the_last_image_twice() -> None:
     assert apart - joined.memory_bytes == 2 * (16 * 64 * 512 * 512 * 2)
 
 
+def test_a_composed_step_up_saves_the_upsampled_image_twice() -> None:
+    """It is neither written nor read; the weights are others, and there is a seventh less to multiply."""
+    rows, joined = traffic.net_traffic(CLASSIC, H100)
+    composed = traffic.composed_traffic(CLASSIC, H100)
+    by_name = {row.name: row for row in rows}
+    assert [row.name for row in composed] == [f"up{i}.up+up{i}.c1" for i in (1, 2, 3, 4)]
+    for row, c, side in zip(composed, (512, 256, 128, 64), (64, 128, 256, 512), strict=True):
+        apart = [by_name[name] for name in row.name.split("+")]
+        weights = 2 * (2 * c * c * 4 + 9 * 2 * c * c), 2 * (9 * c * c + 16 * 2 * c * c)
+        image, border, copies = 16 * side**2 * c * 2, 16 * c * 4 - c * 2, sum(r.copies.memory for r in apart)
+        saved = sum(each.memory_bytes for each in apart) - copies - row.memory_bytes
+        assert saved == 2 * image + weights[0] - weights[1] - border
+        assert row.flops / sum(each.flops for each in apart) == 17 / 20
+        assert row.launch.memory == row.floor_bytes
+    summary = traffic.summarise(rows, joined, composed)
+    assert round(summary[traffic.COMPOSED]["of_eager"], 2) == 0.23
+    assert traffic.composed_traffic(CLASSIC, A100) == []
+
+
 def test_a_head_that_does_not_fit_is_not_joined() -> None:
     """A program holds at most 128 channels, and 8 classes."""
     for settings in (Settings(size=32, features=(256, 512)), Settings(size=32, out_channels=9)):
