@@ -43,6 +43,22 @@ def test_the_kept_bytes_are_the_result_files() -> None:
     assert sentence.format(*figures) in (ROOT / "README.md").read_text()
 
 
+def test_the_moved_bytes_are_the_result_files() -> None:
+    found = json.loads((ROOT / "benchmarks/results/traffic.json").read_text())
+    summary, images = found["sm_90"]["summary"]["with steps up composed, too"], found["settings"]["batch"]
+    ours, eager = (f"{summary[name] / images / 1e6:.0f}" for name in ("memory_bytes", "eager_bytes"))
+    text = (ROOT / "README.md").read_text()
+    assert f"moves {ours} MB for every 512x512 image" in text
+    assert f"a pass of its own {eager} MB" in text
+
+
+def test_what_8_bits_cost_is_the_result_files() -> None:
+    found = json.loads((ROOT / "benchmarks/results/cpu/quantization.json").read_text())
+    before, after = (f"{found[name]['mean_dice']:.4f}" for name in ("float", "e4m3"))
+    assert before == after, "then it does not stay"
+    assert f"stays at {before}" in (ROOT / "README.md").read_text()
+
+
 def python_example(call: str) -> str:
     """The README's one block of Python with this call in it."""
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
