@@ -155,3 +155,9 @@ def test_a_quantised_net_writes_e4m3(options: dict, passes: int, autocast: bool,
     # The order of sums, or a rounding to half before that to e4m3, decides about one here and there.
     error = (y - emulated).double().norm() / emulated.double().norm()
     assert float(error) < 1e-2
+
+
+def test_a_quantised_net_runs_from_a_list_of_launches(hopper: None) -> None:
+    model, x = quantised_model(torch.float16), random_input((1, 1, 8, 16), dtype=torch.float16, device=DEVICE)
+    with torch.no_grad(), fastunet.backend("triton"):
+        assert torch.equal(fastunet.planned(model)(x), model(x))
