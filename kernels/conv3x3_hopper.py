@@ -285,7 +285,6 @@ def conv3x3_hopper_kernel(
         [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
 # fmt: on
-# fmt: on
 
 
 def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescriptor:

@@ -12,7 +12,6 @@ from fastunet.benchmarks.accesses import Traffic
 from fastunet.kernels import gpu
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def with_memory(launch: gpu.Launch) -> gpu.Launch:
@@ -24,7 +23,7 @@ def with_memory(launch: gpu.Launch) -> gpu.Launch:
 def _with_memory(value: Any) -> Any:
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
-    if isinstance(value, TensorDescriptor):
+    if hasattr(value, "block_shape"):  # A tensor descriptor, Triton's or Gluon's.
         return dataclasses.replace(value, base=_with_memory(value.base))
     return value
 

@@ -135,11 +135,14 @@ class Memory:
 
 @dataclass(eq=False)
 class Descriptor:
-    """A strided view of a tensor in global memory and the box in which it is copied. written: how often each value."""
+    """A strided view of a tensor in global memory and the box in which it is copied. written: how often each value;
+    loaded: how many values in all.
+    """
 
     tensor: np.ndarray
     box: tuple[int, ...]
     written: np.ndarray
+    loaded: int = 0
     dtype = layout = None
 
     def overlap(self, at: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
@@ -256,6 +259,7 @@ class Cta:
         values, parts = np.zeros(source.box), source.overlap(at)
         if parts is not None:
             values[parts[0]] = source.tensor[parts[1]]
+            source.loaded += values[parts[0]].size
         flat = values.reshape(-1)
         cuts = sorted({0, size, *(self.random.randrange(size) for _ in range(self.random.randrange(3)))})
         for low, high in itertools.pairwise(cuts):

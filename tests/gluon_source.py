@@ -91,15 +91,16 @@ class _Anything:
 
 
 class Pointer:
-    """A pointer into a tensor, and how often each of its values is written."""
+    """A pointer into a tensor; how often each of its values is written, and how many are loaded in all."""
 
     dtype = _Anything()
 
-    def __init__(self, values: np.ndarray, written: np.ndarray, offset: Any = 0) -> None:
+    def __init__(self, values: np.ndarray, written: np.ndarray, offset: Any = 0, first: Pointer | None = None) -> None:
         self.values, self.written, self.offset = values, written, offset
+        self.first, self.loaded = first or self, 0
 
     def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.values, self.written, self.offset + offset)
+        return Pointer(self.values, self.written, self.offset + offset, self.first)
 
 
 def _language(cta: Cta) -> _Anything:
@@ -108,6 +109,7 @@ def _language(cta: Cta) -> _Anything:
 
     def load(pointer: Pointer, mask: Any = True, other: float = 0.0) -> Registers:
         offsets = np.where(mask, pointer.offset, 0).astype(int)
+        pointer.first.loaded += int(np.broadcast_to(mask, offsets.shape).sum())
         return registers(np.where(mask, pointer.values[offsets], other))
 
     def store(pointer: Pointer, values: Any, mask: Any) -> Steps:

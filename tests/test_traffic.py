@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastunet.benchmarks import accesses, traffic
-from fastunet.benchmarks.accesses import Traffic, copies_of, tap_rows
+from fastunet.benchmarks import access_counts, traffic
+from fastunet.benchmarks.accesses import Traffic, copies_of
 from fastunet.benchmarks.layers import UPSAMPLE, Layer
 from fastunet.benchmarks.measure import Settings
 from fastunet.kernels import gpu
@@ -107,15 +107,15 @@ def test_every_level_of_the_classic_net_by_bytes_for_a_flop() -> None:
 @pytest.mark.parametrize("size", [1, 2, 5, 13, 64])
 def test_rows_of_taps_by_enumeration(size: int, tile: int) -> None:
     covered = range(-(-size // tile) * tile)
-    assert tap_rows(size) == sum(0 <= row + tap < size for row in range(size) for tap in (-1, 0, 1))
-    assert tap_rows(size, tile) == sum(0 <= row + tap < size for row in covered for tap in (-1, 0, 1))
+    assert access_counts.tap_rows(size) == sum(0 <= row + tap < size for row in range(size) for tap in (-1, 0, 1))
+    assert access_counts.tap_rows(size, tile) == sum(0 <= row + tap < size for row in covered for tap in (-1, 0, 1))
 
 
 @pytest.mark.parametrize(("size", "box"), [(64, 64), (80, 64), (33, 32)])
 def test_rows_of_boxes_by_enumeration(size: int, box: int) -> None:
     limit, first = 100, 10
     loaded = [row for at in range(first, first + size, box) for row in range(at, at + box) if row < limit]
-    assert accesses._box_rows(first, size, box, limit) == len(loaded)
+    assert access_counts._box_rows(first, size, box, limit) == len(loaded)
 
 
 def test_only_a_copy_counts_as_one() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import accesses
+from fastunet.benchmarks import access_counts
 from fastunet.benchmarks.accesses import traffic_of
 from fastunet.benchmarks.jobs import Job, all_ops, launch_of
 from fastunet.benchmarks.jobs.segmentation_loss import Shape
@@ -90,7 +90,7 @@ JOBS = [
 
 
 def test_every_op_there_is_a_job_for_is_counted() -> None:
-    # Gluon has no interpreter: those kernels have no count either.
+    # Gluon has no interpreter: test_traffic_emulated.py has those kernels.
     assert {job.op for job in JOBS} == {op for op in all_ops() if not op.startswith("halo")}
 
 
@@ -112,7 +112,7 @@ def test_a_count_that_forgets_the_edges_is_caught(capability: int, monkeypatch: 
     }
     wrong = []
     for mistake, rows in planted.items():
-        monkeypatch.setattr(accesses, "tap_rows", rows)
+        monkeypatch.setattr(access_counts, "tap_rows", rows)
         if traffic_of(launch) != seen:
             wrong.append(mistake)
     assert wrong == [*planted][: 2 if capability == 80 else 3]

@@ -1,0 +1,79 @@
+"""The bytes that launches of Hopper's kernel are said to move, against those that a model of the hardware accesses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton, for the kernel's constants and descriptors")
+
+from counted_accesses import with_memory
+from fastunet.benchmarks import access_counts
+from fastunet.benchmarks.accesses import traffic_of
+from fastunet.benchmarks.jobs import Job, launch_of
+from fastunet.benchmarks.jobs.hopper import OPS, HaloShape
+from fastunet.kernels import config, conv3x3_hopper, gpu, hopper_epilogue
+from fastunet.kernels.config import ConvShape
+from gluon_source import run
+
+MODULES = (hopper_epilogue, conv3x3_hopper)
+HOPPER = gpu.known_target(90)
+# 33x20 pixels leave the last tiles partly outside, on both sides; 80 channels the last block.
+_ONE, _TWO, _SEVERAL = ConvShape(64, 0, 64, 33, 20), ConvShape(64, 64, 64, 33, 20), ConvShape(64, 0, 80, 20, 12)
+
+
+def chosen(shape: ConvShape, form: str, swapped: bool = False) -> config.ConvConfig:
+    weights = 9 * (shape.c1 + shape.c2) // 64 if form == config.RESIDENT else 4
+    return config.ConvConfig(16, 8, 64, 64, 4, 2, form, weight_stages=weights, swapped=swapped)
+
+
+def job(op: str, shape: ConvShape, form: str = config.HALO, swapped: bool = False) -> Job:
+    return Job(op, torch.bfloat16, False, 90, HaloShape(shape, chosen(shape, form, swapped)))
+
+
+JOBS = [
+    *(job(op, _ONE) for op in OPS),
+    job("halo", _TWO),
+    job("halo", _SEVERAL, swapped=True),
+    job("halo", _ONE, config.RESIDENT),
+    job("halo_pool", _TWO, config.RESIDENT, swapped=True),
+]
+
+
+def accessed(launch: gpu.Launch) -> dict[str, tuple[int, int]]:
+    """By argument, how many of its elements are loaded and stored on the model."""
+    memory = run(MODULES, launch, seed=0)
+    found = {}
+    for name, value in memory.arguments.items():
+        if hasattr(value, "loaded"):
+            found[name] = value.loaded, int(value.written.sum())
+    return found
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job.op}-{job.shape.conv}-{job.shape.chosen.form}")
+def test_traffic_is_what_the_kernel_accesses(job: Job) -> None:
+    launch = with_memory(launch_of(job))
+    seen = accessed(launch)
+    bytes_of = {name: access_counts.tensor_of(launch.arguments[name]).element_size() for name in seen}
+    traffic = traffic_of(launch)
+    assert traffic.loaded == sum(loaded * bytes_of[name] for name, (loaded, _) in seen.items())
+    assert traffic.stored == traffic.written == sum(stored * bytes_of[name] for name, (_, stored) in seen.items())
+    assert traffic.read < traffic.loaded
+
+
+def test_halo_reuse_loads_a_third_of_the_pixels_and_residence_the_weights_once() -> None:
+    """Of a tile of 32x8 pixels: 3 * 34 rows of 8 in place of 9 * 32, and per program in place of per tile."""
+    shape = ConvShape(64, 0, 64, 512, 512)
+    loads, programs = {}, 0
+    for form, each in {
+        "descriptor": config.derived_conv_config(shape, torch.bfloat16, HOPPER, False),
+        "halo": config.halo_config(shape, HOPPER),
+        "resident": config.resident_config(shape),
+    }.items():
+        op = "forward" if form == "descriptor" else "halo"
+        launch = launch_of(Job(op, torch.bfloat16, False, 90, shape if op == "forward" else HaloShape(shape, each)))
+        counts = access_counts.COUNTS[launch.kernel.fn.__name__](launch.arguments, launch.grid).loads
+        loads[form], programs = (counts["x_desc"], counts["weight_desc"]), launch.grid
+    assert 2.8 < loads["descriptor"][0] / loads["halo"][0] < 2.9
+    assert loads["halo"][0] == loads["resident"][0]
+    assert loads["halo"][1] / loads["resident"][1] == 2 * 512 * 512 // (32 * 8) / programs
