@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import compiler, dispatch, modules
 from fastunet.fx_nodes import arguments, value_of
+from fastunet.graphs import GraphedModel
 from fastunet.ops.registration import NAMESPACE, choice_for
 from fastunet.patterns import Pattern
 from fastunet.quantization import QuantizedConv3x3
@@ -72,7 +73,8 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
 
     Of a model of fastunet's own blocks, a row for each op that runs. Of any other, compiled or not, a row for each
     convolution, pooling and upsampling with all that would be computed with it: what
-    `torch.compile(model, backend="fastunet")` puts in its place, or why it is left.
+    `torch.compile(model, backend="fastunet")` puts in its place, or why it is left. Of `fastunet.graphed` and
+    `fastunet.planned` those of the model within, whose launches they repeat.
 
     Nothing is computed and nothing changes: the model runs on fake tensors, without data. `device` asks about another
     device than the example's, "cuda" also on a machine that has none. The model's mode is as it stands: in training it
@@ -81,6 +83,7 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
     Raises BackendError where the forced backend cannot run an op.
     """
     model = getattr(model, "_orig_mod", model)  # What torch.compile wraps.
+    model = model.model if isinstance(model, GraphedModel) else model
     target = torch.device(device) if device is not None else example.device
     with torch.set_grad_enabled(model.training):
         if any(isinstance(module, _OWN_BLOCKS) for module in model.modules()):

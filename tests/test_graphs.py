@@ -112,6 +112,11 @@ def test_predict_knows_the_head(net: fastunet.UNet) -> None:
     torch.testing.assert_close(fastunet.predict(fast, image()), fastunet.predict(net, image()))
 
 
+def test_explain_looks_within(net: fastunet.UNet) -> None:
+    for fast in (graphed(net), fastunet.planned(net)):
+        assert fastunet.explain(fast, image()) == fastunet.explain(net, image())
+
+
 def test_errors(net: fastunet.UNet) -> None:
     with pytest.raises(ConfigError, match="at least 1 graph, got 0"):
         graphed(net, most=0)

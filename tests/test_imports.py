@@ -38,8 +38,8 @@ FLOORS = {
     "augmentation": 4,
     "synthetic": 4,
     "checkpoint": 4,
-    "graphs": 4,
-    "plan": 5,  # On graphs, for what they share.
+    "graphs": 3,
+    "plan": 4,  # On graphs, for what they share.
     "inference": 4,
     "report": 4,
     "training": 4,
@@ -55,6 +55,7 @@ WITHIN_A_FLOOR = {
     ("explanation", "patterns"),
     ("explanation", "fx_nodes"),
     ("explanation", "quantization"),
+    ("explanation", "graphs"),
     ("compiler", "patterns"),
     ("compiler", "rewriting"),
     ("rewriting", "patterns"),
