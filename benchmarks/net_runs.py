@@ -34,7 +34,24 @@ def prepare_net(
     """
     distances = check_net(settings, model, backends[0], training=training)
     make = training_run if training else inference_run
-    return distances, {backend: make(settings, copy.deepcopy(model), backend) for backend in backends}
+    runs = {backend: make(settings, copy.deepcopy(model), backend) for backend in backends}
+    return distances, runs | (_without(settings, model, training=training) if backends[0] == "triton" else {})
+
+
+def _without(settings: Settings, model: fastunet.UNet, *, training: bool) -> dict[str, Callable[[], Any]]:
+    """The kernels' runs without what can be left out: in training, outputs made anew; in inference, steps up as one."""
+    model = copy.deepcopy(model)
+    if training:
+        run = training_run(settings, model, "triton")
+
+        def run_keeping() -> None:
+            with fastunet.recomputing(False):
+                run()
+
+        return {"triton, outputs kept": run_keeping}
+    for up in model.ups:
+        up.folds_upsampling = False
+    return {"triton, steps up in two": inference_run(settings, model, "triton")}
 
 
 def inference_run(settings: Settings, model: nn.Module, backend: str) -> Callable[[], Any]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastunet.explanation import explain
     from fastunet.graphs import graphed
     from fastunet.inference import predict
+    from fastunet.ops.recompute import recomputing
     from fastunet.plan import planned
     from fastunet.quantization import quantize
     from fastunet.unet import UNet
@@ -32,6 +33,7 @@ _HOMES: dict[str, str | None] = {
     "planned": "plan",
     "predict": "inference",
     "quantize": "quantization",
+    "recomputing": "ops.recompute",
     "reference": None,
 }
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "planned",
     "predict",
     "quantize",
+    "recomputing",
     "reference",
 ]
 

@@ -61,17 +61,20 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"activation": "leaky_relu"}, {"head": "sigmoid", "upsample": "bilinear"}], ids=str
 )
-def test_gradients_are_those_of_kept_inputs(norm: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_those_of_kept_inputs(norm: str, options: dict) -> None:
     model, x, grad = net(norm, **options), image(), image(OUT, seed=1)
     ours = gradients(model, x, grad)
-    monkeypatch.setattr(recompute, "remember", lambda *_: None)
-    kept = gradients(net(norm, **options), x, grad)
+    with fastunet.recomputing(False):
+        kept = gradients(net(norm, **options), x, grad)
     assert_same(ours, kept)
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
 @pytest.mark.parametrize("norm", NORMS)
-def test_no_activation_is_kept(norm: str) -> None:
-    """Of each pair of layers only the input and the two sums; of the net also what pooling and upsampling give."""
+def test_no_activation_is_kept(norm: str, recomputes: bool) -> None:
+    """Of each pair of layers only the input and the two sums; of the net also what pooling and upsampling give. But
+    where that is switched off, each pair's two outputs, the last one for the head.
+    """
     model, x = net(norm), image()
     parameters = {p.data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, ...]] = {}
@@ -81,10 +84,11 @@ def test_no_activation_is_kept(norm: str) -> None:
             kept[t.data_ptr()] = tuple(t.shape)
         return t
 
-    with saved_tensors_hooks(keep, lambda t: t):
+    with fastunet.recomputing(recomputes), saved_tensors_hooks(keep, lambda t: t):
         y = model(x)
     level, below, doubled = (2, 4, 8, 8), (2, 6, 4, 4), (2, 4, 8, 8)
     expected = [X, *[level] * 2, (2, 4, 4, 4), *[below] * 2, doubled, *[level] * 2]
+    expected += [] if recomputes else [*[level] * 2, *[below] * 2, *[level] * 2]
     assert sorted(kept.values()) == sorted(expected)
     assert y.requires_grad
 

@@ -7,6 +7,8 @@ to the same bits. Of a U-Net with norm this leaves half of what its layers keep.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,13 +31,27 @@ class Origin(NamedTuple):
 
 
 _origins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_enabled = True
+
+
+@contextmanager
+def recomputing(enabled: bool) -> Iterator[None]:
+    """Within the block, in every thread, whether a forward on the Triton kernels leaves outputs of norms to be computed
+    anew by its backward. It does outside: half the memory for a pass over each of them.
+    """
+    global _enabled
+    before, _enabled = _enabled, enabled
+    try:
+        yield
+    finally:
+        _enabled = before
 
 
 def remember(
     y: Tensor, raw: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None, slope: float | None
 ) -> None:
     """Let the ops that y goes into keep this instead, if our kernels made y and there will be a backward."""
-    if not torch.compiler.is_compiling() and getattr(y.grad_fn, "is_recomputable", False):
+    if _enabled and not torch.compiler.is_compiling() and getattr(y.grad_fn, "is_recomputable", False):
         _origins[y] = Origin(raw, mean, invstd, gamma, beta, slope, y._version)
 
 
