@@ -144,6 +144,9 @@ def test_a_quantised_model_is_kept_and_moved() -> None:
     half = copy.deepcopy(quantised).bfloat16()
     layer = quantised_layers(half)["up1.conv.first"]
     assert (layer.weight.dtype, layer.gamma.dtype) == (E4M3, torch.float32)
+    scales = [t for name, t in half.named_buffers() if name.endswith("scale")]
+    assert len(scales) == 5 + 4 + 2, "of images, of results, and those of the first and the transposed convolution"
+    assert all(t.dtype == torch.float32 for t in scales)
     assert half(x.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert quantised(x).dtype == torch.bfloat16
