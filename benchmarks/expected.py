@@ -29,7 +29,8 @@ class Call:
     inputs: tensors by parameter name, in the op's order. buffers: running statistics. cotangents: the gradients of its
     outputs, none where the backward is not asked for. y: the op's own first output, by whose values the backward
     decides where given (its sign, the winners of its windows). stores_steps: the implementation is a chain of ops, each
-    of which rounds its result to the dtype.
+    of which rounds its result to the dtype. composes: an upsampling is composed with the convolution after it by a
+    weight of 16 bits.
     """
 
     op: str
@@ -40,6 +41,7 @@ class Call:
     allow_tf32: bool = False
     y: Tensor | None = None
     stores_steps: bool = False
+    composes: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -267,18 +269,18 @@ def _upsampled(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Bo
 
 
 def _conv_transpose2x2_concat_conv3x3_relu(call: Call) -> Results:
-    """In two steps, of which the first is rounded, or by a composed weight. In 16 bits that is rounded instead, and
-    neither bound holds for the other; in float32 its roundings are those of the steps' sums.
+    """In two steps, of which the first is rounded, or by a composed weight, which is rounded instead. In float32 the
+    roundings of composing are those of the steps' sums.
     """
     inputs = call.inputs
+    if call.composes:
+        *sources, bias = inputs.values()
+        sums = Bounded(*composed_sums_expected(*sources))
+        return {"y": _activated(call, (sums + Bounded.exact(bias[:, None, None])).stored(call.dtype))}
     up = _upsampled(call, inputs["low"], inputs["up_weight"], inputs.get("up_bias"))
     sides = [size % 2 for size in inputs["skip"].shape[2:]]
     padded = Bounded(*(F.pad(t, [0, sides[1], 0, sides[0]]) for t in (up.value, up.error)))
     before = _convolve(call, join(Bounded.exact(inputs["skip"]), padded), inputs["weight"], inputs["bias"])
-    if call.dtype.itemsize == 2 and not any(sides):
-        *sources, bias = inputs.values()
-        composed = Bounded(*composed_sums_expected(*sources)) + Bounded.exact(bias[:, None, None])
-        before = Bounded(before.value, before.error.maximum(composed.stored(call.dtype).error))
     return {"y": _activated(call, before)}
 
 

@@ -151,7 +151,16 @@ def check(
     cotangents = [random_cotangent(y, seed=20 + i) for i, y in enumerate(outputs)] if case.backward else []
     actual = results_of(outputs, inputs, cotangents) | buffers
     exact = {name: t.detach() for name, t in inputs.items()}
-    compare(actual, Call(case.op, exact, case.options, before, cotangents, **how(case.op, actual, allow_tf32)))
+    known = how(case.op, actual, allow_tf32) | {"composes": _composes(case.op, exact)}
+    compare(actual, Call(case.op, exact, case.options, before, cotangents, **known))
+
+
+def _composes(op: str, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether a kernel computes an upsampling together with the convolution after it."""
+    if not op.startswith("conv_transpose2x2_concat"):
+        return False
+    skip, weight = inputs["skip"], inputs["weight"]
+    return dispatch.choose(op, skip, weight).implementation == "triton"
 
 
 def results_of(
