@@ -113,22 +113,35 @@ class SplitDoubleConv(nn.Module):
         return y if head is None else head(y)
 
 
-class Conv3x3(nn.Module):
+class _Chained(nn.Module):
+    """A layer whose result may be for a quantised convolution alone. y_scale stays in float32, whatever the model is
+    cast to.
+    """
+
+    y_scale: Tensor | None
+
+    def __init__(self, y_scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("y_scale", y_scale)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        scale = self.y_scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.y_scale is not None:
+            self.y_scale = scale.to(self.y_scale.device)
+        return self
+
+
+class Conv3x3(_Chained):
     """A convolution with what follows it, as in the float model.
 
     y_scale: its result is for a quantised convolution alone: of the first convolution on tensor cores it is divided by
     this and in e4m3.
     """
 
-    y_scale: Tensor | None
-
     def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module) -> None:
         super().__init__()
         self.conv, self.norm, self.act = conv, norm, act
-        self.register_buffer("y_scale", None)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return _keep_float32(self, "y_scale", super()._apply, fn, recurse)
 
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
         if self.y_scale is not None and up is None and not pool and self._chains(x):
@@ -154,21 +167,16 @@ class Conv3x3(nn.Module):
         return y
 
 
-class ChainedConvTranspose2x2(nn.Module):
+class ChainedConvTranspose2x2(_Chained):
     """A 2x2 transposed convolution whose result is for a quantised one alone: on tensor cores it is divided by y_scale
     and in e4m3.
     """
 
     up: Any
-    y_scale: Tensor
 
     def __init__(self, up: nn.Module, y_scale: Tensor) -> None:
-        super().__init__()
+        super().__init__(y_scale)
         self.up = up
-        self.register_buffer("y_scale", y_scale)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return _keep_float32(self, "y_scale", super()._apply, fn, recurse)
 
     @torch.no_grad()
     def forward(self, low: Tensor) -> Tensor:
@@ -187,15 +195,6 @@ class ChainedConvTranspose2x2(nn.Module):
 
         channels = self.up.weight.shape[:2]
         return config_pixels.writes_e4m3(*channels, dtype, gpu.target(low.device))
-
-
-def _keep_float32(module: nn.Module, name: str, apply: Any, fn: Any, recurse: bool) -> Any:
-    """Apply fn, but keep a buffer's dtype: scales stay in float32."""
-    scale = getattr(module, name)
-    apply(fn, recurse)
-    if scale is not None:
-        setattr(module, name, scale.to(getattr(module, name).device))
-    return module
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
