@@ -213,19 +213,18 @@ def conv_transpose2x2_concat_conv3x3(
     *,
     norm: Normalisation | None = None,
     negative_slope: float | None = None,
-    target: gpu.Target | None = None,
 ) -> Tensor:
     """activation(norm(conv2d(cat([skip, conv_transpose2d(low, stride=2)], 1), padding=1)) + bias), weights `arranged`.
 
     skip [N, C1, 2H, 2W], low [N, Cl, H, W], bias [Cout] or None; 16 bits, of which the caller has checked
-    `config.fits_composed`. Returns [N, Cout, 2H, 2W], channels_last. float32 sums. target: as of another device.
+    `config.fits_composed`. Returns [N, Cout, 2H, 2W], channels_last. float32 sums.
     """
     channels_out = weights.of_skip.shape[0]
     y = empty_packed(skip, channels_out, *skip.shape[2:])
     if y.numel():  # A descriptor cannot describe an empty tensor.
         skip, low = packed(skip), packed(low)
         shape = config.ConvShape(skip.shape[1], low.shape[1], channels_out, *low.shape[2:])
-        chosen = config.composed_config(shape, skip.dtype, target or gpu.target(skip.device))
+        chosen = config.composed_config(shape, skip.dtype, gpu.target(skip.device))
         epilogue = Epilogue(y, bias, norm, negative_slope)
         launch(skip, low, weights, chosen, epilogue).run(skip.device)
     return y

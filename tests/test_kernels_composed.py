@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import config, gpu
+from fastunet.kernels import config
 from kernel_device import DEVICE, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
 from planted_bugs import kernels_with
 from torch import Tensor
@@ -23,7 +22,6 @@ pytestmark = MARK
 if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("tensor descriptors need sm_90", allow_module_level=True)
 
-TARGET = dataclasses.replace(gpu.known_target(90), multiprocessors=4) if INTERPRETED else gpu.target(DEVICE)
 EPS = 1e-3
 # Low's height and width: one pixel, less than a tile, several tiles.
 SIZES = [(1, 1), (3, 5), (9, 11)]
@@ -74,7 +72,7 @@ def run(
     border = None if t["up_bias"] is None else upsampled_bias(t["up_bias"].double(), of_up)
     weights = ops.arranged(t["weight"][:, :split], compose_upsampling(up_weight, of_up), border, torch.float16)
     with ops.pinned("conv_transpose2x2_concat_conv3x3", config or chosen()):
-        return ops.run(t["skip"], t["low"], weights, *arguments, target=TARGET, **options)
+        return ops.run(t["skip"], t["low"], weights, *arguments, **options)
 
 
 def check(ops: SimpleNamespace, t: dict, config: config.ConvConfig | None = None) -> None:
