@@ -87,7 +87,8 @@ def check_together(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch asks for a device that has autocast, and up to 2.11 torch.compile breaks its graph at is_autocast_available.
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def check_same_images(op: str, skip: Tensor, up: Tensor) -> None:

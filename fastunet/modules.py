@@ -93,7 +93,8 @@ class Up(reference.Up):
             and _is_inference(norm)
             and not _has_hooks(self.conv)
             and all(s // 2 == n for s, n in zip(skip.shape[2:], low.shape[2:], strict=True))
-            and dispatch.choose(JOINED_UP, skip, conv.weight).prepares
+            # A graph may be traced through here, but not through the question; the op asks at every call.
+            and (torch.compiler.is_compiling() or dispatch.choose(JOINED_UP, skip, conv.weight).prepares)
         )
 
     def _composed(self, low: Tensor, skip: Tensor) -> Tensor:

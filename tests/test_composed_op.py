@@ -119,6 +119,16 @@ def test_a_net_takes_it_in_inference() -> None:
     assert composed(steps) == 0
 
 
+def test_a_compiled_net_takes_it() -> None:
+    model, x = net().half(), image()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with gpu.recording() as steps:
+        y = compiled(x)
+    assert composed(steps) == 1
+    assert_within(y, model(x), 0)
+
+
 def test_explain_says_so() -> None:
     model, x = net().half(), image()
     rows = {row.op: row for row in fastunet.explain(model, x).rows}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import fastunet
+from fastunet import dispatch
 from fastunet.checks import ShapeError
 from fastunet.reference import ReferenceUNet
+from fastunet.testing import assert_within
 
 SMALL = (4, 8, 16)
 
@@ -211,6 +214,27 @@ def test_compiles_in_one_graph(norm: str | None) -> None:
     torch.compile(model, fullgraph=True, backend="aot_eager")(x).backward(cotangent)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_inference_compiles_in_one_graph(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the graph hold what dispatch would answer: it would be traced through a question to a GPU or a file."""
+    torch._dynamo.reset()
+    model, x = fastunet.UNet(1, 2, features=SMALL).to(dtype).eval(), torch.randn(2, 1, 17, 16, dtype=dtype)
+    choose = dispatch.choose
+
+    def asked(*args: Any, **options: Any) -> dispatch.Choice:
+        if torch.compiler.is_dynamo_compiling():
+            raise AssertionError("asked while the graph is traced")
+        return choose(*args, **options)
+
+    monkeypatch.setattr(dispatch, "choose", asked)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert_within(compiled(x), model(x), 0)
+        with fastunet.backend("aten"):
+            assert_within(compiled(x), model(x), 0)
 
 
 def test_hooks_see_one_tensor_each() -> None:

@@ -75,17 +75,24 @@ def _forward(
     if implementation == "triton" and low.shape[1] % 16 == 0:  # Of low's channels dispatch knows nothing.
         y = _by_kernel(skip, low, up_weight, up_bias, weight, bias, (mean, variance, gamma, eps), slope)
         return y.contiguous(memory_format=format)
-    parameters = (t if t is None else t.to(skip.dtype) for t in (up_weight, up_bias, weight))
-    up_weight, up_bias, weight = parameters  # type: ignore[assignment]
+    up_weight, up_bias = _parameters("conv_transpose2x2", low, up_weight, up_bias)
     up = torch.ops.fastunet.conv_transpose2x2(low, up_weight, up_bias, False)
     up = F.pad(up, [0, skip.shape[3] - up.shape[3], 0, skip.shape[2] - up.shape[2]])
     if mean is None:
-        bias = None if bias is None else bias.to(skip.dtype)
+        weight, bias = _parameters("conv3x3_bias_relu", skip, weight, bias)
         y, _ = torch.ops.fastunet.conv3x3_bias_relu(skip, up, weight, bias, slope, False, None, False, False)
     else:
+        weight, _ = _parameters("conv3x3_batch_norm_relu", skip, weight, None)
         given = (gamma, bias, mean, variance, False, 0.0, eps, slope, False, False)
         y, *_ = torch.ops.fastunet.conv3x3_batch_norm_relu(skip, up, weight, *given)
     return y.contiguous(memory_format=format)
+
+
+def _parameters(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As autocast gives them to an op on x: in x's dtype, but where the op prepares them once."""
+    if dispatch.choose(op, x, weight).prepares:
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
 def _by_kernel(
@@ -142,4 +149,4 @@ _op = define(
     fake=_forward_fake,
     weight=lambda *args: (args[4], False),
 )
-define_autocast(_op, cast=(0, 1), parameters=(2, 3, 4))
+define_autocast(_op, cast=(0, 1))  # Of what runs, the op alone knows in which dtype it takes parameters.
