@@ -55,8 +55,6 @@ def run_tests(device: str, seconds: float, folder: Path = ROOT / "tests") -> Row
     if seconds < _LEAST_TESTS:
         return {"reason": "no time left"}
     command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", "-m", "gpu", str(folder)]
-    # A machine with a GPU may lack what the tests of training import.
-    command.append("--continue-on-collection-errors")
     output, ended = run_for(command, seconds)
     return {**count_outcomes(output), "reason": "" if ended else f"Stopped after {seconds:.0f} s."}
 

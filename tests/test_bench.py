@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+
+pytest.importorskip("rich", reason="needs the extra train")
+
+import numpy as np
 import torch
 from command import fastunet
 from fastunet.benchmarks import comparison, perf_table

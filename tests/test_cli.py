@@ -10,8 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("typer", reason="needs the extra train")
+
+import numpy as np
 import tifffile
 from command import fastunet
 from PIL import Image

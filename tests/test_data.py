@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import numpy as np
 import torch
 from image_files import noise, save
 

@@ -6,8 +6,11 @@ import struct
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import numpy as np
 import tifffile
 from image_files import noise, save
 from PIL import Image

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("torchmetrics", reason="needs the extra train")
+
 import torch
 
 from fastunet.checks import ConfigError, DataError, DtypeError, ShapeError

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("safetensors", reason="needs the extra train")
+
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("matplotlib", reason="needs the extra train")
+
 import torch
 from fastunet.benchmarks import roofline
 from fastunet.benchmarks.layers import Layer, meta_unet, unet_layers

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import numpy as np
 
 from fastunet.checks import ConfigError
 from fastunet.data import find_pairs, inspect, read_image, read_mask

@@ -12,8 +12,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
