@@ -100,12 +100,11 @@ def test_the_formula(norm: str | None) -> None:
     ]
     assert torch.equal(layer.weight.double() * weight_scale.double()[:, None, None, None], weight)
     values = (x / layer.scale).clamp(-LARGEST, LARGEST).to(E4M3).double() * layer.scale.double()
-    expected = following.double()(
-        F.conv2d(values, weight, None if conv.bias is None else conv.bias.double(), padding=1)
-    ).relu()
+    sums = F.conv2d(values, weight, None if conv.bias is None else conv.bias.double(), padding=1)
+    expected = following.double()(sums).relu().detach()
     y, pooled = layer(x, pool=True)
     # Sums of 576 products in float32, of values up to 448 of their scales, which come out of the sum once.
-    torch.testing.assert_close(y.double(), expected.detach(), rtol=0, atol=1e-4 * float(expected.max()))
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-4 * float(expected.max()))
     assert torch.equal(pooled, F.max_pool2d(y, 2))
 
 
