@@ -29,6 +29,9 @@ ON_TENSOR_CORES = dispatch.Choice("triton", "in 8 bits on tensor cores")
 EMULATED = dispatch.Choice(
     "aten", "emulated in float32, slowly: tensor cores want sm_90, images in 16 bits, and Triton"
 )
+# These layers are no ops: torch.compile would trace into Triton's launches, where it fails, and so goes around them.
+# torch.compiler.disable would import the compiler, which takes seconds, with this module; this one does at a call.
+_untraced = torch._disable_dynamo
 
 
 @torch.no_grad()
@@ -41,7 +44,7 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
 
     On an NVIDIA GPU from sm_90 on, images in 16 bits (under autocast, or of a model in 16 bits) run on 8-bit tensor
     cores. Everywhere else the same values are multiplied in float32: slower than the model, but of its accuracy in 8
-    bits it tells the truth.
+    bits it tells the truth. torch.compile leaves its layers as they are.
 
     Raises:
         ConfigError: a model with instance norm, with changed blocks, or quantised before.
@@ -143,6 +146,7 @@ class Conv3x3(_Chained):
         super().__init__()
         self.conv, self.norm, self.act = conv, norm, act
 
+    @_untraced
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
         if self.y_scale is not None and up is None and not pool and self._chains(x):
             return self._chained(x)
@@ -178,6 +182,7 @@ class ChainedConvTranspose2x2(_Chained):
         super().__init__(y_scale)
         self.up = up
 
+    @_untraced
     @torch.no_grad()
     def forward(self, low: Tensor) -> Tensor:
         dtype = _dtype_of(low)
@@ -291,6 +296,7 @@ class QuantizedConv3x3(nn.Module):
         self._like = like
         return self
 
+    @_untraced
     @torch.no_grad()
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
         if self.training:

@@ -96,8 +96,8 @@ def nets(capability: int) -> None:
     driver.print(_launches(steps))
 
 
-def quantised(capability: int) -> None:
-    """The launches of a net in 8 bits."""
+def eight_bits(capability: int) -> None:
+    """The launches of a net in 8 bits, and of torch.compile's of it and of the net it is made of."""
     import torch
     from fastunet.kernels import gpu
 
@@ -105,11 +105,18 @@ def quantised(capability: int) -> None:
 
     driver = _activate(capability)
     x = torch.randn(1, 3, 32, 16, dtype=torch.bfloat16)
+    model = fastunet.UNet(3, 2, features=(32, 64, 128)).to(x.dtype).eval()
     with fastunet.backend("aten"):  # Its values count.
-        model = fastunet.quantize(fastunet.UNet(3, 2, features=(32, 64, 128)).to(x.dtype).eval(), [x])
-    with fastunet.backend("triton"), gpu.recording() as steps:
-        model(x)
-    driver.print(_launches(steps))
+        quantised = fastunet.quantize(model, [x])
+    counts, total = [], 0
+    for net in (model, quantised):
+        for run in (net, torch.compile(net, backend="aot_eager", fullgraph=net is model)):
+            with fastunet.backend("triton"), torch.no_grad(), gpu.recording() as steps:
+                run(x)
+            counts.append(_launches(steps))
+            total += counts[-1]
+    assert counts == [11, 11, 10, 10], counts
+    driver.print(total)
 
 
 def ops(capability: int) -> None:
@@ -131,7 +138,7 @@ def _launches(steps: Sequence[object]) -> int:
     return sum(isinstance(step, gpu.Launch) for step in steps)
 
 
-BODIES = {body.__name__: body for body in (nets, quantised, ops)}
+BODIES = {body.__name__: body for body in (nets, eight_bits, ops)}
 
 if __name__ == "__main__":
     BODIES[sys.argv[1]](int(sys.argv[2]))

@@ -30,11 +30,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ("name", "capability"),
     [
         ("nets", 90),
-        ("quantised", 90),
+        ("eight_bits", 90),
         ("ops", 90),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("nets", 80), ("nets", 100), ("quantised", 100), ("ops", 100))
+            for case in (("nets", 80), ("nets", 100), ("eight_bits", 100), ("ops", 100))
         ),
     ],
 )
