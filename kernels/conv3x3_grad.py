@@ -86,7 +86,7 @@ def conv3x3_input_grad_kernel(
             block -= blocks1
             C = C2
             out_ptr = out_up_ptr
-            weight_ptr += C1.to(tl.int64) * stride_in
+            weight_ptr += tl.cast(C1, tl.int64) * stride_in  # Of a 1 Triton makes a constant, which has no `to`.
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     _input_grad(
         grad_ptr, weight_ptr, x_ptr, out_ptr, n, C, rows, columns, origin, offsets, H, W, COUT, steps,

@@ -119,6 +119,26 @@ def eight_bits(capability: int) -> None:
     driver.print(total)
 
 
+def lone_channels(capability: int) -> None:
+    """The launches of every op, forward and backward, on one channel: of a 1 Triton makes a constant in the kernel."""
+    import torch
+    from fastunet.benchmarks import parity
+    from fastunet.kernels import gpu
+
+    import fastunet
+
+    driver, cpu = _activate(capability), torch.device("cpu")
+    with fastunet.backend("triton"), gpu.recording() as steps:
+        for case in parity.cases_of(1, 1, 2, 2, 1):
+            inputs = parity.make_inputs(case.shapes, torch.bfloat16, cpu)
+            for name, t in inputs.items():
+                t.requires_grad_(case.backward and name != "target")
+            buffers = {} if case.buffers is None else {n: torch.ones(case.buffers) for n in ("mean", "variance")}
+            outputs = parity.outputs_of(parity.run_op(case.op, inputs, buffers, case.options))
+            parity.results_of(outputs, inputs, [torch.ones_like(y) for y in outputs] if case.backward else [])
+    driver.print(_launches(steps))
+
+
 def ops(capability: int) -> None:
     """A launch of each op of `benchmarks.static`, in bfloat16, on tensors without memory."""
     import torch
@@ -138,7 +158,7 @@ def _launches(steps: Sequence[object]) -> int:
     return sum(isinstance(step, gpu.Launch) for step in steps)
 
 
-BODIES = {body.__name__: body for body in (nets, eight_bits, ops)}
+BODIES = {body.__name__: body for body in (nets, eight_bits, lone_channels, ops)}
 
 if __name__ == "__main__":
     BODIES[sys.argv[1]](int(sys.argv[2]))

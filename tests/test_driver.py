@@ -32,6 +32,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("nets", 90),
         ("eight_bits", 90),
         ("ops", 90),
+        ("lone_channels", 90),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (("nets", 80), ("nets", 100), ("eight_bits", 100), ("ops", 100))
@@ -46,7 +47,7 @@ def test_every_launch_reaches_the_driver(environment: dict[str, str], name: str,
     assert found is not None, done.stdout
     taken, wanted, maps = map(int, found.groups())
     assert taken == wanted > 0
-    assert bool(maps) == (capability >= 90)
+    assert bool(maps) == (capability >= 90 and name != "lone_channels")  # A map wants eight neighbours in 16 bits.
 
 
 @dataclass
