@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,10 @@ class Copy:
         note(self)
         self.out.copy_(self.source)
 
+    def repeatable(self, device: torch.device) -> Callable[[], None]:
+        """What copies."""
+        return functools.partial(self.run, device)
+
 
 def contiguous_copy(source: Tensor) -> Tensor:
     """A copy of source whose elements lie in its dimensions' order."""
@@ -135,11 +139,32 @@ class Launch:
 
     def run(self, device: torch.device) -> None:
         """Launch on `device`'s current stream. An empty grid launches nothing."""
+        self._compiled(device)
+
+    def repeatable(self, device: torch.device) -> Callable[[], None]:
+        """Launch, and give what launches the same again, on the stream that is current then.
+
+        Triton looks at every argument of a launch for what the kernel is specialised to; of one repeated that is known.
+        """
+        compiled = self._compiled(device)
+        if compiled is None:  # The interpreter compiles nothing.
+            return functools.partial(self.run, device)
+        start, values = compiled[(self.grid, 1, 1)], [self.arguments[name] for name in self.kernel.arg_names]
+
+        def repeat() -> None:
+            note(self)
+            with _current(device):
+                start(*values)
+
+        return repeat
+
+    def _compiled(self, device: torch.device) -> Any:
+        """Launch; the compiled kernel, or None where none was."""
         if self.grid == 0:
-            return
+            return None
         note(self)
         with _current(device):
-            self.kernel[(self.grid,)](**self.arguments, **self.options)
+            return self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

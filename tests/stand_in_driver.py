@@ -11,6 +11,7 @@ Tensors lie in the CPU's memory, and what no kernel has computed is whatever lay
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
@@ -119,6 +120,28 @@ def eight_bits(capability: int) -> None:
     driver.print(total)
 
 
+def repeated(capability: int) -> None:
+    """A net's launches, each of them made once more and then repeated."""
+    import torch
+    from fastunet.kernels import gpu
+
+    import fastunet
+
+    driver = _activate(capability)
+    model = fastunet.UNet(3, 2, features=(64, 128)).to(torch.bfloat16).eval()
+    with fastunet.backend("triton"), torch.no_grad(), gpu.recording() as steps:
+        model(torch.randn(1, 3, 32, 16, dtype=torch.bfloat16))
+        first = list(steps)
+        repeats = [step.repeatable(torch.device("cpu")) for step in first]
+        for repeat in repeats:
+            repeat()
+    assert [type(step) for step in steps] == [type(step) for step in first] * 3
+    assert not any(
+        isinstance(r, functools.partial) for r, s in zip(repeats, first, strict=True) if isinstance(s, gpu.Launch)
+    )
+    driver.print(_launches(steps))
+
+
 def lone_channels(capability: int) -> None:
     """The launches of every op, forward and backward, on one channel: of a 1 Triton makes a constant in the kernel."""
     import torch
@@ -158,7 +181,7 @@ def _launches(steps: Sequence[object]) -> int:
     return sum(isinstance(step, gpu.Launch) for step in steps)
 
 
-BODIES = {body.__name__: body for body in (nets, eight_bits, lone_channels, ops)}
+BODIES = {body.__name__: body for body in (nets, eight_bits, repeated, lone_channels, ops)}
 
 if __name__ == "__main__":
     BODIES[sys.argv[1]](int(sys.argv[2]))

@@ -33,6 +33,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("eight_bits", 90),
         ("ops", 90),
         ("lone_channels", 90),
+        ("repeated", 90),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (("nets", 80), ("nets", 100), ("eight_bits", 100), ("ops", 100))
