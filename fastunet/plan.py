@@ -94,18 +94,14 @@ def record(run: Callable[[], Tensor]) -> Recording:
     return again, result
 
 
-def _run(steps: Sequence[Any], device: torch.device) -> None:
-    for step in steps:
-        step.run(device)
-
-
 def _check(steps: Sequence[Any], result: Tensor, expected: Tensor, lasting: set[int]) -> None:
     """ConfigError unless the steps alone lead to the result: what none of them writes is NaN, as is what reads it."""
     for step in steps:
         for t in (*_tensors(step), result):
             if t.untyped_storage().data_ptr() not in lasting:
                 t.new_empty(0, dtype=torch.uint8).set_(t.untyped_storage()).fill_(_NAN_BYTE)
-    _run(steps, result.device)
+    for step in steps:
+        step.run(result.device)
     if not torch.equal(result, expected):
         raise ConfigError("planned: not all work of this model on this image is done by Triton kernels")
 

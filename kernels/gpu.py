@@ -139,15 +139,15 @@ class Launch:
 
     def run(self, device: torch.device) -> None:
         """Launch on `device`'s current stream. An empty grid launches nothing."""
-        self._compiled(device)
+        self._launched(device)
 
     def repeatable(self, device: torch.device) -> Callable[[], None]:
         """Launch, and give what launches the same again, on the stream that is current then.
 
         Triton looks at every argument of a launch for what the kernel is specialised to; of one repeated that is known.
         """
-        compiled = self._compiled(device)
-        if compiled is None:  # The interpreter compiles nothing.
+        compiled = self._launched(device)
+        if compiled is None:  # Interpreted, or nothing to launch.
             return functools.partial(self.run, device)
         start, values = compiled[(self.grid, 1, 1)], [self.arguments[name] for name in self.kernel.arg_names]
 
@@ -158,7 +158,7 @@ class Launch:
 
         return repeat
 
-    def _compiled(self, device: torch.device) -> Any:
+    def _launched(self, device: torch.device) -> Any:
         """Launch; the compiled kernel, or None where none was."""
         if self.grid == 0:
             return None
