@@ -88,6 +88,42 @@ def test_changes_of_weights_are_seen(net: fastunet.UNet) -> None:
     assert not copy.deepcopy(fast)._graphs, "a copy records its own"
 
 
+def new_module(net: fastunet.UNet) -> None:
+    net.outc = copy.deepcopy(net.outc)
+
+
+def new_parameter(net: fastunet.UNet) -> None:
+    net.outc.conv.weight = torch.nn.Parameter(net.outc.conv.weight.detach().clone())
+
+
+def new_buffer(net: fastunet.UNet) -> None:
+    net.inc.double_conv[1].running_var = torch.ones(4)
+
+
+def new_place(net: fastunet.UNet) -> None:
+    net.outc.conv.weight.data = net.outc.conv.weight.data.clone()
+
+
+def assigned_state(net: fastunet.UNet) -> None:
+    net.load_state_dict({name: t.clone() for name, t in net.state_dict().items()}, assign=True)
+
+
+def one_module_more(net: fastunet.UNet) -> None:
+    net.outc.append = torch.nn.Identity()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [new_module, new_parameter, new_buffer, new_place, assigned_state, one_module_more])
+def test_what_lies_elsewhere_is_recorded_anew(net: fastunet.UNet, change: Callable[[fastunet.UNet], None]) -> None:
+    recorder = Recorder()
+    fast = GraphedModel(net, record=recorder)
+    for recorded in (1, 2):
+        for seed in (0, 1):
+            torch.testing.assert_close(fast(image(seed=seed)), net(image(seed=seed)))
+            assert recorder.recorded == recorded
+        change(net)
+
+
 @torch.no_grad()
 def test_what_is_prepared_of_weights_is_in_the_graph(net: fastunet.UNet) -> None:
     """Here the replay does not run the model again: what it had prepared is part of it."""
