@@ -85,13 +85,21 @@ def record(run: Callable[[], Tensor]) -> Recording:
     lasting = _storages(steps) & _storages(others)
     _check(steps, result, expected, lasting)
     moved, result = _moved(steps, result, lasting)
-    repeats = [step.repeatable(result.device) for step in moved]
+    return repeated(moved, result.device), result
+
+
+def repeated(steps: Sequence[Any], device: torch.device) -> Callable[[], None]:
+    """What runs the steps again, one after the other, after it has run them once."""
+    from fastunet.kernels import gpu
+
+    repeats = [step.repeatable(device) for step in steps]
 
     def again() -> None:
-        for repeat in repeats:
-            repeat()
+        with gpu.current(device):
+            for repeat in repeats:
+                repeat()
 
-    return again, result
+    return again
 
 
 def _check(steps: Sequence[Any], result: Tensor, expected: Tensor, lasting: set[int]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,18 @@ SHARED_MEMORY_LIMITS: Mapping[int, int] = {80: 166912, 86: 101376, 89: 101376, 9
 
 # Multiprocessors of the usual product of each capability: A100, RTX 3090, RTX 4090, H100, B200.
 _USUAL_MULTIPROCESSORS: Mapping[int, int] = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148}
+
+
+# Releases of Triton of which more is used than it promises: Gluon, and the inside of its launcher.
+TRITON_VERSIONS = ("3.6", "3.7")
+
+
+def unknown_triton() -> str | None:
+    """The release of Triton where it is none of TRITON_VERSIONS, None where it is."""
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    return None if version in TRITON_VERSIONS else version
 
 
 @dataclass(frozen=True)
@@ -139,35 +153,59 @@ class Launch:
 
     def run(self, device: torch.device) -> None:
         """Launch on `device`'s current stream. An empty grid launches nothing."""
-        self._launched(device)
+        self.launched(device)
 
     def repeatable(self, device: torch.device) -> Callable[[], None]:
         """Launch, and give what launches the same again, on the stream that is current then.
 
-        Triton looks at every argument of a launch for what the kernel is specialised to; of one repeated that is known.
+        The caller makes the device the `current` one, once for many.
+
+        Triton looks at every argument of a launch for what the kernel is specialised to, and encodes its tensor
+        descriptors for the driver; of one repeated both are known.
         """
-        compiled = self._launched(device)
+        compiled = self.launched(device)
         if compiled is None:  # Interpreted, or nothing to launch.
             return functools.partial(self.run, device)
-        start, values = compiled[(self.grid, 1, 1)], [self.arguments[name] for name in self.kernel.arg_names]
+        compiled, values = _with_encoded_descriptors(compiled, [self.arguments[n] for n in self.kernel.arg_names])
+        start = compiled[(self.grid, 1, 1)]
 
         def repeat() -> None:
             note(self)
-            with _current(device):
-                start(*values)
+            start(*values)
 
         return repeat
 
-    def _launched(self, device: torch.device) -> Any:
-        """Launch; the compiled kernel, or None where none was."""
+    def launched(self, device: torch.device) -> Any:
+        """Launch as `run` does; the compiled kernel, or None where none was."""
         if self.grid == 0:
             return None
         note(self)
-        with _current(device):
+        with current(device):
             return self.kernel[(self.grid,)](**self.arguments, **self.options)
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _with_encoded_descriptors(compiled: Any, values: list[Any]) -> tuple[Any, list[Any]]:
+    """A compiled kernel that takes the tensor maps of its descriptors instead of these, and the arguments it takes.
+
+    Of a Triton whose launcher is not known, and where there are no descriptors, both as they are.
+    """
+    launcher = compiled.run
+    if unknown_triton() is not None or not inspect.isfunction(launcher.launch):
+        return compiled, values
+    from triton.backends.nvidia import driver
+
+    around = inspect.getclosurevars(launcher.launch).nonlocals
+    formats = iter(around["tensordesc_meta"])
+    encoded: list[Any] = []
+    for i, value in enumerate(values):
+        is_descriptor = i in around["tensordesc_indices"]
+        encoded += driver.make_tensordesc_arg(value, next(formats)) if is_descriptor else [value]
+    compiled, launcher = copy.copy(compiled), copy.copy(launcher)
+    launcher.launch, compiled._run = around["launcher"], launcher
+    return compiled, encoded
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A context in which `device` is the current one; entering torch.cuda.device is not free, so only where it must."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return contextlib.nullcontext()

@@ -21,8 +21,6 @@ import torch
 import triton
 from fastunet.kernels import gpu
 
-# Those whose interface the kernels use, and that have compiled them.
-TRITON_VERSIONS = ("3.6", "3.7")
 # Seconds for starting Python, compiling a dozen kernels, and running them.
 TIMEOUT = 240.0
 _SOURCES = ("conv3x3_hopper.py", "hopper_epilogue.py", "hopper_check.py")
@@ -34,9 +32,9 @@ def obstacle(device: torch.device) -> str | None:
     target = gpu.target(device)
     if target.capability != 90:
         return f"the forms for Hopper are for sm_90, not {target.name}"
-    version = ".".join(triton.__version__.split(".")[:2])
-    if version not in TRITON_VERSIONS:
-        return f"the forms for Hopper are written for Triton {' and '.join(TRITON_VERSIONS)}, not {version}"
+    version = gpu.unknown_triton()
+    if version is not None:
+        return f"the forms for Hopper are written for Triton {' and '.join(gpu.TRITON_VERSIONS)}, not {version}"
     index = torch.cuda.current_device() if device.index is None else device.index
     return checked(cache_file(), identity(target.name), index)
 
