@@ -1,34 +1,31 @@
-"""What Python takes to launch the kernels of a net's inference, one image at a time.
+"""What the host takes to launch the kernels of a net's inference, one image at a time.
 
     python -m benchmarks.launch_overhead [--features 64 128 ...] [--size 256] [--rounds 200] [--out JSON]
 
-prints microseconds on the host for each launch: of the net as it stands, layer by layer, and of `fastunet.planned`. On
-a GPU that is the time until all launches are queued, Triton's own part included. Without one the launches are left out
-and what comes before them is timed alone, with the configurations of sm_90.
+prints microseconds for each launch: of the net as it stands, layer by layer, and of `fastunet.planned`. On a GPU that
+is the time until all launches are queued. Without one, Triton's launcher hands them to a stand-in for the driver of a
+GPU of sm_90, which takes them and does nothing: what a driver takes for a launch is left out. That needs a C compiler.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Read when triton is imported: kernels without a driver.
-
 from fastunet.kernels import gpu
+from torch import Tensor
 
 import fastunet
 from fastunet import plan
 from fastunet.files import write_json
+from fastunet.graphs import GraphedModel, Recording
 
 from .environment import environment
 from .steps import DTYPE, Settings
@@ -36,66 +33,54 @@ from .tables import table
 
 # Microseconds for each launch.
 GOAL = 15.0
+STAND_IN = "none, a stand-in"
 
 
 def measured(features: Sequence[int], size: int, rounds: int) -> dict[str, Any]:
-    """Medians and p10, p90 in microseconds for each launch, by "layer by layer" and "planned", and their number."""
+    """Medians and p10, p90 in microseconds for each launch, by "layer by layer" and "planned", and their number.
+
+    Of a GPU where there is one, else of a driver that the caller has made to stand in for it.
+    """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.manual_seed(0)
     model = fastunet.UNet(3, 2, features=tuple(features)).to(device, DTYPE).eval()
     x = torch.randn(1, 3, size, size, device=device, dtype=DTYPE).to(memory_format=torch.channels_last)
-    with torch.no_grad(), fastunet.backend("triton"), _launches(on_gpu):
+    with torch.no_grad(), fastunet.backend("triton"):
         with gpu.recording() as steps:
             model(x)
         launches = sum(isinstance(step, gpu.Launch) for step in steps)
-        fast = plan.planned(model) if on_gpu else _Listed(steps)
+        fast = fastunet.planned(model) if on_gpu else GraphedModel(model, record=_listed)
         runs = {"layer by layer": lambda: model(x), "planned": lambda: fast(x)}
         times = _times(runs, rounds, torch.cuda.synchronize if on_gpu else None)
     spread = {name: [t / launches for t in statistics.quantiles(of, n=10)] for name, of in times.items()}
     summary = {name: {"median": q[4], "p10": q[0], "p90": q[8]} for name, q in spread.items()}
-    return {"summary": summary, "launches": launches, "launched": on_gpu, "goal": GOAL}
+    driver = "CUDA" if on_gpu else STAND_IN
+    return {"summary": summary, "launches": launches, "driver": driver, "goal": GOAL}
 
 
-class _Listed:
-    """The loop of a plan, without its block of memory: nothing is computed whose place could matter."""
-
-    def __init__(self, steps: Sequence[Any]) -> None:
-        self.steps = steps
-
-    def __call__(self, x: torch.Tensor) -> None:
-        for step in self.steps:
-            step.run(x.device)
-
-
-@contextmanager
-def _launches(on_gpu: bool) -> Iterator[None]:
-    """Without a GPU launches and copies are noted down and do nothing, as if for sm_90."""
-    if on_gpu:
-        yield
-        return
-    real = gpu.Launch.run, gpu.Copy.run, gpu.target
-    target = gpu.known_target(90)
-    gpu.Launch.run = gpu.Copy.run = lambda self, device: gpu.note(self)
-    gpu.target = lambda device: target
-    try:
-        yield
-    finally:
-        gpu.Launch.run, gpu.Copy.run, gpu.target = real
+def _listed(run: Callable[[], Tensor]) -> Recording:
+    """As `planned` records, but for its block of memory: where nothing is computed, none can be checked."""
+    with gpu.recording() as steps:
+        result = run()
+    return plan.repeated(list(steps), result.device), result
 
 
 def _times(
     runs: dict[str, Callable[[], Any]], rounds: int, synchronize: Callable[[], None] | None
 ) -> dict[str, list[float]]:
-    """Microseconds of each call, taken in turn; what it queued is waited for between them."""
+    """Microseconds of a call that follows one of its own kind, as in a loop, the kinds in turn; what a call queued is
+    waited for after it.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 3):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            elapsed = (time.perf_counter() - start) * 1e6
-            if synchronize is not None:
-                synchronize()
+            for _ in range(2):
+                start = time.perf_counter()
+                run()
+                elapsed = (time.perf_counter() - start) * 1e6
+                if synchronize is not None:
+                    synchronize()
             if i >= 3:
                 times[name].append(elapsed)
     return times
@@ -104,8 +89,7 @@ def _times(
 def report(result: dict[str, Any]) -> str:
     """The table, and what it is of."""
     rows = [[name, *(f"{of[key]:.1f}" for key in ("median", "p10", "p90"))] for name, of in result["summary"].items()]
-    what = "with" if result["launched"] else "without"
-    title = f"Microseconds of the host for each of {result['launches']} launches, {what} the launch itself"
+    title = f"Microseconds of the host for each of {result['launches']} launches, driver: {result['driver']}"
     return f"{title} (goal {result['goal']:.0f})\n\n" + table(["", "median", "p10", "p90"], rows)
 
 
@@ -117,11 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--out", type=Path, help="write the times as JSON")
     given = parser.parse_args(arguments)
-    result = measured(given.features, given.size, given.rounds)
+    if torch.cuda.is_available():
+        result = measured(given.features, given.size, given.rounds)
+    else:
+        from . import stand_in_driver
+
+        with tempfile.TemporaryDirectory() as folder:
+            stand_in_driver.activate(Path(folder), capability=90)
+            result = measured(given.features, given.size, given.rounds)
     print(report(result))
     if given.out is not None:
         settings = {"features": list(given.features), "size": given.size, "rounds": given.rounds}
-        where = environment("cuda" if result["launched"] else "cpu")
+        where = environment("cpu" if result["driver"] == STAND_IN else "cuda")
         write_json(given.out, result | {"settings": settings, "environment": where})
     return 0
 

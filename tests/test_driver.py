@@ -8,21 +8,31 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="launches Triton's kernels")
-import stand_in_driver
+import driver_bodies
+from fastunet.benchmarks import stand_in_driver
+
+from fastunet.checks import MissingPackageError
 
 # Seconds for a process that compiles some fifty kernels: a few times the usual.
 TIMEOUT = 300
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where processes keep the driver, and what Triton has made to go with it."""
+    return tmp_path_factory.mktemp("driver")
+
+
+@pytest.fixture(scope="module")
+def driver(folder: Path) -> ctypes.CDLL:
     try:
-        return stand_in_driver.built(tmp_path_factory.mktemp("driver"))
-    except FileNotFoundError as error:
+        return stand_in_driver.load(folder)
+    except MissingPackageError as error:
         pytest.skip(str(error))
 
 
@@ -40,8 +50,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ),
     ],
 )
-def test_every_launch_reaches_the_driver(environment: dict[str, str], name: str, capability: int) -> None:
-    command = [sys.executable, stand_in_driver.__file__, name, str(capability)]
+@pytest.mark.usefixtures("driver")  # Skips where there is none.
+def test_every_launch_reaches_the_driver(folder: Path, name: str, capability: int) -> None:
+    command = [sys.executable, driver_bodies.__file__, name, str(capability), str(folder)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr[-4000:]
     found = re.search(r"(\d+) of (\d+) launches, (\d+) tensor maps", done.stdout)
@@ -79,8 +91,7 @@ class Map:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_driver_refuses_what_the_real_one_would(environment: dict[str, str], given: Map, why: str) -> None:
-    driver = ctypes.CDLL(os.path.join(environment["TRITON_LIBCUDA_PATH"], "libcuda.so.1"))
+def test_the_driver_refuses_what_the_real_one_would(driver: ctypes.CDLL, given: Map, why: str) -> None:
     memory = ctypes.create_string_buffer(256)
     aligned = ctypes.c_void_p(-(-ctypes.addressof(memory) // 64) * 64)
     rank = len(given.sizes)

@@ -1,0 +1,85 @@
+"""Triton's own launcher without a GPU, on a driver that takes its launches and runs nothing (stand_in_driver.c)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import triton
+from fastunet.kernels import gpu
+from triton.backends.nvidia.driver import CudaDriver
+
+from fastunet import dispatch
+from fastunet.checks import MissingPackageError
+
+_LIBRARY = "libcuda.so.1"
+
+
+class StandIn:
+    """A driver in this process, and what has reached it."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    @property
+    def launches(self) -> int:
+        """How many launches it has taken."""
+        return ctypes.c_ulong.in_dll(self._library, "launches").value
+
+    @property
+    def tensor_maps(self) -> int:
+        """How many tensor maps it has encoded."""
+        return ctypes.c_ulong.in_dll(self._library, "tensor_maps").value
+
+    def digest_of(self, ptx: str, launch: Callable[[], object]) -> int:
+        """A number that depends on the arguments and the grid of a launch, whose kernel has this PTX."""
+        sizes = (ctypes.c_uint * 256).in_dll(self._library, "parameter_sizes")
+        head = ptx[ptx.index(".entry") :].partition("{")[0]
+        found = re.findall(r"\.param (?:\.align \d+ )?\.[a-z](\d+)[^,\[]*(?:\[(\d+)\])?", head)
+        sizes[: len(found) + 1] = [*(int(bits) // 8 * int(count or 1) for bits, count in found), 0]
+        launch()
+        sizes[0] = 0
+        return ctypes.c_ulong.in_dll(self._library, "digest").value
+
+
+def load(folder: Path) -> ctypes.CDLL:
+    """The driver, compiled into the folder: whatever names CUDA's in this process from now on gets it.
+
+    Raises MissingPackageError without a C compiler.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise MissingPackageError("no C compiler: expected gcc or cc on PATH, or its name in CC")
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    library, source = folder / _LIBRARY, Path(__file__).with_suffix(".c")
+    command = [compiler, "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", f"-Wl,-soname,{_LIBRARY}"]
+    subprocess.run([*command, f"-I{include}", str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def activate(folder: Path, capability: int) -> StandIn:
+    """Have this process launch kernels on tensors of the CPU, as on a GPU of that capability, from now on.
+
+    The driver and Triton's cache lie in the folder. No kernel runs: what one would compute is whatever lay there.
+    """
+    os.environ |= {"TRITON_LIBCUDA_PATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
+    library = load(folder)
+    library.configure(capability, gpu.SHARED_MEMORY_LIMITS[capability])
+
+    class Driver(CudaDriver):
+        def __init__(self) -> None:
+            super().__init__()
+            self.get_device_capability = lambda device=0: divmod(capability, 10)
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+
+    triton.runtime.driver.set_active(Driver())
+    target = gpu.known_target(capability)
+    gpu.target = lambda device: target
+    dispatch.interpreting = lambda: True  # So that kernels are launched on tensors of the CPU.
+    return StandIn(library)
