@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,9 +40,12 @@ def tap_rows(size: int, tile: int | None = None) -> int:
     return 3 * size - 2 if tile is None else _box_taps(size, tile, (-1, 0, 1))
 
 
-def _box_taps(size: int, tile: int, taps: Sequence[int]) -> int:
-    """The same for boxes of `tile` rows: the last one's rows past the edge have taps too, of which some are inside."""
-    covered = cdiv(size, tile) * tile
+def _box_taps(size: int, tile: int, taps: Sequence[int], covered: int | None = None) -> int:
+    """The same for boxes of `tile` rows: the last one's rows past the edge have taps too, of which some are inside.
+
+    covered: rows of all boxes, where they are not those that `size` rows need.
+    """
+    covered = covered or cdiv(size, tile) * tile
     return sum(min(size, covered + tap) - max(0, tap) for tap in taps)
 
 
@@ -123,22 +127,33 @@ def _conv3x3_finish(a: Mapping[str, Any], grid: int) -> Accesses:
 
 def _composed(a: Mapping[str, Any], grid: int) -> Accesses:
     images, channels = _images(a, "low_desc"), a["COUT"]
-    blocks = channels // a["BLOCK_N"]
+    blocks = cdiv(channels, a["BLOCK_N"])
+    sides = [(a["H"], a["ODD_H"], a["TILE_H"]), (a["W"], a["ODD_W"], a["TILE_W"])]
+    parities = [f"{row}{column}" for row in (0, 1) for column in (0, 1)]
 
-    def pixels(taps: Sequence[int]) -> int:
-        return images * blocks * _box_taps(a["H"], a["TILE_H"], taps) * _box_taps(a["W"], a["TILE_W"], taps)
+    def pixels(parity: str) -> int:
+        """Of skip's rows and columns of one parity: its taps of both sub-pixels, in pairs."""
+        taps = {"0": (0, 0, 1), "1": (-1, 0, 0)}
+        counts = []
+        for of, (size, odd, tile) in zip(parity, sides, strict=True):
+            limit = size + odd * (of == "0")
+            counts.append(_box_taps(limit, tile, taps[of], covered=cdiv(size + odd, tile) * tile))
+        return images * blocks * math.prod(counts)
 
+    of_low = [_box_taps(n, tile, (-1, 0, 0, 1), covered=cdiv(n + odd, tile) * tile) for n, odd, tile in sides]
     programs = grid // blocks  # One for each sub-pixel of a tile.
+    # The weights' last boxes of a sub-pixel run on into the next one's.
+    rows = [_box_rows(sub * channels, channels, a["BLOCK_N"], 4 * channels) for sub in range(4)]
     loads = {
-        # Taps of both sub-pixels of a row or column, counted in pairs of rows of skip, and in rows of low.
-        "skip_desc": pixels((-1, 0, 0, 0, 0, 1)) * a["C1"],
-        "low_desc": pixels((-1, 0, 0, 1)) * a["CL"],
+        **{f"skip{parity}_desc": pixels(parity) * a["C1"] for parity in parities},
+        "low_desc": images * blocks * math.prod(of_low) * a["CL"],
         "skip_weight_desc": programs * 9 * a["C1"] * channels,
-        "low_weight_desc": programs * 4 * a["CL"] * channels,
-        "border_ptr": programs * 4 * channels,
+        "low_weight_desc": programs // 4 * 4 * a["CL"] * sum(rows),
+        "border_ptr": programs * (2 + a["ODD_H"]) * (2 + a["ODD_W"]) * channels,
         **dict.fromkeys(("bias_ptr", "mean_ptr", "variance_ptr", "gamma_ptr"), programs * channels),
     }
-    return Accesses(loads, {"y_desc": _numel(a, "y_desc")}, {})
+    stores = {f"y{parity}_desc": _numel(a, f"y{parity}_desc") for parity in parities}
+    return Accesses(loads, stores, {"border_ptr": 4 * (2 + a["ODD_H"]) * (2 + a["ODD_W"]) * channels})
 
 
 def _hopper(a: Mapping[str, Any], grid: int) -> Accesses:

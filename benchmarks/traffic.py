@@ -122,12 +122,12 @@ def _composed(
 
     skip, low, bias = (_tensor(shapes[name], dtype) for name in ("skip", "low", "bias"))
     (batch, c1, *sides), c_low, c_out = skip.shape, low.shape[1], shapes["weight"][0]
-    if not config.fits_composed((c1, c_low), c_out, dtype, target) or any(side % 2 for side in sides):
+    if not config.fits_descriptors(dtype, target, (c1, c_low), (c_out,)):
         return None
     weights = kernels.Composed(
         _tensor((c_out, 9 * c1), dtype),
         _tensor((4 * c_out, 4 * c_low), dtype),
-        torch.empty((4, 4, c_out), device="meta"),
+        torch.empty((4, 3, 3, c_out), device="meta"),
     )
     y = _tensor((batch, c_out, *sides), dtype)
     shape = config.ConvShape(c1, c_low, c_out, *low.shape[2:])
@@ -144,7 +144,7 @@ def _composed(
 
 def _of_launch(layer: Layer, launch: gpu.Launch, tensors: dict[str, Tensor], dtype: torch.dtype) -> LayerTraffic:
     arguments = launch.arguments
-    form = config.DESCRIPTOR if {"x_desc", "skip_desc"} & {*arguments} else config.POINTER
+    form = config.DESCRIPTOR if {"x_desc", "low_desc"} & {*arguments} else config.POINTER
     return LayerTraffic(
         layer.name,
         config.FOLDED if arguments.get("FOLDED") else form,

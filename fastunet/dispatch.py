@@ -135,15 +135,13 @@ def _composition_obstacle(skip: Tensor, weight: Tensor | None, training: bool) -
     sizes = [*skip.shape[1:], *(() if weight is None else weight.shape[:1])]
     if weight is None or training or len(sizes) != 4 or not all(isinstance(size, int) for size in sizes):
         return "in two steps: an upsampling is composed with the convolution after it in inference, at a known size"
-    if skip.shape[2] % 2 or skip.shape[3] % 2:
-        return "in two steps: an upsampling that is padded to an odd size is not composed"
     if skip.device.type == "cuda" and not torch.cuda.is_available():
         return "in two steps: whether the GPU has a kernel for both is open, and there is none here"
     from fastunet.kernels import config, gpu
 
-    if config.fits_composed(skip.shape[1:2], weight.shape[0], skip.dtype, gpu.target(skip.device)):
+    if config.fits_descriptors(skip.dtype, gpu.target(skip.device), skip.shape[1:2], weight.shape[:1]):
         return None
-    return "in two steps: the kernel for both takes 16 bits, multiples of 16 channels to ones of 64, and sm_90"
+    return "in two steps: the kernel for both takes 16 bits, multiples of 16 channels to more than 32, and sm_90"
 
 
 def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice:

@@ -32,8 +32,8 @@ def planned(model: nn.Module, *, most: int = 8) -> GraphedModel:
     anew. Threads and streams take turns: a call must have ended before the next begins.
 
     Raises, at the call, ConfigError for a model in train mode, and for one of which not all work on an image is Triton
-    kernels' (`fastunet.explain` tells): a layer that runs on ATen, one that pads to an odd size, or a cast of weights,
-    which are to have the images' dtype.
+    kernels' (`fastunet.explain` tells): a layer that runs on ATen, an upsampling that is padded to an odd size where it
+    is not composed with the convolution after it, or a cast of weights, which are to have the images' dtype.
     """
     return GraphedModel(model, most=most, record=record)
 

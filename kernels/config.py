@@ -191,16 +191,8 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
     return ConvConfig(tile_h, TILE_W, block_n, block_k, warps, num_stages, DESCRIPTOR, limit)
 
 
-def fits_composed(inputs: tuple[int, ...], c_out: int, dtype: torch.dtype, target: Target) -> bool:
-    """Whether an upsampling can be composed with the convolution after it: as in the descriptor form, in whole blocks.
-
-    inputs: channels of the convolution's first input, and of the image before the upsampling.
-    """
-    return fits_descriptors(dtype, target, inputs, (c_out,)) and c_out % 64 == 0
-
-
 def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
-    """The blocks of such a convolution, where `fits_composed`. Unmeasured.
+    """The blocks of an upsampling composed with the convolution after it, where `fits_descriptors`. Unmeasured.
 
     shape: c1 channels of the convolution's first input, c2 and the size of the image before the upsampling.
     """
@@ -209,7 +201,7 @@ def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> Con
 
 
 def derived_composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
-    """As composed_config, whatever was measured. A block of channels is 128 only where that divides them."""
+    """As composed_config, whatever was measured."""
     # There is a program for each of four sub-pixels: as many as of an image of twice the size.
     doubled = replace(shape, height=2 * shape.height, width=2 * shape.width)
     return _descriptor_conv_config(doubled, dtype, target)

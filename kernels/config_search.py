@@ -69,8 +69,7 @@ def feasible_conv_configs(
 def feasible_composed_configs(shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
     """Configs for an upsampling composed with the convolution after it, of a shape as in `config.composed_config`."""
     derived = config.derived_composed_config(shape, dtype, target)
-    found = [c for c in _conv_variants(derived, shape, dtype, target) if shape.c_out % c.block_n == 0]
-    return _nearest_first({derived.form: derived}, found)
+    return _nearest_first({derived.form: derived}, _conv_variants(derived, shape, dtype, target))
 
 
 def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:

@@ -28,9 +28,10 @@ SUBPIXELS = 4
 class Composed(NamedTuple):
     """The weights of the step up, of one dtype, as the kernel reads them.
 
-    of_skip [Cout, 9*C1], tap by tap; of_low [4*Cout, 4*Cl], by sub-pixels and taps, row by row; border [4, 4, Cout]
-    float32 or None: for each sub-pixel what the upsampling's bias adds everywhere, and what more it adds in low's row
-    next to the border of the image that the sub-pixel is at, in such a column, and in the corner.
+    of_skip [Cout, 9*C1], tap by tap; of_low [4*Cout, 4*Cl], by sub-pixels and taps, row by row; border [4, 3, 3, Cout]
+    float32 or None: for each sub-pixel what the upsampling's bias adds everywhere, and what more it adds in two rows,
+    in two columns, and where they meet: first that of low's pixels next to the border that the sub-pixel is at, then
+    the one more that skip may have.
     """
 
     of_skip: Tensor
@@ -40,14 +41,23 @@ class Composed(NamedTuple):
 
 # fmt: off
 @triton.jit
+def _of_parity(even_even, even_odd, odd_even, odd_odd, row, column):
+    """The descriptor of the rows and columns that are even and odd as these are."""
+    even, odd = even_even, odd_even
+    if column % 2 == 1:
+        even, odd = even_odd, odd_odd
+    chosen = even
+    if row % 2 == 1:
+        chosen = odd
+    return chosen
+
+
+@triton.jit
 def _accumulate_skip(
-    acc, desc, weight_desc, C, steps, n0, image, h0, w0, down, right,
+    acc, even_even, even_odd, odd_even, odd_odd, weight_desc, C, steps, n0, image, h0, w0, down, right,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """acc [N, P] += weights @ the 3x3 taps of the sub-pixel (down, right) of each pixel of the tile.
-
-    desc [N, H, 2, W, 2*C]: rows and columns of skip in pairs, those of low's pixels.
-    """
+    """acc [N, P] += weights @ the 3x3 taps of the sub-pixel (down, right) of each pixel of the tile."""
     tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
     for step in range(steps):
         tap = step % 9
@@ -55,7 +65,8 @@ def _accumulate_skip(
         # Counted from the pair before the pixel's own, so that nothing is negative.
         row = tap // 3 + 1 + down
         column = tap % 3 + 1 + right
-        x = desc.load([image, h0 - 1 + row // 2, row % 2, w0 - 1 + column // 2, column % 2 * C + k0])
+        desc = _of_parity(even_even, even_odd, odd_even, odd_odd, row, column)
+        x = desc.load([image, h0 - 1 + row // 2, w0 - 1 + column // 2, k0])
         weight = weight_desc.load([n0, tap * C + k0])
         acc = tl.dot(weight, tl.trans(tl.reshape(x, (TILE_H * TILE_W, BLOCK_K))), acc)
     return acc
@@ -78,64 +89,78 @@ def _accumulate_low(
 
 
 @triton.jit
-def _load_term(ptr, n, COUT):
-    return load_channels(ptr, n, COUT, 0)[:, :, None]
+def _of_row(ptr, n, COUT, at_near, at_last, ODD_W: tl.constexpr):
+    """[N, 1, TILE_W]: what a row's three terms add in each column."""
+    terms = load_channels(ptr, n, COUT, 0)[:, :, None] + load_channels(ptr + COUT, n, COUT, 0)[:, :, None] * at_near
+    if ODD_W:
+        terms += load_channels(ptr + 2 * COUT, n, COUT, 0)[:, :, None] * at_last
+    return terms
 
 
 @triton.jit
 def _add_border(
-    acc, ptr, n, COUT, h0, w0, H, W, down, right,
+    acc, ptr, n, COUT, h0, w0, H, W, down, right, ODD_H: tl.constexpr, ODD_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """acc [N, P] plus what the upsampling's bias adds to the sub-pixel (down, right) of each pixel."""
-    ptr += (down * 2 + right) * (4 * COUT)
-    acc += load_channels(ptr, n, COUT, 0)
-    at_row = h0 + tl.arange(0, TILE_H) == down * (H - 1)
-    at_column = w0 + tl.arange(0, TILE_W) == right * (W - 1)
+    ptr += (down * 2 + right) * (9 * COUT)
     # By rows and columns of the tile: a thread would hold both of each of its pixels.
-    at_row = at_row.to(tl.float32)[None, :, None]
-    at_column = at_column.to(tl.float32)[None, None, :]
-    acc = tl.reshape(acc, (BLOCK_N, TILE_H, TILE_W))
-    acc += (_load_term(ptr + COUT, n, COUT) + _load_term(ptr + 3 * COUT, n, COUT) * at_column) * at_row
-    acc += _load_term(ptr + 2 * COUT, n, COUT) * at_column
+    h = (h0 + tl.arange(0, TILE_H))[None, :, None]
+    w = (w0 + tl.arange(0, TILE_W))[None, None, :]
+    at_near = (w == right * (W - 1)).to(tl.float32)
+    at_last = (w == W).to(tl.float32)
+    acc = tl.reshape(acc, (BLOCK_N, TILE_H, TILE_W)) + _of_row(ptr, n, COUT, at_near, at_last, ODD_W)
+    near_row = _of_row(ptr + 3 * COUT, n, COUT, at_near, at_last, ODD_W)
+    acc += near_row * (h == down * (H - 1)).to(tl.float32)
+    if ODD_H:
+        last_row = _of_row(ptr + 6 * COUT, n, COUT, at_near, at_last, ODD_W)
+        acc += last_row * (h == H).to(tl.float32)
     return tl.reshape(acc, (BLOCK_N, TILE_H * TILE_W))
 
 
 @triton.jit(do_not_specialize=["H", "W", "steps1", "steps2"])
 def conv_transpose2x2_concat_conv3x3_kernel(
-    skip_desc, low_desc, skip_weight_desc, low_weight_desc, border_ptr, y_desc, H, W, C1, CL, COUT, steps1, steps2,
+    skip00_desc, skip01_desc, skip10_desc, skip11_desc, low_desc, skip_weight_desc, low_weight_desc, border_ptr,
+    y00_desc, y01_desc, y10_desc, y11_desc, H, W, C1, CL, COUT, steps1, steps2,
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION: tl.constexpr,
+    ODD_H: tl.constexpr, ODD_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """y = activation(norm(sums) + bias) of skip [N, 2H, 2W, C1] and low [N, H, W, CL]: y [N, 2H, 2W, COUT].
+    """y = activation(norm(sums) + bias) of skip [N, 2H + ODD_H, 2W + ODD_W, C1] and low [N, H, W, CL]: y like skip, of
+    COUT channels.
 
-    y_desc [N, H, 2, W, 2*COUT], of which BLOCK_N divides COUT: no box reaches into the next sub-pixel.
+    Of skip and y, a descriptor is of each second row and column: 01 of those that are even and odd.
     """
     # Channel blocks and sub-pixels run fastest: programs that are neighbours in time share pixels in L2.
-    blocks_n = COUT // BLOCK_N
+    blocks_n = tl.cdiv(COUT, BLOCK_N)
     n0 = tl.program_id(0) % blocks_n * BLOCK_N
     sub = tl.program_id(0) // blocks_n % 4
     down = sub // 2
     right = sub % 2
-    image, h0, w0 = tile_origin(tl.program_id(0) // (4 * blocks_n), H, W, TILE_H, TILE_W)
+    image, h0, w0 = tile_origin(tl.program_id(0) // (4 * blocks_n), H + ODD_H, W + ODD_W, TILE_H, TILE_W)
     image = image.to(tl.int32)
 
     acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
     acc = _accumulate_skip(
-        acc, skip_desc, skip_weight_desc, C1, steps1, n0, image, h0, w0, down, right, TILE_H, TILE_W, BLOCK_N, BLOCK_K
+        acc, skip00_desc, skip01_desc, skip10_desc, skip11_desc, skip_weight_desc, C1, steps1, n0, image, h0, w0,
+        down, right, TILE_H, TILE_W, BLOCK_N, BLOCK_K,
     )
+    # Of the last block, rows may be the next sub-pixel's: what they give is not stored.
     acc = _accumulate_low(
         acc, low_desc, low_weight_desc, CL, steps2, sub * COUT + n0, image, h0, w0, down, right, TILE_H, TILE_W,
         BLOCK_N, BLOCK_K,
     )
     n = n0 + tl.arange(0, BLOCK_N)
     if border_ptr is not None:
-        acc = _add_border(acc, border_ptr, n, COUT, h0, w0, H, W, down, right, TILE_H, TILE_W, BLOCK_N)
+        acc = _add_border(
+            acc, border_ptr, n, COUT, h0, w0, H, W, down, right, ODD_H, ODD_W, TILE_H, TILE_W, BLOCK_N
+        )
     acc = finish_sums(
         acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 0
     )
-    y = tl.reshape(tl.trans(acc.to(y_desc.dtype)), (1, TILE_H, 1, TILE_W, BLOCK_N))
-    y_desc.store([image, h0, down, w0, right * COUT + n0], y)
+    y = tl.reshape(tl.trans(acc.to(y00_desc.dtype)), (1, TILE_H, TILE_W, BLOCK_N))
+    y_desc = _of_parity(y00_desc, y01_desc, y10_desc, y11_desc, down, right)
+    y_desc.store([image, h0, w0, n0], y)
 # fmt: on
 
 
@@ -144,7 +169,7 @@ def arranged(of_skip: Tensor, composed: Tensor, border: Tensor | None, dtype: to
 
     of_skip [Cout, C1, 3, 3]; composed [Cl, Cout, 4, 4], the weight of conv_transpose2d(low, ., stride=2, padding=1);
     border [Cout, 5, 5] or None, what that adds to images of which the first row or column is the first, the second
-    stands for the inner ones, and the fourth is the last.
+    stands for the inner ones, and the fourth is the last, or the one before it where the fifth is.
     """
     channels, channels_out = composed.shape[:2]
     # Sub-pixel a sees its first tap through 3 - a, and its second through 1 - a.
@@ -158,34 +183,43 @@ def arranged(of_skip: Tensor, composed: Tensor, border: Tensor | None, dtype: to
 
 
 def _border_terms(border: Tensor) -> Tensor:
-    inner, terms = border[:, 1, 1], []
-    for down, right in ((0, 0), (0, 3), (3, 0), (3, 3)):
-        row, column = border[:, down, 1] - inner, border[:, 1, right] - inner
-        terms.append(torch.stack([inner, row, column, border[:, down, right] - inner - row - column]))
-    return torch.stack(terms)
+    def with_differences(t: Tensor, of_subpixel: int) -> Tensor:
+        """Along the first dimension: the inner value, how the one at the border differs, and how the one after it."""
+        near, last = (t[0], t[4]) if of_subpixel == 0 else (t[3], t[1])  # Only an even place can be the one more.
+        return torch.stack([t[1], near - t[1], last - t[1]])
+
+    rows = [with_differences(border.permute(1, 2, 0), down) for down in (0, 1)]
+    return torch.stack(
+        [with_differences(row.transpose(0, 1), right).transpose(0, 1) for row in rows for right in (0, 1)]
+    )
 
 
-def _pairs(x: Tensor, chosen: config.ConvConfig, channels: int) -> TensorDescriptor:
-    """Packed x [N, C, 2H, 2W] as [N, H, 2, W, 2*C], in boxes of one sub-pixel of a tile by channels."""
-    n, c, height, width = x.shape
-    shape = [n, height // 2, 2, width // 2, 2 * c]
-    strides = [height * width * c, 2 * width * c, width * c, 2 * c, 1]
-    return TensorDescriptor(x, shape, strides, [1, chosen.tile_h, 1, chosen.tile_w, channels])
+def _parities(name: str, x: Tensor, chosen: config.ConvConfig, channels: int) -> dict[str, TensorDescriptor]:
+    """Of packed x [N, C, H, W] each second row and column, by the parity of both, in boxes of a tile by channels."""
+    pixels = x.permute(0, 2, 3, 1)
+    return {
+        f"{name}{row}{column}_desc": TensorDescriptor.from_tensor(
+            pixels[:, row::2, column::2], [1, chosen.tile_h, chosen.tile_w, channels]
+        )
+        for row in (0, 1)
+        for column in (0, 1)
+    }
 
 
 def launch(skip: Tensor, low: Tensor, weights: Composed, chosen: config.ConvConfig, epilogue: Epilogue) -> gpu.Launch:
     """The launch that fills the epilogue's y from packed skip and low, which are not empty."""
     assert epilogue.y is not None
     (batch, channels_low, height, width), channels = low.shape, skip.shape[1]
+    odd_height, odd_width = (size % 2 for size in skip.shape[2:])
     channels_out, block_n, block_k = epilogue.y.shape[1], chosen.block_n, chosen.block_k
     unused = ("head_ptr", "head_weight_ptr", "head_bias_ptr", "count_ptr", "partial_ptr", "CLASSES", "SIGMOID")
     arguments: dict[str, Any] = {
-        "skip_desc": _pairs(skip, chosen, block_k),
+        **_parities("skip", skip, chosen, block_k),
         "low_desc": boxes(low, chosen.tile_h, chosen.tile_w, block_k),
         "skip_weight_desc": TensorDescriptor.from_tensor(weights.of_skip, [block_n, block_k]),
         "low_weight_desc": TensorDescriptor.from_tensor(weights.of_low, [block_n, block_k]),
         "border_ptr": weights.border,
-        "y_desc": _pairs(epilogue.y, chosen, block_n),
+        **_parities("y", epilogue.y, chosen, block_n),
         "H": height,
         "W": width,
         "C1": channels,
@@ -194,12 +228,15 @@ def launch(skip: Tensor, low: Tensor, weights: Composed, chosen: config.ConvConf
         "steps1": 9 * (channels // block_k),
         "steps2": 4 * (channels_low // block_k),
         **{name: value for name, value in epilogue.arguments().items() if name not in unused},
+        "ODD_H": odd_height,
+        "ODD_W": odd_width,
         "TILE_H": chosen.tile_h,
         "TILE_W": chosen.tile_w,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
     }
-    grid = batch * config.tiles_per_image(chosen, height, width) * SUBPIXELS * (channels_out // block_n)
+    tiles = batch * config.tiles_per_image(chosen, height + odd_height, width + odd_width)
+    grid = tiles * SUBPIXELS * config.cdiv(channels_out, block_n)
     kernel = conv_transpose2x2_concat_conv3x3_kernel
     warps, limit = chosen.num_warps, chosen.max_registers
     return gpu.Launch(kernel, grid, arguments, warps, chosen.num_stages, limit, product_rows=block_n)
@@ -214,10 +251,11 @@ def conv_transpose2x2_concat_conv3x3(
     norm: Normalisation | None = None,
     negative_slope: float | None = None,
 ) -> Tensor:
-    """activation(norm(conv2d(cat([skip, conv_transpose2d(low, stride=2)], 1), padding=1)) + bias), weights `arranged`.
+    """activation(norm(conv2d(cat([skip, up], 1), padding=1)) + bias) of up = conv_transpose2d(low, stride=2), padded
+    with zeros below and right where skip is one larger; weights `arranged`.
 
-    skip [N, C1, 2H, 2W], low [N, Cl, H, W], bias [Cout] or None; 16 bits, of which the caller has checked
-    `config.fits_composed`. Returns [N, Cout, 2H, 2W], channels_last. float32 sums.
+    skip [N, C1, 2H, 2W] or one more of either, low [N, Cl, H, W], bias [Cout] or None; 16 bits, of which the caller has
+    checked `config.fits_descriptors`. Returns [N, Cout, *skip's size], channels_last. float32 sums.
     """
     channels_out = weights.of_skip.shape[0]
     y = empty_packed(skip, channels_out, *skip.shape[2:])

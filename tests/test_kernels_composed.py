@@ -23,8 +23,9 @@ if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("tensor descriptors need sm_90", allow_module_level=True)
 
 EPS = 1e-3
-# Low's height and width: one pixel, less than a tile, several tiles.
-SIZES = [(1, 1), (3, 5), (9, 11)]
+# Skip's height and width: one pixel of low, less than a tile, several tiles; and a row or a column more, by which a
+# tile more begins.
+SIZES = [(2, 2), (6, 10), (18, 22), (3, 3), (7, 10), (6, 11), (17, 33)]
 
 
 def load(package: str = "fastunet.kernels") -> SimpleNamespace:
@@ -49,11 +50,10 @@ def chosen(tile_h: int = 8, block_k: int = 16) -> config.ConvConfig:
 def tensors(size: tuple[int, int], *, c1: int = 16, c_low: int = 32, c_out: int = 64, make: Any = random_input) -> dict:
     """Tensors of a step up in float16; the convolution has as many channels of the upsampled image as of skip."""
     options = {"dtype": torch.float16, "device": DEVICE}
-    doubled = tuple(2 * side for side in size)
     scales = {"up_weight": c_low**-0.5, "weight": (18 * c1) ** -0.5} if make is random_input else {}
     shapes = {
-        "skip": (2, c1, *doubled),
-        "low": (2, c_low, *size),
+        "skip": (2, c1, *size),
+        "low": (2, c_low, size[0] // 2, size[1] // 2),
         "up_weight": (c_low, c1, 2, 2),
         "up_bias": (c1,),
         "weight": (c_out, 2 * c1, 3, 3),
@@ -102,46 +102,56 @@ def test_parity(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("up_bias", [True, False])
 def test_norm_and_activation(up_bias: bool) -> None:
-    t = tensors((3, 5))
+    t = tensors((6, 11))
     check_norm(OPS, t if up_bias else {**t, "up_bias": None})
 
 
 def test_several_blocks_of_channels_and_steps() -> None:
-    check(OPS, tensors((9, 3), c1=32, c_low=48, c_out=128), chosen(16))
+    check(OPS, tensors((19, 6), c1=32, c_low=48, c_out=128), chosen(16))
+
+
+@pytest.mark.parametrize("channels", [40, 96])
+def test_a_last_block_of_channels_that_is_not_whole(channels: int) -> None:
+    """Its boxes of the weights go on into the next sub-pixel's."""
+    check(OPS, tensors((7, 6), c_out=channels))
 
 
 def test_integers_are_exact() -> None:
-    t = tensors((4, 6), make=lambda *a, **k: random_integers(*a, largest=1, **k))
+    t = tensors((9, 12), make=lambda *a, **k: random_integers(*a, largest=1, **k))
     up = F.conv_transpose2d(t["low"].double(), t["up_weight"].double(), t["up_bias"].double(), stride=2)
-    expected = F.conv2d(torch.cat([t["skip"].double(), up], 1), t["weight"].double(), padding=1)
+    expected = F.conv2d(torch.cat([t["skip"].double(), F.pad(up, [0, 0, 0, 1])], 1), t["weight"].double(), padding=1)
     assert expected.abs().max() < 2048  # Beyond, float16 has no longer every integer.
     assert torch.equal(run(OPS, t).double(), expected)
 
 
 def test_an_image_alone_and_in_a_batch_has_the_same_bits() -> None:
-    t = tensors((3, 5))
+    t = tensors((7, 10))
     assert torch.equal(run(OPS, t)[1:], run(OPS, {**t, "skip": t["skip"][1:], "low": t["low"][1:]}))
 
 
 def test_an_empty_batch() -> None:
-    t = tensors((3, 5))
-    assert run(OPS, {**t, "skip": t["skip"][:0], "low": t["low"][:0]}).shape == (0, 64, 6, 10)
+    t = tensors((6, 11))
+    assert run(OPS, {**t, "skip": t["skip"][:0], "low": t["low"][:0]}).shape == (0, 64, 6, 11)
 
 
 MODULE = "conv_transpose2x2_concat_conv3x3"
 BUGS = [
     (MODULE, "row = tap // 3 + 1 + down", "row = tap // 3 + 1"),
-    (MODULE, "column % 2 * C + k0", "k0"),
-    (MODULE, "row // 2, row % 2,", "row // 2, 1 - row % 2,"),
+    (MODULE, "if column % 2 == 1:", "if row % 2 == 1:"),
+    (MODULE, "row // 2, w0 - 1", "(row + 1) // 2, w0 - 1"),
     (MODULE, "w0 - 1 + tap % 2 + right, k0", "w0 - 1 + tap % 2, k0"),
     (MODULE, "sub * COUT + n0, image", "n0, image"),
     (MODULE, "k0 = step // 4 * BLOCK_K", "k0 = 0"),
-    (MODULE, "at_row = h0 + tl.arange(0, TILE_H) ==", "at_row = tl.arange(0, TILE_H) =="),
+    (MODULE, "h = (h0 + tl", "h = (tl"),
     (MODULE, "== right * (W - 1)", "== right * W"),
-    (MODULE, "ptr + 3 * COUT, n", "ptr + 2 * COUT, n"),
-    (MODULE, "right * COUT + n0], y)", "n0], y)"),
+    (MODULE, "near_row = _of_row(ptr + 3 * COUT", "near_row = _of_row(ptr"),
+    (MODULE, "last_row * (h == H)", "last_row * (h == H - 1)"),
+    (MODULE, "at_last = (w == W)", "at_last = (w == W - 1)"),
+    (MODULE, "H + ODD_H, W + ODD_W, TILE_H", "H, W, TILE_H"),
+    (MODULE, "y10_desc, y11_desc, down, right)", "y10_desc, y11_desc, right, down)"),
     (MODULE, "composed.flip(2, 3)", "composed"),
-    (MODULE, "- inner - row - column", "- inner"),
+    (MODULE, "(t[0], t[4])", "(t[0], t[1])"),
+    (MODULE, "(t[3], t[1])", "(t[4], t[1])"),
 ]
 
 
@@ -151,4 +161,4 @@ def test_planted_bugs_are_caught(bug: tuple[str, str, str], tmp_path: Path) -> N
     with kernels_with(bug, tmp_path) as package:
         ops = load(package)
         with pytest.raises(AssertionError, match="outside the tolerance"):
-            check(ops, tensors((9, 11), c_low=32))
+            check(ops, tensors((17, 33), c_low=32))

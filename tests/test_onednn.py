@@ -322,6 +322,8 @@ def test_step_up_errors() -> None:
     (skip, low, *parameters), _ = step_up()
     with pytest.raises(fastunet.checks.ShapeError, match="low: expected shape"):
         getattr(ops, JOINED_UP)(skip, low[..., :2], *parameters)
+    with pytest.raises(fastunet.checks.ShapeError, match="at least 2x2 pixels"):
+        getattr(ops, JOINED_UP)(skip[..., :1], low[..., :0], *parameters)
     with pytest.raises(fastunet.checks.DtypeError, match="low"):
         getattr(ops, JOINED_UP)(skip, low.double(), *parameters)
     parameters[0].requires_grad_()

@@ -32,6 +32,7 @@ _NARROW = ConvShape(16, 0, 40, *_SIDES)
 _DEEP = ConvShape(128, 128, 40, *_SIDES)
 _QUANTISED = ConvShape(32, 0, 48, *_SIDES)
 _COMPOSED = ConvShape(16, 32, 128, *_SIDES)
+_COMPOSED_NARROW = ConvShape(16, 32, 40, 9, 8)
 _TWO_OUT = ConvShape(16, 0, 40, *_SIDES, c_out2=40)
 _WHOLE_TILES = ConvShape(32, 0, 80, 16, 16)
 _LOSS = {"masked": True, "squared": False}
@@ -56,7 +57,8 @@ JOBS = [
     ),
     _job("fp8_first", _FOLDED, 90, torch.bfloat16),
     _job("fp8_transpose", (16, 80), 90, torch.bfloat16),
-    *(_job(op, _COMPOSED, 90) for op in ("composed", "composed_bias")),
+    *(_job(op, _COMPOSED, 90) for op in ("composed", "composed_bias", "composed_odd")),
+    _job("composed_odd", _COMPOSED_NARROW, 90),
     _job("contiguous_weight", _NARROW),
     *(_job("input_grad", shape, capability) for shape in (_PLAIN, _FOLDED) for capability in (80, 90)),
     *(_job("two_input_grads", _TWO_OUT, capability) for capability in (80, 90)),

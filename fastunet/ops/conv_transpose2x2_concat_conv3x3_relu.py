@@ -41,6 +41,8 @@ def conv_transpose2x2_concat_conv3x3_relu(
     """
     mean, variance, gamma, eps = norm if norm is not None else (None, None, None, 0.0)
     checks.check_activation(NAME, skip=skip, low=low)
+    if min(skip.shape[2:]) < 2:
+        raise checks.ShapeError(f"{NAME}: skip: expected at least 2x2 pixels, got {list(skip.shape)}")
     checks.check_shape(NAME, "low", low, (skip.shape[0], low.shape[1], skip.shape[2] // 2, skip.shape[3] // 2))
     up_channels = checks.check_convolution(NAME, up_weight, low.shape[1], 2, transposed=True)
     checks.check_shape(NAME, "up_bias", up_bias, (up_channels,))

@@ -38,25 +38,30 @@ def conv3x3_expected(
 def composed_sums_expected(
     skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor | None, weight: Tensor
 ) -> Expected:
-    """conv2d(cat([skip, up], 1), weight, padding=1) of up = conv_transpose2d(low, up_weight, up_bias, stride=2), and
-    how far off it may be, before it is stored, by a composed weight of skip's dtype: that is rounded once, by which
-    the result is off by u_out times the sum of its products, and each of its sums has 9 C1 + 4 Cl terms.
+    """conv2d(cat([skip, up], 1), weight, padding=1) of up = conv_transpose2d(low, up_weight, up_bias, stride=2), padded
+    with zeros below and right where skip is one larger, and how far off it may be, before it is stored, by a composed
+    weight of skip's dtype: that is rounded once, by which the result is off by u_out times the sum of its products, and
+    each of its sums has 9 C1 + 4 Cl terms.
     """
     dtype, split = skip.dtype, skip.shape[1]
     skip, low, up_weight, weight = (t.double() for t in (skip, low, up_weight, weight))
     up_bias = None if up_bias is None else up_bias.double()
+    odd = [size % 2 for size in skip.shape[2:]]
 
     def convolve(skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor | None, weight: Tensor) -> Tensor:
-        up = F.conv_transpose2d(low, up_weight, up_bias, stride=2)
+        up = F.pad(F.conv_transpose2d(low, up_weight, up_bias, stride=2), [0, odd[1], 0, odd[0]])
         return F.conv2d(torch.cat([skip, up], dim=1), weight, padding=1)
 
+    def upsample(weight: Tensor) -> Tensor:
+        return F.conv_transpose2d(low.abs(), weight, stride=2, padding=1, output_padding=odd)
+
     composed = compose_upsampling(up_weight, weight[:, split:]).abs()
-    of_low = F.conv_transpose2d(low.abs(), composed, stride=2, padding=1)
+    of_low = upsample(composed)
     of_bias = None if up_bias is None else up_bias.abs()
     magnitude = of_low + convolve(skip.abs(), torch.zeros_like(low), up_weight, of_bias, weight.abs())
     error = sum_error(magnitude, 9 * split + 4 * low.shape[1] + 1, dtype) + UNIT_ROUNDOFF[dtype] * of_low
     if dtype == torch.float16:
-        error += FP16_UNDERFLOW * F.conv_transpose2d(low.abs(), torch.ones_like(composed), stride=2, padding=1)
+        error += FP16_UNDERFLOW * upsample(torch.ones_like(composed))
     return Expected(convolve(skip, low, up_weight, up_bias, weight), error)
 
 
