@@ -120,8 +120,9 @@ class GraphedModel(nn.Module):
         return graph.result.clone()
 
     def _recorded(self, x: Tensor) -> _Graph:
-        image = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
-        with uses_noted() as prepared:
+        # Outside of inference mode, whose tensors could not be written to by a call without it.
+        with torch.inference_mode(False), torch.no_grad(), uses_noted() as prepared:
+            image = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
             replay, result = self._record(lambda: self.model(image))
         return _Graph(image, replay, result, prepared)
 

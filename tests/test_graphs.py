@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_changes_of_weights_are_seen(net: fastunet.UNet) -> None:
     torch.testing.assert_close(fast(x), net(x))
     assert recorder.recorded == 2
     assert not copy.deepcopy(fast)._graphs, "a copy records its own"
+
+
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_calls_in_inference_mode_and_without(net: fastunet.UNet, modes: tuple[Any, Any]) -> None:
+    recorder = Recorder()
+    fast = GraphedModel(net, record=recorder)
+    for seed, mode in enumerate(modes):
+        with mode():
+            x = image(seed=seed)
+            y = fast(x)
+            torch.testing.assert_close(y, net(x))
+            assert y.is_inference() == torch.is_inference_mode_enabled()
+    assert recorder.recorded == 1
 
 
 def new_module(net: fastunet.UNet) -> None:
