@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastunet.kernels.config import TILE_W, cdiv
+from fastunet.kernels.config import TILE_W
+from fastunet.kernels.gpu import cdiv
 from torch import Tensor
 
 # Values of ACTIVATION in the kernels of conv1x1, whose module would import triton.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from fastunet.kernels import tuning
-from fastunet.kernels.gpu import Target
+from fastunet.kernels.gpu import Target, cdiv
 
 # How a kernel reads its operands: gathering through pointers, tap by tap; the same with all taps folded into the
 # channels; whole boxes through tensor descriptors, which the hardware copies and pads with zeros; on sm_90 also such
@@ -104,10 +104,6 @@ def stages(bytes_per_stage: int, target: Target, *, programs: int = 2) -> int:
 def cover(n: int, smallest: int, largest: int) -> int:
     """The smallest power of two >= n, held between two powers of two."""
     return min(largest, max(smallest, 1 << (n - 1).bit_length()))
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def aligned(*sizes: int) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastunet.kernels.config import cdiv, cover
-from fastunet.kernels.gpu import Target
+from fastunet.kernels.config import cover
+from fastunet.kernels.gpu import Target, cdiv
 
 # --- 2x2 windows ---
 

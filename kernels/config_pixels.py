@@ -6,8 +6,8 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from fastunet.kernels.config import ALL_REGISTERS, TILE_W, aligned, cdiv, channel_block, fits_descriptors, stages
-from fastunet.kernels.gpu import Target
+from fastunet.kernels.config import ALL_REGISTERS, TILE_W, aligned, channel_block, fits_descriptors, stages
+from fastunet.kernels.gpu import Target, cdiv
 
 
 @dataclass(frozen=True)

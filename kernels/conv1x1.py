@@ -127,7 +127,7 @@ def _launch(
     }
     return gpu.Launch(
         kernel,
-        triton.cdiv(pixels, chosen.block_p) * triton.cdiv(channels, chosen.block_n),
+        gpu.cdiv(pixels, chosen.block_p) * gpu.cdiv(channels, chosen.block_n),
         arguments,
         chosen.num_warps,
         chosen.num_stages,

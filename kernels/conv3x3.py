@@ -216,7 +216,7 @@ def conv3x3_launch(
     }
     return gpu.Launch(
         conv3x3_kernel,
-        tiles * triton.cdiv(channels, chosen.block_n),
+        tiles * gpu.cdiv(channels, chosen.block_n),
         arguments,
         chosen.num_warps,
         chosen.num_stages,

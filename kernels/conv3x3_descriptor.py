@@ -258,7 +258,7 @@ def conv3x3_launch(
         "pooled_scale_ptr": epilogue.pooled_scale,
         **_tile_arguments(chosen),
     }
-    grid = tiles * triton.cdiv(channels, block_n)
+    grid = tiles * gpu.cdiv(channels, block_n)
     return _launch(conv3x3_descriptor_kernel, grid, arguments, chosen, block_n)
 
 
@@ -292,7 +292,7 @@ def input_grad_launch(
         **_tile_arguments(chosen),
     }
     tiles = batch * config.tiles_per_image(chosen, height, width)
-    grid = tiles * (triton.cdiv(c1, block_n) + triton.cdiv(c2, block_n))
+    grid = tiles * (gpu.cdiv(c1, block_n) + gpu.cdiv(c2, block_n))
     return _launch(conv3x3_input_grad_descriptor_kernel, grid, arguments, chosen, block_n)
 
 

@@ -37,7 +37,7 @@ def quantise_launch(x: Tensor, scale: Tensor, out: Tensor) -> gpu.Launch:
         "size": x.numel(),
         "BLOCK": _BLOCK,
     }
-    return gpu.Launch(quantise_kernel, triton.cdiv(x.numel(), _BLOCK), arguments, _WARPS, 1)
+    return gpu.Launch(quantise_kernel, gpu.cdiv(x.numel(), _BLOCK), arguments, _WARPS, 1)
 
 
 def conv3x3_fp8(

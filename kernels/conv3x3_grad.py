@@ -212,7 +212,7 @@ def input_grad_launch(
         "BLOCK_N": chosen.block_n,
         "BLOCK_K": chosen.block_k,
     }
-    blocks = triton.cdiv(c1, chosen.block_n) + triton.cdiv(c2, chosen.block_n)
+    blocks = gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
     return gpu.Launch(
         conv3x3_input_grad_kernel,
         batch * config.tiles_per_image(chosen, height, width) * blocks,
@@ -282,8 +282,8 @@ def weight_grad_launches(
     chosen = config.weight_grad_config(shape, x.dtype, target, allow_tf32=allow_tf32)
     programs = config.weight_grad_programs(chosen, channels, channels_out)
     tiles = batch * config.tiles_per_image(chosen, height, width)
-    per_split = triton.cdiv(tiles, config.weight_grad_splits(programs, tiles, target))
-    splits = triton.cdiv(tiles, per_split)
+    per_split = gpu.cdiv(tiles, config.weight_grad_splits(programs, tiles, target))
+    splits = gpu.cdiv(tiles, per_split)
     total = channels_out * (9 * channels + (0 if grad_bias is None else 1))
     partial = torch.empty((splits, total), dtype=torch.float32, device=x.device)
     arguments = {

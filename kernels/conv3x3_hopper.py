@@ -317,7 +317,7 @@ def conv3x3_launch(
     given = epilogue.arguments()
     names = ("bias", "mean", "variance", "gamma", "head", "head_weight", "head_bias")
     pointers = {f"{name}_ptr": given[f"{name}_ptr"] for name in names}
-    tiles = batch * config.tiles_per_image(chosen, height, width) * config.cdiv(channels, block_n)
+    tiles = batch * config.tiles_per_image(chosen, height, width) * gpu.cdiv(channels, block_n)
     arguments = {
         "x_desc": _boxes(x, tile_h, TILE_W, BLOCK_K),
         "x_low_desc": _boxes(x, 2, TILE_W, BLOCK_K),
@@ -332,7 +332,7 @@ def conv3x3_launch(
         "C2": c2,
         "COUT": channels,
         "tiles": tiles,
-        "blocks_n": config.cdiv(channels, block_n),
+        "blocks_n": gpu.cdiv(channels, block_n),
         **{name: matrix if t is None else t for name, t in pointers.items()},
         "eps": given["eps"],
         "negative_slope": given["negative_slope"],

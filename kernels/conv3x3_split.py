@@ -180,7 +180,7 @@ def _sums_launch(
         weight, stride_out, stride_in, stride_tap = strided_weight(weight)
         arguments |= {"x_ptr": x, "up_ptr": up, "weight_ptr": weight, "PRECISION": precision(x.dtype, allow_tf32)}
         arguments |= {"stride_out": stride_out, "stride_tap": stride_tap, "stride_in": stride_in}
-    grid = batch * config.tiles_per_image(chosen, height, width) * splits * triton.cdiv(channels, block_n)
+    grid = batch * config.tiles_per_image(chosen, height, width) * splits * gpu.cdiv(channels, block_n)
     rows = block_n if chosen.form == config.DESCRIPTOR else tile_h * tile_w
     limit = chosen.max_registers
     return gpu.Launch(kernel, grid, arguments, chosen.num_warps, chosen.num_stages, limit, product_rows=rows)
@@ -194,7 +194,7 @@ def _finish_launch(
     # Statistics are by tiles that the caller has counted, and a head wants all channels in one program.
     tile_h = _FINISH_H if epilogue.statistics is None else chosen.tile_h
     block_n = _FINISH_N if epilogue.head is None else config.cover(channels, 32, 128)
-    tiles = batch * config.cdiv(height, tile_h) * config.cdiv(width, chosen.tile_w)
+    tiles = batch * gpu.cdiv(height, tile_h) * gpu.cdiv(width, chosen.tile_w)
     arguments = {
         "sums_ptr": sums,
         "y_ptr": epilogue.y,
@@ -210,5 +210,5 @@ def _finish_launch(
         "TILE_W": chosen.tile_w,
         "BLOCK_N": block_n,
     }
-    grid = tiles * triton.cdiv(channels, block_n)
+    grid = tiles * gpu.cdiv(channels, block_n)
     return gpu.Launch(conv3x3_finish_kernel, grid, arguments, _FINISH_WARPS, 1, config.ALL_REGISTERS)

@@ -147,7 +147,7 @@ def _launch(
     }
     return gpu.Launch(
         kernel,
-        triton.cdiv(pixels, chosen.block_p) * products,
+        gpu.cdiv(pixels, chosen.block_p) * products,
         arguments,
         chosen.num_warps,
         chosen.num_stages,
@@ -180,16 +180,16 @@ def _descriptor_launch(
         "y_scale_ptr": y_scale,
         "W": width,
         "COUT": channels_out,
-        "steps": triton.cdiv(channels, block_k),
+        "steps": gpu.cdiv(channels, block_k),
         "TILE_H": tile_h,
         "TILE_W": tile_w,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
     }
-    tiles = triton.cdiv(rows, tile_h) * triton.cdiv(width, tile_w)
+    tiles = gpu.cdiv(rows, tile_h) * gpu.cdiv(width, tile_w)
     return gpu.Launch(
         conv_transpose2x2_descriptor_kernel,
-        tiles * SUBPIXELS * triton.cdiv(channels_out, block_n),
+        tiles * SUBPIXELS * gpu.cdiv(channels_out, block_n),
         arguments,
         chosen.num_warps,
         chosen.num_stages,
@@ -221,7 +221,7 @@ def conv_transpose2x2_launch(
         raise ValueError("y_scale: expected a shape and target of the descriptor form, got others")
     chosen = config_pixels.pixel_product_config(x.shape[1], channels_out, x.dtype, target, allow_tf32=allow_tf32)
     tensors = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}
-    products = SUBPIXELS * triton.cdiv(channels_out, chosen.block_n)
+    products = SUBPIXELS * gpu.cdiv(channels_out, chosen.block_n)
     return _launch(conv_transpose2x2_kernel, tensors, _one_run(weight), x, products, chosen, allow_tf32)
 
 
@@ -230,7 +230,7 @@ def input_grad_launch(grad: Tensor, weight: Tensor, out: Tensor, *, allow_tf32: 
     channels = out.shape[1]
     chosen = config_pixels.pixel_product_config(weight.shape[1], channels, grad.dtype, target, allow_tf32=allow_tf32)
     tensors: dict[str, Tensor | None] = {"grad_ptr": grad, "out_ptr": out}
-    products = triton.cdiv(channels, chosen.block_n)
+    products = gpu.cdiv(channels, chosen.block_n)
     kernel = conv_transpose2x2_input_grad_kernel
     return _launch(kernel, tensors, _one_run(weight), out, products, chosen, allow_tf32)
 

@@ -236,7 +236,7 @@ def launch(skip: Tensor, low: Tensor, weights: Composed, chosen: config.ConvConf
         "BLOCK_K": block_k,
     }
     tiles = batch * config.tiles_per_image(chosen, height + odd_height, width + odd_width)
-    grid = tiles * SUBPIXELS * config.cdiv(channels_out, block_n)
+    grid = tiles * SUBPIXELS * gpu.cdiv(channels_out, block_n)
     kernel = conv_transpose2x2_concat_conv3x3_kernel
     warps, limit = chosen.num_warps, chosen.max_registers
     return gpu.Launch(kernel, grid, arguments, warps, chosen.num_stages, limit, product_rows=block_n)

@@ -76,6 +76,11 @@ def target(device: torch.device) -> Target:
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def cdiv(a: int, b: int) -> int:
+    """How many blocks of b cover a. Triton's own, which is for kernels too, takes some twenty times as long."""
+    return -(-a // b)
+
+
 class _Noted(threading.local):
     """The steps that this thread notes down, or None."""
 

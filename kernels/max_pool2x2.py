@@ -53,7 +53,7 @@ def max_pool2x2_launch(x: Tensor, y: Tensor) -> gpu.Launch:
         "BLOCK_P": chosen.block_windows,
         "BLOCK_C": chosen.block_channels,
     }
-    grid = triton.cdiv(windows, chosen.block_windows) * triton.cdiv(channels, chosen.block_channels)
+    grid = gpu.cdiv(windows, chosen.block_windows) * gpu.cdiv(channels, chosen.block_channels)
     return gpu.Launch(max_pool2x2_kernel, grid, arguments, chosen.num_warps, num_stages=1)
 
 

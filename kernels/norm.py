@@ -180,7 +180,7 @@ def merge_launches(
     launches = []
     _, rows, channels = statistics.partial.shape
     chosen = config_passes.statistics_config(rows // groups, channels)
-    blocks_c = triton.cdiv(channels, chosen.block_channels)
+    blocks_c = gpu.cdiv(channels, chosen.block_channels)
     blocks = {"C": channels, "BLOCK_R": chosen.block_rows, "BLOCK_C": chosen.block_channels}
     if chosen.splits > 1:
         merged = Statistics(

@@ -161,12 +161,12 @@ def norm_grad_launches(
     """The launches that fill sums [groups, 2, C] (two of them) and out, from packed tensors: see norm_grad."""
     batch, channels, height, width = raw.shape
     groups = affine.mean.shape[0]
-    windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
+    windows = batch * gpu.cdiv(height, 2) * gpu.cdiv(width, 2)
     per_group = windows // groups
     chosen = config_passes.norm_grad_config(per_group, channels, target)
-    blocks_c = triton.cdiv(channels, chosen.block_channels)
-    per_split = triton.cdiv(per_group, chosen.splits)
-    splits = triton.cdiv(per_group, per_split)
+    blocks_c = gpu.cdiv(channels, chosen.block_channels)
+    per_split = gpu.cdiv(per_group, chosen.splits)
+    splits = gpu.cdiv(per_group, per_split)
     partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=raw.device)
     tensors = {"raw_ptr": raw, "grad_y_ptr": grad_y, "grad_pooled_ptr": grad_pooled, **affine.arguments()}
     shared = tensors | window_arguments(raw.shape, negative_slope, chosen)
@@ -178,7 +178,7 @@ def norm_grad_launches(
         "per_value": groups / (batch * height * width),
         "GIVEN": statistics_given,
     }
-    grid = triton.cdiv(windows, chosen.block_windows) * blocks_c
+    grid = gpu.cdiv(windows, chosen.block_windows) * blocks_c
     return (
         gpu.Launch(norm_sums_kernel, groups * splits * blocks_c, shared | parts, chosen.num_warps, num_stages=1),
         sum_rows_launch(partial, sums),

@@ -118,9 +118,9 @@ def pixel_weight_grad_launches(
         chosen = config_pixels.pixel_weight_grad_config(channels, channels_out, x.dtype, target, allow_tf32=allow_tf32)
     programs = config_pixels.pixel_weight_grad_programs(chosen, channels, channels_out, subpixels)
     pixels = batch * height * width
-    blocks = triton.cdiv(pixels, chosen.block_p)
-    per_split = triton.cdiv(blocks, config.weight_grad_splits(programs, blocks, target))
-    splits = triton.cdiv(blocks, per_split)
+    blocks = gpu.cdiv(pixels, chosen.block_p)
+    per_split = gpu.cdiv(blocks, config.weight_grad_splits(programs, blocks, target))
+    splits = gpu.cdiv(blocks, per_split)
     partial = torch.empty((splits, grad_weight.numel()), dtype=torch.float32, device=x.device)
     bias_partial = None
     if grad_bias is not None:

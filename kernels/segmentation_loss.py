@@ -198,9 +198,9 @@ def segmentation_sums_launches(
     """The two launches that fill sums [rows, N, C], contiguous: partial sums, then the sum of those."""
     chosen = config_passes.pixel_config(logits.shape[1])
     pixels = logits.shape[2] * logits.shape[3]
-    blocks = triton.cdiv(pixels, chosen.block_pixels)
-    per_split = triton.cdiv(blocks, config_passes.pixel_splits(pixels, chosen))
-    splits = triton.cdiv(blocks, per_split)
+    blocks = gpu.cdiv(pixels, chosen.block_pixels)
+    per_split = gpu.cdiv(blocks, config_passes.pixel_splits(pixels, chosen))
+    splits = gpu.cdiv(blocks, per_split)
     partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=logits.device)
     arguments = {
         **_arguments(logits, target, mask, chosen, softmax=softmax, squared=squared, entropy=len(sums) > 3),
@@ -225,7 +225,7 @@ def segmentation_sums_grad_launch(
 ) -> gpu.Launch:
     """The launch that fills out [N, C, H, W] from grad [rows, N, C], contiguous."""
     chosen = config_passes.pixel_config(logits.shape[1])
-    blocks = triton.cdiv(logits.shape[2] * logits.shape[3], chosen.block_pixels)
+    blocks = gpu.cdiv(logits.shape[2] * logits.shape[3], chosen.block_pixels)
     arguments = {
         **_arguments(logits, target, mask, chosen, softmax=softmax, squared=squared, entropy=len(grad) > 3),
         "grad_ptr": grad,

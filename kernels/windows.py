@@ -82,7 +82,7 @@ def windows_launch(
     """
     batch, channels, height, width = shape
     chosen = config_passes.pointwise_config(channels)
-    windows = batch * triton.cdiv(height, 2) * triton.cdiv(width, 2)
+    windows = batch * gpu.cdiv(height, 2) * gpu.cdiv(width, 2)
     arguments = {**tensors, "windows": windows, **window_arguments(shape, negative_slope, chosen)}
-    grid = triton.cdiv(windows, chosen.block_windows) * triton.cdiv(channels, chosen.block_channels)
+    grid = gpu.cdiv(windows, chosen.block_windows) * gpu.cdiv(channels, chosen.block_channels)
     return gpu.Launch(kernel, grid, arguments, chosen.num_warps, num_stages=1)

@@ -151,7 +151,7 @@ def test_where_sums_may_be_split() -> None:
     assert derived.splits == 1, "which helps a lone image only, and is unmeasured"
     found = config.splittings(derived, deep, HOPPER)
     assert found
-    programs = config.tiles_per_image(derived, 32, 32) * config.cdiv(1024, derived.block_n)
+    programs = config.tiles_per_image(derived, 32, 32) * gpu.cdiv(1024, derived.block_n)
     assert all(programs * splits <= 2 * HOPPER.multiprocessors for splits in found)
     large = dataclasses.replace(deep, height=512, width=512)
     assert config.splittings(derived, large, HOPPER) == []

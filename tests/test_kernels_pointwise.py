@@ -383,7 +383,7 @@ if INTERPRETED or gpu.target(DEVICE).capability >= 90:
     BUGS |= {
         "box_of_the_first_subpixel": ("conv_transpose2x2", "[sub * COUT + n0, ", "[n0, "),
         "boxes_rows_and_columns_swapped": ("conv_transpose2x2", "sub // 2, w0, sub % 2", "sub % 2, w0, sub // 2"),
-        "last_box_of_channels_lost": ("conv_transpose2x2", "triton.cdiv(channels, block_k)", "channels // block_k"),
+        "last_box_of_channels_lost": ("conv_transpose2x2", "gpu.cdiv(channels, block_k)", "channels // block_k"),
     }
 
 
