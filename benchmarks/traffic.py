@@ -124,18 +124,17 @@ def _composed(
     (batch, c1, *sides), c_low, c_out = skip.shape, low.shape[1], shapes["weight"][0]
     if not config.fits_descriptors(dtype, target, (c1, c_low), (c_out,)):
         return None
-    weights = kernels.Composed(
-        _tensor((c_out, 9 * c1), dtype),
-        _tensor((4 * c_out, 4 * c_low), dtype),
-        torch.empty((4, 3, 3, c_out), device="meta"),
-    )
+    of_skip, of_low = _tensor((c_out, 9 * c1), dtype), _tensor((4 * c_out, 4 * c_low), dtype)
+    border = torch.empty((4, 3, 3, c_out), device="meta")
+    weights = kernels.Composed(of_skip, of_low, border)
     y = _tensor((batch, c_out, *sides), dtype)
     shape = config.ConvShape(c1, c_low, c_out, *low.shape[2:])
     chosen = config.composed_config(shape, dtype, target)
     launch = kernels.launch(skip, low, weights, chosen, Epilogue(y, bias, negative_slope=0.0))
     flops = 2 * y.numel() * (9 * c1 + 4 * c_low)
     # The pair has no fewer bytes than its inputs, its parameters and its output; the weights are composed once.
-    given = [skip, low, bias, y, *(t for t in weights if t is not None)]
+    of_border = border[:, : 2 + sides[0] % 2, : 2 + sides[1] % 2]
+    given = [skip, low, bias, y, of_skip, of_low, of_border]
     pair = replace(conv, name=f"{up.name}+{conv.name}", flops=flops)
     row = _of_launch(pair, launch, {str(i): t for i, t in enumerate(given)}, dtype)
     eager = sum(work.bytes for layer in (up, conv) for work in eager_passes(layer, dtype.itemsize))

@@ -52,6 +52,12 @@ def test_the_moved_bytes_are_the_result_files() -> None:
     assert f"a pass of its own {eager} MB" in text
 
 
+def test_what_a_launch_takes_is_the_result_file() -> None:
+    summary = json.loads((ROOT / "benchmarks/results/cpu/launch_overhead.json").read_text())["summary"]
+    planned, layers = (f"{summary[name]['median']:.0f}" for name in ("planned", "layer by layer"))
+    assert f"takes the host {planned} µs then, and {layers} µs layer by layer" in (ROOT / "README.md").read_text()
+
+
 def test_what_8_bits_cost_is_the_result_files() -> None:
     found = json.loads((ROOT / "benchmarks/results/cpu/quantization.json").read_text())
     before, after = (f"{found[name]['mean_dice']:.4f}" for name in ("float", "e4m3"))
