@@ -16,9 +16,12 @@ from fastunet.kernels.gpu import Target, cdiv
 
 # How a kernel reads its operands: gathering through pointers, tap by tap; the same with all taps folded into the
 # channels; whole boxes through tensor descriptors, which the hardware copies and pads with zeros; on sm_90 also such
-# boxes with a border, fetched once for three taps, and the same with all weights kept in shared memory.
-POINTER, FOLDED, DESCRIPTOR, HALO, RESIDENT = "pointer", "folded", "descriptor", "halo", "resident"
-HOPPER_FORMS = (HALO, RESIDENT)
+# boxes with a border, fetched once for three taps; the same with all weights kept in shared memory; and that with
+# one such box for all nine taps.
+POINTER, FOLDED, DESCRIPTOR = "pointer", "folded", "descriptor"
+HALO, RESIDENT, ONE_HALO = "halo", "resident", "one_halo"
+RESIDENT_FORMS = (RESIDENT, ONE_HALO)
+HOPPER_FORMS = (HALO, *RESIDENT_FORMS)
 
 # By what names `tuning` knows the ops whose blocks are a ConvConfig.
 CONV3X3, INPUT_GRAD, COMPOSED = "conv3x3", "conv3x3_input_grad", "conv_transpose2x2_concat_conv3x3"
@@ -30,6 +33,8 @@ FOLDED_BELOW = 8
 # A tile is 8 pixels wide: for the rows of a tensor-core fragment the vertical half of a pooling window is then in one
 # thread's registers.
 TILE_W = 8
+# A row of pixels that is fetched once for the three columns of the window: a power of two that holds TILE_W + 2.
+HALO_W = 16
 
 # Left to itself, ptxas holds some kernels to 80, 128 or 168 registers, for occupancy, and spills a few values: these
 # are allowed all there are. The others do not spill, and might lose occupancy. Unmeasured.
@@ -219,48 +224,6 @@ def splittings(chosen: ConvConfig, shape: ConvShape, target: Target) -> list[int
         for splits in (2, 4, 8, 16)
         if blocks1 % splits == 0 and blocks2 % splits == 0 and programs * splits <= 2 * target.multiprocessors
     ]
-
-
-def fits_halo(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:
-    """Whether a convolution can run in the halo form: whole steps of 64 channels of each input, one output."""
-    whole = shape.c1 % 64 == 0 and shape.c2 % 64 == 0 and shape.c_out % 8 == 0 and shape.c_out > 32
-    return target.capability == 90 and dtype.itemsize == 2 and whole and shape.c_out2 == 0
-
-
-def halo_config(shape: ConvShape, target: Target) -> ConvConfig:
-    """The halo form's blocks, where `fits_halo`: large tiles but for a small image, and all stages there is room for.
-
-    The swapped product, which for 64 channels reads less shared memory, and whose threads hold fewer channels of a
-    norm. Unmeasured.
-    """
-    if shape.c_out <= 64:
-        tile_h, block_n, slots, weights = 32, 64, 3, 6
-    elif cdiv(shape.width, TILE_W) * cdiv(shape.height, 32) * cdiv(shape.c_out, 128) >= target.multiprocessors:
-        tile_h, block_n, slots, weights = 32, 128, 2, 4
-    else:
-        tile_h, block_n, slots, weights = 16, 64, 4, 8
-    return ConvConfig(tile_h, TILE_W, block_n, 64, 4, slots, HALO, weight_stages=weights, swapped=True)
-
-
-def fits_resident(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:
-    """Whether a convolution can run in the resident form: as the halo form, 64 to 128 channels to 64 at most."""
-    return fits_halo(shape, dtype, target) and shape.c_out <= 64 and shape.c1 + shape.c2 <= 128
-
-
-def resident_config(shape: ConvShape) -> ConvConfig:
-    """The resident form's blocks, where `fits_resident`: what shared memory there is beside the weights. Unmeasured."""
-    channels = shape.c1 + shape.c2
-    tile_h = 32 if channels == 64 else 16
-    return ConvConfig(tile_h, TILE_W, 64, 64, 4, 3, RESIDENT, weight_stages=9 * channels // 64, swapped=True)
-
-
-def hopper_shared_memory(chosen: ConvConfig) -> int:
-    """Bytes of the halo and resident forms: both rings, y and its pooled half on their way, 16 bits each. Barriers
-    aside.
-    """
-    pixels, block_n = chosen.tile_h * chosen.tile_w, chosen.block_n
-    rings = chosen.num_stages * (chosen.tile_h + 2) * chosen.tile_w + chosen.weight_stages * block_n
-    return 2 * (rings * chosen.block_k + pixels * block_n + pixels // 4 * block_n)
 
 
 def has_fp8(target: Target) -> bool:

@@ -14,12 +14,13 @@ from dataclasses import astuple, replace
 from typing import TypeVar
 
 import torch
-from fastunet.kernels import config
+from fastunet.kernels import config, config_hopper
 from fastunet.kernels.config import (
     ALL_REGISTERS,
     DESCRIPTOR,
     FOLDED,
     HALO,
+    ONE_HALO,
     POINTER,
     RESIDENT,
     TILE_W,
@@ -41,10 +42,12 @@ def conv_forms(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf
     """By form, the derived config of each form that `shape` can run in on the target, the one that is chosen first."""
     derived = config.derived_conv_config(shape, dtype, target, allow_tf32)
     forms = {derived.form: derived}
-    if config.fits_halo(shape, dtype, target):
-        forms[HALO] = config.halo_config(shape, target)
-    if config.fits_resident(shape, dtype, target):
-        forms[RESIDENT] = config.resident_config(shape)
+    if config_hopper.fits_halo(shape, dtype, target):
+        forms[HALO] = config_hopper.halo_config(shape, target)
+    if config_hopper.fits_resident(shape, dtype, target):
+        forms[RESIDENT] = config_hopper.resident_config(shape)
+    if config_hopper.fits_one_halo(shape, dtype, target):
+        forms[ONE_HALO] = config_hopper.one_halo_config(shape)
     if derived.form == DESCRIPTOR:
         without = replace(target, capability=min(target.capability, 89))
         forms[POINTER] = config.derived_conv_config(shape, dtype, without, allow_tf32)
@@ -95,7 +98,7 @@ def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, ta
 
 def _hopper_variants(derived: ConvConfig, channels: int, target: Target) -> list[ConvConfig]:
     blocks = (64, 128) if channels > 64 else (64,)
-    weight_depths = (derived.weight_stages,) if derived.form == RESIDENT else (4, 6, 8)
+    weight_depths = (derived.weight_stages,) if derived.form in config.RESIDENT_FORMS else (4, 6, 8)
     heights, depths, orders = (16, 32), (2, 3, 4), (False, True)
     found = [
         replace(derived, tile_h=tile_h, block_n=block_n, num_stages=depth, weight_stages=weights, swapped=swapped)
@@ -106,7 +109,7 @@ def _hopper_variants(derived: ConvConfig, channels: int, target: Target) -> list
         if swapped or block_n == 64
     ]
     # Half a kilobyte is for the barriers.
-    return [c for c in found if config.hopper_shared_memory(c) + 512 <= target.shared_memory]
+    return [c for c in found if config_hopper.shared_memory(c) + 512 <= target.shared_memory]
 
 
 def _covers(block: int, channels: int, derived_block: int) -> bool:

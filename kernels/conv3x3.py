@@ -255,18 +255,20 @@ def choose(
     aligned = config.aligned(c1, c2, channels) and weight_aligned(weight)
     shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
-    if chosen.form in config.HOPPER_FORMS and (leaves_statistics or not hopper_forms_run(x.device, config.CONV3X3)):
+    if chosen.form in config.HOPPER_FORMS and (
+        leaves_statistics or not hopper_form_runs(x.device, chosen.form, config.CONV3X3)
+    ):
         return config.derived_conv_config(shape, x.dtype, target, allow_tf32)
     return chosen
 
 
-def hopper_forms_run(device: torch.device, op: str) -> bool:
-    """Whether a form for sm_90, which a measurement has chosen for the op, may run there; where not, it warns.
+def hopper_form_runs(device: torch.device, form: str, op: str) -> bool:
+    """Whether that form for sm_90, which a measurement has chosen for the op, may run there; where not, it warns.
     RuntimeError where it is pinned: whoever pins it is to see that form, and no other in its place.
     """
     from fastunet.kernels import hopper_gate, tuning
 
-    obstacle = hopper_gate.obstacle(device)
+    obstacle = hopper_gate.obstacle(device, form)
     if obstacle is not None and tuning.is_pinned(op):
         raise RuntimeError(obstacle)
     if obstacle is not None:

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="needs triton, for the kernel's constants a
 from emulated_cta import Cta, Fault
 from fastunet.kernels import (
     config,
+    config_hopper,
     config_search,
     conv3x3,
     conv3x3_grad,
@@ -56,7 +57,7 @@ class Case:
     pool: bool = True
     norm: bool = False
     slope: float | None = 0.0
-    resident: bool = False
+    form: str = config.HALO
     classes: int = 0
 
     def __str__(self) -> str:
@@ -65,8 +66,8 @@ class Case:
     @property
     def chosen(self) -> config.ConvConfig:
         return config.ConvConfig(
-            *(self.tile_h, 8, self.block_n, 64, 4, self.slots, config.RESIDENT if self.resident else config.HALO),
-            weight_stages=9 * (self.c1 + self.c2) // 64 if self.resident else self.weight_slots,
+            *(self.tile_h, 8, self.block_n, 64, 4, self.slots, self.form),
+            weight_stages=self.weight_slots if self.form == config.HALO else 9 * (self.c1 + self.c2) // 64,
             swapped=self.swapped,
         )
 
@@ -128,12 +129,18 @@ CASES = [
     Case(h=17, w=9, c_out=72, block_n=128, swapped=True, slope=None),
     Case(n=3, h=1, w=1, pool=True),
     Case(n=1, h=3, w=200, norm=True, swapped=True),
-    Case(n=2, h=33, w=20, resident=True, swapped=True),
-    Case(n=1, h=40, w=20, resident=True, tile_h=32, slots=3, norm=True),
-    Case(n=2, h=18, w=31, resident=True, c2=64, c_out=48, slots=4, slope=0.1, swapped=True),
-    Case(n=2, h=18, w=31, resident=True, classes=1),
+    Case(n=2, h=33, w=20, form=config.RESIDENT, swapped=True),
+    Case(n=1, h=40, w=20, form=config.RESIDENT, tile_h=32, slots=3, norm=True),
+    Case(n=2, h=18, w=31, form=config.RESIDENT, c2=64, c_out=48, slots=4, slope=0.1, swapped=True),
+    Case(n=2, h=18, w=31, form=config.RESIDENT, classes=1),
+    Case(n=2, h=33, w=20, form=config.ONE_HALO, swapped=True),
+    Case(n=1, h=40, w=20, form=config.ONE_HALO, slots=3, norm=True),
+    Case(n=3, h=1, w=1, form=config.ONE_HALO),
+    # Two inputs, beside whose weights there is no room on the hardware: the kernel does not mind.
+    Case(n=1, h=18, w=31, form=config.ONE_HALO, c2=64, c_out=48, slope=0.1, swapped=True),
+    Case(n=2, h=18, w=31, form=config.ONE_HALO, classes=1),
     Case(n=2, h=18, w=15, classes=3, norm=True, c_out=40),
-    Case(n=1, h=18, w=15, classes=2, swapped=True, resident=True),
+    Case(n=1, h=18, w=15, classes=2, swapped=True, form=config.RESIDENT),
 ]
 
 
@@ -154,7 +161,8 @@ PROBES = [
     Case(n=2, h=33, w=20, weight_slots=6),
     Case(h=33, w=25, c2=64),
     Case(n=2, h=33, w=25, swapped=True, slots=3),
-    Case(h=33, w=25, resident=True, c2=64),
+    Case(h=33, w=25, form=config.RESIDENT, c2=64),
+    Case(n=2, h=33, w=25, form=config.ONE_HALO, swapped=True),
 ]
 FREE_PIXELS = "mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))"
 LAST_WAIT = "        acc = warpgroup_mma_wait(0, deps=(acc,))\n"
@@ -180,9 +188,9 @@ FAULTS: dict[str, list[Edit]] = {
         (f"        {FREE_PIXELS}\n\n", f"        {FREE_PIXELS}\n{LAST_WAIT}\n"),
     ],
     "the last pixels never freed": [(f"        {FREE_PIXELS}\n\n", "\n")],
-    "the last weights freed twice": [("pred=i + kh > 0", "pred=step + kh > 0")],
+    "the last weights freed twice": [("pred=i + tap > 0", "pred=step + tap > 0")],
     "resident weights not waited for": [("        mbarrier.wait(weights_full.index(0), 0)\n", "        pass\n")],
-    "resident weights counted by taps alone": [("* blocks_k + i // 3", "+ i // 3")],
+    "resident weights counted by taps alone": [("* blocks_k + i // COLUMNS", "+ i // COLUMNS")],
     "staging memory rewritten": [("            tma.store_wait(0)  # Of the tile before, from the same memory.\n", "")],
     "staging memory rewritten while the second copy reads it": [
         ("            tma.store_wait(0)  # Of", "            tma.store_wait(1)  # Of")
@@ -194,7 +202,7 @@ FAULTS: dict[str, list[Edit]] = {
     "a barrier of weights with three arrivals": [
         ("mbarrier.init(weights_empty.index(i), count=2)", "mbarrier.init(weights_empty.index(i), count=3)")
     ],
-    "too few bytes expected": [("(TILE_H + 2) * _TILE_W * _BLOCK_K * 2)", "TILE_H * _TILE_W * _BLOCK_K * 2)")],
+    "too few bytes expected": [("(TILE_H + 2) * WIDTH * _BLOCK_K * 2)", "TILE_H * WIDTH * _BLOCK_K * 2)")],
     "too many bytes expected": [
         ("mbarrier.expect(full, BLOCK_N * _BLOCK_K * 2)", "mbarrier.expect(full, BLOCK_N * 256)")
     ],
@@ -203,6 +211,12 @@ FAULTS: dict[str, list[Edit]] = {
     "the second input's channels counted from the first's": [("k - C1, full", "k, full")],
     "a column for a row": [("(kh * 3 + kw) * channels", "(kw * 3 + kh) * channels")],
     "the lower half begins at the upper half's rows": [("(TILE_H + 2) + HALF * ROWS + kh", "(TILE_H + 2) + kh")],
+    "a tap of one halo begins at its row's first pixel": [("* PER_ROW + shift)", "* PER_ROW)")],
+    "a tap of one halo has its row's next 8 pixels": [("* PER_ROW + shift)", "* PER_ROW + 8 * (SHIFTS // 3) + shift)")],
+    "a tap of one halo goes with another's weight": [("+ i % COLUMNS + shift)", "+ i % COLUMNS + 2 - shift)")],
+    "rows of one halo counted as half as wide": [
+        ("_HALO_W if ONE_HALO else 1\n    ROWS", "8 if ONE_HALO else 1\n    ROWS")
+    ],
     "both halves store the same rows": [("        h0 += HALF * ROWS\n", "")],
     "every program takes every tile": [("range(gl.program_id(0), tiles, gl.num_programs(0))", "range(0, tiles, 1)")],
 }
@@ -226,7 +240,7 @@ def test_a_fault_shows(fault: str) -> None:
 def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
     grad, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
     out = torch.empty(2, 128, 9, 12, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(conv3x3_grad, "hopper_forms_run", lambda *_: True)
+    monkeypatch.setattr(conv3x3_grad, "hopper_form_runs", lambda *_: True)
     given = {"allow_tf32": False, "target": HOPPER}
     with tuning.pinned("conv3x3_input_grad", Case(c_out=128).chosen):
         launch = conv3x3_grad.input_grad_launch(grad, weight, (out, None), None, None, **given)
@@ -243,7 +257,7 @@ def test_a_measured_choice_falls_back_where_the_form_may_not_run(
 ) -> None:
     """But a pin, by which a benchmark asks for this form, is an error there."""
     x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
-    monkeypatch.setattr(hopper_gate, "obstacle", lambda _: None if may_run else "the halo form is wrong here")
+    monkeypatch.setattr(hopper_gate, "obstacle", lambda *_: None if may_run else "the halo form is wrong here")
     chosen, shape = Case().chosen, config.ConvShape(64, 0, 64, 9, 12)
     derived = config.derived_conv_config(shape, torch.bfloat16, HOPPER, False)
 
@@ -291,7 +305,7 @@ def test_what_it_cannot_store_is_an_error() -> None:
     ],
 )
 def test_where_the_form_fits(shape: config.ConvShape, dtype: torch.dtype, target: gpu.Target, fits: bool) -> None:
-    assert config.fits_halo(shape, dtype, target) is fits
+    assert config_hopper.fits_halo(shape, dtype, target) is fits
     forms = {each.form for each in config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)}
     assert (config.HALO in forms) is fits
     assert config.conv_config(shape, dtype, target, allow_tf32=False).form != config.HALO, "nothing has measured it"
@@ -303,51 +317,81 @@ def test_a_search_tries_it_early_and_within_shared_memory(channels: int, side: i
     shape = config.ConvShape(channels, 0, channels, side, side)
     found = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
     ours = [each for each in found if each.form in config.HOPPER_FORMS]
-    assert found[1] == ours[0] == config.halo_config(shape, HOPPER)
-    assert (found[2] == config.resident_config(shape)) is (channels == 64)
+    assert found[1] == ours[0] == config_hopper.halo_config(shape, HOPPER)
+    further = [config_hopper.resident_config(shape), config_hopper.one_halo_config(shape)]
+    assert (found[2:4] == further) is (channels == 64)
     assert len(ours) == len(set(ours)) > 10
-    assert all(config.hopper_shared_memory(each) <= HOPPER.shared_memory for each in ours)
+    assert all(config_hopper.shared_memory(each) <= HOPPER.shared_memory for each in ours)
+
+
+def test_the_form_of_one_halo_fits_beside_64_channels() -> None:
+    shape = config.ConvShape(64, 0, 64, 512, 512)
+    chosen = config_hopper.one_halo_config(shape)
+    assert config_hopper.fits_one_halo(shape, torch.bfloat16, HOPPER)
+    assert config_hopper.shared_memory(chosen) + 512 <= HOPPER.shared_memory
+    assert not config_hopper.fits_one_halo(config.ConvShape(64, 64, 64, 512, 512), torch.bfloat16, HOPPER)
+
+
+def test_a_tap_of_one_halo_is_where_the_copy_has_put_its_pixels() -> None:
+    """A copied row of 128 bytes has its 16-byte pieces exchanged by the row's number within 8; of a tap that begins at
+    any row, the layout says where each value is as if that were a multiple of 8: the hardware, which exchanges by the
+    address, decides.
+    """
+    layout = conv3x3_hopper._tap_layout(64, one_halo=True)
+    found = {}
+    for offset in range(64 * 2 * 64):
+        bases = [basis for bit, basis in enumerate(layout.offset_bases) if offset >> bit & 1]
+        if offset >> 9 & 1:
+            continue  # Pixels that are no operands.
+        pixel = channel = 0
+        for basis in bases:
+            pixel, channel = pixel ^ basis[0], channel ^ basis[1]
+        found[pixel, channel] = offset
+    for (pixel, channel), offset in found.items():
+        row = pixel // 8 * config.HALO_W + pixel % 8
+        assert offset == row * 64 + ((channel // 8) ^ (row % 8)) * 8 + channel % 8
+    assert len(found) == 64 * 64
 
 
 @pytest.mark.parametrize("up", [0, 64])
 def test_the_resident_form_keeps_all_weights(up: int) -> None:
     shape = config.ConvShape(64, up, 64, 512, 512)
-    chosen = config.resident_config(shape)
-    assert config.fits_resident(shape, torch.bfloat16, HOPPER)
+    chosen = config_hopper.resident_config(shape)
+    assert config_hopper.fits_resident(shape, torch.bfloat16, HOPPER)
     assert chosen.weight_stages * 64 * 64 == 9 * (64 + up) * 64
-    assert config.hopper_shared_memory(chosen) + 512 <= HOPPER.shared_memory
-    assert not config.fits_resident(config.ConvShape(64, 128, 64, 512, 512), torch.bfloat16, HOPPER)
-    assert not config.fits_resident(config.ConvShape(64, 0, 128, 512, 512), torch.bfloat16, HOPPER)
+    assert config_hopper.shared_memory(chosen) + 512 <= HOPPER.shared_memory
+    assert not config_hopper.fits_resident(config.ConvShape(64, 128, 64, 512, 512), torch.bfloat16, HOPPER)
+    assert not config_hopper.fits_resident(config.ConvShape(64, 0, 128, 512, 512), torch.bfloat16, HOPPER)
 
 
 # --- where it may run ---
 
 
 def test_the_gate_wants_sm_90_and_a_known_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    asked: list[tuple[int, str]] = []
     target = HOPPER
     monkeypatch.setattr(gpu, "target", lambda _: target)
-    monkeypatch.setattr(hopper_gate, "checked", lambda _, key, index: asked.append(index) or key)
+    monkeypatch.setattr(hopper_gate, "checked", lambda _, key, *who: asked.append(who) or key)
 
     def obstacle() -> str | None:
         hopper_gate.obstacle.cache_clear()
-        return hopper_gate.obstacle(torch.device("cuda", 3))
+        return hopper_gate.obstacle(torch.device("cuda", 3), config.ONE_HALO)
 
-    assert "sm_90" in (obstacle() or "")
-    assert asked == [3]
+    assert "one_halo, sm_90" in (obstacle() or "")
+    assert asked == [(3, "one_halo")]
     monkeypatch.setattr(hopper_gate.triton, "__version__", "3.9.1")
     assert obstacle() == "the forms for Hopper are written for Triton 3.6 and 3.7, not 3.9"
     target = gpu.known_target(100)
     assert obstacle() == "the forms for Hopper are for sm_90, not sm_100"
-    assert asked == [3]
+    assert len(asked) == 1
     hopper_gate.obstacle.cache_clear()
 
 
 def test_an_outcome_is_kept_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes: list[str | None] = ["wrong", None]
-    monkeypatch.setattr(hopper_gate, "run_check", lambda _: outcomes.pop(0))
+    monkeypatch.setattr(hopper_gate, "run_check", lambda *_: outcomes.pop(0))
     cache = tmp_path / "new" / "outcomes.json"
-    assert [hopper_gate.checked(cache, key, 0) for key in ("a", "a", "b", "b", "a")] == [
+    assert [hopper_gate.checked(cache, key, 0, "halo") for key in ("a", "a", "b", "b", "a")] == [
         "wrong",
         "wrong",
         None,
@@ -356,7 +400,7 @@ def test_an_outcome_is_kept_by_its_key(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     cache.write_text("{broken")
     outcomes.append("anew")
-    assert hopper_gate.checked(cache, "a", 0) == "anew"
+    assert hopper_gate.checked(cache, "a", 0, "halo") == "anew"
     assert not list(cache.parent.glob("tmp*"))
 
 
@@ -366,14 +410,14 @@ def test_an_outcome_is_kept_by_its_key(tmp_path: Path, monkeypatch: pytest.Monke
         ("pass", None),
         (
             "raise AssertionError('3 of 5 of y are wrong')",
-            "failed their check on this GPU: AssertionError: 3 of 5 of y are wrong",
+            "halo for Hopper failed its check on this GPU: AssertionError: 3 of 5 of y are wrong",
         ),
-        ("import os; os.abort()", "failed their check on this GPU: exit code -6"),
-        ("import time; time.sleep(60)", "did not end their check within 2 s"),
+        ("import os; os.abort()", "failed its check on this GPU: exit code -6"),
+        ("import time; time.sleep(60)", "did not end its check within 2 s"),
     ],
 )
 def test_a_check_may_fail_crash_or_hang(program: str, outcome: str | None) -> None:
-    found = hopper_gate.run_check(0, [sys.executable, "-c", program], timeout=2.0)
+    found = hopper_gate.run_check(0, "halo", [sys.executable, "-c", program], timeout=2.0)
     assert found == outcome or (outcome is not None and outcome in (found or ""))
 
 

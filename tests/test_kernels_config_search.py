@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fastunet.kernels import config, config_search, gpu
-from fastunet.kernels.config import DESCRIPTOR, FOLDED, HALO, POINTER, RESIDENT, ConvShape
+from fastunet.kernels.config import DESCRIPTOR, FOLDED, HALO, ONE_HALO, POINTER, RESIDENT, ConvShape
 
 AMPERE, HOPPER = gpu.known_target(80), gpu.known_target(90)
 SHAPES = (
@@ -48,14 +48,14 @@ def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) 
 def test_forms_and_their_order() -> None:
     shape = SHAPES[0]
     forms = config_search.conv_forms(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    assert list(forms) == [DESCRIPTOR, HALO, RESIDENT, POINTER]
+    assert list(forms) == [DESCRIPTOR, HALO, RESIDENT, ONE_HALO, POINTER]
     assert forms[POINTER] == config.conv_config(shape, torch.bfloat16, gpu.known_target(89), allow_tf32=False)
     assert list(config_search.conv_forms(shape, torch.bfloat16, AMPERE, allow_tf32=False)) == [POINTER]
     assert list(config_search.conv_forms(SHAPES[3], torch.bfloat16, HOPPER, allow_tf32=False)) == [FOLDED]
     found = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    assert found[:4] == list(forms.values())
+    assert found[: len(forms)] == list(forms.values())
     assert {each.form for each in found} == set(forms)
-    other = found[4]
+    other = found[len(forms)]
     changed = [name for name in vars(other) if getattr(other, name) != getattr(forms[other.form], name)]
     assert len(changed) == 1
 

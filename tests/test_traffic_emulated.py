@@ -12,7 +12,7 @@ from fastunet.benchmarks import access_counts
 from fastunet.benchmarks.accesses import traffic_of
 from fastunet.benchmarks.jobs import Job, launch_of
 from fastunet.benchmarks.jobs.hopper import OPS, HaloShape
-from fastunet.kernels import config, conv3x3_hopper, gpu, hopper_epilogue
+from fastunet.kernels import config, config_hopper, conv3x3_hopper, gpu, hopper_epilogue
 from fastunet.kernels.config import ConvShape
 from gluon_source import run
 
@@ -23,7 +23,7 @@ _ONE, _TWO, _SEVERAL = ConvShape(64, 0, 64, 33, 20), ConvShape(64, 64, 64, 33, 2
 
 
 def chosen(shape: ConvShape, form: str, swapped: bool = False) -> config.ConvConfig:
-    weights = 9 * (shape.c1 + shape.c2) // 64 if form == config.RESIDENT else 4
+    weights = 9 * (shape.c1 + shape.c2) // 64 if form in config.RESIDENT_FORMS else 4
     return config.ConvConfig(16, 8, 64, 64, 4, 2, form, weight_stages=weights, swapped=swapped)
 
 
@@ -37,6 +37,7 @@ JOBS = [
     job("halo", _SEVERAL, swapped=True),
     job("halo", _ONE, config.RESIDENT),
     job("halo_pool", _TWO, config.RESIDENT, swapped=True),
+    job("halo_head", _ONE, config.ONE_HALO),
 ]
 
 
@@ -67,8 +68,9 @@ def test_halo_reuse_loads_a_third_of_the_pixels_and_residence_the_weights_once()
     loads, programs = {}, 0
     for form, each in {
         "descriptor": config.derived_conv_config(shape, torch.bfloat16, HOPPER, False),
-        "halo": config.halo_config(shape, HOPPER),
-        "resident": config.resident_config(shape),
+        "halo": config_hopper.halo_config(shape, HOPPER),
+        "resident": config_hopper.resident_config(shape),
+        "one halo": config_hopper.one_halo_config(shape),
     }.items():
         op = "forward" if form == "descriptor" else "halo"
         launch = launch_of(Job(op, torch.bfloat16, False, 90, shape if op == "forward" else HaloShape(shape, each)))
@@ -76,4 +78,6 @@ def test_halo_reuse_loads_a_third_of_the_pixels_and_residence_the_weights_once()
         loads[form], programs = (counts["x_desc"], counts["weight_desc"]), launch.grid
     assert 2.8 < loads["descriptor"][0] / loads["halo"][0] < 2.9
     assert loads["halo"][0] == loads["resident"][0]
+    # Of a tile of 16x8 pixels 18 rows of 16.
+    assert 1.38 < loads["resident"][0] / loads["one halo"][0] < 1.43
     assert loads["halo"][1] / loads["resident"][1] == 2 * 512 * 512 // (32 * 8) / programs

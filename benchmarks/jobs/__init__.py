@@ -102,7 +102,8 @@ def describe(launch: gpu.Launch) -> str:
     if "SLOTS" not in arguments:
         return f"{said} s{launch.num_stages}"
     weights = "all" if arguments["RESIDENT"] else arguments["WEIGHT_SLOTS"]
-    return f"{said} s{arguments['SLOTS']}/{weights}{' swapped' if arguments['SWAPPED'] else ''}"
+    said += f" s{arguments['SLOTS']}/{weights}"
+    return said + " one halo" * arguments["ONE_HALO"] + " swapped" * arguments["SWAPPED"]
 
 
 def _blocks(arguments: Any) -> Sequence[int]:

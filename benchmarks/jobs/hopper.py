@@ -1,4 +1,4 @@
-"""The kernel for Hopper, in both its forms: all blocks that a search may try."""
+"""The kernel for Hopper, in all its forms: all blocks that a search may try."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from fastunet.kernels import config, config_search, gpu
+from fastunet.kernels import config, config_hopper, config_search, gpu
 
 from . import Job
 
@@ -31,7 +31,7 @@ def jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[J
     if allow_tf32:
         return
     for shape in _SHAPES:
-        if not config.fits_halo(shape, dtype, target):
+        if not config_hopper.fits_halo(shape, dtype, target):
             continue
         forms = config_search.conv_forms(shape, dtype, target, allow_tf32=False).values()
         found = config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)
