@@ -104,7 +104,7 @@ class GraphedModel(nn.Module):
             raise DeviceError(f"graphed: expected images on a GPU, got {x.device}")
         if self._weights is None or not self._weights.hold():
             self._graphs.clear()
-            self._weights = _Weights(self.model)
+            self._weights = _Weights(self)
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (tuple(x.shape), x.dtype, x.device, autocast)

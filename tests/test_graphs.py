@@ -139,6 +139,16 @@ def test_what_lies_elsewhere_is_recorded_anew(net: fastunet.UNet, change: Callab
 
 
 @torch.no_grad()
+def test_another_model_in_its_place_is_recorded(net: fastunet.UNet) -> None:
+    recorder = Recorder()
+    fast = GraphedModel(net, record=recorder)
+    fast(image())
+    fast.model = fastunet.UNet(1, 2, features=(4, 8)).eval()
+    torch.testing.assert_close(fast(image()), fast.model(image()))
+    assert recorder.recorded == 2
+
+
+@torch.no_grad()
 def test_what_is_prepared_of_weights_is_in_the_graph(net: fastunet.UNet) -> None:
     """Here the replay does not run the model again: what it had prepared is part of it."""
     recorded = []
