@@ -85,7 +85,11 @@ def record(run: Callable[[], Tensor]) -> Recording:
     lasting = _storages(steps) & _storages(others)
     _check(steps, result, expected, lasting)
     moved, result = _moved(steps, result, lasting)
-    return repeated(moved, result.device), result
+    again = repeated(moved, result.device)
+    again()
+    if not torch.equal(result, expected):
+        raise ConfigError("planned: the list of launches does not repeat the model's result here")
+    return again, result
 
 
 def repeated(steps: Sequence[Any], device: torch.device) -> Callable[[], None]:

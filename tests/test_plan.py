@@ -118,6 +118,14 @@ def test_the_block_is_what_is_needed_at_once() -> None:
     assert_within(result, model(x), 0)
 
 
+def test_a_list_that_does_not_repeat_the_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here because all that it needs takes one place; on a GPU whatever the reason may be."""
+    monkeypatch.setattr("fastunet.plan.arrange", lambda buffers: [0] * len(buffers))
+    model, x = net(), image()
+    with pytest.raises(ConfigError, match="does not repeat"):
+        record(lambda: model(x))
+
+
 class Doubled(nn.Module):
     """Work of ATen's after, before or between kernels."""
 
