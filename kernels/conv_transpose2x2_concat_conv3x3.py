@@ -9,6 +9,7 @@ sub-pixel of a tile of low's pixels. Through tensor descriptors alone: sm_90 and
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -196,14 +197,14 @@ def _border_terms(border: Tensor) -> Tensor:
 
 def _parities(name: str, x: Tensor, chosen: config.ConvConfig, channels: int) -> dict[str, TensorDescriptor]:
     """Of packed x [N, C, H, W] each second row and column, by the parity of both, in boxes of a tile by channels."""
-    pixels = x.permute(0, 2, 3, 1)
-    return {
-        f"{name}{row}{column}_desc": TensorDescriptor.from_tensor(
-            pixels[:, row::2, column::2], [1, chosen.tile_h, chosen.tile_w, channels]
-        )
-        for row in (0, 1)
-        for column in (0, 1)
-    }
+    _, c, h, w = x.shape
+    # Spelled out: where a size is 1, a packed tensor may have any stride.
+    strides, box = [h * w * c, 2 * w * c, 2 * c, 1], [1, chosen.tile_h, chosen.tile_w, channels]
+    found = {}
+    for row, column in itertools.product((0, 1), repeat=2):
+        pixels = x.permute(0, 2, 3, 1)[:, row::2, column::2]
+        found[f"{name}{row}{column}_desc"] = TensorDescriptor(pixels, list(pixels.shape), strides, box)
+    return found
 
 
 def launch(skip: Tensor, low: Tensor, weights: Composed, chosen: config.ConvConfig, epilogue: Epilogue) -> gpu.Launch:

@@ -129,6 +129,15 @@ def test_an_image_alone_and_in_a_batch_has_the_same_bits() -> None:
     assert torch.equal(run(OPS, t)[1:], run(OPS, {**t, "skip": t["skip"][1:], "low": t["low"][1:]}))
 
 
+def test_a_lone_image_may_have_any_stride_to_the_next() -> None:
+    t = {name: each[:1] if name in ("skip", "low") else each for name, each in tensors((7, 10)).items()}
+    expected = run(OPS, t)
+    for name in ("skip", "low"):
+        each = t[name].contiguous(memory_format=torch.channels_last)
+        t[name] = each.as_strided(each.shape, (1, *each.stride()[1:]))
+    assert torch.equal(run(OPS, t), expected)
+
+
 def test_an_empty_batch() -> None:
     t = tensors((6, 11))
     assert run(OPS, {**t, "skip": t["skip"][:0], "low": t["low"][:0]}).shape == (0, 64, 6, 11)
