@@ -54,7 +54,7 @@ def spoil_single_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(launch: gpu.Launch, device: torch.device) -> None:
         run(launch, device)
         if launch.num_warps == 1:
-            for name in ("y_ptr", "y_desc", "out_ptr", "partial_ptr"):
+            for name in ("y_ptr", "y_desc", "y00_desc", "out_ptr", "partial_ptr"):
                 result = launch.arguments.get(name)
                 if result is not None:
                     getattr(result, "base", result).mul_(1.5)
