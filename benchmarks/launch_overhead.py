@@ -1,10 +1,12 @@
-"""What the host takes to launch the kernels of a net's inference, one image at a time.
+"""What the host takes to launch the kernels of a net's inference and training, one image at a time.
 
     python -m benchmarks.launch_overhead [--features 64 128 ...] [--size 256] [--rounds 200] [--out JSON]
 
-prints microseconds for each launch: of the net as it stands, layer by layer, and of `fastunet.planned`. On a GPU that
-is the time until all launches are queued. Without one, Triton's launcher hands them to a stand-in for the driver of a
-GPU of sm_90, which takes them and does nothing: what a driver takes for a launch is left out. That needs a C compiler.
+prints microseconds for each launch: of inference by the net as it stands, layer by layer, and by `fastunet.planned`,
+and of a training step (forward, Dice loss, backward) of a net with few channels, which are all the same to the host. On
+a GPU that is the time until all launches are queued. Without one, Triton's launcher hands them to a stand-in for the
+driver of a GPU of sm_90, which takes them and does nothing: what a driver takes for a launch is left out. That needs a
+C compiler.
 """
 
 from __future__ import annotations
@@ -34,10 +36,13 @@ from .tables import table
 # Microseconds for each launch.
 GOAL = 15.0
 STAND_IN = "none, a stand-in"
+# Of the net that is trained: its weights are copied by the host where there is no GPU, so they are small.
+_FEW_CHANNELS, _SMALL_SIDE = (16, 32, 64, 128, 256), 32
 
 
 def measured(features: Sequence[int], size: int, rounds: int) -> dict[str, Any]:
-    """Medians and p10, p90 in microseconds for each launch, by "layer by layer" and "planned", and their number.
+    """Medians and p10, p90 in microseconds for each launch of "layer by layer", "planned" and "training step", and how
+    many each has.
 
     Of a GPU where there is one, else of a driver that the caller has made to stand in for it.
     """
@@ -47,13 +52,15 @@ def measured(features: Sequence[int], size: int, rounds: int) -> dict[str, Any]:
     model = fastunet.UNet(3, 2, features=tuple(features)).to(device, DTYPE).eval()
     x = torch.randn(1, 3, size, size, device=device, dtype=DTYPE).to(memory_format=torch.channels_last)
     with torch.no_grad(), fastunet.backend("triton"):
-        with gpu.recording() as steps:
-            model(x)
-        launches = sum(isinstance(step, gpu.Launch) for step in steps)
         fast = fastunet.planned(model) if on_gpu else GraphedModel(model, record=_listed)
-        runs = {"layer by layer": lambda: model(x), "planned": lambda: fast(x)}
+        runs = {
+            "layer by layer": lambda: model(x),
+            "planned": lambda: fast(x),
+            "training step": _training_step(device),
+        }
+        launches = {name: _launches_of(run) for name, run in runs.items()}
         times = _times(runs, rounds, torch.cuda.synchronize if on_gpu else None)
-    spread = {name: [t / launches for t in statistics.quantiles(of, n=10)] for name, of in times.items()}
+    spread = {name: [t / launches[name] for t in statistics.quantiles(of, n=10)] for name, of in times.items()}
     summary = {name: {"median": q[4], "p10": q[0], "p90": q[8]} for name, q in spread.items()}
     driver = "CUDA" if on_gpu else STAND_IN
     return {"summary": summary, "launches": launches, "driver": driver, "goal": GOAL}
@@ -64,6 +71,28 @@ def _listed(run: Callable[[], Tensor]) -> Recording:
     with gpu.recording() as steps:
         result = run()
     return plan.repeated(list(steps), result.device), result
+
+
+def _training_step(device: torch.device) -> Callable[[], None]:
+    model = fastunet.UNet(3, 2, features=_FEW_CHANNELS).to(device, DTYPE)
+    loss = fastunet.losses.DiceLoss(sigmoid=True)
+    x = torch.randn(1, 3, _SMALL_SIDE, _SMALL_SIDE, device=device, dtype=DTYPE)
+    target = (x[:, :2] > 0).to(torch.uint8)
+
+    @torch.enable_grad()
+    def step() -> None:
+        model.zero_grad()
+        loss(model(x), target).backward()
+
+    return step
+
+
+def _launches_of(run: Callable[[], Any]) -> int:
+    """How many there are in a call after the first, which may make what the others go without."""
+    run()
+    with gpu.recording() as steps:
+        run()
+    return sum(isinstance(step, gpu.Launch) for step in steps)
 
 
 def _times(
@@ -88,9 +117,12 @@ def _times(
 
 def report(result: dict[str, Any]) -> str:
     """The table, and what it is of."""
-    rows = [[name, *(f"{of[key]:.1f}" for key in ("median", "p10", "p90"))] for name, of in result["summary"].items()]
-    title = f"Microseconds of the host for each of {result['launches']} launches, driver: {result['driver']}"
-    return f"{title} (goal {result['goal']:.0f})\n\n" + table(["", "median", "p10", "p90"], rows)
+    rows = [
+        [name, str(result["launches"][name]), *(f"{of[key]:.1f}" for key in ("median", "p10", "p90"))]
+        for name, of in result["summary"].items()
+    ]
+    title = f"Microseconds of the host for each launch, driver: {result['driver']} (goal of planned: {GOAL:.0f})"
+    return f"{title}\n\n" + table(["", "launches", "median", "p10", "p90"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
