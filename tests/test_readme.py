@@ -53,9 +53,11 @@ def test_the_moved_bytes_are_the_result_files() -> None:
 
 
 def test_what_a_launch_takes_is_the_result_file() -> None:
-    summary = json.loads((ROOT / "benchmarks/results/cpu/launch_overhead.json").read_text())["summary"]
-    planned, layers = (f"{summary[name]['median']:.0f}" for name in ("planned", "layer by layer"))
-    assert f"takes the host {planned} µs then, and {layers} µs layer by layer" in (ROOT / "README.md").read_text()
+    found = json.loads((ROOT / "benchmarks/results/cpu/launch_overhead.json").read_text())
+    medians = {name: each["median"] for name, each in found["summary"].items()}
+    text, launches = (ROOT / "README.md").read_text(), found["launches"]["training step"]
+    assert f"host {medians['planned']:.0f} µs then, and {medians['layer by layer']:.0f} µs layer by layer" in text
+    assert f"of {launches} launches takes it {medians['training step'] * launches / 1000:.0f} ms" in text
 
 
 def test_what_8_bits_cost_is_the_result_files() -> None:
