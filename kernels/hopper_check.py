@@ -21,6 +21,7 @@ from torch import Tensor
 # Batch, height, width, channels of both inputs and of the output: more tiles than multiprocessors, and edges.
 PROBLEMS = (
     (5, 131, 75, 64, 0, 64),
+    (3, 20, 50, 64, 0, 40),
     (2, 33, 65, 64, 64, 128),
     (2, 75, 131, 64, 64, 48),
     (3, 16, 24, 128, 0, 72),
