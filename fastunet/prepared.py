@@ -74,7 +74,9 @@ def uses_noted() -> Iterator[list[Callable[[], bool]]]:
 
 def address(t: Tensor) -> int:
     """Where t's values begin."""
-    return torch._C._data_address(t)  # type: ignore[attr-defined]
+    # The first is where its storage begins.
+    begin: int = torch._C._data_address(t)  # type: ignore[attr-defined]
+    return begin + int(t.storage_offset()) * t.itemsize
 
 
 def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> T:

@@ -139,6 +139,17 @@ def test_what_lies_elsewhere_is_recorded_anew(net: fastunet.UNet, change: Callab
 
 
 @torch.no_grad()
+def test_another_place_in_the_same_storage_is_recorded(net: fastunet.UNet) -> None:
+    biases = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    recorder = Recorder()
+    fast = GraphedModel(net, record=recorder)
+    for recorded, bias in enumerate(biases, start=1):
+        net.outc.conv.bias.data = bias
+        torch.testing.assert_close(fast(image()), net(image()))
+        assert recorder.recorded == recorded
+
+
+@torch.no_grad()
 def test_another_model_in_its_place_is_recorded(net: fastunet.UNet) -> None:
     recorder = Recorder()
     fast = GraphedModel(net, record=recorder)
