@@ -89,7 +89,8 @@ def conv_backward_triton(
         if up is not None and mask[2]:
             parts.append(kernels.conv3x3_weight_grad(grad, up, allow_tf32=tf32))
         if mask[2]:
-            results[2] = strided_like(torch.cat([part[0] for part in parts], dim=1), weight)
+            grad_weight = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts], dim=1)
+            results[2] = strided_like(grad_weight, weight)
         if parts[0][1] is not None:
             results[3] = parts[0][1]
     return results[0], results[1], results[2], results[3]
