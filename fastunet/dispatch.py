@@ -127,7 +127,9 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
     if obstacle is not None:
         return Choice("aten", obstacle)
     choice = Choice("triton", "backend is set to triton") if _selected == "triton" else _faster(op, x, weight, training)
-    return replace(choice, prepares=op == _STEP_UP and choice.implementation == "triton")
+    if op == _STEP_UP and choice.implementation == "triton":
+        return replace(choice, prepares=True)
+    return choice
 
 
 def _composition_obstacle(skip: Tensor, weight: Tensor | None, training: bool) -> str | None:

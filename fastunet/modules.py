@@ -204,7 +204,7 @@ def _both_are_plain(conv1: Any, norm1: Any, act1: Any, conv2: Any, norm2: Any, a
 
 def _has(conv: Any, geometry: dict[str, Any]) -> bool:
     """Whether a plain convolution has exactly this geometry."""
-    return _is_plain(conv) and all(getattr(conv, name, None) == value for name, value in geometry.items())
+    return _is_plain(conv) and geometry.items() <= vars(conv).items()
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -127,12 +127,15 @@ def check_pair(name: str, **pair: Tensor | None) -> None:
 
 def check_norm(name: str, x: Tensor, weight: Tensor, **parameters: Tensor | None) -> None:
     """Per-channel parameters [Cout] on x's device, in x's dtype or, as mixed precision keeps them, float32."""
+    expected = weight.shape[:1]
     for key, t in parameters.items():
-        checks.check_shape(name, key, t, weight.shape[:1])
-        if t is not None and t.dtype != torch.float32:
+        if t is None:
+            continue
+        checks.check_shape(name, key, t, expected)
+        if t.dtype in (x.dtype, torch.float32):
+            checks.check_device(name, x, **{key: t})
+        else:
             checks.check_together(name, x, **{key: t})
-        elif t is not None and t.device != x.device:
-            raise checks.DeviceError(f"{name}: {key}: expected device {x.device} (the input's), got {t.device}")
 
 
 # --- forward ---
