@@ -7,7 +7,6 @@ the launches as they are: nothing is checked, chosen, described or allocated any
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +92,7 @@ def record(run: Callable[[], Tensor]) -> Recording:
 
 
 def repeated(steps: Sequence[Any], device: torch.device) -> Callable[[], None]:
-    """What runs the steps again, one after the other, after it has run them once."""
+    """What runs the steps again, one after the other."""
     from fastunet.kernels import gpu
 
     repeats = [step.repeatable(device) for step in steps]
@@ -109,7 +108,7 @@ def repeated(steps: Sequence[Any], device: torch.device) -> Callable[[], None]:
 def _check(steps: Sequence[Any], result: Tensor, expected: Tensor, lasting: set[int]) -> None:
     """ConfigError unless the steps alone lead to the result: what none of them writes is NaN, as is what reads it."""
     for step in steps:
-        for t in (*_tensors(step), result):
+        for t in (*step.tensors, result):
             if t.untyped_storage().data_ptr() not in lasting:
                 t.new_empty(0, dtype=torch.uint8).set_(t.untyped_storage()).fill_(_NAN_BYTE)
     for step in steps:
@@ -118,23 +117,15 @@ def _check(steps: Sequence[Any], result: Tensor, expected: Tensor, lasting: set[
         raise ConfigError("planned: not all work of this model on this image is done by Triton kernels")
 
 
-def _tensors(step: Any) -> Iterable[Tensor]:
-    values = step.arguments.values() if hasattr(step, "arguments") else (step.source, step.out)
-    for value in values:
-        t = value if isinstance(value, Tensor) else getattr(value, "base", None)  # A tensor descriptor's.
-        if isinstance(t, Tensor):
-            yield t
-
-
 def _storages(steps: Iterable[Any]) -> set[int]:
-    return {t.untyped_storage().data_ptr() for step in steps for t in _tensors(step)}
+    return {t.untyped_storage().data_ptr() for step in steps for t in step.tensors}
 
 
 def _moved(steps: Sequence[Any], result: Tensor, lasting: set[int]) -> tuple[list[Any], Tensor]:
     """The steps and the result on tensors in one block, but for lasting storages, which stay."""
     spans: dict[int, tuple[Tensor, int, int]] = {}
     for i, step in enumerate(steps):
-        for t in _tensors(step):
+        for t in step.tensors:
             place = t.untyped_storage().data_ptr()
             if place not in lasting:
                 spans[place] = (t, spans[place][1] if place in spans else i, i)
@@ -153,18 +144,4 @@ def _moved(steps: Sequence[Any], result: Tensor, lasting: set[int]) -> tuple[lis
         start = block.storage_offset() + offset // t.element_size() + t.storage_offset()
         return t.new_empty(0).set_(block.untyped_storage(), start, t.shape, t.stride())
 
-    return [_on(step, move) for step in steps], move(result)
-
-
-def _on(step: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """The step on other tensors."""
-    if not hasattr(step, "arguments"):
-        return dataclasses.replace(step, source=move(step.source), out=move(step.out))
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return move(value)
-        base = getattr(value, "base", None)
-        return dataclasses.replace(value, base=move(base)) if isinstance(base, Tensor) else value
-
-    return dataclasses.replace(step, arguments={name: moved(value) for name, value in step.arguments.items()})
+    return [step.on([*map(move, step.tensors)]) for step in steps], move(result)
