@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import ConfigError, DeviceError
-from .prepared import address, uses_noted
+from .prepared import Use, address, uses_noted
 
 # Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.
 _WARMUP = 3
@@ -42,12 +42,12 @@ class _Graph:
     image: Tensor
     replay: Callable[[], None]
     result: Tensor
-    prepared: list[Callable[[], bool]]
+    prepared: list[Use]
 
     @property
     def holds(self) -> bool:
         """Whether what had been prepared of weights is still what it would be now."""
-        return all(use() for use in self.prepared)
+        return all(use.holds() for use in self.prepared)
 
 
 class _Weights:

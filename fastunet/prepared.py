@@ -18,10 +18,11 @@ import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
@@ -53,18 +54,25 @@ _numbers = itertools.count(1)
 class _Noted(threading.local):
     """What this thread notes down of what it was given, or None."""
 
-    uses: list[Callable[[], bool]] | None = None
+    uses: list[Use] | None = None
 
 
 _noted = _Noted()
 
 
+class Use(NamedTuple):
+    """A result that was given, and what tells whether it still holds."""
+
+    result: Any
+    holds: Callable[[], bool]
+
+
 @contextmanager
-def uses_noted() -> Iterator[list[Callable[[], bool]]]:
-    """Within the block, for each result that this thread is given, a function that tells whether it still holds: for
-    what goes on to use the results without asking for them again.
+def uses_noted() -> Iterator[list[Use]]:
+    """Within the block, each result that this thread is given: for what goes on to use them without asking for them
+    again.
     """
-    uses: list[Callable[[], bool]] = []
+    uses: list[Use] = []
     before, _noted.uses = _noted.uses, uses
     try:
         yield uses
@@ -72,11 +80,18 @@ def uses_noted() -> Iterator[list[Callable[[], bool]]]:
         _noted.uses = before
 
 
+def uses_are_noted() -> bool:
+    """Whether this thread notes down what it is given."""
+    return _noted.uses is not None
+
+
 def address(t: Tensor) -> int:
     """Where t's values begin."""
-    # The first is where its storage begins.
-    begin: int = torch._C._data_address(t)  # type: ignore[attr-defined]
-    return begin + int(t.storage_offset()) * t.itemsize
+    return storage_address(t) + int(t.storage_offset()) * t.itemsize
+
+
+# Where a tensor's storage begins.
+storage_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
 
 
 def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> T:
@@ -85,14 +100,20 @@ def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[]
     kind: names what is made, with everything that make() takes beside the sources. sources[0] is not None; one result
     of each kind is kept for it.
     """
+    if _noted.uses is None:
+        return _prepared(kind, sources, make)[1]
+    with _disable_current_modes():  # Whoever notes down what is done with the result is not to see how it came about.
+        state, result = _prepared(kind, sources, make)
+    _noted.uses.append(Use(result, functools.partial(_holds, state, sources)))
+    return result
+
+
+def _prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> tuple[list[Any], T]:
     record = _record(sources[0])
     found = record.results.get(kind)
     if found is None or not _holds(found[0], sources):
-        state = [_state(t) for t in sources]
-        found = record.results[kind] = (state, make())
-    if _noted.uses is not None:
-        _noted.uses.append(functools.partial(_holds, found[0], sources))
-    return found[1]
+        found = record.results[kind] = ([_state(t) for t in sources], make())
+    return found
 
 
 def _holds(state: list[Any], sources: Sequence[Tensor | None]) -> bool:

@@ -121,6 +121,22 @@ def _with_tensors(step: gpu.Launch) -> list[object]:
     return [v for v in values if isinstance(v, Tensor) or isinstance(getattr(v, "base", None), Tensor)]
 
 
+def lists(driver: StandIn) -> int:
+    """Steps of a net's training, of which later ones are repeated from lists: each has as many launches."""
+    model = fastunet.UNet(3, 2, features=(64, 128)).to(torch.bfloat16)
+    loss = fastunet.losses.DiceLoss(sigmoid=True)
+    x = torch.randn(2, 3, 32, 16, dtype=torch.bfloat16)
+    target = (x[:, :2] > 0).to(torch.uint8)
+    launches = []
+    with fastunet.backend("triton"):
+        for _ in range(5):
+            before = driver.launches
+            loss(model(x), target).backward()
+            launches.append(driver.launches - before)
+    assert len({*launches}) == 1, launches
+    return sum(launches)
+
+
 def lone_channels(driver: StandIn) -> int:
     """The launches of every op, forward and backward, on one channel: of a 1 Triton makes a constant in the kernel."""
     cpu = torch.device("cpu")
@@ -149,7 +165,7 @@ def _launches(steps: Sequence[object]) -> int:
     return sum(isinstance(step, gpu.Launch) for step in steps)
 
 
-BODIES = {body.__name__: body for body in (nets, eight_bits, repeated, lone_channels, ops)}
+BODIES = {body.__name__: body for body in (nets, eight_bits, repeated, lists, lone_channels, ops)}
 
 if __name__ == "__main__":
     name, capability, folder = sys.argv[1:]

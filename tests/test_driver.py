@@ -44,6 +44,7 @@ def driver(folder: Path) -> ctypes.CDLL:
         ("ops", 90),
         ("lone_channels", 90),
         ("repeated", 90),
+        ("lists", 90),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (("nets", 80), ("nets", 100), ("eight_bits", 100), ("ops", 100))

@@ -13,8 +13,9 @@ from fastunet import checks, dispatch
 from fastunet.ops import onednn, recompute
 from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
-from fastunet.ops.norm import backward_triton, forward_triton, runs_on_triton
+from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
+from fastunet.ops.replay import replayed
 
 NAME = "conv3x3_batch_norm_relu"
 aten = torch.ops.aten
@@ -159,13 +160,10 @@ def _forward(
     """(y, pooled, raw, mean, invstd): raw is the convolution's output (empty unless keep), mean and invstd (empty in
     eval) its statistics.
     """
-    format = memory_format(x, up, weight)
     if runs_on_triton(NAME, x, weight, training=training or keep):
-        arguments = (x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, keep)
-        y, pooled, raw, mean, invstd = _forward_triton(*arguments)
-        images = (t if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw))
-        y, pooled, raw = (none_like(x) if t is None else t for t in images)
-        return y, pooled, raw, mean, invstd
+        given = (x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, keep)
+        return _forward_triton(*given)
+    format = memory_format(x, up, weight)
     if dispatch.choose(NAME, x, weight, training=training or keep).implementation == "onednn":
         norm = onednn.norm_of(running_mean, running_var, gamma, eps)
         y = onednn.conv3x3(x, up, weight, beta, norm, slope).contiguous(memory_format=format)
@@ -187,6 +185,7 @@ def _no_statistics(gamma: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty(0, dtype=dtype), like.new_empty(0, dtype=dtype)
 
 
+@replayed
 def _forward_triton(
     x: Tensor,
     up: Tensor | None,
@@ -201,8 +200,8 @@ def _forward_triton(
     slope: float | None,
     pool: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """(y, pooled, raw, mean, invstd), the last two [Cout], empty in eval."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As _forward."""
     from fastunet.kernels.conv3x3 import Normalisation, conv3x3
     from fastunet.kernels.norm import Affine, normalise
 
@@ -210,17 +209,17 @@ def _forward_triton(
     if training:
         options: dict[str, Any] = {"groups": 1, "eps": eps, "running": running, "momentum": momentum}
         y, pooled, raw, mean, invstd = forward_triton(x, up, weight, gamma, beta, slope, pool, **options)
-        return y, pooled, raw if keep else None, mean[0], invstd[0]
+        return *in_format_of((x, up, weight), y, pooled, raw if keep else None), mean[0], invstd[0]
     assert running is not None, "checked before"
-    none = [x.new_empty(0, dtype=torch.float32) for _ in range(2)]
+    none = x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     tf32 = dispatch.tf32_allowed()
     if not keep:
         norm = Normalisation(*running, gamma, eps)
         y, pooled = conv3x3(x, weight, beta, up=up, norm=norm, negative_slope=slope, pool=pool, allow_tf32=tf32)
-        return y, pooled, None, *none
+        return *in_format_of((x, up, weight), y, pooled, None), *none
     raw, _ = conv3x3(x, weight, up=up, allow_tf32=tf32)
     y, pooled = normalise(raw, Affine(*_given_statistics(*running, eps), gamma, beta), slope, pool=pool)
-    return y, pooled, raw, *none
+    return *in_format_of((x, up, weight), y, pooled, raw), *none
 
 
 def _given_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ from fastunet.ops import onednn, recompute
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm, check_pair, norm_grads_fake, statistics_dtype
 from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
-from fastunet.ops.norm import backward_triton, forward_triton, runs_on_triton
+from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
+from fastunet.ops.replay import replayed
 
 NAME = "conv3x3_instance_norm_relu"
 aten = torch.ops.aten
@@ -118,14 +119,9 @@ def _forward(
     """(y, pooled, raw, mean, invstd): raw is the convolution's output (empty unless keep), mean and invstd [N, Cout]
     its statistics.
     """
-    format = memory_format(x, up, weight)
     if runs_on_triton(NAME, x, weight, training=keep):
-        y, pooled, raw, mean, invstd = forward_triton(
-            x, up, weight, gamma, beta, slope, pool, groups=x.shape[0], eps=eps
-        )
-        images = (t if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw if keep else None))
-        y, pooled, raw = (none_like(x) if t is None else t for t in images)
-        return y, pooled, raw, mean, invstd
+        return _forward_triton(x, up, weight, gamma, beta, eps, slope, pool, keep)
+    format = memory_format(x, up, weight)
     if dispatch.choose(NAME, x, weight, training=keep).implementation == "onednn":
         raw = onednn.conv3x3(x, up, weight, None, None, None)
     else:
@@ -138,6 +134,23 @@ def _forward(
     pooled = F.max_pool2d(y, 2).contiguous(memory_format=format) if pool else none_like(x)
     dtype = statistics_dtype(gamma, raw)
     return y, pooled, raw if keep else none_like(x), mean.to(dtype), invstd.to(dtype)
+
+
+@replayed
+def _forward_triton(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    slope: float | None,
+    pool: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As _forward."""
+    y, pooled, raw, mean, invstd = forward_triton(x, up, weight, gamma, beta, slope, pool, groups=x.shape[0], eps=eps)
+    return *in_format_of((x, up, weight), y, pooled, raw if keep else None), mean, invstd
 
 
 def _in_dtype_of(t: Tensor, parameter: Tensor | None) -> Tensor:

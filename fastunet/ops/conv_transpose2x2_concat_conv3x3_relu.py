@@ -13,6 +13,7 @@ from fastunet.ops import onednn
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm
 from fastunet.ops.epilogue import slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
+from fastunet.ops.replay import replayed
 from fastunet.prepared import prepared
 
 NAME = "conv_transpose2x2_concat_conv3x3_relu"
@@ -108,7 +109,6 @@ def _by_kernel(
     slope: float | None,
 ) -> Tensor:
     from fastunet.kernels import conv_transpose2x2_concat_conv3x3 as kernels
-    from fastunet.kernels.epilogue import Normalisation
 
     def make() -> kernels.Composed:
         # In float64, so that they are rounded but once, on a GPU as well, where float32 might be TF32.
@@ -122,9 +122,25 @@ def _by_kernel(
         return weights
 
     weights = prepared((NAME, skip.dtype), [weight, up_weight, up_bias], make)
+    return _launched(skip, low, tuple(weights), bias, norm, slope)
+
+
+@replayed
+def _launched(
+    skip: Tensor,
+    low: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None,
+    norm: tuple[Tensor | None, Tensor | None, Tensor | None, float],
+    slope: float | None,
+) -> Tensor:
+    from fastunet.kernels import conv_transpose2x2_concat_conv3x3 as kernels
+    from fastunet.kernels.epilogue import Normalisation
+
     mean, variance, gamma, eps = norm
     given = None if mean is None or variance is None else Normalisation(mean, variance, gamma, eps)
-    return kernels.conv_transpose2x2_concat_conv3x3(skip, low, weights, bias, norm=given, negative_slope=slope)
+    composed = kernels.Composed(*weights)
+    return kernels.conv_transpose2x2_concat_conv3x3(skip, low, composed, bias, norm=given, negative_slope=slope)
 
 
 def _forward_fake(

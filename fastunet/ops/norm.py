@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastunet import dispatch
 from fastunet.ops.convolution import conv_backward_triton
-from fastunet.ops.registration import none_like
+from fastunet.ops.registration import memory_format, none_like
+from fastunet.ops.replay import replayed
 
 
 def runs_on_triton(op: str, x: Tensor, weight: Tensor, *, training: bool) -> bool:
@@ -40,6 +41,16 @@ def forward_triton(
     return *normalise(raw, Affine(mean, invstd, gamma, beta), slope, pool=pool), raw, mean, invstd
 
 
+def in_format_of(
+    inputs: tuple[Tensor | None, ...], y: Tensor, pooled: Tensor | None, raw: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, pooled and raw, or what stands for one that is None, in the memory format of the inputs."""
+    format = memory_format(*inputs)
+    y, *others = (none_like(y) if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw))
+    return y, others[0], others[1]
+
+
+@replayed
 def backward_triton(
     grad_y: Tensor | None,
     grad_pooled: Tensor | None,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastunet.ops.registration import memory_format
+from fastunet.ops.replay import replayed
 
 
 class Origin(NamedTuple):
@@ -72,8 +73,15 @@ def saved(ctx: Any, *, reads_values: bool) -> list[Any]:
         return [x, *others]
     if not reads_values:
         return [raw, *others]
+    return [_computed(raw, mean, invstd, gamma, beta, ctx.slope_of_input), *others]
+
+
+@replayed
+def _computed(
+    raw: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None, slope: float | None
+) -> Tensor:
     from fastunet.kernels.norm import Affine, normalise
 
     statistics = (t.view(-1, raw.shape[1]) for t in (mean, invstd))
-    y, _ = normalise(raw, Affine(*statistics, gamma, beta), ctx.slope_of_input)
-    return [y.contiguous(memory_format=memory_format(raw)), *others]
+    y, _ = normalise(raw, Affine(*statistics, gamma, beta), slope)
+    return y.contiguous(memory_format=memory_format(raw))

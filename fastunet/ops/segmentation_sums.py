@@ -13,6 +13,7 @@ from torch.autograd import Function
 from fastunet import checks, dispatch
 from fastunet.kernels.config_passes import MOST_CHANNELS
 from fastunet.ops.registration import below_autograd, define, none_like, strided_like
+from fastunet.ops.replay import replayed
 
 NAME = "segmentation_sums"
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -76,12 +77,19 @@ def _forward(
     logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool
 ) -> Tensor:
     if _runs_triton(logits):
-        from fastunet.kernels.segmentation_loss import segmentation_sums as launch
-
-        return launch(logits, target, mask, softmax=softmax, squared=squared, entropy=entropy)
+        return _forward_triton(logits, target, mask, softmax, squared, entropy)
     parts = _chunks(logits)
     sums = [_sums(logits[part], target[part], _part(mask, part), softmax, squared, entropy) for part in parts]
     return torch.cat(sums, dim=1)
+
+
+@replayed
+def _forward_triton(
+    logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool
+) -> Tensor:
+    from fastunet.kernels.segmentation_loss import segmentation_sums as launch
+
+    return launch(logits, target, mask, softmax=softmax, squared=squared, entropy=entropy)
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -160,10 +168,7 @@ def _backward(
     """Gradients of logits and target: grad [rows, N, C] weighs each pixel's terms."""
     grad_logits, grad_target = none_like(logits), none_like(logits)
     if wanted[0] and _runs_triton(logits, training=True):
-        from fastunet.kernels.segmentation_loss import segmentation_sums_grad as launch
-
-        grad_logits = launch(grad, logits, target, mask, softmax=softmax, squared=squared)
-        grad_logits = strided_like(grad_logits, torch.empty_like(logits))
+        grad_logits = _backward_triton(grad, logits, target, mask, softmax, squared)
     elif wanted[0]:
         grad_logits = torch.empty_like(logits)
         for part in _chunks(logits):
@@ -172,6 +177,16 @@ def _backward(
     if wanted[1]:
         grad_target = torch.empty_like(target).copy_(_grad_target(grad, logits, target, mask, softmax, squared))
     return grad_logits, grad_target
+
+
+@replayed
+def _backward_triton(
+    grad: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool
+) -> Tensor:
+    from fastunet.kernels.segmentation_loss import segmentation_sums_grad as launch
+
+    grad_logits = launch(grad, logits, target, mask, softmax=softmax, squared=squared)
+    return strided_like(grad_logits, torch.empty_like(logits))
 
 
 def _grad_logits(
