@@ -5,18 +5,17 @@ For small images, whose kernels are shorter than the time that Python takes to l
 
 from __future__ import annotations
 
-import operator
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checks import ConfigError, DeviceError
-from .prepared import Use, address, uses_noted
+from .model_state import ModelState, autocast_dtype
+from .prepared import Use, uses_noted
 
 # Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.
 _WARMUP = 3
@@ -50,32 +49,6 @@ class _Graph:
         return all(use.holds() for use in self.prepared)
 
 
-class _Weights:
-    """Which modules, parameters and buffers a model has, and where they lie.
-
-    `model.parameters()` walks through all modules, which takes as long as a small image's kernels: here the walk is
-    made once, and what it found is compared from then on.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        found: list[dict[str, Any]] = []
-        for module in model.modules():
-            found += [module._parameters, module._buffers, module._modules]
-        self._owners = [owned for owned in found if owned]
-        self._owned = self._now()
-        self._tensors = [t for t in self._owned if isinstance(t, Tensor)]
-        self._places = [*map(address, self._tensors)]
-
-    def _now(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self._owners))]
-
-    def hold(self) -> bool:
-        """Whether they are the same, and lie where they did."""
-        now = self._now()
-        same = len(now) == len(self._owned) and all(map(operator.is_, now, self._owned))
-        return same and [*map(address, self._tensors)] == self._places
-
-
 class GraphedModel(nn.Module):
     """See `graphed`. record: makes a replay, and the tensor it fills, of a function without arguments."""
 
@@ -89,7 +62,7 @@ class GraphedModel(nn.Module):
         self.training = model.training
         self._most, self._record = most, record or _record
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
-        self._weights: _Weights | None = None
+        self._state: tuple[nn.Module, ModelState] | None = None
 
     @property
     def config(self) -> Any:
@@ -102,12 +75,10 @@ class GraphedModel(nn.Module):
             raise ConfigError("a graphed model is for inference: expected eval mode, got train mode")
         if self._record is _record and not x.is_cuda:
             raise DeviceError(f"graphed: expected images on a GPU, got {x.device}")
-        if self._weights is None or not self._weights.hold():
+        if self._state is None or self._state[0] is not self.model or not self._state[1].holds():
             self._graphs.clear()
-            self._weights = _Weights(self)
-        kind = x.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (tuple(x.shape), x.dtype, x.device, autocast)
+            self._state = self.model, ModelState(self.model)
+        key = (tuple(x.shape), x.dtype, x.device, autocast_dtype(x.device.type))
         graph = self._graphs.get(key)
         if graph is None or not graph.holds:
             graph = self._recorded(x)
@@ -128,7 +99,7 @@ class GraphedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are not copied or pickled: a copy records its own."""
-        return {**self.__dict__, "_graphs": OrderedDict(), "_weights": None}
+        return {**self.__dict__, "_graphs": OrderedDict(), "_state": None}
 
 
 def _record(run: Callable[[], Tensor]) -> Recording:

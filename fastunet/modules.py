@@ -46,7 +46,7 @@ class DoubleConv(reference.DoubleConv):
 
 def with_pool(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """(y, max_pool2x2(y)) of y = block(x), in one op unless a hook is to see y."""
-    if not _has_hooks(block):
+    if not has_hooks(block):
         return block(x, pool=True)
     y = block(x)
     return y, ops.max_pool2x2(y)
@@ -72,7 +72,7 @@ class Up(reference.Up):
     def forward(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
         up: Any = self.up
         conv: Any = self.conv
-        if head is not None and _has_hooks(conv):
+        if head is not None and has_hooks(conv):
             return head(self.forward(low, skip))
         if self._composes(low, skip):
             return conv.second(self._composed(low, skip), head=head)
@@ -91,7 +91,7 @@ class Up(reference.Up):
             and _has(self.up, CONV_TRANSPOSE2X2)
             and _is_fusable(conv, norm, act)
             and _is_inference(norm)
-            and not _has_hooks(self.conv)
+            and not has_hooks(self.conv)
             and all(s // 2 == n for s, n in zip(skip.shape[2:], low.shape[2:], strict=True))
             # A graph may be traced through here, but not through the question; the op asks at every call.
             and (torch.compiler.is_compiling() or dispatch.choose(JOINED_UP, skip, conv.weight).prepares)
@@ -117,7 +117,7 @@ class OutConv(reference.OutConv):
 
     def is_fusable(self) -> bool:
         """Whether a convolution before it can take it into its epilogue."""
-        return self.head in (None, "sigmoid") and _has(self.conv, CONV1X1) and not _has_hooks(self)
+        return self.head in (None, "sigmoid") and _has(self.conv, CONV1X1) and not has_hooks(self)
 
 
 def conv_norm_activation(
@@ -210,10 +210,11 @@ def _has(conv: Any, geometry: dict[str, Any]) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """One of the types the fused ops stand for, itself and not a subclass, without hooks or running instance norm."""
     tracking = isinstance(module, nn.InstanceNorm2d) and module.track_running_stats
-    return type(module) in PLAIN_TYPES and not _has_hooks(module) and not tracking
+    return type(module) in PLAIN_TYPES and not has_hooks(module) and not tracking
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called before or after the module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 

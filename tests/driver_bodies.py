@@ -56,6 +56,13 @@ def eight_bits(driver: StandIn) -> int:
                 run(x)
             counts.append(_launches(steps))
     assert counts == [11, 11, 10, 10], counts
+    for net in (model, quantised):
+        for _ in range(4):  # The last one is repeated from a list.
+            before = driver.launches
+            with fastunet.backend("triton"), torch.no_grad():
+                net(x)
+            counts.append(driver.launches - before)
+    assert counts[4:] == [11] * 4 + [10] * 4, counts
     return sum(counts)
 
 
@@ -122,7 +129,7 @@ def _with_tensors(step: gpu.Launch) -> list[object]:
 
 
 def lists(driver: StandIn) -> int:
-    """Steps of a net's training, of which later ones are repeated from lists: each has as many launches."""
+    """A net's training and inference, of which later steps are repeated from lists: each has as many launches."""
     model = fastunet.UNet(3, 2, features=(64, 128)).to(torch.bfloat16)
     loss = fastunet.losses.DiceLoss(sigmoid=True)
     x = torch.randn(2, 3, 32, 16, dtype=torch.bfloat16)
@@ -134,7 +141,15 @@ def lists(driver: StandIn) -> int:
             loss(model(x), target).backward()
             launches.append(driver.launches - before)
     assert len({*launches}) == 1, launches
-    return sum(launches)
+    net, image = fastunet.UNet(3, 2, features=(64, 128, 256)).to(torch.bfloat16).eval(), torch.randn(1, 3, 33, 16)
+    inference = []
+    with fastunet.backend("triton"), torch.no_grad():
+        for _ in range(5):
+            before = driver.launches
+            net(image.to(torch.bfloat16))
+            inference.append(driver.launches - before)
+    assert inference == [10] * 5
+    return sum(launches + inference)
 
 
 def lone_channels(driver: StandIn) -> int:

@@ -14,8 +14,9 @@ from kernel_device import DEVICE, INTERPRETED, MARK, ieee  # noqa: F401
 from torch import Tensor, nn
 
 import fastunet
-from fastunet import dispatch, ops
+from fastunet import dispatch, folding, ops
 from fastunet.checks import ConfigError
+from fastunet.ops.replay import replaying
 from fastunet.testing import assert_within, composed_sums_expected, random_input, stored
 
 pytestmark = MARK
@@ -164,3 +165,18 @@ def test_changes_of_weights_are_seen(norm: str | None) -> None:
         assert not torch.equal(after, before)
         assert_within(fast(x), after, 0)
         before = after
+
+
+def test_repeated_inference_has_the_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are composed when one of the two has changed, and not at each call."""
+    model, x = net().half(), image()
+    made: list[int] = []
+    compose = folding.compose_upsampling
+    monkeypatch.setattr(folding, "compose_upsampling", lambda *given: made.append(1) or compose(*given))
+    for times, p in enumerate((model.outc.conv.bias, model.up1.up.weight, model.up1.up.bias), start=1):
+        p.mul_(1.5)
+        with replaying(False):
+            expected = model(x)
+        for _ in range(4):
+            assert_within(model(x), expected, 0)
+        assert len(made) == times
