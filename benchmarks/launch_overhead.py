@@ -2,9 +2,11 @@
 
     python -m benchmarks.launch_overhead [--features 64 128 ...] [--size 256] [--rounds 200] [--out JSON]
 
-prints microseconds for each launch: of inference by the net as it stands, layer by layer, and by `fastunet.planned`,
-and of a training step (forward, Dice loss, backward) of a net with few channels, which are all the same to the host. On
-a GPU that is the time until all launches are queued. Without one, Triton's launcher hands them to a stand-in for the
+prints microseconds for each launch: of inference by the net as it stands and by `fastunet.planned`, and of a training
+step (forward, Dice loss, backward) of a net with few channels, which are all the same to the host. Nets and ops repeat
+what they launched for arguments of the same kind; "anew" has them find their launches at every call, as at the first.
+
+On a GPU that is the time until all launches are queued. Without one, Triton's launcher hands them to a stand-in for the
 driver of a GPU of sm_90, which takes them and does nothing: what a driver takes for a launch is left out. That needs a
 C compiler.
 """
@@ -12,6 +14,7 @@ C compiler.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -28,6 +31,7 @@ import fastunet
 from fastunet import plan
 from fastunet.files import write_json
 from fastunet.graphs import GraphedModel, Recording
+from fastunet.ops.replay import replaying
 
 from .environment import environment
 from .steps import DTYPE, Settings
@@ -41,8 +45,8 @@ _FEW_CHANNELS, _SMALL_SIDE = (16, 32, 64, 128, 256), 32
 
 
 def measured(features: Sequence[int], size: int, rounds: int) -> dict[str, Any]:
-    """Medians and p10, p90 in microseconds for each launch of "layer by layer", "planned" and "training step", and how
-    many each has.
+    """Medians and p10, p90 in microseconds for each launch of "inference", also "planned" and "anew", and "training
+    step", also "anew", and how many each has.
 
     Of a GPU where there is one, else of a driver that the caller has made to stand in for it.
     """
@@ -53,10 +57,13 @@ def measured(features: Sequence[int], size: int, rounds: int) -> dict[str, Any]:
     x = torch.randn(1, 3, size, size, device=device, dtype=DTYPE).to(memory_format=torch.channels_last)
     with torch.no_grad(), fastunet.backend("triton"):
         fast = fastunet.planned(model) if on_gpu else GraphedModel(model, record=_listed)
-        runs = {
-            "layer by layer": lambda: model(x),
-            "planned": lambda: fast(x),
-            "training step": _training_step(device),
+        inference, step = functools.partial(model, x), _training_step(device)
+        runs: dict[str, Callable[[], Any]] = {
+            "inference, anew": replaying(False)(inference),
+            "inference": inference,
+            "inference, planned": functools.partial(fast, x),
+            "training step, anew": replaying(False)(step),
+            "training step": step,
         }
         launches = {name: _launches_of(run) for name, run in runs.items()}
         times = _times(runs, rounds, torch.cuda.synchronize if on_gpu else None)
@@ -88,8 +95,9 @@ def _training_step(device: torch.device) -> Callable[[], None]:
 
 
 def _launches_of(run: Callable[[], Any]) -> int:
-    """How many there are in a call after the first, which may make what the others go without."""
-    run()
+    """How many there are in a call after the first three, which may make or note down what the others go without."""
+    for _ in range(3):
+        run()
     with gpu.recording() as steps:
         run()
     return sum(isinstance(step, gpu.Launch) for step in steps)
