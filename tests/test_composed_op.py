@@ -14,7 +14,7 @@ from kernel_device import DEVICE, INTERPRETED, MARK, ieee  # noqa: F401
 from torch import Tensor, nn
 
 import fastunet
-from fastunet import dispatch, folding, ops
+from fastunet import dispatch, folding, net_replay, ops
 from fastunet.checks import ConfigError
 from fastunet.ops.replay import replaying
 from fastunet.testing import assert_within, composed_sums_expected, random_input, stored
@@ -180,3 +180,4 @@ def test_repeated_inference_has_the_weights_as_they_are(monkeypatch: pytest.Monk
         for _ in range(4):
             assert_within(model(x), expected, 0)
         assert len(made) == times
+    assert None not in net_replay._nets[model].programs._known.values(), "all of it could be noted down"

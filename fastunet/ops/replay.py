@@ -263,8 +263,12 @@ class _Recorder(TorchDispatchMode):
         result = op(*args, **options)
         given = [t for t in tree_leaves((args, options)) if isinstance(t, Tensor)]
         results = [*result] if isinstance(result, list | tuple) else [result]
+        # Opaque tensors, such as oneDNN's, have no storage.
+        if not all(isinstance(t, Tensor) and t.layout == torch.strided for t in (*given, *results)):
+            self._has_refused = True
+            return result
         owners = {t.untyped_storage()._cdata: self._index_of(t) for t in given}
-        if not all(isinstance(t, Tensor) for t in results) or None in owners.values():
+        if None in owners.values():
             self._has_refused = True
             return result
         new = []
