@@ -34,13 +34,18 @@ if INTERPRETED:
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every element a launcher allocates and no kernel writes shows as NaN. For modules to import."""
-    empty = torch.empty
+    poison(monkeypatch, "empty")
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """torch's function of that name, which allocates, fills with NaN."""
+    empty = getattr(torch, name)
 
     def poisoned(*arguments: Any, **keywords: Any) -> Tensor:
         fresh = empty(*arguments, **keywords)
         return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, name, poisoned)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_device import DEVICE, MARK, ieee  # noqa: F401
+from kernel_device import DEVICE, MARK, ieee, poison  # noqa: F401
+from small_net import net
 from torch import Tensor, nn
 
 import fastunet
@@ -34,7 +34,7 @@ def forced() -> Iterator[None]:
 def whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of launches of the whole nets that are repeated, into memory full of NaN."""
     found: list[int] = []
-    run, empty = replay._Program.__call__, torch.empty_strided
+    run = replay._Program.__call__
 
     def counted(program: replay._Program, tensors: list[Tensor]) -> Any:
         launches = sum("_Started" in getattr(step, "__qualname__", "") for step in program._steps)
@@ -42,24 +42,9 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             found.append(launches)
         return run(program, tensors)
 
-    def poisoned(*arguments: Any, **options: Any) -> Tensor:
-        fresh = empty(*arguments, **options)
-        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
-
     monkeypatch.setattr(replay._Program, "__call__", counted)
-    monkeypatch.setattr(torch, "empty_strided", poisoned)
+    poison(monkeypatch, "empty_strided")
     return found
-
-
-def net(**options: Any) -> fastunet.UNet:
-    torch.manual_seed(0)
-    model = fastunet.UNet(2, 3, features=(4, 8), **options).to(DEVICE).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.normal_(module.running_mean, 0, 0.1)
-            nn.init.uniform_(module.bias, 0, 0.5)
-    return model
 
 
 def image(seed: int = 0, shape: tuple[int, ...] = (1, 2, 5, 6)) -> Tensor:

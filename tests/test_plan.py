@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from kernel_device import DEVICE, MARK, ieee  # noqa: F401
+from small_net import net
 from torch import Tensor, nn
 
 import fastunet
@@ -54,17 +54,6 @@ def test_a_chain_takes_two_places() -> None:
     buffers = [Buffer(1000, i, i + 1) for i in range(6)]
     assert sorted(set(arrange(buffers))) == [0, 1024]
     assert end(buffers, arrange(buffers)) == needed(buffers)
-
-
-def net(**options: Any) -> fastunet.UNet:
-    torch.manual_seed(0)
-    model = fastunet.UNet(2, 3, features=(4, 8), **options).to(DEVICE).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.normal_(module.running_mean, 0, 0.1)
-            nn.init.uniform_(module.bias, 0, 0.5)
-    return model
 
 
 def image(seed: int = 0, shape: tuple[int, ...] = (2, 2, 4, 6)) -> Tensor:

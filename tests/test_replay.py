@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from fastunet.benchmarks import parity
 from fastunet.kernels import config, gpu, tuning
 from fastunet.kernels.conv3x3 import conv3x3
-from kernel_device import DEVICE, MARK, ieee  # noqa: F401
+from kernel_device import DEVICE, MARK, ieee, poison  # noqa: F401
 from torch import Tensor
 
 import fastunet
@@ -37,7 +36,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     told that they do.
     """
     calls: list[int] = []
-    run, empty, tensor = replay._Program.__call__, torch.empty_strided, replay._Place.tensor
+    run, tensor = replay._Program.__call__, replay._Place.tensor
 
     def checked(place: replay._Place, table: list[Any]) -> Tensor:
         found = tensor(place, table)
@@ -48,13 +47,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(tensors))
         return run(program, tensors)
 
-    def poisoned(*arguments: Any, **options: Any) -> Tensor:
-        fresh = empty(*arguments, **options)
-        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
-
     monkeypatch.setattr(replay._Program, "__call__", counted)
     monkeypatch.setattr(replay._Place, "tensor", checked)
-    monkeypatch.setattr(torch, "empty_strided", poisoned)
+    poison(monkeypatch, "empty_strided")
     return calls
 
 
