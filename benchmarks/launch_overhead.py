@@ -45,8 +45,8 @@ _FEW_CHANNELS, _SMALL_SIDE = (16, 32, 64, 128, 256), 32
 
 
 def measured(features: Sequence[int], size: int, rounds: int) -> dict[str, Any]:
-    """Medians and p10, p90 in microseconds for each launch of "inference", also "planned" and "anew", and "training
-    step", also "anew", and how many each has.
+    """Medians and p10, p90 in microseconds for each launch of "inference" and "training step", each "repeated" and
+    "anew", the first also "planned"; and how many each has.
 
     Of a GPU where there is one, else of a driver that the caller has made to stand in for it.
     """
@@ -60,10 +60,10 @@ def measured(features: Sequence[int], size: int, rounds: int) -> dict[str, Any]:
         inference, step = functools.partial(model, x), _training_step(device)
         runs: dict[str, Callable[[], Any]] = {
             "inference, anew": replaying(False)(inference),
-            "inference": inference,
+            "inference, repeated": inference,
             "inference, planned": functools.partial(fast, x),
             "training step, anew": replaying(False)(step),
-            "training step": step,
+            "training step, repeated": step,
         }
         launches = {name: _launches_of(run) for name, run in runs.items()}
         times = _times(runs, rounds, torch.cuda.synchronize if on_gpu else None)

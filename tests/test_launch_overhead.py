@@ -21,8 +21,8 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     # Six blocks and the step up; the head is in the last.
-    assert {*map(result["launches"].get, ("inference", "inference, anew", "inference, planned"))} == {7}
-    assert result["launches"]["training step"] == result["launches"]["training step, anew"] > 100
+    assert {*map(result["launches"].get, ("inference, repeated", "inference, anew", "inference, planned"))} == {7}
+    assert result["launches"]["training step, repeated"] == result["launches"]["training step, anew"] > 100
     assert set(result["summary"]) == set(result["launches"])
     assert all(name in done.stdout for name in result["summary"])
     assert all(of["median"] > 0 for of in result["summary"].values())
