@@ -12,7 +12,6 @@ from .parity import backends_for
 from .steps import Row, Settings, Step, describe, failure
 
 # Side of the lone image whose launches are timed on the host: small enough for them to matter.
-SMALL_SIDE = 256
 # An op finds its launches, notes them down, and repeats them: each way is checked.
 _CALLS = 3
 
@@ -38,10 +37,6 @@ def _measured(settings: Settings, step: Step, row: Row) -> Row:
 
     if step.kind in ("tune", "margin"):
         return (search if step.kind == "tune" else margin)(settings, step)
-    if step.kind == "overhead":
-        from .launch_overhead import measured
-
-        return {"overhead": measured(settings.features, SMALL_SIDE, rounds=settings.rounds)}
     times = {"layer": layer_times, "net": net_times, "roofs": roofs, "clock": clock_check}
     return times[step.kind](settings, step, row)
 

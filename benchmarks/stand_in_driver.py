@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import triton
@@ -35,16 +33,6 @@ class StandIn:
     def tensor_maps(self) -> int:
         """How many tensor maps it has encoded."""
         return ctypes.c_ulong.in_dll(self._library, "tensor_maps").value
-
-    def digest_of(self, ptx: str, launch: Callable[[], object]) -> int:
-        """A number that depends on the arguments and the grid of a launch, whose kernel has this PTX."""
-        sizes = (ctypes.c_uint * 256).in_dll(self._library, "parameter_sizes")
-        head = ptx[ptx.index(".entry") :].partition("{")[0]
-        found = re.findall(r"\.param (?:\.align \d+ )?\.[a-z](\d+)[^,\[]*(?:\[(\d+)\])?", head)
-        sizes[: len(found) + 1] = [*(int(bits) // 8 * int(count or 1) for bits, count in found), 0]
-        launch()
-        sizes[0] = 0
-        return ctypes.c_ulong.in_dll(self._library, "digest").value
 
 
 def load(folder: Path) -> ctypes.CDLL:

@@ -53,7 +53,7 @@ class Step:
     "parity": name is the case's number, variant the number format. "layer": the layer; the direction, or COMPILED for
     forward beside what torch.compile makes of it. "net": the task; variant empty or one of COMPILED_NETS. "tune": the
     layer, and which of its kernels. "margin": one of margin_cases, and the task. "roofs": the device's.
-    "clock": the layer that is timed by another timer too. "overhead": what the host takes for each launch.
+    "clock": the layer that is timed by another timer too.
     """
 
     kind: str
@@ -70,8 +70,8 @@ def all_steps(settings: Settings) -> list[Step]:
     steps += [Step("roofs", "copy, matmul, L2")]
     steps += [Step("layer", name, DIRECTIONS[0]) for name in layers]
     steps += [Step("net", task) for task in TASKS]
-    if settings.device == "cuda":  # Launches, and the other timer, are CUDA's alone.
-        steps += [Step("overhead", "batch 1"), Step("clock", layers[1])]
+    if settings.device == "cuda":  # The other timer is CUDA's alone.
+        steps += [Step("clock", layers[1])]
     steps += [Step("layer", name, DIRECTIONS[1]) for name in layers]
     steps += [Step("net", task, name) for name in COMPILED_NETS for task in TASKS]
     steps += [Step("parity", case, name) for name in formats[1:] for case in cases]

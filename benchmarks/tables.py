@@ -56,7 +56,6 @@ def render(report: Report) -> str:
         parts += [f"## Layers, {title}", _layers_table(chosen)]
     parts += ["## Whole net", _nets_table([row for row in rows if row["kind"] == "net"])]
     parts += ["## Parity with float64", _parity_table([row for row in rows if row["kind"] == "parity"])]
-    parts += ["## The host, for each launch", _overhead_table([row for row in rows if row["kind"] == "overhead"])]
     parts += ["## The timer beside CuPy's", _clock_table([row for row in rows if row["kind"] == "clock"])]
     parts += ["## Configurations measured", _tune_table([row for row in rows if row["kind"] == "tune"])]
     parts += ["## Layers beside ATen", _margin_table([row for row in rows if row["kind"] == "margin"])]
@@ -169,16 +168,6 @@ def _clock_table(rows: Sequence[Row]) -> str:
         figures = [_significant(found[name]) if name in found else "" for name in ("event_ms", "cupy_ms", "ratio")]
         lines.append([row["name"], *figures, found.get("reason") or _note(row)])
     return table(["layer", "ours, ms", "CuPy's, ms", "ratio", "note"], lines)
-
-
-def _overhead_table(rows: Sequence[Row]) -> str:
-    lines = [
-        [name, *(f"{spread[key]:.1f}" for key in ("median", "p10", "p90")), ""]
-        for row in rows
-        for name, spread in row.get("overhead", {"summary": {}})["summary"].items()
-    ]
-    lines += [[row["name"], "", "", "", _note(row)] for row in rows if "overhead" not in row]
-    return table(["microseconds", "median", "p10", "p90", "note"], lines)
 
 
 def _time(times: Row | None) -> str:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from fastunet.graphs import graphed
     from fastunet.inference import predict
     from fastunet.ops.recompute import recomputing
-    from fastunet.plan import planned
     from fastunet.quantization import quantize
     from fastunet.unet import UNet
 
@@ -30,7 +29,6 @@ _HOMES: dict[str, str | None] = {
     "graphed": "graphs",
     "losses": None,
     "ops": None,
-    "planned": "plan",
     "predict": "inference",
     "quantize": "quantization",
     "recomputing": "ops.recompute",
@@ -45,7 +43,6 @@ __all__ = [
     "graphed",
     "losses",
     "ops",
-    "planned",
     "predict",
     "quantize",
     "recomputing",

@@ -73,8 +73,8 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
 
     Of a model of fastunet's own blocks, a row for each op that runs. Of any other, compiled or not, a row for each
     convolution, pooling and upsampling with all that would be computed with it: what
-    `torch.compile(model, backend="fastunet")` puts in its place, or why it is left. Of `fastunet.graphed` and
-    `fastunet.planned` those of the model within, whose launches they repeat.
+    `torch.compile(model, backend="fastunet")` puts in its place, or why it is left. Of `fastunet.graphed` the
+    rows of the model within, whose launches it replays.
 
     Nothing is computed and nothing changes: the model runs on fake tensors, without data. `device` asks about another
     device than the example's, "cuda" also on a machine that has none. The model's mode is as it stands: in training it

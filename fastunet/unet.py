@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastunet import modules, net_replay, pretrained
+from fastunet import modules, pretrained
 from fastunet.checks import ConfigError, ShapeError, check_activation
 from fastunet.reference import ReferenceUNet
 
@@ -63,9 +63,6 @@ class UNet(ReferenceUNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        return net_replay.in_one_go(self, x, self._by_layers)
-
-    def _by_layers(self, x: Tensor) -> Tensor:
         # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
         x = x.to(memory_format=torch.channels_last)
         skip, x = modules.with_pool(self.inc, x)

@@ -115,7 +115,7 @@ def _weight_matrix(weight: Tensor) -> Tensor:
     """A copy of weight [C, Cout, 2, 2] as [4*Cout, C], sub-pixel by sub-pixel: turned otherwise, the product's first
     operand would go through registers.
     """
-    return gpu.contiguous_copy(weight.permute(2, 3, 1, 0)).view(SUBPIXELS * weight.shape[1], weight.shape[0])
+    return weight.permute(2, 3, 1, 0).contiguous().view(SUBPIXELS * weight.shape[1], weight.shape[0])
 
 
 def _launch(

@@ -1,19 +1,15 @@
-"""The device as numbers, read once and never at import, and the launch of one kernel on it, noted down where asked."""
+"""The device as numbers, read once and never at import, and the launch of one kernel on it."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 # Shared memory that one block may opt in to, in bytes, by compute capability (CUDA C Programming Guide, "Technical
 # Specifications per Compute Capability", less the 1 KiB that the driver keeps for itself).
@@ -23,10 +19,8 @@ SHARED_MEMORY_LIMITS: Mapping[int, int] = {80: 166912, 86: 101376, 89: 101376, 9
 _USUAL_MULTIPROCESSORS: Mapping[int, int] = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148}
 
 
-# Releases of Triton of which more is used than it promises: Gluon, and the inside of its launcher.
+# Releases of Triton whose Gluon, which promises no stability, the Hopper variant is written for.
 TRITON_VERSIONS = ("3.6", "3.7")
-# Tensor maps kept of each descriptor, by address.
-_MAPS = 32
 
 
 def unknown_triton() -> str | None:
@@ -84,69 +78,23 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class _Noted(threading.local):
-    """The steps that this thread notes down, or None."""
+class _Recorder(threading.local):
+    """The launches that this thread records, or None."""
 
-    steps: list[Launch | Copy] | None = None
+    launches: list[Launch] | None = None
 
 
-_noted = _Noted()
+_recorder = _Recorder()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch | Copy]]:
-    """Within the block this thread's launches, and the copies that prepare them, are noted down as they run."""
-    steps: list[Launch | Copy] = []
-    before = _noted.steps
-    _noted.steps = steps
+def recording() -> Iterator[list[Launch]]:
+    """Record this thread's launches within the block, for benchmarks and tests that look at them."""
+    before, _recorder.launches = _recorder.launches, []
     try:
-        yield steps
+        yield _recorder.launches
     finally:
-        _noted.steps = before
-
-
-def is_recording() -> bool:
-    """Whether this thread notes down its launches."""
-    return _noted.steps is not None
-
-
-def note(step: Launch | Copy) -> None:
-    """Add a step to what this thread notes down, if it does."""
-    if _noted.steps is not None:
-        _noted.steps.append(step)
-
-
-@dataclass(frozen=True)
-class Copy:
-    """The values of source, in the order of out: what a launch reads that does not lie in memory as it must."""
-
-    source: Tensor
-    out: Tensor
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What it reads and writes."""
-        return [self.source, self.out]
-
-    def on(self, tensors: Sequence[Tensor]) -> Copy:
-        """The same copy of other tensors."""
-        return Copy(*tensors)
-
-    def run(self, device: torch.device) -> None:
-        """Copy on the current stream."""
-        note(self)
-        self.out.copy_(self.source)
-
-    def repeatable(self, device: torch.device) -> Callable[[], None]:
-        """What copies."""
-        return functools.partial(self.run, device)
-
-
-def contiguous_copy(source: Tensor) -> Tensor:
-    """A copy of source whose elements lie in its dimensions' order."""
-    out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    Copy(source, out).run(source.device)
-    return out
+        _recorder.launches = before
 
 
 @dataclass(frozen=True)
@@ -173,172 +121,15 @@ class Launch:
         """The options Triton compiles with."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What it reads and writes, by itself or through a descriptor, in the order of the kernel's parameters."""
-        found = map(_tensor_of, self._values())
-        return [t for t in found if t is not None]
-
-    def on(self, tensors: Sequence[Tensor]) -> Launch:
-        """The same launch on other tensors, which lie in memory as these do."""
-        others = iter(tensors)
-        arguments = {name: self.arguments[name] for name in self.kernel.arg_names}
-        for name, value in arguments.items():
-            if isinstance(value, Tensor):
-                arguments[name] = next(others)
-            elif _tensor_of(value) is not None:
-                arguments[name] = replace(value, base=next(others))
-        return replace(self, arguments=arguments)
-
-    @property
-    def is_interpreted(self) -> bool:
-        """Whether Triton's interpreter runs it."""
-        from triton.runtime.jit import JITFunction
-
-        return not isinstance(self.kernel, JITFunction)
-
     def run(self, device: torch.device) -> None:
         """Launch on `device`'s current stream. An empty grid launches nothing."""
         if self.grid == 0:
             return
-        note(self)
-        # What the interpreter itself asks of torch is nothing that a mode should see.
-        unseen = _disable_current_modes() if self.is_interpreted else contextlib.nullcontext()
-        with current(device), unseen:
-            self.kernel[(self.grid,)](*self._values(), **self.options)
-
-    def repeatable(self, device: torch.device) -> Callable[[], None]:
-        """What launches the same again, on the stream that is current then.
-
-        The caller makes the device the `current` one, once for many.
-        """
-        if self.is_interpreted or unknown_triton() is not None:
-            return functools.partial(self.run, device)
-        start, values, places = self._prepared(device)
-        for t, (place, encode) in zip(self.tensors, places, strict=True):
-            values[place] = encode(t.data_ptr())
-
-        def repeat() -> None:
-            note(self)
-            start(*values)
-
-        return repeat
-
-    def on_addresses(self, device: torch.device) -> Callable[[Iterable[int]], None]:
-        """What launches the same, as `repeatable` does, on memory that begins elsewhere: it takes the addresses of what
-        are `tensors` here, as far from a boundary of 16 bytes as these. For a compiled kernel, of a Triton that is
-        known.
-        """
-        start, template, places = self._prepared(device)
-
-        def launch(addresses: Iterable[int]) -> None:
-            values = template.copy()
-            for address, (place, encode) in zip(addresses, places, strict=True):
-                values[place] = encode(address)
-            start(*values)
-
-        return launch
-
-    def compiled(self, device: torch.device) -> Any:
-        """The kernel as it is compiled for this launch."""
+        if _recorder.launches is not None:
+            _recorder.launches.append(self)
         with current(device):
-            return self.kernel.run(*self._values(), grid=(self.grid,), warmup=True, **self.options)
-
-    def _prepared(
-        self, device: torch.device
-    ) -> tuple[Callable[..., None], list[Any], list[tuple[int, Callable[[int], Any]]]]:
-        """What starts the kernel, the values that it takes but for those of `tensors`, and for each of these the place
-        among the values and what it is made of an address.
-
-        Triton looks at every argument of a launch for what the kernel is specialised to, and encodes its tensor
-        descriptors for the driver: of one that is repeated the first is known, and the second changes with the address
-        alone.
-        """
-        from triton.backends.nvidia import driver
-
-        compiled, formats = _without_encoding(self.compiled(device))
-        values: list[Any] = []
-        places: list[tuple[int, Callable[[int], Any]]] = []
-        for value in self._values():
-            if isinstance(value, Tensor):
-                places.append((len(values), int))
-                values.append(None)
-            elif _tensor_of(value) is not None:
-                format = next(formats)
-                places.append((len(values), _encoding(value, format)))
-                values += [None, *driver.make_tensordesc_arg(value, format)[1:]]
-            else:
-                values.append(value)
-        return _starter(compiled, self.grid), values, places
-
-    def _values(self) -> list[Any]:
-        """The arguments in the kernel's order, in which Triton takes them faster than by name."""
-        return [self.arguments[name] for name in self.kernel.arg_names]
-
-
-def _tensor_of(value: Any) -> Tensor | None:
-    """An argument's tensor: itself, or a descriptor's."""
-    t = value if isinstance(value, Tensor) else getattr(value, "base", None)
-    return t if isinstance(t, Tensor) else None
-
-
-def _without_encoding(compiled: Any) -> tuple[Any, Iterator[Any]]:
-    """A compiled kernel that takes tensor maps instead of its descriptors, and the formats of these maps."""
-    launcher = compiled.run
-    if not inspect.isfunction(launcher.launch):  # It has no descriptors.
-        return compiled, iter(())
-    around = inspect.getclosurevars(launcher.launch).nonlocals
-    compiled, launcher = copy.copy(compiled), copy.copy(launcher)
-    launcher.launch, compiled._run = around["launcher"], launcher
-    return compiled, iter(around["tensordesc_meta"])
-
-
-def _starter(compiled: Any, grid: int) -> Callable[..., None]:
-    """What starts a compiled kernel on the current stream. Only where someone has hooks there, as profilers do, is
-    Triton's own way taken, which makes what hooks are told.
-    """
-    from triton import knobs
-    from triton.runtime import driver
-
-    with_hooks, run = compiled[(grid, 1, 1)], compiled.run
-    function, metadata, settings = compiled.function, compiled.packed_metadata, knobs.runtime
-
-    def start(*values: Any) -> None:
-        if any(getattr(hook, "calls", hook) for hook in (settings.launch_enter_hook, settings.launch_exit_hook)):
-            with_hooks(*values)
-            return
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *values)
-
-    return start
-
-
-@dataclass(frozen=True)
-class _Address:
-    """As much of a tensor as a descriptor is encoded by."""
-
-    address: int
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-def _encoding(descriptor: Any, format: Any) -> Callable[[int], Any]:
-    """What gives the tensor map of such a descriptor at an address; a training step meets the same ones again."""
-    from triton.backends.nvidia import driver
-
-    if format is None:  # It is taken apart instead.
-        return int
-    empty = copy.copy(descriptor)
-    empty.base = None
-
-    def encode(address: int) -> Any:
-        at = copy.copy(empty)
-        at.base = _Address(address)
-        return driver.make_tensordesc_arg(at, format)[0]
-
-    return functools.lru_cache(_MAPS)(encode)
+            # Triton takes arguments by position in less host time than by name.
+            self.kernel[(self.grid,)](*(self.arguments[name] for name in self.kernel.arg_names), **self.options)
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -47,11 +47,6 @@ def is_pinned(op: str) -> bool:
     return op in _pins
 
 
-def is_overridden() -> bool:
-    """Whether a benchmark has set configs, or the table they are read from."""
-    return bool(_pins) or _reading is not None
-
-
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Within the block, the table is read from this file, as it is then, whatever the GPU; none if there is no file."""

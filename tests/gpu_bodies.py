@@ -183,18 +183,6 @@ def cuda_graphed_model() -> None:
     assert len(fast._graphs) == 2
 
 
-def cuda_planned_model() -> None:
-    torch.manual_seed(0)
-    model = fastunet.UNet(3, 2, features=(16, 32, 64)).to("cuda", torch.bfloat16).eval()
-    fast = fastunet.planned(model)
-    x, other = (t.contiguous() for t in make("cuda", (2, 3, 64, 48), (2, 3, 64, 48)))
-    with fastunet.backend("triton"), torch.no_grad():
-        for _ in range(2):
-            for image in (x, other, x[:1]):
-                assert torch.equal(fast(image), model(image))
-            model.outc.conv.bias.add_(1.0)
-
-
 def cuda_composed_weights() -> None:
     """They are made once, nobody waits for the GPU to know that they hold, and a graph is recorded anew with them."""
     torch.manual_seed(0)
@@ -283,7 +271,6 @@ def cuda_out_of_memory() -> None:
 CUDA_BODIES = {
     "graph_of_a_net": cuda_graph_of_a_net,
     "graphed_model": cuda_graphed_model,
-    "planned_model": cuda_planned_model,
     "composed_weights": cuda_composed_weights,
     "graph_of_a_step": cuda_graph_of_a_step,
     "side_stream": cuda_side_stream,

@@ -43,8 +43,6 @@ def driver(folder: Path) -> ctypes.CDLL:
         ("eight_bits", 90),
         ("ops", 90),
         ("lone_channels", 90),
-        ("repeated", 90),
-        ("lists", 90),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (("nets", 80), ("nets", 100), ("eight_bits", 100), ("ops", 100))

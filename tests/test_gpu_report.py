@@ -273,17 +273,6 @@ def test_the_timer_is_held_against_another(monkeypatch: pytest.MonkeyPatch) -> N
     assert Step("clock", "inc.c2") not in all_steps(TINY)
 
 
-def test_the_hosts_time_for_each_launch_is_a_row() -> None:
-    assert [step for step in all_steps(replace(TINY, device="cuda")) if step.kind == "overhead"]
-    assert not [step for step in all_steps(TINY) if step.kind == "overhead"]
-    spread = {"median": 12.34, "p10": 10.0, "p90": 20.0}
-    failed = {"kind": "overhead", "name": "batch 1", "status": "failed", "reason": "RuntimeError: no"}
-    row = failed | {"status": "ok", "reason": "", "overhead": {"summary": {"planned": spread}}}
-    text = render({"environment": {}, "settings": vars(TINY), "rows": [row, failed], "tests": {"reason": ""}})
-    assert "| planned | 12.3 | 10.0 | 20.0 |  |" in text
-    assert "| batch 1 |  |  |  | **failed**: RuntimeError: no |" in text
-
-
 def test_floors_come_from_the_roofs_of_the_same_run() -> None:
     """By hand: inc.c1 of TINY moves its image, weight and result once at 100 GB/s, longer than 2 TFLOP/s take."""
     fake = FakeWorker(FakeClock())

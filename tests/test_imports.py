@@ -39,9 +39,7 @@ FLOORS = {
     "synthetic": 4,
     "checkpoint": 4,
     "graphs": 3,
-    "plan": 4,  # On graphs, for what they share.
     "model_state": 2,
-    "net_replay": 3,
     "inference": 4,
     "report": 4,
     "training": 4,
@@ -64,8 +62,6 @@ WITHIN_A_FLOOR = {
     ("rewriting", "fx_nodes"),
     ("patterns", "fx_nodes"),
     ("unet", "pretrained"),
-    ("unet", "net_replay"),
-    ("net_replay", "modules"),
     ("quantization", "modules"),
     ("quantization", "unet"),
     ("data", "images"),

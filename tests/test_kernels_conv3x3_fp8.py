@@ -182,9 +182,3 @@ def test_each_layer_of_a_quantised_net_is_the_emulated_one(
     with torch.no_grad(), fastunet.backend("triton"):
         model(x)
     assert (compared.count(E4M3), compared.count(torch.float16)) == (4, 2)
-
-
-def test_a_quantised_net_runs_from_a_list_of_launches(hopper: None) -> None:
-    model, x = quantised_model(torch.float16), random_input((1, 1, 8, 16), dtype=torch.float16, device=DEVICE)
-    with torch.no_grad(), fastunet.backend("triton"):
-        assert torch.equal(fastunet.planned(model)(x), model(x))

@@ -52,16 +52,6 @@ def test_the_moved_bytes_are_the_result_files() -> None:
     assert f"a pass of its own {eager} MB" in text
 
 
-def test_what_a_launch_takes_is_the_result_file() -> None:
-    found = json.loads((ROOT / "benchmarks/results/cpu/launch_overhead.json").read_text())
-    medians = {name: each["median"] for name, each in found["summary"].items()}
-    text, launches = (ROOT / "README.md").read_text(), found["launches"]["training step, repeated"]
-    inference, planned, anew = (medians[f"inference{how}"] for how in (", repeated", ", planned", ", anew"))
-    assert f"{inference:.0f} µs for each launch, {planned:.0f} µs with `planned`, and {anew:.0f} µs" in text
-    step, first = (medians[name] * launches / 1000 for name in ("training step, repeated", "training step, anew"))
-    assert f"of {launches} launches takes it {step:.0f} ms, the first ones {first:.0f} ms" in text
-
-
 def test_what_8_bits_cost_is_the_result_files() -> None:
     found = json.loads((ROOT / "benchmarks/results/cpu/quantization.json").read_text())
     before, after = (f"{found[name]['mean_dice']:.4f}" for name in ("float", "e4m3"))

@@ -21,7 +21,6 @@ from fastunet.ops.registration import (
     none_like,
     strided_like,
 )
-from fastunet.ops.replay import replayed
 
 NAME = "conv1x1"
 ACTIVATIONS = (None, "sigmoid", "softmax")
@@ -57,7 +56,6 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
     return y.sigmoid_() if activation == "sigmoid" else y.softmax(dim=1)
 
 
-@replayed
 def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     from fastunet.kernels import config_pixels
     from fastunet.kernels import conv1x1 as kernels
@@ -86,7 +84,6 @@ def _backward(
     return convolution_grads(grad, x, weight, mask)
 
 
-@replayed
 def _backward_triton(
     grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, activation: str | None, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,6 @@ from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
-from fastunet.ops.replay import replayed
 
 NAME = "conv3x3_batch_norm_relu"
 aten = torch.ops.aten
@@ -185,7 +184,6 @@ def _no_statistics(gamma: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty(0, dtype=dtype), like.new_empty(0, dtype=dtype)
 
 
-@replayed
 def _forward_triton(
     x: Tensor,
     up: Tensor | None,

@@ -28,7 +28,6 @@ from fastunet.ops.registration import (
     none_like,
     strided_like,
 )
-from fastunet.ops.replay import replayed
 
 NAME = "conv3x3_bias_relu"
 
@@ -159,7 +158,6 @@ def _forward(
     return y, none_like(x) if pooled is None else pooled.contiguous(memory_format=format)
 
 
-@replayed
 def _forward_triton(
     x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -205,7 +203,6 @@ def _backward(
     return grads
 
 
-@replayed
 def _backward_triton(
     grad_y: Tensor | None,
     grad_pooled: Tensor | None,

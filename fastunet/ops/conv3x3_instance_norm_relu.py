@@ -18,7 +18,6 @@ from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_
 from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
-from fastunet.ops.replay import replayed
 
 NAME = "conv3x3_instance_norm_relu"
 aten = torch.ops.aten
@@ -136,7 +135,6 @@ def _forward(
     return y, pooled, raw if keep else none_like(x), mean.to(dtype), invstd.to(dtype)
 
 
-@replayed
 def _forward_triton(
     x: Tensor,
     up: Tensor | None,

@@ -13,7 +13,6 @@ from fastunet.ops.conv3x3_bias_relu import check_inputs
 from fastunet.ops.convolution import convolve
 from fastunet.ops.epilogue import activate_, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
-from fastunet.ops.replay import replayed
 
 NAME = "conv3x3_relu_conv1x1"
 aten = torch.ops.aten
@@ -80,7 +79,6 @@ def _forward(
     return (z.sigmoid_() if sigmoid else z).contiguous(memory_format=format)
 
 
-@replayed
 def _forward_triton(
     x: Tensor,
     weight: Tensor,

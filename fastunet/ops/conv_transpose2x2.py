@@ -21,7 +21,6 @@ from fastunet.ops.registration import (
     none_like,
     strided_like,
 )
-from fastunet.ops.replay import replayed
 
 NAME = "conv_transpose2x2"
 
@@ -50,7 +49,6 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tens
     return y.contiguous(memory_format=memory_format(x, weight))
 
 
-@replayed
 def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from fastunet.kernels import conv_transpose2x2 as kernels
 
@@ -69,7 +67,6 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tupl
     return convolution_grads(grad, x, weight, mask, stride=2, transposed=True)
 
 
-@replayed
 def _backward_triton(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     from fastunet.kernels import conv_transpose2x2 as kernels
 

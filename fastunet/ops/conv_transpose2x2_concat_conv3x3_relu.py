@@ -13,7 +13,6 @@ from fastunet.ops import onednn
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm
 from fastunet.ops.epilogue import slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
-from fastunet.ops.replay import replayed
 from fastunet.prepared import prepared
 
 NAME = "conv_transpose2x2_concat_conv3x3_relu"
@@ -125,7 +124,6 @@ def _by_kernel(
     return _launched(skip, low, tuple(weights), bias, norm, slope)
 
 
-@replayed
 def _launched(
     skip: Tensor,
     low: Tensor,

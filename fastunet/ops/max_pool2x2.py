@@ -12,7 +12,6 @@ from torch.autograd import Function
 from fastunet import checks, dispatch
 from fastunet.ops.epilogue import epilogue_grad
 from fastunet.ops.registration import below_autograd, define, empty_in, memory_format, strided_like
-from fastunet.ops.replay import replayed
 
 NAME = "max_pool2x2"
 
@@ -33,7 +32,6 @@ def _forward(x: Tensor) -> Tensor:
     return y.contiguous(memory_format=memory_format(x))
 
 
-@replayed
 def _forward_triton(x: Tensor) -> Tensor:
     from fastunet.kernels import max_pool2x2 as kernels
 
@@ -50,7 +48,6 @@ def _backward(grad: Tensor, x: Tensor) -> Tensor:
     return strided_like(_backward_triton(grad, x) if triton else epilogue_grad(None, grad, x, None), x)
 
 
-@replayed
 def _backward_triton(grad: Tensor, x: Tensor) -> Tensor:
     from fastunet.kernels.activation_grad import activation_grad
 

@@ -7,7 +7,6 @@ from torch import Tensor
 from fastunet import dispatch
 from fastunet.ops.convolution import conv_backward_triton
 from fastunet.ops.registration import memory_format, none_like
-from fastunet.ops.replay import replayed
 
 
 def runs_on_triton(op: str, x: Tensor, weight: Tensor, *, training: bool) -> bool:
@@ -50,7 +49,6 @@ def in_format_of(
     return y, others[0], others[1]
 
 
-@replayed
 def backward_triton(
     grad_y: Tensor | None,
     grad_pooled: Tensor | None,

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastunet.ops.registration import memory_format
-from fastunet.ops.replay import replayed
 
 
 class Origin(NamedTuple):
@@ -76,7 +75,6 @@ def saved(ctx: Any, *, reads_values: bool) -> list[Any]:
     return [_computed(raw, mean, invstd, gamma, beta, ctx.slope_of_input), *others]
 
 
-@replayed
 def _computed(
     raw: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None, slope: float | None
 ) -> Tensor:

@@ -22,8 +22,6 @@ from fastunet import dispatch
 NAMESPACE = "fastunet"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-# By name.
-_IMPLEMENTATIONS: dict[str, Callable] = {}
 # By op, what finds its weight among its arguments, and whether they say that there will be a backward.
 _WEIGHT: dict[str, Callable[..., tuple[Tensor | None, bool]]] = {}
 
@@ -42,7 +40,6 @@ def define(
     name = schema.partition("(")[0]
     if weight is not None:
         _WEIGHT[name] = weight
-    _IMPLEMENTATIONS[f"{NAMESPACE}::{name}"] = implementation
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
@@ -55,11 +52,6 @@ def define(
 
     _LIBRARY.impl(name, kernel, "Autograd")
     return op
-
-
-def implementation_of(op: Any) -> Callable | None:
-    """What computes an op of ours, None where it is another's."""
-    return _IMPLEMENTATIONS.get(op.name())
 
 
 def _is_recorded(args: Sequence[Any]) -> bool:

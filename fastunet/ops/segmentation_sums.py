@@ -13,7 +13,6 @@ from torch.autograd import Function
 from fastunet import checks, dispatch
 from fastunet.kernels.config_passes import MOST_CHANNELS
 from fastunet.ops.registration import below_autograd, define, none_like, strided_like
-from fastunet.ops.replay import replayed
 
 NAME = "segmentation_sums"
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -83,7 +82,6 @@ def _forward(
     return torch.cat(sums, dim=1)
 
 
-@replayed
 def _forward_triton(
     logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool
 ) -> Tensor:
@@ -179,7 +177,6 @@ def _backward(
     return grad_logits, grad_target
 
 
-@replayed
 def _backward_triton(
     grad: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool
 ) -> Tensor:
