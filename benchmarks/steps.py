@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fastunet.testing import cpu_accumulates_in_float32
+
 from . import parity
 from .layers import Layer, meta_unet, unet_layers
 
@@ -81,14 +83,12 @@ def all_steps(settings: Settings) -> list[Step]:
 def parity_formats(device: str) -> list[str]:
     """The number formats of that device, the one that is timed first.
 
-    On a processor that has no products of float16, torch's own round their sums to it on the way, beyond any bound that
-    assumes float32: nothing of ours could be told from that.
+    TF32 is a GPU's alone, and a dtype in which the processor's convolutions do not accumulate in float32 lies beyond
+    any bound that assumes it: no error of ours could be told from torch's.
     """
     if device == "cuda":
         return list(parity.FORMATS)
-    has_float16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    left_out = {"tf32"} if has_float16 else {"tf32", "float16"}
-    return [name for name in parity.FORMATS if name not in left_out]
+    return [n for n, (dtype, tf32) in parity.FORMATS.items() if not tf32 and cpu_accumulates_in_float32(dtype)]
 
 
 def describe(settings: Settings, step: Step) -> Row:

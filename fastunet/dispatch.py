@@ -113,6 +113,8 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
             if op in WINOGRAD_OPS and winograd_wins(x, weight):
                 return Choice("onednn", "inference on the CPU: weights folded and transformed once (Winograd)", True)
             return Choice("onednn", "inference on the CPU: weights folded and packed once", True)
+        if x.dtype == torch.bfloat16 and not _ONEDNN_BFLOAT16:
+            return Choice("aten", "oneDNN has no kernels for bfloat16 on this processor")
         if weight.dtype == torch.bfloat16:
             return Choice("aten", "weights in bfloat16 are not prepared: keep them in float32, under autocast")
     if _selected == "auto" and op in WINOGRAD_OPS and weight is not None and training and winograd_wins(x, weight):

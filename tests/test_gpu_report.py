@@ -33,9 +33,13 @@ from torch import nn
 
 import fastunet
 from fastunet import ops
+from fastunet.testing import cpu_accumulates_in_float32
 
 CPU = torch.device("cpu")
 TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=2, steady_seconds=0.05)
+BFLOAT16 = pytest.mark.skipif(
+    not cpu_accumulates_in_float32(torch.bfloat16), reason="this processor sums products of bfloat16 in bfloat16"
+)
 
 # GFLOP of one 512x512 image, as the roofline of the classic net has them; an up-convolution counts with the
 # convolution after it.
@@ -131,6 +135,7 @@ def test_open_decisions_are_part_of_the_bound() -> None:
     assert not pool_grad(torch.ones(1, 1, 1, 2), Bounded.exact(torch.zeros(1, 1, 2, 4))).error.any()
 
 
+@BFLOAT16
 @pytest.mark.parametrize("name", ["layer inc.c2 forward", "layer up1.c1 backward", "net inference"])
 def test_what_is_wrong_has_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step = next(step for step in all_steps(TINY) if f"{step.kind} {step.name} {step.variant}".strip() == name)
@@ -336,6 +341,7 @@ def test_the_names_of_compiled_nets_are_those_of_opponents() -> None:
     assert set(COMPILED_NETS) == {name for name in names if name.startswith("compile")}
 
 
+@BFLOAT16
 def test_the_whole_report_on_a_cpu(tmp_path: Path) -> None:
     steps = [step for step in all_steps(TINY) if step.kind != "parity" or step.variant == "float32"]
     steps = [step for step in steps if step.kind != "parity" or int(step.name) in (0, 5)]

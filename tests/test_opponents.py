@@ -15,10 +15,14 @@ from fastunet.benchmarks.opponents import OURS, OURS_TRITON, Opponent, Unavailab
 
 import fastunet
 from fastunet.losses import BCEDiceLoss
+from fastunet.testing import cpu_accumulates_in_float32
 
 CPU = torch.device("cpu")
 LAYERS = {layer.name: layer for layer in unet_layers(meta_unet(3, 2, (8, 16)), 2, 12, 20)}
-DTYPES = (torch.float32, torch.bfloat16)
+BFLOAT16 = pytest.mark.skipif(
+    not cpu_accumulates_in_float32(torch.bfloat16), reason="this processor sums products of bfloat16 in bfloat16"
+)
+DTYPES = (torch.float32, pytest.param(torch.bfloat16, marks=BFLOAT16))
 
 
 def by_name(found: list[Opponent]) -> dict[str, Opponent]:

@@ -100,6 +100,17 @@ def float32_precision(precision: str) -> Iterator[None]:
             setting.fp32_precision = old
 
 
+def cpu_accumulates_in_float32(dtype: torch.dtype) -> bool:
+    """Return whether the CPU's convolutions sum this dtype's products in float32, as the tolerances assume.
+
+    Where oneDNN has no kernels for 16 bits on a processor, torch's own round each partial sum to the dtype.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+
+
 def conv_tolerance(
     reference: Tensor,
     magnitude: Tensor,
