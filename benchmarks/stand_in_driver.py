@@ -69,5 +69,6 @@ def activate(folder: Path, capability: int) -> StandIn:
     triton.runtime.driver.set_active(Driver())
     target = gpu.known_target(capability)
     gpu.target = lambda device: target
-    dispatch.interpreting = lambda: True  # So that kernels are launched on tensors of the CPU.
+    # So that kernels are launched on tensors of the CPU.
+    dispatch.interpreting = lambda: True  # type: ignore[assignment]
     return StandIn(library)

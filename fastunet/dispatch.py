@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastunet.checks import BackendError, ConfigError
+from fastunet.kernels import tuning
 
 BACKENDS = ("auto", "triton", "aten")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -105,7 +106,34 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
 
     weight: the op's, of which the same holds; without it nothing is known to be faster. training: there is to be a
     backward, or this is it. A weight is worth preparing where there is none.
+
+    The choice is a pure function of what is named here and of settings, and is remembered: asking again costs the host
+    a dictionary look-up.
     """
+    shape = x.shape
+    key = (
+        *(op, training, x.device, x.dtype, shape[1:], 0 in shape[:1]),
+        *((None, None) if weight is None else (weight.dtype, weight.shape)),
+        *(_selected, torch._C._get_mkldnn_enabled(), torch.compiler.is_compiling(), tuning.table_in_force()),
+        x.device.type != "cpu" and tf32_allowed(),
+    )
+    try:
+        found = _choices.get(key)
+    except TypeError:  # A symbolic size has no hash.
+        return _decide(op, x, weight, training)
+    if found is None:
+        if len(_choices) >= _MOST_CHOICES:
+            _choices.clear()
+        found = _choices[key] = _decide(op, x, weight, training)
+    return found
+
+
+# Choices made, by all that they depend on; forgotten together when images of ever new sizes have filled it.
+_choices: dict[tuple[Any, ...], Choice] = {}
+_MOST_CHOICES = 4096
+
+
+def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice:
     if _selected == "aten":
         return Choice("aten", "backend is set to aten")
     if _selected == "auto" and op in ONEDNN_OPS and weight is not None and not training and x.device.type == "cpu":
@@ -155,7 +183,7 @@ def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
         return Choice("aten", "which is faster depends on the size of the layer, and that is open here")
     if x.device.type == "cuda" and not torch.cuda.is_available():
         return Choice("aten", "there is no such GPU here, and so no measurement on it")
-    from fastunet.kernels import gpu, tuning
+    from fastunet.kernels import gpu
 
     name = gpu.target(x.device).name
     layer = tuning.layer(op, x, weight, training=training)
@@ -221,8 +249,9 @@ def _has_triton() -> bool:
         return False
 
 
+@cache
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels: the variable is read once by triton, when it is imported."""
+    """Return whether Triton's interpreter runs the kernels: the variable is read once, as triton does at its import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -108,13 +108,18 @@ def _key(op: str, shape: dict[str, Any], dtype: str) -> tuple[Any, ...]:
     return op, dtype, *sorted(shape.items())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Compared by identity: a key of choices that were made by it.
 class _Table:
     configs: Mapping[tuple[Any, ...], dict[str, Any]]
     margins: Mapping[tuple[MeasuredLayer, str], float]
 
 
 _reading: _Table | None = None
+
+
+def table_in_force() -> object:
+    """Return what identifies the table that `reading` has put in place of the GPU's own, None where there is none."""
+    return _reading
 
 
 def _table(gpu: str) -> _Table:

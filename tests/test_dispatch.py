@@ -161,6 +161,37 @@ def test_auto_takes_what_was_measured_faster_and_nothing_else(measured: Callable
         assert choose() == dispatch.Choice("aten", "measured on sm_90: the Triton kernel is 2.00 times as slow")
 
 
+@not_interpreting
+def test_a_choice_is_made_once_and_seen_to_depend_on_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that decides is part of the key: the answer is each time that of asking anew."""
+    decided: list[tuple] = []
+    decide = dispatch._decide
+    monkeypatch.setattr(dispatch, "_decide", lambda *given: decided.append(given) or decide(*given))
+    monkeypatch.setattr(dispatch, "_MOST_CHOICES", 8)
+    x, weight = torch.empty(2, 128, 64, 64), torch.empty(128, 128, 3, 3)
+    op = "conv3x3_bias_relu"
+    calls: list[Callable[[], dispatch.Choice]] = [
+        lambda: dispatch.choose(op, x, weight),
+        lambda: dispatch.choose(op, x, weight, training=True),
+        lambda: dispatch.choose(op, x.double(), weight.double()),
+        lambda: dispatch.choose(op, x[:0], weight),
+        lambda: dispatch.choose(op, x[:, :64], weight[:, :64]),
+        lambda: dispatch.choose("max_pool2x2", x),
+    ]
+    names = [call().implementation for call in calls]
+    assert names == ["onednn", "winograd", "aten", "aten", "onednn", "aten"]
+    assert [call().implementation for call in calls] == names
+    assert len(decided) == len(calls), "each once"
+    with fastunet.backend("aten"):
+        assert calls[0]().reason == "backend is set to aten"
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert calls[0]().implementation == "aten"
+    assert calls[0]().implementation == "onednn"
+    for side in range(16, 40):
+        dispatch.choose(op, torch.empty(1, 1, side, side), weight)
+        assert len(dispatch._choices) <= 8
+
+
 def test_explain_and_a_compiled_graph_choose_by_the_table(measured: Callable[[float], Path]) -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:

@@ -1,0 +1,17 @@
+"""What every test begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fastunet import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _no_remembered_choices() -> Iterator[None]:
+    """Choices are remembered as if the device never changed: tests that put another in its place change it."""
+    dispatch._choices.clear()
+    yield
+    dispatch._choices.clear()
