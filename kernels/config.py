@@ -7,6 +7,7 @@ from compiled code (registers, spills, shared memory); where a figure is a guess
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,9 @@ HALO_W = 16
 # Left to itself, ptxas holds some kernels to 80, 128 or 168 registers, for occupancy, and spills a few values: these
 # are allowed all there are. The others do not spill, and might lose occupancy. Unmeasured.
 ALL_REGISTERS = 255
+
+# Configurations remembered of each kind: they are pure functions of a shape, asked for at every launch.
+_REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ def conv_config(
     return override or derived_conv_config(shape, dtype, target, allow_tf32)
 
 
+@functools.lru_cache(_REMEMBERED)
 def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool) -> ConvConfig:
     """As conv_config, whatever was measured."""
     half = dtype.itemsize == 2
@@ -201,6 +206,7 @@ def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> Con
     return override or derived_composed_config(shape, dtype, target)
 
 
+@functools.lru_cache(_REMEMBERED)
 def derived_composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
     """As composed_config, whatever was measured."""
     # There is a program for each of four sub-pixels: as many as of an image of twice the size.
@@ -236,6 +242,7 @@ def fits_fp8(inputs: tuple[int, ...], c_out: int) -> bool:
     return all(c % 32 == 0 for c in inputs) and c_out % 8 == 0 and c_out > 32
 
 
+@functools.lru_cache(_REMEMBERED)
 def fp8_config(shape: ConvShape, target: Target) -> ConvConfig:
     """The descriptor form's blocks for e4m3, where `fits_fp8`: its steps have twice as many channels. Unmeasured."""
     block_n = channel_block(shape.c_out, 128)
@@ -281,6 +288,7 @@ def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, 
     return override or derived_weight_grad_config(shape, dtype, target, allow_tf32)
 
 
+@functools.lru_cache(_REMEMBERED)
 def derived_weight_grad_config(
     shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool
 ) -> WeightGradConfig:
