@@ -380,7 +380,7 @@ def _one_hot(labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
     if ignore_index is not None:
         index = index.masked_fill(index == ignore_index, 0)
     shape = (len(index), classes, *index.shape[2:])
-    return torch.zeros(shape, device=labels.device).scatter_(1, index, 1.0)
+    return torch.zeros(shape, device=labels.device).scatter(1, index, 1.0)  # In place it would be no batch for vmap.
 
 
 def _ignore_mask(target: Tensor, ignore_index: int | None) -> Tensor | None:

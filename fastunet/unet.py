@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastunet import modules, pretrained
 from fastunet.checks import ConfigError, ShapeError, check_activation
+from fastunet.ops.registration import in_transform
 from fastunet.reference import ReferenceUNet
 
 
@@ -63,8 +64,9 @@ class UNet(ReferenceUNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
-        x = x.to(memory_format=torch.channels_last)
+        if not in_transform():
+            # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
+            x = x.to(memory_format=torch.channels_last)
         skip, x = modules.with_pool(self.inc, x)
         skips = [skip]
         *downs, bottom = self.downs

@@ -21,6 +21,7 @@ from fastunet.ops.registration import (
     none_like,
     strided_like,
 )
+from fastunet.reference import functional as reference
 
 NAME = "conv1x1"
 ACTIVATIONS = (None, "sigmoid", "softmax")
@@ -69,6 +70,10 @@ def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     n, _, h, w = x.shape
     return empty_in(memory_format(x, weight), x, n, weight.shape[0], h, w)
+
+
+def _composition(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return reference.conv1x1(x, weight, bias, activation=activation)
 
 
 def _backward(
@@ -133,6 +138,7 @@ _op = define(
     f"{NAME}(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
+    composition=_composition,
     autograd=Conv1x1,
     weight=lambda *args: (args[1], False),
 )

@@ -12,9 +12,10 @@ from torch.autograd import Function
 from fastunet import checks, dispatch
 from fastunet.ops import onednn, recompute
 from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
-from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
+from fastunet.ops.epilogue import activate_, arguments_of, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
+from fastunet.reference import functional as reference
 
 NAME = "conv3x3_batch_norm_relu"
 aten = torch.ops.aten
@@ -251,6 +252,17 @@ def _forward_fake(
     return y, pooled, raw, x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
 
 
+def _composition(
+    x: Tensor, up: Tensor | None, weight: Tensor, *parameters_and_options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *parameters, training, momentum, eps, slope, pool, _ = parameters_and_options
+    joined = x if up is None else torch.cat([x, up], dim=1)
+    options = {"training": training, "momentum": momentum, "eps": eps, **arguments_of(slope)}
+    y = reference.conv3x3_batch_norm_relu(joined, weight, *parameters, **options)
+    none = none_like(x)
+    return y, reference.max_pool2x2(y) if pool else none, none, none, none
+
+
 # --- backward ---
 
 
@@ -379,6 +391,7 @@ _op = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=_forward,
     fake=_forward_fake,
+    composition=_composition,
     autograd=Conv3x3BatchNormRelu,
     weight=lambda *args: (args[2], args[7] or args[-1]),
 )

@@ -19,7 +19,7 @@ from fastunet.ops.convolution import (
     conv_fake,
     convolve,
 )
-from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
+from fastunet.ops.epilogue import activate_, arguments_of, epilogue_grad, slope_of
 from fastunet.ops.registration import (
     below_autograd,
     define,
@@ -28,6 +28,7 @@ from fastunet.ops.registration import (
     none_like,
     strided_like,
 )
+from fastunet.reference import functional as reference
 
 NAME = "conv3x3_bias_relu"
 
@@ -180,6 +181,15 @@ def _forward_fake(
     return conv_fake(x, up, weight, pool)
 
 
+def _composition(
+    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    """Each op takes its own activation back in its gradient: what the last arguments say is between ops of one kind."""
+    joined = x if up is None else torch.cat([x, up], dim=1)
+    y = reference.conv3x3_bias_relu(joined, weight, bias, **arguments_of(slope))
+    return y, reference.max_pool2x2(y) if pool else none_like(x)
+
+
 # --- backward ---
 
 
@@ -270,6 +280,7 @@ _op = define(
     "bool grad_is_ready, bool keep) -> (Tensor, Tensor)",
     implementation=_forward,
     fake=_forward_fake,
+    composition=_composition,
     autograd=Conv3x3BiasRelu,
     weight=lambda *args: (args[2], args[-1]),
 )

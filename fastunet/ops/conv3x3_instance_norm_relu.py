@@ -15,9 +15,10 @@ from fastunet import checks, dispatch
 from fastunet.ops import onednn, recompute
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm, check_pair, norm_grads_fake, statistics_dtype
 from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
-from fastunet.ops.epilogue import activate_, epilogue_grad, slope_of
+from fastunet.ops.epilogue import activate_, arguments_of, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
+from fastunet.reference import functional as reference
 
 NAME = "conv3x3_instance_norm_relu"
 aten = torch.ops.aten
@@ -172,6 +173,23 @@ def _forward_fake(
     return y, pooled, torch.empty_like(y) if keep else none_like(x), statistics[0], statistics[1]
 
 
+def _composition(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    slope: float | None,
+    pool: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    joined = x if up is None else torch.cat([x, up], dim=1)
+    y = reference.conv3x3_instance_norm_relu(joined, weight, gamma, beta, eps=eps, **arguments_of(slope))
+    none = none_like(x)
+    return y, reference.max_pool2x2(y) if pool else none, none, none, none
+
+
 # --- backward ---
 
 
@@ -280,6 +298,7 @@ _op = define(
     "bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=_forward,
     fake=_forward_fake,
+    composition=_composition,
     autograd=Conv3x3InstanceNormRelu,
     weight=lambda *args: (args[2], args[-1]),
 )

@@ -11,8 +11,9 @@ from fastunet.ops import onednn
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm
 from fastunet.ops.conv3x3_bias_relu import check_inputs
 from fastunet.ops.convolution import convolve
-from fastunet.ops.epilogue import activate_, slope_of
+from fastunet.ops.epilogue import activate_, arguments_of, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
+from fastunet.reference import functional as reference
 
 NAME = "conv3x3_relu_conv1x1"
 aten = torch.ops.aten
@@ -122,11 +123,30 @@ def _forward_fake(
     return empty_in(memory_format(x, weight), x, n, head_weight.shape[0], h, w)
 
 
+def _composition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    eps: float,
+    slope: float | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    sigmoid: bool,
+) -> Tensor:
+    norm = None if mean is None or variance is None else (mean, variance, gamma, eps)
+    options = {"norm": norm, "sigmoid": sigmoid, **arguments_of(slope)}
+    return reference.conv3x3_relu_conv1x1(x, weight, bias, head_weight, head_bias, **options)
+
+
 _op = define(
     f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? variance, Tensor? gamma, float eps, "
     "float? slope, Tensor head_weight, Tensor? head_bias, bool sigmoid) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
+    composition=_composition,
     weight=lambda *args: (args[1], False),
 )
 define_autocast(_op, cast=(0, 8, 9), parameters=(1,))

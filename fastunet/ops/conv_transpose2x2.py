@@ -21,6 +21,7 @@ from fastunet.ops.registration import (
     none_like,
     strided_like,
 )
+from fastunet.reference import functional as reference
 
 NAME = "conv_transpose2x2"
 
@@ -58,6 +59,10 @@ def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
     n, _, h, w = x.shape
     return empty_in(memory_format(x, weight), x, n, weight.shape[1], 2 * h, 2 * w)
+
+
+def _composition(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    return reference.conv_transpose2x2(x, weight, bias)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,6 +107,7 @@ _op = define(
     f"{NAME}(Tensor x, Tensor weight, Tensor? bias, bool keep) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
+    composition=_composition,
     autograd=ConvTranspose2x2,
     weight=lambda *args: (args[1], args[-1]),
 )

@@ -11,9 +11,10 @@ from torch import Tensor
 from fastunet import checks, dispatch, folding
 from fastunet.ops import onednn
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm
-from fastunet.ops.epilogue import slope_of
+from fastunet.ops.epilogue import arguments_of, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
 from fastunet.prepared import prepared
+from fastunet.reference import functional as reference
 
 NAME = "conv_transpose2x2_concat_conv3x3_relu"
 
@@ -158,11 +159,30 @@ def _forward_fake(
     return empty_in(memory_format(skip, low, weight), skip, n, weight.shape[0], h, w)
 
 
+def _composition(
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    eps: float,
+    slope: float | None,
+) -> Tensor:
+    norm = None if mean is None or variance is None else (mean, variance, gamma, eps)
+    weights = (up_weight, up_bias, weight, bias)
+    return reference.conv_transpose2x2_concat_conv3x3_relu(skip, low, *weights, norm=norm, **arguments_of(slope))
+
+
 _op = define(
     f"{NAME}(Tensor skip, Tensor low, Tensor up_weight, Tensor? up_bias, Tensor weight, Tensor? bias, Tensor? mean, "
     "Tensor? variance, Tensor? gamma, float eps, float? slope) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
+    composition=_composition,
     weight=lambda *args: (args[4], False),
 )
 define_autocast(_op, cast=(0, 1))  # Of what runs, the op alone knows in which dtype it takes parameters.

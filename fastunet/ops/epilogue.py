@@ -6,6 +6,7 @@ An activation is given by its slope for negative values: None is the identity, 0
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,11 @@ def slope_of(relu: bool, negative_slope: float) -> float | None:
     if not (negative_slope >= 0 and math.isfinite(negative_slope)):
         raise ConfigError(f"negative_slope: expected a finite number >= 0, got {negative_slope}")
     return float(negative_slope) if relu else None
+
+
+def arguments_of(slope: float | None) -> dict[str, Any]:
+    """The public arguments that a slope stands for."""
+    return {"relu": slope is not None, "negative_slope": slope or 0.0}
 
 
 def activate_(y: Tensor, slope: float | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from fastunet import checks, dispatch
 from fastunet.ops.epilogue import epilogue_grad
 from fastunet.ops.registration import below_autograd, define, empty_in, memory_format, strided_like
+from fastunet.reference import functional as reference
 
 NAME = "max_pool2x2"
 
@@ -69,7 +70,13 @@ class MaxPool2x2(Function):
         return _backward_op(grad, *ctx.saved_tensors)
 
 
-_op = define(f"{NAME}(Tensor x) -> Tensor", implementation=_forward, fake=_forward_fake, autograd=MaxPool2x2)
+_op = define(
+    f"{NAME}(Tensor x) -> Tensor",
+    implementation=_forward,
+    fake=_forward_fake,
+    composition=reference.max_pool2x2,
+    autograd=MaxPool2x2,
+)
 _backward_op = define(
     f"{NAME}_backward(Tensor grad, Tensor x) -> Tensor", implementation=_backward, fake=_backward_fake
 )

@@ -5,6 +5,9 @@ does shape and stride arithmetic only (a fake that calls an ATen convolution wou
 guards); its `torch.autograd.Function` at the Autograd key, where opcheck, fullgraph compilation and export all see a
 plain op; and an explicit kernel at the Autocast keys. Its backward is a second op, which refuses to be differentiated
 again: left to itself it would silently give a zero.
+
+Where more than plain reverse mode is asked for, within torch.func's transforms and forward-mode AD, an op is its
+composition of torch functions, which has every derivative and batching rule.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from fastunet import dispatch
+from fastunet.checks import ConfigError
 
 NAMESPACE = "fastunet"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+# By name.
+_COMPOSITIONS: dict[str, Callable] = {}
 # By op, what finds its weight among its arguments, and whether they say that there will be a backward.
 _WEIGHT: dict[str, Callable[..., tuple[Tensor | None, bool]]] = {}
 
@@ -31,11 +37,15 @@ def define(
     *,
     implementation: Callable,
     fake: Callable,
+    composition: Callable | None = None,
     autograd: type[Function] | None = None,
     weight: Callable[..., tuple[Tensor | None, bool]] | None = None,
 ) -> Callable:
-    """Register an op from its schema and return it. Without `autograd` it is a backward op: a second derivative
-    raises. `weight(*args)` gives what `dispatch.choose` is told: the weight, and whether there will be a backward.
+    """Register an op from its schema and return it.
+
+    `composition` computes the same from the same arguments by torch functions alone; a backward op has none. Without
+    `autograd` a gradient raises. `weight(*args)` gives what `dispatch.choose` is told: the weight, and whether there
+    will be a backward.
     """
     name = schema.partition("(")[0]
     if weight is not None:
@@ -44,14 +54,50 @@ def define(
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    function = autograd or _once_differentiable(name, op)
+    function = autograd or _not_differentiable(name, op, is_backward=composition is None)
+    if composition is not None:
+        # The key above all others, Autocast's too, which is in force within transforms of torch.func alone.
+        _LIBRARY.impl(name, composition, "FuncTorchDynamicLayerFrontMode")
+        _COMPOSITIONS[name] = composition
 
     def kernel(*args: Any) -> Any:
+        if in_forward_mode():
+            if composition is not None:
+                return composition(*args)
+            _refuse_tangents(name, args)
         # A Function below means that a gradient will be asked for: only then is anything kept for it.
         return function.apply(*args) if _is_recorded(args) else below_autograd(op, *args)
 
     _LIBRARY.impl(name, kernel, "Autograd")
     return op
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode AD is active: any tensor may then carry a tangent, which a kernel would drop."""
+    # Without that name every call would be right, but slow.
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is active: a tensor may then stand for a batch, which has no memory format."""
+    return getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
+
+
+def check_untransformed(what: str) -> None:
+    """Raises ConfigError where derivatives are asked for that `what`, for inference alone, would leave out."""
+    if in_forward_mode() or in_transform():
+        raise ConfigError(
+            f"{what} is for inference: expected a call outside of torch.func and forward-mode AD, which take the model "
+            "it was made of"
+        )
+
+
+def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} has no forward-mode derivative: run the op's forward within the same dual level as "
+            "its backward, or use torch.func"
+        )
 
 
 def _is_recorded(args: Sequence[Any]) -> bool:
@@ -83,6 +129,8 @@ def define_autocast(
     for device, key in _AUTOCAST_KEYS.items():
 
         def kernel(*args: Any, device: str = device, key: str = key) -> Any:
+            if in_forward_mode():
+                return _COMPOSITIONS[name](*args)  # Of functions that autocast has rules for.
             answer = rule(*args) if rule is not None else None
             if answer is not None:
                 return answer
@@ -103,19 +151,20 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype)
 
 
-def _once_differentiable(name: str, op: Callable) -> type[Function]:
-    class OnceDifferentiable(Function):
+def _not_differentiable(name: str, op: Callable, *, is_backward: bool) -> type[Function]:
+    reason = "fastunet's ops have no second derivative" if is_backward else "it is for inference"
+    hint = "transforms of torch.func (grad, jvp, hessian) differentiate torch's own functions in its place"
+
+    class NotDifferentiable(Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             return below_autograd(op, *args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(
-                f"{NAMESPACE}::{name} cannot be differentiated: fastunet's ops have no second derivative"
-            )
+            raise RuntimeError(f"{NAMESPACE}::{name} cannot be differentiated: {reason}; {hint}")
 
-    return OnceDifferentiable
+    return NotDifferentiable
 
 
 def memory_format(*tensors: Tensor | None) -> torch.memory_format:

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from fastunet import checks, dispatch
 from fastunet.kernels.config_passes import MOST_CHANNELS
 from fastunet.ops.registration import below_autograd, define, none_like, strided_like
+from fastunet.reference import functional as reference
 
 NAME = "segmentation_sums"
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -150,6 +151,16 @@ def _forward_fake(
     return logits.new_empty(rows, *logits.shape[:2], dtype=_sums_dtype(logits))
 
 
+def _composition(
+    logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool
+) -> Tensor:
+    constant = None if mask is None else mask.detach()
+    activation = ACTIVATIONS[softmax]
+    return reference.segmentation_sums(
+        logits, target, constant, activation=activation, squared=squared, entropy=entropy
+    )
+
+
 # --- backward ---
 
 
@@ -273,6 +284,7 @@ _op = define(
     f"{NAME}(Tensor logits, Tensor target, Tensor? mask, bool softmax, bool squared, bool entropy) -> Tensor",
     implementation=_forward,
     fake=_forward_fake,
+    composition=_composition,
     autograd=SegmentationSums,
 )
 _backward_op = define(

@@ -127,6 +127,59 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation
     return y.sigmoid() if activation == "sigmoid" else y.softmax(dim=1)
 
 
+def conv3x3_relu_conv1x1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, Tensor, Tensor | None, float] | None = None,
+    sigmoid: bool = False,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """conv1x1 of conv3x3_bias_relu, or of conv3x3_batch_norm_relu by norm = (running_mean, running_var, gamma, eps),
+    whose beta the bias is.
+    """
+    y = _conv3x3_in_inference(x, weight, bias, norm, relu=relu, negative_slope=negative_slope)
+    return conv1x1(y, head_weight, head_bias, activation="sigmoid" if sigmoid else None)
+
+
+def conv_transpose2x2_concat_conv3x3_relu(
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, Tensor, Tensor | None, float] | None = None,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """The convolution of conv3x3_relu_conv1x1, of [skip, conv_transpose2x2(low)], with zeros below and right where skip
+    is one larger.
+    """
+    up = conv_transpose2x2(low, up_weight, up_bias)
+    up = F.pad(up, [0, skip.shape[3] - up.shape[3], 0, skip.shape[2] - up.shape[2]])
+    x = torch.cat([skip, up], dim=1)
+    return _conv3x3_in_inference(x, weight, bias, norm, relu=relu, negative_slope=negative_slope)
+
+
+def _conv3x3_in_inference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor, Tensor, Tensor | None, float] | None,
+    **activation: Any,
+) -> Tensor:
+    if norm is None:
+        return conv3x3_bias_relu(x, weight, bias, **activation)
+    mean, variance, gamma, eps = norm
+    return conv3x3_batch_norm_relu(x, weight, gamma, bias, mean, variance, training=False, eps=eps, **activation)
+
+
 def segmentation_sums(
     logits: Tensor,
     target: Tensor,
@@ -139,19 +192,23 @@ def segmentation_sums(
     """[rows, N, C]: over the pixels of each image and channel, the sums of p*t, of p (or p^2), of t (or t^2), p and t
     zero where the mask is; with entropy also of -t*log(p) and, for sigmoid, of -(1-t)*log(1-p).
 
-    target [N, C, H, W], or class indices [N, 1, H, W]. Summed in float32, or float64 for float64 logits.
+    target [N, C, H, W], or class indices [N, 1, H, W], which may be anything where the mask is zero. Summed in float32,
+    or float64 for float64 logits.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     x, t, m = logits.to(dtype), target.to(dtype), 1 if mask is None else mask.to(dtype)
+    index = None
     if target.shape != logits.shape:
-        t = torch.stack([target[:, 0].long() == k for k in range(logits.shape[1])], dim=1).to(dtype)
+        index = target.long() if mask is None else target.long().masked_fill(mask == 0, 0)
+        t = torch.zeros_like(x).scatter(1, index, 1.0)
     p = x.sigmoid() if activation == "sigmoid" else x.softmax(1)
     pm, tm = p * m, t * m
     terms = [pm * tm, pm * pm, tm * tm] if squared else [pm * tm, pm, tm]
     if entropy and activation == "sigmoid":
         terms += [-tm * F.logsigmoid(x), -m * (1 - t) * F.logsigmoid(-x)]
     elif entropy:
-        terms.append(-tm * x.log_softmax(1))
+        # Of labels that of their class alone: others may be infinite.
+        terms.append(-tm * (x.log_softmax(1) if index is None else x.log_softmax(1).gather(1, index)))
     return torch.stack([term.flatten(2).sum(-1) for term in terms])
 
 
