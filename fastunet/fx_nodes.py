@@ -131,7 +131,9 @@ def value_of(node: object) -> Any:
 def is_image(node: object) -> bool:
     """Whether a node's result is an ordinary tensor [N, C, H, W] of a real floating dtype."""
     value = value_of(node)
-    return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+    # What stands for a tensor within a transform of torch.func is no fake tensor itself.
+    is_fake = isinstance(value, Tensor) and hasattr(value, "fake_mode")
+    return is_fake and value.dim() == 4 and value.is_floating_point()
 
 
 def only_user(node: Node) -> Node | None:

@@ -219,3 +219,16 @@ def test_a_net_is_its_reference_model(options: dict[str, Any]) -> None:
         results.append([*jvp, torch.func.vmap(net)(x[None]), *per_sample.values()])
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         assert_close(a, b, f"result {i}")
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "aot_eager"}, {"backend": "fastunet", "options": {"fallback": "eager"}}]
+)
+def test_within_a_compiled_function(options: dict[str, Any]) -> None:
+    """By a backend that finds no patterns in a transform, and runs those of the rest."""
+    torch._dynamo.reset()
+    net, x = fastunet.UNet(2, 3, features=(4, 8), norm=None).to_reference(), *like([torch.empty(2, 2, 9, 11)])
+    weights = dict(net.named_parameters())
+    loss = lambda p, x: torch.func.functional_call(net, p, x[None]).square().sum()  # noqa: E731
+    f = lambda p, x: (net(x), torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(p, x))  # noqa: E731
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, **options)(weights, x), f(weights, x))
