@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .checks import ConfigError, DeviceError
 from .model_state import ModelState, autocast_dtype
+from .ops.registration import check_untransformed
 from .prepared import Use, uses_noted
 
 # Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.
@@ -73,6 +74,7 @@ class GraphedModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.model.training:
             raise ConfigError("a graphed model is for inference: expected eval mode, got train mode")
+        check_untransformed("a graphed model")
         if self._record is _record and not x.is_cuda:
             raise DeviceError(f"graphed: expected images on a GPU, got {x.device}")
         if self._state is None or self._state[0] is not self.model or not self._state[1].holds():

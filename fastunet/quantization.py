@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import dispatch, modules, ops
 from .checks import ConfigError, DataError
+from .ops.registration import check_untransformed
 from .unet import UNet
 
 E4M3 = torch.float8_e4m3fn
@@ -301,6 +302,7 @@ class QuantizedConv3x3(nn.Module):
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
         if self.training:
             raise ConfigError("a quantised model is for inference: expected eval mode, got train mode")
+        check_untransformed("a quantised model")
         choice = self.choose(x, up)
         on_tensor_cores = choice.implementation == "triton"
         if x.is_cuda and not on_tensor_cores:

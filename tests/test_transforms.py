@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_graphs import Recorder
 from test_ops import CASES, CHANNELS, W3, Case, X, assert_close, call, make_buffers, make_tensors
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastunet
 from fastunet import losses, ops
+from fastunet.checks import ConfigError
+from fastunet.graphs import GraphedModel
 from fastunet.reference import functional as reference
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -232,3 +235,12 @@ def test_within_a_compiled_function(options: dict[str, Any]) -> None:
     loss = lambda p, x: torch.func.functional_call(net, p, x[None]).square().sum()  # noqa: E731
     f = lambda p, x: (net(x), torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(p, x))  # noqa: E731
     torch.testing.assert_close(torch.compile(f, fullgraph=True, **options)(weights, x), f(weights, x))
+
+
+def test_what_has_no_derivative_says_so() -> None:
+    net, x = fastunet.UNet(1, 2, features=(32, 64)).eval(), torch.randn(1, 1, 8, 8)
+    for model in (fastunet.quantize(net, x), GraphedModel(net, record=Recorder())):
+        with pytest.raises(ConfigError, match=r"for inference: expected a call outside of torch\.func"):
+            torch.func.grad(lambda x, model=model: model(x).square().sum())(x)
+        with forward_ad.dual_level(), pytest.raises(ConfigError, match="outside of torch"):
+            model(forward_ad.make_dual(x, x))
