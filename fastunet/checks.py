@@ -82,11 +82,12 @@ def check_together(op: str, x: Tensor, **others: Tensor | None) -> None:
     """The tensors live on x's device and, outside autocast, which casts them, share x's dtype."""
     check_device(op, x, **others)
     for name, t in others.items():
-        if t is not None and t.dtype != x.dtype and not _autocasts(x.device.type):
+        if t is not None and t.dtype != x.dtype and not autocasts(x.device.type):
             raise DtypeError(f"{op}: {name}: expected dtype {x.dtype} (the input's), got {t.dtype}")
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
+    """Return whether autocast is on for that kind of device."""
     # torch asks for a device that has autocast, and up to 2.11 torch.compile breaks its graph at is_autocast_available.
     return device != "meta" and torch.is_autocast_enabled(device)
 

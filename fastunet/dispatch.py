@@ -241,6 +241,22 @@ def winograd_wins(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+# Up to so many pixels in a batch, and from so many weights, oneDNN's weight gradient takes up to eight times as long as
+# the matrix product it stands for in bfloat16, and up to twice as long in float32.
+_FEW_PIXELS, _MANY_WEIGHTS = 1024, 1 << 20
+
+
+def aten_is_slow(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the weight gradient of a 3x3 convolution on the CPU is better computed as a matrix product."""
+    return (
+        weight is not None
+        and x.device.type == "cpu"
+        and x.dtype in (torch.bfloat16, torch.float32)
+        and weight.numel() >= _MANY_WEIGHTS
+        and x.shape[0] * x.shape[2] * x.shape[3] <= _FEW_PIXELS
+    )
+
+
 @cache
 def _has_triton() -> bool:
     try:

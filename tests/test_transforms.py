@@ -172,17 +172,22 @@ def test_forward_mode_by_one_weight_and_reverse_mode_by_another() -> None:
 
 
 def test_a_backward_has_no_tangent_and_says_so() -> None:
-    x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    y = ops.max_pool2x2(x)
+    x, target = torch.randn(1, 2, 4, 4, requires_grad=True), torch.rand(1, 2, 4, 4)
+
+    def sums(x: Tensor) -> Tensor:
+        return ops.segmentation_sums(x, target)
+
+    y = sums(x)
     grad = torch.randn_like(y)
+    message = "segmentation_sums_backward has no forward-mode derivative: run the op's"
     with forward_ad.dual_level():
         torch.autograd.grad(y, x, grad, retain_graph=True)
-        with pytest.raises(RuntimeError, match="max_pool2x2_backward has no forward-mode derivative: run the op's"):
+        with pytest.raises(RuntimeError, match=message):
             torch.autograd.grad(y, x, forward_ad.make_dual(grad, grad), retain_graph=True)
-    with pytest.raises(RuntimeError, match="max_pool2x2_backward has no forward-mode derivative: run the op's"):
+    with pytest.raises(RuntimeError, match=message):
         torch.func.jvp(lambda g: torch.autograd.grad(y, x, g, retain_graph=True)[0], (grad,), (grad,))
     with pytest.raises(RuntimeError, match=r"no second derivative; transforms of torch.func"):
-        torch.autograd.functional.jvp(ops.max_pool2x2, x, grad.repeat_interleave(2, 2).repeat_interleave(2, 3))
+        torch.autograd.functional.jvp(sums, x, torch.ones_like(x))
 
 
 @pytest.mark.parametrize("name", LOSSES)

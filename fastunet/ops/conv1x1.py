@@ -17,6 +17,8 @@ from fastunet.ops.registration import (
     define,
     define_autocast,
     empty_in,
+    in_transform,
+    invoke,
     memory_format,
     none_like,
     strided_like,
@@ -40,7 +42,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation
     out_channels = checks.check_convolution(NAME, weight, x.shape[1], 1)
     checks.check_shape(NAME, "bias", bias, (out_channels,))
     checks.check_together(NAME, x, weight=weight, bias=bias)
-    return torch.ops.fastunet.conv1x1(x, weight, bias, activation)
+    return invoke(_op, x, weight, bias, activation)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -73,7 +75,10 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
 
 
 def _composition(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    return reference.conv1x1(x, weight, bias, activation=activation)
+    y = reference.conv1x1(x, weight, bias, activation=activation)
+    if activation != "softmax" or in_transform():
+        return y
+    return y.contiguous(memory_format=memory_format(x, weight))  # torch's softmax answers contiguous for any format.
 
 
 def _backward(
@@ -131,7 +136,7 @@ def _softmax_rule(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     """Softmax has an autocast rule of its own, so under autocast it stays torch's softmax of our logits."""
     if activation != "softmax":
         return None
-    return torch.ops.fastunet.conv1x1(x, weight, bias, None).softmax(dim=1)
+    return _op(x, weight, bias, None).softmax(dim=1)
 
 
 _op = define(
@@ -141,6 +146,7 @@ _op = define(
     composition=_composition,
     autograd=Conv1x1,
     weight=lambda *args: (args[1], False),
+    is_torchs=True,
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, str? activation, bool[] mask) "

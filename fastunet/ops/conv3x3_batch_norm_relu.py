@@ -14,7 +14,7 @@ from fastunet.ops import onednn, recompute
 from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
 from fastunet.ops.epilogue import activate_, arguments_of, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
-from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
+from fastunet.ops.registration import below_autograd, define, define_autocast, invoke, memory_format, none_like
 from fastunet.reference import functional as reference
 
 NAME = "conv3x3_batch_norm_relu"
@@ -104,6 +104,7 @@ def _call(
     check_norm(name, x, weight, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     check_pair(name, gamma=gamma, beta=beta)
     check_pair(name, running_mean=running_mean, running_var=running_var)
+    check_eps(name, eps, training=training)
     if training:
         if x.shape[0] * x.shape[2] * x.shape[3] == 1:
             raise checks.ShapeError(
@@ -112,11 +113,17 @@ def _call(
     elif running_mean is None:
         raise checks.ConfigError(f"{name}: expected running_mean and running_var when not training, got None")
     slope = slope_of(relu, negative_slope)
-    y, pooled, raw, mean, invstd = torch.ops.fastunet.conv3x3_batch_norm_relu(
-        x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, False
-    )
+    options = (training, momentum, eps, slope, pool, False)
+    y, pooled, raw, mean, invstd = invoke(_op, x, up, weight, gamma, beta, running_mean, running_var, *options)
     recompute.remember(y, raw, mean, invstd, gamma, beta, slope)
     return y, pooled
+
+
+def check_eps(name: str, eps: float, *, training: bool = False) -> None:
+    """Raise ConfigError for an eps that torch's batch norm refuses: it keeps the divisor from zero."""
+    if eps < 0 or (training and eps == 0):
+        expected = "a positive number when training" if training else "a number >= 0"
+        raise checks.ConfigError(f"{name}: eps: expected {expected}, got {eps}")
 
 
 def check_pair(name: str, **pair: Tensor | None) -> None:
@@ -157,8 +164,8 @@ def _forward(
     pool: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, pooled, raw, mean, invstd): raw is the convolution's output (empty unless keep), mean and invstd (empty in
-    eval) its statistics.
+    """(y, pooled, raw, mean, invstd): raw is the convolution's output and mean and invstd its statistics,
+    empty unless keep, the last two also in eval.
     """
     if runs_on_triton(NAME, x, weight, training=training or keep):
         given = (x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, keep)
@@ -170,17 +177,19 @@ def _forward(
         pooled = F.max_pool2d(y, 2) if pool else none_like(x)
         return y, pooled, none_like(x), *_no_statistics(gamma, x)
     raw = convolve(x, up, weight, training=training or keep).contiguous(memory_format=format)
-    y, mean, invstd = aten.native_batch_norm(raw, gamma, beta, running_mean, running_var, training, momentum, eps)
+    mean, invstd = _no_statistics(gamma, raw)
+    if keep and training:
+        found = aten.native_batch_norm(raw, gamma, beta, running_mean, running_var, training, momentum, eps)
+        y, mean, invstd = found[0], found[1].to(mean.dtype), found[2].to(mean.dtype)
+    else:  # On a GPU this is cuDNN's, which gives no statistics away.
+        y = F.batch_norm(raw, running_mean, running_var, gamma, beta, training, momentum, eps)
     y = activate_(y.contiguous(memory_format=format), slope)
     pooled = F.max_pool2d(y, 2).contiguous(memory_format=format) if pool else none_like(x)
-    dtype = statistics_dtype(gamma, raw)
-    if not training:
-        mean, invstd = _no_statistics(gamma, raw)
-    return y, pooled, raw if keep else none_like(x), mean.to(dtype), invstd.to(dtype)
+    return y, pooled, raw if keep else none_like(x), mean, invstd
 
 
 def _no_statistics(gamma: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Stand for mean and invstd of a batch where running ones were taken."""
+    """Stand for mean and invstd of a batch where no backward needs them."""
     dtype = statistics_dtype(gamma, like)
     return like.new_empty(0, dtype=dtype), like.new_empty(0, dtype=dtype)
 
@@ -208,7 +217,8 @@ def _forward_triton(
     if training:
         options: dict[str, Any] = {"groups": 1, "eps": eps, "running": running, "momentum": momentum}
         y, pooled, raw, mean, invstd = forward_triton(x, up, weight, gamma, beta, slope, pool, **options)
-        return *in_format_of((x, up, weight), y, pooled, raw if keep else None), mean[0], invstd[0]
+        kept = (raw, mean[0], invstd[0]) if keep else (None, *_no_statistics(gamma, x))
+        return *in_format_of((x, up, weight), y, pooled, kept[0]), kept[1], kept[2]
     assert running is not None, "checked before"
     none = x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     tf32 = dispatch.tf32_allowed()
@@ -247,7 +257,7 @@ def _forward_fake(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y, pooled = conv_fake(x, up, weight, pool)
-    channels, dtype = weight.shape[0] if training else 0, statistics_dtype(gamma, x)
+    channels, dtype = weight.shape[0] if training and keep else 0, statistics_dtype(gamma, x)
     raw = torch.empty_like(y) if keep else none_like(x)
     return y, pooled, raw, x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
 
@@ -394,6 +404,7 @@ _op = define(
     composition=_composition,
     autograd=Conv3x3BatchNormRelu,
     weight=lambda *args: (args[2], args[7] or args[-1]),
+    is_torchs=True,
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? gamma, "

@@ -24,6 +24,7 @@ from fastunet.ops.registration import (
     below_autograd,
     define,
     define_autocast,
+    invoke,
     memory_format,
     none_like,
     strided_like,
@@ -94,13 +95,16 @@ def double_conv3x3_bias_relu(
     computed, which saves a pass over memory.
     """
     name = "double_conv3x3_bias_relu"
+    is_traced = torch.compiler.is_compiling()
+    if not is_traced and dispatch.choose(NAME, x, weights[1], training=True).implementation != "triton":
+        middle, _ = _call(name, x, up, weights[0], biases[0], relu, negative_slope, False)
+        results = _call(name, middle, None, weights[1], biases[1], relu, negative_slope, pool)
+        return results if pool else results[0]
     slope = slope_of(relu, negative_slope)
     _check(name, x, up, weights[0], biases[0], False)
-    middle, _ = torch.ops.fastunet.conv3x3_bias_relu(x, up, weights[0], biases[0], slope, False, None, True, False)
+    middle, _ = _op(x, up, weights[0], biases[0], slope, False, None, True, False)
     _check(name, middle, None, weights[1], biases[1], pool)
-    results = torch.ops.fastunet.conv3x3_bias_relu(
-        middle, None, weights[1], biases[1], slope, pool, slope, False, False
-    )
+    results = _op(middle, None, weights[1], biases[1], slope, pool, slope, False, False)
     return results if pool else results[0]
 
 
@@ -116,7 +120,7 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     _check(name, x, up, weight, bias, pool)
     slope = slope_of(relu, negative_slope)
-    return torch.ops.fastunet.conv3x3_bias_relu(x, up, weight, bias, slope, pool, None, False, False)
+    return invoke(_op, x, up, weight, bias, slope, pool, None, False, False)
 
 
 def _check(name: str, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, pool: bool) -> None:
@@ -184,7 +188,7 @@ def _forward_fake(
 def _composition(
     x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, slope: float | None, pool: bool, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Each op takes its own activation back in its gradient: what the last arguments say is between ops of one kind."""
+    """The last arguments are between two ops: here each takes its own activation back in its gradient."""
     joined = x if up is None else torch.cat([x, up], dim=1)
     y = reference.conv3x3_bias_relu(joined, weight, bias, **arguments_of(slope))
     return y, reference.max_pool2x2(y) if pool else none_like(x)
@@ -283,6 +287,7 @@ _op = define(
     composition=_composition,
     autograd=Conv3x3BiasRelu,
     weight=lambda *args: (args[2], args[-1]),
+    is_torchs=True,
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor? grad_y, Tensor? grad_pooled, Tensor x, Tensor? up, Tensor weight, Tensor? y, "

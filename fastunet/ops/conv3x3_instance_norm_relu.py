@@ -17,7 +17,7 @@ from fastunet.ops.conv3x3_batch_norm_relu import check_norm, check_pair, norm_gr
 from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
 from fastunet.ops.epilogue import activate_, arguments_of, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
-from fastunet.ops.registration import below_autograd, define, define_autocast, memory_format, none_like
+from fastunet.ops.registration import below_autograd, define, define_autocast, invoke, memory_format, none_like
 from fastunet.reference import functional as reference
 
 NAME = "conv3x3_instance_norm_relu"
@@ -95,9 +95,7 @@ def _call(
     if x.shape[2] * x.shape[3] == 1:
         raise checks.ShapeError(f"{name}: expected more than 1 pixel per image, got input {list(x.shape)}")
     slope = slope_of(relu, negative_slope)
-    y, pooled, raw, mean, invstd = torch.ops.fastunet.conv3x3_instance_norm_relu(
-        x, up, weight, gamma, beta, eps, slope, pool, False
-    )
+    y, pooled, raw, mean, invstd = invoke(_op, x, up, weight, gamma, beta, eps, slope, pool, False)
     recompute.remember(y, raw, mean, invstd, gamma, beta, slope)
     return y, pooled
 

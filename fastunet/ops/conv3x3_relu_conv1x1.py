@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fastunet import checks, dispatch
 from fastunet.ops import onednn
-from fastunet.ops.conv3x3_batch_norm_relu import check_norm
+from fastunet.ops.conv3x3_batch_norm_relu import check_eps, check_norm
 from fastunet.ops.conv3x3_bias_relu import check_inputs
 from fastunet.ops.convolution import convolve
 from fastunet.ops.epilogue import activate_, arguments_of, slope_of
-from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
+from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
 from fastunet.reference import functional as reference
 
 NAME = "conv3x3_relu_conv1x1"
@@ -40,14 +40,13 @@ def conv3x3_relu_conv1x1(
     """
     mean, variance, gamma, eps = norm if norm is not None else (None, None, None, 0.0)
     check_inputs(NAME, x, None, weight, pool=False)
+    check_eps(NAME, eps)
     check_norm(NAME, x, weight, bias=bias, running_mean=mean, running_var=variance, gamma=gamma)
     classes = checks.check_convolution(NAME, head_weight, weight.shape[0], 1)
     checks.check_shape(NAME, "head_bias", head_bias, (classes,))
     checks.check_together(NAME, x, head_weight=head_weight, head_bias=head_bias)
     slope = slope_of(relu, negative_slope)
-    return torch.ops.fastunet.conv3x3_relu_conv1x1(
-        x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid
-    )
+    return invoke(_op, x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
 
 
 def _forward(
@@ -74,7 +73,7 @@ def _forward(
     else:
         y = convolve(x, None, weight, bias if mean is None else None)
         if mean is not None:
-            y = aten.native_batch_norm(y, gamma, bias, mean, variance, False, 0.0, eps)[0]
+            y = F.batch_norm(y, mean, variance, gamma, bias, False, 0.0, eps)
         y = activate_(y, slope)
     z = F.conv2d(y, head_weight, head_bias)
     return (z.sigmoid_() if sigmoid else z).contiguous(memory_format=format)

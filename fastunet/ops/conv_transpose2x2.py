@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
@@ -17,6 +16,7 @@ from fastunet.ops.registration import (
     define,
     define_autocast,
     empty_in,
+    invoke,
     memory_format,
     none_like,
     strided_like,
@@ -35,7 +35,7 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     out_channels = checks.check_convolution(NAME, weight, x.shape[1], 2, transposed=True)
     checks.check_shape(NAME, "bias", bias, (out_channels,))
     checks.check_together(NAME, x, weight=weight, bias=bias)
-    return torch.ops.fastunet.conv_transpose2x2(x, weight, bias, False)
+    return invoke(_op, x, weight, bias, False)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
@@ -110,6 +110,7 @@ _op = define(
     composition=_composition,
     autograd=ConvTranspose2x2,
     weight=lambda *args: (args[1], args[-1]),
+    is_torchs=True,
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor grad, Tensor x, Tensor weight, bool[] mask) -> (Tensor, Tensor, Tensor)",

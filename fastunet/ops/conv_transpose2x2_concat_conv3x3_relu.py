@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastunet import checks, dispatch, folding
 from fastunet.ops import onednn
-from fastunet.ops.conv3x3_batch_norm_relu import check_norm
+from fastunet.ops.conv3x3_batch_norm_relu import check_eps, check_norm
 from fastunet.ops.epilogue import arguments_of, slope_of
-from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
+from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
 from fastunet.prepared import prepared
 from fastunet.reference import functional as reference
 
@@ -49,11 +49,10 @@ def conv_transpose2x2_concat_conv3x3_relu(
     checks.check_shape(NAME, "up_bias", up_bias, (up_channels,))
     checks.check_convolution(NAME, weight, skip.shape[1] + up_channels, 3)
     checks.check_together(NAME, skip, low=low, up_weight=up_weight, up_bias=up_bias, weight=weight)
+    check_eps(NAME, eps)
     check_norm(NAME, skip, weight, bias=bias, running_mean=mean, running_var=variance, gamma=gamma)
     slope = slope_of(relu, negative_slope)
-    return torch.ops.fastunet.conv_transpose2x2_concat_conv3x3_relu(
-        skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope
-    )
+    return invoke(_op, skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope)
 
 
 def _forward(

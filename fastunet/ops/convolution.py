@@ -131,7 +131,7 @@ def convolution_grads(
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, those that mask asks for, with the strides of what they are gradients of."""
-    if mask[1] and padding == 1 and _prefers_matmul(x, weight):
+    if mask[1] and padding == 1 and dispatch.aten_is_slow(x, weight):
         grad_x, _, grad_bias = convolution_grads(grad, x, weight, [mask[0], False, mask[2]], padding=padding)
         return grad_x, strided_like(_weight_grad_by_matmul(grad, x), weight), grad_bias
     out_channels = weight.shape[1 if transposed else 0]
@@ -153,17 +153,6 @@ def convolution_grads(
         strided_like(grad_weight, weight) if mask[1] else none_like(x),
         grad_bias if mask[2] else none_like(x),
     )
-
-
-# Up to so many pixels in a batch, and from so many weights, oneDNN's weight gradient takes up to eight times as long as
-# the matrix product it stands for in bfloat16, and up to twice as long in float32.
-_FEW_PIXELS, _MANY_WEIGHTS = 1024, 1 << 20
-
-
-def _prefers_matmul(x: Tensor, weight: Tensor) -> bool:
-    is_few = x.shape[0] * x.shape[2] * x.shape[3] <= _FEW_PIXELS
-    is_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
-    return is_cpu and is_few and weight.numel() >= _MANY_WEIGHTS
 
 
 def _weight_grad_by_matmul(grad: Tensor, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.ops.epilogue import epilogue_grad
-from fastunet.ops.registration import below_autograd, define, empty_in, memory_format, strided_like
+from fastunet.ops.registration import below_autograd, define, empty_in, invoke, memory_format, strided_like
 from fastunet.reference import functional as reference
 
 NAME = "max_pool2x2"
@@ -25,7 +25,7 @@ def max_pool2x2(x: Tensor) -> Tensor:
     """
     checks.check_activation(NAME, x=x)
     checks.check_pooled(NAME, *x.shape[2:])
-    return torch.ops.fastunet.max_pool2x2(x)
+    return invoke(_op, x)
 
 
 def _forward(x: Tensor) -> Tensor:
@@ -76,6 +76,7 @@ _op = define(
     fake=_forward_fake,
     composition=reference.max_pool2x2,
     autograd=MaxPool2x2,
+    is_torchs=True,
 )
 _backward_op = define(
     f"{NAME}_backward(Tensor grad, Tensor x) -> Tensor", implementation=_backward, fake=_backward_fake

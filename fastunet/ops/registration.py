@@ -20,14 +20,16 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import Function, forward_ad
 
-from fastunet import dispatch
-from fastunet.checks import ConfigError
+from fastunet import checks, dispatch
 
 NAMESPACE = "fastunet"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-# By name.
+# By op, and by name.
+_IMPLEMENTATIONS: dict[Any, Callable] = {}
 _COMPOSITIONS: dict[str, Callable] = {}
+# Names of ops whose gradients on ATen are torch's own.
+_TORCHS: set[str] = set()
 # By op, what finds its weight among its arguments, and whether they say that there will be a backward.
 _WEIGHT: dict[str, Callable[..., tuple[Tensor | None, bool]]] = {}
 
@@ -40,20 +42,25 @@ def define(
     composition: Callable | None = None,
     autograd: type[Function] | None = None,
     weight: Callable[..., tuple[Tensor | None, bool]] | None = None,
+    is_torchs: bool = False,
 ) -> Callable:
     """Register an op from its schema and return it.
 
     `composition` computes the same from the same arguments by torch functions alone; a backward op has none. Without
     `autograd` a gradient raises. `weight(*args)` gives what `dispatch.choose` is told: the weight, and whether there
-    will be a backward.
+    will be a backward. `is_torchs`: a step with gradients that is left to ATen runs the composition.
     """
     name = schema.partition("(")[0]
     if weight is not None:
         _WEIGHT[name] = weight
+    if is_torchs:
+        _TORCHS.add(name)
     _LIBRARY.define(schema)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    implementation = _with_plain_arguments(op, implementation, fake)
+    _IMPLEMENTATIONS[op] = implementation
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     function = autograd or _not_differentiable(name, op, is_backward=composition is None)
     if composition is not None:
         # The key above all others, Autocast's too, which is in force within transforms of torch.func alone.
@@ -72,6 +79,86 @@ def define(
     return op
 
 
+def invoke(op: Any, *args: Any) -> Any:
+    """Call a registered op as `op(*args)` does, by the shortest way where nothing but the values of tensors counts.
+
+    The dispatcher costs the host some 20 µs a call for an op written in Python. Without autocast, transforms, modes and
+    tracing it has nothing to add: inference runs the implementation, and a step with gradients that dispatch leaves to
+    ATen runs torch's own functions, so that it is to the letter what plain torch does, cuDNN's batch norm included.
+    """
+    if torch.compiler.is_compiling() or not _is_plain_call(args):
+        return op(*args)
+    if not _is_recorded(args):
+        return _IMPLEMENTATIONS[op](*args)
+    if _is_torchs(op._opname, args[0], args):
+        return _COMPOSITIONS[op._opname](*args)
+    return op(*args)
+
+
+def _is_torchs(name: str, x: Tensor, args: Sequence[Any]) -> bool:
+    """Whether a step with gradients on an activation like x is torch's own."""
+    if name not in _TORCHS or x.shape[0] == 0:
+        return False
+    weight, _ = _WEIGHT[name](*args) if name in _WEIGHT else (None, False)
+    choice = dispatch.choose(name, x, weight, training=True)
+    return choice.implementation == "aten" and not dispatch.aten_is_slow(x, weight)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain_call(args: Sequence[Any]) -> bool:
+    """Whether no subclass, mode, transform or autocast is to see the op."""
+    return (
+        all(type(a) in _PLAIN for a in args if isinstance(a, Tensor))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not in_forward_mode()
+        and not in_transform()
+        and not checks.autocasts(args[0].device.type)
+        and not torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def _with_plain_arguments(op: Any, implementation: Callable, fake: Callable) -> Callable:
+    """Wrap the implementation so that it only sees arguments as kernels, aten.native_* and mkldnn.* take them.
+
+    They read each vector of parameters as if it were contiguous, and some divide by the number of images. A strided,
+    expanded or overlapping vector is copied, and one that the op writes, as running statistics are, is written back. An
+    empty batch has empty results, and zeros for gradients of parameters.
+    """
+    arguments = op._schema.arguments
+    tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
+    written = {i for i in tensors if arguments[i].alias_info is not None and arguments[i].alias_info.is_write}
+
+    def run(*args: Any) -> Any:
+        strided = []
+        for i in tensors:
+            t = args[i]
+            if t is None:
+                continue
+            if t.dim() == 1:
+                if not t.is_contiguous():
+                    strided.append(i)
+            elif t.dim() == 4 and t.shape[0] == 0:
+                results = fake(*args)
+                for result in (results,) if isinstance(results, Tensor) else results:
+                    result.zero_()
+                return results
+        if not strided:
+            return implementation(*args)
+        plain = list(args)
+        for i in strided:
+            plain[i] = args[i].contiguous()
+        results = implementation(*plain)
+        for i in written.intersection(strided):
+            if not torch.equal(args[i], plain[i]):
+                args[i].copy_(plain[i])
+        return results
+
+    return run
+
+
 def in_forward_mode() -> bool:
     """Whether a level of forward-mode AD is active: any tensor may then carry a tangent, which a kernel would drop."""
     # Without that name every call would be right, but slow.
@@ -86,7 +173,7 @@ def in_transform() -> bool:
 def check_untransformed(what: str) -> None:
     """Raises ConfigError where derivatives are asked for that `what`, for inference alone, would leave out."""
     if in_forward_mode() or in_transform():
-        raise ConfigError(
+        raise checks.ConfigError(
             f"{what} is for inference: expected a call outside of torch.func and forward-mode AD, which take the model "
             "it was made of"
         )
@@ -136,7 +223,10 @@ def define_autocast(
                 return answer
             dtype = torch.get_autocast_dtype(device)
             values = [_cast(a, dtype) if i in cast else a for i, a in enumerate(args)]
-            is_prepared = not _is_recorded(args) and choice_for(name, values[0], args).prepares
+            is_recorded = _is_recorded(args)
+            if is_recorded and device == "cuda" and _is_torchs(name, values[0], args):
+                return _COMPOSITIONS[name](*args)  # Of functions that autocast has rules for.
+            is_prepared = not is_recorded and choice_for(name, values[0], args).prepares
             if not is_prepared:
                 values = [_cast(a, dtype) if i in parameters else a for i, a in enumerate(values)]
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.kernels.config_passes import MOST_CHANNELS
-from fastunet.ops.registration import below_autograd, define, none_like, strided_like
+from fastunet.ops.registration import below_autograd, define, invoke, none_like, strided_like
 from fastunet.reference import functional as reference
 
 NAME = "segmentation_sums"
@@ -53,7 +53,7 @@ def segmentation_sums(
     checks.check_shape(NAME, "target", target, one_channel if target.shape == one_channel else logits.shape)
     checks.check_shape(NAME, "mask", mask, one_channel)
     checks.check_device(NAME, logits, target=target, mask=mask)
-    return torch.ops.fastunet.segmentation_sums(logits, target, mask, activation == "softmax", squared, entropy)
+    return invoke(_op, logits, target, mask, activation == "softmax", squared, entropy)
 
 
 def holds_indices(logits: Tensor, target: Tensor) -> bool:
