@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastunet.kernels.config import HALO_W, TILE_W
+from fastunet.kernels.config import TILE_W
 from fastunet.kernels.gpu import cdiv
 from torch import Tensor
 
@@ -158,16 +158,12 @@ def _composed(a: Mapping[str, Any], grid: int) -> Accesses:
 
 
 def _hopper(a: Mapping[str, Any], grid: int) -> Accesses:
-    """A tile's rows are fetched with a border, once for the three taps of each column, or for all nine: low boxes have
-    the last two.
-    """
+    """A tile's rows are fetched with a border, once for the three taps of each column: low boxes have the last two."""
     images, channels, blocks = _images(a, "x_desc"), a["COUT"], a["blocks_n"]
     tiles, height, tile = a["tiles"] // blocks, a["H"], a["TILE_H"]
     rows = sum(min(height, first + tile + 1) - max(0, first - 1) for first in range(0, height, tile))
-    firsts = range(0, a["W"], TILE_W)
-    of_one_halo = sum(min(a["W"], first - 1 + HALO_W) - max(0, first - 1) for first in firsts)
-    pixels = images * blocks * rows * (of_one_halo if a["ONE_HALO"] else tap_rows(a["W"], TILE_W))
-    weights = (grid if a["RESIDENT"] else tiles) * 9 * (a["C1"] + a["C2"]) * channels
+    pixels = images * blocks * rows * tap_rows(a["W"], TILE_W)
+    weights = tiles * 9 * (a["C1"] + a["C2"]) * channels
     loads = {"x_desc": pixels * a["C1"], "up_desc": pixels * a["C2"], "weight_desc": weights}
     # By each of the two halves of a tile.
     flags = {"bias_ptr": "BIAS", "mean_ptr": "NORM", "variance_ptr": "NORM", "gamma_ptr": "GAMMA"}

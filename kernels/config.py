@@ -17,12 +17,8 @@ from fastunet.kernels.gpu import Target, cdiv
 
 # How a kernel reads its operands: gathering through pointers, tap by tap; the same with all taps folded into the
 # channels; whole boxes through tensor descriptors, which the hardware copies and pads with zeros; on sm_90 also such
-# boxes with a border, fetched once for three taps; the same with all weights kept in shared memory; and that with
-# one such box for all nine taps.
-POINTER, FOLDED, DESCRIPTOR = "pointer", "folded", "descriptor"
-HALO, RESIDENT, ONE_HALO = "halo", "resident", "one_halo"
-RESIDENT_FORMS = (RESIDENT, ONE_HALO)
-HOPPER_FORMS = (HALO, *RESIDENT_FORMS)
+# boxes with a border, fetched once for three taps.
+POINTER, FOLDED, DESCRIPTOR, HALO = "pointer", "folded", "descriptor", "halo"
 
 # By what names `tuning` knows the ops whose blocks are a ConvConfig.
 CONV3X3, INPUT_GRAD, COMPOSED = "conv3x3", "conv3x3_input_grad", "conv_transpose2x2_concat_conv3x3"
@@ -34,8 +30,6 @@ FOLDED_BELOW = 8
 # A tile is 8 pixels wide: for the rows of a tensor-core fragment the vertical half of a pooling window is then in one
 # thread's registers.
 TILE_W = 8
-# A row of pixels that is fetched once for the three columns of the window: a power of two that holds TILE_W + 2.
-HALO_W = 16
 
 # Left to itself, ptxas holds some kernels to 80, 128 or 168 registers, for occupancy, and spills a few values: these
 # are allowed all there are. The others do not spill, and might lose occupancy. Unmeasured.
@@ -68,10 +62,10 @@ class ConvConfig:
     """Blocks of the convolution, and of its input gradient, which is one.
 
     tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or values
-    of 9*C where folded. form: one of the five above. max_registers: per thread, None leaves it to ptxas. Of the last
-    two forms, num_stages are those of pixels and weight_stages those of weights, all of them in the resident form;
-    swapped is the product of weights and pixels in place of that of pixels and weights. splits: programs that share the
-    input channels of a tile, each with as many; a second kernel adds their sums.
+    of 9*C where folded. form: one of the variants above. max_registers: per thread, None leaves it to ptxas. Of the
+    halo variant, num_stages are those of pixels and weight_stages those of weights; swapped is the product of weights
+    and pixels in place of that of pixels and weights. splits: programs that share the input channels of a tile, each
+    with as many; a second kernel adds their sums.
     """
 
     tile_h: int
@@ -267,7 +261,7 @@ def with_head(chosen: ConvConfig) -> ConvConfig:
 
     A head sums over channels: of pixels times weights, they are all in one warp.
     """
-    if chosen.form in HOPPER_FORMS:
+    if chosen.form == HALO:
         return replace(chosen, swapped=False, tile_h=chosen.tile_h if chosen.block_n == 64 else 16)
     return replace(chosen, tile_h=min(chosen.tile_h, 16))
 

@@ -20,9 +20,7 @@ from fastunet.kernels.config import (
     DESCRIPTOR,
     FOLDED,
     HALO,
-    ONE_HALO,
     POINTER,
-    RESIDENT,
     TILE_W,
     ConvConfig,
     ConvShape,
@@ -44,10 +42,6 @@ def conv_forms(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf
     forms = {derived.form: derived}
     if config_hopper.fits_halo(shape, dtype, target):
         forms[HALO] = config_hopper.halo_config(shape, target)
-    if config_hopper.fits_resident(shape, dtype, target):
-        forms[RESIDENT] = config_hopper.resident_config(shape)
-    if config_hopper.fits_one_halo(shape, dtype, target):
-        forms[ONE_HALO] = config_hopper.one_halo_config(shape)
     if derived.form == DESCRIPTOR:
         without = replace(target, capability=min(target.capability, 89))
         forms[POINTER] = config.derived_conv_config(shape, dtype, without, allow_tf32)
@@ -77,8 +71,8 @@ def feasible_composed_configs(shape: ConvShape, dtype: torch.dtype, target: Targ
 
 def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
     """The configs of derived's form."""
-    if derived.form in config.HOPPER_FORMS:
-        return _hopper_variants(derived, shape.c_out, target)
+    if derived.form == HALO:
+        return _halo_configs(derived, shape.c_out, target)
     channels = max(shape.c_out, shape.c_out2)
     heights = [h for h in (8, 16, 32) if h <= derived.tile_h or dtype.itemsize == 2]
     # Where the derived block holds all output channels, so does every other: a joined head needs it.
@@ -96,10 +90,9 @@ def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, ta
     return found
 
 
-def _hopper_variants(derived: ConvConfig, channels: int, target: Target) -> list[ConvConfig]:
+def _halo_configs(derived: ConvConfig, channels: int, target: Target) -> list[ConvConfig]:
     blocks = (64, 128) if channels > 64 else (64,)
-    weight_depths = (derived.weight_stages,) if derived.form in config.RESIDENT_FORMS else (4, 6, 8)
-    heights, depths, orders = (16, 32), (2, 3, 4), (False, True)
+    heights, depths, weight_depths, orders = (16, 32), (2, 3, 4), (4, 6, 8), (False, True)
     found = [
         replace(derived, tile_h=tile_h, block_n=block_n, num_stages=depth, weight_stages=weights, swapped=swapped)
         for tile_h, block_n, depth, weights, swapped in itertools.product(

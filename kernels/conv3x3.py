@@ -178,7 +178,7 @@ def conv3x3_launch(
     allow_tf32: bool,
 ) -> gpu.Launch:
     """The launch of any form that fills the epilogue's outputs from packed x and up."""
-    if chosen.form in config.HOPPER_FORMS:
+    if chosen.form == config.HALO:
         from fastunet.kernels import conv3x3_hopper  # Late: its interface is private to some releases of Triton.
 
         return conv3x3_hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
@@ -249,31 +249,29 @@ def choose(
 ) -> config.ConvConfig:
     """The configuration for conv2d(cat([x, up], 1), weight, padding=1).
 
-    leaves_statistics: the epilogue has such, which the forms for sm_90 do not give.
+    leaves_statistics: the epilogue has such, which the halo variant does not give.
     """
     c1, c2, channels = x.shape[1], 0 if up is None else up.shape[1], weight.shape[0]
     aligned = config.aligned(c1, c2, channels) and weight_aligned(weight)
     shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
-    if chosen.form in config.HOPPER_FORMS and (
-        leaves_statistics or not hopper_form_runs(x.device, chosen.form, config.CONV3X3)
-    ):
+    if chosen.form == config.HALO and (leaves_statistics or not halo_runs(x.device, config.CONV3X3)):
         return config.derived_conv_config(shape, x.dtype, target, allow_tf32)
     return chosen
 
 
-def hopper_form_runs(device: torch.device, form: str, op: str) -> bool:
-    """Whether that form for sm_90, which a measurement has chosen for the op, may run there; where not, it warns.
-    RuntimeError where it is pinned: whoever pins it is to see that form, and no other in its place.
+def halo_runs(device: torch.device, op: str) -> bool:
+    """Whether the halo variant, which a measurement has chosen for the op, may run there; where not, it warns.
+    RuntimeError where it is pinned: whoever pins it is to see that variant, and no other in its place.
     """
     from fastunet.kernels import hopper_gate, tuning
 
-    obstacle = hopper_gate.obstacle(device, form)
-    if obstacle is not None and tuning.is_pinned(op):
-        raise RuntimeError(obstacle)
-    if obstacle is not None:
-        warnings.warn(f"{obstacle}; the derived form runs in its place", RuntimeWarning, stacklevel=2)
-    return obstacle is None
+    reason = hopper_gate.obstacle(device)
+    if reason is not None and tuning.is_pinned(op):
+        raise RuntimeError(reason)
+    if reason is not None:
+        warnings.warn(f"{reason}; the derived variant runs in its place", RuntimeWarning, stacklevel=2)
+    return reason is None
 
 
 def weight_aligned(weight: Tensor) -> bool:

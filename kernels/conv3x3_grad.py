@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config, conv3x3_descriptor, gpu
-from fastunet.kernels.conv3x3 import accumulate, accumulate_folded, conv3x3_launch, hopper_form_runs, weight_aligned
+from fastunet.kernels.conv3x3 import accumulate, accumulate_folded, conv3x3_launch, halo_runs, weight_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
 from fastunet.kernels.layout import empty_packed, packed, strided_weight
 from fastunet.kernels.reduction import sum_rows_launch
@@ -178,9 +178,9 @@ def input_grad_launch(
     aligned = config.aligned(channels_out, c1, c2) and weight_aligned(weight)
     shape = config.ConvShape(channels_out, 0, c1, height, width, aligned, c_out2=c2)
     chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32, op=config.INPUT_GRAD)
-    if chosen.form in config.HOPPER_FORMS:
+    if chosen.form == config.HALO:
         # It is a convolution by the window turned around.
-        if x is None and hopper_form_runs(grad.device, chosen.form, config.INPUT_GRAD):
+        if x is None and halo_runs(grad.device, config.INPUT_GRAD):
             turned = weight.transpose(0, 1).flip(2, 3)
             return conv3x3_launch(grad, None, turned, chosen, Epilogue(out), allow_tf32=allow_tf32)
         chosen = config.derived_conv_config(shape, grad.dtype, target, allow_tf32)

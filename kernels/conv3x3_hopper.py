@@ -7,18 +7,12 @@ and takes one tile after the other; barriers in shared memory pass the slots of 
 and forth. By the product of pixels and weights [P, N], or by that of weights and pixels [N, P] (`swapped`), which
 reads less shared memory where N is 64.
 
-Where all weights of up to 64 output channels fit shared memory beside the pixels, they are fetched once and stay: the
-resident form, in which only pixels go round. Of 64 input channels, rows of 16 pixels may be fetched once for all three
-columns of the window, whose taps then begin at any pixel of a row: the form of one halo, if the hardware allows it.
-
-Gluon's interface is private to each release of Triton: `hopper_gate` says where this form may run. Unmeasured.
+Gluon's interface is private to each release of Triton: `hopper_gate` says where this variant may run. Unmeasured.
 """
 
 # Of a kernel's parameters only the constexprs carry an annotation.
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
-
-from typing import Any
 
 import triton.language as tl
 from fastunet.kernels import config, gpu
@@ -40,14 +34,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Input channels of one step: a row of a 128-byte swizzled tile.
 BLOCK_K = 64
-# The pixels of a tile's row, and of a row that is fetched once for all columns of the window.
-TILE_W, HALO_W = config.TILE_W, config.HALO_W
 # Registers of a consuming and of the producing thread: together what a multiprocessor has.
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 40
 
 _BLOCK_K = tl.constexpr(BLOCK_K)
-_TILE_W = tl.constexpr(TILE_W)
-_HALO_W = tl.constexpr(HALO_W)
+_TILE_W = tl.constexpr(config.TILE_W)
 
 
 # fmt: off
@@ -83,39 +74,30 @@ def load_column(desc, low_desc, upper, lower, image, h, w, k, full, pred, TILE_H
 def produce(
     x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights,
     pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, tiles, blocks_n,
-    TWO_INPUTS: gl.constexpr, RESIDENT: gl.constexpr, ONE_HALO: gl.constexpr, TILE_H: gl.constexpr,
-    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
+    TWO_INPUTS: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    WEIGHT_SLOTS: gl.constexpr,
 ):
-    """Fill the rings: by blocks of channels and columns of the window one slot of pixels and three of weights; or all
-    weights once, where they are resident; or one slot of pixels for all columns.
+    """Fill the rings: by blocks of channels and columns of the window one slot of pixels and three of weights.
 
     Round r of a slot may begin when its r-th release has come: its parity is that of r - 1, and a new barrier counts as
     having passed the phase before its first.
     """
-    COLUMNS: gl.constexpr = 1 if ONE_HALO else 3
-    WIDTH: gl.constexpr = _HALO_W if ONE_HALO else _TILE_W
-    PER_ROW: gl.constexpr = _HALO_W if ONE_HALO else 1  # Of the pixels' first dimension: see the kernel.
     channels = C1 + C2
     step = 0
     tap_step = 0
-    if RESIDENT:
-        full = weights_full.index(0)
-        mbarrier.expect(full, WEIGHT_SLOTS * BLOCK_N * _BLOCK_K * 2)
-        for j in gl.static_range(WEIGHT_SLOTS):
-            tma.async_copy_global_to_shared(weight_desc, [0, j * _BLOCK_K], full, weights.index(j))
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         image, h0, w0, n0 = tile_at(tile, H, W, blocks_n, TILE_H, BLOCK_N)
-        for i in range(COLUMNS * (channels // _BLOCK_K)):
-            kw = i % COLUMNS
-            k = i // COLUMNS * _BLOCK_K
+        for i in range(3 * (channels // _BLOCK_K)):
+            kw = i % 3
+            k = i // 3 * _BLOCK_K
             slot = step % SLOTS
             mbarrier.wait(pixels_empty.index(slot), ((step // SLOTS) & 1) ^ 1)
             full = pixels_full.index(slot)
-            mbarrier.expect(full, (TILE_H + 2) * WIDTH * _BLOCK_K * 2)
-            rows = pixels.index(slot * (TILE_H + 2) * PER_ROW)
-            upper = view(rows, x_desc.dtype, [1, TILE_H, WIDTH, _BLOCK_K], x_desc.layout)
-            rows = pixels.index((slot * (TILE_H + 2) + TILE_H) * PER_ROW)
-            lower = view(rows, x_desc.dtype, [1, 2, WIDTH, _BLOCK_K], x_low_desc.layout)
+            mbarrier.expect(full, (TILE_H + 2) * _TILE_W * _BLOCK_K * 2)
+            rows = pixels.index(slot * (TILE_H + 2))
+            upper = view(rows, x_desc.dtype, [1, TILE_H, _TILE_W, _BLOCK_K], x_desc.layout)
+            rows = pixels.index(slot * (TILE_H + 2) + TILE_H)
+            lower = view(rows, x_desc.dtype, [1, 2, _TILE_W, _BLOCK_K], x_low_desc.layout)
             if TWO_INPUTS:
                 load_column(x_desc, x_low_desc, upper, lower, image, h0 - 1, w0 + kw - 1, k, full, k < C1, TILE_H)
                 load_column(
@@ -124,15 +106,14 @@ def produce(
             else:
                 load_column(x_desc, x_low_desc, upper, lower, image, h0 - 1, w0 + kw - 1, k, full, True, TILE_H)
             step += 1
-            if not RESIDENT:
-                for kh in gl.static_range(3):
-                    tap_slot = tap_step % WEIGHT_SLOTS
-                    mbarrier.wait(weights_empty.index(tap_slot), ((tap_step // WEIGHT_SLOTS) & 1) ^ 1)
-                    full = weights_full.index(tap_slot)
-                    mbarrier.expect(full, BLOCK_N * _BLOCK_K * 2)
-                    at = [n0, (kh * 3 + kw) * channels + k]
-                    tma.async_copy_global_to_shared(weight_desc, at, full, weights.index(tap_slot))
-                    tap_step += 1
+            for kh in gl.static_range(3):
+                tap_slot = tap_step % WEIGHT_SLOTS
+                mbarrier.wait(weights_empty.index(tap_slot), ((tap_step // WEIGHT_SLOTS) & 1) ^ 1)
+                full = weights_full.index(tap_slot)
+                mbarrier.expect(full, BLOCK_N * _BLOCK_K * 2)
+                at = [n0, (kh * 3 + kw) * channels + k]
+                tma.async_copy_global_to_shared(weight_desc, at, full, weights.index(tap_slot))
+                tap_step += 1
 
 
 @gluon.jit
@@ -159,13 +140,10 @@ def consume(
     pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, H, W,
     C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr,
     ACTIVATION: gl.constexpr, STORE: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr,
-    SIGMOID: gl.constexpr, RESIDENT: gl.constexpr, ONE_HALO: gl.constexpr, SWAPPED: gl.constexpr, TAP: gl.constexpr,
-    TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
+    SIGMOID: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    WEIGHT_SLOTS: gl.constexpr,
 ):
     """Sum up and store one half of the rows of each tile."""
-    COLUMNS: gl.constexpr = 1 if ONE_HALO else 3
-    SHIFTS: gl.constexpr = 3 // COLUMNS  # Columns of the window in one slot.
-    PER_ROW: gl.constexpr = _HALO_W if ONE_HALO else 1
     ROWS: gl.constexpr = TILE_H // 2
     PIXELS: gl.constexpr = ROWS * _TILE_W
     M: gl.constexpr = BLOCK_N if SWAPPED else PIXELS
@@ -174,40 +152,30 @@ def consume(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     step = 0
     tap_step = 0
-    blocks_k = (C1 + C2) // _BLOCK_K
-    if RESIDENT:
-        mbarrier.wait(weights_full.index(0), 0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         image, h0, w0, n0 = tile_at(tile, H, W, blocks_n, TILE_H, BLOCK_N)
         h0 += HALF * ROWS
         acc = gl.zeros([M, N], gl.float32, SUMS)
-        for i in range(COLUMNS * blocks_k):
+        for i in range(3 * ((C1 + C2) // _BLOCK_K)):
             slot = step % SLOTS
             mbarrier.wait(pixels_full.index(slot), (step // SLOTS) & 1)
-            for tap in gl.static_range(3 * SHIFTS):
-                kh = tap // SHIFTS
-                shift = tap % SHIFTS
+            for kh in gl.static_range(3):
                 tap_slot = tap_step % WEIGHT_SLOTS
-                if RESIDENT:
-                    tap_slot = (kh * 3 + i % COLUMNS + shift) * blocks_k + i // COLUMNS
-                else:
-                    mbarrier.wait(weights_full.index(tap_slot), (tap_step // WEIGHT_SLOTS) & 1)
-                rows = pixels.index((slot * (TILE_H + 2) + HALF * ROWS + kh) * PER_ROW + shift)
-                operand = view(rows, y_desc.dtype, [PIXELS, _BLOCK_K], TAP)
+                mbarrier.wait(weights_full.index(tap_slot), (tap_step // WEIGHT_SLOTS) & 1)
+                rows = pixels.index(slot * (TILE_H + 2) + HALF * ROWS + kh)
+                operand = view(rows, y_desc.dtype, [PIXELS, _BLOCK_K], rows.layout)
                 acc = multiply(operand, weights.index(tap_slot), acc, SWAPPED)
                 # All products but this one have ended: the slots of the one before it are free.
                 acc = warpgroup_mma_wait(1, deps=(acc,))
-                if tap == 0:
+                if kh == 0:
                     mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS), pred=i > 0)
-                if not RESIDENT:
-                    last = (tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS
-                    mbarrier.arrive(weights_empty.index(last), pred=i + tap > 0)
-                    tap_step += 1
+                last = (tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS
+                mbarrier.arrive(weights_empty.index(last), pred=i + kh > 0)
+                tap_step += 1
             step += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         # The last slots, before the epilogue: the producer fetches the next tile meanwhile.
-        if not RESIDENT:
-            mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
+        mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
         mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))
 
         n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1 - AXIS, SUMS))
@@ -242,22 +210,17 @@ def conv3x3_hopper_kernel(
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, eps, negative_slope,
     TWO_INPUTS: gl.constexpr, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr,
     STORE: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr,
-    RESIDENT: gl.constexpr, ONE_HALO: gl.constexpr, SWAPPED: gl.constexpr, TAP: gl.constexpr, TILE_H: gl.constexpr,
-    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     """As conv3x3_descriptor_kernel, but for statistics, by as many programs as there are multiprocessors.
 
-    The low descriptors read boxes of two rows. What a flag leaves out is any tensor, and is not read. Where weights are
-    RESIDENT, WEIGHT_SLOTS hold all of them, and with ONE_HALO taps begin at single pixels. TAP: the layout of a tap's
-    pixels, from where it begins.
+    The low descriptors read boxes of two rows. What a flag leaves out is any tensor, and is not read.
     """
     DTYPE: gl.constexpr = y_desc.dtype
     ROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     PIXELS: gl.constexpr = TILE_H // 2 * _TILE_W
-    # By rows, or by pixels.
-    ROW_OF: gl.constexpr = [_HALO_W, 1] if ONE_HALO else [1, _TILE_W]
-    pixels = gl.allocate_shared_memory(DTYPE, [SLOTS * (TILE_H + 2) * ROW_OF[0], ROW_OF[1], _BLOCK_K], ROW)
+    pixels = gl.allocate_shared_memory(DTYPE, [SLOTS * (TILE_H + 2), _TILE_W, _BLOCK_K], ROW)
     weights = gl.allocate_shared_memory(DTYPE, [WEIGHT_SLOTS, BLOCK_N, _BLOCK_K], weight_desc.layout)
     y_stage = weights
     pooled_stage = weights
@@ -268,13 +231,12 @@ def conv3x3_hopper_kernel(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     pixels_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     pixels_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
-    RING: gl.constexpr = 1 if RESIDENT else WEIGHT_SLOTS
-    weights_full = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
-    weights_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
+    weights_full = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
+    weights_empty = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
     for i in gl.static_range(SLOTS):
         mbarrier.init(pixels_full.index(i), count=1)
         mbarrier.init(pixels_empty.index(i), count=2)
-    for i in gl.static_range(RING):
+    for i in gl.static_range(WEIGHT_SLOTS):
         mbarrier.init(weights_full.index(i), count=1)
         mbarrier.init(weights_empty.index(i), count=2)
     fence_async_shared()  # The hardware that copies sees the barriers too.
@@ -284,20 +246,18 @@ def conv3x3_hopper_kernel(
                 0, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
                 pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
                 weights_empty, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION,
-                STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, RESIDENT, ONE_HALO, SWAPPED, TAP, TILE_H, BLOCK_N, SLOTS,
-                WEIGHT_SLOTS,
+                STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (consume, (
                 1, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
                 pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
                 weights_empty, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION,
-                STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, RESIDENT, ONE_HALO, SWAPPED, TAP, TILE_H, BLOCK_N, SLOTS,
-                WEIGHT_SLOTS,
+                STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (produce, (
                 x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights, pixels_full, pixels_empty,
-                weights_full, weights_empty, H, W, C1, C2, tiles, blocks_n, TWO_INPUTS, RESIDENT, ONE_HALO, TILE_H,
-                BLOCK_N, SLOTS, WEIGHT_SLOTS,
+                weights_full, weights_empty, H, W, C1, C2, tiles, blocks_n, TWO_INPUTS, TILE_H, BLOCK_N, SLOTS,
+                WEIGHT_SLOTS,
             )),
         ],
         [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -313,31 +273,18 @@ def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescripto
     return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], [1, rows, columns, channels], layout)
 
 
-def _tap_layout(pixels: int, one_halo: bool) -> Any:
-    """Rows of 128 bytes, swizzled as they were copied; of one halo, the first 8 of each 16."""
-    if not one_halo:
-        return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    # What each bit of an element's offset stands for, as [pixel, channel]. The three bits of the row within 8 also say
-    # which 16 bytes of it, as the copy has swapped them; the bit after them leads to pixels that are no operands.
-    within_row = [[0, 1 << bit] for bit in range(6)]
-    within_eight = [[1 << bit, 8 << bit] for bit in range(3)]
-    eights = [[8 << bit, 0] for bit in range((pixels // 8).bit_length() - 1)]
-    return gl.SharedLinearLayout([*within_row, *within_eight, [0, 0], *eights], alignment=1024)
-
-
 def conv3x3_launch(
     x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
 ) -> gpu.Launch:
     """The launch that fills the epilogue's outputs from packed x and up. ValueError where they are statistics, which
-    this form does not leave, or a head of more channels than a program holds.
+    this variant does not leave, or a head of more channels than a program holds.
     """
     head, channels = epilogue.head, weight.shape[0]
     if epilogue.statistics is not None or (head is not None and channels > chosen.block_n):
-        raise ValueError("the halo form leaves no statistics, and heads only where a program holds all channels")
+        raise ValueError("the halo variant leaves no statistics, and heads only where a program holds all channels")
     batch, c1, height, width = x.shape
     c2 = 0 if up is None else up.shape[1]
-    tile_h, block_n, one_halo = chosen.tile_h, chosen.block_n, chosen.form == config.ONE_HALO
-    width_of_rows = HALO_W if one_halo else TILE_W
+    tile_h, block_n = chosen.tile_h, chosen.block_n
     matrix = weight_matrix(weight)
     rows = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     second = x if up is None else up
@@ -350,13 +297,13 @@ def conv3x3_launch(
     pointers = {f"{name}_ptr": given[f"{name}_ptr"] for name in names}
     tiles = batch * config.tiles_per_image(chosen, height, width) * gpu.cdiv(channels, block_n)
     arguments = {
-        "x_desc": _boxes(x, tile_h, width_of_rows, BLOCK_K),
-        "x_low_desc": _boxes(x, 2, width_of_rows, BLOCK_K),
-        "up_desc": _boxes(second, tile_h, width_of_rows, BLOCK_K),
-        "up_low_desc": _boxes(second, 2, width_of_rows, BLOCK_K),
+        "x_desc": _boxes(x, tile_h, config.TILE_W, BLOCK_K),
+        "x_low_desc": _boxes(x, 2, config.TILE_W, BLOCK_K),
+        "up_desc": _boxes(second, tile_h, config.TILE_W, BLOCK_K),
+        "up_low_desc": _boxes(second, 2, config.TILE_W, BLOCK_K),
         "weight_desc": TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [block_n, BLOCK_K], rows),
-        "y_desc": _boxes(y, tile_h // 2, TILE_W, block_n),
-        "pooled_desc": _boxes(y if pooled is None else pooled, tile_h // 4, TILE_W // 2, block_n),
+        "y_desc": _boxes(y, tile_h // 2, config.TILE_W, block_n),
+        "pooled_desc": _boxes(y if pooled is None else pooled, tile_h // 4, config.TILE_W // 2, block_n),
         "H": height,
         "W": width,
         "C1": c1,
@@ -377,10 +324,7 @@ def conv3x3_launch(
         "CLASSES": given["CLASSES"],
         "HEAD_BIAS": pointers["head_bias_ptr"] is not None,
         "SIGMOID": given["SIGMOID"],
-        "RESIDENT": chosen.form in config.RESIDENT_FORMS,
-        "ONE_HALO": one_halo,
         "SWAPPED": chosen.swapped,
-        "TAP": _tap_layout(tile_h // 2 * TILE_W, one_halo),
         "TILE_H": tile_h,
         "BLOCK_N": block_n,
         "SLOTS": chosen.num_stages,

@@ -1,4 +1,4 @@
-"""`python -m fastunet.kernels.hopper_check GPU FORM`: are a form's results right on that GPU? The exit code says so.
+"""`python -m fastunet.kernels.hopper_check GPU`: is the halo variant right on that GPU? The exit code says so.
 
 Inputs are small integers, whose sums float32 holds exactly: results are equal to the last bit, or wrong.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from fastunet.kernels import config, config_hopper, conv3x3_hopper, gpu
-from fastunet.kernels.config import ConvConfig, ConvShape
+from fastunet.kernels.config import ConvConfig
 from fastunet.kernels.epilogue import Epilogue, Head, Normalisation
 from fastunet.kernels.layout import empty_packed
 from torch import Tensor
@@ -28,21 +27,13 @@ PROBLEMS = (
 )
 
 
-def blocks(form: str, shape: ConvShape, dtype: torch.dtype, target: gpu.Target) -> list[ConvConfig]:
-    """A form's blocks where it fits: both orders of the product, small tiles and large."""
-    wide = 128 if shape.c_out > 64 else 64
-    sizes = ((32, 64, 3, 6), (16, 64, 4, 8), (16, wide, 2, 4))
-    found = []
-    if form == config.HALO:
-        found = [
-            ConvConfig(tile_h, config.TILE_W, block_n, 64, 4, slots, form, weight_stages=weights)
-            for tile_h, block_n, slots, weights in sizes
-        ]
-    elif form == config.RESIDENT and config_hopper.fits_resident(shape, dtype, target):
-        found = [config_hopper.resident_config(shape)]
-    elif form == config.ONE_HALO and config_hopper.fits_one_halo(shape, dtype, target):
-        found = [config_hopper.one_halo_config(shape)]
-    return [replace(each, swapped=swapped) for each in found for swapped in (False, True)]
+def blocks(c_out: int) -> list[ConvConfig]:
+    """Both orders of the product, small tiles and large."""
+    sizes = ((32, 64, 3, 6), (16, 64, 4, 8), (16, 128 if c_out > 64 else 64, 2, 4))
+    return [
+        ConvConfig(*(tile_h, config.TILE_W, block_n, 64, 4, slots, config.HALO), weight_stages=weights, swapped=swapped)
+        for (tile_h, block_n, slots, weights), swapped in itertools.product(sizes, (False, True))
+    ]
 
 
 def integers(*sizes: int, device: torch.device) -> Tensor:
@@ -83,13 +74,11 @@ def check(problem: Sequence[int], chosen: ConvConfig, dtype: torch.dtype, device
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check a form in every problem, blocks and dtype on the GPU of that number."""
-    index, form = arguments
-    device = torch.device("cuda", int(index))
+    """Check every problem, blocks and dtype on the GPU of that number."""
+    device = torch.device("cuda", int(arguments[0]))
     target = gpu.target(device)
     for problem, dtype in itertools.product(PROBLEMS, (torch.bfloat16, torch.float16)):
-        _, h, w, c1, c2, c_out = problem
-        for chosen in blocks(form, ConvShape(c1, c2, c_out, h, w), dtype, target):
+        for chosen in blocks(problem[-1]):
             if config_hopper.shared_memory(chosen) + 512 <= target.shared_memory:
                 check(problem, chosen, dtype, device)
     torch.cuda.synchronize(device)

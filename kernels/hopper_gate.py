@@ -1,5 +1,5 @@
 """Where the kernels written in Gluon may run: on sm_90, with a Triton they are written for, and once they have given
-right results on this very GPU, each form by itself.
+right results on this very GPU.
 
 What they rest on is private to Triton, and they synchronise by hand: a wrong barrier hangs. So the check runs in a
 process of its own with a time limit, when such a kernel is first asked for. Its outcome is kept in Triton's cache, by
@@ -27,16 +27,16 @@ _SOURCES = ("conv3x3_hopper.py", "hopper_epilogue.py", "hopper_check.py")
 
 
 @functools.cache
-def obstacle(device: torch.device, form: str) -> str | None:
-    """Why a form of the Gluon kernels, one of config.HOPPER_FORMS, may not run on a device, None where it may."""
+def obstacle(device: torch.device) -> str | None:
+    """Why the halo variant may not run on a device, None where it may."""
     target = gpu.target(device)
     if target.capability != 90:
-        return f"the forms for Hopper are for sm_90, not {target.name}"
+        return f"the halo variant is for sm_90, not {target.name}"
     version = gpu.unknown_triton()
     if version is not None:
-        return f"the forms for Hopper are written for Triton {' and '.join(gpu.TRITON_VERSIONS)}, not {version}"
+        return f"the halo variant is written for Triton {' and '.join(gpu.TRITON_VERSIONS)}, not {version}"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return checked(cache_file(), f"{form}, {identity(target.name)}", index, form)
+    return checked(cache_file(), identity(target.name), index)
 
 
 def identity(name: str) -> str:
@@ -52,29 +52,29 @@ def cache_file() -> Path:
     return Path(triton.knobs.cache.dir) / "fastunet_hopper.json"
 
 
-def checked(cache: Path, key: str, index: int, form: str) -> str | None:
+def checked(cache: Path, key: str, index: int) -> str | None:
     """The outcome of the check by that key, which runs where the cache has none: what is wrong, or None."""
     try:
         outcomes = json.loads(cache.read_text())
     except (OSError, ValueError):
         outcomes = {}
     if key not in outcomes:
-        outcomes[key] = run_check(index, form)
+        outcomes[key] = run_check(index)
         _write(cache, outcomes)
     return outcomes[key]
 
 
-def run_check(index: int, form: str, command: list[str] | None = None, timeout: float = TIMEOUT) -> str | None:
-    """What is wrong with a form on the GPU of that number, or None. command: what checks, by default ours."""
-    command = command or [sys.executable, "-m", "fastunet.kernels.hopper_check", str(index), form]
+def run_check(index: int, command: list[str] | None = None, timeout: float = TIMEOUT) -> str | None:
+    """What is wrong on the GPU of that number, or None. command: what checks, by default ours."""
+    command = command or [sys.executable, "-m", "fastunet.kernels.hopper_check", str(index)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return f"the form {form} for Hopper did not end its check within {timeout:.0f} s on this GPU"
+        return f"the halo variant did not end its check within {timeout:.0f} s on this GPU"
     if done.returncode == 0:
         return None
     last = (done.stderr or done.stdout).strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-    return f"the form {form} for Hopper failed its check on this GPU: {last[0][:200]}"
+    return f"the halo variant failed its check on this GPU: {last[0][:200]}"
 
 
 def _write(cache: Path, outcomes: dict[str, str | None]) -> None:

@@ -94,20 +94,13 @@ class Buffer:
 
 
 class Memory:
-    """A view of a buffer, rows after rows; `transposed` where its two axes have changed places, and of the first 8 of
-    each `eights` rows.
-    """
+    """A view of a buffer, rows after rows; `transposed` where its two axes have changed places."""
 
     layout = None
 
-    def __init__(
-        self, cta: Cta, buffer: Buffer, first: int, shape: Sequence[int], transposed: bool = False, eights: int = 8
-    ) -> None:
+    def __init__(self, cta: Cta, buffer: Buffer, first: int, shape: Sequence[int], transposed: bool = False) -> None:
         self.cta, self.buffer, self.first, self.shape, self.transposed = cta, buffer, first, list(shape), transposed
-        self.eights = eights
         self.last = first + int(np.prod(self.shape))
-        if eights != 8:
-            self.last = first + ((self.shape[0] // 8 - 1) * eights + 8) * self.shape[1]
         if first < 0 or self.last > len(buffer.values):
             raise Fault("a view beyond its memory")
 
@@ -118,17 +111,13 @@ class Memory:
         return Memory(self.cta, self.buffer, self.first + i * size, self.shape[1:])
 
     def permute(self, _: Any) -> Memory:
-        return Memory(self.cta, self.buffer, self.first, self.shape, not self.transposed, self.eights)
+        return Memory(self.cta, self.buffer, self.first, self.shape, not self.transposed)
 
-    def viewed(self, shape: Sequence[int], eights: int) -> Memory:
-        return Memory(self.cta, self.buffer, self.first, shape, eights=eights)
+    def viewed(self, shape: Sequence[int]) -> Memory:
+        return Memory(self.cta, self.buffer, self.first, shape)
 
     def values(self) -> np.ndarray:
-        values = self.buffer.values[self.first : self.last]
-        if self.eights != 8:
-            rows = np.arange(self.shape[0])
-            values = values.reshape(-1, self.shape[1])[rows // 8 * self.eights + rows % 8]
-        values = values.reshape(self.shape)
+        values = self.buffer.values[self.first : self.last].reshape(self.shape)
         return values.T if self.transposed else values
 
     def meets(self, uses: list[Use]) -> bool:

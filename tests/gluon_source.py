@@ -204,15 +204,8 @@ def environment(modules: Sequence[ModuleType], cta: Cta) -> dict[str, Any]:
         "warpgroup_mma": multiply,
         "warpgroup_mma_wait": multiply_wait,
         "larger": lambda a, b: registers(np.maximum(a, b)),
-        "view": lambda memory, _, shape, layout: memory.viewed(shape, eights(layout)),
+        "view": lambda memory, _, shape, __: memory.viewed(shape),
     }
-
-
-def eights(layout: Any) -> int:
-    """Of how many rows of 128 bytes a view in that layout has the first 8: 8 but for one that leaves some out."""
-    if type(layout).__name__ != "SharedLinearLayout":
-        return 8
-    return 8 << sum(basis == [0, 0] for basis in layout.offset_bases)
 
 
 class Globals:

@@ -1,5 +1,5 @@
-"""The halo form without a Hopper GPU: its source on a model of a thread block, against float64, and with faults put in;
-its configurations; how it is launched; and where it may run.
+"""The halo variant without a Hopper GPU: its source on a model of a thread block, against float64, and with faults put
+in; its configurations; how it is launched; and where it may run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ class Case:
     pool: bool = True
     norm: bool = False
     slope: float | None = 0.0
-    form: str = config.HALO
     classes: int = 0
 
     def __str__(self) -> str:
@@ -66,8 +65,8 @@ class Case:
     @property
     def chosen(self) -> config.ConvConfig:
         return config.ConvConfig(
-            *(self.tile_h, 8, self.block_n, 64, 4, self.slots, self.form),
-            weight_stages=self.weight_slots if self.form == config.HALO else 9 * (self.c1 + self.c2) // 64,
+            *(self.tile_h, 8, self.block_n, 64, 4, self.slots, config.HALO),
+            weight_stages=self.weight_slots,
             swapped=self.swapped,
         )
 
@@ -129,18 +128,9 @@ CASES = [
     Case(h=17, w=9, c_out=72, block_n=128, swapped=True, slope=None),
     Case(n=3, h=1, w=1, pool=True),
     Case(n=1, h=3, w=200, norm=True, swapped=True),
-    Case(n=2, h=33, w=20, form=config.RESIDENT, swapped=True),
-    Case(n=1, h=40, w=20, form=config.RESIDENT, tile_h=32, slots=3, norm=True),
-    Case(n=2, h=18, w=31, form=config.RESIDENT, c2=64, c_out=48, slots=4, slope=0.1, swapped=True),
-    Case(n=2, h=18, w=31, form=config.RESIDENT, classes=1),
-    Case(n=2, h=33, w=20, form=config.ONE_HALO, swapped=True),
-    Case(n=1, h=40, w=20, form=config.ONE_HALO, slots=3, norm=True),
-    Case(n=3, h=1, w=1, form=config.ONE_HALO),
-    # Two inputs, beside whose weights there is no room on the hardware: the kernel does not mind.
-    Case(n=1, h=18, w=31, form=config.ONE_HALO, c2=64, c_out=48, slope=0.1, swapped=True),
-    Case(n=2, h=18, w=31, form=config.ONE_HALO, classes=1),
+    Case(n=2, h=18, w=31, classes=1),
     Case(n=2, h=18, w=15, classes=3, norm=True, c_out=40),
-    Case(n=1, h=18, w=15, classes=2, swapped=True, form=config.RESIDENT),
+    Case(n=1, h=18, w=15, classes=2, swapped=True),
 ]
 
 
@@ -161,8 +151,6 @@ PROBES = [
     Case(n=2, h=33, w=20, weight_slots=6),
     Case(h=33, w=25, c2=64),
     Case(n=2, h=33, w=25, swapped=True, slots=3),
-    Case(h=33, w=25, form=config.RESIDENT, c2=64),
-    Case(n=2, h=33, w=25, form=config.ONE_HALO, swapped=True),
 ]
 FREE_PIXELS = "mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))"
 LAST_WAIT = "        acc = warpgroup_mma_wait(0, deps=(acc,))\n"
@@ -188,9 +176,7 @@ FAULTS: dict[str, list[Edit]] = {
         (f"        {FREE_PIXELS}\n\n", f"        {FREE_PIXELS}\n{LAST_WAIT}\n"),
     ],
     "the last pixels never freed": [(f"        {FREE_PIXELS}\n\n", "\n")],
-    "the last weights freed twice": [("pred=i + tap > 0", "pred=step + tap > 0")],
-    "resident weights not waited for": [("        mbarrier.wait(weights_full.index(0), 0)\n", "        pass\n")],
-    "resident weights counted by taps alone": [("* blocks_k + i // COLUMNS", "+ i // COLUMNS")],
+    "the last weights freed twice": [("pred=i + kh > 0", "pred=step + kh > 0")],
     "staging memory rewritten": [("            tma.store_wait(0)  # Of the tile before, from the same memory.\n", "")],
     "staging memory rewritten while the second copy reads it": [
         ("            tma.store_wait(0)  # Of", "            tma.store_wait(1)  # Of")
@@ -202,7 +188,7 @@ FAULTS: dict[str, list[Edit]] = {
     "a barrier of weights with three arrivals": [
         ("mbarrier.init(weights_empty.index(i), count=2)", "mbarrier.init(weights_empty.index(i), count=3)")
     ],
-    "too few bytes expected": [("(TILE_H + 2) * WIDTH * _BLOCK_K * 2)", "TILE_H * WIDTH * _BLOCK_K * 2)")],
+    "too few bytes expected": [("(TILE_H + 2) * _TILE_W * _BLOCK_K * 2)", "TILE_H * _TILE_W * _BLOCK_K * 2)")],
     "too many bytes expected": [
         ("mbarrier.expect(full, BLOCK_N * _BLOCK_K * 2)", "mbarrier.expect(full, BLOCK_N * 256)")
     ],
@@ -211,12 +197,6 @@ FAULTS: dict[str, list[Edit]] = {
     "the second input's channels counted from the first's": [("k - C1, full", "k, full")],
     "a column for a row": [("(kh * 3 + kw) * channels", "(kw * 3 + kh) * channels")],
     "the lower half begins at the upper half's rows": [("(TILE_H + 2) + HALF * ROWS + kh", "(TILE_H + 2) + kh")],
-    "a tap of one halo begins at its row's first pixel": [("* PER_ROW + shift)", "* PER_ROW)")],
-    "a tap of one halo has its row's next 8 pixels": [("* PER_ROW + shift)", "* PER_ROW + 8 * (SHIFTS // 3) + shift)")],
-    "a tap of one halo goes with another's weight": [("+ i % COLUMNS + shift)", "+ i % COLUMNS + 2 - shift)")],
-    "rows of one halo counted as half as wide": [
-        ("_HALO_W if ONE_HALO else 1\n    ROWS", "8 if ONE_HALO else 1\n    ROWS")
-    ],
     "both halves store the same rows": [("        h0 += HALF * ROWS\n", "")],
     "every program takes every tile": [("range(gl.program_id(0), tiles, gl.num_programs(0))", "range(0, tiles, 1)")],
 }
@@ -240,24 +220,25 @@ def test_a_fault_shows(fault: str) -> None:
 def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
     grad, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
     out = torch.empty(2, 128, 9, 12, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(conv3x3_grad, "hopper_form_runs", lambda *_: True)
+    monkeypatch.setattr(conv3x3_grad, "halo_runs", lambda *_: True)
     given = {"allow_tf32": False, "target": HOPPER}
     with tuning.pinned("conv3x3_input_grad", Case(c_out=128).chosen):
         launch = conv3x3_grad.input_grad_launch(grad, weight, (out, None), None, None, **given)
         masked = conv3x3_grad.input_grad_launch(grad, weight, (out, None), out, 0.0, **given)
     assert launch.kernel is conv3x3_hopper.conv3x3_hopper_kernel
-    assert masked.kernel is not launch.kernel, "the activation's mask is not in this form"
+    assert masked.kernel is not launch.kernel, "the activation's mask is not in this variant"
     expected = F.conv_transpose2d(grad.double(), weight.double(), padding=1)
     torch.testing.assert_close(run(MODULES, launch, 0).result(out), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("may_run", [True, False])
-def test_a_measured_choice_falls_back_where_the_form_may_not_run(
+def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
     may_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But a pin, by which a benchmark asks for this form, is an error there."""
+    """But a pin, by which a benchmark asks for this variant, is an error there."""
     x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
-    monkeypatch.setattr(hopper_gate, "obstacle", lambda *_: None if may_run else "the halo form is wrong here")
+    reason = None if may_run else "the halo variant is wrong here"
+    monkeypatch.setattr(hopper_gate, "obstacle", lambda _: reason)
     chosen, shape = Case().chosen, config.ConvShape(64, 0, 64, 9, 12)
     derived = config.derived_conv_config(shape, torch.bfloat16, HOPPER, False)
 
@@ -267,15 +248,15 @@ def test_a_measured_choice_falls_back_where_the_form_may_not_run(
     table = tmp_path / "table.json"
     table.write_text(json.dumps({"configs": [tuning.as_row("conv3x3", shape, torch.bfloat16, False, chosen)]}))
     with tuning.reading(table):
-        warned = nullcontext() if may_run else pytest.warns(RuntimeWarning, match="wrong here; the derived form runs")
-        with warned:
+        message = "wrong here; the derived variant runs"
+        with nullcontext() if may_run else pytest.warns(RuntimeWarning, match=message):
             assert choose() == (chosen if may_run else derived)
         assert choose(leaves_statistics=True) == derived
     with tuning.pinned("conv3x3", chosen):
         if may_run:
             assert choose() == chosen
         else:
-            with pytest.raises(RuntimeError, match="the halo form is wrong here"):
+            with pytest.raises(RuntimeError, match="the halo variant is wrong here"):
                 choose()
 
 
@@ -304,7 +285,7 @@ def test_what_it_cannot_store_is_an_error() -> None:
         (config.ConvShape(64, 0, 64, 8, 8, c_out2=64), torch.bfloat16, HOPPER, False),
     ],
 )
-def test_where_the_form_fits(shape: config.ConvShape, dtype: torch.dtype, target: gpu.Target, fits: bool) -> None:
+def test_where_the_variant_fits(shape: config.ConvShape, dtype: torch.dtype, target: gpu.Target, fits: bool) -> None:
     assert config_hopper.fits_halo(shape, dtype, target) is fits
     forms = {each.form for each in config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)}
     assert (config.HALO in forms) is fits
@@ -316,73 +297,31 @@ def test_where_the_form_fits(shape: config.ConvShape, dtype: torch.dtype, target
 def test_a_search_tries_it_early_and_within_shared_memory(channels: int, side: int) -> None:
     shape = config.ConvShape(channels, 0, channels, side, side)
     found = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    ours = [each for each in found if each.form in config.HOPPER_FORMS]
+    ours = [each for each in found if each.form == config.HALO]
     assert found[1] == ours[0] == config_hopper.halo_config(shape, HOPPER)
-    further = [config_hopper.resident_config(shape), config_hopper.one_halo_config(shape)]
-    assert (found[2:4] == further) is (channels == 64)
     assert len(ours) == len(set(ours)) > 10
     assert all(config_hopper.shared_memory(each) <= HOPPER.shared_memory for each in ours)
-
-
-def test_the_form_of_one_halo_fits_beside_64_channels() -> None:
-    shape = config.ConvShape(64, 0, 64, 512, 512)
-    chosen = config_hopper.one_halo_config(shape)
-    assert config_hopper.fits_one_halo(shape, torch.bfloat16, HOPPER)
-    assert config_hopper.shared_memory(chosen) + 512 <= HOPPER.shared_memory
-    assert not config_hopper.fits_one_halo(config.ConvShape(64, 64, 64, 512, 512), torch.bfloat16, HOPPER)
-
-
-def test_a_tap_of_one_halo_is_where_the_copy_has_put_its_pixels() -> None:
-    """A copied row of 128 bytes has its 16-byte pieces exchanged by the row's number within 8; of a tap that begins at
-    any row, the layout says where each value is as if that were a multiple of 8: the hardware, which exchanges by the
-    address, decides.
-    """
-    layout = conv3x3_hopper._tap_layout(64, one_halo=True)
-    found = {}
-    for offset in range(64 * 2 * 64):
-        bases = [basis for bit, basis in enumerate(layout.offset_bases) if offset >> bit & 1]
-        if offset >> 9 & 1:
-            continue  # Pixels that are no operands.
-        pixel = channel = 0
-        for basis in bases:
-            pixel, channel = pixel ^ basis[0], channel ^ basis[1]
-        found[pixel, channel] = offset
-    for (pixel, channel), offset in found.items():
-        row = pixel // 8 * config.HALO_W + pixel % 8
-        assert offset == row * 64 + ((channel // 8) ^ (row % 8)) * 8 + channel % 8
-    assert len(found) == 64 * 64
-
-
-@pytest.mark.parametrize("up", [0, 64])
-def test_the_resident_form_keeps_all_weights(up: int) -> None:
-    shape = config.ConvShape(64, up, 64, 512, 512)
-    chosen = config_hopper.resident_config(shape)
-    assert config_hopper.fits_resident(shape, torch.bfloat16, HOPPER)
-    assert chosen.weight_stages * 64 * 64 == 9 * (64 + up) * 64
-    assert config_hopper.shared_memory(chosen) + 512 <= HOPPER.shared_memory
-    assert not config_hopper.fits_resident(config.ConvShape(64, 128, 64, 512, 512), torch.bfloat16, HOPPER)
-    assert not config_hopper.fits_resident(config.ConvShape(64, 0, 128, 512, 512), torch.bfloat16, HOPPER)
 
 
 # --- where it may run ---
 
 
 def test_the_gate_wants_sm_90_and_a_known_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, str]] = []
+    asked: list[int] = []
     target = HOPPER
     monkeypatch.setattr(gpu, "target", lambda _: target)
-    monkeypatch.setattr(hopper_gate, "checked", lambda _, key, *who: asked.append(who) or key)
+    monkeypatch.setattr(hopper_gate, "checked", lambda _, key, index: asked.append(index) or key)
 
     def obstacle() -> str | None:
         hopper_gate.obstacle.cache_clear()
-        return hopper_gate.obstacle(torch.device("cuda", 3), config.ONE_HALO)
+        return hopper_gate.obstacle(torch.device("cuda", 3))
 
-    assert "one_halo, sm_90" in (obstacle() or "")
-    assert asked == [(3, "one_halo")]
+    assert "sm_90, driver" in (obstacle() or "")
+    assert asked == [3]
     monkeypatch.setattr(hopper_gate.triton, "__version__", "3.9.1")
-    assert obstacle() == "the forms for Hopper are written for Triton 3.6 and 3.7, not 3.9"
+    assert obstacle() == "the halo variant is written for Triton 3.6 and 3.7, not 3.9"
     target = gpu.known_target(100)
-    assert obstacle() == "the forms for Hopper are for sm_90, not sm_100"
+    assert obstacle() == "the halo variant is for sm_90, not sm_100"
     assert len(asked) == 1
     hopper_gate.obstacle.cache_clear()
 
@@ -391,7 +330,7 @@ def test_an_outcome_is_kept_by_its_key(tmp_path: Path, monkeypatch: pytest.Monke
     outcomes: list[str | None] = ["wrong", None]
     monkeypatch.setattr(hopper_gate, "run_check", lambda *_: outcomes.pop(0))
     cache = tmp_path / "new" / "outcomes.json"
-    assert [hopper_gate.checked(cache, key, 0, "halo") for key in ("a", "a", "b", "b", "a")] == [
+    assert [hopper_gate.checked(cache, key, 0) for key in ("a", "a", "b", "b", "a")] == [
         "wrong",
         "wrong",
         None,
@@ -400,7 +339,7 @@ def test_an_outcome_is_kept_by_its_key(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     cache.write_text("{broken")
     outcomes.append("anew")
-    assert hopper_gate.checked(cache, "a", 0, "halo") == "anew"
+    assert hopper_gate.checked(cache, "a", 0) == "anew"
     assert not list(cache.parent.glob("tmp*"))
 
 
@@ -410,14 +349,14 @@ def test_an_outcome_is_kept_by_its_key(tmp_path: Path, monkeypatch: pytest.Monke
         ("pass", None),
         (
             "raise AssertionError('3 of 5 of y are wrong')",
-            "halo for Hopper failed its check on this GPU: AssertionError: 3 of 5 of y are wrong",
+            "the halo variant failed its check on this GPU: AssertionError: 3 of 5 of y are wrong",
         ),
         ("import os; os.abort()", "failed its check on this GPU: exit code -6"),
         ("import time; time.sleep(60)", "did not end its check within 2 s"),
     ],
 )
 def test_a_check_may_fail_crash_or_hang(program: str, outcome: str | None) -> None:
-    found = hopper_gate.run_check(0, "halo", [sys.executable, "-c", program], timeout=2.0)
+    found = hopper_gate.run_check(0, [sys.executable, "-c", program], timeout=2.0)
     assert found == outcome or (outcome is not None and outcome in (found or ""))
 
 

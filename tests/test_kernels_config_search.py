@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fastunet.kernels import config, config_search, gpu
-from fastunet.kernels.config import DESCRIPTOR, FOLDED, HALO, ONE_HALO, POINTER, RESIDENT, ConvShape
+from fastunet.kernels.config import DESCRIPTOR, FOLDED, HALO, POINTER, ConvShape
 
 AMPERE, HOPPER = gpu.known_target(80), gpu.known_target(90)
 SHAPES = (
@@ -31,10 +31,9 @@ def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) 
     for each in found:
         pixels, sums = each.tile_h * each.tile_w, each.tile_h * each.tile_w * each.block_n
         stage = (pixels + each.block_n) * each.block_k * dtype.itemsize
-        warps = (
-            2 * each.num_warps if each.form in config.HOPPER_FORMS else each.num_warps
-        )  # Of the kernel, which adds its own.
-        if each.form not in config.HOPPER_FORMS:
+        # A tile's two halves have the halo variant's warps each.
+        warps = 2 * each.num_warps if each.form == HALO else each.num_warps
+        if each.form != HALO:
             assert each.num_stages * stage <= target.shared_memory
         assert sums / (32 * warps) <= 128
         assert each.tile_w == 8
@@ -48,7 +47,7 @@ def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) 
 def test_forms_and_their_order() -> None:
     shape = SHAPES[0]
     forms = config_search.conv_forms(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    assert list(forms) == [DESCRIPTOR, HALO, RESIDENT, ONE_HALO, POINTER]
+    assert list(forms) == [DESCRIPTOR, HALO, POINTER]
     assert forms[POINTER] == config.conv_config(shape, torch.bfloat16, gpu.known_target(89), allow_tf32=False)
     assert list(config_search.conv_forms(shape, torch.bfloat16, AMPERE, allow_tf32=False)) == [POINTER]
     assert list(config_search.conv_forms(SHAPES[3], torch.bfloat16, HOPPER, allow_tf32=False)) == [FOLDED]

@@ -101,9 +101,7 @@ def describe(launch: gpu.Launch) -> str:
     said = f"{'x'.join(map(str, blocks))} w{launch.num_warps}"
     if "SLOTS" not in arguments:
         return f"{said} s{launch.num_stages}"
-    weights = "all" if arguments["RESIDENT"] else arguments["WEIGHT_SLOTS"]
-    said += f" s{arguments['SLOTS']}/{weights}"
-    return said + " one halo" * arguments["ONE_HALO"] + " swapped" * arguments["SWAPPED"]
+    return f"{said} s{arguments['SLOTS']}/{arguments['WEIGHT_SLOTS']}" + " swapped" * arguments["SWAPPED"]
 
 
 def _blocks(arguments: Any) -> Sequence[int]:

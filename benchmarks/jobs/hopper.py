@@ -1,4 +1,4 @@
-"""The kernel for Hopper, in all its forms: all blocks that a search may try."""
+"""The halo variant, for Hopper: all blocks that a search may try."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ def jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[J
     for shape in _SHAPES:
         if not config_hopper.fits_halo(shape, dtype, target):
             continue
-        forms = config_search.conv_forms(shape, dtype, target, allow_tf32=False).values()
-        found = config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)
-        for chosen in found:
-            if chosen.form not in config.HOPPER_FORMS or (dtype != torch.bfloat16 and chosen not in forms):
-                continue
+        first, *others = [
+            chosen
+            for chosen in config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)
+            if chosen.form == config.HALO
+        ]
+        in_full = dtype == torch.bfloat16
+        for chosen in (first, *others) if in_full else (first,):
             # What wants most registers for all; the rest with the blocks that a search begins with.
-            for op in OPS if chosen in forms and dtype == torch.bfloat16 else ("halo_norm",):
+            for op in OPS if chosen == first and in_full else ("halo_norm",):
                 if op == "halo_head" and shape.c_out > chosen.block_n:
                     continue
                 yield Job(op, dtype, allow_tf32, target.capability, HaloShape(shape, chosen))
