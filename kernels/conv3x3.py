@@ -264,9 +264,9 @@ def halo_runs(device: torch.device, op: str) -> bool:
     """Whether the halo variant, which a measurement has chosen for the op, may run there; where not, it warns.
     RuntimeError where it is pinned: whoever pins it is to see that variant, and no other in its place.
     """
-    from fastunet.kernels import hopper_gate, tuning
+    from fastunet.kernels import hopper_self_test, tuning
 
-    reason = hopper_gate.obstacle(device)
+    reason = hopper_self_test.unsupported_reason(device)
     if reason is not None and tuning.is_pinned(op):
         raise RuntimeError(reason)
     if reason is not None:

@@ -1,13 +1,12 @@
 """The halo variant without a Hopper GPU: its source on a model of a thread block, against float64, and with faults put
-in; its configurations; how it is launched; and where it may run.
+in; its configurations; and how it is launched.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,8 @@ from fastunet.kernels import (
     conv3x3_grad,
     conv3x3_hopper,
     gpu,
-    hopper_check,
     hopper_epilogue,
-    hopper_gate,
+    hopper_self_test,
     tuning,
 )
 from fastunet.kernels.epilogue import Epilogue, Head, Normalisation, Statistics
@@ -238,7 +236,7 @@ def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
     """But a pin, by which a benchmark asks for this variant, is an error there."""
     x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
     reason = None if may_run else "the halo variant is wrong here"
-    monkeypatch.setattr(hopper_gate, "obstacle", lambda _: reason)
+    monkeypatch.setattr(hopper_self_test, "unsupported_reason", lambda _: reason)
     chosen, shape = Case().chosen, config.ConvShape(64, 0, 64, 9, 12)
     derived = config.derived_conv_config(shape, torch.bfloat16, HOPPER, False)
 
@@ -301,81 +299,3 @@ def test_a_search_tries_it_early_and_within_shared_memory(channels: int, side: i
     assert found[1] == ours[0] == config_hopper.halo_config(shape, HOPPER)
     assert len(ours) == len(set(ours)) > 10
     assert all(config_hopper.shared_memory(each) <= HOPPER.shared_memory for each in ours)
-
-
-# --- where it may run ---
-
-
-def test_the_gate_wants_sm_90_and_a_known_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    target = HOPPER
-    monkeypatch.setattr(gpu, "target", lambda _: target)
-    monkeypatch.setattr(hopper_gate, "checked", lambda _, key, index: asked.append(index) or key)
-
-    def obstacle() -> str | None:
-        hopper_gate.obstacle.cache_clear()
-        return hopper_gate.obstacle(torch.device("cuda", 3))
-
-    assert "sm_90, driver" in (obstacle() or "")
-    assert asked == [3]
-    monkeypatch.setattr(hopper_gate.triton, "__version__", "3.9.1")
-    assert obstacle() == "the halo variant is written for Triton 3.6 and 3.7, not 3.9"
-    target = gpu.known_target(100)
-    assert obstacle() == "the halo variant is for sm_90, not sm_100"
-    assert len(asked) == 1
-    hopper_gate.obstacle.cache_clear()
-
-
-def test_an_outcome_is_kept_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes: list[str | None] = ["wrong", None]
-    monkeypatch.setattr(hopper_gate, "run_check", lambda *_: outcomes.pop(0))
-    cache = tmp_path / "new" / "outcomes.json"
-    assert [hopper_gate.checked(cache, key, 0) for key in ("a", "a", "b", "b", "a")] == [
-        "wrong",
-        "wrong",
-        None,
-        None,
-        "wrong",
-    ]
-    cache.write_text("{broken")
-    outcomes.append("anew")
-    assert hopper_gate.checked(cache, "a", 0) == "anew"
-    assert not list(cache.parent.glob("tmp*"))
-
-
-@pytest.mark.parametrize(
-    ("program", "outcome"),
-    [
-        ("pass", None),
-        (
-            "raise AssertionError('3 of 5 of y are wrong')",
-            "the halo variant failed its check on this GPU: AssertionError: 3 of 5 of y are wrong",
-        ),
-        ("import os; os.abort()", "failed its check on this GPU: exit code -6"),
-        ("import time; time.sleep(60)", "did not end its check within 2 s"),
-    ],
-)
-def test_a_check_may_fail_crash_or_hang(program: str, outcome: str | None) -> None:
-    found = hopper_gate.run_check(0, [sys.executable, "-c", program], timeout=2.0)
-    assert found == outcome or (outcome is not None and outcome in (found or ""))
-
-
-@pytest.mark.parametrize("is_right", [True, False])
-def test_the_check_tells_right_from_wrong(is_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the model, whose results are rounded as the hardware's are."""
-    code = None if is_right else weave(MODULES, FAULTS["the second input's channels counted from the first's"])
-
-    def emulate(launch: gpu.Launch, _: torch.device) -> None:
-        memory = run(MODULES, launch, 1, code)
-        for name in ("y_desc", "pooled_desc", "head_ptr"):
-            t = getattr(launch.arguments[name], "base", launch.arguments[name])
-            if memory.is_written(t):
-                t.copy_(memory.result(t))
-
-    monkeypatch.setattr(gpu.Launch, "run", emulate)
-    problem, chosen = (2, 9, 17, 64, 64, 128), replace(Case().chosen, block_n=128, swapped=True)
-    if is_right:
-        hopper_check.check(problem, chosen, torch.float16, torch.device("cpu"))
-    else:
-        with pytest.raises(AssertionError, match=r"of y are wrong"):
-            hopper_check.check(problem, chosen, torch.float16, torch.device("cpu"))
