@@ -49,7 +49,7 @@ def test_pairs_are_found_by_stem_and_sorted(tmp_path: Path) -> None:
         save(tmp_path / "images" / name, noise((4, 4)))
     for name in ("c.png", "a.png", "b.bmp"):
         save(tmp_path / "masks" / name, noise((4, 4)))
-    for name in ("images/.DS_Store", "images/._a.png", "masks/notes.txt"):
+    for name in ("images/.DS_Store", "images/._a.png", "images/Thumbs.db", "masks/.b.png", "masks/notes.txt"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "images" / "folder.png").mkdir()
     found = [(pair.stem, pair.image.name, pair.mask.name) for pair in find_pairs(tmp_path)]
@@ -84,11 +84,33 @@ def test_stems_without_partner_are_listed(tmp_path: Path, removed: str, missing_
         find_pairs(tmp_path)
 
 
-def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("second", ["b.tif", "b.PNG"])
+def test_two_files_of_one_stem_are_refused(tmp_path: Path, second: str) -> None:
     make_data(tmp_path)
-    save(tmp_path / "images" / "b.tif", noise((12, 10)))
-    with pytest.raises(DataError, match=r"b\.tif: expected one file per stem, got b\.png and b\.tif"):
+    save(tmp_path / "images" / second, noise((12, 10)))
+    names = " and ".join(sorted(["b.png", second]))
+    with pytest.raises(DataError, match=rf"expected one file per stem, got {names}"):
         find_pairs(tmp_path)
+
+
+def test_stems_are_the_same_however_unicode_composes_them(tmp_path: Path) -> None:
+    for folder, name in (("images", "e\u0301.png"), ("masks", "\u00e9.png")):  # as on macOS, and elsewhere
+        save(tmp_path / folder / name, noise((4, 4)))
+    assert [pair.stem for pair in find_pairs(tmp_path)] == ["\u00e9"]
+
+
+def test_links_to_nothing_are_found_and_named_when_read(tmp_path: Path) -> None:
+    make_data(tmp_path)
+    (tmp_path / "images" / "b.png").unlink()
+    (tmp_path / "images" / "b.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"images/b\.png: expected a file, got a link to gone\.png"):
+        inspect(find_pairs(tmp_path))
+
+
+def test_folders_that_the_system_refuses_are_named(tmp_path: Path) -> None:
+    for find in (find_images, find_pairs):
+        with pytest.raises(DataError, match=r"expected a readable file or folder, got: File name too long"):
+            find(tmp_path / ("n" * 300))
 
 
 def test_images_to_predict_on_come_from_a_file_a_folder_or_a_data_root(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Reading image files: what is read keeps its range, whatever the format, and bad input names the file."""
+"""Reading image files: what is read keeps its range, and bad input names the file."""
 
 from __future__ import annotations
 
+import os
 import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -12,57 +12,13 @@ pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
 import tifffile
-from image_files import noise, save
+from image_files import noise, save, save_png, save_tiff
 from PIL import Image
 
 from fastunet.checks import DataError
 from fastunet.images import read_image, read_mask
 
-
-def save_png16(path: Path, pixels: np.ndarray) -> Path:
-    """Write uint16 [H, W, C] as PNG, which Pillow cannot for colour."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    height, width, channels = pixels.shape
-    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    return path
-
-
-# --- reading images --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["x.png", "x.bmp", "x.tif"])
-@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3)])
-def test_8_bit_files_are_read_as_they_are(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
-    pixels = noise(shape)
-    image = read_image(save(tmp_path / name, pixels))
-    assert image.dtype == np.uint8
-    np.testing.assert_array_equal(image, pixels.reshape(5, 7, -1))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bit_files_keep_their_range(tmp_path: Path, suffix: str, channels: int) -> None:
-    pixels = noise((5, 7, channels), "uint16")
-    path = tmp_path / f"x.{suffix}"
-    save_png16(path, pixels) if suffix == "png" else tifffile.imwrite(path, pixels)
-    image = read_image(path)
-    assert image.dtype == np.uint16
-    np.testing.assert_array_equal(image, pixels)
-
-
-def test_big_endian_tiff_comes_in_native_order(tmp_path: Path) -> None:
-    pixels = noise((5, 7), "uint16")
-    tifffile.imwrite(tmp_path / "x.tif", pixels, byteorder=">")
-    image = read_image(tmp_path / "x.tif")
-    assert image.dtype.isnative
-    np.testing.assert_array_equal(image[..., 0], pixels)
+# --- what one image is -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,15 +64,56 @@ def test_files_of_several_images_are_refused(tmp_path: Path) -> None:
         read_image(tmp_path / "x.png")
 
 
+def ome(sizes: str, *planes: str) -> str:
+    tiff_data = "".join(planes) or "<TiffData/>"
+    pixels = f'<Pixels ID="P" DimensionOrder="XYCZT" Type="uint8" SizeX="7" SizeY="5" {sizes}>{tiff_data}</Pixels>'
+    return f'<OME UUID="urn:uuid:0"><Image ID="I">{pixels}</Image></OME>'
+
+
+@pytest.mark.parametrize("others", ["there", "missing"])
+def test_one_file_of_a_multi_file_ome_tiff_is_its_own_plane(tmp_path: Path, others: str) -> None:
+    planes = [
+        f'<TiffData FirstT="{t}" IFD="0" PlaneCount="1"><UUID FileName="t{t}.ome.tif">urn:uuid:{t}</UUID></TiffData>'
+        for t in range(2)
+    ]
+    pixels = noise((2, 5, 7))
+    for t in range(2 if others == "there" else 1):
+        xml = ome('SizeC="1" SizeZ="1" SizeT="2"', *planes).replace("urn:uuid:0", f"urn:uuid:{t}", 1)
+        save_tiff(tmp_path / f"t{t}.ome.tif", pixels[t], description=xml, metadata=None)
+        np.testing.assert_array_equal(read_image(tmp_path / f"t{t}.ome.tif"), pixels[t][..., None])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "planes", "channels"),
+    [
+        ('SizeC="5" SizeZ="1" SizeT="1"', "", True),
+        ('SizeC="1" SizeZ="5" SizeT="1"', "", False),
+        ('SizeC="5" SizeZ="1" SizeT="1"', '<TiffData FirstC="1" IFD="0"/><TiffData FirstC="0" IFD="1"/>', False),
+    ],
+)
+def test_pages_of_an_ome_tiff_are_channels_if_it_says_so(
+    tmp_path: Path, sizes: str, planes: str, channels: bool
+) -> None:
+    pixels = noise((5, 5, 7))
+    path = save_tiff(
+        tmp_path / "x.tif", pixels, photometric="minisblack", metadata=None, description=ome(sizes, planes)
+    )
+    if channels:
+        np.testing.assert_array_equal(read_image(path), np.moveaxis(pixels, 0, -1))
+    else:
+        with pytest.raises(DataError, match=r"x\.tif: expected one image, got a stack"):
+            read_image(path)
+
+
 def test_the_preview_in_a_phones_jpeg_is_passed_over(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.full((8, 8, 3), grey, np.uint8)) for grey in (200, 0)]
     frames[0].save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(read_image(tmp_path / "x.jpg"), 200)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int16", "int32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int16", "int32", "int64", "float64"])
 def test_other_number_types_become_float32_where_exact(tmp_path: Path, dtype: str) -> None:
-    pixels = np.array([[-2, 0], [1024, 3]], dtype)
+    pixels = np.array([[-2, 0], [124, 3]], dtype)
     image = read_image(save(tmp_path / "x.tif", pixels))
     assert image.dtype == np.float32
     np.testing.assert_array_equal(image[..., 0], pixels)
@@ -138,20 +135,51 @@ def test_values_that_float32_cannot_hold_are_refused(tmp_path: Path, pixels: np.
         read_image(save(tmp_path / "x.tif", pixels))
 
 
-def test_opaque_alpha_is_dropped_and_any_other_refused(tmp_path: Path) -> None:
-    for name, top in (("x.png", 255), ("x.tif", 255), ("y.tif", 65535)):
-        pixels = noise((5, 7, 4), "uint8" if top == 255 else "uint16")
-        pixels[..., 3] = top
-        np.testing.assert_array_equal(read_image(save(tmp_path / name, pixels)), pixels[..., :3])
-        pixels[2, 3, 3] = 17
-        with pytest.raises(DataError, match=rf"{name}: .*alpha {top} everywhere\), got alpha 17"):
-            read_image(save(tmp_path / name, pixels))
-    grey = noise((5, 7, 2))
-    grey[..., 1] = 255
-    np.testing.assert_array_equal(read_image(save(tmp_path / "grey.png", grey)), grey[..., :1])
-    colour = noise((5, 7, 4), "uint16")
-    colour[..., 3] = 65535
-    np.testing.assert_array_equal(read_image(save_png16(tmp_path / "z.png", colour)), colour[..., :3])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("x.png", {}),
+        ("x.tif", {"extrasamples": ["unassalpha"]}),
+        ("x.tif", {"extrasamples": ["assocalpha"], "compression": "lzw"}),
+        ("x.tif", {"extrasamples": ["unassalpha"], "planarconfig": "separate"}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_opaque_alpha_is_dropped_and_any_other_refused(
+    tmp_path: Path, name: str, options: dict, dtype: str, channels: int
+) -> None:
+    top = np.iinfo(dtype).max
+    pixels = np.repeat(noise((5, 7, 1), dtype), channels + 1, -1)
+
+    def write() -> Path:
+        if name == "x.png":
+            return save_png(tmp_path / name, pixels, 8 * pixels.itemsize)
+        stored = np.moveaxis(pixels, -1, 0) if "planarconfig" in options else pixels
+        photometric, planes = "rgb" if channels == 3 else "minisblack", {"planarconfig": "contig"} | options
+        return save_tiff(tmp_path / name, stored, photometric=photometric, **planes)
+
+    pixels[..., -1] = top
+    path = write()
+    np.testing.assert_array_equal(read_image(path), pixels[..., :-1])
+    np.testing.assert_array_equal(read_mask(path), pixels[..., 0])
+    pixels[2, 3, -1] = 17
+    with pytest.raises(DataError, match=rf"{name}: .*alpha {top} everywhere\), got alpha 17"):
+        read_image(write())
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_colour_counts_as_alpha_where_it_occurs(tmp_path: Path, bits: int, channels: int) -> None:
+    if bits == 2 and channels == 3:
+        pytest.skip("PNG has no such pixels")
+    pixels = noise((5, 7, channels), "uint8" if bits <= 8 else "uint16") % (2**bits - 1)
+    colours = pixels[2, 3], np.full(channels, 2**bits - 1)  # the second is nowhere
+    present, absent = (struct.pack(f">{channels}H", *colour.tolist()) for colour in colours)
+    with pytest.raises(DataError, match=r"x\.png: expected no transparency"):
+        read_image(save_png(tmp_path / "x.png", pixels, bits, tRNS=present))
+    image = read_image(save_png(tmp_path / "y.png", pixels, bits, tRNS=absent))
+    np.testing.assert_array_equal(image, pixels * (85 if bits == 2 else 1))
 
 
 def test_a_fourth_data_channel_is_not_taken_for_alpha(tmp_path: Path) -> None:
@@ -160,65 +188,59 @@ def test_a_fourth_data_channel_is_not_taken_for_alpha(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), pixels)
 
 
-def palette_image(indices: np.ndarray) -> Image.Image:
-    image = Image.fromarray(indices, mode="P")
-    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    return image
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_palettes_give_colours_to_images_and_indices_to_masks(tmp_path: Path, suffix: str) -> None:
-    indices = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
-    path = tmp_path / f"x.{suffix}"
-    palette_image(indices).save(path)
-    colours = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]], np.uint8)
-    np.testing.assert_array_equal(read_image(path), colours[indices])
-    np.testing.assert_array_equal(read_mask(path), indices)
-
-
 def test_a_transparent_palette_entry_counts_as_alpha(tmp_path: Path) -> None:
-    palette_image(np.array([[0, 1, 2]], np.uint8)).save(tmp_path / "x.png", transparency=1)
+    image = Image.fromarray(np.array([[0, 1]], np.uint8))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(tmp_path / "x.png", transparency=1)
     with pytest.raises(DataError, match=r"x\.png: expected no transparency.*got alpha 0"):
         read_image(tmp_path / "x.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "x.png"), [[0, 1]])
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])
-def test_1_bit_becomes_0_and_255(tmp_path: Path, suffix: str) -> None:
-    bits = np.array([[True, False, True], [False, False, True]])
-    path = tmp_path / f"x.{suffix}"
-    Image.fromarray(bits).save(path)
-    np.testing.assert_array_equal(read_image(path)[..., 0], bits * 255)
-    np.testing.assert_array_equal(read_mask(path), bits * 255)
-    assert read_image(path).dtype == np.uint8
+# --- files that cannot be read ---------------------------------------------------------------------------------------
 
 
-def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
-    Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "x.jpg")
-    image = read_image(tmp_path / "x.jpg")
-    assert image.shape == (8, 8, 3)
-    assert image.min() > 250
-
-
-def test_exif_orientation_is_applied_to_images_and_masks(tmp_path: Path) -> None:
-    pixels = noise((5, 7))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to show
-    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
-    upright = np.rot90(pixels, 3)
-    np.testing.assert_array_equal(read_image(tmp_path / "x.png")[..., 0], upright)
-    np.testing.assert_array_equal(read_mask(tmp_path / "x.png"), upright)
-
-
-@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.bmp", "x.tif"])
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.bmp", "x.gif", "x.webp", "x.tif", "lzw.tif", "jpeg.tif"])
 def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
-    path = save(tmp_path / name, noise((64, 64)))
+    path, pixels = tmp_path / name, noise((64, 64))
+    if path.stem in ("lzw", "jpeg"):
+        save_tiff(path, pixels, compression=path.stem, rowsperstrip=16)
+    else:
+        save(path, pixels)
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"not an image", b""):
+    for content in (whole[: len(whole) // 2], whole[:-200], whole[:20], b"not an image", b""):
         path.write_bytes(content)
         for read in (read_image, read_mask):
             with pytest.raises(DataError, match=rf"{name}: expected a readable image, got: .") as caught:
                 read(path)
             assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, actual in (
+        ("folder.png", "a folder"),
+        ("link.png", "a link to .*gone.png, where nothing is"),
+        ("pipe.png", "neither a file nor a folder"),
+        ("gone.png", "nothing there"),
+    ):
+        with pytest.raises(DataError, match=rf"{name}: expected a file, got {actual}$"):
+            read_image(tmp_path / name)
+    with pytest.raises(DataError, match=r"n: expected a readable image, got: .*name too long"):
+        read_image(tmp_path / ("n" * 300))
+
+
+@pytest.mark.parametrize("name", ["[red]", "n" * 251, os.fsdecode(b"\xff"), "\u00e9 %s {0}"])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_names_of_any_kind_are_read(tmp_path: Path, name: str, suffix: str, bits: int) -> None:
+    pixels = noise((5, 7, 1), f"uint{bits}")
+    write = {"png": save_png, "tif": lambda path, pixels, _: save_tiff(path, pixels)}[suffix]
+    write(tmp_path / f"x.{suffix}", pixels, bits)
+    path = (tmp_path / f"x.{suffix}").rename(tmp_path / f"{name}.{suffix}")
+    np.testing.assert_array_equal(read_image(path), pixels)
 
 
 # --- reading masks ---------------------------------------------------------------------------------------------------

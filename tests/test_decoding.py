@@ -1,0 +1,143 @@
+"""Headers are not believed: what a file or the memory cannot hold is refused before anything is allocated."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import imagecodecs
+import numpy as np
+import psutil
+import tifffile
+from image_files import png, tiff
+from PIL import Image
+
+from fastunet import decoding
+from fastunet.checks import DataError
+from fastunet.images import read_image, read_mask
+
+HUGE = {256: 45000, 257: 45000}
+TILED = {273: -1, 278: -1, 279: -1, 322: 16, 323: 16, 324: 16, 325: 16}
+
+
+def encoded(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(file, kind)
+    return file.getvalue()
+
+
+def patched(data: bytes, at: int, form: str, *values: int) -> bytes:
+    return data[:at] + struct.pack(form, *values) + data[at + struct.calcsize(form) :]
+
+
+def jpeg(height: int, width: int, data: bytes = b"") -> bytes:
+    data = data or encoded("JPEG")
+    return patched(data, data.index(b"\xff\xc0") + 5, ">HH", height, width)
+
+
+def described(text: str) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((4, 4), np.uint8), description=text, metadata=None)
+    return file.getvalue()
+
+
+def peak_memory() -> int:
+    """In KiB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+SEGMENT = jpeg(60000, 60000, imagecodecs.jpeg_encode(np.zeros((16, 16), np.uint8)))
+LIES = {
+    "tiff": tiff({256: 2**62, 257: 2**62}),
+    **{f"tiff-compression-{kind}": tiff({**HUGE, 259: kind}) for kind in (5, 7, 8, 32773, 34887, 50000, 50001, 50002)},
+    "tiff-fax": tiff({**HUGE, 258: 1, 259: 4}),
+    "tiff-samples": tiff({277: 65535}),
+    "tiff-planes": tiff({277: 65535, 284: 2}),
+    "tiff-depth": tiff({32997: 10**9}),
+    "tiff-float64": tiff({**HUGE, 258: 64, 277: 4, 339: 3}),
+    "tiff-strips-without-bytes": tiff({**HUGE, 279: 0}),
+    "tiff-tiles-without-bytes": tiff({**HUGE, **TILED, 324: 0, 325: 0}),
+    "tiff-one-huge-tile": tiff({**TILED, 259: 8, 322: 10**6, 323: 10**6}),
+    "tiff-strip-past-the-end": tiff({273: 10**6, 279: 256}),
+    "tiff-compressed-strip-past-the-end": tiff({259: 5, 279: 2**62}),
+    "tiff-too-few-strips": tiff({259: 5, 278: 1}),
+    "tiff-no-strips": tiff({273: -1, 279: -1}),
+    "tiff-no-pixels": tiff({256: 0}),
+    "tiff-rows-of-0": tiff({278: 0}),
+    "tiff-bits": tiff({258: 65535}),
+    "tiff-jpeg-strip": tiff({259: 7}, SEGMENT),
+    "tiff-tags": b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, 2**60) + b"\0" * 40,
+    "tiff-description": described('{"shape": [1000000000000, 4, 4]}'),
+    **{
+        f"png-{bits}-{kind}": png((45000, 45000, bits, kind, 0, 0, 0), b"\0")
+        for bits, kind in [(1, 0), (8, 2), (16, 6)]
+    },
+    "png-interlaced": png((2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 1), b"\0"),
+    "png-palette": png((45000, 45000, 8, 3, 0, 0, 0), b"\0", PLTE=b"abc"),
+    "jpeg": jpeg(65500, 65500),
+    "bmp": patched(encoded("BMP"), 18, "<ii", 45000, -45000),
+    "bmp-runs": patched(patched(encoded("BMP"), 18, "<ii", 45000, 45000), 28, "<HI", 8, 1),
+    "gif": patched(encoded("GIF"), 6, "<HH", 65535, 65535),
+    "webp": patched(encoded("WEBP"), 26, "<HH", 16383, 16383),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory as Linux gives it")
+@pytest.mark.parametrize("name", LIES)
+def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_allocating(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "[red]x.tif"
+    path.write_bytes(LIES[name])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = peak_memory()
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=r"\[red\]x\.tif: expected a readable image, got: .") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+    assert peak_memory() - before < 64 * 2**10
+
+
+CLAIMS = {"imagej": "ImageJ=1.11a\nimages=1000000000\nslices=1000000000\n", "ome": "PlaneCount='1000000000'"}
+LOOPS = {"itself": tiff({}, bytes(256), following=16 + 256), "sub-ifd": tiff({330: 16 + 256}, bytes(256))}
+HARMLESS = {name: described(f"<OME {text}></OME>" if name == "ome" else text) for name, text in CLAIMS.items()} | LOOPS
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_the_pixels_do_not_depend_on_may_claim_anything(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.tif").write_bytes(HARMLESS[name])
+    assert not read_image(tmp_path / "x.tif").any()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif"])
+def test_a_real_image_is_not_refused_for_its_size(tmp_path: Path, name: str) -> None:
+    """Blank, so that it is as small as the format makes it; above 178,956,970 pixels, the limit of Pillow."""
+    path = tmp_path / name
+    blank = Image.new("1" if name != "x.jpg" else "L", (13500, 13500))
+    blank.save(path, **({"compression": "group4"} if name == "x.tif" else {}))
+    image = read_image(path)
+    assert image.shape[:2] == (13500, 13500)
+    assert not image[::100].any()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
+def test_what_the_memory_has_no_room_for_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / name
+    Image.new("L", (100, 100)).save(path)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(decoding.psutil, "virtual_memory", lambda: memory._replace(available=20_000))
+    with pytest.raises(DataError, match=rf"{name}: expected an image that takes at most 0\.0 GiB .*got 100 x 100"):
+        read_image(path)
+    monkeypatch.setattr(decoding.psutil, "virtual_memory", lambda: memory._replace(available=50_000))
+    assert read_image(path).shape == (100, 100, 1)
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decoding, "_upright", fails)
+    with pytest.raises(DataError, match=rf"{name}: expected an image that fits into memory"):
+        read_image(path)
