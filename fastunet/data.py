@@ -6,8 +6,9 @@ indices 0..K-1. Everything that can be wrong with the files is found by `find_pa
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,10 +181,11 @@ def mask_from_labels(labels: np.ndarray, classes: int) -> np.ndarray:
 
 def moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation per channel of an image [H, W, C], float64 [C]; 1 for that of a constant channel."""
-    pixels = image.reshape(-1, image.shape[2])
-    mean = pixels.mean(0, dtype=np.float64)
+    pixels = image.shape[0] * image.shape[1]
+    mean = sum(block.sum((0, 1), dtype=np.float64) for block in _blocks(image)) / pixels
     # Deviations from the mean: sums of squares would cancel for a small signal on a large offset.
-    std = np.sqrt(np.square(pixels - mean).mean(0))
+    squares = sum(np.square(block - mean).sum((0, 1)) for block in _blocks(image))
+    std = np.sqrt(squares / pixels)
     # The sums of a constant channel are exact in float64, so its deviation is exactly 0.
     return mean, np.where(std > 0, std, 1.0)
 
@@ -192,11 +194,23 @@ def normalize(image: np.ndarray, mean_and_std: tuple[np.ndarray, np.ndarray] | N
     """Turn an image [H, W, C] of any dtype into (image - mean) / std, float32 [C, H, W].
 
     Each image goes by its own `moments`, so that exposure and staining, which differ from image to image, drop out; a
-    crop is given those of its whole image.
+    crop is given those of its whole image. Takes little memory beyond the result.
     """
     mean, std = moments(image) if mean_and_std is None else mean_and_std
-    scaled = (image.astype(np.float32) - mean.astype(np.float32)) / std.astype(np.float32)
-    return torch.from_numpy(scaled).permute(2, 0, 1).contiguous()
+    scaled = np.empty((image.shape[2], *image.shape[:2]), np.float32)
+    top = 0
+    for block in _blocks(image):
+        part = scaled[:, top : top + len(block)]
+        np.subtract(block.transpose(2, 0, 1).astype(np.float32), mean.astype(np.float32)[:, None, None], out=part)
+        part /= std.astype(np.float32)[:, None, None]
+        top += len(block)
+    return torch.from_numpy(scaled)
+
+
+def _blocks(image: np.ndarray) -> list[np.ndarray]:
+    """Cut into views of whole rows, of about a million values, so that what is made of one is small."""
+    rows = max(1, 2**20 // math.prod(image.shape[1:]))
+    return [image[top : top + rows] for top in range(0, len(image), rows)]
 
 
 class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,23 @@ def test_a_constant_channel_does_not_divide_by_zero() -> None:
 def test_a_small_signal_on_a_large_offset_keeps_its_spread() -> None:
     pixels = (1e6 + np.random.default_rng(0).normal(0, 10, (12, 10, 1))).astype(np.float32)
     np.testing.assert_allclose(moments(pixels)[1], pixels.astype(np.float64).std(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [("uint8", 1), ("uint8", 3), ("uint16", 3), ("float32", 1)])
+def test_normalising_takes_little_memory(dtype: str, channels: int) -> None:
+    image = noise((2000, 1500, channels), dtype if dtype != "float32" else "uint16").astype(dtype)
+    pixels = image.astype(np.float64)
+    expected = np.moveaxis((pixels - pixels.mean((0, 1))) / pixels.std((0, 1)), -1, 0)
+    del pixels
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    normalised = normalize(image)
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert peak <= normalised.numpy().nbytes + 6 * image.size
+    assert normalised.is_contiguous()
+    # Three roundings of values below 4: of the mean and the deviation, of the difference, and of the quotient.
+    np.testing.assert_allclose(normalised, expected, rtol=0, atol=4 * 4 * 2**-24)
 
 
 def test_sizes_that_differ_in_a_pair_are_named(tmp_path: Path) -> None:
