@@ -170,8 +170,17 @@ def split(pairs: Sequence[Pair], val_fraction: float, seed: int | None = None) -
 
 
 def labels_from_mask(mask: np.ndarray, classes: int) -> np.ndarray:
-    """Turn checked mask values [H, W] into uint8 labels [H, W]: any value above 0 is 1 where `classes` is 1."""
-    return (mask > 0 if classes == 1 else mask).astype(np.uint8)
+    """Turn mask values [H, W] into uint8 labels [H, W]: any value above 0 is 1 where `classes` is 1.
+
+    Raises:
+        DataError: several classes and a value that is none of their indices.
+    """
+    if classes == 1:
+        return (mask > 0).astype(np.uint8)
+    lowest, highest = mask.min(), mask.max()
+    if lowest < 0 or highest >= classes:
+        raise DataError(f"mask: expected class indices 0 to {classes - 1}, got values {lowest} to {highest}")
+    return mask.astype(np.uint8)
 
 
 def mask_from_labels(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -286,7 +295,11 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def _read(self, pair: Pair) -> _Decoded:
         image = read_image(pair.image)
-        return image, labels_from_mask(read_mask(pair.mask), self.summary.classes), moments(image)
+        mask = read_mask(pair.mask)
+        try:
+            return image, labels_from_mask(mask, self.summary.classes), moments(image)
+        except DataError as error:
+            raise DataError(f"{pair.mask}: {error}") from error
 
 
 def _random_crop(

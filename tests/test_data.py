@@ -317,6 +317,16 @@ def test_labels_and_masks_convert_both_ways() -> None:
     assert mask_from_labels(np.array([[0, 255]]), classes=256).dtype == np.uint8
 
 
+@pytest.mark.parametrize("value", [-1, 5, 256, 2**32])
+def test_mask_values_that_are_no_class_do_not_wrap(tmp_path: Path, value: int) -> None:
+    with pytest.raises(DataError, match=rf"expected class indices 0 to 4, got values .*{value}"):
+        labels_from_mask(np.array([[1, value]]), classes=5)
+    pairs = masks_only(tmp_path, [0, 4])
+    save(pairs[0].mask, np.array([[0, 255]] * 2, np.uint8))  # after it was inspected
+    with pytest.raises(DataError, match=r"masks/a\.png: .*expected class indices 0 to 4, got values 0 to 255"):
+        SegmentationDataset(pairs, inspect(masks_only(tmp_path / "five", [0, 4]), 5))
+
+
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
