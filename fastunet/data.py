@@ -26,6 +26,7 @@ __all__ = [
     "DataSummary",
     "Pair",
     "SegmentationDataset",
+    "check_foreground",
     "find_images",
     "find_pairs",
     "inspect",
@@ -114,7 +115,8 @@ def inspect(pairs: Sequence[Pair], classes: int | None = None) -> DataSummary:
 
     Raises:
         DataError: an unreadable file, sizes that differ in a pair, channels or dtypes that differ between images,
-            mask values outside the classes, or no foreground in any mask. The message names the file.
+            mask values outside the classes, or, where `classes` is to be inferred, no foreground in any mask. The
+            message names the file.
         ConfigError: `classes` outside 1..256.
     """
     if classes is not None and not 1 <= classes <= MAX_CLASSES:
@@ -140,6 +142,17 @@ def inspect(pairs: Sequence[Pair], classes: int | None = None) -> DataSummary:
         size_min=(int(sizes[:, 0].min()), int(sizes[:, 1].min())),
         size_max=(int(sizes[:, 0].max()), int(sizes[:, 1].max())),
     )
+
+
+def check_foreground(pairs: Sequence[Pair], mask_values: Collection[int]) -> None:
+    """Refuse pairs to learn from of which no mask holds anything but 0; to be scored on, they may be.
+
+    Raises:
+        DataError: only background. The message names the folder of masks.
+    """
+    if set(mask_values) == {0}:
+        folder = pairs[0].mask.parent
+        raise DataError(f"{folder}: expected foreground in at least one of {len(pairs)} masks, got only 0")
 
 
 def split(pairs: Sequence[Pair], val_fraction: float, seed: int | None = None) -> tuple[list[Pair], list[Pair]]:
@@ -344,9 +357,8 @@ def _check_mask_values(facts: Sequence[_Facts], classes: int | None) -> int:
             f"{guilty.pair.mask}: expected mask values {expected}, got {_some(sorted(guilty.values))} "
             f"(all masks together: {_some(sorted(found))})"
         )
-    if found == {0}:
-        folder = facts[0].pair.mask.parent
-        raise DataError(f"{folder}: expected foreground in at least one of {len(facts)} masks, got only 0")
+    if classes is None:
+        check_foreground([fact.pair for fact in facts], found)
     return count
 
 

@@ -32,7 +32,7 @@ from .checkpoint import (
     save_weights,
 )
 from .checks import ConfigError, DataError, FastUNetError
-from .data import DataSummary, Pair, SegmentationDataset, find_pairs, inspect, read_image, split
+from .data import DataSummary, Pair, SegmentationDataset, check_foreground, find_pairs, inspect, read_image, split
 from .files import write_json, written_whole
 from .inference import evaluate
 from .losses import BCEDiceLoss, CEDiceLoss
@@ -90,6 +90,7 @@ def train(
     accelerator = _make_accelerator(config)
     pairs = find_pairs(data)
     summary = inspect(pairs, config.classes)
+    check_foreground(pairs, summary.mask_values)
     _check_sizes(pairs, summary, config)
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
     if resume:

@@ -283,6 +283,16 @@ def test_images_smaller_than_the_net_takes(data: Path, tmp_path: Path) -> None:
         train(data, tmp_path / "run", replace(TINY, features=(1,) * 8, crop=128))
 
 
+@pytest.mark.parametrize("classes", [None, 1, 3])
+def test_nothing_is_learnt_from_background_alone(tmp_path: Path, classes: int | None) -> None:
+    write_dataset(tmp_path, 4, size=64)
+    for mask in (tmp_path / "masks").iterdir():
+        Image.new("L", (64, 64)).save(mask)
+    with pytest.raises(DataError, match=r"masks: expected foreground in at least one of 4 masks, got only 0"):
+        train(tmp_path, tmp_path / "run", replace(TINY, classes=classes))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_is_not_overwritten(data: Path, run: Path) -> None:
     before = (run / "model.safetensors").read_bytes()
     with pytest.raises(DataError, match=r"expected a folder without a run, got one that holds config.json"):
