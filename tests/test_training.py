@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastunet import UNet, checkpoint, files, training
+from fastunet import UNet, checkpoint, training
 from fastunet.checks import ConfigError, DataError, FastUNetError
 from fastunet.synthetic import write_dataset
 from fastunet.training import TrainConfig, rate_at, train
@@ -243,16 +242,6 @@ train({str(data)!r}, {str(out)!r}, config)
     metrics = train(data, out, TINY, resume=True)
     assert metrics["steps"] == 10
     assert not list(out.glob(".checkpoint*"))
-
-
-@pytest.mark.parametrize("writer", [files.write_json])
-def test_a_failed_write_leaves_the_old_file(writer, tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    writer(path, {"a": 1})
-    with pytest.raises(TypeError):
-        writer(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["file.json"]
 
 
 # --- errors before any work ---
