@@ -7,7 +7,7 @@ import torch
 from kornia.geometry import create_meshgrid, remap, resize
 from torch import Tensor, nn
 
-from .checks import ConfigError, ShapeError
+from .checks import ConfigError, DtypeError, ShapeError
 
 BRIGHTNESS = 0.3  # largest shift, in standard deviations of the data
 CONTRAST = 0.25  # largest change of the factor
@@ -75,28 +75,34 @@ class Augmentation(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Change a batch: images [B, C, H, W] of any float dtype and labels int64 [B, H, W] give the same shapes.
+        """Change a batch: images [B, C, H, W] and labels [B, H, W] give the same shapes and dtypes.
+
+        The images are of any float dtype; those of 16 bits are computed in float32. Labels are integers up to 2**24.
 
         Raises:
             ShapeError: the labels do not lie over the images.
+            DtypeError: the images are not floating point.
         """
+        if not images.is_floating_point():
+            raise DtypeError(f"images: expected a floating-point dtype, got {images.dtype}")
         expected = (len(images), *images.shape[-2:])
         if images.dim() != 4 or labels.shape != expected:
             raise ShapeError(
                 f"labels: expected shape {expected} for images {tuple(images.shape)}, got {tuple(labels.shape)}"
             )
-        # Labels are exact in fp32 up to 2**24.
-        mask = labels.unsqueeze(1).float()
+        dtype = images.dtype
+        images = images.to(torch.promote_types(dtype, torch.float32))
+        mask = labels.unsqueeze(1).to(images.dtype)  # exact up to 2**24
         if self.flips is not None:
             images, mask = self.flips(images, mask)
         images, mask = self._turn(images, mask)
         images, mask = self._warp(images, mask)
-        return self.lighting(images), mask.squeeze(1).to(labels.dtype)
+        return self.lighting(images).to(dtype), mask.squeeze(1).to(labels.dtype)
 
     def _turn(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Turn by quarters: exact, where kornia's RandomRotation90 interpolates."""
         count = len(images)
-        turned = torch.rand(count) < self.rotate
+        turned = torch.rand(count, dtype=torch.float32) < self.rotate
         square = images.shape[-1] == images.shape[-2]
         quarters = torch.randint(1, 4, (count,)) if square else torch.full((count,), 2)
         chosen = torch.where(turned, quarters, 0).tolist()
@@ -111,15 +117,15 @@ class Augmentation(nn.Module):
 
         kornia's RandomElasticTransform smooths noise of full resolution instead, which costs more.
         """
-        chosen = (torch.rand(len(images)) < self.elastic).nonzero().squeeze(1)
+        chosen = (torch.rand(len(images), dtype=torch.float32) < self.elastic).nonzero().squeeze(1)
         if not len(chosen):
             return images, mask
         height, width = images.shape[-2:]
         points = (1 + max(1, height // self.elastic_spacing), 1 + max(1, width // self.elastic_spacing))
-        shifts = torch.randn(len(chosen), 2, *points) * self.elastic_strength
+        shifts = torch.randn(len(chosen), 2, *points, dtype=torch.float32) * self.elastic_strength
         chosen = chosen.to(images.device)
-        field = resize(shifts.to(images.device), (height, width), interpolation="bicubic", align_corners=True)
-        mesh = create_meshgrid(height, width, normalized_coordinates=False, device=images.device)
+        field = resize(shifts.to(images), (height, width), interpolation="bicubic", align_corners=True)
+        mesh = create_meshgrid(height, width, normalized_coordinates=False, device=images.device, dtype=images.dtype)
         map_x, map_y = mesh[..., 0] + field[:, 0], mesh[..., 1] + field[:, 1]
 
         def warp(batch: Tensor, mode: str) -> Tensor:

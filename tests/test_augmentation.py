@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastunet.augmentation import BRIGHTNESS, CONTRAST, Augmentation
-from fastunet.checks import ConfigError, ShapeError
+from fastunet.checks import ConfigError, DtypeError, ShapeError
 
 OFF = dict.fromkeys(("flip", "rotate", "elastic", "brightness", "contrast", "noise", "blur"), 0.0)
 
@@ -127,6 +127,29 @@ def test_torchs_seed_repeats_it() -> None:
     assert not torch.equal(results[0][1], results[2][1])
 
 
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*OFF, "all"])
+def test_any_float_dtype_gives_itself_under_any_default(name: str, dtype: torch.dtype, default: torch.dtype) -> None:
+    images, labels = make_batch()
+    chances = dict.fromkeys(OFF if name == "all" else [name], 1.0)
+    torch.manual_seed(9)
+    expected, expected_labels = only(**chances)(images, labels)
+    torch.set_default_dtype(default)
+    try:
+        torch.manual_seed(9)
+        changed, changed_labels = only(**chances)(images.to(dtype), labels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert changed.dtype == dtype
+    assert changed_labels.dtype == labels.dtype
+    assert torch.equal(changed_labels, expected_labels)
+    # Input and output are rounded to dtype; float32 rounds the coordinates, up to 32, between values of +-largest.
+    largest = max(images.abs().max().item(), expected.abs().max().item())
+    tolerance = largest * (2 * torch.finfo(dtype).eps + 2 * 32 * 2 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(changed.double(), expected.double(), rtol=0, atol=tolerance)
+
+
 def test_inputs_are_left_as_they_were() -> None:
     images, labels = make_batch()
     before = images.clone(), labels.clone()
@@ -143,3 +166,5 @@ def test_impossible_options_and_shapes_are_refused() -> None:
     images, labels = make_batch()
     with pytest.raises(ShapeError, match=r"labels: expected shape \(6, 32, 32\) .*got \(6, 1, 32, 32\)"):
         Augmentation()(images, labels.unsqueeze(1))
+    with pytest.raises(DtypeError, match=r"images: expected a floating-point dtype, got torch\.int64"):
+        Augmentation()(images.long(), labels)
