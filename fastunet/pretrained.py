@@ -7,10 +7,12 @@ brain-segmentation-pytorch's. Channels, depth, norm and upsampling follow from n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ NO_WEIGHT = "mask_values"  # the grey values of the classes, which milesial's tr
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OURS, BRAIN = "inc.double_conv.0.weight", "encoder1.enc1conv1.weight"  # by which the two are recognised
 SHOWN = 3  # names in an error
+DIGEST, NO_DIGEST = "sha256", 64 * "0"
 
 
 def load(
@@ -58,8 +61,9 @@ def save(folder: str | os.PathLike[str], config: Mapping[str, Any], state: Mappi
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder}: expected a folder, got a file")
-    if (folder / CONFIG).exists() and not _is_ours(folder / CONFIG):
-        raise DataError(f"{folder / CONFIG}: expected none, or one of save_pretrained to replace, got another kind")
+    for name in (CONFIG, WEIGHTS):
+        if os.path.lexists(folder / name) and not _is_ours(folder / CONFIG):
+            raise DataError(f"{folder / name}: expected none, or one of save_pretrained to replace, got another kind")
     check_fits(config, state, "save_pretrained")
     _in_one_dtype(state, None, "save_pretrained")
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,10 +88,13 @@ def read_weights(path: Path) -> Mapping[str, Any]:
         raise DataError(f"{path}: expected a file of weights, or a folder with {WEIGHTS}, got no such file")
     if path.suffix == ".safetensors":
         package = _safetensors()
+        content = path.read_bytes()  # the package's own reader wants names in UTF-8
         try:
-            return package.torch.load_file(path)
+            weights = package.torch.load(content)
         except package.SafetensorError as error:
             raise DataError(f"{path}: expected a whole safetensors file, got {error}") from error
+        _check_digest(path, content)
+        return weights
     return _torch_load(path)
 
 
@@ -144,7 +151,17 @@ def _read(source: Any) -> tuple[Mapping[str, Any], dict[str, Any], str]:
     weights = path / WEIGHTS if path.is_dir() else path
     config = weights.with_name(CONFIG)
     saved = _read_config(config) if weights.name == WEIGHTS and config.is_file() else {}
-    return read_weights(weights), saved, str(weights)
+    content = read_weights(weights)
+    _check_expansion(content, weights)
+    return content, saved, str(weights)
+
+
+def _check_expansion(content: Mapping[str, Any], path: Path) -> None:
+    """Raise DataError where tensors, expanded from few values by strides of 0, are larger than the file they are in."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content, str(path)).values())
+    held = path.stat().st_size
+    if claimed > 2 * held + 2**20:
+        raise DataError(f"{path}: expected tensors within the {held} bytes of the file, got some of {claimed} bytes")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -162,11 +179,12 @@ def _is_ours(config: Path) -> bool:
     """Whether `save` wrote it: a training run's says more, which would be lost."""
     try:
         return json.loads(config.read_text()).keys() == {"model", "fastunet"}
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
 def _torch_load(path: Path) -> Mapping[str, Any]:
+    _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -185,8 +203,34 @@ def _torch_load(path: Path) -> Mapping[str, Any]:
     return content
 
 
+def _check_archive(path: Path) -> None:
+    """Raise DataError on a zip archive whose entries unpack to more than the file: torch.save does not compress."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError):  # torch.load says what is wrong, or knows an older format
+        return
+    if unpacked > (held := path.stat().st_size):
+        raise DataError(f"{path}: expected tensors as torch.save leaves them, got {held} bytes that hold {unpacked}")
+
+
 def _save_file(path: Path, state: Mapping[str, Tensor]) -> None:
-    _safetensors().torch.save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, path)
+    """Write a safetensors file whose metadata have the SHA-256 of what comes after the header."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    content = bytearray(_safetensors().torch.save(tensors, {DIGEST: NO_DIGEST}))
+    start = 8 + int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(memoryview(content)[start:]).hexdigest()
+    content[:start] = content[:start].replace(NO_DIGEST.encode(), digest.encode(), 1)
+    # Not the package's own writer, whose files nobody else may read.
+    path.write_bytes(content)
+
+
+def _check_digest(path: Path, content: bytes) -> None:
+    """Raise DataError where the tensors of a safetensors file, already found well-formed, are not those written."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    written = json.loads(content[8:start]).get("__metadata__", {}).get(DIGEST)
+    if written is not None and (found := hashlib.sha256(memoryview(content)[start:]).hexdigest()) != written:
+        raise DataError(f"{path}: expected tensors of SHA-256 {written}, got {found}: the file is damaged")
 
 
 def _safetensors() -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -333,6 +335,21 @@ def test_saving_replaces_only_what_it_saved(tmp_path: Path) -> None:
         assert (tmp_path / "model.safetensors").read_bytes() == weights
     with pytest.raises(DataError, match="expected a folder, got a file"):
         first.save_pretrained(tmp_path / "config.json")
+    (tmp_path / "config.json").unlink()  # somebody else's weights
+    with pytest.raises(DataError, match=r"model.safetensors: expected none, or one of save_pretrained.*another kind"):
+        first.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == weights
+
+
+def test_saved_weights_have_the_mode_of_other_files_and_a_checksum(tmp_path: Path) -> None:
+    UNet(1, 1, features=(2, 4)).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert path.stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"model.safetensors: expected tensors of SHA-256 \w{64}, got \w{64}"):
+        UNet.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("fails", ["_save_file", "write_json"])
@@ -520,6 +537,40 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
             UNet.from_pretrained(tmp_path / name)
         assert str(error.value).startswith(str(tmp_path / name))
     assert_identical(UNet.from_pretrained(tmp_path / "good.pth"), UNet.from_pretrained(tmp_path / "good.safetensors"))
+
+
+def expanded(folder: Path) -> Path:
+    """144 GiB of one value."""
+    state = UNet(1, 1, features=(2, 4)).state_dict()
+    state["outc.conv.weight"] = torch.zeros(1).expand(1, 2, 144 * 2**27, 1)
+    torch.save({"model": state}, folder / "a.pth")
+    return folder / "a.pth"
+
+
+def compressed(folder: Path) -> Path:
+    torch.save({"inc.double_conv.0.weight": torch.zeros(2**22)}, folder / "b.pth")
+    with (
+        zipfile.ZipFile(folder / "b.pth") as whole,
+        zipfile.ZipFile(folder / "a.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    return folder / "a.pth"
+
+
+def headed(folder: Path) -> Path:
+    header = {"outc.conv.weight": {"dtype": "F32", "shape": [2**34], "data_offsets": [0, 2**36]}}
+    text = json.dumps(header).encode()
+    (folder / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    return folder / "a.safetensors"
+
+
+@pytest.mark.parametrize("bomb", [expanded, compressed, headed])
+def test_files_that_claim_more_than_they_hold_are_refused_at_once(bomb, tmp_path: Path) -> None:
+    path, before = bomb(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=rf"{path}: expected "):
+        UNet.from_pretrained(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**13  # KiB: the compressed one holds 2**14
 
 
 def test_a_config_that_does_not_fit(tmp_path: Path) -> None:
