@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 
 from fastunet.files import written_whole
+from fastunet.outputs import SOFTWARE
 
 from .comparison import STEADY
 from .opponents import OURS
@@ -121,7 +122,7 @@ def draw(report: Row, path: str | Path) -> None:
     for part, axes in zip(columns, figure.subplots(1, len(columns), squeeze=False)[0] if columns else [], strict=True):
         _draw_nets(axes, nets) if part == "nets" else _draw_layers(axes, layers)
     with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
 def _conditions(report: Row) -> str:

@@ -1,4 +1,4 @@
-"""Dice and IoU per class, counted over every pixel of a data set."""
+"""Dice and IoU per class, counted over every pixel of a data set; the mean is that of the foreground."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from .checks import ConfigError, DataError, DtypeError, ShapeError
 
 
 class Scores(TypedDict):
-    """Result of `SegmentationMetrics.compute`: 0 is worst, 1 is best; the means are over all classes."""
+    """Result of `SegmentationMetrics.compute`: 0 is worst, 1 is best.
 
-    dice: dict[str, float]
-    iou: dict[str, float]
+    The means are over the foreground: all classes but the first, whose share of the pixels would flatter them.
+    """
+
     mean_dice: float
     mean_iou: float
+    dice: dict[str, float]
+    iou: dict[str, float]
     accuracy: float
 
 
@@ -30,7 +33,7 @@ class SegmentationMetrics:
     torch.distributed the counts of all processes are added.
 
     Args:
-        class_names: of labels 0, 1, ...; background included.
+        class_names: of labels 0, 1, ...; the first is the background.
 
     Raises:
         ConfigError: fewer than two names, or one given twice.
@@ -74,10 +77,10 @@ class SegmentationMetrics:
         dice = _ratio(2 * overlap, sizes)
         iou = _ratio(overlap, sizes - overlap)
         return Scores(
+            mean_dice=dice[1:].mean().item(),
+            mean_iou=iou[1:].mean().item(),
             dice=dict(zip(self.class_names, dice.tolist(), strict=True)),
             iou=dict(zip(self.class_names, iou.tolist(), strict=True)),
-            mean_dice=dice.mean().item(),
-            mean_iou=iou.mean().item(),
             accuracy=(overlap.sum() / total).item(),
         )
 

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from .checks import ShapeError
 from .files import written_whole
 from .metrics import SegmentationMetrics
+from .outputs import SOFTWARE
 
 WIDTH = 12.0  # inches
 CURVES_HEIGHT = 3.3
@@ -74,7 +75,7 @@ def write_report(
     else:
         _draw_curves(figure, history)
     with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
 def _draw_curves(figure: Figure | SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
@@ -117,14 +118,14 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
     for row, sample in zip(rows, samples, strict=True):
         grey = _displayable(sample.image)
         pictures = {
-            sample.name[:NAME_LENGTH]: grey,
+            sample.name[:NAME_LENGTH].encode(errors="replace").decode(): grey,
             "truth": _colour_labels(sample.truth),
             f"prediction: Dice {_dice(sample, class_names):.3f}": _colour_labels(sample.prediction),
             "errors": _overlay_errors(grey, sample),
         }
         for axes, (title, picture) in zip(row, pictures.items(), strict=True):
             axes.imshow(picture)
-            axes.set_title(title, fontsize=10)
+            axes.set_title(title, fontsize=10, parse_math=False)  # a file name may hold dollar signs
             axes.set_xticks([])
             axes.set_yticks([])
     binary = len(class_names) == 2
@@ -168,12 +169,11 @@ def _overlay_errors(image: np.ndarray, sample: Sample) -> np.ndarray:
 
 
 def _dice(sample: Sample, class_names: Sequence[str]) -> float:
-    """Dice of the foreground, or with several classes the mean over all of them."""
+    """Dice of the foreground, or the mean over its classes."""
     metrics = SegmentationMetrics(class_names)
     labels = (torch.from_numpy(array.astype(np.int64))[None] for array in (sample.prediction, sample.truth))
     metrics.update(*labels)
-    scores = metrics.compute()
-    return scores["dice"][class_names[1]] if len(class_names) == 2 else scores["mean_dice"]
+    return metrics.compute()["mean_dice"]
 
 
 def _check_sizes(sample: Sample) -> None:

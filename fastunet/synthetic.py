@@ -8,12 +8,13 @@ threshold separates them. All lengths are in pixels, all light in units of full 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from .checks import ConfigError
+from .checks import ConfigError, DataError
+from .outputs import save_png
 
 SMALLEST = 32
 RADII = (11.0, 25.0)
@@ -38,12 +39,20 @@ def cells(count: int, size: int = 256, seed: int = 0) -> tuple[list[np.ndarray],
 
 
 def write_dataset(root: str | Path, count: int, size: int = 256, seed: int = 0) -> None:
-    """Write `cells` to `root/images` and `root/masks` as cell_000.png, cell_001.png, ..."""
-    for folder, pictures in zip(("images", "masks"), cells(count, size, seed), strict=True):
-        directory = Path(root) / folder
-        directory.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(pictures):
-            Image.fromarray(picture).save(directory / f"cell_{index:03}.png")
+    """Write `cells` to `root/images` and `root/masks` as cell_000.png, cell_001.png, ...
+
+    Raises:
+        DataError: one of the files is there already, of whatever content.
+    """
+    pictures = cells(count, size, seed)
+    folders = [Path(root) / name for name in ("images", "masks")]
+    files = [[folder / f"cell_{index:03}.png" for index in range(count)] for folder in folders]
+    if taken := [file for file in (*files[0], *files[1]) if os.path.lexists(file)]:
+        raise DataError(f"{taken[0]}: expected nothing there yet, got a file")
+    for folder, names, arrays in zip(folders, files, pictures, strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, array in zip(names, arrays, strict=True):
+            save_png(file, array)
 
 
 def _micrograph(size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

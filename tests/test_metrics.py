@@ -22,8 +22,8 @@ def test_scores_by_hand() -> None:
     scores = metrics.compute()
     assert scores["dice"] == pytest.approx({"sky": 6 / 8, "tree": 4 / 7, "bird": 0})
     assert scores["iou"] == pytest.approx({"sky": 3 / 5, "tree": 2 / 5, "bird": 0})
-    assert scores["mean_dice"] == pytest.approx((6 / 8 + 4 / 7) / 3)
-    assert scores["mean_iou"] == pytest.approx(1 / 3)
+    assert scores["mean_dice"] == pytest.approx(4 / 7 / 2)  # all but the first
+    assert scores["mean_iou"] == pytest.approx(2 / 5 / 2)
     assert scores["accuracy"] == pytest.approx(5 / 8)
 
 

@@ -99,7 +99,7 @@ def test_several_classes_get_colours_names_and_a_colour_for_confusion(tmp_path: 
     sample = Sample("a.png", np.zeros((1, 3, 3), np.uint8), truth, prediction)
     write_report(tmp_path / "report.png", HISTORY, [sample], ["sky", "tree", "bird"])
     shown = panels(figures[0])
-    mean_dice = (1 + 0 + 2 / 3) / 3
+    mean_dice = (0 + 2 / 3) / 2
     assert f"prediction: Dice {mean_dice:.3f}" in shown
     assert len({tuple(colour) for colour in shown["truth"][0]}) == 3
     colour, opacity = ERROR_COLOURS["wrong class"]

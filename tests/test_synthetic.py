@@ -10,7 +10,7 @@ pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
 
-from fastunet.checks import ConfigError
+from fastunet.checks import ConfigError, DataError
 from fastunet.data import find_pairs, inspect, read_image, read_mask
 from fastunet.synthetic import cells, write_dataset
 
@@ -68,6 +68,8 @@ def test_a_written_set_is_read_back_whole(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_image(pair.image)[..., 0], image)
         np.testing.assert_array_equal(read_mask(pair.mask), mask)
     assert inspect(pairs).classes == 1
+    with pytest.raises(DataError, match=r"cell_000\.png: expected nothing there yet"):
+        write_dataset(tmp_path, count=1, size=32)
 
 
 def test_impossible_arguments_are_refused() -> None:
