@@ -6,22 +6,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 import shutil
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .checks import DataError
 from .data import DataSummary
 from .files import write_json
-from .pretrained import CONFIG, WEIGHTS, write_weights
+from .pretrained import CONFIG, WEIGHTS, read_weights, write_weights
 from .unet import UNet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PROGRESS = "progress.json"
+BEST = "best.safetensors"
+SUMS = "SHA256SUMS"  # as of the command sha256sum, which checks them too
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class RunConfig:
         data: what the images must look like.
         training: the settings it was trained with.
         train, val: stems of the images on either side of the split.
+        source: the folder they came from.
+        weights: of which step, and why.
         fastunet: the version that wrote it.
     """
 
@@ -41,6 +52,8 @@ class RunConfig:
     training: dict[str, Any]
     train: list[str] = field(default_factory=list)
     val: list[str] = field(default_factory=list)
+    source: str = ""
+    weights: str = ""
     fastunet: str = ""
 
     @property
@@ -64,7 +77,7 @@ def load_config(run: str | Path) -> RunConfig:
     try:
         raw = json.loads(path.read_text())
         return RunConfig(**{**raw, "data": DataSummary(**_tuples(raw["data"]))})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: expected the config.json of a training run, got {error!r}") from error
 
 
@@ -86,39 +99,96 @@ def load_run(run: str | Path) -> tuple[UNet, RunConfig]:
     return UNet.from_pretrained(run), config
 
 
-def save_checkpoint(run: Path, accelerator: Accelerator, progress: dict[str, Any]) -> None:
+def save_checkpoint(
+    run: Path, accelerator: Accelerator, progress: dict[str, Any], best: Mapping[str, Tensor] | None
+) -> None:
     """Keep the training state and `progress` (JSON) as RUN/checkpoint-NNNNNN, NNNNNN = progress["step"].
 
-    The folder gets its name when it is complete; only then older ones are removed.
+    `best`: the weights to be kept in the end, where they are not those of this step. The folder gets its name when it
+    is complete and on the disk; only then older ones are removed but the last.
     """
     target = run / f"checkpoint-{progress['step']:06d}"
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    accelerator.save_state(str(partial))
-    (partial / PROGRESS).write_text(json.dumps(progress))
-    older = [folder for folder in _checkpoints(run) if folder != target]
+    try:
+        accelerator.save_state(str(partial))
+        if best is not None:
+            write_weights(partial / BEST, best)
+        write_json(partial / PROGRESS, progress)
+        for file in partial.iterdir():
+            shutil.copymode(partial / PROGRESS, file)
+        sums = {file.name: _sha256(file, sync=True) for file in sorted(partial.iterdir())}
+        (partial / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    except Exception as error:  # safetensors and torch have errors of their own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(run).free / 2**20
+        reason = " ".join(str(error).split())
+        raise DataError(f"{target}: expected to write it, with {free:.0f} MiB free, got: {reason}") from error
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    for folder in older:
+    remove_checkpoints(run, keep=2)
+
+
+def load_checkpoint(run: Path, accelerator: Accelerator) -> tuple[dict[str, Any], Mapping[str, Tensor] | None] | None:
+    """Restore the newest checkpoint that is whole; return its progress, and the best weights if others than its own.
+
+    None where there is no checkpoint. Warns of damaged ones; raises DataError, which names the file, if all are.
+    """
+    damages = []
+    for folder in reversed(checkpoints(run)):
+        if damage := find_damage(folder):
+            damages.append(damage)
+            continue
+        for text in damages:
+            warnings.warn(f"{text}; going on from {folder}", stacklevel=2)
+        accelerator.load_state(str(folder))
+        best = folder / BEST
+        return read_progress(folder), read_weights(best) if best.is_file() else None
+    if damages:
+        raise DataError(f"{damages[0]}: remove {run}, or that folder, to begin anew")
+    return None
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` was given as progress."""
+    return json.loads((folder / PROGRESS).read_text())
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """List the checkpoints of a run, the newest last; each is complete, but for damage done since."""
+    found = [folder for folder in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.partition("-")[2]))
+
+
+def remove_checkpoints(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest, and what killed processes left of others."""
+    for folder in checkpoints(run)[:-keep]:
+        if (folder / SUMS).is_file():
+            # Renamed first: half a checkpoint would look like a damaged one.
+            folder.rename(folder.with_name(f".{folder.name}.partial"))
+    for folder in run.glob(".checkpoint-*.partial"):
         shutil.rmtree(folder)
 
 
-def load_checkpoint(run: Path, accelerator: Accelerator) -> dict[str, Any]:
-    """Restore the newest checkpoint and return its progress. Raises DataError where there is none."""
-    folders = _checkpoints(run)
-    if not folders:
-        raise DataError(
-            f"{run}: expected a checkpoint to resume from, got none (finished, or stopped before the first)"
-        )
-    accelerator.load_state(str(folders[-1]))
-    return json.loads((folders[-1] / PROGRESS).read_text())
+def find_damage(folder: Path) -> str | None:
+    """Name the first file of a checkpoint that is not what was written, or None."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    except (OSError, ValueError) as error:
+        return f"{folder / SUMS}: expected the checksums of the checkpoint, got {type(error).__name__}"
+    for name in sorted({PROGRESS, "model.safetensors", "optimizer.bin"} | set(sums)):
+        try:
+            found = _sha256(folder / name)
+        except OSError as error:
+            return f"{folder / name}: expected a file of the checkpoint, got: {error.strerror}"
+        if found != sums.get(name):
+            return f"{folder / name}: expected a file of SHA-256 {sums.get(name)}, got {found}: it is damaged"
+    return None
 
 
-def remove_checkpoints(run: Path) -> None:
-    """Remove every checkpoint, complete or partial: a finished run needs none."""
-    for folder in [*_checkpoints(run), *run.glob(".checkpoint-*.partial")]:
-        shutil.rmtree(folder)
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    return sorted(folder for folder in run.glob("checkpoint-*") if (folder / PROGRESS).is_file())
+def _sha256(path: Path, sync: bool = False) -> str:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -36,6 +36,10 @@ class ConfigError(FastUNetError, ValueError):
     """Options contradict each other or lie outside their range."""
 
 
+class Interrupted(FastUNetError):
+    """Training was stopped by a signal, after its state was saved."""
+
+
 class MissingPackageError(FastUNetError, ModuleNotFoundError):
     """A package of one of fastunet's extras is not installed: the message names both."""
 

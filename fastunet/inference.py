@@ -14,6 +14,7 @@ from .checks import ConfigError, ShapeError
 if TYPE_CHECKING:
     from .metrics import Scores
 
+TILE = 2048  # pixels: what goes through whole where nothing else is said
 VIEWS = 8  # four quarter turns, each as it is and mirrored
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,24 @@ import torch
 from .checks import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+CHOICES = {
+    "precision": PRECISIONS,
+    "norm": ("batch", "instance", "none"),
+    "split": ("last", "random"),
+    "device": ("auto", "cpu", "cuda"),
+}
+LARGEST = 2**16  # crops, batches and channels beyond would overflow sizes before memory runs out
+MAX_LEVELS = 16
+RANGES = {
+    "steps": (1, sys.maxsize),
+    "batch_size": (1, LARGEST),
+    "crop": (3, LARGEST),  # below, augmentation has nothing to blur
+    "weight_decay": (0, sys.float_info.max),
+    "lr": (0, sys.float_info.max),
+    "classes": (1, 256),
+    "workers": (0, 256),
+    "seed": (0, 2**32 - 1),  # numpy's
+}
 # May differ between a run and its continuation: how long it goes on, and on what.
 RESUMABLE = ("steps", "max_minutes", "device", "workers")
 
@@ -61,25 +80,43 @@ class TrainConfig:
         return self.seed if self.split == "random" else None
 
     def check(self) -> None:
-        """Raise ConfigError on a value out of range."""
-        for name in ("steps", "batch_size", "crop"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ConfigError(f"max_minutes: expected more than 0, got {self.max_minutes}")
-        if not (self.lr > 0 and self.weight_decay >= 0):
-            raise ConfigError(f"expected lr > 0 and weight_decay >= 0, got {self.lr} and {self.weight_decay}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if self.norm not in ("batch", "instance", "none"):
-            raise ConfigError(f"norm: expected batch, instance or none, got {self.norm!r}")
-        if self.split not in ("last", "random"):
-            raise ConfigError(f"split: expected last or random, got {self.split!r}")
-        least = 2 ** (len(self.features) - 1)
-        if self.crop < least:
+        """Raise ConfigError on a value out of range, or where a crop leaves a norm nothing to take statistics of."""
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            # Written so that NaN is out of every range.
+            if value is not None and not low <= value <= high:
+                expected = f"{low} to {high}" if isinstance(high, int) else f"a finite number from {low}"
+                raise ConfigError(f"{name}: expected {expected}, got {value}")
+        for name, value in (("max_minutes", self.max_minutes), ("lr", self.lr)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}: expected more than 0, got {value}")
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"val_fraction: expected 0 <= fraction < 1, got {self.val_fraction}")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
+        levels = len(self.features)
+        if not (2 <= levels <= MAX_LEVELS and all(1 <= width <= LARGEST for width in self.features)):
+            got = ",".join(map(str, self.features))
+            raise ConfigError(f"features: expected 2 to {MAX_LEVELS} numbers from 1 to {LARGEST}, got {got}")
+        if reason := too_small(self.crop, self.crop, levels, self.norm):
+            raise ConfigError(f"crop: {reason}")
+        if self.norm == "batch" and self.batch_size == 1 and self.crop < 2**levels:
             raise ConfigError(
-                f"crop: expected at least {least} pixels for {len(self.features)} levels, got {self.crop}"
+                f"batch_size, crop: expected more than one value per channel at the bottom for batch norm, got one: "
+                f"take a batch of 2, or crops of {2**levels}"
             )
+
+
+def too_small(height: int, width: int, levels: int, norm: str | None) -> str | None:
+    """Say why an image of this size does not go through a net of so many levels, or None where it does."""
+    least = 2 ** (levels - 1)
+    if min(height, width) < least:
+        return f"expected at least {least}x{least} pixels for {levels} levels, got {height}x{width}"
+    if norm == "instance" and max(height, width) < 2 * least:
+        size = f"{least}x{2 * least}"
+        return f"expected at least {size} pixels for {levels} levels with instance norm, got {height}x{width}"
+    return None
 
 
 def multiplies_bf16(cpu: bool) -> bool:

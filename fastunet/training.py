@@ -6,38 +6,40 @@ import csv
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import __version__
 from .augmentation import Augmentation
-from .checkpoint import (
-    CONFIG,
-    RunConfig,
-    load_checkpoint,
-    load_config,
-    remove_checkpoints,
-    save_checkpoint,
-    save_config,
-    save_weights,
-)
-from .checks import ConfigError, DataError, FastUNetError
-from .data import DataSummary, Pair, SegmentationDataset, check_foreground, find_pairs, inspect, read_image, split
+from .checkpoint import RunConfig, load_checkpoint, remove_checkpoints, save_checkpoint, save_config, save_weights
+from .checks import ConfigError, FastUNetError, Interrupted
+from .data import Pair, SegmentationDataset, check_foreground, find_pairs, inspect, read_image, split
 from .files import write_json, written_whole
-from .inference import evaluate
+from .inference import TILE, evaluate
 from .losses import BCEDiceLoss, CEDiceLoss
+from .outputs import check_apart, check_folder, locked
 from .report import Sample, write_report
-from .train_config import RESUMABLE, TrainConfig, multiplies_bf16
+from .train_checks import (
+    HISTORY,
+    METRICS,
+    REPORT,
+    check_out,
+    check_same_images,
+    check_sizes,
+    clear_run,
+    make_accelerator,
+    resumed_config,
+)
+from .train_config import TrainConfig
 from .unet import UNet
 
 VALIDATIONS = 10  # per run
@@ -49,7 +51,8 @@ REPORTED = 4  # images in the report
 class Progress:
     """Where a training run stands: handed to the caller after each step.
 
-    `seconds` counts the training loop alone, over all its continuations; `history` has a row per validation.
+    `seconds` counts the training loop alone, over all its continuations; `history` has a row per validation, and
+    `loss_sum` is of the `unreported` steps since the last.
     """
 
     step: int
@@ -58,43 +61,69 @@ class Progress:
     fraction: float
     loss: float
     history: list[dict[str, float]]
+    loss_sum: float = 0.0
+    unreported: int = 0
 
-
-class Interrupted(FastUNetError):
-    """Training was stopped by a signal, after its state was saved."""
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The row of the best validation, the first of equals; None where nothing was validated."""
+        rows = [row for row in self.history if "val_dice" in row]
+        return max(rows, key=lambda row: row["val_dice"]) if rows else None
 
 
 def train(
-    data: str | Path,
+    data: str | Path | None,
     out: str | Path,
     config: TrainConfig | None = None,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     on_step: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Train a U-Net on `data/images` and `data/masks`; leave a run in `out`, and return its metrics.
 
-    The run holds model.safetensors, config.json, metrics.json, history.csv and report.png. All files are read and
-    checked before training begins. Ctrl-C or SIGTERM ends it after the step under way with a checkpoint, from which
-    `resume` continues.
+    The run holds model.safetensors, config.json, metrics.json, history.csv, report.png and its last checkpoint. The
+    weights are those of the step with the best validation Dice of the foreground. All files are read and checked
+    before training begins. Ctrl-C or SIGTERM ends it after the step under way with a checkpoint.
+
+    `resume` goes on with a run, wherever it was stopped, even killed: with its own settings if `config` is None, and
+    its own images if `data` is. A finished one goes on if `config` has higher limits; else it is only finished again.
+    On the CPU the steps that follow are to the bit those of a run that was never stopped. `overwrite` begins anew.
 
     Raises:
-        DataError: unusable files, or `out` holds a run already (or, with `resume`, holds none).
+        DataError: unusable files, or `out` holds a run already (or, with `resume`, holds none), or is being trained in.
         ConfigError: settings out of range, or other settings than the run to be resumed was begun with.
         Interrupted: after a signal.
     """
-    config = config or TrainConfig()
-    config.check()
     out = Path(out)
-    _check_out(out, config, resume)
-    accelerator = _make_accelerator(config)
+    if resume and overwrite:
+        raise ConfigError("expected resume or overwrite, got both")
+    if config is not None:
+        config.check()
+    if str(out) != str(out).encode(errors="replace").decode():
+        raise ConfigError(f"out: expected a name in UTF-8, which safetensors wants, got {str(out)!r}")
+    check_folder(out)
+    with locked(out):
+        before = check_out(out, resume, overwrite)
+        if before is not None:
+            config = resumed_config(out, {} if config is None else asdict(config))
+            config.check()
+            data = data or before.source
+        if not data:
+            raise ConfigError("data: expected a folder of images and masks, got none")
+        return _train(Path(data), out, config or TrainConfig(), before, on_step)
+
+
+def _train(
+    data: Path, out: Path, config: TrainConfig, before: RunConfig | None, on_step: Callable[[Progress], None] | None
+) -> dict[str, Any]:
+    accelerator = make_accelerator(config)
     pairs = find_pairs(data)
+    check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
     summary = inspect(pairs, config.classes)
     check_foreground(pairs, summary.mask_values)
-    _check_sizes(pairs, summary, config)
+    check_sizes(pairs, summary, config)
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
-    if resume:
-        _check_same_images(out, train_pairs, val_pairs)
 
     set_seed(config.seed)
     model = UNet(
@@ -109,81 +138,22 @@ def train(
         training=asdict(config),
         train=[pair.stem for pair in train_pairs],
         val=[pair.stem for pair in val_pairs],
+        source=str(data.absolute()),
+        weights="" if before is None else before.weights,
         fastunet=__version__,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    if before is not None:
+        check_same_images(out, before, run)
     val = SegmentationDataset(val_pairs, summary) if val_pairs else None
     loop = _Loop(accelerator, model, config, run, out, train_pairs, val, on_step)
-    if resume:
+    if before is not None:
         loop.restore()
+    else:
+        clear_run(out)
     # Only now: a resumption that is refused leaves the run as it was.
     save_config(out, run)
     loop.run()
-    return _finish(accelerator, model, config, run, out, val_pairs or train_pairs[:REPORTED], loop.progress)
-
-
-# --- checks, before any work ---
-
-
-def _check_out(out: Path, config: TrainConfig, resume: bool) -> None:
-    exists = (out / CONFIG).is_file()
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: expected a folder for the run, got a file")
-    if not resume:
-        if exists:
-            raise DataError(
-                f"{out}: expected a folder without a run, got one that holds {CONFIG} (--resume continues it)"
-            )
-        return
-    if not exists:
-        raise DataError(f"{out}: expected a run to resume, got no {CONFIG}")
-    before = load_config(out).training
-    for field in fields(TrainConfig):
-        given, kept = getattr(config, field.name), before.get(field.name)
-        kept = tuple(kept) if isinstance(kept, list) else kept
-        if field.name not in RESUMABLE and given != kept:
-            raise ConfigError(f"{field.name}: expected {kept!r}, with which {out} was begun, got {given!r}")
-
-
-def _check_sizes(pairs: list[Pair], summary: DataSummary, config: TrainConfig) -> None:
-    levels, least = len(config.features), 2 ** (len(config.features) - 1)
-    if min(summary.size_min) >= least:
-        return
-    for pair in pairs:
-        height, width = read_image(pair.image).shape[:2]
-        if min(height, width) < least:
-            raise DataError(
-                f"{pair.image}: expected at least {least}x{least} pixels for {levels} levels, got {height}x{width}"
-            )
-
-
-def _check_same_images(out: Path, train_pairs: list[Pair], val_pairs: list[Pair]) -> None:
-    run = load_config(out)
-    for side, before, pairs in (("training", run.train, train_pairs), ("validation", run.val, val_pairs)):
-        now = [pair.stem for pair in pairs]
-        if now != before:
-            raise DataError(
-                f"{out}: expected the {len(before)} {side} images the run was begun with, got {len(now)}, "
-                f"differing in {sorted(set(now) ^ set(before))[:5]}"
-            )
-
-
-def _make_accelerator(config: TrainConfig) -> Accelerator:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: expected a CUDA device for 'cuda', got none")
-    if config.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device: expected auto, cpu or cuda, got {config.device!r}")
-    cpu = config.device == "cpu"
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(cpu) else "fp32"
-    # accelerate keeps device and precision for the whole process; a second training may choose others.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
-    if accelerator.num_processes > 1:
-        # Each process would stop at a time of its own.
-        raise ConfigError(f"fastunet trains in one process, got {accelerator.num_processes}")
-    return accelerator
+    return _finish(loop, model, val_pairs or train_pairs[:REPORTED])
 
 
 # --- the loop ---
@@ -210,27 +180,29 @@ class _Loop:
         gpu = accelerator.device.type != "cpu"
         workers = config.workers if config.workers is not None else (4 if gpu else 0)
         # An epoch is long enough that starting workers anew costs nothing beside it.
-        length = config.batch_size * max(100, math.ceil(len(pairs) / config.batch_size))
+        self.steps_per_epoch = max(100, math.ceil(len(pairs) / config.batch_size))
+        length = config.batch_size * self.steps_per_epoch
         self.dataset = SegmentationDataset(pairs, run.data, crop=config.crop, length=length, seed=config.seed)
-        loader = DataLoader(self.dataset, config.batch_size, num_workers=workers, pin_memory=gpu)
+        # Its own generator: the loader would draw from that of the augmentation, once more after a resumption.
+        self.loading = {"num_workers": workers, "pin_memory": gpu, "generator": torch.Generator()}
         # fused: one pass over the weights instead of a dozen.
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.best_weights: Mapping[str, Tensor] | None = None
         self.progress = Progress(step=0, epoch=0, seconds=0.0, fraction=0.0, loss=math.nan, history=[])
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint, at the next epoch. Raises ConfigError where the limits are behind it."""
-        self.progress = Progress(**load_checkpoint(self.out, self.accelerator))
-        self.progress.epoch += 1
-        self._advance(self.progress.seconds)
-        if self.progress.fraction >= 1:
-            done = f"{self.progress.step} steps and {self.progress.seconds / 60:.1f} minutes"
-            raise ConfigError(f"steps, max_minutes: expected limits beyond the {done} done, got {self._limits()}")
+        """Go on from the newest checkpoint that is whole, or from the start where there is none."""
+        found = load_checkpoint(self.out, self.accelerator)
+        if found is not None:
+            self.progress, self.best_weights = Progress(**found[0]), found[1]
+            self._advance(self.progress.seconds)
+            if self._is_best():
+                self.best_weights = self._weights()
 
     def run(self) -> None:
         """Train to the first limit. Raises Interrupted after a signal, FastUNetError on an infinite or NaN loss."""
         progress, batches = self.progress, self._batches()
-        losses: list[float] = []
         start = time.perf_counter() - progress.seconds
         with _stop_requests() as stop:
             while progress.fraction < 1:
@@ -239,18 +211,19 @@ class _Loop:
                     raise FastUNetError(
                         f"step {progress.step + 1}: expected a finite loss, got {progress.loss}; try a lower lr"
                     )
-                losses.append(progress.loss)
+                progress.loss_sum += progress.loss
+                progress.unreported += 1
                 before = progress.fraction
                 progress.step += 1
                 self._advance(time.perf_counter() - start)
                 due = int(progress.fraction * VALIDATIONS) > int(before * VALIDATIONS)
                 if due:
-                    self._validate(sum(losses) / len(losses))
-                    losses.clear()
+                    self._validate()
                 # Asked once: a signal between saving and leaving would otherwise leave without saving.
                 stopping = bool(stop)
                 if due or stopping:
-                    save_checkpoint(self.out, self.accelerator, asdict(progress))
+                    others = None if self._is_best() else self.best_weights
+                    save_checkpoint(self.out, self.accelerator, asdict(progress), others)
                 self.on_step(progress)
                 if stopping and progress.fraction < 1:
                     raise Interrupted(f"stopped at step {progress.step}; --resume continues from {self.out}")
@@ -261,15 +234,15 @@ class _Loop:
         by_time = 0.0 if config.max_minutes is None else seconds / (60 * config.max_minutes)
         progress.fraction = min(1.0, max(progress.step / config.steps, by_time))
 
-    def _limits(self) -> str:
-        minutes = "no limit in" if self.config.max_minutes is None else f"{self.config.max_minutes:g}"
-        return f"{self.config.steps} steps and {minutes} minutes"
-
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from the present step on."""
+        size, device = self.config.batch_size, self.accelerator.device
         while True:
+            self.progress.epoch, position = divmod(self.progress.step, self.steps_per_epoch)
             self.dataset.set_epoch(self.progress.epoch)
-            yield from self.loader
-            self.progress.epoch += 1
+            rest = range(position * size, len(self.dataset))
+            for images, labels in DataLoader(self.dataset, size, sampler=rest, **self.loading):
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
         for group in self.optimizer.param_groups:
@@ -289,14 +262,26 @@ class _Loop:
         foreground = labels.unsqueeze(1)
         return self.loss(torch.cat([logits, -logits], dim=1), torch.cat([foreground, 1 - foreground], dim=1))
 
-    def _validate(self, loss: float) -> None:
+    def _validate(self) -> None:
         progress = self.progress
-        row = {"step": progress.step, "minutes": progress.seconds / 60, "train_loss": loss}
+        train_loss = progress.loss_sum / progress.unreported
+        progress.loss_sum, progress.unreported = 0.0, 0
+        row = {"step": progress.step, "minutes": progress.seconds / 60, "train_loss": train_loss}
         if self.val is not None:
-            scores, _ = evaluate(self.model, self.val, self.run_config.class_names)
+            scores, _ = evaluate(self.model, self.val, self.run_config.class_names, tile=TILE)
             row |= {"val_dice": scores["mean_dice"]} | {f"val_dice {k}": v for k, v in scores["dice"].items()}
         progress.history.append(row)
+        if self._is_best():
+            self.best_weights = self._weights()
         _write_history(self.out, progress.history)
+
+    def _is_best(self) -> bool:
+        """Whether the present weights are those of the best validation."""
+        best = self.progress.best
+        return best is not None and best["step"] == self.progress.step
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
 
 def rate_at(fraction: float) -> float:
@@ -331,42 +316,42 @@ def _stop_requests() -> Iterator[list[int]]:
 # --- the end ---
 
 
-def _finish(
-    accelerator: Accelerator,
-    model: UNet,
-    config: TrainConfig,
-    run: RunConfig,
-    out: Path,
-    shown: list[Pair],
-    progress: Progress,
-) -> dict[str, Any]:
-    """Write weights, metrics, history and report, and drop the checkpoints."""
+def _finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
+    """Write weights, metrics, history and report. Killed within it, a run is finished by resuming it."""
+    config, run, out, progress = loop.config, loop.run_config, loop.out, loop.progress
+    kept, why = progress.step, "the last, as no images were kept out to choose by"
+    if (best := progress.best) is not None and loop.best_weights is not None:
+        kept, why = int(best["step"]), f"best validation Dice of the foreground, {best['val_dice']:.4f}"
+        model.load_state_dict(loop.best_weights)
+    weights = f"step {kept} of {progress.step}: {why}"
     save_weights(out, model)
+    save_config(out, replace(run, weights=weights))
     dataset = SegmentationDataset(shown, run.data)
-    scores, predictions = evaluate(model, dataset, run.class_names, tta=config.tta)
+    scores, predictions = evaluate(model, dataset, run.class_names, tile=TILE, tta=config.tta)
     metrics: dict[str, Any] = dict(scores) if run.val else {}
     metrics |= {
         "images": run.val,
         "tta": config.tta,
+        "weights": weights,
         "steps": progress.step,
         "seconds": progress.seconds,
-        "device": str(accelerator.device),
-        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "device": str(loop.accelerator.device),
+        "precision": loop.accelerator.mixed_precision.replace("no", "fp32"),
         "torch": torch.__version__,
     }
-    write_json(out / "metrics.json", metrics)
+    write_json(out / METRICS, metrics)
     _write_history(out, progress.history)
     samples = [
         Sample(pair.stem, read_image(pair.image), dataset[i][1].numpy(), predictions[i].numpy())
         for i, pair in enumerate(shown[:REPORTED])
     ]
-    write_report(out / "report.png", progress.history, samples, run.class_names)
-    remove_checkpoints(out)
+    write_report(out / REPORT, progress.history, samples, run.class_names)
+    remove_checkpoints(out, keep=1)
     return metrics
 
 
 def _write_history(out: Path, history: list[dict[str, float]]) -> None:
-    with written_whole(out / "history.csv") as temporary, temporary.open("w", newline="") as file:
+    with written_whole(out / HISTORY) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(history[0]))
         writer.writeheader()
         writer.writerows(history)

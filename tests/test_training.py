@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
+import resource
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,11 +22,15 @@ pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from killed_training import kill_runs
 from PIL import Image
 from safetensors.torch import load_file
 
 from fastunet import UNet, checkpoint, training
-from fastunet.checks import ConfigError, DataError, FastUNetError
+from fastunet.checkpoint import checkpoints, read_progress
+from fastunet.checks import ConfigError, DataError, FastUNetError, Interrupted
+from fastunet.inference import evaluate
 from fastunet.synthetic import write_dataset
 from fastunet.training import TrainConfig, rate_at, train
 
@@ -49,9 +58,13 @@ def test_what_a_run_leaves(run: Path) -> None:
         "metrics.json",
         "model.safetensors",
         "report.png",
+        "checkpoint-000010",
     }
+    modes = {p.stat().st_mode for p in run.rglob("*") if p.is_file()}
+    assert modes == {(run / "config.json").stat().st_mode}
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["steps"] == 10
+    assert metrics["mean_dice"] == metrics["dice"]["foreground"]
     assert len(metrics["images"]) == 2
     assert set(metrics["dice"]) == {"background", "foreground"}
     rows = list(csv.DictReader((run / "history.csv").open()))
@@ -138,133 +151,270 @@ def test_no_image_kept_out(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run/report.png").is_file()
 
 
-# --- interruption ---
-
-SCRIPT = """
-import sys
-from fastunet.training import TrainConfig, train
-small = dict(features=(4, 8), crop=32, batch_size=2, val_fraction=0.25, tta=False, precision="fp32")
-config = TrainConfig(steps=int(sys.argv[3]), **small)
-def report(progress):
-    print(progress.step, flush=True)
-train(sys.argv[1], sys.argv[2], config, resume=len(sys.argv) > 4, on_step=report)
-"""
+# --- stopped at any moment, and resumed ---
 
 
-def start(data: Path, out: Path, steps: int, *resume: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT, str(data), str(out), str(steps), *resume]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Killed(BaseException):
+    """As if the process ended there: nothing catches it."""
 
 
-def steps_of(process: subprocess.Popen[str]) -> list[int]:
-    output, _ = process.communicate(timeout=300)
-    return [int(line) for line in output.split()]
+def killed(*args: Any, **options: Any) -> None:
+    raise Killed
 
 
-def test_ctrl_c_keeps_the_step_and_resume_goes_on(data: Path, tmp_path: Path) -> None:
+def stop_at(step: int, how: Callable[[], None]) -> Callable[[training.Progress], None]:
+    return lambda progress: how() if progress.step == step else None
+
+
+def losses_of(data: Path | None, out: Path, config: TrainConfig | None, **options: Any) -> dict[int, float]:
+    """The loss of each step of a training, however it ends."""
+    losses: dict[int, float] = {}
+    stop = options.pop("stop", lambda progress: None)
+
+    def note(progress: training.Progress) -> None:
+        losses[progress.step] = progress.loss
+        stop(progress)
+
+    with suppress(Killed, Interrupted):
+        train(data, out, config, on_step=note, **options)
+    return losses
+
+
+@pytest.mark.parametrize(("norm", "workers", "stop"), [("batch", 0, "kill"), ("instance", 2, "Ctrl-C")])
+def test_resuming_is_exact(norm: str, workers: int, stop: str, data: Path, tmp_path: Path) -> None:
+    """Across the end of an epoch, of 100 steps, from a checkpoint within one: losses and weights to the bit."""
+    config = replace(TINY, steps=110, norm=norm, workers=workers, crop=16, device="cpu")
+    whole = losses_of(data, tmp_path / "whole", config)
+    how = killed if stop == "kill" else lambda: os.kill(os.getpid(), signal.SIGINT)
+    first = losses_of(data, tmp_path / "run", config, stop=stop_at(97, how))
+    kept = read_progress(checkpoints(tmp_path / "run")[-1])["step"]
+    assert kept == (88 if stop == "kill" else 98)
+    rest = losses_of(None, tmp_path / "run", None, resume=True)
+    assert list(rest) == list(range(kept + 1, 111))
+    assert first | rest == whole
+    for name in ("model.safetensors", "checkpoint-000110/model.safetensors"):
+        weights, expected = load_file(tmp_path / "run" / name), load_file(tmp_path / "whole" / name)
+        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    history, expected_history = (
+        [{k: v for k, v in row.items() if k != "minutes"} for row in csv.DictReader((folder / "history.csv").open())]
+        for folder in (tmp_path / "run", tmp_path / "whole")
+    )
+    assert history == expected_history
+
+
+@pytest.mark.parametrize("moment", ["save_config", "save_checkpoint", "save_weights", "write_report"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_kill_at_any_moment_is_no_dead_end(
+    moment: str, resume: bool, data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training, moment, killed)
+        losses_of(data, tmp_path / "run", TINY)
+    if resume and moment != "save_config":
+        train(None, tmp_path / "run", resume=True)
+    elif moment in ("save_weights", "write_report"):
+        with pytest.raises(DataError, match=r"--resume continues it, --overwrite begins anew"):
+            train(data, tmp_path / "run", TINY)
+        train(data, tmp_path / "run", TINY, overwrite=True)
+    else:
+        train(data, tmp_path / "run", TINY)
+    assert_same_files(tmp_path / "run", run)
+
+
+def assert_same_files(folder: Path, expected: Path) -> None:
+    names = {path.name for path in expected.iterdir()}
+    assert {path.name for path in folder.iterdir()} == names
+    weights, right = load_file(folder / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert all(torch.equal(weights[name], right[name]) for name in right)
+
+
+def test_a_kill_while_saving_leaves_the_older_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, save = tmp_path / "run", Accelerator.save_state
+
+    def die_in_the_third(self: Accelerator, folder: str) -> None:
+        save(self, folder)
+        if folder.endswith("03.partial"):
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", die_in_the_third)
+        assert list(losses_of(data, out, TINY)) == [1, 2]
+    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-000001", "checkpoint-000002"]
+    assert list(losses_of(data, out, TINY, resume=True)) == list(range(3, 11))
+    assert not list(out.glob(".*"))
+
+
+def test_a_finished_run_goes_on_with_more_steps(data: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(data, out, 2000)
-    assert process.stdout is not None
-    while int(process.stdout.readline()) < 5:
-        pass
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "--resume continues" in errors
-    (folder,) = out.glob("checkpoint-*")
-    kept = json.loads((folder / "progress.json").read_text())["step"]
-    assert 5 <= kept < 2000
-    with pytest.raises(ConfigError, match=rf"expected limits beyond the {kept} steps .* got {kept - 1} steps"):
-        train(data, out, replace(TINY, steps=kept - 1), resume=True)
-    steps = steps_of(start(data, out, kept + 7, "resume"))
-    assert steps == list(range(kept + 1, kept + 8))
-    assert json.loads((out / "metrics.json").read_text())["steps"] == kept + 7
-    assert not list(out.glob("checkpoint-*"))
+    shutil.copytree(run, out)
+    assert losses_of(data, out, None, resume=True) == {}
+    assert_same_files(out, run)
+    assert list(losses_of(data, out, replace(TINY, steps=13), resume=True)) == [11, 12, 13]
+    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-000013"]
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 13
 
 
-def test_resume_restores_weights_and_optimizer(data: Path, tmp_path: Path) -> None:
+def test_a_limit_of_time_that_is_used_up(data: Path, tmp_path: Path) -> None:
+    config = replace(TINY, steps=10**6, max_minutes=0.005)
+    done = len(losses_of(data, tmp_path / "run", config))
+    assert losses_of(None, tmp_path / "run", config, resume=True) == {}
+    with pytest.raises(ConfigError, match=r"max_minutes: expected more than the 0\.0\d done, got 0\.001"):
+        train(None, tmp_path / "run", replace(config, max_minutes=0.001), resume=True)
+    more = losses_of(None, tmp_path / "run", replace(config, steps=done + 2), resume=True)
+    assert list(more) == [done + 1, done + 2]
+
+
+@pytest.mark.slow
+def test_kills_at_random(tmp_path: Path) -> None:
+    assert kill_runs(tmp_path, 20) == 20
+
+
+def test_a_second_training_in_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    def second() -> None:
+        with pytest.raises(DataError, match="run: expected no training in it, got one that is still running"):
+            train(data, tmp_path / "run", TINY)
+        with pytest.raises(DataError, match="still running"):
+            train(None, tmp_path / "run", resume=True)
+
+    assert list(losses_of(data, tmp_path / "run", TINY, stop=stop_at(5, second))) == list(range(1, 11))
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "one bit": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "missing": lambda content: None,
+}
+
+
+class Loaded:
+    """Stands for an Accelerator: notes what it is to load."""
+
+    folder = ""
+
+    def load_state(self, folder: str) -> None:
+        self.folder = folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["optimizer.bin", "progress.json", "model.safetensors", "SHA256SUMS"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    name: str, damage: str, data: Path, stopped: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    older, newest = checkpoints(out)
 
-    class Stop(Exception):
-        pass
+    def spoil(folder: Path) -> str:
+        content = DAMAGE[damage]((folder / name).read_bytes())
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+        # Of spoilt sums the first file that they do not vouch for is named.
+        return re.escape(str(folder)) + ("" if name == "SHA256SUMS" else f"/{name}")
 
-    def stop_at(step: int):
-        def check(progress: training.Progress) -> None:
-            if progress.step == step:
-                raise Stop
+    loaded: Any = Loaded()
+    with pytest.warns(UserWarning, match=spoil(newest) + ".*; going on from .*000002"):
+        progress, _ = checkpoint.load_checkpoint(out, loaded) or ({}, None)
+    assert (loaded.folder, progress["step"]) == (str(older), 2)
+    spoil(older)
+    with pytest.raises(DataError, match=rf"{re.escape(str(newest))}.*: remove .*, or that folder, to begin anew"):
+        train(data, out, resume=True)
 
-        return check
 
-    with pytest.raises(Stop):
-        train(data, out, replace(TINY, steps=20), on_step=stop_at(13))
-    (folder,) = out.glob("checkpoint-*")
-    assert folder.name == "checkpoint-000012"  # a checkpoint each tenth of the run
-    saved = load_file(folder / "model.safetensors")
-    loop_weights: dict[str, torch.Tensor] = {}
-    restore = training._Loop.restore
+@pytest.fixture(scope="module")
+def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after its third checkpoint."""
+    out = tmp_path_factory.mktemp("runs") / "stopped"
+    losses_of(data, out, TINY, stop=stop_at(3, killed))
+    return out
 
-    def spy(loop: training._Loop) -> None:
-        restore(loop)
-        loop_weights.update({name: t.clone() for name, t in loop.model.state_dict().items()})
-        assert loop.optimizer.state_dict()["state"][0]["step"] == 12
 
-    training._Loop.restore = spy  # type: ignore[method-assign]
+def test_a_disk_that_is_full_costs_no_checkpoint(data: Path, stopped: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands for the disk: it refuses files of more than that."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
-        metrics = train(data, out, replace(TINY, steps=20), resume=True)
+        with pytest.raises(DataError, match=r"checkpoint-000004: expected to write it, with \d+ MiB free, got: "):
+            train(None, out, resume=True)
     finally:
-        training._Loop.restore = restore  # type: ignore[method-assign]
-    assert metrics["steps"] == 20
-    for name, t in saved.items():
-        torch.testing.assert_close(loop_weights[name], t, rtol=0, atol=0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-000002", "checkpoint-000003"]
+    assert not list(out.glob(".*"))
+    assert len(losses_of(None, out, None, resume=True)) == 7
 
 
-def test_a_kill_while_saving_leaves_the_older_checkpoint(data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    code = f"""
-import os
-from pathlib import Path
-from fastunet import checkpoint
-from fastunet.training import TrainConfig, train
-from accelerate import Accelerator
-save, calls = Accelerator.save_state, []
-def die_in_the_third(self, folder, **kwargs):
-    calls.append(folder)
-    save(self, folder, **kwargs)
-    if len(calls) == 3:
-        (Path(folder) / "model.safetensors").write_bytes(b"half")
-        os.kill(os.getpid(), 9)
-Accelerator.save_state = die_in_the_third
-config = TrainConfig(steps=10, features=(4, 8), crop=32, batch_size=2, val_fraction=0.25, tta=False, precision="fp32")
-train({str(data)!r}, {str(out)!r}, config)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    metrics = train(data, out, TINY, resume=True)
-    assert metrics["steps"] == 10
-    assert not list(out.glob(".checkpoint*"))
+def test_the_weights_are_the_best_by_validation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = iter([0.1, 0.2, 0.8, 0.3, 0.8, *5 * [0.5]])
+
+    def scored(model: UNet, samples: Any, names: list[str], *, tile: int, tta: bool | None = None) -> Any:
+        if tta is None:
+            return {"mean_dice": next(dice), "dice": {}}, []
+        return evaluate(model, samples, names, tile=tile, tta=tta)
+
+    monkeypatch.setattr(training, "evaluate", scored)
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    weights = training._Loop._weights
+
+    def note(loop: training._Loop) -> dict[str, torch.Tensor]:
+        states[loop.progress.step] = weights(loop)
+        return states[loop.progress.step]
+
+    monkeypatch.setattr(training._Loop, "_weights", note)
+    losses_of(data, tmp_path / "run", TINY, stop=stop_at(7, killed))
+    metrics = train(None, tmp_path / "run", resume=True)
+    assert metrics["weights"] == "step 3 of 10: best validation Dice of the foreground, 0.8000"
+    assert checkpoint.load_config(tmp_path / "run").weights == metrics["weights"]
+    assert list(states) == [1, 2, 3]
+    kept = load_file(tmp_path / "run/model.safetensors")
+    assert all(torch.equal(kept[name], states[3][name]) for name in kept)
 
 
 # --- errors before any work ---
 
+NAN, INFINITE = float("nan"), float("inf")
+BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    *(({name: 0}, f"{name}: expected 1 to") for name in ("steps", "batch_size")),
+    *(({"crop": value}, f"crop: expected 3 to 65536, got {value}") for value in (-1, 2, 10**9)),
+    *(({name: value}, f"{name}: expected ") for name in ("lr", "max_minutes") for value in (NAN, -1.0, 0.0)),
+    *(({name: INFINITE}, f"{name}: expected a finite number from 0, got inf") for name in ("lr", "weight_decay")),
+    *(({"weight_decay": value}, "weight_decay: expected ") for value in (NAN, -1.0)),
+    *(({"val_fraction": value}, "val_fraction: expected 0 <= fraction < 1") for value in (NAN, -0.1, 1.0)),
+    *(({"seed": value}, f"seed: expected 0 to 4294967295, got {value}") for value in (-1, 2**32)),
+    *(({"workers": value}, f"workers: expected 0 to 256, got {value}") for value in (-1, 10**6)),
+    *(({"classes": value}, f"classes: expected 1 to 256, got {value}") for value in (0, 257)),
+    *(({"features": value}, "features: expected 2 to 16 numbers from 1 ") for value in ((16,), (), (0, 8), (-4, 8))),
+    *(({"features": value}, "features: expected 2 to 16 numbers from 1 ") for value in ((8, 2**17), 17 * (1,))),
+    ({"crop": 3, "features": (4, 4, 4)}, "crop: expected at least 4x4 pixels for 3 levels, got 3x3"),
+    ({"crop": 3, "norm": "instance"}, "crop: expected at least 2x4 pixels .* with instance norm, got 3x3"),
+    (
+        {"crop": 3, "batch_size": 1},
+        "batch_size, crop: expected more than one value per channel .* batch of 2, or crops of 4",
+    ),
+    *(({name: "odd"}, f"{name}: expected one of .*, got 'odd'") for name in ("precision", "split", "norm", "device")),
+]
+
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": 0}, "steps: expected at least 1, got 0"),
-        ({"max_minutes": 0.0}, "max_minutes: expected more than 0"),
-        ({"lr": -1.0}, "expected lr > 0"),
-        ({"precision": "fp8"}, "precision: expected one of auto, fp32, bf16, fp16, got 'fp8'"),
-        ({"split": "first"}, "split: expected last or random, got 'first'"),
-        ({"norm": "group"}, "norm: expected batch, instance or none, got 'group'"),
-        ({"crop": 1}, "crop: expected at least 2 pixels for 2 levels, got 1"),
-        ({"device": "tpu"}, "device: expected auto, cpu or cuda, got 'tpu'"),
-        ({"val_fraction": 1.0}, "val_fraction: expected 0 <= fraction < 1, got 1"),
-    ],
+    ("change", "message"), BAD_SETTINGS, ids=lambda value: str(value) if isinstance(value, dict) else ""
 )
-def test_bad_settings(change: dict, message: str, data: Path, tmp_path: Path) -> None:
+def test_bad_settings(change: dict[str, Any], message: str, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         train(data, tmp_path / "run", replace(TINY, **change))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"crop": 3, "batch_size": 2}, {"crop": 4, "batch_size": 1}, {"crop": 4, "norm": "instance"}]
+)
+def test_the_smallest_crops_train(change: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    """What the settings let through, the norms can take statistics of."""
+    train(data, tmp_path / "run", replace(TINY, steps=1, val_fraction=0.0, **change))
 
 
 def test_images_smaller_than_the_net_takes(data: Path, tmp_path: Path) -> None:
@@ -272,34 +422,54 @@ def test_images_smaller_than_the_net_takes(data: Path, tmp_path: Path) -> None:
         train(data, tmp_path / "run", replace(TINY, features=(1,) * 8, crop=128))
 
 
-@pytest.mark.parametrize("classes", [None, 1, 3])
-def test_nothing_is_learnt_from_background_alone(tmp_path: Path, classes: int | None) -> None:
-    write_dataset(tmp_path, 4, size=64)
-    for mask in (tmp_path / "masks").iterdir():
-        Image.new("L", (64, 64)).save(mask)
-    with pytest.raises(DataError, match=r"masks: expected foreground in at least one of 4 masks, got only 0"):
-        train(tmp_path, tmp_path / "run", replace(TINY, classes=classes))
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "metrics.json", "history.csv", "report.png", "checkpoint-000500"]
+)
+def test_files_that_are_not_a_runs_stay(name: str, overwrite: bool, data: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=f"expected a folder without files of a run's names, got {name}"):
+        train(data, tmp_path, TINY, overwrite=overwrite)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "{}", "notes.txt": "mine"}
 
 
-def test_a_finished_run_is_not_overwritten(data: Path, run: Path) -> None:
-    before = (run / "model.safetensors").read_bytes()
+def test_a_run_is_begun_anew_only_when_asked_and_what_is_beside_it_stays(
+    data: Path, stopped: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    (out / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"expected a folder without a run, got one that holds config.json"):
-        train(data, run, TINY)
-    with pytest.raises(DataError, match="expected a checkpoint to resume from, got none"):
-        train(data, run, replace(TINY, steps=99), resume=True)
-    assert (run / "model.safetensors").read_bytes() == before
-    assert checkpoint.load_config(run).training["steps"] == TINY.steps
+        train(data, out, TINY)
+    assert list(losses_of(data, out, replace(TINY, steps=2), overwrite=True)) == [1, 2]
+    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-000002"]
+    assert (out / "notes.txt").read_text() == "mine"
 
 
-def test_resume_wants_the_same_settings_and_images(data: Path, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["images", "masks"])
+def test_the_folders_of_the_data_are_no_place_for_a_run(folder: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(data / folder)
+    before = sorted((data / folder).iterdir())
+    with pytest.raises(DataError, match="expected a folder apart from the images and masks"):
+        train(data, tmp_path / "link", TINY)
+    assert sorted((data / folder).iterdir()) == before
+
+
+def test_resume_wants_the_same_settings_and_images(data: Path, stopped: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected a run to resume, got no config.json"):
         train(data, tmp_path / "none", TINY, resume=True)
     with pytest.raises(ConfigError, match=r"crop: expected 32, with which .* was begun, got 64"):
-        train(data, run, replace(TINY, crop=64), resume=True)
+        train(data, stopped, replace(TINY, crop=64), resume=True)
+    with pytest.raises(ConfigError, match=r"steps: expected at least the 3 that are done, got 2"):
+        train(data, stopped, replace(TINY, steps=2), resume=True)
     write_dataset(tmp_path / "other", 12, size=64)
     with pytest.raises(DataError, match="expected the 6 training images the run was begun with, got 9"):
-        train(tmp_path / "other", run, TINY, resume=True)
+        train(tmp_path / "other", stopped, TINY, resume=True)
+    write_dataset(tmp_path / "larger", 8, size=80)
+    with pytest.raises(DataError, match=r"expected size_min \(64, 64\) of the images .* got \(80, 80\)"):
+        train(tmp_path / "larger", stopped, TINY, resume=True)
+    assert [folder.name for folder in checkpoints(stopped)] == ["checkpoint-000002", "checkpoint-000003"]
 
 
 def test_a_loss_that_is_not_finite_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,155 @@
+"""What can be known before a training begins: where it may write, with what settings, and on which images."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from .checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
+from .checks import ConfigError, DataError
+from .data import DataSummary, Pair, read_image
+from .pretrained import WEIGHTS
+from .train_config import RESUMABLE, TrainConfig, multiplies_bf16, too_small
+
+HISTORY, METRICS, REPORT = "history.csv", "metrics.json", "report.png"
+RESULTS = (WEIGHTS, METRICS, REPORT)
+
+
+def run_files(out: Path) -> list[Path]:
+    """List what is in `out` under the names of a run's files and checkpoints."""
+    named = [out / name for name in (CONFIG, HISTORY, *RESULTS)]
+    return [path for path in named if os.path.lexists(path)] + checkpoints(out)
+
+
+def check_out(out: Path, resume: bool, overwrite: bool) -> RunConfig | None:
+    """Give the config of the run to resume; None for a new one.
+
+    A run that was killed before its first checkpoint has nothing to lose: it may be begun anew. Raises DataError where
+    `out` holds a run, or files of a run's names that are not a run's, or, with `resume`, no run.
+    """
+    if resume:
+        return _run_to_resume(out)
+    found = run_files(out)
+    if not found:
+        return None
+    try:
+        load_config(out)
+    except DataError:
+        raise DataError(f"{out}: expected a folder without files of a run's names, got {found[0].name}") from None
+    if not overwrite and any(path.name not in (CONFIG, HISTORY) for path in found):
+        raise DataError(
+            f"{out}: expected a folder without a run, got one that holds {CONFIG} (--resume continues it, "
+            "--overwrite begins anew)"
+        )
+    return None
+
+
+def _run_to_resume(out: Path) -> RunConfig:
+    if not (out / CONFIG).exists():
+        raise DataError(f"{out}: expected a run to resume, got no {CONFIG}")
+    return load_config(out)
+
+
+def clear_run(out: Path) -> None:
+    """Remove a run's files and checkpoints, after `check_out`; whatever else is in its folder stays."""
+    for path in run_files(out):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def resumed_config(out: Path, changes: Mapping[str, Any]) -> TrainConfig:
+    """The settings with which the run in `out` goes on: its own, and changes of those that may differ.
+
+    A limit of time that is used up goes, where another number of steps is asked for.
+
+    Raises:
+        DataError: no run there.
+        ConfigError: other settings differ, or a limit lies behind what is done.
+    """
+    saved = _run_to_resume(out)
+    try:
+        settings: dict[str, Any] = {**saved.training, "features": tuple(saved.training["features"])}
+        before = TrainConfig(**settings)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{out / CONFIG}: expected the settings of a training, got {error!r}") from error
+    for field in fields(TrainConfig):
+        given = changes.get(field.name, getattr(before, field.name))
+        if field.name not in RESUMABLE and given != getattr(before, field.name):
+            kept = getattr(before, field.name)
+            raise ConfigError(f"{field.name}: expected {kept!r}, with which {out} was begun, got {given!r}")
+    config = replace(before, **changes)
+    done = _done(out)
+    minutes = done["seconds"] / 60
+    if config.steps < done["step"]:
+        raise ConfigError(f"steps: expected at least the {done['step']} that are done, got {config.steps}")
+    if config.max_minutes is not None and config.max_minutes <= minutes:
+        if config.max_minutes != before.max_minutes:
+            raise ConfigError(f"max_minutes: expected more than the {minutes:.2f} done, got {config.max_minutes}")
+        if config.steps != before.steps:
+            return replace(config, max_minutes=None)
+    return config
+
+
+def _done(out: Path) -> dict[str, Any]:
+    """The progress of the newest checkpoint that can be read: whether it is whole is seen when it is loaded."""
+    for folder in reversed(checkpoints(out)):
+        try:
+            progress = read_progress(folder)
+            return {"step": int(progress["step"]), "seconds": float(progress["seconds"])}
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+    return {"step": 0, "seconds": 0.0}
+
+
+def check_sizes(pairs: list[Pair], summary: DataSummary, config: TrainConfig) -> None:
+    """Raise DataError on the first image that does not go through the net."""
+    levels = len(config.features)
+    if too_small(*summary.size_min, levels, config.norm) is None:
+        return
+    for pair in pairs:
+        height, width = read_image(pair.image).shape[:2]
+        if reason := too_small(height, width, levels, config.norm):
+            raise DataError(f"{pair.image}: {reason}")
+
+
+def check_same_images(out: Path, before: RunConfig, now: RunConfig) -> None:
+    """Raise DataError where a run is to go on with images, or kinds of images, that it was not begun with."""
+    for side in ("train", "val"):
+        old, new = getattr(before, side), getattr(now, side)
+        if new != old:
+            name = "training" if side == "train" else "validation"
+            raise DataError(
+                f"{out}: expected the {len(old)} {name} images the run was begun with, got {len(new)}, "
+                f"differing in {sorted(set(new) ^ set(old))[:5]}"
+            )
+    for field in fields(DataSummary):
+        old, new = getattr(before.data, field.name), getattr(now.data, field.name)
+        if new != old:
+            raise DataError(f"{out}: expected {field.name} {old} of the images the run was begun with, got {new}")
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Device and precision. Raises ConfigError where the machine does not have them."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: expected a CUDA device for 'cuda', got none")
+    cpu = config.device == "cpu"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(cpu) else "fp32"
+    # accelerate keeps device and precision for the whole process; a second training may choose others.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    except ValueError as error:
+        raise ConfigError(f"precision: expected one that the device has, got {precision}: {error}") from error
+    if accelerator.num_processes > 1:
+        # Each process would stop at a time of its own.
+        raise ConfigError(f"fastunet trains in one process, got {accelerator.num_processes}")
+    return accelerator
