@@ -26,7 +26,7 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt tests/dropin/requirements.txt 
 	touch $@ $(VENV)/train.stamp
 
 demo: $(VENV)/train.stamp
-	$(BIN)/fastunet demo
+	$(BIN)/fastunet demo --overwrite
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

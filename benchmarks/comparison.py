@@ -80,6 +80,11 @@ def check_settings(settings: Settings) -> None:
     least = 2 ** (len(settings.features) - 1)
     if settings.size < least or settings.batch < 1:
         raise ConfigError(f"expected size >= {least} and batch >= 1, got {settings.size} and {settings.batch}")
+    if settings.batch == 1 and settings.size < 2 * least:
+        raise ConfigError(
+            f"size, batch: expected more than one value per channel at the bottom for batch norm in training, got one: "
+            f"take a batch of 2, or images of {2 * least}"
+        )
 
 
 def compare(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Iterator[Row]:

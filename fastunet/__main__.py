@@ -6,6 +6,7 @@ import sys
 
 NEEDED = (
     "accelerate",
+    "filelock",
     "kornia",
     "matplotlib",
     "monai",
@@ -22,11 +23,12 @@ def main() -> None:
     """Run the command line, or say which extra it needs."""
     try:
         from .cli import run
+
+        run()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDED:
             raise
         sys.exit(f"error: the command line needs {error.name}: pip install 'fastunet[train]'")
-    run()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,9 +17,12 @@ pytest.importorskip("typer", reason="needs the extra train")
 
 import numpy as np
 import tifffile
+import torch
 from command import fastunet
 from PIL import Image
 
+from fastunet import inference, synthetic
+from fastunet.checks import DataError
 from fastunet.synthetic import write_dataset
 
 TINY = ["--steps", "4", "--features", "4,8", "--crop", "32", "--batch-size", "2", "--no-tta", "--precision", "fp32"]
@@ -76,6 +80,10 @@ def test_evaluate_scores_and_warns_of_training_images(run: Path, data: Path, tmp
     assert set(scores["dice"]) == {"background", "foreground"}
     assert len(scores["images"]) == 5
     assert "4 of them have the names of training images" in result.stdout
+    # The foreground's score comes first, in the file and on the screen.
+    assert next(iter(scores)) == "mean_dice"
+    assert scores["mean_dice"] == scores["dice"]["foreground"]
+    assert result.stdout.index("foreground") < result.stdout.index("background")
 
 
 def test_doctor() -> None:
@@ -94,19 +102,47 @@ def test_doctor() -> None:
     assert "'triton' was asked for, but" in forced.stdout
 
 
-def test_demo(tmp_path: Path) -> None:
-    result = fastunet("demo", "--out", tmp_path / "demo", "--minutes", "0.02")
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic, "write_dataset", lambda root, count: write_dataset(root, count // 10, size=64))
+    arguments = ("demo", "--out", tmp_path / "demo", "--minutes", "0.001")
+    result = fastunet(*arguments)
+    assert result.returncode == 0, result.stderr
+    before = contents(tmp_path)
+    assert "--overwrite" in error_of(fastunet(*arguments))
+    mine = tmp_path / "demo/data/years_of_work.png"
+    grey(mine)
+    assert str(mine) in error_of(fastunet(*arguments, "--overwrite"))
+    mine.unlink()
+    assert contents(tmp_path) == before
+    result = fastunet(*arguments, "--overwrite")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "demo/run/report.png").is_file()
-    assert len(list((tmp_path / "demo/predictions").iterdir())) == 40
+    assert len(list((tmp_path / "demo/predictions").iterdir())) == 4
     assert "report.png" in result.stdout
 
 
-def test_help_names_the_commands() -> None:
-    result = fastunet("--help")
-    assert result.returncode == 0
-    for command in ("train", "predict", "evaluate", "doctor", "demo"):
-        assert command in result.stdout
+def test_help_shows_commands_and_defaults() -> None:
+    listed = fastunet("--help").stdout
+    shown = {command: fastunet(command, "--help").stdout for command in COMMANDS}
+    assert all(command in listed for command in COMMANDS)
+    assert "[default: 3000]" in shown["train"]
+    assert "[inferred from the masks]" in " ".join(shown["train"].split())
+    assert "[256; 512 on a GPU; 128 --quick]" in " ".join(shown["bench"].split())
+
+
+COMMANDS = ("train", "predict", "evaluate", "bench", "doctor", "demo")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def error_of(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of what was refused."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 def grey(path: Path, size: tuple[int, int] = (48, 48), value: int = 0) -> None:
@@ -142,9 +178,7 @@ def test_bad_data_is_one_error_line_before_training(what: str, data: Path, tmp_p
     shutil.copytree(data, tmp_path / "data")
     spoil(tmp_path / "data")
     result = fastunet("train", tmp_path / "data", "--out", tmp_path / "run", *TINY)
-    assert result.returncode == 2, result.stdout + result.stderr
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ")
+    line = error_of(result)
     for word in words:
         assert word in line
     assert not (tmp_path / "run").exists()
@@ -162,6 +196,30 @@ def test_bad_data_is_one_error_line_before_training(what: str, data: Path, tmp_p
         (["predict", "{run}", "{tmp}/deep.tif", "--out", "{tmp}/x"], ["deep.tif", "uint8", "uint16"]),
         (["predict", "{run}", "{tmp}/one.png", "--out", "{tmp}/x"], ["one.png", "at least 2x2", "got 1x1"]),
         (["predict", "{run}", "{data}", "--out", "{tmp}/one.png"], ["one.png", "expected a folder"]),
+        (["predict", "{run}", "{data}", "--out", "{tmp}/one.png/x"], ["one.png", "expected a folder"]),
+        (["predict", "{run}", "{data}", "--out", "{tmp}/dangling"], ["dangling", "a link to nothing"]),
+        (["predict", "{run}", "{data}", "--out", "{tmp}/" + 300 * "y"], ["yyy", "name too long"]),
+        (["predict", "{run}", "{data}", "--out", "/proc/x"], ["/proc", "expected a folder to write into"]),
+        (["predict", "{run}", "{data}", "--out", "{tmp}/x", "--tile", "1"], ["tile", "at least 2x2"]),
+        (["predict", "{run}", "{data}"], ["--out"]),
+        (["predict", "{run}", "{tmp}/[/b].png", "--out", "{tmp}/x"], ["[/b].png", "nothing there"]),
+        (["train", "{data}", "--out", "{tmp}/dangling", *TINY], ["dangling", "a link to nothing"]),
+        (["train", "{data}", "--out", "{tmp}/dangling/x", *TINY], ["dangling", "a link to nothing"]),
+        (["train", "{data}", "--out", "{tmp}/" + 300 * "y", *TINY], ["yyy", "name too long"]),
+        (["train", "--out", "{tmp}/x", *TINY], ["data", "got none"]),
+        (["train", "{data}", "--out", "{tmp}/\udcff", *TINY], ["UTF-8"]),
+        (["train", "{data}", "--out", "{tmp}/x", "--features", "4;8"], ["features", "4;8"]),
+        (["train", "{data}", "--out", "{tmp}/x", "--steps", "many"], ["--steps", "integer"]),
+        (["train", "{data}", "--out", "{run}", "--resume", "--crop", "64"], ["crop", "expected 32", "got 64"]),
+        (["train", "{data}", "--out", "{run}", "--resume", "--overwrite"], ["resume or overwrite"]),
+        (["evaluate", "{run}", "{data}", "--out", "{tmp}"], ["expected nothing there"]),
+        (["evaluate", "{run}", "{data}", "--out", "{data}/masks/x.json"], ["apart from the images and masks"]),
+        (["evaluate", "{run}", "{data}", "--tile", "1"], ["tile", "at least 2x2"]),
+        (["demo", "--out", "{tmp}/x", "--minutes", "nan"], ["max_minutes", "got nan"]),
+        (["bench", "--out", "{tmp}/one.png", "--quick"], ["one.png", "expected a folder"]),
+        (["bench", "--out", "{tmp}/x", "--size", "0"], ["size", "got 0"]),
+        (["bench", "--out", "{tmp}/x", "--size", "16", "--batch", "1"], ["more than one value per channel"]),
+        (["bench", "--out", "{tmp}/x", "--quick", "--all"], ["--quick or --all"]),
     ],
 )
 def test_bad_arguments_are_one_error_line(
@@ -169,12 +227,190 @@ def test_bad_arguments_are_one_error_line(
 ) -> None:
     tifffile.imwrite(tmp_path / "deep.tif", np.zeros((48, 48), np.uint16))
     grey(tmp_path / "one.png", (1, 1))
-    result = fastunet(*(a.format(data=data, run=run, tmp=tmp_path) for a in arguments))
-    assert result.returncode == 2, result.stdout + result.stderr
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    before = contents(tmp_path) | contents(run) | contents(data)
+    line = error_of(fastunet(*(a.format(data=data, run=run, tmp=tmp_path) for a in arguments)))
     for word in words:
         assert word in line
+    assert contents(tmp_path) | contents(run) | contents(data) == before
+    assert not (tmp_path / "x").exists()
+
+
+# --- what is there stays there ---
+
+
+# Ways to say the folder of the images, or that of the masks.
+SAME_FOLDERS: dict[str, Callable[[Path], tuple[Path, Path]]] = {
+    "images": lambda d: (d, d / "images"),
+    "masks": lambda d: (d, d / "masks"),
+    "the masks beside": lambda d: (d / "images", d / "masks"),
+    "of one image": lambda d: (d / "images/cell_001.png", d / "images"),
+    "relative": lambda d: (d, Path(os.path.relpath(d)) / "masks" / ".." / "images"),
+    "a link to it": lambda d: (d, linked(d.parent / "link", d / "masks")),
+    "through a link": lambda d: (linked(d.parent / "other", d), d / "images"),
+    "where the images really are": lambda d: (moved_away(d), d.parent / "archive"),
+}
+
+
+def linked(link: Path, target: Path) -> Path:
+    link.symlink_to(target)
+    return link
+
+
+def moved_away(data: Path) -> Path:
+    """The images are links to files of a folder elsewhere."""
+    (data / "images").rename(data.parent / "archive")
+    (data / "images").mkdir()
+    for file in (data.parent / "archive").iterdir():
+        linked(data / "images" / file.name, file)
+    return data
+
+
+@pytest.mark.parametrize("how", SAME_FOLDERS)
+def test_predictions_never_go_where_the_data_are(how: str, run: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    images, out = SAME_FOLDERS[how](tmp_path / "data")
+    before = contents(tmp_path)
+    for options in ([], ["--overwrite"]):
+        line = error_of(fastunet("predict", run, images, "--out", out, *options))
+        assert "expected a folder apart from the images and masks" in line
+    assert contents(tmp_path) == before
+
+
+def test_predict_overwrites_only_predictions_and_only_when_asked(run: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ("predict", run, data, "--out", tmp_path / "out")
+    assert fastunet(*arguments).returncode == 0
+    first = tmp_path / "out/cell_001.png"
+    before = contents(tmp_path)
+    assert "--overwrite replaces what fastunet wrote" in error_of(fastunet(*arguments))
+    assert fastunet(*arguments, "--overwrite").returncode == 0
+    assert contents(tmp_path) == before
+    for put in (lambda: grey(first), lambda: first.write_text("notes"), lambda: first.symlink_to(data / "images")):
+        first.unlink()
+        put()
+        assert f"{first}: expected a file that fastunet wrote" in error_of(fastunet(*arguments, "--overwrite"))
+
+
+def test_evaluate_and_bench_overwrite_only_their_own(run: Path, data: Path, tmp_path: Path) -> None:
+    scores, rows = tmp_path / "scores.json", tmp_path / "bench/bench.json"
+    rows.parent.mkdir()
+    for arguments, file in (
+        (["evaluate", run, data, "--out", scores], scores),
+        (["bench", "--quick", "--size", "16", "--features", "4,8", "--rounds", "1", "--out", rows.parent], rows),
+    ):
+        file.write_text('{"mine": 1}')
+        assert "expected nothing there" in error_of(fastunet(*arguments))
+        assert "expected a file that fastunet wrote" in error_of(fastunet(*arguments, "--overwrite"))
+        assert file.read_text() == '{"mine": 1}'
+    scores.unlink()
+    assert fastunet("evaluate", run, data, "--out", scores).returncode == 0
+    assert fastunet("evaluate", run, data, "--out", scores, "--overwrite").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_all_images_are_checked_before_the_first_result(command: str, run: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(tmp_path / "data/images/cell_004.png")
+    assert "cell_004.png" in error_of(fastunet(command, run, tmp_path / "data", "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_instance_norm_wants_more_than_one_pixel_at_the_bottom(data: Path, tmp_path: Path) -> None:
+    result = fastunet("train", data, "--out", tmp_path / "run", *TINY, "--norm", "instance", "--steps", "1")
+    assert result.returncode == 0, result.stderr
+    grey(tmp_path / "small.png", (3, 3))
+    for arguments in ([tmp_path / "small.png"], [data, "--tile", "3"]):
+        line = error_of(fastunet("predict", tmp_path / "run", *arguments, "--out", tmp_path / "out"))
+        assert "expected at least 2x4 pixels for 2 levels with instance norm, got 3x3" in line
+
+
+# --- resuming by the command line ---
+
+
+def test_resume_needs_nothing_retyped(data: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = json.loads((out / "config.json").read_text())["training"]
+    for options, steps in (([], 4), (["--steps", "6"], 6), ([data, "--steps", "7", "--workers", "1"], 7)):
+        result = fastunet("train", "--out", out, "--resume", *options)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((out / "metrics.json").read_text())["steps"] == steps
+    after = json.loads((out / "config.json").read_text())["training"]
+    assert after == before | {"steps": 7, "workers": 1}
+    assert "weights: step " in result.stdout
+
+
+# --- what the system refuses ---
+
+
+@pytest.mark.parametrize("name", ["[red]x", ":smile:", "$\\a$b", "a\nb", "\udcff"])
+def test_any_name_goes_through_all_commands(name: str, data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "[/b]"
+    shutil.copytree(data, root)
+    for folder in ("images", "masks"):
+        (root / folder / "cell_004.png").rename(root / folder / f"{name}.png")
+    out = root / "run"
+    for arguments in (
+        ["train", root, "--out", out, *TINY],
+        ["predict", out, root, "--out", root / "out"],
+        ["evaluate", out, root, "--out", root / "x.json"],
+    ):
+        result = fastunet(*arguments)
+        assert result.returncode == 0, result.stderr
+        assert "[/b]" in result.stdout
+    assert (root / "out" / f"{name}.png").is_file()
+    error_of(fastunet("predict", out, root, "--out", root / "out"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 36 GiB"), ["not enough memory", "36 GiB"]),
+        (torch.OutOfMemoryError("CUDA out of memory"), ["not enough memory"]),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: 9 bytes"), ["not enough memory"]),
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), ["fewer workers"]),
+        (OSError(errno.ENOSPC, "No space left on device"), ["No space left"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), ["/x/y: Permission denied"]),
+        (
+            DataError(
+                "Caught DataError in DataLoader worker process 0.\nOriginal Traceback\n\nfastunet.checks.DataError: a"
+            ),
+            ["error: a"],
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_system_refuses_is_one_line(
+    error: Exception, words: list[str], run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(inference, "evaluate", fail)
+    line = error_of(fastunet("evaluate", run, data))
+    for word in words:
+        assert word in line
+
+
+def test_an_error_of_ours_keeps_its_traceback(run: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "evaluate", lambda: None)
+    with pytest.raises(TypeError):
+        fastunet("evaluate", run, data)
+
+
+def test_output_that_nobody_takes(tmp_path: Path) -> None:
+    """A full disk is an error, a reader that has left is not."""
+    command = [sys.executable, "-m", "fastunet", "doctor"]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert "No space left on device" in error_of(
+        subprocess.CompletedProcess(command, result.returncode, "", result.stderr)
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_sixteen_bits_keep_their_range(tmp_path: Path) -> None:
