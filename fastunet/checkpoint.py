@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PROGRESS = "progress.json"
 BEST = "best.safetensors"
+# What `written_whole` calls a file until it is complete.
+TEMPORARY = re.compile(r"\.([0-9a-f]{16}|(config|history|metrics|model|report)\.\d+)\.\w+")
 SUMS = "SHA256SUMS"  # as of the command sha256sum, which checks them too
 
 
@@ -161,13 +163,16 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def remove_checkpoints(run: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest, and what killed processes left of others."""
+    """Remove all checkpoints but the newest, and what killed processes left of these and of files."""
     for folder in checkpoints(run)[:-keep]:
         if (folder / SUMS).is_file():
             # Renamed first: half a checkpoint would look like a damaged one.
             folder.rename(folder.with_name(f".{folder.name}.partial"))
     for folder in run.glob(".checkpoint-*.partial"):
         shutil.rmtree(folder)
+    for file in run.glob(".*"):
+        if TEMPORARY.fullmatch(file.name):
+            file.unlink()
 
 
 def find_damage(folder: Path) -> str | None:

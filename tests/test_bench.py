@@ -115,7 +115,7 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     result = fastunet("bench", "--quick", "--device", "cpu", "--out", tmp_path / "out")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "expected a folder for the results, got a file" in result.stderr
+    assert "expected a folder, got a file" in result.stderr
 
 
 def opponent(name: str, unavailable: str = "") -> Opponent:

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from fastunet import UNet, checkpoint, training
 from fastunet.checkpoint import checkpoints, read_progress
 from fastunet.checks import ConfigError, DataError, FastUNetError, Interrupted
+from fastunet.files import written_whole
 from fastunet.inference import evaluate
 from fastunet.synthetic import write_dataset
 from fastunet.training import TrainConfig, rate_at, train
@@ -243,6 +244,10 @@ def test_a_kill_while_saving_leaves_the_older_checkpoint(
         patch.setattr(Accelerator, "save_state", die_in_the_third)
         assert list(losses_of(data, out, TINY)) == [1, 2]
     assert [folder.name for folder in checkpoints(out)] == ["checkpoint-000001", "checkpoint-000002"]
+    with written_whole(out / "history.csv") as unfinished:
+        unfinished.write_text("half")
+        os.link(unfinished, tmp_path / unfinished.name)
+    shutil.move(tmp_path / unfinished.name, out)  # as a kill leaves it
     assert list(losses_of(data, out, TINY, resume=True)) == list(range(3, 11))
     assert not list(out.glob(".*"))
 
