@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import compiler, dispatch, modules
@@ -151,7 +150,7 @@ def _typed(image: Tensor) -> str:
 class _Recorder(TorchDispatchMode):
     """Asks dispatch about each op of ours as it passes, and notes the layers that are not ours.
 
-    A layer goes by the module that holds the op's weight; hooks would change what they watch.
+    A layer goes by the module that holds the op's weight.
     """
 
     def __init__(self, layers: dict[int, str]) -> None:
@@ -165,18 +164,18 @@ class _Recorder(TorchDispatchMode):
         """Within the block each quantised layer of the model is one row, whatever it is computed of."""
         names = {module: name for name, module in model.named_modules() if isinstance(module, QuantizedConv3x3)}
 
-        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if module in names:
-                x, up = (*inputs, None)[:2]
-                choice = module.choose(x, up)
-                self.rows.append(Row(names[module], "conv3x3 in e4m3", _typed(x), choice.implementation, choice.reason))
-                self.is_within = True
+        def before(module: QuantizedConv3x3, inputs: tuple[Any, ...]) -> None:
+            x, up = (*inputs, None)[:2]
+            choice = module.choose(x, up)
+            self.rows.append(Row(names[module], "conv3x3 in e4m3", _typed(x), choice.implementation, choice.reason))
+            self.is_within = True
 
-        def after(module: nn.Module, *_: Any) -> None:
-            self.is_within = self.is_within and module not in names
+        def after(*_: Any) -> None:
+            self.is_within = False
 
-        # The hooks of all modules: a layer's own would be seen by the block that it is in.
-        hooks = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
+        # Hooks on layers of other kinds, or on all modules, would change what they watch.
+        hooks = [module.register_forward_pre_hook(before) for module in names]
+        hooks += [module.register_forward_hook(after) for module in names]
         try:
             yield
         finally:

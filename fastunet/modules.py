@@ -1,4 +1,9 @@
-"""The U-Net's blocks on fused ops. Parameters are those of `fastunet.reference`'s blocks; only forward differs."""
+"""The U-Net's blocks on fused ops. Parameters are those of `fastunet.reference`'s blocks; only forward differs.
+
+Each block's forward takes what the reference's takes and gives what it gives. Where something in a block is hooked,
+patched or exchanged for what no op computes, the reference's forward runs, module by module. What goes by the name of
+`fused` trusts that its caller has asked: it also computes across blocks, whose modules then are not called.
+"""
 
 from __future__ import annotations
 
@@ -9,54 +14,80 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import dispatch, ops, reference
-from fastunet.reference.unet import padding_to
+from fastunet.ops.registration import in_transform
+from fastunet.reference.unet import HEADS, padding_to
 
 
 class DoubleConv(reference.DoubleConv):
-    """Twice conv3x3, norm, activation, each one op. x, or [x, up] where up is given; with pool, (y, max_pool2x2(y));
-    with head, head(y), in one op with the second convolution where nothing else needs y.
-    """
+    """Twice conv3x3, norm, activation, each one op."""
 
-    def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False, head: OutConv | None = None) -> Any:
-        block: Any = self.double_conv
-        conv1, norm1, act1, conv2, norm2, act2 = block
-        if _both_are_plain(conv1, norm1, act1, conv2, norm2, act2) and not self._fuses(head):
+    double_conv: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused(x) if not is_watched(x) and self.has_plain_layers() else super().forward(x)
+
+    def has_plain_layers(self) -> bool:
+        """Whether fused ops compute all that is in the block."""
+        if not is_plain(self.double_conv, nn.Sequential):
+            return False
+        layers = [*self.double_conv]
+        return len(layers) == 6 and is_fusable(*layers[:3]) and is_fusable(*layers[3:])
+
+    def fused(self, x: Tensor, up: Tensor | None = None, *, head: OutConv | None = None) -> Tensor:
+        """forward of x, or of [x, up] without joining them; with head, head(forward(...))."""
+        conv1, norm1, act1, conv2, norm2, act2 = self.double_conv
+        if _are_one_op(norm1, act1, norm2, act2) and not (head is not None and self._fuses(head)):
             weights, biases = (conv1.weight, conv2.weight), (conv1.bias, conv2.bias)
-            y = ops.double_conv3x3_bias_relu(x, up, weights, biases, negative_slope=_slope(act1), pool=pool)
-            return y if head is None else head(y)
-        return self.second(conv_norm_activation(conv1, norm1, act1, x, up), pool=pool, head=head)
+            y = ops.double_conv3x3_bias_relu(x, up, weights, biases, negative_slope=_slope(act1))
+            return y if head is None else head.fused(y)
+        return self.fused_second(conv_norm_activation(conv1, norm1, act1, x, up), head=head)
 
-    def second(self, x: Tensor, *, pool: bool = False, head: OutConv | None = None) -> Any:
-        """The rest of forward, from the output of the first three on."""
-        block: Any = self.double_conv
-        _, _, _, conv2, norm2, act2 = block
+    def fused_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, max_pool2x2(y)) of y = forward(x)."""
+        conv1, norm1, act1, conv2, norm2, act2 = self.double_conv
+        if _are_one_op(norm1, act1, norm2, act2):
+            weights, biases = (conv1.weight, conv2.weight), (conv1.bias, conv2.bias)
+            return ops.double_conv3x3_bias_relu(x, None, weights, biases, negative_slope=_slope(act1), pool=True)
+        return conv_norm_activation(conv2, norm2, act2, conv_norm_activation(conv1, norm1, act1, x), pool=True)
+
+    def fused_second(self, x: Tensor, *, head: OutConv | None = None) -> Tensor:
+        """The rest of `fused`, from the output of the first three on."""
+        _, _, _, conv2, norm2, act2 = self.double_conv
         if head is not None and self._fuses(head):
             return _conv_norm_head(conv2, norm2, act2, x, head)
-        y = conv_norm_activation(conv2, norm2, act2, x, pool=pool)
-        return y if head is None else head(y)
+        y = conv_norm_activation(conv2, norm2, act2, x)
+        return y if head is None else head.fused(y)
 
-    def _fuses(self, head: OutConv | None) -> bool:
+    def _fuses(self, head: OutConv) -> bool:
         """Whether one op computes the second three and the head."""
-        if head is None or not head.is_fusable():
-            return False
-        block: Any = self.double_conv
-        _, _, _, conv2, norm2, act2 = block
-        return _is_fusable(conv2, norm2, act2) and _is_inference(norm2)
-
-
-def with_pool(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, max_pool2x2(y)) of y = block(x), in one op unless a hook is to see y."""
-    if not has_hooks(block):
-        return block(x, pool=True)
-    y = block(x)
-    return y, ops.max_pool2x2(y)
+        _, _, _, _, norm2, _ = self.double_conv
+        return head.head in (None, "sigmoid") and _is_inference(norm2)
 
 
 class Down(reference.Down):
-    """DoubleConv of an image that the level above has already pooled."""
+    """Max-pooling, then DoubleConv. In a `UNet` as built the block above does the pooling."""
 
-    def forward(self, pooled: Tensor, *, pool: bool = False) -> Any:
-        return with_pool(self.maxpool_conv[1], pooled) if pool else self.maxpool_conv[1](pooled)
+    maxpool_conv: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_watched(x) or not self.has_plain_pool():
+            return super().forward(x)
+        return self.block(ops.max_pool2x2(x))
+
+    @property
+    def block(self) -> Any:
+        """What follows the pooling."""
+        _, block = self.maxpool_conv
+        return block
+
+    def has_plain_pool(self) -> bool:
+        """Whether the block gets what max_pool2x2 computes, and nothing else is done."""
+        layers = self.maxpool_conv
+        return is_plain(layers, nn.Sequential) and len(layers) == 2 and _is_max_pool2x2(next(iter(layers)))
+
+    def has_plain_layers(self) -> bool:
+        """Whether fused ops compute all that is in it."""
+        return self.has_plain_pool() and is_plain_block(self.block, DoubleConv)
 
 
 class Up(reference.Up):
@@ -67,69 +98,75 @@ class Up(reference.Up):
     made again when one of the two changes, but not within a CUDA graph: `fastunet.graphed` records a new one.
     """
 
+    up: Any
+    conv: Any
     folds_upsampling = True
 
-    def forward(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
-        up: Any = self.up
-        conv: Any = self.conv
-        if head is not None and has_hooks(conv):
-            return head(self.forward(low, skip))
+    def forward(self, low: Tensor, skip: Tensor) -> Tensor:
+        return self.fused(low, skip) if not is_watched(low) and self.has_plain_layers() else super().forward(low, skip)
+
+    def has_plain_layers(self) -> bool:
+        """Whether what is in it are fused ops, and an upsampling of torch's."""
+        is_torchs = is_plain(self.up, nn.ConvTranspose2d) or is_plain(self.up, nn.Upsample)
+        return is_torchs and is_plain_block(self.conv, DoubleConv)
+
+    def fused(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
+        """forward(low, skip); with head, head(forward(low, skip))."""
         if self._composes(low, skip):
-            return conv.second(self._composed(low, skip), head=head)
-        low = ops.conv_transpose2x2(low, up.weight, up.bias) if _has(up, CONV_TRANSPOSE2X2) else up(low)
-        padding = padding_to(low, skip)
-        return conv(skip, F.pad(low, padding) if any(padding) else low, head=head)
+            return self.conv.fused_second(self._composed(low, skip), head=head)
+        return self.conv.fused(skip, padded_to(upsample(self.up, low), skip), head=head)
 
     def _composes(self, low: Tensor, skip: Tensor) -> bool:
         """Whether the upsampling is computed together with the convolution after it."""
-        if not isinstance(self.conv, DoubleConv):  # Quantised.
-            return False
-        block: Any = self.conv.double_conv
-        conv, norm, act, *_ = block
+        conv, norm, *_ = self.conv.double_conv
         return (
             self.folds_upsampling
-            and _has(self.up, CONV_TRANSPOSE2X2)
-            and _is_fusable(conv, norm, act)
             and _is_inference(norm)
-            and not has_hooks(self.conv)
+            and _is_conv_transpose2x2(self.up)
             and all(s // 2 == n for s, n in zip(skip.shape[2:], low.shape[2:], strict=True))
             # A graph may be traced through here, but not through the question; the op asks at every call.
             and (torch.compiler.is_compiling() or dispatch.choose(JOINED_UP, skip, conv.weight).prepares)
         )
 
     def _composed(self, low: Tensor, skip: Tensor) -> Tensor:
-        up: Any = self.up
-        block: Any = self.conv.double_conv
-        conv, norm, act, *_ = block
+        conv, norm, act, *_ = self.conv.double_conv
         bias, given = _bias_and_norm(conv, norm)
         return ops.conv_transpose2x2_concat_conv3x3_relu(
-            skip, low, up.weight, up.bias, conv.weight, bias, norm=given, negative_slope=_slope(act)
+            skip, low, self.up.weight, self.up.bias, conv.weight, bias, norm=given, negative_slope=_slope(act)
         )
 
 
 class OutConv(reference.OutConv):
     """The 1x1 head with its activation."""
 
+    conv: Any
+
     def forward(self, x: Tensor) -> Tensor:
-        if not _has(self.conv, CONV1X1):
-            return super().forward(x)
+        return self.fused(x) if not is_watched(x) and self.has_plain_layers() else super().forward(x)
+
+    def has_plain_layers(self) -> bool:
+        """Whether one op computes it."""
+        return self.head in HEADS and _is_convolution(self.conv, 1)
+
+    def fused(self, x: Tensor) -> Tensor:
         return ops.conv1x1(x, self.conv.weight, self.conv.bias, activation=self.head)
 
-    def is_fusable(self) -> bool:
-        """Whether a convolution before it can take it into its epilogue."""
-        return self.head in (None, "sigmoid") and _has(self.conv, CONV1X1) and not has_hooks(self)
+
+def upsample(up: Any, low: Tensor) -> Tensor:
+    """up(low), by an op where there is one."""
+    return ops.conv_transpose2x2(low, up.weight, up.bias) if _is_conv_transpose2x2(up) else up(low)
+
+
+def padded_to(low: Tensor, skip: Tensor) -> Tensor:
+    """low with the zeros around it that bring it to skip's size."""
+    padding = padding_to(low, skip)
+    return F.pad(low, padding) if any(padding) else low
 
 
 def conv_norm_activation(
     conv: Any, norm: Any, act: Any, x: Tensor, up: Tensor | None = None, *, pool: bool = False
 ) -> Any:
-    """act(norm(conv(x))) as one op, or module by module where one of them is not what the op computes.
-
-    A norm exchanged for another kind (SyncBatchNorm), a hook on one of the three: then they are called as they stand.
-    """
-    if not _is_fusable(conv, norm, act):
-        y = act(norm(conv(x if up is None else torch.cat([x, up], dim=1))))
-        return (y, ops.max_pool2x2(y)) if pool else y
+    """act(norm(conv(x))) of three that are fusable, as one op; x, or [x, up]. With pool, (y, max_pool2x2(y))."""
     activation: dict[str, Any] = {"negative_slope": _slope(act)}
     if isinstance(norm, nn.BatchNorm2d):
         return _batch_norm(conv, norm, x, up, pool, activation)
@@ -168,55 +205,114 @@ def _slope(act: Any) -> float:
 
 
 JOINED_UP = "conv_transpose2x2_concat_conv3x3_relu"
-PLAIN_TYPES = (
-    *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d),
-    *(nn.Identity, nn.ReLU, nn.LeakyReLU),
-)
-_PLAIN_CONV = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
-CONV3X3 = {**_PLAIN_CONV, "kernel_size": (3, 3), "transposed": False}
-CONV1X1 = {**_PLAIN_CONV, "kernel_size": (1, 1), "padding": (0, 0), "transposed": False}
-CONV_TRANSPOSE2X2 = {
-    **_PLAIN_CONV,
-    "kernel_size": (2, 2),
-    "stride": (2, 2),
-    "padding": (0, 0),
-    "output_padding": (0, 0),
-    "transposed": True,
-}
 
 
-def _is_fusable(conv: Any, norm: Any, act: Any) -> bool:
+def is_fusable(conv: Any, norm: Any, act: Any) -> bool:
     """Whether the three are what one of the ops computes: as built, or changed by the user into something else."""
     return (
-        _has(conv, CONV3X3)
-        and _is_plain(norm)
-        and _is_plain(act)
-        and (conv.bias is None or isinstance(norm, nn.Identity))
+        _is_convolution(conv, 3)
+        and _is_norm(norm)
+        and _is_activation(act)
+        and (conv.bias is None or type(norm) is nn.Identity)
     )
 
 
-def _both_are_plain(conv1: Any, norm1: Any, act1: Any, conv2: Any, norm2: Any, act2: Any) -> bool:
+def _are_one_op(norm1: Any, act1: Any, norm2: Any, act2: Any) -> bool:
     """Whether two blocks without norm follow each other with the same activation, and none sees what is between."""
-    slopes = {_slope(act) for act in (act1, act2)}
-    without_norm = isinstance(norm1, nn.Identity) and isinstance(norm2, nn.Identity)
-    return without_norm and len(slopes) == 1 and _is_fusable(conv1, norm1, act1) and _is_fusable(conv2, norm2, act2)
+    return type(norm1) is nn.Identity and type(norm2) is nn.Identity and _slope(act1) == _slope(act2)
 
 
-def _has(conv: Any, geometry: dict[str, Any]) -> bool:
-    """Whether a plain convolution has exactly this geometry."""
-    return _is_plain(conv) and geometry.items() <= vars(conv).items()
+def _is_convolution(conv: Any, size: int) -> bool:
+    """A plain 'same' convolution of this kernel size. The weight tells it: the size set beside it is not looked at."""
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.weight.shape[2:] == (size, size)
+        and conv.stride == (1, 1)
+        and conv.padding == (size // 2, size // 2)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """One of the types the fused ops stand for, itself and not a subclass, without hooks or running instance norm."""
-    tracking = isinstance(module, nn.InstanceNorm2d) and module.track_running_stats
-    return type(module) in PLAIN_TYPES and not has_hooks(module) and not tracking
+def _is_conv_transpose2x2(up: Any) -> bool:
+    return (
+        is_plain(up, nn.ConvTranspose2d)
+        and up.weight.shape[2:] == (2, 2)
+        and up.stride == (2, 2)
+        and up.padding == (0, 0)
+        and up.output_padding == (0, 0)
+        and up.dilation == (1, 1)
+        and up.groups == 1
+    )
+
+
+def _is_norm(norm: Any) -> bool:
+    """Batch norm, instance norm without running statistics, or none."""
+    if is_plain(norm, nn.InstanceNorm2d):
+        return not norm.track_running_stats and norm.running_mean is None
+    return is_plain(norm, nn.BatchNorm2d) or is_plain(norm, nn.Identity)
+
+
+def _is_activation(act: Any) -> bool:
+    """ReLU, or LeakyReLU of a slope that leaves the sign: the ops tell the gradient by the sign of the output."""
+    return is_plain(act, nn.ReLU) or (is_plain(act, nn.LeakyReLU) and 0 < act.negative_slope < float("inf"))
+
+
+def _is_max_pool2x2(pool: Any) -> bool:
+    return (
+        is_plain(pool, nn.MaxPool2d)
+        and pool.kernel_size in (2, (2, 2))
+        and pool.stride in (2, (2, 2))
+        and pool.padding in (0, (0, 0))
+        and pool.dilation in (1, (1, 1))
+        and not pool.ceil_mode
+        and not pool.return_indices
+    )
+
+
+def is_plain_block(block: Any, kind: type[DoubleConv] | type[Down] | type[Up] | type[OutConv]) -> bool:
+    """Whether a neighbour may be computed together with the block's layers."""
+    return is_plain(block, kind) and block.has_plain_layers()
+
+
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a call of module does what kind does, and nothing else: no subclass, hook, patch, or compiled call."""
+    return type(module) is kind and kind.forward is _FORWARDS[kind] and not has_hooks(module) and not is_patched(module)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether the instance has something of its own in the place of what its class does in a call."""
+    own = vars(module)
+    return "forward" in own or "_conv_forward" in own or "_check_input_dim" in own or "_compiled_call_impl" in own
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is called before or after the module."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_watched(x: Any) -> bool:
+    """Whether every module is to be called as such: for hooks of all modules, or for a trace or a transform of
+    torch.func, which take torch's own ops.
+    """
+    return any(_HOOKS_OF_ALL_MODULES) or isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or in_transform()
+
+
+_HOOKS_OF_ALL_MODULES = tuple(
+    getattr(nn.modules.module, f"_global_{name}_hooks", {})
+    for name in ("forward_pre", "forward", "backward_pre", "backward")
+)
+# As they are when this is imported: a class's own may be patched, too.
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward
+    for kind in (
+        *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.Identity, nn.ReLU, nn.LeakyReLU),
+        *(nn.MaxPool2d, nn.Upsample, nn.Sequential, DoubleConv, Down, Up, OutConv),
+    )
+}
 
 
 def _batch_norm(conv: Any, norm: Any, x: Tensor, up: Tensor | None, pool: bool, activation: dict[str, Any]) -> Any:

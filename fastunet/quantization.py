@@ -48,15 +48,13 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
     bits it tells the truth. torch.compile leaves its layers as they are.
 
     Raises:
-        ConfigError: a model with instance norm, with changed blocks, or quantised before.
+        ConfigError: a model with instance norm, with hooks or exchanged parts, or quantised before.
         DataError: no images, or calibration that met no finite value.
     """
-    if model.config["norm"] == "instance":
-        raise ConfigError("quantize: expected a model with batch norm or none, got instance norm")
+    _check(model)
     observed = copy.deepcopy(model).eval()
+    observed.__class__ = QuantizedUNet
     for name, block in _blocks(observed):
-        if type(block) is not modules.DoubleConv:
-            raise ConfigError(f"quantize: {name}: expected fastunet's DoubleConv, got {type(block).__name__}")
         _put(observed, name, SplitDoubleConv(*(_Observed(*parts) for parts in _halves(block))))
     count = 0
     for batch in [images] if isinstance(images, Tensor) else images:
@@ -68,6 +66,22 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
         _put(observed, name, SplitDoubleConv(*(_quantised(name, half) for half in (block.first, block.second))))
     _chain(observed)
     return observed.eval()
+
+
+def _check(model: UNet) -> None:
+    """ConfigError unless the blocks are fastunet's as they were built, with norms that can be quantised."""
+    if type(model).forward is not UNet.forward:
+        raise ConfigError(f"quantize: expected UNet's forward, got {type(model).__name__}'s own")
+    kinds = {"inc": modules.DoubleConv, "down": modules.Down, "up": modules.Up, "outc": modules.OutConv}
+    for name, part in model.named_children():
+        kind: Any = kinds.get(name.rstrip("0123456789"))
+        if kind is not None and not modules.is_plain_block(part, kind):
+            expected = f"fastunet's {kind.__name__} with the layers of a new UNet, without hooks or patches"
+            raise ConfigError(f"quantize: {name}: expected {expected}, got another {type(part).__name__}")
+    for name, block in _blocks(model):
+        for _, norm, _ in _halves(block):
+            if not isinstance(norm, nn.Identity) and getattr(norm, "running_mean", None) is None:
+                raise ConfigError(f"quantize: {name}: expected norms with running statistics, or none, got {norm}")
 
 
 def _chain(model: UNet) -> None:
@@ -105,6 +119,23 @@ def _halves(block: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
     return [(steps[0], steps[1], steps[2]), (steps[3], steps[4], steps[5])]
 
 
+class QuantizedUNet(UNet):
+    """A UNet of `quantize`, whose layers hand each other images in e4m3, as hooks see. Down and Up are not called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x, getattr(self.inc.first, "conv", self.inc.first).weight)
+        x = x.to(memory_format=torch.channels_last)
+        *encoder, bottom = self._blocks()
+        skips = []
+        for block in encoder:
+            skip, x = block(x, pool=True)
+            skips.append(skip)
+        x = bottom(x)
+        for up, skip in zip(self.ups, reversed(skips), strict=True):
+            x = up.conv(skip, modules.padded_to(modules.upsample(up.up, x), skip))
+        return self.outc(x)
+
+
 class SplitDoubleConv(nn.Module):
     """A DoubleConv of two modules, each of which takes (x, up, pool=...)."""
 
@@ -112,9 +143,8 @@ class SplitDoubleConv(nn.Module):
         super().__init__()
         self.first, self.second = first, second
 
-    def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False, head: Any = None) -> Any:
-        y = self.second(self.first(x, up), None, pool=pool)
-        return y if head is None else head(y)
+    def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
+        return self.second(self.first(x, up), None, pool=pool)
 
 
 class _Chained(nn.Module):
@@ -364,10 +394,6 @@ def _affine(conv: Any, norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, float
     if isinstance(norm, nn.Identity):
         bias = like * 0 if conv.bias is None else conv.bias.detach().float()
         return like * 0, like, like.clone(), bias.clone(), 0.0
-    if type(norm) is not nn.BatchNorm2d or norm.running_mean is None:
-        raise ConfigError(f"quantize: expected batch norm with running statistics, or none, got {norm}")
-    given = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    mean, variance, gamma, bias = (None if t is None else t.detach().float().clone() for t in given)
-    assert mean is not None
-    assert variance is not None
+    mean, variance = (t.detach().float().clone() for t in (norm.running_mean, norm.running_var))
+    gamma, bias = (None if t is None else t.detach().float().clone() for t in (norm.weight, norm.bias))
     return mean, variance, like if gamma is None else gamma, like * 0 if bias is None else bias, norm.eps

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastunet import modules, pretrained
 from fastunet.checks import ConfigError, ShapeError, check_activation
-from fastunet.ops.registration import in_transform
 from fastunet.reference import ReferenceUNet
 
 
@@ -33,11 +32,17 @@ class UNet(ReferenceUNet):
     In inference each upsampling may be folded into the convolution after it: on the CPU in float32, by the Triton
     kernels in 16 bits on sm_90 and above. `up.folds_upsampling = False` for an `up` of `model.ups` leaves it out.
 
+    It is an nn.Module like any other: hooks fire on every module; parts may be exchanged, subclassed, wrapped, patched,
+    frozen. What no fused op computes then runs module by module, as in `fastunet.reference`, and activations have the
+    memory format of the input: pass channels_last images for speed. `fastunet.explain` shows what runs.
+
     `UNet.from_pretrained` makes one from a checkpoint, of milesial/Pytorch-UNet and others; `save_pretrained` keeps it.
 
     Raises ValueError on unknown options, ShapeError on an image too small or with other channels.
     """
 
+    inc: Any
+    outc: Any
     double_conv_type, down_type, up_type, out_type = modules.DoubleConv, modules.Down, modules.Up, modules.OutConv
 
     def __init__(
@@ -63,35 +68,53 @@ class UNet(ReferenceUNet):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input(x)
-        if not in_transform():
-            # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
-            x = x.to(memory_format=torch.channels_last)
-        skip, x = modules.with_pool(self.inc, x)
-        skips = [skip]
-        *downs, bottom = self.downs
-        for down in downs:
-            skip, x = modules.with_pool(down, x)
+        if modules.is_watched(x) or not self._has_plain_layers():
+            return super().forward(x)
+        self._check_input(x, next(iter(self.inc.double_conv)).weight)
+        # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
+        x = x.to(memory_format=torch.channels_last)
+        *encoder, bottom = self._blocks()
+        *decoder, last = self.ups
+        skips = []
+        for block in encoder:
+            skip, x = block.fused_pool(x)
             skips.append(skip)
-        x = bottom(x)
-        *ups, last = self.ups
-        for up in ups:
-            x = up(x, skips.pop())
-        return last(x, skips.pop(), head=self.outc)
+        x = bottom.fused(x)
+        for up in decoder:
+            x = up.fused(x, skips.pop())
+        return last.fused(x, skips.pop(), head=self.outc)
 
-    def _check_input(self, x: Tensor) -> None:
+    def _has_plain_layers(self) -> bool:
+        """Whether no module's own call is asked for, so that what follows each other can be computed together."""
+        return (
+            modules.is_plain_block(self.inc, modules.DoubleConv)
+            and all(modules.is_plain_block(down, modules.Down) for down in self.downs)
+            and all(modules.is_plain_block(up, modules.Up) for up in self.ups)
+            and modules.is_plain_block(self.outc, modules.OutConv)
+        )
+
+    def _blocks(self) -> list[Any]:
+        """The double convolutions from the image to the bottom."""
+        return [self.inc, *(down.block for down in self.downs)]
+
+    def _check_input(self, x: Tensor, weight: Tensor) -> None:
+        """ShapeError for what the layers as they are cannot take, before any of them runs; weight is the first's."""
         check_activation("UNet", input=x)
-        channels, least = self.config["in_channels"], 2**self.depth
+        channels, least = weight.shape[1], 2**self.depth
         if x.shape[1] != channels:
             raise ShapeError(f"UNet: expected {channels} input channels, got {x.shape[1]} in {list(x.shape)}")
         height, width = x.shape[2:]
         if height < least or width < least:
             raise ShapeError(f"UNet: expected height and width >= {least} (2**depth), got {height}x{width}")
-        if self.config["norm"] == "instance" and height < 2 * least and width < 2 * least:
+        if height < 2 * least and width < 2 * least and self._has_instance_norm_at_the_bottom():
             raise ShapeError(
                 f"UNet: instance norm needs more than one pixel at the bottom: "
                 f"expected height or width >= {2 * least} (2**(depth + 1)), got {height}x{width}"
             )
+
+    def _has_instance_norm_at_the_bottom(self) -> bool:
+        *_, bottom = self._blocks()
+        return any(isinstance(layer, nn.InstanceNorm2d) for layer in bottom.modules())
 
     @classmethod
     def from_pretrained(

@@ -28,6 +28,12 @@ def model(norm: str | None = "batch", **options: Any) -> fastunet.UNet:
     return net.eval()
 
 
+def changed(path: str, other: nn.Module) -> fastunet.UNet:
+    net = model()
+    net.set_submodule(path, other)
+    return net
+
+
 def images(n: int = 2, seed: int = 1) -> Tensor:
     return torch.randn(n, 1, 20, 22, generator=torch.Generator().manual_seed(seed))
 
@@ -154,17 +160,15 @@ def test_a_quantised_model_is_kept_and_moved() -> None:
 @pytest.mark.parametrize(
     ("net", "batch", "error", "message"),
     [
-        (lambda: model("instance"), images, ConfigError, "got instance norm"),
+        (lambda: model("instance"), images, ConfigError, "expected norms with running statistics, or none, got Inst"),
         (model, list, DataError, "expected some images for calibration, got none"),
         (model, lambda: images() * float("nan"), DataError, "expected finite values"),
         (model, lambda: [images(), with_one_nan()], DataError, "expected finite values"),
         (model, lambda: [with_one_nan(), images()], DataError, "expected finite values"),
-        (
-            lambda: fastunet.quantize(model(), images()),
-            images,
-            ConfigError,
-            "expected fastunet's DoubleConv, got SplitDoubleConv",
-        ),
+        (lambda: fastunet.quantize(model(), images()), images, ConfigError, "UNet's forward, got QuantizedUNet's own"),
+        (lambda: changed("inc.double_conv.2", nn.GELU()), images, ConfigError, "inc: .* got another DoubleConv"),
+        (lambda: changed("down1.maxpool_conv.0", nn.AvgPool2d(2)), images, ConfigError, "down1: .* got another Down"),
+        (lambda: changed("outc", nn.Identity()), images, ConfigError, "outc: .* got another Identity"),
     ],
 )
 def test_bad_input(net: Any, batch: Any, error: type[Exception], message: str) -> None:

@@ -175,12 +175,12 @@ class ReferenceUNet(nn.Module):
     @property
     def downs(self) -> list[Any]:
         """down1..downN, from the image towards the bottom."""
-        return [self.get_submodule(f"down{level}") for level in range(1, self.depth + 1)]
+        return [getattr(self, f"down{level}") for level in range(1, self.depth + 1)]
 
     @property
     def ups(self) -> list[Any]:
         """up1..upN, from the bottom towards the image."""
-        return [self.get_submodule(f"up{level}") for level in range(1, self.depth + 1)]
+        return [getattr(self, f"up{level}") for level in range(1, self.depth + 1)]
 
     def forward(self, x: Tensor) -> Tensor:
         skips = [self.inc(x)]
