@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -9,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fastunet import modules, pretrained
+from fastunet import modules, pretrained, reference
 from fastunet.checks import ConfigError, ShapeError, check_activation
 from fastunet.reference import ReferenceUNet
 
@@ -171,8 +172,23 @@ class UNet(ReferenceUNet):
         pretrained.save(folder, self.config, self.state_dict())
 
     def to_reference(self) -> ReferenceUNet:
-        """The plain PyTorch twin with a copy of the weights, on the same device, dtype and mode."""
-        parameter = next(self.parameters())
-        twin = ReferenceUNet(**self.config).to(device=parameter.device, dtype=parameter.dtype)
-        twin.load_state_dict(self.state_dict())
-        return twin.train(self.training)
+        """The plain PyTorch twin: a copy of the model as it is now, exchanged parts, hooks and all, without gradients.
+
+        Raises ConfigError for a subclass with a forward of its own.
+        """
+        if type(self).forward is not UNet.forward:
+            raise ConfigError(f"to_reference: expected UNet's forward, got {type(self).__name__}'s own")
+        twin = copy.deepcopy(self).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        for module in twin.modules():
+            module.__class__ = _REFERENCES.get(type(module).forward, type(module))
+        twin.zero_grad()
+        return twin
+
+
+_REFERENCES: dict[Any, type[nn.Module]] = {
+    UNet.forward: ReferenceUNet,
+    modules.DoubleConv.forward: reference.DoubleConv,
+    modules.Down.forward: reference.Down,
+    modules.Up.forward: reference.Up,
+    modules.OutConv.forward: reference.OutConv,
+}

@@ -316,6 +316,27 @@ def test_traced(trace: str) -> None:
     assert_near(traced(x), reference(x))
 
 
+@pytest.mark.parametrize("path", ["inc.double_conv.2", "up2.up", "down1.maxpool_conv.0", "outc"])
+def test_the_reference_is_of_the_model_as_it_is(path: str) -> None:
+    model, _ = pair(wrap(path, Doubled))
+    model.inc.eval().requires_grad_(False)
+    assert_trains_alike(model, model.to_reference(), random_input(SHAPE, dtype=torch.float64))
+    reference = model.to_reference()
+    assert type(reference) is ReferenceUNet
+    assert not any(type(module).__module__ == "fastunet.modules" for module in reference.modules())
+    assert all(p.grad is None for p in reference.parameters())
+    assert not reference.inc.training
+
+
+def test_the_reference_of_another_forward_is_refused() -> None:
+    class Scaled(fastunet.UNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x / 255)
+
+    with pytest.raises(fastunet.FastUNetError, match="expected UNet's forward, got Scaled's own"):
+        Scaled(1, 1, features=FEATURES).to_reference()
+
+
 def test_the_input_is_checked_against_the_layers_that_are_there() -> None:
     model, _ = pair(put("inc.double_conv.0", lambda: nn.Conv2d(5, 4, 3, padding=1, bias=False)))
     with pytest.raises(ShapeError, match="expected 5 input channels, got 2"):
