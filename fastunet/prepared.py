@@ -3,27 +3,29 @@
 Every way in which torch changes a weight is seen: a new tensor, in-place ops, load_state_dict, and writes that version
 counters miss, through `.data` or of inference tensors. For that a weight's storage is marked copy-on-write, without a
 second owner: the first write takes the mark away and copies nothing. A weight without the mark is compared by a
-checksum, at the cost of reading it once; storages that torch did not allocate (shared memory, NumPy's) take no mark and
-are compared each time. On a GPU the checksum waits for it, and the mark does not: whoever only wants to know where a
-weight lies asks `address`, since `data_ptr` takes the mark away. Not seen is a write by other means than torch, such as
-a NumPy array of the weight made earlier.
+checksum, at the cost of reading it once; storages that torch did not allocate (shared memory, NumPy's) or that FSDP
+resizes take no mark and are compared each time. On a GPU the checksum waits for it, and the mark does not: whoever only
+wants to know where a weight lies asks `address`, since `data_ptr` takes the mark away. Not seen is a write by other
+means than torch, such as a NumPy array of the weight made earlier.
 
-What is kept belongs to the weight: it goes with it, and is no part of a module's state_dict, copies or pickles.
+What is kept belongs to the weight's storage: it goes with it, and is no part of a module's state_dict, copies or
+pickles. The tensor itself is not referred to, not even weakly, which would keep `torch.utils.swap_tensors` from it.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
 
@@ -34,20 +36,26 @@ _SMALL = 64 << 10
 
 
 class _Record:
-    """What is known of a tensor: its values at some moment, by their number, and where they were; and what was made of
-    it: (the state of all it was made of, the result).
+    """What is known of a tensor: its values at some moment, by their number, and how many writes had been found then;
+    and what was made of it: (the state of all it was made of, the result).
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self.place: tuple[object, ...] = ()
+        self.writes = 0
         self.checksum: tuple[Tensor, ...] = ()
         self.results: dict[Hashable, tuple[list[Any], Any]] = {}
 
 
-_records: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# How often the mark was found missing, by storage: tensors that share one share the mark.
-_writes: dict[int, int] = {}
+class _Storage:
+    """How often a storage's mark was found missing, and the tensors in it, which share the mark, by their geometry."""
+
+    def __init__(self) -> None:
+        self.writes = 0
+        self.records: dict[Hashable, _Record] = {}
+
+
+_storages: WeakKeyDictionary[torch.UntypedStorage, _Storage] = WeakKeyDictionary()
 _numbers = itertools.count(1)
 
 
@@ -98,7 +106,7 @@ def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[]
     """make(), or what it gave before for the same kind and unchanged sources.
 
     kind: names what is made, with everything that make() takes beside the sources. sources[0] is not None; one result
-    of each kind is kept for it.
+    of each kind is kept for it. A result shares no memory with the sources: it would keep them, and itself, for ever.
     """
     if _noted.uses is None:
         return _prepared(kind, sources, make)[1]
@@ -109,7 +117,8 @@ def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[]
 
 
 def _prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> tuple[list[Any], T]:
-    record = _record(sources[0])
+    assert sources[0] is not None
+    _, record = _known(sources[0])
     found = record.results.get(kind)
     if found is None or not _holds(found[0], sources):
         found = record.results[kind] = ([_state(t) for t in sources], make())
@@ -120,11 +129,14 @@ def _holds(state: list[Any], sources: Sequence[Tensor | None]) -> bool:
     return all(map(_is_unchanged, state, sources))
 
 
-def _record(t: Tensor | None) -> _Record:
-    record = _records.get(t)
-    if record is None:
-        record = _records[t] = _Record()
-    return record
+def _known(t: Tensor) -> tuple[_Storage, _Record]:
+    storage = t.untyped_storage()
+    known = _storages.get(storage)
+    if known is None:
+        known = _storages.setdefault(storage, _Storage())
+    geometry = t.storage_offset(), t.shape, t.stride(), t.dtype
+    record = known.records.get(geometry)
+    return known, record if record is not None else known.records.setdefault(geometry, _Record())
 
 
 def _state(t: Tensor | None) -> Any:
@@ -147,24 +159,27 @@ def _is_small(t: Tensor) -> bool:
 
 
 def _number(t: Tensor) -> int:
-    """A number that stays the same as long as t is that tensor with those values."""
-    record, place = _record(t), _place(t)
-    if record.place != place:
+    """A number that stays the same as long as t's memory holds those values."""
+    storage, record = _known(t)
+    if not torch._C._is_cow_tensor(t):  # type: ignore[attr-defined]
+        storage.writes += 1
+        if not _resizes_storages():
+            with suppress(RuntimeError):  # Of memory that is not torch's own: it stays unmarked.
+                torch._lazy_clone(t.detach())
+    writes = storage.writes
+    if record.writes != writes:
         checksum = _checksum(t.detach())
         if not _equal(record.checksum, checksum):
             record.number, record.checksum = next(_numbers), checksum
-        record.place = place
+        record.writes = writes
     return record.number
 
 
-def _place(t: Tensor) -> tuple[object, ...]:
-    """Where t's values are, and how often they may have been written: never the same where that cannot be told."""
-    storage = t.untyped_storage()._cdata
-    if not torch._C._is_cow_tensor(t):  # type: ignore[attr-defined]
-        _writes[storage] = _writes.get(storage, 0) + 1
-        with suppress(RuntimeError):  # Of memory that is not torch's own: it stays unmarked.
-            torch._lazy_clone(t.detach())
-    return storage, _writes[storage], t.storage_offset(), t.shape, t.stride()
+def _resizes_storages() -> bool:
+    """Whether FSDP may be at work, which frees and fills the storages of weights again: torch then fails on marked ones
+    ("ctx != nullptr INTERNAL ASSERT FAILED").
+    """
+    return "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
 
 
 def _checksum(t: Tensor) -> tuple[Tensor, ...]:

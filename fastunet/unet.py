@@ -20,7 +20,7 @@ class UNet(ReferenceUNet):
 
     [N, in_channels, H, W] to [N, out_channels, H, W]: logits, or probabilities where `head` is given. Any H and W from
     2**depth, odd ones included, depth = len(features) - 1. With the defaults, state_dict keys and shapes are those of
-    milesial/Pytorch-UNet's UNet(in_channels, out_channels). Weights and activations are channels_last inside.
+    milesial/Pytorch-UNet's UNet(in_channels, out_channels). Parameters are contiguous, activations channels_last.
 
     Arguments:
         features: channels of each level, from the image to the bottom.
@@ -66,7 +66,6 @@ class UNet(ReferenceUNet):
             activation=activation,
             head=head,
         )
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         if modules.is_watched(x) or not self._has_plain_layers():

@@ -19,6 +19,7 @@ FORMS = {
     "conv3x3_bias_relu_pool": ((2, 3, 5, 6), (4, 3, 3, 3)),
     "concat_conv3x3_bias_relu": ((2, 3, 5, 6), (2, 2, 5, 6), (4, 5, 3, 3)),
 }
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
 every_form = pytest.mark.parametrize("op", FORMS)
 
 
@@ -34,11 +35,19 @@ def integers(*shape: int, low: int = -3, high: int = 4) -> torch.Tensor:
 
 
 def run(
-    op, shapes, wanted: tuple[bool, ...], memory_format: torch.memory_format, dtype=torch.float32, **options
+    op,
+    shapes,
+    wanted: tuple[bool, ...],
+    memory_format: torch.memory_format,
+    dtype=torch.float32,
+    weight_format: torch.memory_format | None = None,
+    **options,
 ) -> list[torch.Tensor]:
     torch.manual_seed(0)
     tensors = [integers(*shape).to(dtype) for shape in (*shapes, shapes[-1][:1])]
     tensors = [t.contiguous(memory_format=memory_format) if t.dim() == 4 else t for t in tensors]
+    if weight_format is not None:
+        tensors[-2] = tensors[-2].contiguous(memory_format=weight_format)
     for t, want in zip(tensors, wanted, strict=True):
         t.requires_grad_(want)
     outputs = op(*tensors, **options)
@@ -55,16 +64,29 @@ def run_reference(op: str, *args, **options) -> list[torch.Tensor]:
 
 
 @every_form
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("formats", [(NCHW, NCHW), (NHWC, NHWC), (NHWC, NCHW)], ids=["nchw", "nhwc", "nhwc images"])
 @pytest.mark.parametrize("options", [{}, {"relu": False}, {"negative_slope": 0.5}], ids=["relu", "none", "leaky"])
-def test_values_and_gradients_are_the_references_in_the_inputs_format(op: str, memory_format, options: dict) -> None:
-    shapes = FORMS[op]
+def test_values_and_gradients_are_the_references_in_the_inputs_format(op: str, formats, options: dict) -> None:
+    shapes, (format, weight_format) = FORMS[op], formats
     wanted = (True,) * (len(shapes) + 1)
-    ours = run(getattr(ops, op), shapes, wanted, memory_format, **options)
-    theirs = run_reference(op, shapes, wanted, memory_format, **options)
+    ours = run(getattr(ops, op), shapes, wanted, format, weight_format=weight_format, **options)
+    theirs = run_reference(op, shapes, wanted, format, **options)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         torch.testing.assert_close(a, b, rtol=0, atol=0, msg=lambda m, i=i: f"result {i}: {m}")
-        assert a.dim() != 4 or a.is_contiguous(memory_format=memory_format)
+        expected = weight_format if i == len(ours) - 2 else format
+        assert a.dim() != 4 or a.is_contiguous(memory_format=expected)
+
+
+@every_form
+def test_a_change_of_a_contiguous_weight_is_seen(op: str) -> None:
+    """In inference the kernels read a channels_last copy of it, which is kept."""
+    *images, weight = (integers(*shape) for shape in FORMS[op])
+    images = [image.contiguous(memory_format=NHWC) for image in images]
+    for _ in range(2):
+        results = (getattr(module, op)(*images, weight) for module in (ops, reference))
+        for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        weight.data.neg_()
 
 
 @every_form

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.ops import onednn, recompute
-from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
+from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve, kernel_weight
 from fastunet.ops.epilogue import activate_, arguments_of, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, invoke, memory_format, none_like
@@ -168,7 +168,8 @@ def _forward(
     empty unless keep, the last two also in eval.
     """
     if runs_on_triton(NAME, x, weight, training=training or keep):
-        given = (x, up, weight, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, keep)
+        packed = kernel_weight(weight, x, training=training or keep)
+        given = (x, up, packed, gamma, beta, running_mean, running_var, training, momentum, eps, slope, pool, keep)
         return _forward_triton(*given)
     format = memory_format(x, up, weight)
     if dispatch.choose(NAME, x, weight, training=training or keep).implementation == "onednn":

@@ -18,6 +18,7 @@ from fastunet.ops.convolution import (
     conv_backward_triton,
     conv_fake,
     convolve,
+    kernel_weight,
 )
 from fastunet.ops.epilogue import activate_, arguments_of, epilogue_grad, slope_of
 from fastunet.ops.registration import (
@@ -151,7 +152,7 @@ def _forward(
     """
     implementation = dispatch.choose(NAME, x, weight, training=keep).implementation
     if implementation == "triton":
-        y, pooled = _forward_triton(x, up, weight, bias, slope, pool)
+        y, pooled = _forward_triton(x, up, kernel_weight(weight, x, training=keep), bias, slope, pool)
     else:
         if implementation == "onednn":
             y = onednn.conv3x3(x, up, weight, bias, None, slope)

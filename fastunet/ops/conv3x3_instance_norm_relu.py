@@ -14,7 +14,7 @@ from torch.autograd import Function
 from fastunet import checks, dispatch
 from fastunet.ops import onednn, recompute
 from fastunet.ops.conv3x3_batch_norm_relu import check_norm, check_pair, norm_grads_fake, statistics_dtype
-from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve
+from fastunet.ops.convolution import check_inputs, conv_backward, conv_backward_fake, conv_fake, convolve, kernel_weight
 from fastunet.ops.epilogue import activate_, arguments_of, epilogue_grad, slope_of
 from fastunet.ops.norm import backward_triton, forward_triton, in_format_of, runs_on_triton
 from fastunet.ops.registration import below_autograd, define, define_autocast, invoke, memory_format, none_like
@@ -118,7 +118,8 @@ def _forward(
     its statistics.
     """
     if runs_on_triton(NAME, x, weight, training=keep):
-        return _forward_triton(x, up, weight, gamma, beta, eps, slope, pool, keep)
+        packed = kernel_weight(weight, x, training=keep)
+        return _forward_triton(x, up, packed, gamma, beta, eps, slope, pool, keep)
     format = memory_format(x, up, weight)
     if dispatch.choose(NAME, x, weight, training=keep).implementation == "onednn":
         raw = onednn.conv3x3(x, up, weight, None, None, None)

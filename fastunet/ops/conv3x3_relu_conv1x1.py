@@ -10,7 +10,7 @@ from fastunet import checks, dispatch
 from fastunet.ops import onednn
 from fastunet.ops.conv3x3_batch_norm_relu import check_eps, check_norm
 from fastunet.ops.conv3x3_bias_relu import check_inputs
-from fastunet.ops.convolution import convolve
+from fastunet.ops.convolution import convolve, kernel_weight
 from fastunet.ops.epilogue import activate_, arguments_of, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
 from fastunet.reference import functional as reference
@@ -63,9 +63,10 @@ def _forward(
     sigmoid: bool,
 ) -> Tensor:
     format = memory_format(x, weight)
-    given = (x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
     implementation = dispatch.choose(NAME, x, weight).implementation
     if implementation == "triton":
+        packed = kernel_weight(weight, x, training=False)
+        given = (x, packed, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
         return _forward_triton(*given).contiguous(memory_format=format)
     if implementation == "onednn":
         norm = onednn.norm_of(mean, variance, gamma, eps)

@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.ops import onednn, recompute
-from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
+from fastunet.ops.convolution import convolution_grads, convolution_grads_fake, kernel_weight
 from fastunet.ops.registration import (
     below_autograd,
     define,
@@ -42,7 +42,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tens
     """keep: there will be a backward."""
     implementation = dispatch.choose(NAME, x, weight, training=keep).implementation
     if implementation == "triton":
-        y = _forward_triton(x, weight, bias)
+        y = _forward_triton(x, kernel_weight(weight, x, training=keep), bias)
     elif implementation == "onednn":
         y = onednn.conv_transpose2x2(x, weight, bias)
     else:
@@ -78,7 +78,8 @@ def _backward_triton(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) 
     tf32 = dispatch.tf32_allowed()
     grad_x = grad_weight = grad_bias = none_like(x)
     if mask[0]:
-        grad_x = strided_like(kernels.conv_transpose2x2_input_grad(grad, weight, allow_tf32=tf32), x)
+        packed = kernel_weight(weight, x, training=True)
+        grad_x = strided_like(kernels.conv_transpose2x2_input_grad(grad, packed, allow_tf32=tf32), x)
     if mask[1] or mask[2]:
         sums = kernels.conv_transpose2x2_weight_grad(grad, x, with_bias=mask[2], allow_tf32=tf32)
         grad_weight = strided_like(sums[0], weight) if mask[1] else grad_weight

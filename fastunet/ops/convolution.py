@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastunet import checks, dispatch
 from fastunet.ops import winograd
-from fastunet.ops.registration import empty_in, memory_format, none_like, strided_like
+from fastunet.ops.registration import empty_in, memory_format, none_like, strided_like, suggests_channels_last
+from fastunet.prepared import prepared
 
 CONV3X3 = "conv3x3_bias_relu"
 
@@ -22,6 +23,22 @@ def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: 
     checks.check_together(name, x, weight=weight)
     if pool:
         checks.check_pooled(name, *x.shape[2:])
+
+
+def kernel_weight(weight: Tensor, x: Tensor, *, training: bool) -> Tensor:
+    """weight as the kernels read it in vectors, channels_last like x; in inference the copy is kept."""
+    if not suggests_channels_last(x) or weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    if training:
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    def make() -> Tensor:
+        packed = weight.detach().contiguous(memory_format=torch.channels_last)
+        if packed.is_cuda:  # The next call may be on another stream.
+            torch.cuda.current_stream(packed.device).synchronize()
+        return packed
+
+    return prepared("channels_last", [weight], make)
 
 
 def convolve(
@@ -75,15 +92,16 @@ def conv_backward_triton(
     tf32 = dispatch.tf32_allowed()
     split = x.shape[1]
     results = [none_like(x)] * 4
+    packed = kernel_weight(weight, x, training=True) if mask[0] or mask[1] else weight
     if mask[0] and up is not None and mask[1]:
-        grad_x, grad_up = kernels.conv3x3_two_input_grads(grad, weight, split, allow_tf32=tf32)
+        grad_x, grad_up = kernels.conv3x3_two_input_grads(grad, packed, split, allow_tf32=tf32)
         results[0], results[1] = strided_like(grad_x, x), strided_like(grad_up, up)
     elif mask[0]:
         activated = {} if input_slope is None else {"x": x, "negative_slope": input_slope}
-        grad_x = kernels.conv3x3_input_grad(grad, weight[:, :split], allow_tf32=tf32, **activated)
+        grad_x = kernels.conv3x3_input_grad(grad, packed[:, :split], allow_tf32=tf32, **activated)
         results[0] = strided_like(grad_x, x)
     elif up is not None and mask[1]:
-        results[1] = strided_like(kernels.conv3x3_input_grad(grad, weight[:, split:], allow_tf32=tf32), up)
+        results[1] = strided_like(kernels.conv3x3_input_grad(grad, packed[:, split:], allow_tf32=tf32), up)
     if mask[2] or mask[3]:
         parts = [kernels.conv3x3_weight_grad(grad, x, with_bias=mask[3], allow_tf32=tf32)]
         if up is not None and mask[2]:

@@ -129,7 +129,7 @@ def _sources(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> list[Ten
 
 def _folded(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution with its norm, in float32."""
-    weight, shift = weight.detach().float(), None if bias is None else bias.detach().float()
+    weight, shift = weight.detach().float(), None if bias is None else bias.detach().to(torch.float32, copy=True)
     if norm is None:
         return weight.clone(), shift  # Packing asks for memory to write to, which `prepared` would take for a write.
     gamma = None if norm.gamma is None else norm.gamma.detach().float()

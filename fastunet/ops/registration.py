@@ -208,7 +208,8 @@ def define_autocast(
 ) -> None:
     """At the Autocast keys, run op with the tensor arguments at the positions `cast` in the autocast dtype.
 
-    `parameters` are cast as well, except where the op prepares them once: a cast one is another tensor at every call.
+    `parameters` are cast as well, into the memory format of the first argument, except where the op prepares them once:
+    a cast one is another tensor at every call.
     `rule(*args)`, if given, is called first and answers for the op where it returns something else than None.
     As torch's own rules, float64 and integer tensors are left as they are.
     """
@@ -228,17 +229,18 @@ def define_autocast(
                 return _COMPOSITIONS[name](*args)  # Of functions that autocast has rules for.
             is_prepared = not is_recorded and choice_for(name, values[0], args).prepares
             if not is_prepared:
-                values = [_cast(a, dtype) if i in parameters else a for i, a in enumerate(values)]
+                format = torch.channels_last if suggests_channels_last(values[0]) else torch.preserve_format
+                values = [_cast(a, dtype, format) if i in parameters else a for i, a in enumerate(values)]
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
                 return op(*values)
 
         _LIBRARY.impl(name, kernel, key)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: torch.dtype, format: torch.memory_format = torch.preserve_format) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
         return value
-    return value.to(dtype)
+    return value.to(dtype, memory_format=format if value.dim() == 4 else torch.preserve_format)
 
 
 def _not_differentiable(name: str, op: Callable, *, is_backward: bool) -> type[Function]:
