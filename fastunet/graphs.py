@@ -65,11 +65,6 @@ class GraphedModel(nn.Module):
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
         self._state: tuple[nn.Module, ModelState] | None = None
 
-    @property
-    def config(self) -> Any:
-        """The model's, by which `predict` knows its head."""
-        return getattr(self.model, "config", {})
-
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         if self.model.training:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .checks import ConfigError, ShapeError
+from .wrappers import as_probabilities, in_eval_mode
 
 if TYPE_CHECKING:
     from .metrics import Scores
@@ -20,22 +21,34 @@ VIEWS = 8  # four quarter turns, each as it is and mirrored
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, image: Tensor, *, tile: int | None = None, overlap: float = 0.25, tta: bool = False
+    model: nn.Module,
+    image: Tensor,
+    *,
+    tile: int | None = None,
+    overlap: float = 0.25,
+    tta: bool = False,
+    from_logits: bool | None = None,
 ) -> Tensor:
     """Probabilities, float32 [N, K, H, W] (or [K, H, W]), of an image batch [N, C, H, W] (or an image [C, H, W]).
 
     The image is on the model's device and normalised as the model was trained. One output channel gives sigmoid, more
-    give softmax over them, unless the model's own head has done so. The model runs in eval mode and is left as it was.
+    give softmax over them, unless the model has done so. The model runs in eval mode, and each of its modules is left
+    in the mode it was in, also where several threads predict by one model.
 
     Args:
         tile: edge in pixels of square tiles, for images too large to go through at once; blended with Gaussian weights
             where they overlap (MONAI's sliding window). None, or an image that fits into one tile, goes through whole.
         overlap: of neighbouring tiles, as a fraction of the edge, 0 <= overlap < 1.
         tta: average over the eight flips and quarter turns: better, and eight times the work.
+        from_logits: whether the model gives logits, rather than probabilities. None finds out, for a fastunet.UNet in
+            DataParallel, DistributedDataParallel, AveragedModel, torch.compile, `fastunet.graphed`, nn.Sequential with
+            or without an activation at its end, or code of your own that returns the U-Net's result; models of other
+            kinds are taken to give logits.
 
     Raises:
         ShapeError: the image is neither 3-D nor 4-D, or what the model itself refuses.
-        ConfigError: tile or overlap out of range.
+        ConfigError: tile or overlap out of range; a model that gives something else than a tensor [N, K, H, W], or of
+            which it cannot be told whether that is logits: a traced or exported one, or other code around a U-Net.
     """
     if image.dim() not in (3, 4):
         raise ShapeError(f"predict: image: expected [C, H, W] or [N, C, H, W], got {list(image.shape)}")
@@ -44,25 +57,16 @@ def predict(
     if not 0 <= overlap < 1:
         raise ConfigError(f"predict: overlap: expected 0 <= overlap < 1, got {overlap}")
     batch = image if image.dim() == 4 else image[None]
-    training = model.training
-    model.eval()
-    try:
-        total = _probabilities(model, batch, tile, overlap)
+    run = as_probabilities(model, from_logits)
+    with in_eval_mode(model):
+        total = _probabilities(run, batch, tile, overlap)
         for view in range(1, VIEWS) if tta else ():
-            total += _look_back(_probabilities(model, _look(batch, view), tile, overlap), view)
-    finally:
-        model.train(training)
+            total += _look_back(_probabilities(run, _look(batch, view), tile, overlap), view)
     result = total / VIEWS if tta else total
     return result if image.dim() == 4 else result[0]
 
 
-def _probabilities(model: nn.Module, batch: Tensor, tile: int | None, overlap: float) -> Tensor:
-    def run(x: Tensor) -> Tensor:
-        y = model(x).float()
-        if getattr(model, "config", {}).get("head") is not None:
-            return y
-        return y.sigmoid() if y.shape[1] == 1 else y.softmax(dim=1)
-
+def _probabilities(run: Callable[[Tensor], Tensor], batch: Tensor, tile: int | None, overlap: float) -> Tensor:
     if tile is None or max(batch.shape[-2:]) <= tile:
         return run(batch)
     from monai.inferers import sliding_window_inference

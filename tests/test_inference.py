@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import fastunet
 from fastunet.checks import ConfigError, ShapeError
+from fastunet.graphs import GraphedModel
 from fastunet.inference import evaluate, labels_of
 
 
@@ -34,12 +40,111 @@ def test_probabilities_of_batch_and_single_image(channels: int, activation) -> N
     assert not fastunet.predict(model, image).requires_grad
 
 
-def test_a_models_own_head_is_not_applied_twice() -> None:
-    model = fastunet.UNet(1, 1, features=(2, 4), head="sigmoid").eval()
-    image = torch.randn(1, 1, 8, 8)
+class Own(nn.Module):
+    """A user's code around one U-Net or several; `use` is what it does with them."""
+
+    def __init__(self, use: Callable[..., Tensor], *nets: nn.Module) -> None:
+        super().__init__()
+        self.use, self.nets = use, nn.ModuleList(nets)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(x, *self.nets)
+
+
+class Halved(fastunet.UNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / 2)
+
+
+def unet(head: str | None = None, kind: type[fastunet.UNet] = fastunet.UNet) -> fastunet.UNet:
+    torch.manual_seed(0)
+    return kind(1, 3 if head == "softmax" else 1, features=(2, 4), head=head)
+
+
+def with_outer_sigmoid(model: fastunet.UNet) -> nn.Module:
+    reference = model.to_reference()
+    reference.outc = nn.Sequential(reference.outc, nn.Sigmoid())
+    return reference
+
+
+def recorded(model: nn.Module) -> nn.Module:
+    """Graphed, by what records without a GPU."""
+
+    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        result = run()
+        return lambda: result.copy_(run()), result  # type: ignore[return-value]
+
+    return GraphedModel(model, record=record)
+
+
+def traced(model: nn.Module) -> nn.Module:
+    return torch.jit.trace(model.eval(), torch.zeros(1, 1, 8, 8))
+
+
+def exported(model: nn.Module) -> nn.Module:
+    return torch.export.export(model.eval(), (torch.zeros(1, 1, 8, 8),)).module()
+
+
+WRAPPINGS: dict[str, Callable[[fastunet.UNet], nn.Module]] = {
+    "none": lambda m: m,
+    "quantised": lambda m: fastunet.quantize(m, torch.randn(1, 1, 8, 8)),
+    "reference": lambda m: m.to_reference(),
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "AveragedModel": AveragedModel,
+    "both": lambda m: AveragedModel(nn.DataParallel(m)),
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "graphed": recorded,
+    "Sequential": lambda m: nn.Sequential(nn.Identity(), m, nn.Dropout()),
+    "code": lambda m: Own(lambda x, net: net(x / 2).float(), m),
+    "code, compiled": lambda m: Own(lambda x, net: net(x), torch.compile(m, backend="eager")),
+    "subclass": lambda m: unet(m.config["head"], Halved),
+}
+ACTIVATING: dict[str, Callable[[fastunet.UNet], nn.Module]] = {
+    "Sequential": lambda m: nn.Sequential(m, nn.Sigmoid()),
+    "Sequential in DataParallel": lambda m: nn.DataParallel(
+        nn.Sequential(nn.Sequential(m, nn.Sigmoid()), nn.Identity())
+    ),
+    "exchanged head": with_outer_sigmoid,
+}
+UNKNOWN: dict[str, Callable[[fastunet.UNet], nn.Module]] = {
+    "activating code": lambda m: Own(lambda x, net: net(x).sigmoid(), m),
+    "mean of two": lambda m: Own(lambda x, a, b: (a(x) + b(x)) / 2, m, unet()),
+    "traced": traced,
+    "exported": exported,
+}
+
+
+@pytest.fixture(scope="module")
+def _process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("store") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("head", [None, "sigmoid", "softmax"])
+@pytest.mark.parametrize("wrapping", [*WRAPPINGS, *(f"activating: {name}" for name in ACTIVATING)])
+def test_an_activation_is_applied_once(wrapping: str, head: str | None) -> None:
+    is_activating, image = wrapping.startswith("activating: "), torch.randn(2, 1, 9, 8)
+    wrapped = (ACTIVATING if is_activating else WRAPPINGS)[wrapping.removeprefix("activating: ")](unet(head)).eval()
     with torch.no_grad():
-        expected = model(image)
-    torch.testing.assert_close(fastunet.predict(model, image), expected, rtol=0, atol=0)
+        expected = wrapped(image)
+    if head is None and not is_activating:
+        expected = expected.sigmoid()
+    assert torch.equal(fastunet.predict(wrapped, image), expected)
+
+
+@pytest.mark.parametrize("wrapping", UNKNOWN)
+def test_what_cannot_be_known_is_asked_for(wrapping: str) -> None:
+    wrapped, image = UNKNOWN[wrapping](unet()), torch.randn(1, 1, 8, 8)
+    hooks = [len(module._forward_hooks) for module in wrapped.modules()]
+    with pytest.raises(ConfigError, match=r"cannot tell .* gives logits or probabilities: .* pass from_logits=True"):
+        fastunet.predict(wrapped, image)
+    result = fastunet.predict(wrapped, image, from_logits=False)
+    assert torch.equal(fastunet.predict(wrapped, image, from_logits=True), result.sigmoid())
+    assert [len(module._forward_hooks) for module in wrapped.modules()] == hooks
 
 
 def test_tiles_agree_with_the_whole_but_at_their_edges() -> None:
@@ -75,11 +180,68 @@ def test_bad_arguments() -> None:
         fastunet.predict(model, torch.zeros(1, 4, 4), tile=0)
 
 
-def test_the_mode_survives_an_error() -> None:
-    model = fastunet.UNet(1, 1, features=(2, 4)).train()
-    with pytest.raises(ShapeError):
-        fastunet.predict(model, torch.zeros(1, 1, 1, 1))
-    assert model.training
+class StaysInEval(nn.BatchNorm2d):
+    """Frozen as torchvision's detectors and many scripts do it."""
+
+    def train(self, mode: bool = True) -> StaysInEval:
+        return super().train(False)
+
+
+class Merging(nn.Conv2d):
+    """Its eval mode is more than a flag, as where LoRA's weights are merged."""
+
+    merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        self.merged = not mode
+        return super().train(mode)
+
+
+def frozen(model: fastunet.UNet) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+MODES: dict[str, Callable[[fastunet.UNet], object]] = {
+    "train": lambda m: None,
+    "eval": lambda m: m.eval(),
+    "a frozen block": lambda m: m.inc.eval(),
+    "frozen norms": frozen,
+    "one part in train mode": lambda m: m.eval().up1.train(),
+    "norms that stay frozen": lambda m: setattr(m.inc.double_conv, "1", StaysInEval(2)) or m.train(),
+    "a train method of its own": lambda m: setattr(m.outc, "conv", Merging(2, 1, 1)),
+}
+
+
+def modes(model: nn.Module) -> dict[str, tuple[bool, bool]]:
+    return {name: (module.training, getattr(module, "merged", False)) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("way", ["whole", "compiled", "error", "threads"])
+@pytest.mark.parametrize("mode", MODES)
+def test_each_module_is_left_in_its_mode(mode: str, way: str) -> None:
+    model = unet().train()
+    MODES[mode](model)
+    before, statistics = modes(model), copy.deepcopy(model.state_dict())
+    image = torch.randn(1, 1, 8, 8)
+    if way == "error":
+        with pytest.raises(ShapeError):
+            fastunet.predict(model, image[..., :1])
+    elif way == "threads":
+        seen: list[bool] = []
+        model.down1.register_forward_pre_hook(lambda module, _: seen.append(any(m.training for m in model.modules())))
+        wrapped = nn.DataParallel(model)
+        with ThreadPoolExecutor(4) as pool:
+            [*pool.map(lambda i: fastunet.predict(wrapped if i % 2 else model, image), range(40))]
+        assert len(seen) == 40
+        assert not any(seen)
+        model.down1._forward_pre_hooks.clear()
+    else:
+        fastunet.predict(torch.compile(model, backend="eager") if way == "compiled" else model, image)
+    assert modes(model) == before
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, statistics[name]), name
 
 
 def test_labels() -> None:
