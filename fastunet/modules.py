@@ -295,10 +295,16 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_watched(x: Any) -> bool:
-    """Whether every module is to be called as such: for hooks of all modules, or for a trace or a transform of
-    torch.func, which take torch's own ops.
+    """Whether every module is to be called as such: for hooks of all modules, or for an export, a trace or a transform
+    of torch.func, which take torch's own ops.
     """
-    return any(_HOOKS_OF_ALL_MODULES) or isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or in_transform()
+    return (
+        any(_HOOKS_OF_ALL_MODULES)
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or in_transform()
+        or isinstance(x, torch.fx.Proxy)
+    )
 
 
 _HOOKS_OF_ALL_MODULES = tuple(

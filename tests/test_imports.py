@@ -15,7 +15,6 @@ FLOORS = {
     "reference": 0,
     "kernels": 0,
     "checks": 1,
-    "exporting": 1,
     "files": 1,
     "outputs": 2,
     "folding": 1,

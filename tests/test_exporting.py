@@ -1,0 +1,75 @@
+"""What torch makes programs of: a UNet is then torch's own ops, for any size of image."""
+
+from __future__ import annotations
+
+import io
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastunet
+from fastunet.testing import assert_within
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "batch": {},
+    "instance, bilinear": {"norm": "instance", "upsample": "bilinear", "head": "softmax"},
+    "none": {"norm": None, "activation": "leaky_relu", "head": "sigmoid"},
+}
+EXAMPLE, OTHERS = (2, 1, 32, 32), [(3, 1, 51, 45), (1, 1, 64, 33), (2, 1, 18, 70)]
+
+
+def net(options: str) -> fastunet.UNet:
+    torch.manual_seed(0)
+    return fastunet.UNet(1, 2, features=(4, 8, 16), **OPTIONS[options]).double().eval()
+
+
+def assert_as_reference(program: Any, model: fastunet.UNet) -> None:
+    """Both are the same ops in float64, though in other memory formats."""
+    reference = model.to_reference()
+    for shape in (EXAMPLE, *OTHERS):
+        x = torch.randn(shape, dtype=torch.float64)
+        assert_within(program(x).detach(), reference(x).detach(), 1e-12)
+
+
+def example() -> Tensor:
+    return torch.randn(EXAMPLE, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("options", "grad", "strict"),
+    [("batch", True, False), ("batch", False, True), ("instance, bilinear", False, False), ("none", True, True)],
+)
+def test_exports_with_free_sizes(options: str, grad: bool, strict: bool) -> None:
+    model, free = net(options), torch.export.Dim.DYNAMIC
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (example(),), dynamic_shapes=[{0: free, 2: free, 3: free}], strict=strict)
+    program = program.run_decompositions()
+    assert not [node for node in program.graph.nodes if "fastunet" in str(node.target)]
+    assert_as_reference(program.module(), model)
+
+
+@pytest.mark.parametrize(("options", "grad"), [("batch", True), ("batch", False), ("instance, bilinear", False)])
+def test_traces_with_free_sizes(options: str, grad: bool) -> None:
+    model = net(options)
+    with torch.set_grad_enabled(grad):
+        program = torch.jit.trace(model, example())
+    assert "fastunet::" not in str(program.inlined_graph)
+    assert_as_reference(program, model)
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["TorchScript", "dynamo"])
+def test_goes_to_onnx_as_it_is(dynamo: bool) -> None:
+    model, file = net("batch").float(), io.BytesIO()
+    missing = [name for name in ("onnx", *(["onnxscript"] if dynamo else [])) if find_spec(name) is None]
+    if missing and dynamo:
+        pytest.skip(f"{missing} not installed")
+    try:
+        torch.onnx.export(model, (example().float(),), file, dynamo=dynamo)
+    except torch.onnx.errors.OnnxExporterError as error:
+        if not missing or "onnx is not installed" not in str(error):
+            raise
+        pytest.skip("the graph is converted, but onnx, which completes the file, is not installed")
+    assert file.getvalue()
