@@ -30,7 +30,8 @@ STRUCTURE = ("in_channels", "out_channels", "features", "norm", "upsample")  # w
 FREE = ("activation", "head")  # what they do not
 NESTS = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put it among other things
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.compile, a LightningModule's attribute
-NO_WEIGHT = "mask_values"  # the grey values of the classes, which milesial's train.py adds
+# The grey values of the classes, which milesial's train.py adds, and the count of torch's AveragedModel.
+NO_WEIGHTS = ("mask_values", "n_averaged")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OURS, BRAIN = "inc.double_conv.0.weight", "encoder1.enc1conv1.weight"  # by which the two are recognised
 SHOWN = 3  # names in an error
@@ -251,7 +252,7 @@ def _safetensors() -> Any:
 def _tensors(weights: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """The state dict within a checkpoint, without what wrappers put before its names."""
     nested = (weights[name] for name in NESTS if isinstance(weights.get(name), Mapping))
-    entries = {name: value for name, value in next(nested, weights).items() if name != NO_WEIGHT}
+    entries = {name: value for name, value in next(nested, weights).items() if name not in NO_WEIGHTS}
     for name, value in entries.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise DataError(f"{where}: expected a state dict of tensors, got {type(value).__name__} {name!r}")

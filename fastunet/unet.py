@@ -15,6 +15,16 @@ from fastunet.checks import ConfigError, ShapeError, check_activation
 from fastunet.reference import ReferenceUNet
 
 
+def _either(name: str, value: Any, alias: str, other: Any, default: Any = None) -> Any:
+    """Return the one of two spellings of an argument that is given. ConfigError where both are, or neither."""
+    if value is not None and other is not None:
+        raise ConfigError(f"UNet: expected {name} or {alias}, which mean the same, got both")
+    found = value if value is not None else other if other is not None else default
+    if found is None:
+        raise ConfigError(f"UNet: {name}: expected a number of channels (also known as {alias}), got none")
+    return found
+
+
 class UNet(ReferenceUNet):
     """The U-Net of Ronneberger et al. 2015 (arXiv:1505.04597), every layer a fused op.
 
@@ -29,6 +39,7 @@ class UNet(ReferenceUNet):
             at each level's end).
         activation: "relu", or "leaky_relu" with slope 0.01.
         head: None, "sigmoid", or "softmax" over the channels.
+        n_channels, n_classes, bilinear: in_channels, out_channels and upsample as milesial/Pytorch-UNet spells them.
 
     In inference each upsampling may be folded into the convolution after it: on the CPU in float32, by the Triton
     kernels in 16 bits on sm_90 and above. `up.folds_upsampling = False` for an `up` of `model.ups` leaves it out.
@@ -48,21 +59,25 @@ class UNet(ReferenceUNet):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
         *,
         features: Sequence[int] = (64, 128, 256, 512, 1024),
         norm: str | None = "batch",
-        upsample: str = "transpose",
+        upsample: str | None = None,
         activation: str = "relu",
         head: str | None = None,
+        n_channels: int | None = None,
+        n_classes: int | None = None,
+        bilinear: bool | None = None,
     ) -> None:
+        theirs = None if bilinear is None else "bilinear" if bilinear else "transpose"
         super().__init__(
-            in_channels,
-            out_channels,
+            _either("in_channels", in_channels, "n_channels", n_channels),
+            _either("out_channels", out_channels, "n_classes", n_classes),
             features=features,
             norm=norm,
-            upsample=upsample,
+            upsample=_either("upsample", upsample, "bilinear", theirs, default="transpose"),
             activation=activation,
             head=head,
         )

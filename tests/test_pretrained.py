@@ -271,7 +271,7 @@ def test_saved_and_loaded_is_identical(options: dict, tmp_path: Path) -> None:
         loaded = UNet.from_pretrained(path)
         assert_identical(loaded, model)
         assert not loaded.training
-    assert loaded.inc.double_conv[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(p.is_contiguous() for p in loaded.parameters())
     assert all(p.requires_grad and p.device.type == "cpu" for p in loaded.parameters())
     # Without config.json, all but what weights cannot tell; in bilinear the last of features is milesial's.
     alone = UNet.from_pretrained(model.state_dict(), activation=options["activation"], head=options["head"])
@@ -611,3 +611,14 @@ def test_without_safetensors_torchs_files_still_load(tmp_path: Path, monkeypatch
 def test_the_model_alone_imports_no_safetensors() -> None:
     code = "import sys, fastunet; fastunet.UNet; assert 'safetensors' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_an_average_of_weights_loads(tmp_path: Path) -> None:
+    """Of torch's AveragedModel, whose state dict counts what was averaged."""
+    model = randomised(fastunet.UNet(1, 2, features=(4, 8)))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), tmp_path / "ema.pth")
+    for source in (tmp_path / "ema.pth", averaged.state_dict()):
+        loaded = fastunet.UNet.from_pretrained(source)
+        assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items())

@@ -10,7 +10,7 @@ import torch
 
 import fastunet
 from fastunet import dispatch
-from fastunet.checks import ShapeError
+from fastunet.checks import ConfigError, ShapeError
 from fastunet.reference import ReferenceUNet
 from fastunet.testing import assert_within
 
@@ -134,6 +134,30 @@ def test_one_value_per_channel_in_training_raises_as_torch_does() -> None:
 def test_unknown_options_raise(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastunet.UNet(1, 2, **options)
+
+
+def test_milesials_spelling() -> None:
+    ours = fastunet.UNet(3, 2, features=SMALL, upsample="bilinear")
+    theirs = fastunet.UNet(n_channels=3, n_classes=2, bilinear=True, features=SMALL)
+    assert theirs.config == ours.config
+    assert str(theirs) == str(ours)
+    assert fastunet.UNet(3, n_classes=2, bilinear=False, features=SMALL).config["upsample"] == "transpose"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_channels": 3}, r"out_channels: expected a number of channels \(also known as n_classes\), got none"),
+        (
+            {"in_channels": 3, "n_channels": 3, "n_classes": 2},
+            "in_channels or n_channels, which mean the same, got both",
+        ),
+        ({"n_channels": 3, "n_classes": 2, "bilinear": True, "upsample": "transpose"}, "upsample or bilinear"),
+    ],
+)
+def test_a_mixed_spelling_names_ours(arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fastunet.UNet(**arguments)
 
 
 def test_moves_to_another_dtype_and_device() -> None:
