@@ -20,7 +20,9 @@ from fastunet.ops.conv3x3_instance_norm_relu import (
 from fastunet.ops.conv3x3_relu_conv1x1 import conv3x3_relu_conv1x1
 from fastunet.ops.conv_transpose2x2 import conv_transpose2x2
 from fastunet.ops.conv_transpose2x2_concat_conv3x3_relu import conv_transpose2x2_concat_conv3x3_relu
+from fastunet.ops.flops import register_formulas
 from fastunet.ops.max_pool2x2 import max_pool2x2
+from fastunet.ops.registration import registered
 from fastunet.ops.segmentation_sums import segmentation_sums
 from fastunet.ops.sigmoid_dice_loss import sigmoid_dice_loss
 
@@ -43,3 +45,5 @@ __all__ = [
     "segmentation_sums",
     "sigmoid_dice_loss",
 ]
+
+register_formulas(registered())

@@ -79,6 +79,11 @@ def define(
     return op
 
 
+def registered() -> list[Any]:
+    """Return all ops that were defined."""
+    return [*_IMPLEMENTATIONS]
+
+
 def invoke(op: Any, *args: Any) -> Any:
     """Call a registered op as `op(*args)` does, by the shortest way where nothing but the values of tensors counts.
 
