@@ -64,6 +64,8 @@ def store_head(
     CLASSES: tl.constexpr, SIGMOID: tl.constexpr, AXIS: tl.constexpr,
 ):
     """out[p, j] = sigmoid(sum over n of acc[p, n] * weight[j, n] + bias[j]) of the pixels [P] that are inside."""
+    # Zero weights beyond COUT do not undo what the sums have there: beside an infinite pixel, NaN.
+    acc = tl.where(tl.expand_dims(n < COUT, 1 - AXIS), acc, 0.0)
     for j in tl.static_range(CLASSES):
         z = tl.sum(acc * load_channels(weight_ptr + j * COUT, n, COUT, AXIS), AXIS)
         if bias_ptr is not None:

@@ -76,6 +76,8 @@ def store_head(
     columns = w0 + p % _TILE_W
     inside = (rows < H) & (columns < W)
     at = (((rows + image * H).to(gl.int64)) * W + columns) * CLASSES
+    # Zero weights beyond COUT do not undo what the sums have there: beside an infinite pixel, NaN.
+    acc = gl.where(gl.expand_dims(n < COUT, 1 - AXIS), acc, 0.0)
     for j in gl.static_range(CLASSES):
         z = gl.sum(acc * load_channels(head_weight_ptr + j * COUT, n, COUT, AXIS), AXIS)
         if HEAD_BIAS:

@@ -44,12 +44,13 @@ def _merge(count_ptr, partial_ptr, rows, first, last, c, C, BLOCK_R: tl.constexp
         pivot = tl.load(partial_ptr + tl.cast(r0, tl.int64) * C + c, mask=c < C, other=0.0)
         block_n = tl.sum(counts, 0)
         block_mean = pivot + tl.sum(counts * (means - pivot[None, :]), 0) / block_n
-        deviation = means - block_mean[None, :]
+        # Rows past the last count nothing, but might lie so far from the mean that its square is infinite.
+        deviation = tl.where(mask, means - block_mean[None, :], 0.0)
         block_m2 = tl.sum(m2s + counts * deviation * deviation, 0)
         # Then this block with the ones before it.
         together = n + block_n
         step = block_mean - mean
-        m2 += block_m2 + step * step * (n * block_n / together)
+        m2 += block_m2 + step * (n * block_n / together) * step  # At first n is 0, and step the mean itself.
         mean += step * (block_n / together)
         n = together
     return n, mean, m2

@@ -5,6 +5,7 @@ in; its configurations; and how it is launched.
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +75,16 @@ def random(*shape: int, seed: int) -> Tensor:
     return t.bfloat16().contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
 
 
-def check(case: Case, seed: int, edits: list[Edit] | None = None) -> None:
-    """Fault, or AssertionError, unless all that the launch is to write comes out right, once each."""
+def check(case: Case, seed: int, edits: list[Edit] | None = None, *, infinite: bool = False) -> None:
+    """Fault, or AssertionError, unless all that the launch is to write comes out right, once each.
+
+    infinite: one pixel is, and no weight is negative, so that it meets no other infinity.
+    """
     x = random(case.n, case.c1, case.h, case.w, seed=1)
     up = random(case.n, case.c2, case.h, case.w, seed=2) if case.c2 else None
     weight = random(case.c_out, case.c1 + case.c2, 3, 3, seed=3)
+    if infinite:
+        x[0, 0, 3, 3], weight = math.inf, weight.abs()
     bias, mean, variance, gamma = (random(case.c_out, seed=4 + i) for i in range(4))
     variance = variance.abs() + 0.5
     y, pooled = (
@@ -89,6 +95,7 @@ def check(case: Case, seed: int, edits: list[Edit] | None = None) -> None:
     epilogue = Epilogue(y, bias, norm, case.slope, pooled if case.pool else None)
     if case.classes:  # In place of y.
         head_weight, head_bias = random(case.classes, case.c_out, 1, 1, seed=9), random(case.classes, seed=10)
+        head_weight = head_weight.abs() if infinite else head_weight
         y = torch.empty(case.n, case.classes, case.h, case.w, dtype=torch.bfloat16).contiguous(
             memory_format=torch.channels_last
         )
@@ -136,6 +143,11 @@ CASES = [
 def test_the_kernel_on_the_model(case: Case) -> None:
     for seed in range(MODES):
         check(case, seed)
+
+
+def test_a_head_beside_an_infinity() -> None:
+    """Channels past the last, of 40 in a block of 64, are NaN there."""
+    check(Case(h=6, w=9, classes=2, c_out=40), 0, infinite=True)
 
 
 @pytest.mark.slow

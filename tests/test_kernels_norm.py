@@ -345,7 +345,7 @@ BUGS = {
     ),
     "padding_counts": ("epilogue", "tl.where(inside, v - ", "tl.where(inside | True, v - "),
     "step_between_means_lost": ("norm", "m2 += block_m2 + step", "m2 += block_m2 + 0 * step"),
-    "no_pivot": ("norm", "deviation = means - block_mean[None, :]", "deviation = means - pivot[None, :]"),
+    "no_pivot": ("norm", "means - block_mean[None, :], 0.0", "means - pivot[None, :], 0.0"),
     "last_part_of_a_group_lost": (
         "norm",
         "tl.minimum(first + per_split, (out // splits + 1) * per_group)",
