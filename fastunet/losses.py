@@ -388,7 +388,8 @@ def _ignore_mask(target: Tensor, ignore_index: int | None) -> Tensor | None:
     if ignore_index is None:
         return None
     if target.shape[1] == 1:
-        return target != ignore_index
+        # In a narrower type than its own the index would wrap: 256 and -1 are 0 and 255 in uint8.
+        return (target if target.is_floating_point() else target.long()) != ignore_index
     if 0 <= ignore_index < target.shape[1]:
         return 1.0 - target[:, ignore_index : ignore_index + 1].detach().float()
     return target.sum(1, keepdim=True) > 0

@@ -286,3 +286,21 @@ def test_no_images_have_no_mean(loss: torch.nn.Module) -> None:
     assert value.isnan()
     assert input.grad is not None
     assert input.grad.shape == input.shape
+
+
+@pytest.mark.parametrize("ignore_index", [-1, -100, 255, 256, 300, 1 << 31, 1 << 40])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
+def test_an_ignored_label_does_not_wrap_into_the_range_of_the_labels(dtype: torch.dtype, ignore_index: int) -> None:
+    """By the values of the labels, as in int64: 255 is not -1, nor 256 zero."""
+    logits = torch.linspace(-2, 2, 48).reshape(1, 3, 4, 4).roll(5, 3)
+    labels = (torch.arange(16).reshape(1, 1, 4, 4) % 2).to(dtype)
+    if dtype in (torch.uint8, torch.uint16) and ignore_index == 255:
+        labels[0, 0, 0, :3] = 255
+    wide = labels.long()
+    kept = wide != ignore_index
+    chosen = logits.movedim(1, 3)[kept[:, 0]]
+    cross_entropy = CEDiceLoss(ignore_index=ignore_index, lambda_dice=0)(logits, labels)
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(chosen, wide[kept]))
+    if wide.max() == 1:  # With labels of one class and a background.
+        loss = BCEDiceLoss(ignore_index=ignore_index)
+        torch.testing.assert_close(loss(logits[:, :1], labels), loss(logits[:, :1], wide))
