@@ -194,15 +194,17 @@ class UNet(ReferenceUNet):
             raise ConfigError(f"to_reference: expected UNet's forward, got {type(self).__name__}'s own")
         twin = copy.deepcopy(self).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         for module in twin.modules():
-            module.__class__ = _REFERENCES.get(type(module).forward, type(module))
+            for kind, plain in _REFERENCES.items():
+                if isinstance(module, kind) and type(module).forward is kind.forward:
+                    module.__class__ = plain
         twin.zero_grad()
         return twin
 
 
-_REFERENCES: dict[Any, type[nn.Module]] = {
-    UNet.forward: ReferenceUNet,
-    modules.DoubleConv.forward: reference.DoubleConv,
-    modules.Down.forward: reference.Down,
-    modules.Up.forward: reference.Up,
-    modules.OutConv.forward: reference.OutConv,
+_REFERENCES: dict[type[nn.Module], type[nn.Module]] = {
+    UNet: ReferenceUNet,
+    modules.DoubleConv: reference.DoubleConv,
+    modules.Down: reference.Down,
+    modules.Up: reference.Up,
+    modules.OutConv: reference.OutConv,
 }

@@ -68,9 +68,8 @@ def as_probabilities(model: nn.Module, from_logits: bool | None) -> Callable[[Te
     def run(x: Tensor) -> Tensor:
         nonlocal known
         if known is None:
-            y, known = _watched(model, x)
-        else:
-            y = model(x)
+            known = _are_logits(model, x)
+        y = model(x)  # Also once it is known: a watched model may take another way, and round otherwise.
         if not isinstance(y, Tensor) or y.dim() != 4:
             got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ConfigError(f"predict: expected a model that gives a tensor [N, K, H, W], got {got}")
@@ -82,8 +81,8 @@ def as_probabilities(model: nn.Module, from_logits: bool | None) -> Callable[[Te
     return run
 
 
-def _watched(model: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
-    """model(x), and whether that is logits: what the one part of which it is known has given."""
+def _are_logits(model: nn.Module, x: Tensor) -> bool:
+    """Whether model(x) is logits: as is known of the one part that has given the same."""
     unets, results = _unets(model), list[Tensor]()
     inner = (
         [model.outc] if unets == [model] and isinstance(model, ReferenceUNet) else [u for u in unets if u is not model]
@@ -98,7 +97,7 @@ def _watched(model: nn.Module, x: Tensor) -> tuple[Tensor, bool]:
             finally:
                 handle.remove()
             if isinstance(y, Tensor) and any(y is r or torch.equal(y.float(), r.float()) for r in results):
-                return y, bool(gives_logits(part))
+                return bool(gives_logits(part))
     raise _unknown(model)
 
 

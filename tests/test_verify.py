@@ -20,7 +20,7 @@ from fastunet.benchmarks.tree_process import TreeError, TreeFinder, TreeProcess
 ROOT = Path(__file__).parents[1]
 TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=3)
 CONVOLUTION = "fastunet/ops/conv3x3_bias_relu.py"
-CALL = "    return torch.ops.fastunet.conv3x3_bias_relu(x, up, weight, bias, slope, pool, None, False, False)\n"
+CALL = "    return invoke(_op, x, up, weight, bias, slope, pool, None, False, False)\n"
 
 
 def git(repository: Path, *arguments: str) -> str:
