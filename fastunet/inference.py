@@ -88,10 +88,12 @@ def _look_back(x: Tensor, view: int) -> Tensor:
 
 
 def labels_of(probabilities: Tensor) -> Tensor:
-    """uint8 labels [..., H, W] of probabilities [..., K, H, W]: above one half for one channel, else the largest."""
+    """Labels [..., H, W] of probabilities [..., K, H, W]: above one half for one channel, else the largest; uint8, or
+    int32 for more than 256 classes.
+    """
     if probabilities.shape[-3] == 1:
         return (probabilities.squeeze(-3) > 0.5).to(torch.uint8)
-    return probabilities.argmax(dim=-3).to(torch.uint8)
+    return probabilities.argmax(dim=-3).to(torch.uint8 if probabilities.shape[-3] <= 256 else torch.int32)
 
 
 def evaluate(

@@ -177,7 +177,7 @@ class DiceLoss(nn.Module):
         probability = self.other_act(_at_least_fp32(input)) if self.other_act is not None else input
         sums = dice_sums(
             probability,
-            _one_hot(target, channels, self.ignore_index) if one_hot else target,
+            _one_hot(target, channels, mask) if one_hot else target,
             activation=activation,
             squared=squared,
             soft_label=self.soft_label,
@@ -374,11 +374,9 @@ def _at_least_fp32(input: Tensor) -> Tensor:
     return input if input.dtype == torch.float64 else input.float()
 
 
-def _one_hot(labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
-    """Spread class indices [N, 1, *spatial] over `classes` channels in fp32; an ignored label gets class 0."""
-    index = labels.long()
-    if ignore_index is not None:
-        index = index.masked_fill(index == ignore_index, 0)
+def _one_hot(labels: Tensor, classes: int, mask: Tensor | None) -> Tensor:
+    """Spread class indices [N, 1, *spatial] over `classes` channels in fp32; one that does not count gets class 0."""
+    index = labels.long() if mask is None else labels.long().masked_fill(~mask, 0)
     shape = (len(index), classes, *index.shape[2:])
     return torch.zeros(shape, device=labels.device).scatter(1, index, 1.0)  # In place it would be no batch for vmap.
 
@@ -388,11 +386,21 @@ def _ignore_mask(target: Tensor, ignore_index: int | None) -> Tensor | None:
     if ignore_index is None:
         return None
     if target.shape[1] == 1:
-        # In a narrower type than its own the index would wrap: 256 and -1 are 0 and 255 in uint8.
-        return (target if target.is_floating_point() else target.long()) != ignore_index
+        return _differs(target, ignore_index)
     if 0 <= ignore_index < target.shape[1]:
         return 1.0 - target[:, ignore_index : ignore_index + 1].detach().float()
     return target.sum(1, keepdim=True) > 0
+
+
+def _differs(labels: Tensor, label: int) -> Tensor:
+    """labels != label. torch would bring the label into their type, where it might be another one: 255 for -1."""
+    dtype = labels.dtype
+    if dtype.is_floating_point:
+        return _at_least_fp32(labels) != label
+    # Bools and numbers are compared as int64.
+    if dtype == torch.bool or torch.iinfo(dtype).min <= label <= torch.iinfo(dtype).max:
+        return labels != label
+    return torch.ones_like(labels, dtype=torch.bool)
 
 
 def _safe_ratio(total: Tensor, count: Tensor) -> Tensor:

@@ -58,9 +58,8 @@ class SegmentationMetrics:
             raise ShapeError(
                 f"prediction: expected the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)}"
             )
-        for name, labels in (("prediction", prediction), ("target", target)):
-            self._check_labels(name, labels)
-        self._confusion.to(target.device).update(prediction.long(), target.long())
+        checked = (self._checked("prediction", prediction), self._checked("target", target))
+        self._confusion.to(target.device).update(*checked)
 
     def compute(self) -> Scores:
         """Score everything counted so far.
@@ -84,13 +83,16 @@ class SegmentationMetrics:
             accuracy=(overlap.sum() / total).item(),
         )
 
-    def _check_labels(self, name: str, labels: Tensor) -> None:
+    def _checked(self, name: str, labels: Tensor) -> Tensor:
+        """The labels as int64, in which those of uint64 that it cannot hold are negative."""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise DtypeError(f"{name}: expected integer labels, got {labels.dtype}")
+        labels = labels.long()
         if labels.numel():
             low, high = (bound.item() for bound in labels.aminmax())
             if low < 0 or high >= len(self.class_names):
                 raise DataError(f"{name}: expected labels 0 to {len(self.class_names) - 1}, got {low} to {high}")
+        return labels
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

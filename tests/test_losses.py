@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,6 +92,36 @@ def test_dice_ignores_a_label_outside_the_classes_as_monai_does() -> None:
     options: dict[str, Any] = {"to_onehot_y": True, "softmax": True, "ignore_index": 255, "reduction": "none"}
     assert (labels == 255).any()
     assert_same_loss(DiceLoss(**options), monai.losses.DiceLoss(**options), make_input(4), labels)
+
+
+def types_of_labels() -> Iterator[tuple[torch.dtype, int]]:
+    """Types of labels, each with an index to ignore that it has, and ones that are this plus or minus its range."""
+    for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32):
+        span = 2 if dtype == torch.bool else 1 << torch.iinfo(dtype).bits
+        yield from ((dtype, ignored) for ignored in (1, 1 - span, 1 + span))
+    yield from ((torch.uint64, ignored) for ignored in (1, -1))
+    yield torch.bfloat16, 257  # Which it rounds to 256.
+
+
+@pytest.mark.parametrize(("dtype", "ignored"), list(types_of_labels()))
+@pytest.mark.parametrize(
+    "loss",
+    [
+        partial(CEDiceLoss),
+        partial(DiceLoss, softmax=True, to_onehot_y=True),
+        partial(DiceLoss, to_onehot_y=True, other_act=torch.sigmoid),
+        partial(BCEDiceLoss),
+    ],
+    ids=["CEDice", "Dice", "Dice of probabilities", "BCEDice"],
+)
+def test_an_ignored_label_is_itself_in_every_type(loss: Any, dtype: torch.dtype, ignored: int) -> None:
+    """And not what is left of it in the labels' type: as with labels in int64."""
+    labels, channels = make_labels(2), 1 if loss.func is BCEDiceLoss else 2
+    if dtype == torch.bfloat16 and loss.func is not BCEDiceLoss:
+        channels, labels = 257, labels * 256
+    values = [loss(ignore_index=ignored)(make_input(channels), t) for t in (labels.to(dtype), labels)]
+    assert torch.equal(*values)
+    assert torch.equal(values[1], loss()(make_input(channels), labels)) is (ignored != 1)
 
 
 @pytest.mark.parametrize("ignore_index", [1, -1])
@@ -286,21 +318,3 @@ def test_no_images_have_no_mean(loss: torch.nn.Module) -> None:
     assert value.isnan()
     assert input.grad is not None
     assert input.grad.shape == input.shape
-
-
-@pytest.mark.parametrize("ignore_index", [-1, -100, 255, 256, 300, 1 << 31, 1 << 40])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
-def test_an_ignored_label_does_not_wrap_into_the_range_of_the_labels(dtype: torch.dtype, ignore_index: int) -> None:
-    """By the values of the labels, as in int64: 255 is not -1, nor 256 zero."""
-    logits = torch.linspace(-2, 2, 48).reshape(1, 3, 4, 4).roll(5, 3)
-    labels = (torch.arange(16).reshape(1, 1, 4, 4) % 2).to(dtype)
-    if dtype in (torch.uint8, torch.uint16) and ignore_index == 255:
-        labels[0, 0, 0, :3] = 255
-    wide = labels.long()
-    kept = wide != ignore_index
-    chosen = logits.movedim(1, 3)[kept[:, 0]]
-    cross_entropy = CEDiceLoss(ignore_index=ignore_index, lambda_dice=0)(logits, labels)
-    torch.testing.assert_close(cross_entropy, F.cross_entropy(chosen, wide[kept]))
-    if wide.max() == 1:  # With labels of one class and a background.
-        loss = BCEDiceLoss(ignore_index=ignore_index)
-        torch.testing.assert_close(loss(logits[:, :1], labels), loss(logits[:, :1], wide))

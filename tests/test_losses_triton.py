@@ -85,6 +85,22 @@ def test_ignored_pixels_and_bytes() -> None:
     assert_same(BCEDiceLoss(ignore_index=255), make_logits(1), target)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64],
+    ids=str,
+)
+def test_labels_of_every_type(dtype: torch.dtype) -> None:
+    """The largest of each type is an ignored one, and no class that it would be in int64 or cut to fewer bits."""
+    labels = make_labels(2)
+    ignored = 1 if dtype == torch.bool else min(torch.iinfo(dtype).max, torch.iinfo(torch.int64).max)
+    labels = labels.masked_fill(labels == 255, ignored)
+    for loss in (CEDiceLoss(ignore_index=ignored), DiceLoss(sigmoid=True, to_onehot_y=True, ignore_index=ignored)):
+        narrow, wide = (run("triton", loss, make_logits(2), t) for t in (labels.to(dtype), labels))
+        assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+        assert wide[0].isfinite()
+
+
 def test_volumes() -> None:
     logits = make_logits(2).reshape(3, 2, 7, 5, 1).repeat(1, 1, 1, 1, 4)
     assert_same(BCEDiceLoss(), logits, logits.sigmoid().round())

@@ -9,6 +9,7 @@ pytest.importorskip("torchmetrics", reason="needs the extra train")
 import torch
 
 from fastunet.checks import ConfigError, DataError, DtypeError, ShapeError
+from fastunet.inference import labels_of
 from fastunet.metrics import SegmentationMetrics
 
 # Truth 0: 4 pixels, 1: 3, 2: 1. Agreement: 0 in 3, 1 in 2, 2 in none.
@@ -56,6 +57,24 @@ def test_counts_beyond_what_fp32_holds_stay_exact() -> None:
     prediction[0, 0, 0] = 1
     metrics.update(prediction, zeros)
     assert metrics.compute()["accuracy"] == 1 - 1 / zeros.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_of_every_integer_type(dtype: torch.dtype) -> None:
+    """More of them than bytes hold are counted as they are, and what is no label is refused."""
+    metrics, classes = SegmentationMetrics([f"class {i}" for i in range(300)]), min(300, torch.iinfo(dtype).max + 1)
+    labels = torch.arange(300).remainder(classes).reshape(1, 20, 15)
+    metrics.update(labels.to(dtype), labels)
+    assert metrics.compute()["accuracy"] == 1
+    if torch.iinfo(dtype).max > 300:
+        with pytest.raises(DataError, match="prediction: expected labels 0 to 299"):
+            metrics.update(torch.full_like(labels, torch.iinfo(dtype).max, dtype=dtype), labels)
+
+
+def test_as_many_classes_as_there_are() -> None:
+    """256 more than another class is not that class."""
+    probabilities = torch.eye(300)[:, :, None]
+    assert torch.equal(labels_of(probabilities)[:, 0].long(), torch.arange(300))
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
