@@ -173,6 +173,7 @@ def test_a_step_up_is_measured_beside_its_two_steps(monkeypatch: pytest.MonkeyPa
     row = measure.run_step(settings, step)
     assert (row["status"], "sm_90" in row["reason"]) == ("skipped", True)
     monkeypatch.setattr(gpu, "INTERPRETER", dataclasses.replace(gpu.known_target(90), multiprocessors=4))
+    dispatch._choices.clear()  # They were made for the GPU before.
     asked = []
     choose = dispatch.choose
 
