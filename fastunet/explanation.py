@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastunet import compiler, dispatch, modules
 from fastunet.fx_nodes import arguments, value_of
 from fastunet.graphs import GraphedModel
-from fastunet.ops.registration import NAMESPACE, choice_for
+from fastunet.ops.registration import arguments_of_call
 from fastunet.patterns import Pattern
 from fastunet.quantization import QuantizedConv3x3
 
@@ -183,15 +183,17 @@ class _Recorder(TorchDispatchMode):
                 hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        x = next((a for a in args if isinstance(a, Tensor)), None)
-        op = func.name().partition("::")[2].partition(".")[0]
-        ours = func.namespace == NAMESPACE
-        if x is not None and not self.is_within and (ours or any(part in op for part in _ATEN_LAYERS)):
-            choice = self._choice(op, x, args) if ours else dispatch.Choice("aten", "not one of fastunet's ops")
-            layer = next((self.layers[id(a)] for a in args if id(a) in self.layers), "")
-            self.rows.append(Row(layer, op, _typed(x), choice.implementation, choice.reason))
+        given = arguments_of_call(func, args)
+        if given is not None and not self.is_within:
+            # The fake parameters ask for no gradient, as the model's do where gradients are recorded.
+            choice = given.choice(training=torch.is_grad_enabled())
+            self._note(getattr(given, "name", func._opname), args, choice)
+        elif not self.is_within and any(part in func._opname for part in _ATEN_LAYERS):
+            self._note(func._opname, args, dispatch.Choice("aten", "not one of fastunet's ops"))
         return func(*args, **(kwargs or {}))
 
-    def _choice(self, op: str, x: Tensor, args: Any) -> dispatch.Choice:
-        # The fake parameters ask for no gradient, as the model's do where gradients are recorded.
-        return choice_for(op, x, args, training=torch.is_grad_enabled())
+    def _note(self, op: str, args: Any, choice: dispatch.Choice) -> None:
+        x = next((a for a in args if isinstance(a, Tensor)), None)
+        if x is not None:
+            layer = next((self.layers[id(a)] for a in args if id(a) in self.layers), "")
+            self.rows.append(Row(layer, op, _typed(x), choice.implementation, choice.reason))

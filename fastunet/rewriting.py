@@ -12,6 +12,8 @@ from torch.fx import GraphModule, Node
 
 from fastunet import folding
 from fastunet.fx_nodes import arguments, has_effect, is_image, name_of, value_of
+from fastunet.ops.conv3x3 import NAMES
+from fastunet.ops.registration import Op, op_named
 from fastunet.patterns import Pattern, slope_of
 
 # Functions that take images in either memory format and answer in the one they get.
@@ -39,14 +41,13 @@ def replace(graph_module: GraphModule, patterns: Sequence[Pattern]) -> None:
 
 def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
     """The nodes that stand for the pattern's results."""
-    assert pattern.op is not None
-    op = getattr(torch.ops.fastunet, pattern.op).default
     result, removed = pattern.result, _in_order(graph, pattern.nodes)
     with graph.inserting_before(result):
-        images, rest = _arguments(graph, pattern)
-        call = graph.call_function(op, (*(_channels_last(graph, image) for image in images), *rest))
+        op, images, rest = _arguments(graph, pattern)
+        images = {name: _channels_last(graph, image) for name, image in images.items()}
+        call = graph.call_function(op.overload, tuple(op.arguments(**images, **rest)))
         call.meta.update({key: result.meta[key] for key in ("nn_module_stack", "stack_trace") if key in result.meta})
-        several = len(op._schema.returns) > 1
+        several = len(op.overload._schema.returns) > 1
         y = graph.call_function(operator.getitem, (call, 0)) if several else call
         results = [(result, y)]
         if pattern.pool is not None:
@@ -78,56 +79,57 @@ def _channels_last(graph: Any, image: Node | None) -> Node | None:
 # --- arguments of the ops ---
 
 
-def _arguments(graph: Any, pattern: Pattern) -> tuple[list[Node | None], list[Any]]:
-    """(the images, the rest) of the arguments of the pattern's op, in its schema's order."""
+def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Node | None], dict[str, Any]]:
+    """The pattern's op, and its arguments by name: the images, and the rest."""
     given = arguments(pattern.anchor)
     x, weight, bias = given["input"], given.get("weight"), given.get("bias")
-    joined = None
+    up = None
     if pattern.cat is not None:
-        x, joined = arguments(pattern.cat)["tensors"]
-    slope, pools = slope_of(pattern.activation), pattern.pool is not None
+        x, up = arguments(pattern.cat)["tensors"]
     if pattern.op == "max_pool2x2":
-        return [x], []
+        return op_named("max_pool2x2"), {"x": x}, {}
     if pattern.op == "conv_transpose2x2":
-        return [x], [weight, bias, False]
+        return op_named("conv_transpose2x2"), {"x": x}, {"weight": weight, "bias": bias}
     if pattern.op == "conv1x1":
-        return [x], [weight, bias, _name_or_none(pattern.head_activation)]
-    if pattern.op == "conv3x3_bias_relu":
-        return [x, joined], [weight, bias, slope, pools, None, False, False]
-    if pattern.op == "conv3x3_batch_norm_relu":
-        gamma, beta, mean, variance, training, momentum, eps = _batch_norm(graph, pattern)
-        return [x, joined], [weight, gamma, beta, mean, variance, training, momentum, eps, slope, pools, False]
-    if pattern.op == "conv3x3_instance_norm_relu":
-        norm = arguments(pattern.norm)  # type: ignore[arg-type]
-        gamma, beta = _with_idle_bias(graph, norm, bias)
-        return [x, joined], [weight, gamma, beta, norm["eps"], slope, pools, False]
-    mean = variance = gamma = None
-    eps = 0.0
-    if pattern.norm is not None:
-        gamma, bias, mean, variance, _, _, eps = _batch_norm(graph, pattern)
-    folded = [bias, mean, variance, gamma, eps, slope]
+        activation = _name_or_none(pattern.head_activation)
+        return op_named("conv1x1"), {"x": x}, {"weight": weight, "bias": bias, "activation": activation}
+    given = {"weight": weight, "bias": bias, "slope": slope_of(pattern.activation)}
+    if pattern.op in NAMES.values():
+        given |= {"pool": pattern.pool is not None, **_norm(graph, pattern)}
+        return op_named("conv3x3"), {"x": x, "up": up}, given
+    norm = _norm(graph, pattern)
+    given |= {"bias": norm.get("bias", bias), "mean": norm.get("running_mean"), "variance": norm.get("running_var")}
+    given |= {"gamma": norm.get("gamma"), "eps": norm.get("eps", 0.0)}
     if pattern.op == "conv3x3_relu_conv1x1":
         head = arguments(pattern.head)  # type: ignore[arg-type]
-        return [x], [weight, *folded, head["weight"], head["bias"], pattern.head_activation is not None]
+        of_head = {"head_weight": head["weight"], "head_bias": head["bias"]}
+        return op_named(pattern.op), {"x": x}, {**given, **of_head, "sigmoid": pattern.head_activation is not None}
     assert pattern.op == "conv_transpose2x2_concat_conv3x3_relu"
-    up = arguments(pattern.up)  # type: ignore[arg-type]
-    return [x, up["input"]], [up["weight"], up["bias"], weight, *folded]
+    of_up = arguments(pattern.up)  # type: ignore[arg-type]
+    images = {"skip": x, "low": of_up["input"]}
+    return op_named(pattern.op), images, {**given, "up_weight": of_up["weight"], "up_bias": of_up["bias"]}
 
 
 def _name_or_none(node: Node | None) -> str | None:
     return None if node is None else name_of(node)
 
 
-def _batch_norm(graph: Any, pattern: Pattern) -> tuple[Any, ...]:
-    """(gamma, beta, mean, variance, training, momentum, eps), the convolution's bias carried over to beta."""
-    norm, bias = arguments(pattern.norm), arguments(pattern.anchor)["bias"]  # type: ignore[arg-type]
+def _norm(graph: Any, pattern: Pattern) -> dict[str, Any]:
+    """The norm among conv3x3's arguments, none or more, with the convolution's bias carried over to the norm's."""
+    if pattern.norm is None:
+        return {}
+    norm, bias = arguments(pattern.norm), arguments(pattern.anchor)["bias"]
+    if pattern.op == NAMES["instance"]:
+        gamma, beta = _with_idle_bias(graph, norm, bias)
+        return {"norm": "instance", "gamma": gamma, "bias": beta, "eps": norm["eps"]}
     gamma, beta = norm["weight"], norm["bias"]
     if bias is not None and not norm["training"]:
         moved = (bias, gamma, beta, norm["running_mean"], norm["running_var"], norm["eps"])
         gamma, beta = _pair(graph, graph.call_function(folding.move_bias_after_norm, moved))
     elif bias is not None:
         gamma, beta = _with_idle_bias(graph, norm, bias)
-    return gamma, beta, norm["running_mean"], norm["running_var"], norm["training"], norm["momentum"], norm["eps"]
+    same = {name: norm[name] for name in ("running_mean", "running_var", "training", "momentum", "eps")}
+    return {"norm": "batch", "gamma": gamma, "bias": beta, **same}
 
 
 def _with_idle_bias(graph: Any, norm: dict[str, Any], bias: Node | None) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastunet
 from fastunet import ops
+from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.reference import functional as reference
 
 pytestmark = MARK
@@ -119,11 +120,12 @@ def test_opcheck(pool: bool, training: bool, requires_grad: bool) -> None:
     for t in (x, weight, gamma, beta):
         t.requires_grad_(requires_grad)
     statistics = (mean, variance.square() + 0.5)
-    options = (0.1, 1e-3, 0.0, pool, False)
-    batch, instance = torch.ops.fastunet.conv3x3_batch_norm_relu, torch.ops.fastunet.conv3x3_instance_norm_relu
-    torch.library.opcheck(batch.default, (x, None, weight, gamma, beta, *statistics, training, *options))
+    options = {"momentum": 0.1, "eps": 1e-3, "slope": 0.0, "pool": pool}
+    args = ConvArgs(x, None, weight, beta, "batch", gamma, *statistics, training, **options)
+    torch.library.opcheck(torch.ops.fastunet.conv3x3.default, tuple(args))
     if not training:
-        torch.library.opcheck(instance.default, (x, None, weight, gamma, beta, *options[1:]))
+        args = args._replace(norm="instance", running_mean=None, running_var=None)
+        torch.library.opcheck(torch.ops.fastunet.conv3x3.default, tuple(args))
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])

@@ -10,6 +10,7 @@ from kernel_device import DEVICE, MARK, ieee  # noqa: F401
 
 import fastunet
 from fastunet import ops
+from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.reference import functional as reference
 
 pytestmark = MARK
@@ -105,8 +106,8 @@ def test_opcheck(pool: bool, concat: bool) -> None:
     x, up = (torch.randn(1, 2, 4, 4, device=DEVICE, requires_grad=True) for _ in range(2))
     weight = torch.randn(3, 4 if concat else 2, 3, 3, device=DEVICE, requires_grad=True)
     bias = torch.randn(3, device=DEVICE, requires_grad=True)
-    arguments = (x, up if concat else None, weight, bias, 0.0, pool, None, False, False)
-    torch.library.opcheck(torch.ops.fastunet.conv3x3_bias_relu.default, arguments)
+    args = ConvArgs(x, up if concat else None, weight, bias, slope=0.0, pool=pool)
+    torch.library.opcheck(torch.ops.fastunet.conv3x3.default, tuple(args))
 
 
 def test_compiles_in_one_graph() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 import fastunet
 from fastunet import dispatch, ops
 from fastunet.ops import winograd
+from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.testing import (
     assert_within,
     conv3x3_expected,
@@ -365,5 +366,5 @@ def test_explain_tells() -> None:
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:
     x, weight = random_input((1, 128, 48, 48)), random_input((128, 128, 3, 3), seed=1)
-    args = (x.requires_grad_(requires_grad), None, weight.requires_grad_(requires_grad), None)
-    torch.library.opcheck(torch.ops.fastunet.conv3x3_bias_relu.default, (*args, 0.0, False, None, False, False))
+    args = ConvArgs(x.requires_grad_(requires_grad), None, weight.requires_grad_(requires_grad), slope=0.0)
+    torch.library.opcheck(torch.ops.fastunet.conv3x3.default, tuple(args))

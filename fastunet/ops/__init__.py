@@ -1,21 +1,17 @@
 """The public ops. Each equals, in meaning to the bit, the torch composition its docstring names."""
 
 from fastunet.ops.conv1x1 import conv1x1
-from fastunet.ops.conv3x3_batch_norm_relu import (
+from fastunet.ops.conv3x3 import (
     concat_conv3x3_batch_norm_relu,
+    concat_conv3x3_bias_relu,
+    concat_conv3x3_instance_norm_relu,
     conv3x3_batch_norm_relu,
     conv3x3_batch_norm_relu_pool,
-)
-from fastunet.ops.conv3x3_bias_relu import (
-    concat_conv3x3_bias_relu,
     conv3x3_bias_relu,
     conv3x3_bias_relu_pool,
-    double_conv3x3_bias_relu,
-)
-from fastunet.ops.conv3x3_instance_norm_relu import (
-    concat_conv3x3_instance_norm_relu,
     conv3x3_instance_norm_relu,
     conv3x3_instance_norm_relu_pool,
+    double_conv3x3_bias_relu,
 )
 from fastunet.ops.conv3x3_relu_conv1x1 import conv3x3_relu_conv1x1
 from fastunet.ops.conv_transpose2x2 import conv_transpose2x2

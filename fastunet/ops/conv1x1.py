@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from fastunet.ops.registration import (
     in_transform,
     invoke,
     memory_format,
-    none_like,
     strided_like,
 )
 from fastunet.reference import functional as reference
@@ -30,8 +29,32 @@ ACTIVATIONS = (None, "sigmoid", "softmax")
 aten = torch.ops.aten
 
 
+class HeadArgs(NamedTuple):
+    x: Tensor  # [N, Cin, H, W]
+    weight: Tensor  # [Cout, Cin, 1, 1]
+    bias: Tensor | None  # [Cout]
+    activation: str | None
+
+    def choice(self, *, training: bool = False) -> dispatch.Choice:
+        return dispatch.choose(NAME, self.x, self.weight, training=training)
+
+
+class HeadGradArgs(NamedTuple):
+    """Gradients of x, weight and bias, those that mask asks for."""
+
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    y: Tensor | None
+    activation: str | None
+    mask: list[bool]
+
+    def choice(self, *, training: bool = True) -> dispatch.Choice:
+        return dispatch.choose(NAME, self.x, self.weight, training=True)
+
+
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
-    """activation(conv2d(x, weight, bias)): x [N, Cin, H, W], weight [Cout, Cin, 1, 1], bias [Cout] or None.
+    """Compute activation(conv2d(x, weight, bias)): x [N, Cin, H, W], weight [Cout, Cin, 1, 1], bias [Cout] or None.
 
     activation None gives logits, "sigmoid" and "softmax" (over the channels) probabilities, in x's dtype and
     memory format; under autocast softmax is torch's own, which on CUDA answers in float32.
@@ -42,15 +65,15 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation
     out_channels = checks.check_convolution(NAME, weight, x.shape[1], 1)
     checks.check_shape(NAME, "bias", bias, (out_channels,))
     checks.check_together(NAME, x, weight=weight, bias=bias)
-    return invoke(_op, x, weight, bias, activation)
+    return invoke(_op, HeadArgs(x, weight, bias, activation))
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    if dispatch.choose(NAME, x, weight).implementation == "triton":
-        y = _forward_triton(x, weight, bias, activation)
+def _forward(args: HeadArgs, choice: dispatch.Choice) -> Tensor:
+    if choice.implementation == "triton":
+        y = _forward_triton(*args)
     else:
-        y = _activate(F.conv2d(x, weight, bias), activation)
-    return y.contiguous(memory_format=memory_format(x, weight))
+        y = _activate(F.conv2d(args.x, args.weight, args.bias), args.activation)
+    return y.contiguous(memory_format=memory_format(args.x, args.weight))
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
@@ -69,24 +92,23 @@ def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
     return kernels.conv1x1(x, weight, bias, activation=activation, allow_tf32=tf32)
 
 
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    n, _, h, w = x.shape
-    return empty_in(memory_format(x, weight), x, n, weight.shape[0], h, w)
+def _forward_fake(args: HeadArgs) -> Tensor:
+    n, _, h, w = args.x.shape
+    return empty_in(memory_format(args.x, args.weight), args.x, n, args.weight.shape[0], h, w)
 
 
-def _composition(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _composition(args: HeadArgs) -> Tensor:
+    x, weight, bias, activation = args
     y = reference.conv1x1(x, weight, bias, activation=activation)
     if activation != "softmax" or in_transform():
         return y
     return y.contiguous(memory_format=memory_format(x, weight))  # torch's softmax answers contiguous for any format.
 
 
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, activation: str | None, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias."""
-    if dispatch.choose(NAME, x, weight, training=True).implementation == "triton":
-        return _backward_triton(grad, x, weight, y, activation, mask)
+def _backward(args: HeadGradArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ...]:
+    grad, x, weight, y, activation, mask = args
+    if choice.implementation == "triton":
+        return _backward_triton(args)
     if activation == "sigmoid":
         grad = aten.sigmoid_backward(grad, y)
     elif activation == "softmax":
@@ -94,27 +116,22 @@ def _backward(
     return convolution_grads(grad, x, weight, mask)
 
 
-def _backward_triton(
-    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, activation: str | None, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_triton(args: HeadGradArgs) -> tuple[Tensor | None, ...]:
     from fastunet.kernels import conv1x1 as kernels
 
-    tf32 = dispatch.tf32_allowed()
-    grad_x = grad_weight = grad_bias = none_like(x)
+    grad, x, weight, y, activation, mask = args
+    options: dict[str, Any] = {"activation": activation, "allow_tf32": dispatch.tf32_allowed()}
+    grad_x = grad_weight = grad_bias = None
     if mask[0]:
-        grad_x = kernels.conv1x1_input_grad(grad, weight, y, activation=activation, allow_tf32=tf32)
-        grad_x = strided_like(grad_x, x)
+        grad_x = strided_like(kernels.conv1x1_input_grad(grad, weight, y, **options), x)
     if mask[1] or mask[2]:
-        sums = kernels.conv1x1_weight_grad(grad, x, y, activation=activation, with_bias=mask[2], allow_tf32=tf32)
-        grad_weight = strided_like(sums[0], weight) if mask[1] else grad_weight
-        grad_bias = grad_bias if sums[1] is None else sums[1]
+        grad_weight, grad_bias = kernels.conv1x1_weight_grad(grad, x, y, with_bias=mask[2], **options)
+        grad_weight = strided_like(grad_weight, weight) if mask[1] else None
     return grad_x, grad_weight, grad_bias
 
 
-def _backward_fake(
-    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, activation: str | None, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return convolution_grads_fake(x, weight, mask)
+def _backward_fake(args: HeadGradArgs) -> tuple[Tensor | None, ...]:
+    return convolution_grads_fake(args.x, args.weight, args.mask)
 
 
 class Conv1x1(Function):
@@ -132,26 +149,22 @@ class Conv1x1(Function):
         return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
 
 
-def _softmax_rule(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor | None:
+def _softmax_rule(args: HeadArgs) -> Tensor | None:
     """Softmax has an autocast rule of its own, so under autocast it stays torch's softmax of our logits."""
-    if activation != "softmax":
+    if args.activation != "softmax":
         return None
-    return _op(x, weight, bias, None).softmax(dim=1)
+    return _op(*args._replace(activation=None)).softmax(dim=1)
 
 
 _op = define(
-    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
+    NAME,
+    HeadArgs,
+    1,
     implementation=_forward,
     fake=_forward_fake,
     composition=_composition,
     autograd=Conv1x1,
-    weight=lambda *args: (args[1], False),
-    is_torchs=True,
+    is_torchs=lambda args: True,
 )
-_backward_op = define(
-    f"{NAME}_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, str? activation, bool[] mask) "
-    "-> (Tensor, Tensor, Tensor)",
-    implementation=_backward,
-    fake=_backward_fake,
-)
-define_autocast(_op, cast=(0, 1, 2), rule=_softmax_rule)
+_backward_op = define(f"{NAME}_backward", HeadGradArgs, 3, implementation=_backward, fake=_backward_fake)
+define_autocast(_op, cast=("x", "weight", "bias"), rule=_softmax_rule)

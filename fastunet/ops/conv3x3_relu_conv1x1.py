@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet import checks, dispatch
 from fastunet.ops import onednn
-from fastunet.ops.conv3x3_batch_norm_relu import check_eps, check_norm
-from fastunet.ops.conv3x3_bias_relu import check_inputs
-from fastunet.ops.convolution import convolve, kernel_weight
+from fastunet.ops.conv3x3 import check_eps, check_norm
+from fastunet.ops.conv3x3_aten import convolve
+from fastunet.ops.convolution import check_inputs, kernel_weight
 from fastunet.ops.epilogue import activate_, arguments_of, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
 from fastunet.reference import functional as reference
 
 NAME = "conv3x3_relu_conv1x1"
-aten = torch.ops.aten
+
+
+class ConvHeadArgs(NamedTuple):
+    """conv2d(y, head_weight, head_bias) of y = activation(norm(conv2d(x, weight, padding=1)) + bias)."""
+
+    x: Tensor  # [N, Cin, H, W]
+    weight: Tensor  # [Cout, Cin, 3, 3]
+    bias: Tensor | None  # [Cout]
+    mean: Tensor | None  # [Cout], with the next two the norm, if any
+    variance: Tensor | None
+    gamma: Tensor | None
+    eps: float
+    slope: float | None
+    head_weight: Tensor  # [K, Cout, 1, 1]
+    head_bias: Tensor | None  # [K]
+    sigmoid: bool
+
+    def choice(self, *, training: bool = False) -> dispatch.Choice:
+        return dispatch.choose(NAME, self.x, self.weight, training=training)
 
 
 def conv3x3_relu_conv1x1(
@@ -31,7 +50,7 @@ def conv3x3_relu_conv1x1(
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """conv2d(y, head_weight, head_bias) of y = relu(conv2d(x, weight, bias, padding=1)), which is never written.
+    """Compute conv2d(y, head_weight, head_bias) of y = relu(conv2d(x, weight, bias, padding=1)), never written.
 
     x [N, Cin, H, W], weight [Cout, Cin, 3, 3], bias [Cout] or None, head_weight [K, Cout, 1, 1], head_bias [K] or None;
     the result is [N, K, H, W], logits or, with sigmoid, probabilities. norm = (running_mean, running_var, gamma, eps)
@@ -46,33 +65,19 @@ def conv3x3_relu_conv1x1(
     checks.check_shape(NAME, "head_bias", head_bias, (classes,))
     checks.check_together(NAME, x, head_weight=head_weight, head_bias=head_bias)
     slope = slope_of(relu, negative_slope)
-    return invoke(_op, x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
+    args = ConvHeadArgs(x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
+    return invoke(_op, args)
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    gamma: Tensor | None,
-    eps: float,
-    slope: float | None,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    sigmoid: bool,
-) -> Tensor:
+def _forward(args: ConvHeadArgs, choice: dispatch.Choice) -> Tensor:
+    x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid = args
     format = memory_format(x, weight)
-    implementation = dispatch.choose(NAME, x, weight).implementation
-    if implementation == "triton":
-        packed = kernel_weight(weight, x, training=False)
-        given = (x, packed, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
-        return _forward_triton(*given).contiguous(memory_format=format)
-    if implementation == "onednn":
-        norm = onednn.norm_of(mean, variance, gamma, eps)
-        y = onednn.conv3x3(x, None, weight, bias, norm, slope)
+    if choice.implementation == "triton":
+        return _forward_triton(args).contiguous(memory_format=format)
+    if choice.implementation == "onednn":
+        y = onednn.conv3x3(x, None, weight, bias, onednn.norm_of(mean, variance, gamma, eps), slope)
     else:
-        y = convolve(x, None, weight, bias if mean is None else None)
+        y = convolve(x, None, weight, bias if mean is None else None, "aten")
         if mean is not None:
             y = F.batch_norm(y, mean, variance, gamma, bias, False, 0.0, eps)
         y = activate_(y, slope)
@@ -80,22 +85,12 @@ def _forward(
     return (z.sigmoid_() if sigmoid else z).contiguous(memory_format=format)
 
 
-def _forward_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    gamma: Tensor | None,
-    eps: float,
-    slope: float | None,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    sigmoid: bool,
-) -> Tensor:
+def _forward_triton(args: ConvHeadArgs) -> Tensor:
     from fastunet.kernels.conv1x1 import conv1x1
     from fastunet.kernels.conv3x3 import Head, Normalisation, conv3x3, conv3x3_head
 
+    x, _, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid = args
+    weight = kernel_weight(args.weight, x, training=False)
     norm = None if mean is None or variance is None else Normalisation(mean, variance, gamma, eps)
     tf32 = dispatch.tf32_allowed()
     head = Head(head_weight, head_bias, sigmoid)
@@ -106,47 +101,17 @@ def _forward_triton(
     return conv1x1(y, head_weight, head_bias, activation="sigmoid" if sigmoid else None, allow_tf32=tf32)
 
 
-def _forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    gamma: Tensor | None,
-    eps: float,
-    slope: float | None,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    sigmoid: bool,
-) -> Tensor:
-    n, _, h, w = x.shape
-    return empty_in(memory_format(x, weight), x, n, head_weight.shape[0], h, w)
+def _forward_fake(args: ConvHeadArgs) -> Tensor:
+    n, _, h, w = args.x.shape
+    return empty_in(memory_format(args.x, args.weight), args.x, n, args.head_weight.shape[0], h, w)
 
 
-def _composition(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    gamma: Tensor | None,
-    eps: float,
-    slope: float | None,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    sigmoid: bool,
-) -> Tensor:
+def _composition(args: ConvHeadArgs) -> Tensor:
+    x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid = args
     norm = None if mean is None or variance is None else (mean, variance, gamma, eps)
     options = {"norm": norm, "sigmoid": sigmoid, **arguments_of(slope)}
     return reference.conv3x3_relu_conv1x1(x, weight, bias, head_weight, head_bias, **options)
 
 
-_op = define(
-    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? variance, Tensor? gamma, float eps, "
-    "float? slope, Tensor head_weight, Tensor? head_bias, bool sigmoid) -> Tensor",
-    implementation=_forward,
-    fake=_forward_fake,
-    composition=_composition,
-    weight=lambda *args: (args[1], False),
-)
-define_autocast(_op, cast=(0, 8, 9), parameters=(1,))
+_op = define(NAME, ConvHeadArgs, 1, implementation=_forward, fake=_forward_fake, composition=_composition)
+define_autocast(_op, cast=("x", "head_weight", "head_bias"), parameters=lambda args: ("weight",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,12 +18,33 @@ from fastunet.ops.registration import (
     empty_in,
     invoke,
     memory_format,
-    none_like,
     strided_like,
 )
 from fastunet.reference import functional as reference
 
 NAME = "conv_transpose2x2"
+
+
+class UpArgs(NamedTuple):
+    x: Tensor  # [N, Cin, H, W]
+    weight: Tensor  # [Cin, Cout, 2, 2]
+    bias: Tensor | None = None  # [Cout]
+    keep: bool = False  # there will be a backward
+
+    def choice(self, *, training: bool = False) -> dispatch.Choice:
+        return dispatch.choose(NAME, self.x, self.weight, training=training or self.keep)
+
+
+class UpGradArgs(NamedTuple):
+    """Gradients of x, weight and bias, those that mask asks for."""
+
+    grad: Tensor
+    x: Tensor
+    weight: Tensor
+    mask: list[bool]
+
+    def choice(self, *, training: bool = True) -> dispatch.Choice:
+        return dispatch.choose(NAME, self.x, self.weight, training=True)
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,60 +56,51 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     out_channels = checks.check_convolution(NAME, weight, x.shape[1], 2, transposed=True)
     checks.check_shape(NAME, "bias", bias, (out_channels,))
     checks.check_together(NAME, x, weight=weight, bias=bias)
-    return invoke(_op, x, weight, bias, False)
+    return invoke(_op, UpArgs(x, weight, bias))
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-    """keep: there will be a backward."""
-    implementation = dispatch.choose(NAME, x, weight, training=keep).implementation
-    if implementation == "triton":
-        y = _forward_triton(x, kernel_weight(weight, x, training=keep), bias)
-    elif implementation == "onednn":
+def _forward(args: UpArgs, choice: dispatch.Choice) -> Tensor:
+    x, weight, bias, keep = args
+    if choice.implementation == "triton":
+        from fastunet.kernels import conv_transpose2x2 as kernels
+
+        packed = kernel_weight(weight, x, training=keep)
+        y = kernels.conv_transpose2x2(x, packed, bias, allow_tf32=dispatch.tf32_allowed())
+    elif choice.implementation == "onednn":
         y = onednn.conv_transpose2x2(x, weight, bias)
     else:
         y = F.conv_transpose2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride=2)
     return y.contiguous(memory_format=memory_format(x, weight))
 
 
-def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _forward_fake(args: UpArgs) -> Tensor:
+    n, _, h, w = args.x.shape
+    return empty_in(memory_format(args.x, args.weight), args.x, n, args.weight.shape[1], 2 * h, 2 * w)
+
+
+def _backward(args: UpGradArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ...]:
+    if choice.implementation == "triton":
+        return _backward_triton(args)
+    return convolution_grads(*args, stride=2, transposed=True)
+
+
+def _backward_triton(args: UpGradArgs) -> tuple[Tensor | None, ...]:
     from fastunet.kernels import conv_transpose2x2 as kernels
 
-    return kernels.conv_transpose2x2(x, weight, bias, allow_tf32=dispatch.tf32_allowed())
-
-
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-    n, _, h, w = x.shape
-    return empty_in(memory_format(x, weight), x, n, weight.shape[1], 2 * h, 2 * w)
-
-
-def _composition(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
-    return reference.conv_transpose2x2(x, weight, bias)
-
-
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias."""
-    if dispatch.choose(NAME, x, weight, training=True).implementation == "triton":
-        return _backward_triton(grad, x, weight, mask)
-    return convolution_grads(grad, x, weight, mask, stride=2, transposed=True)
-
-
-def _backward_triton(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    from fastunet.kernels import conv_transpose2x2 as kernels
-
+    grad, x, weight, mask = args
     tf32 = dispatch.tf32_allowed()
-    grad_x = grad_weight = grad_bias = none_like(x)
+    grad_x = grad_weight = grad_bias = None
     if mask[0]:
         packed = kernel_weight(weight, x, training=True)
         grad_x = strided_like(kernels.conv_transpose2x2_input_grad(grad, packed, allow_tf32=tf32), x)
     if mask[1] or mask[2]:
-        sums = kernels.conv_transpose2x2_weight_grad(grad, x, with_bias=mask[2], allow_tf32=tf32)
-        grad_weight = strided_like(sums[0], weight) if mask[1] else grad_weight
-        grad_bias = grad_bias if sums[1] is None else sums[1]
+        grad_weight, grad_bias = kernels.conv_transpose2x2_weight_grad(grad, x, with_bias=mask[2], allow_tf32=tf32)
+        grad_weight = strided_like(grad_weight, weight) if mask[1] else None
     return grad_x, grad_weight, grad_bias
 
 
-def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return convolution_grads_fake(x, weight, mask, transposed=True)
+def _backward_fake(args: UpGradArgs) -> tuple[Tensor | None, ...]:
+    return convolution_grads_fake(args.x, args.weight, args.mask, transposed=True)
 
 
 class ConvTranspose2x2(Function):
@@ -105,17 +117,14 @@ class ConvTranspose2x2(Function):
 
 
 _op = define(
-    f"{NAME}(Tensor x, Tensor weight, Tensor? bias, bool keep) -> Tensor",
+    NAME,
+    UpArgs,
+    1,
     implementation=_forward,
     fake=_forward_fake,
-    composition=_composition,
+    composition=lambda args: reference.conv_transpose2x2(*args[:3]),
     autograd=ConvTranspose2x2,
-    weight=lambda *args: (args[1], args[-1]),
-    is_torchs=True,
+    is_torchs=lambda args: True,
 )
-_backward_op = define(
-    f"{NAME}_backward(Tensor grad, Tensor x, Tensor weight, bool[] mask) -> (Tensor, Tensor, Tensor)",
-    implementation=_backward,
-    fake=_backward_fake,
-)
-define_autocast(_op, cast=(0,), parameters=(1, 2))
+_backward_op = define(f"{NAME}_backward", UpGradArgs, 3, implementation=_backward, fake=_backward_fake)
+define_autocast(_op, cast=("x",), parameters=lambda args: ("weight", "bias"))

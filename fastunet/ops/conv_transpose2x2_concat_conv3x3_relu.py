@@ -4,19 +4,43 @@ inference.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet import checks, dispatch, folding
 from fastunet.ops import onednn
-from fastunet.ops.conv3x3_batch_norm_relu import check_eps, check_norm
+from fastunet.ops.conv3x3 import ConvArgs, check_eps, check_norm
+from fastunet.ops.conv_transpose2x2 import UpArgs
 from fastunet.ops.epilogue import arguments_of, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
 from fastunet.prepared import prepared
 from fastunet.reference import functional as reference
 
 NAME = "conv_transpose2x2_concat_conv3x3_relu"
+
+
+class StepUpArgs(NamedTuple):
+    """activation(norm(conv2d(cat([skip, up]), weight, padding=1)) + bias) of up = conv_transpose2d(low, up_weight,
+    up_bias, stride=2), padded to skip's size.
+    """
+
+    skip: Tensor  # [N, C1, H, W]
+    low: Tensor  # [N, Cl, H // 2, W // 2]
+    up_weight: Tensor  # [Cl, C2, 2, 2]
+    up_bias: Tensor | None  # [C2]
+    weight: Tensor  # [Cout, C1 + C2, 3, 3]
+    bias: Tensor | None  # [Cout]
+    mean: Tensor | None  # [Cout], with the next two the norm, if any
+    variance: Tensor | None
+    gamma: Tensor | None
+    eps: float
+    slope: float | None
+
+    def choice(self, *, training: bool = False) -> dispatch.Choice:
+        return dispatch.choose(NAME, self.skip, self.weight, training=training)
 
 
 def conv_transpose2x2_concat_conv3x3_relu(
@@ -31,7 +55,7 @@ def conv_transpose2x2_concat_conv3x3_relu(
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """relu(conv2d(cat([skip, up]), weight, bias, padding=1)) of up = conv_transpose2d(low, up_weight, up_bias,
+    """Compute relu(conv2d(cat([skip, up]), weight, bias, padding=1)) of up = conv_transpose2d(low, up_weight, up_bias,
     stride=2), padded with zeros below and right where skip is one larger.
 
     skip [N, C1, H, W], low [N, Cl, H // 2, W // 2], up_weight [Cl, C2, 2, 2], up_bias [C2] or None, weight [Cout, C1 +
@@ -52,62 +76,46 @@ def conv_transpose2x2_concat_conv3x3_relu(
     check_eps(NAME, eps)
     check_norm(NAME, skip, weight, bias=bias, running_mean=mean, running_var=variance, gamma=gamma)
     slope = slope_of(relu, negative_slope)
-    return invoke(_op, skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope)
+    return invoke(_op, StepUpArgs(skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope))
 
 
-def _forward(
-    skip: Tensor,
-    low: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    gamma: Tensor | None,
-    eps: float,
-    slope: float | None,
-) -> Tensor:
+def _forward(args: StepUpArgs, choice: dispatch.Choice) -> Tensor:
+    skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope = args
     format = memory_format(skip, low, weight)
-    implementation = dispatch.choose(NAME, skip, weight).implementation
-    if implementation == "onednn":
+    if choice.implementation == "onednn":
         norm = onednn.norm_of(mean, variance, gamma, eps)
         y = onednn.conv_transpose2x2_concat_conv3x3(skip, low, up_weight, up_bias, weight, bias, norm, slope)
         return y.contiguous(memory_format=format)
-    if implementation == "triton" and low.shape[1] % 16 == 0:  # Of low's channels dispatch knows nothing.
-        y = _by_kernel(skip, low, up_weight, up_bias, weight, bias, (mean, variance, gamma, eps), slope)
-        return y.contiguous(memory_format=format)
-    up_weight, up_bias = _parameters("conv_transpose2x2", low, up_weight, up_bias)
-    up = torch.ops.fastunet.conv_transpose2x2(low, up_weight, up_bias, False)
+    if choice.implementation == "triton" and low.shape[1] % 16 == 0:  # Of low's channels dispatch knows nothing.
+        return _by_kernel(args).contiguous(memory_format=format)
+    return _in_two_steps(args).contiguous(memory_format=format)
+
+
+def _in_two_steps(args: StepUpArgs) -> Tensor:
+    """The upsampling by its op, then the convolution by its."""
+    skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope = args
+    step = UpArgs(low, up_weight, up_bias)
+    up = torch.ops.fastunet.conv_transpose2x2(*_cast(step, "weight", "bias"))
     up = F.pad(up, [0, skip.shape[3] - up.shape[3], 0, skip.shape[2] - up.shape[2]])
-    if mean is None:
-        weight, bias = _parameters("conv3x3_bias_relu", skip, weight, bias)
-        y, _ = torch.ops.fastunet.conv3x3_bias_relu(skip, up, weight, bias, slope, False, None, False, False)
-    else:
-        weight, _ = _parameters("conv3x3_batch_norm_relu", skip, weight, None)
-        given = (gamma, bias, mean, variance, False, 0.0, eps, slope, False, False)
-        y, *_ = torch.ops.fastunet.conv3x3_batch_norm_relu(skip, up, weight, *given)
-    return y.contiguous(memory_format=format)
+    norm = {"norm": "none"} if mean is None else {"norm": "batch", "gamma": gamma, "eps": eps}
+    conv = ConvArgs(skip, up, weight, bias, running_mean=mean, running_var=variance, slope=slope, **norm)
+    conv = _cast(conv, "weight", "bias") if mean is None else _cast(conv, "weight")
+    return torch.ops.fastunet.conv3x3(*conv)[0]
 
 
-def _parameters(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """As autocast gives them to an op on x: in x's dtype, but where the op prepares them once."""
-    if dispatch.choose(op, x, weight).prepares:
-        return weight, bias
-    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+def _cast(args: Any, *names: str) -> Any:
+    """Parameters as autocast gives them to an op: in its image's dtype, but where the op prepares them once."""
+    if args.choice().prepares:
+        return args
+    cast = {name: getattr(args, name) for name in names}
+    return args._replace(**{name: None if t is None else t.to(args.x.dtype) for name, t in cast.items()})
 
 
-def _by_kernel(
-    skip: Tensor,
-    low: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: tuple[Tensor | None, Tensor | None, Tensor | None, float],
-    slope: float | None,
-) -> Tensor:
+def _by_kernel(args: StepUpArgs) -> Tensor:
     from fastunet.kernels import conv_transpose2x2_concat_conv3x3 as kernels
+    from fastunet.kernels.epilogue import Normalisation
+
+    skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope = args
 
     def make() -> kernels.Composed:
         # In float64, so that they are rounded but once, on a GPU as well, where float32 might be TF32.
@@ -121,67 +129,21 @@ def _by_kernel(
         return weights
 
     weights = prepared((NAME, skip.dtype), [weight, up_weight, up_bias], make)
-    return _launched(skip, low, tuple(weights), bias, norm, slope)
+    norm = None if mean is None or variance is None else Normalisation(mean, variance, gamma, eps)
+    return kernels.conv_transpose2x2_concat_conv3x3(skip, low, weights, bias, norm=norm, negative_slope=slope)
 
 
-def _launched(
-    skip: Tensor,
-    low: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor | None],
-    bias: Tensor | None,
-    norm: tuple[Tensor | None, Tensor | None, Tensor | None, float],
-    slope: float | None,
-) -> Tensor:
-    from fastunet.kernels import conv_transpose2x2_concat_conv3x3 as kernels
-    from fastunet.kernels.epilogue import Normalisation
-
-    mean, variance, gamma, eps = norm
-    given = None if mean is None or variance is None else Normalisation(mean, variance, gamma, eps)
-    composed = kernels.Composed(*weights)
-    return kernels.conv_transpose2x2_concat_conv3x3(skip, low, composed, bias, norm=given, negative_slope=slope)
+def _forward_fake(args: StepUpArgs) -> Tensor:
+    n, _, h, w = args.skip.shape
+    return empty_in(memory_format(args.skip, args.low, args.weight), args.skip, n, args.weight.shape[0], h, w)
 
 
-def _forward_fake(
-    skip: Tensor,
-    low: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    gamma: Tensor | None,
-    eps: float,
-    slope: float | None,
-) -> Tensor:
-    n, _, h, w = skip.shape
-    return empty_in(memory_format(skip, low, weight), skip, n, weight.shape[0], h, w)
-
-
-def _composition(
-    skip: Tensor,
-    low: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    gamma: Tensor | None,
-    eps: float,
-    slope: float | None,
-) -> Tensor:
+def _composition(args: StepUpArgs) -> Tensor:
+    skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope = args
     norm = None if mean is None or variance is None else (mean, variance, gamma, eps)
     weights = (up_weight, up_bias, weight, bias)
     return reference.conv_transpose2x2_concat_conv3x3_relu(skip, low, *weights, norm=norm, **arguments_of(slope))
 
 
-_op = define(
-    f"{NAME}(Tensor skip, Tensor low, Tensor up_weight, Tensor? up_bias, Tensor weight, Tensor? bias, Tensor? mean, "
-    "Tensor? variance, Tensor? gamma, float eps, float? slope) -> Tensor",
-    implementation=_forward,
-    fake=_forward_fake,
-    composition=_composition,
-    weight=lambda *args: (args[4], False),
-)
-define_autocast(_op, cast=(0, 1))  # Of what runs, the op alone knows in which dtype it takes parameters.
+_op = define(NAME, StepUpArgs, 1, implementation=_forward, fake=_forward_fake, composition=_composition)
+define_autocast(_op, cast=("skip", "low"))  # Of what runs, the op alone knows in which dtype it takes parameters.

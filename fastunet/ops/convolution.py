@@ -1,4 +1,4 @@
-"""What ops with a convolution share: checks, shapes, gradients, and the convolution without our kernels."""
+"""What ops with a convolution share: checks, and the gradients of ATen's convolution."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet import checks, dispatch
-from fastunet.ops import winograd
-from fastunet.ops.registration import empty_in, memory_format, none_like, strided_like, suggests_channels_last
+from fastunet.ops.registration import strided_like, suggests_channels_last
 from fastunet.prepared import prepared
-
-CONV3X3 = "conv3x3_bias_relu"
 
 
 def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> None:
@@ -41,103 +38,6 @@ def kernel_weight(weight: Tensor, x: Tensor, *, training: bool) -> Tensor:
     return prepared("channels_last", [weight], make)
 
 
-def convolve(
-    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None = None, *, training: bool = False
-) -> Tensor:
-    """conv2d([x, up], weight, bias, padding=1) without our kernels, in x's dtype: a compiled graph may have left the
-    casts of autocast to an implementation that does not run.
-    """
-    if dispatch.choose(CONV3X3, x, weight, training=training).implementation == "winograd":
-        return winograd.convolve(*_by_input(x, up, weight), bias, winograd.side_of_tiles(x, weight))
-    joined = x if up is None else torch.cat([x, up], dim=1)
-    return F.conv2d(joined, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
-
-
-def conv_backward(
-    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, up, weight and bias from that of conv2d([x, up], weight, bias), without our kernels; mask says
-    which are wanted.
-    """
-    if dispatch.choose(CONV3X3, x, weight, training=True).implementation == "winograd":
-        return _conv_backward_winograd(grad, x, up, weight, mask)
-    wants_x, wants_up, wants_weight, wants_bias = mask
-    if up is None:
-        grad_x, grad_weight, grad_bias = convolution_grads(
-            grad, x, weight, [wants_x, wants_weight, wants_bias], padding=1
-        )
-        return grad_x, none_like(x), grad_weight, grad_bias
-    # Each input with its share of the weight: nothing is joined, and no gradient is copied out of a joint one.
-    _, (share_x, share_up) = _by_input(x, up, weight)
-    grad_x, grad_share_x, grad_bias = convolution_grads(
-        grad, x, share_x, [wants_x, wants_weight, wants_bias], padding=1
-    )
-    grad_up, grad_share_up, _ = convolution_grads(grad, up, share_up, [wants_up, wants_weight, False], padding=1)
-    if not wants_weight:
-        return grad_x, grad_up, none_like(x), grad_bias
-    return grad_x, grad_up, strided_like(torch.cat([grad_share_x, grad_share_up], dim=1), weight), grad_bias
-
-
-def conv_backward_triton(
-    grad: Tensor,
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    mask: list[bool],
-    input_slope: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """conv_backward by our kernels; input_slope as in _forward."""
-    from fastunet.kernels import conv3x3_grad as kernels
-
-    tf32 = dispatch.tf32_allowed()
-    split = x.shape[1]
-    results = [none_like(x)] * 4
-    packed = kernel_weight(weight, x, training=True) if mask[0] or mask[1] else weight
-    if mask[0] and up is not None and mask[1]:
-        grad_x, grad_up = kernels.conv3x3_two_input_grads(grad, packed, split, allow_tf32=tf32)
-        results[0], results[1] = strided_like(grad_x, x), strided_like(grad_up, up)
-    elif mask[0]:
-        activated = {} if input_slope is None else {"x": x, "negative_slope": input_slope}
-        grad_x = kernels.conv3x3_input_grad(grad, packed[:, :split], allow_tf32=tf32, **activated)
-        results[0] = strided_like(grad_x, x)
-    elif up is not None and mask[1]:
-        results[1] = strided_like(kernels.conv3x3_input_grad(grad, packed[:, split:], allow_tf32=tf32), up)
-    if mask[2] or mask[3]:
-        parts = [kernels.conv3x3_weight_grad(grad, x, with_bias=mask[3], allow_tf32=tf32)]
-        if up is not None and mask[2]:
-            parts.append(kernels.conv3x3_weight_grad(grad, up, allow_tf32=tf32))
-        if mask[2]:
-            grad_weight = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts], dim=1)
-            results[2] = strided_like(grad_weight, weight)
-        if parts[0][1] is not None:
-            results[3] = parts[0][1]
-    return results[0], results[1], results[2], results[3]
-
-
-def _conv_backward_winograd(
-    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs, shares = _by_input(x, up, weight)
-    side = winograd.side_of_tiles(x, weight)
-    grads, share_grads = winograd.gradients(grad, inputs, shares, side, mask[: len(inputs)], mask[2])
-    results = [none_like(x)] * 4
-    for i, (result, t) in enumerate(zip(grads, inputs, strict=True)):
-        if result is not None:
-            results[i] = strided_like(result, t)
-    if mask[2]:
-        results[2] = strided_like(torch.cat([g for g in share_grads if g is not None], dim=1), weight)
-    if mask[3]:
-        results[3] = grad.sum((0, 2, 3))
-    return results[0], results[1], results[2], results[3]
-
-
-def _by_input(x: Tensor, up: Tensor | None, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The inputs, and each one's share of the weight."""
-    if up is None:
-        return [x], [weight]
-    return [x, up], [weight[:, : x.shape[1]], weight[:, x.shape[1] :]]
-
-
 def convolution_grads(
     grad: Tensor,
     x: Tensor,
@@ -147,7 +47,7 @@ def convolution_grads(
     stride: int = 1,
     padding: int = 0,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, those that mask asks for, with the strides of what they are gradients of."""
     if mask[1] and padding == 1 and dispatch.aten_is_slow(x, weight):
         grad_x, _, grad_bias = convolution_grads(grad, x, weight, [mask[0], False, mask[2]], padding=padding)
@@ -167,9 +67,9 @@ def convolution_grads(
         mask,
     )
     return (
-        strided_like(grad_x, x) if mask[0] else none_like(x),
-        strided_like(grad_weight, weight) if mask[1] else none_like(x),
-        grad_bias if mask[2] else none_like(x),
+        strided_like(grad_x, x) if mask[0] else None,
+        strided_like(grad_weight, weight) if mask[1] else None,
+        grad_bias if mask[2] else None,
     )
 
 
@@ -183,26 +83,10 @@ def _weight_grad_by_matmul(grad: Tensor, x: Tensor) -> Tensor:
 
 def convolution_grads_fake(
     x: Tensor, weight: Tensor, mask: list[bool], *, transposed: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Shapes and strides of convolution_grads."""
     return (
-        torch.empty_like(x) if mask[0] else none_like(x),
-        torch.empty_like(weight) if mask[1] else none_like(x),
-        weight.new_empty(weight.shape[1 if transposed else 0]) if mask[2] else none_like(x),
+        torch.empty_like(x) if mask[0] else None,
+        torch.empty_like(weight) if mask[1] else None,
+        weight.new_empty(weight.shape[1 if transposed else 0]) if mask[2] else None,
     )
-
-
-def conv_fake(x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> tuple[Tensor, Tensor]:
-    """Shapes and strides of (y, pooled)."""
-    format = memory_format(x, up, weight)
-    (n, _, h, w), channels = x.shape, weight.shape[0]
-    y = empty_in(format, x, n, channels, h, w)
-    return y, empty_in(format, x, n, channels, h // 2, w // 2) if pool else none_like(x)
-
-
-def conv_backward_fake(
-    x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shapes and strides of the four gradients: those of what they are gradients of."""
-    grad_x, grad_weight, grad_bias = convolution_grads_fake(x, weight, [mask[0], *mask[2:]])
-    return grad_x, torch.empty_like(up) if mask[1] and up is not None else none_like(x), grad_weight, grad_bias

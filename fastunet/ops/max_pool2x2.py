@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,46 +17,55 @@ from fastunet.reference import functional as reference
 NAME = "max_pool2x2"
 
 
+class PoolArgs(NamedTuple):
+    x: Tensor  # [N, C, H, W]
+
+    def choice(self, *, training: bool = False) -> dispatch.Choice:
+        return dispatch.choose(NAME, self.x, training=training)
+
+
+class PoolGradArgs(NamedTuple):
+    grad: Tensor
+    x: Tensor
+
+    def choice(self, *, training: bool = True) -> dispatch.Choice:
+        return dispatch.choose(NAME, self.x, training=True)
+
+
 def max_pool2x2(x: Tensor) -> Tensor:
-    """The maximum of each 2x2 window: [N, C, H, W] to [N, C, H // 2, W // 2], H and W >= 2.
+    """Take the maximum of each 2x2 window: [N, C, H, W] to [N, C, H // 2, W // 2], H and W >= 2.
 
     Equal to `F.max_pool2d(x, 2)`: an odd last row or column is dropped, NaN wins, and of equal values the first gets
     the gradient. The winners are found again in backward instead of kept as int64.
     """
     checks.check_activation(NAME, x=x)
     checks.check_pooled(NAME, *x.shape[2:])
-    return invoke(_op, x)
+    return invoke(_op, PoolArgs(x))
 
 
-def _forward(x: Tensor) -> Tensor:
-    y = _forward_triton(x) if dispatch.choose(NAME, x).implementation == "triton" else F.max_pool2d(x, 2)
-    return y.contiguous(memory_format=memory_format(x))
+def _forward(args: PoolArgs, choice: dispatch.Choice) -> Tensor:
+    if choice.implementation == "triton":
+        from fastunet.kernels import max_pool2x2 as kernels
+
+        y = kernels.max_pool2x2(args.x)
+    else:
+        y = F.max_pool2d(args.x, 2)
+    return y.contiguous(memory_format=memory_format(args.x))
 
 
-def _forward_triton(x: Tensor) -> Tensor:
-    from fastunet.kernels import max_pool2x2 as kernels
-
-    return kernels.max_pool2x2(x)
-
-
-def _forward_fake(x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    return empty_in(memory_format(x), x, n, c, h // 2, w // 2)
+def _forward_fake(args: PoolArgs) -> Tensor:
+    n, c, h, w = args.x.shape
+    return empty_in(memory_format(args.x), args.x, n, c, h // 2, w // 2)
 
 
-def _backward(grad: Tensor, x: Tensor) -> Tensor:
-    triton = dispatch.choose(NAME, x, training=True).implementation == "triton"
-    return strided_like(_backward_triton(grad, x) if triton else epilogue_grad(None, grad, x, None), x)
+def _backward(args: PoolGradArgs, choice: dispatch.Choice) -> Tensor:
+    if choice.implementation == "triton":
+        from fastunet.kernels.activation_grad import activation_grad
 
-
-def _backward_triton(grad: Tensor, x: Tensor) -> Tensor:
-    from fastunet.kernels.activation_grad import activation_grad
-
-    return activation_grad(x, None, grad, None)
-
-
-def _backward_fake(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+        grad = activation_grad(args.x, None, args.grad, None)
+    else:
+        grad = epilogue_grad(None, args.grad, args.x, None)
+    return strided_like(grad, args.x)
 
 
 class MaxPool2x2(Function):
@@ -71,13 +80,15 @@ class MaxPool2x2(Function):
 
 
 _op = define(
-    f"{NAME}(Tensor x) -> Tensor",
+    NAME,
+    PoolArgs,
+    1,
     implementation=_forward,
     fake=_forward_fake,
-    composition=reference.max_pool2x2,
+    composition=lambda args: reference.max_pool2x2(args.x),
     autograd=MaxPool2x2,
-    is_torchs=True,
+    is_torchs=lambda args: True,
 )
 _backward_op = define(
-    f"{NAME}_backward(Tensor grad, Tensor x) -> Tensor", implementation=_backward, fake=_backward_fake
+    f"{NAME}_backward", PoolGradArgs, 1, implementation=_backward, fake=lambda args: torch.empty_like(args.x)
 )

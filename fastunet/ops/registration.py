@@ -1,10 +1,11 @@
 """How every op meets PyTorch: one construction, so that each op's file holds only what is its own.
 
-An op is `Library.define`d with one implementation for all devices, which asks `dispatch` what to run; a fake that
-does shape and stride arithmetic only (a fake that calls an ATen convolution would record that convolution's shape
-guards); its `torch.autograd.Function` at the Autograd key, where opcheck, fullgraph compilation and export all see a
-plain op; and an explicit kernel at the Autocast keys. Its backward is a second op, which refuses to be differentiated
-again: left to itself it would silently give a zero.
+An op's arguments are stated once, as a NamedTuple, from which its schema is made. It is `Library.define`d with one
+implementation for all devices, which is given what `dispatch` chose; a fake that does shape and stride arithmetic only
+(a fake that calls an ATen convolution would record that convolution's shape guards); its `torch.autograd.Function` at
+the Autograd key, where opcheck, fullgraph compilation and export all see a plain op; and an explicit kernel at the
+Autocast keys. Its backward is a second op, which refuses to be differentiated again: left to itself it would silently
+give a zero.
 
 Where more than plain reverse mode is asked for, within torch.func's transforms and forward-mode AD, an op is its
 composition of torch functions, which has every derivative and batching rule.
@@ -12,7 +13,9 @@ composition of torch functions, which has every derivative and batching rule.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,52 +28,99 @@ from fastunet import checks, dispatch
 NAMESPACE = "fastunet"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-# By op, and by name.
-_IMPLEMENTATIONS: dict[Any, Callable] = {}
-_COMPOSITIONS: dict[str, Callable] = {}
-# Names of ops whose gradients on ATen are torch's own.
-_TORCHS: set[str] = set()
-# By op, what finds its weight among its arguments, and whether they say that there will be a backward.
-_WEIGHT: dict[str, Callable[..., tuple[Tensor | None, bool]]] = {}
+
+# A tensor that the op changes in place.
+Changed = typing.Annotated[Tensor | None, "changed"]
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    bool: "bool",
+    list[bool]: "bool[]",
+    str: "str",
+    str | None: "str?",
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered op; call it as `op(*arguments)`, arguments an instance of its NamedTuple.
+
+    overload: that of the dispatcher, which gives an empty tensor for each result that was not asked for. implementation
+    and composition take the arguments' NamedTuple, and give None there.
+    """
+
+    name: str
+    arguments: type[Any]
+    overload: Any
+    implementation: Callable[[Any, dispatch.Choice], Any]
+    composition: Callable[[Any], Any] | None
+    is_torchs: Callable[[Any], bool]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+
+_OPS: dict[Any, Op] = {}
+
+
+def schema_of(name: str, arguments: type[Any], results: int) -> str:
+    """Return the schema of an op whose arguments are the fields of a NamedTuple, and whose results are tensors."""
+    changed = iter("abcdefgh")
+    parts = []
+    for field, hint in typing.get_type_hints(arguments, include_extras=True).items():
+        is_changed = typing.get_origin(hint) is typing.Annotated
+        parts.append(f"Tensor({next(changed)}!)? {field}" if is_changed else f"{_SCHEMA_TYPES[hint]} {field}")
+    tensors = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    return f"{name}({', '.join(parts)}) -> {tensors}"
 
 
 def define(
-    schema: str,
+    name: str,
+    arguments: type[Any],
+    results: int,
     *,
-    implementation: Callable,
-    fake: Callable,
-    composition: Callable | None = None,
+    implementation: Callable[[Any, dispatch.Choice], Any],
+    fake: Callable[[Any], Any],
+    composition: Callable[[Any], Any] | None = None,
     autograd: type[Function] | None = None,
-    weight: Callable[..., tuple[Tensor | None, bool]] | None = None,
-    is_torchs: bool = False,
-) -> Callable:
-    """Register an op from its schema and return it.
+    is_torchs: Callable[[Any], bool] = lambda args: False,
+) -> Op:
+    """Register an op and return it.
 
-    `composition` computes the same from the same arguments by torch functions alone; a backward op has none. Without
-    `autograd` a gradient raises. `weight(*args)` gives what `dispatch.choose` is told: the weight, and whether there
-    will be a backward. `is_torchs`: a step with gradients that is left to ATen runs the composition.
+    arguments: a NamedTuple with a method `choice(*, training=False)`, what `dispatch` chooses for it. implementation
+    and fake give a tensor, or a tuple of `results`, None for those not asked for. `composition` computes the same by
+    torch functions alone; a backward op has none. Without `autograd` a gradient raises. `is_torchs(args)`: a step with
+    gradients that is left to ATen runs the composition.
     """
-    name = schema.partition("(")[0]
-    if weight is not None:
-        _WEIGHT[name] = weight
-    if is_torchs:
-        _TORCHS.add(name)
-    _LIBRARY.define(schema)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    implementation = _with_plain_arguments(op, implementation, fake)
-    _IMPLEMENTATIONS[op] = implementation
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.define(schema_of(name, arguments, results))
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    implementation = _with_plain_arguments(overload, arguments, implementation, fake)
+    op = _OPS[overload] = Op(name, arguments, overload, implementation, composition, is_torchs)
+
+    def run(*args: Any) -> Any:
+        given = arguments(*args)
+        return _without_none(implementation(given, given.choice()), args)
+
+    def run_fake(*args: Any) -> Any:
+        return _without_none(fake(arguments(*args)), args)
+
+    def compose(*args: Any) -> Any:
+        assert composition is not None
+        return _without_none(composition(arguments(*args)), args)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", run_fake, lib=_LIBRARY)
     function = autograd or _not_differentiable(name, op, is_backward=composition is None)
     if composition is not None:
         # The key above all others, Autocast's too, which is in force within transforms of torch.func alone.
-        _LIBRARY.impl(name, composition, "FuncTorchDynamicLayerFrontMode")
-        _COMPOSITIONS[name] = composition
+        _LIBRARY.impl(name, compose, "FuncTorchDynamicLayerFrontMode")
 
     def kernel(*args: Any) -> Any:
         if in_forward_mode():
             if composition is not None:
-                return composition(*args)
+                return compose(*args)
             _refuse_tangents(name, args)
         # A Function below means that a gradient will be asked for: only then is anything kept for it.
         return function.apply(*args) if _is_recorded(args) else below_autograd(op, *args)
@@ -80,33 +130,42 @@ def define(
 
 
 def registered() -> list[Any]:
-    """Return all ops that were defined."""
-    return [*_IMPLEMENTATIONS]
+    """Return all ops that were defined, as the dispatcher has them."""
+    return [*_OPS]
 
 
-def invoke(op: Any, *args: Any) -> Any:
+def op_named(name: str) -> Op:
+    """Return a registered op."""
+    return _OPS[getattr(getattr(torch.ops, NAMESPACE), name).default]
+
+
+def arguments_of_call(overload: Any, args: Sequence[Any]) -> Any:
+    """Return the arguments of a call that the dispatcher saw, or None of another's op."""
+    op = _OPS.get(overload)
+    return None if op is None else op.arguments(*args)
+
+
+def invoke(op: Op, args: Any) -> Any:
     """Call a registered op as `op(*args)` does, by the shortest way where nothing but the values of tensors counts.
 
     The dispatcher costs the host some 20 µs a call for an op written in Python. Without autocast, transforms, modes and
     tracing it has nothing to add: inference runs the implementation, and a step with gradients that dispatch leaves to
     ATen runs torch's own functions, so that it is to the letter what plain torch does, cuDNN's batch norm included.
+    Results not asked for may be None.
     """
     if torch.compiler.is_compiling() or not _is_plain_call(args):
-        return op(*args)
+        return op.overload(*args)
     if not _is_recorded(args):
-        return _IMPLEMENTATIONS[op](*args)
-    if _is_torchs(op._opname, args[0], args):
-        return _COMPOSITIONS[op._opname](*args)
-    return op(*args)
+        return op.implementation(args, args.choice())
+    return op.composition(args) if _is_torchs(op, args) else op.overload(*args)  # type: ignore[misc]
 
 
-def _is_torchs(name: str, x: Tensor, args: Sequence[Any]) -> bool:
-    """Whether a step with gradients on an activation like x is torch's own."""
-    if name not in _TORCHS or x.shape[0] == 0:
+def _is_torchs(op: Op, args: Any) -> bool:
+    """Whether a step with gradients is torch's own."""
+    if args[0].shape[0] == 0 or not op.is_torchs(args):
         return False
-    weight, _ = _WEIGHT[name](*args) if name in _WEIGHT else (None, False)
-    choice = dispatch.choose(name, x, weight, training=True)
-    return choice.implementation == "aten" and not dispatch.aten_is_slow(x, weight)
+    choice = args.choice(training=True)
+    return choice.implementation == "aten" and not dispatch.aten_is_slow(args[0], getattr(args, "weight", None))
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -114,9 +173,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _is_plain_call(args: Sequence[Any]) -> bool:
     """Whether no subclass, mode, transform or autocast is to see the op."""
+    for a in args:
+        if isinstance(a, Tensor) and type(a) not in _PLAIN:
+            return False
     return (
-        all(type(a) in _PLAIN for a in args if isinstance(a, Tensor))
-        and torch._C._len_torch_dispatch_stack() == 0
+        torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not in_forward_mode()
         and not in_transform()
@@ -125,18 +186,26 @@ def _is_plain_call(args: Sequence[Any]) -> bool:
     )
 
 
-def _with_plain_arguments(op: Any, implementation: Callable, fake: Callable) -> Callable:
+def _without_none(results: Any, args: Sequence[Any]) -> Any:
+    """Put an empty tensor for each result that was not asked for: an op's schema has a fixed number of them."""
+    if not isinstance(results, tuple):
+        return results
+    like = next(a for a in args if isinstance(a, Tensor))
+    return tuple(like.new_empty(0) if t is None else t for t in results)
+
+
+def _with_plain_arguments(overload: Any, kind: type[Any], implementation: Callable, fake: Callable) -> Callable:
     """Wrap the implementation so that it only sees arguments as kernels, aten.native_* and mkldnn.* take them.
 
     They read each vector of parameters as if it were contiguous, and some divide by the number of images. A strided,
     expanded or overlapping vector is copied, and one that the op writes, as running statistics are, is written back. An
     empty batch has empty results, and zeros for gradients of parameters.
     """
-    arguments = op._schema.arguments
+    arguments = overload._schema.arguments
     tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
     written = {i for i in tensors if arguments[i].alias_info is not None and arguments[i].alias_info.is_write}
 
-    def run(*args: Any) -> Any:
+    def run(args: Any, choice: dispatch.Choice) -> Any:
         strided = []
         for i in tensors:
             t = args[i]
@@ -146,16 +215,17 @@ def _with_plain_arguments(op: Any, implementation: Callable, fake: Callable) -> 
                 if not t.is_contiguous():
                     strided.append(i)
             elif t.dim() == 4 and t.shape[0] == 0:
-                results = fake(*args)
+                results = fake(args)
                 for result in (results,) if isinstance(results, Tensor) else results:
-                    result.zero_()
+                    if result is not None:
+                        result.zero_()
                 return results
         if not strided:
-            return implementation(*args)
+            return implementation(args, choice)
         plain = list(args)
         for i in strided:
             plain[i] = args[i].contiguous()
-        results = implementation(*plain)
+        results = implementation(kind(*plain), choice)
         for i in written.intersection(strided):
             if not torch.equal(args[i], plain[i]):
                 args[i].copy_(plain[i])
@@ -196,50 +266,47 @@ def _is_recorded(args: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def choice_for(name: str, x: Tensor, args: Sequence[Any], *, training: bool = False) -> dispatch.Choice:
-    """What `dispatch` chooses for an op with these arguments, x among them its activation, and in training."""
-    weight, keeps = _WEIGHT[name](*args) if name in _WEIGHT else (None, False)
-    return dispatch.choose(name, x, weight, training=training or keeps)
-
-
-def below_autograd(op: Callable, *args: Any) -> Any:
+def below_autograd(op: Op, *args: Any) -> Any:
     """Call the op's implementation from its own Function's forward."""
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return op.overload(*args)
 
 
 def define_autocast(
-    op: Any, *, cast: tuple[int, ...], parameters: tuple[int, ...] = (), rule: Callable | None = None
+    op: Op,
+    *,
+    cast: Sequence[str],
+    parameters: Callable[[Any], Sequence[str]] = lambda args: (),
+    rule: Callable[[Any], Any] | None = None,
 ) -> None:
-    """At the Autocast keys, run op with the tensor arguments at the positions `cast` in the autocast dtype.
+    """At the Autocast keys, run op with the arguments of the names `cast` in the autocast dtype.
 
-    `parameters` are cast as well, into the memory format of the first argument, except where the op prepares them once:
-    a cast one is another tensor at every call.
-    `rule(*args)`, if given, is called first and answers for the op where it returns something else than None.
+    `parameters(args)` are cast as well, into the memory format of the first argument, except where the op prepares them
+    once: a cast one is another tensor at every call.
+    `rule(args)`, if given, is called first and answers for the op where it returns something else than None.
     As torch's own rules, float64 and integer tensors are left as they are.
     """
-    name = op.name().partition("::")[2].partition(".")[0]
     for device, key in _AUTOCAST_KEYS.items():
 
-        def kernel(*args: Any, device: str = device, key: str = key) -> Any:
-            if in_forward_mode():
-                return _COMPOSITIONS[name](*args)  # Of functions that autocast has rules for.
-            answer = rule(*args) if rule is not None else None
+        def kernel(*values: Any, device: str = device, key: str = key) -> Any:
+            args = op.arguments(*values)
+            if in_forward_mode():  # Of functions that autocast has rules for.
+                return _without_none(op.composition(args), values)  # type: ignore[misc]
+            answer = rule(args) if rule is not None else None
             if answer is not None:
                 return answer
             dtype = torch.get_autocast_dtype(device)
-            values = [_cast(a, dtype) if i in cast else a for i, a in enumerate(args)]
+            args = args._replace(**{name: _cast(getattr(args, name), dtype) for name in cast})
             is_recorded = _is_recorded(args)
-            if is_recorded and device == "cuda" and _is_torchs(name, values[0], args):
-                return _COMPOSITIONS[name](*args)  # Of functions that autocast has rules for.
-            is_prepared = not is_recorded and choice_for(name, values[0], args).prepares
-            if not is_prepared:
-                format = torch.channels_last if suggests_channels_last(values[0]) else torch.preserve_format
-                values = [_cast(a, dtype, format) if i in parameters else a for i, a in enumerate(values)]
+            if is_recorded and device == "cuda" and _is_torchs(op, args):  # Again of functions with rules.
+                return _without_none(op.composition(args), values)  # type: ignore[misc]
+            if is_recorded or not args.choice().prepares:
+                format = torch.channels_last if suggests_channels_last(args[0]) else torch.preserve_format
+                args = args._replace(**{name: _cast(getattr(args, name), dtype, format) for name in parameters(args)})
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return op(*values)
+                return op.overload(*args)
 
-        _LIBRARY.impl(name, kernel, key)
+        _LIBRARY.impl(op.name, kernel, key)
 
 
 def _cast(value: Any, dtype: torch.dtype, format: torch.memory_format = torch.preserve_format) -> Any:
@@ -248,7 +315,7 @@ def _cast(value: Any, dtype: torch.dtype, format: torch.memory_format = torch.pr
     return value.to(dtype, memory_format=format if value.dim() == 4 else torch.preserve_format)
 
 
-def _not_differentiable(name: str, op: Callable, *, is_backward: bool) -> type[Function]:
+def _not_differentiable(name: str, op: Op, *, is_backward: bool) -> type[Function]:
     reason = "fastunet's ops have no second derivative" if is_backward else "it is for inference"
     hint = "transforms of torch.func (grad, jvp, hessian) differentiate torch's own functions in its place"
 
@@ -284,11 +351,6 @@ def suggests_channels_last(t: Tensor) -> bool:
 def empty_in(format: torch.memory_format, like: Tensor, *shape: int) -> Tensor:
     """An uninitialised tensor of that shape and format, of like's dtype and device."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
-
-
-def none_like(t: Tensor) -> Tensor:
-    """Stands for a tensor not asked for: an op's schema has a fixed number of returns."""
-    return t.new_empty(0)
 
 
 def strided_like(t: Tensor, like: Tensor) -> Tensor:

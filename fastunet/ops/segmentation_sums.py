@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,50 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.kernels.config_passes import MOST_CHANNELS
-from fastunet.ops.registration import below_autograd, define, invoke, none_like, strided_like
+from fastunet.ops.registration import below_autograd, define, invoke, strided_like
 from fastunet.reference import functional as reference
 
 NAME = "segmentation_sums"
 ACTIVATIONS = ("sigmoid", "softmax")
 # Values of which ATen on a CPU has about six tensors at a time; with twice as many, BCE + Dice took a quarter longer.
 _CHUNK = 1 << 17
+
+
+class SumsArgs(NamedTuple):
+    logits: Tensor  # [N, C, H, W]
+    target: Tensor  # [N, C, H, W], or class indices [N, 1, H, W]
+    mask: Tensor | None  # [N, 1, H, W]
+    softmax: bool
+    squared: bool
+    entropy: bool
+
+    def choice(self, *, training: bool = False) -> dispatch.Choice:
+        choice = dispatch.choose(NAME, self.logits, training=training)
+        if choice.implementation == "triton" and self.logits.shape[1] > MOST_CHANNELS:
+            return dispatch.Choice("aten", f"the kernel takes up to {MOST_CHANNELS} channels")
+        return choice
+
+
+class SumsGradArgs(NamedTuple):
+    """Gradients of logits and target, those that output_mask asks for: grad [rows, N, C] weighs each pixel's
+    terms.
+    """
+
+    grad: Tensor
+    logits: Tensor
+    target: Tensor
+    mask: Tensor | None
+    softmax: bool
+    squared: bool
+    entropy: bool
+    output_mask: list[bool]
+
+    @property
+    def of(self) -> SumsArgs:
+        return SumsArgs(*self[1:7])
+
+    def choice(self, *, training: bool = True) -> dispatch.Choice:
+        return self.of.choice(training=True)
 
 
 def segmentation_sums(
@@ -30,7 +67,7 @@ def segmentation_sums(
     squared: bool = False,
     entropy: bool = False,
 ) -> Tensor:
-    """Sums over the pixels of each image and channel, [rows, N, C], float32 (float64 for float64 logits).
+    """Sum over the pixels of each image and channel, [rows, N, C], float32 (float64 for float64 logits).
 
     With p = sigmoid(logits) or softmax over the channels, t the target and m the mask (1 = counts, 0 = does not):
 
@@ -53,7 +90,7 @@ def segmentation_sums(
     checks.check_shape(NAME, "target", target, one_channel if target.shape == one_channel else logits.shape)
     checks.check_shape(NAME, "mask", mask, one_channel)
     checks.check_device(NAME, logits, target=target, mask=mask)
-    return invoke(_op, logits, target, mask, activation == "softmax", squared, entropy)
+    return invoke(_op, SumsArgs(logits, target, mask, activation == "softmax", squared, entropy))
 
 
 def holds_indices(logits: Tensor, target: Tensor) -> bool:
@@ -65,30 +102,17 @@ def _sums_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _runs_triton(logits: Tensor, *, training: bool = False) -> bool:
-    chosen = dispatch.choose(NAME, logits, training=training).implementation
-    return chosen == "triton" and logits.shape[1] <= MOST_CHANNELS
-
-
 # --- forward ---
 
 
-def _forward(
-    logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool
-) -> Tensor:
-    if _runs_triton(logits):
-        return _forward_triton(logits, target, mask, softmax, squared, entropy)
+def _forward(args: SumsArgs, choice: dispatch.Choice) -> Tensor:
+    logits, target, mask, *options = args
+    if choice.implementation == "triton":
+        from fastunet.kernels.segmentation_loss import segmentation_sums as launch
+
+        return launch(logits, target, mask, softmax=args.softmax, squared=args.squared, entropy=args.entropy)
     parts = _chunks(logits)
-    sums = [_sums(logits[part], target[part], _part(mask, part), softmax, squared, entropy) for part in parts]
-    return torch.cat(sums, dim=1)
-
-
-def _forward_triton(
-    logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool
-) -> Tensor:
-    from fastunet.kernels.segmentation_loss import segmentation_sums as launch
-
-    return launch(logits, target, mask, softmax=softmax, squared=squared, entropy=entropy)
+    return torch.cat([_sums(logits[part], target[part], _part(mask, part), *options) for part in parts], dim=1)
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -144,57 +168,38 @@ def _indices(target: Tensor, mask: Tensor | None) -> Tensor:
     return index if mask is None else index.masked_fill(mask == 0, 0)
 
 
-def _forward_fake(
-    logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool
-) -> Tensor:
-    rows = 3 if not entropy else 4 if softmax else 5
-    return logits.new_empty(rows, *logits.shape[:2], dtype=_sums_dtype(logits))
+def _forward_fake(args: SumsArgs) -> Tensor:
+    rows = 3 if not args.entropy else 4 if args.softmax else 5
+    return args.logits.new_empty(rows, *args.logits.shape[:2], dtype=_sums_dtype(args.logits))
 
 
-def _composition(
-    logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool
-) -> Tensor:
-    constant = None if mask is None else mask.detach()
-    activation = ACTIVATIONS[softmax]
+def _composition(args: SumsArgs) -> Tensor:
+    constant = None if args.mask is None else args.mask.detach()
+    activation = ACTIVATIONS[args.softmax]
     return reference.segmentation_sums(
-        logits, target, constant, activation=activation, squared=squared, entropy=entropy
+        args.logits, args.target, constant, activation=activation, squared=args.squared, entropy=args.entropy
     )
 
 
 # --- backward ---
 
 
-def _backward(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    softmax: bool,
-    squared: bool,
-    entropy: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """Gradients of logits and target: grad [rows, N, C] weighs each pixel's terms."""
-    grad_logits, grad_target = none_like(logits), none_like(logits)
-    if wanted[0] and _runs_triton(logits, training=True):
-        grad_logits = _backward_triton(grad, logits, target, mask, softmax, squared)
-    elif wanted[0]:
+def _backward(args: SumsGradArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ...]:
+    grad, logits, target, mask, softmax, squared, _, (wants_logits, wants_target) = args
+    grad_logits = grad_target = None
+    if wants_logits and choice.implementation == "triton":
+        from fastunet.kernels.segmentation_loss import segmentation_sums_grad as launch
+
+        found = launch(grad, logits, target, mask, softmax=softmax, squared=squared)
+        grad_logits = strided_like(found, torch.empty_like(logits))
+    elif wants_logits:
         grad_logits = torch.empty_like(logits)
         for part in _chunks(logits):
             images = grad[:, part], logits[part], target[part], _part(mask, part)
             grad_logits[part] = _grad_logits(*images, softmax, squared)
-    if wanted[1]:
+    if wants_target:
         grad_target = torch.empty_like(target).copy_(_grad_target(grad, logits, target, mask, softmax, squared))
     return grad_logits, grad_target
-
-
-def _backward_triton(
-    grad: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool
-) -> Tensor:
-    from fastunet.kernels.segmentation_loss import segmentation_sums_grad as launch
-
-    grad_logits = launch(grad, logits, target, mask, softmax=softmax, squared=squared)
-    return strided_like(grad_logits, torch.empty_like(logits))
 
 
 def _grad_logits(
@@ -244,20 +249,9 @@ def _grad_target(
     return result if m is None else result * m
 
 
-def _backward_fake(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    softmax: bool,
-    squared: bool,
-    entropy: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(logits) if wanted[0] else none_like(logits),
-        torch.empty_like(target) if wanted[1] else none_like(logits),
-    )
+def _backward_fake(args: SumsGradArgs) -> tuple[Tensor | None, ...]:
+    pairs = zip((args.logits, args.target), args.output_mask, strict=True)
+    return tuple(torch.empty_like(t) if wanted else None for t, wanted in pairs)
 
 
 # --- registration ---
@@ -265,12 +259,10 @@ def _backward_fake(
 
 class SegmentationSums(Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool
-    ) -> Tensor:
+    def forward(ctx: Any, *values: Any) -> Tensor:
+        logits, target, mask, *ctx.options = values
         ctx.save_for_backward(logits, target, mask)
-        ctx.options = softmax, squared, entropy
-        return below_autograd(_op, logits, target, mask, softmax, squared, entropy)
+        return below_autograd(_op, *values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -281,15 +273,12 @@ class SegmentationSums(Function):
 
 
 _op = define(
-    f"{NAME}(Tensor logits, Tensor target, Tensor? mask, bool softmax, bool squared, bool entropy) -> Tensor",
+    NAME,
+    SumsArgs,
+    1,
     implementation=_forward,
     fake=_forward_fake,
     composition=_composition,
     autograd=SegmentationSums,
 )
-_backward_op = define(
-    f"{NAME}_backward(Tensor grad, Tensor logits, Tensor target, Tensor? mask, bool softmax, bool squared, "
-    "bool entropy, bool[] wanted) -> (Tensor, Tensor)",
-    implementation=_backward,
-    fake=_backward_fake,
-)
+_backward_op = define(f"{NAME}_backward", SumsGradArgs, 2, implementation=_backward, fake=_backward_fake)

@@ -38,9 +38,9 @@ def large_image(model: DropInModel) -> Tensor:
 
 LEVELS = (4, 8)
 # The ops of such a U-Net in training, and in inference on the CPU.
-IN_TRAINING = {"conv3x3_batch_norm_relu": 6, "conv_transpose2x2": 1, "conv1x1": 1}
+IN_TRAINING = {"conv3x3": 6, "conv_transpose2x2": 1, "conv1x1": 1}
 IN_INFERENCE = {
-    "conv3x3_batch_norm_relu": 4,
+    "conv3x3": 4,
     "conv_transpose2x2_concat_conv3x3_relu": 1,
     "conv3x3_relu_conv1x1": 1,
 }

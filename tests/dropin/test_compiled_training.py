@@ -77,7 +77,7 @@ def test_wide_layers_train_by_the_ops() -> None:
         )
         dtype = torch.float64 if kind == "exact" else torch.float32
         if kind == "compiled":
-            assert set(ops_run(functools.partial(forward, x))) == {"conv3x3_batch_norm_relu", "conv3x3_bias_relu"}
+            assert set(ops_run(functools.partial(forward, x))) == {"conv3x3"}
             model.load_state_dict(plain.state_dict())
         forward(x.to(dtype)).backward(grad.to(dtype))
         results.append([p.grad.double() for p in model.parameters()])
@@ -165,7 +165,7 @@ def test_autocast_in_inference_runs_the_ops() -> None:
     assert actual.dtype == torch.bfloat16
     error, allowed = (float((t.double() - exact).abs().max()) for t in (actual, expected))
     assert error <= 2 * allowed
-    expected_ops = {"conv3x3_batch_norm_relu": 5, "conv_transpose2x2": 1, "conv3x3_relu_conv1x1": 1}
+    expected_ops = {"conv3x3": 5, "conv_transpose2x2": 1, "conv3x3_relu_conv1x1": 1}
     # The dispatcher counts an op once where autocast casts, and once below.
     assert {name: counts[name] // 2 for name in expected_ops} == expected_ops
 

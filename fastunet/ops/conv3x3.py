@@ -1,0 +1,473 @@
+"""conv3x3: the 3x3 convolution with its norm, activation, pooling and concatenation: one op, fastunet::conv3x3."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NotRequired, Required, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastunet import checks, dispatch
+from fastunet.ops import conv3x3_aten, recompute
+from fastunet.ops.convolution import check_inputs
+from fastunet.ops.epilogue import arguments_of, slope_of
+from fastunet.ops.registration import Changed, below_autograd, define, define_autocast, empty_in, invoke, memory_format
+from fastunet.reference import functional as reference
+
+# By norm, the name by which dispatch, tables of measurements and explain know the op.
+NAMES = {
+    "none": "conv3x3_bias_relu",
+    "batch": "conv3x3_batch_norm_relu",
+    "instance": "conv3x3_instance_norm_relu",
+}
+
+
+class ConvArgs(NamedTuple):
+    """y = activation(norm(conv2d([x, up], weight, padding=1)) + bias), and with pool max_pool2d(y, 2)."""
+
+    x: Tensor  # [N, C1, H, W]
+    up: Tensor | None  # [N, C2, H, W], concatenated after x
+    weight: Tensor  # [Cout, C1 + C2, 3, 3]
+    bias: Tensor | None = None  # [Cout], the norm's beta where there is one
+    norm: str = "none"  # "none", "batch" or "instance"
+    gamma: Tensor | None = None  # [Cout]
+    running_mean: Changed = None  # [Cout]
+    running_var: Changed = None
+    training: bool = False  # batch norm by the statistics of this batch, which move the running ones by momentum
+    momentum: float = 0.0
+    eps: float = 0.0
+    slope: float | None = None  # of the activation's negative side: None is the identity, 0 is ReLU
+    pool: bool = False
+    input_slope: float | None = None  # x is the output of such an activation, which leaves its backward to this op
+    grad_is_ready: bool = False  # y's gradient comes from such an op, already carried through this one's activation
+    keep: bool = False  # there will be a backward
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.norm]
+
+    def choice(self, *, training: bool = False) -> dispatch.Choice:
+        return dispatch.choose(self.name, self.x, self.weight, training=training or self.keep or self.training)
+
+
+class ConvGradArgs(NamedTuple):
+    """Gradients of x, up, weight, bias and gamma, those that mask asks for; the rest as in ConvArgs.
+
+    raw is the convolution's output, mean and invstd [Cout] or [N, Cout] its statistics, y the op's output where it was
+    kept.
+    """
+
+    grad_y: Tensor | None
+    grad_pooled: Tensor | None
+    x: Tensor
+    up: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    raw: Tensor | None
+    mean: Tensor | None
+    invstd: Tensor | None
+    y: Tensor | None
+    norm: str
+    training: bool
+    eps: float
+    slope: float | None
+    input_slope: float | None
+    mask: list[bool]
+
+    def choice(self, *, training: bool = True) -> dispatch.Choice:
+        return dispatch.choose(NAMES[self.norm], self.x, self.weight, training=True)
+
+
+# --- forward ---
+
+
+def _forward(args: ConvArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ...]:
+    """(y, pooled, raw, mean, invstd): the last three where there is a norm and a backward that needs them."""
+    if choice.implementation == "triton":
+        from fastunet.ops import conv3x3_triton
+
+        return conv3x3_triton.forward(args)
+    return conv3x3_aten.forward(args, choice.implementation)
+
+
+def _forward_fake(args: ConvArgs) -> tuple[Tensor | None, ...]:
+    x, weight = args.x, args.weight
+    format = memory_format(x, args.up, weight)
+    (n, _, h, w), channels = x.shape, weight.shape[0]
+    y = empty_in(format, x, n, channels, h, w)
+    pooled = empty_in(format, x, n, channels, h // 2, w // 2) if args.pool else None
+    if not args.keep or args.norm == "none":
+        return y, pooled, None, None, None
+    shape = (n, channels) if args.norm == "instance" else (channels,)
+    if args.norm == "batch" and not args.training:
+        return y, pooled, torch.empty_like(y), None, None
+    dtype = conv3x3_aten.statistics_dtype(args.gamma, x)
+    return y, pooled, torch.empty_like(y), x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _composition(args: ConvArgs) -> tuple[Tensor | None, ...]:
+    """The last arguments are between two ops: here each takes its own activation back in its gradient."""
+    joined = args.x if args.up is None else torch.cat([args.x, args.up], dim=1)
+    activation = arguments_of(args.slope)
+    if args.norm == "none":
+        y = reference.conv3x3_bias_relu(joined, args.weight, args.bias, **activation)
+    elif args.norm == "instance":
+        affine = (args.gamma, args.bias)
+        y = reference.conv3x3_instance_norm_relu(joined, args.weight, *affine, eps=args.eps, **activation)
+    else:
+        norm = (args.gamma, args.bias, args.running_mean, args.running_var)
+        options = {"training": args.training, "momentum": args.momentum, "eps": args.eps, **activation}
+        y = reference.conv3x3_batch_norm_relu(joined, args.weight, *norm, **options)
+    return y, reference.max_pool2x2(y) if args.pool else None, None, None, None
+
+
+# --- backward ---
+
+
+def _backward(args: ConvGradArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ...]:
+    if choice.implementation == "triton":
+        from fastunet.ops import conv3x3_triton
+
+        return conv3x3_triton.backward(args)
+    return conv3x3_aten.backward(args, choice.implementation)
+
+
+def _backward_fake(args: ConvGradArgs) -> tuple[Tensor | None, ...]:
+    bias = args.weight.new_empty(args.weight.shape[0]) if args.gamma is None else torch.empty_like(args.gamma)
+    likes = (args.x, args.up, args.weight, bias, args.gamma)
+    return tuple(
+        torch.empty_like(like) if wanted and like is not None else None
+        for like, wanted in zip(likes, args.mask, strict=True)
+    )
+
+
+class Conv3x3(Function):
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
+        args = ConvArgs(*values)
+        y, pooled, raw, mean, invstd = below_autograd(_op, *args._replace(keep=True))
+        on_triton = args.choice(training=True).implementation == "triton"
+        slope = None if args.grad_is_ready else args.slope
+        # Our kernels find y again from raw, in registers.
+        needs_y = (args.pool or slope is not None) and not (on_triton and args.norm != "none")
+        # Those that training moves may move again before its backward, which does not read them.
+        running = (None, None) if args.training else (args.running_mean, args.running_var)
+        has_norm = args.norm != "none"
+        kept = (args.bias, args.gamma, *running, raw, mean, invstd) if has_norm else (None,) * 7
+        recompute.save(ctx, args.x, args.up, args.weight, *kept, y if needs_y else None)
+        ctx.is_recomputable = on_triton and (args.norm == "instance" or args.training)
+        ctx.options = args.norm, args.training, args.eps, slope, args.input_slope
+        ctx.pool = args.pool
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(raw, mean, invstd, *(() if args.pool else (pooled,)))
+        return y, pooled, raw, mean, invstd
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_pooled: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        grads: dict[str, Tensor] = {}
+        if grad_y is not None or grad_pooled is not None:
+            needed = dict(zip(ConvArgs._fields, ctx.needs_input_grad, strict=True))
+            mask = [needed[name] for name in _DIFFERENTIABLE]
+            *_, input_slope = ctx.options
+            saved = recompute.saved(ctx, reads_values=needed["weight"] or input_slope is not None)
+            found = _backward_op(grad_y, grad_pooled if ctx.pool else None, *saved, *ctx.options, mask)
+            grads = {name: grad for name, grad in zip(_DIFFERENTIABLE, found, strict=True) if needed[name]}
+        return tuple(grads.get(name) for name in ConvArgs._fields)
+
+
+_DIFFERENTIABLE = ("x", "up", "weight", "bias", "gamma")
+_op = define(
+    "conv3x3",
+    ConvArgs,
+    5,
+    implementation=_forward,
+    fake=_forward_fake,
+    composition=_composition,
+    autograd=Conv3x3,
+    # Torch's instance norm answers contiguous for any format; two ops may share an activation's gradient.
+    is_torchs=lambda args: args.norm != "instance" and not args.grad_is_ready and args.input_slope is None,
+)
+_backward_op = define("conv3x3_backward", ConvGradArgs, 5, implementation=_backward, fake=_backward_fake)
+define_autocast(
+    _op, cast=("x", "up"), parameters=lambda args: ("weight", "bias") if args.norm == "none" else ("weight",)
+)
+
+
+def conv3x3(what: str, args: ConvArgs) -> tuple[Tensor, Any]:
+    """Check the arguments and return (y, pooled), pooled None or empty without pool; errors name the op `what`."""
+    check(what, args)
+    y, pooled, raw, mean, invstd = invoke(_op, args)
+    if args.norm != "none":
+        recompute.remember(y, raw, mean, invstd, args.gamma, args.bias, args.slope)
+    return y, pooled
+
+
+def check(what: str, args: ConvArgs) -> None:
+    """Raise ShapeError, DtypeError, DeviceError or ConfigError for what the op cannot take, before any work."""
+    x, weight = args.x, args.weight
+    check_inputs(what, x, args.up, weight, args.pool)
+    if args.norm == "none":
+        checks.check_shape(what, "bias", args.bias, weight.shape[:1])
+        checks.check_together(what, x, bias=args.bias)
+        return
+    check_norm(what, x, weight, gamma=args.gamma, beta=args.bias)
+    check_pair(what, gamma=args.gamma, beta=args.bias)
+    check_eps(what, args.eps, training=args.training)
+    if args.norm == "instance":
+        if x.shape[2] * x.shape[3] == 1:
+            raise checks.ShapeError(f"{what}: expected more than 1 pixel per image, got input {list(x.shape)}")
+        return
+    check_norm(what, x, weight, running_mean=args.running_mean, running_var=args.running_var)
+    check_pair(what, running_mean=args.running_mean, running_var=args.running_var)
+    if args.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise checks.ShapeError(
+            f"{what}: expected more than 1 value per channel when training, got input {list(x.shape)}"
+        )
+    if not args.training and args.running_mean is None:
+        raise checks.ConfigError(f"{what}: expected running_mean and running_var when not training, got None")
+
+
+def check_eps(name: str, eps: float, *, training: bool = False) -> None:
+    """Raise ConfigError for an eps that torch's batch norm refuses: it keeps the divisor from zero."""
+    if eps < 0 or (training and eps == 0):
+        expected = "a positive number when training" if training else "a number >= 0"
+        raise checks.ConfigError(f"{name}: eps: expected {expected}, got {eps}")
+
+
+def check_pair(name: str, **pair: Tensor | None) -> None:
+    """Raise ConfigError where one of two parameters is given and the other is not."""
+    given = [key for key, t in pair.items() if t is not None]
+    if len(given) == 1:
+        raise checks.ConfigError(f"{name}: expected both {' and '.join(pair)}, or neither, got only {given[0]}")
+
+
+def check_norm(name: str, x: Tensor, weight: Tensor, **parameters: Tensor | None) -> None:
+    """Raise for per-channel parameters other than [Cout] on x's device, in x's dtype or, as mixed precision keeps them,
+    float32.
+    """
+    expected, dtype, device = weight.shape[:1], x.dtype, x.device
+    for key, t in parameters.items():
+        if t is None or (t.shape == expected and t.device == device and t.dtype in (dtype, torch.float32)):
+            continue
+        checks.check_shape(name, key, t, expected)
+        if t.dtype in (dtype, torch.float32):
+            checks.check_device(name, x, **{key: t})
+        else:
+            checks.check_together(name, x, **{key: t})
+
+
+# --- the public ops ---
+
+
+def conv3x3_bias_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
+) -> Tensor:
+    """Compute relu(conv2d(x, weight, bias, padding=1)) in one pass.
+
+    x [N, Cin, H, W], weight [Cout, Cin, 3, 3], bias [Cout] or None, all of one floating dtype and device; the result is
+    [N, Cout, H, W] in that dtype, channels_last if x or weight is. relu=False leaves the activation out;
+    negative_slope > 0 makes it LeakyReLU. Equal to `F.relu(F.conv2d(x, weight, bias, padding=1))`, NaN included.
+    Raises ShapeError, DtypeError, DeviceError or ConfigError before any work.
+
+    On the CPU, float32 of 128 channels and more runs by Winograd's algorithm where that is faster. Its rounding errors
+    go by the largest values of a tile of 6x6 pixels, and a NaN or infinity makes all results of its tile NaN.
+    """
+    return conv3x3(NAMES["none"], ConvArgs(x, None, weight, bias, slope=slope_of(relu, negative_slope)))[0]
+
+
+def conv3x3_bias_relu_pool(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return (y, F.max_pool2d(y, 2)) of y = conv3x3_bias_relu(x, ...): the skip and the next level's input, [N, Cout,
+    H // 2, W // 2]; H and W >= 2.
+    """
+    args = ConvArgs(x, None, weight, bias, slope=slope_of(relu, negative_slope), pool=True)
+    return conv3x3("conv3x3_bias_relu_pool", args)
+
+
+def concat_conv3x3_bias_relu(
+    skip: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """Compute conv3x3_bias_relu(torch.cat([skip, up], 1), weight, bias); the kernels never write the concatenation.
+
+    skip [N, C1, H, W], up [N, C2, H, W], weight [Cout, C1 + C2, 3, 3]; otherwise as conv3x3_bias_relu.
+    """
+    args = ConvArgs(skip, up, weight, bias, slope=slope_of(relu, negative_slope))
+    return conv3x3("concat_conv3x3_bias_relu", args)[0]
+
+
+def double_conv3x3_bias_relu(
+    x: Tensor,
+    up: Tensor | None,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    *,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+    pool: bool = False,
+) -> Any:
+    """Compute conv3x3_bias_relu twice, first of x, or of [x, up] where up is given: y, or (y, pooled) with pool.
+
+    As two calls; but in backward the first one's activation is undone where the second one's input gradient is
+    computed, which saves a pass over memory.
+    """
+    what, slope = "double_conv3x3_bias_relu", slope_of(relu, negative_slope)
+    is_one = (
+        torch.compiler.is_compiling() or ConvArgs(x, up, weights[1]).choice(training=True).implementation == "triton"
+    )
+    middle, _ = conv3x3(what, ConvArgs(x, up, weights[0], biases[0], slope=slope, grad_is_ready=is_one))
+    input_slope = slope if is_one else None
+    args = ConvArgs(middle, None, weights[1], biases[1], slope=slope, pool=pool, input_slope=input_slope)
+    results = conv3x3(what, args)
+    return results if pool else results[0]
+
+
+class _Activation(TypedDict, total=False):
+    relu: bool
+    negative_slope: float
+
+
+class _BatchNorm(_Activation):
+    training: Required[bool]
+    momentum: NotRequired[float]
+    eps: NotRequired[float]
+
+
+class _InstanceNorm(_Activation, total=False):
+    eps: float
+
+
+def conv3x3_batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    **options: Unpack[_BatchNorm],
+) -> Tensor:
+    """Compute relu(batch_norm(conv2d(x, weight, padding=1), running_mean, running_var, gamma, beta, training, momentum,
+    eps)).
+
+    x [N, Cin, H, W], weight [Cout, Cin, 3, 3], the other tensors [Cout] or None, of x's dtype or float32. Options are
+    training, momentum=0.1, eps=1e-5, relu=True and negative_slope=0.0. training=True takes the statistics of this batch
+    (Ioffe & Szegedy 2015) and moves the running ones in place by momentum, with the unbiased variance, as torch does;
+    training=False takes the running ones. The rest as conv3x3_bias_relu. Raises ValueError, as torch does, where
+    training has one value per channel.
+    """
+    parameters = (gamma, beta, running_mean, running_var)
+    return conv3x3(NAMES["batch"], _batch_norm_args(x, None, weight, parameters, **options))[0]
+
+
+def conv3x3_batch_norm_relu_pool(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    **options: Unpack[_BatchNorm],
+) -> tuple[Tensor, Tensor]:
+    """Return (y, F.max_pool2d(y, 2)) of y = conv3x3_batch_norm_relu(x, ...); H and W >= 2."""
+    args = _batch_norm_args(x, None, weight, (gamma, beta, running_mean, running_var), **options)
+    return conv3x3("conv3x3_batch_norm_relu_pool", args._replace(pool=True))
+
+
+def concat_conv3x3_batch_norm_relu(
+    skip: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    **options: Unpack[_BatchNorm],
+) -> Tensor:
+    """Compute conv3x3_batch_norm_relu(torch.cat([skip, up], 1), ...): skip [N, C1, H, W], up [N, C2, H, W], weight
+    [Cout, C1 + C2, 3, 3].
+    """
+    args = _batch_norm_args(skip, up, weight, (gamma, beta, running_mean, running_var), **options)
+    return conv3x3("concat_conv3x3_batch_norm_relu", args)[0]
+
+
+def _batch_norm_args(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> ConvArgs:
+    gamma, beta, running_mean, running_var = parameters
+    slope = slope_of(relu, negative_slope)
+    return ConvArgs(x, up, weight, beta, "batch", gamma, running_mean, running_var, training, momentum, eps, slope)
+
+
+def conv3x3_instance_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    **options: Unpack[_InstanceNorm],
+) -> Tensor:
+    """Compute relu(instance_norm(conv2d(x, weight, padding=1), weight=gamma, bias=beta, eps=eps)).
+
+    Each image and channel is normalised by its own mean and biased variance (Ulyanov et al. 2016), in training and
+    inference alike; a channels_last input stays so, which torch's instance norm does not do. gamma and beta [Cout],
+    both or neither, in x's dtype or float32; options are eps=1e-5, relu=True and negative_slope=0.0; the rest as
+    conv3x3_bias_relu. Raises ValueError, as torch does, on images of one pixel.
+    """
+    return conv3x3(NAMES["instance"], _instance_norm_args(x, None, weight, gamma, beta, **options))[0]
+
+
+def conv3x3_instance_norm_relu_pool(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    **options: Unpack[_InstanceNorm],
+) -> tuple[Tensor, Tensor]:
+    """Return (y, F.max_pool2d(y, 2)) of y = conv3x3_instance_norm_relu(x, ...); H and W >= 2."""
+    args = _instance_norm_args(x, None, weight, gamma, beta, **options)
+    return conv3x3("conv3x3_instance_norm_relu_pool", args._replace(pool=True))
+
+
+def concat_conv3x3_instance_norm_relu(
+    skip: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    **options: Unpack[_InstanceNorm],
+) -> Tensor:
+    """Compute conv3x3_instance_norm_relu(torch.cat([skip, up], 1), ...): skip [N, C1, H, W], up [N, C2, H, W]."""
+    args = _instance_norm_args(skip, up, weight, gamma, beta, **options)
+    return conv3x3("concat_conv3x3_instance_norm_relu", args)[0]
+
+
+def _instance_norm_args(
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> ConvArgs:
+    return ConvArgs(x, up, weight, beta, "instance", gamma, eps=eps, slope=slope_of(relu, negative_slope))

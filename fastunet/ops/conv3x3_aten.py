@@ -1,0 +1,199 @@
+"""conv3x3 without our kernels: ATen's convolutions and norms, Winograd's algorithm and oneDNN's prepared weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastunet.ops import onednn, winograd
+from fastunet.ops.convolution import convolution_grads
+from fastunet.ops.epilogue import activate_, epilogue_grad
+from fastunet.ops.registration import memory_format, strided_like
+
+if TYPE_CHECKING:
+    from fastunet.ops.conv3x3 import ConvArgs, ConvGradArgs
+
+aten = torch.ops.aten
+
+
+def forward(args: ConvArgs, implementation: str) -> tuple[Tensor | None, ...]:
+    """(y, pooled, raw, mean, invstd), the last three None unless a backward needs them."""
+    x, up, weight, bias = args[:4]
+    format = memory_format(x, up, weight)
+    raw = mean = invstd = None
+    if implementation == "onednn" and args.norm != "instance":
+        norm = onednn.norm_of(args.running_mean, args.running_var, args.gamma, args.eps)
+        y = onednn.conv3x3(x, up, weight, bias, norm, args.slope)
+    elif args.norm == "none":
+        y = activate_(convolve(x, up, weight, bias, implementation), args.slope)
+    else:
+        if implementation == "onednn":
+            raw = onednn.conv3x3(x, up, weight, None, None, None)
+        else:
+            raw = convolve(x, up, weight, None, implementation)
+        raw = raw.contiguous(memory_format=format)
+        y, mean, invstd = (_batch_norm if args.norm == "batch" else _instance_norm)(raw, args)
+        y = activate_(y.contiguous(memory_format=format), args.slope)
+    y = y.contiguous(memory_format=format)
+    pooled = F.max_pool2d(y, 2).contiguous(memory_format=format) if args.pool else None
+    return (y, pooled, raw, mean, invstd) if args.keep else (y, pooled, None, None, None)
+
+
+def _batch_norm(raw: Tensor, args: ConvArgs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    parameters = (args.gamma, args.bias, args.running_mean, args.running_var)
+    if args.keep and args.training:
+        y, mean, invstd = aten.native_batch_norm(raw, *parameters, True, args.momentum, args.eps)
+        dtype = statistics_dtype(args.gamma, raw)
+        return y, mean.to(dtype), invstd.to(dtype)
+    # On a GPU this is cuDNN's, which gives no statistics away.
+    gamma, beta, mean, variance = parameters
+    return F.batch_norm(raw, mean, variance, gamma, beta, args.training, args.momentum, args.eps), None, None
+
+
+def _instance_norm(raw: Tensor, args: ConvArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """A group norm whose groups are single channels; unlike torch's instance norm it leaves channels_last as it is."""
+    n, channels, h, w = raw.shape
+    values = _in_dtype_of(raw, args.gamma)
+    y, mean, invstd = aten.native_group_norm(values, args.gamma, args.bias, n, channels, h * w, channels, args.eps)
+    dtype = statistics_dtype(args.gamma, raw)
+    return y.to(raw.dtype), mean.to(dtype), invstd.to(dtype)
+
+
+def _in_dtype_of(t: Tensor, parameter: Tensor | None) -> Tensor:
+    """Half-precision activations under float32 parameters are normalised in float32: CUDA's kernel takes no mixture."""
+    return t if parameter is None else t.to(parameter.dtype)
+
+
+def statistics_dtype(gamma: Tensor | None, raw: Tensor) -> torch.dtype:
+    """Statistics are kept in float32, or float64 with float64 parameters, whatever the activations are."""
+    return torch.promote_types((raw if gamma is None else gamma).dtype, torch.float32)
+
+
+def convolve(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
+    """conv2d([x, up], weight, bias, padding=1), by "winograd" or ATen, in x's dtype: a compiled graph may have left the
+    casts of autocast to an implementation that does not run.
+    """
+    if implementation == "winograd":
+        return winograd.convolve(*_by_input(x, up, weight), bias, winograd.side_of_tiles(x, weight))
+    joined = x if up is None else torch.cat([x, up], dim=1)
+    return F.conv2d(joined, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
+
+
+# --- backward ---
+
+
+def backward(args: ConvGradArgs, implementation: str) -> tuple[Tensor | None, ...]:
+    """Gradients of x, up, weight, bias and gamma."""
+    y = args.y
+    if args.norm != "none" and y is None and (args.slope is not None or args.grad_pooled is not None):
+        y = activate_(_normalised(args), args.slope)  # Our kernels ran forward and did not keep it.
+    grad = epilogue_grad(args.grad_y, args.grad_pooled, y, args.slope)
+    *wants, wants_bias, wants_gamma = args.mask
+    if args.norm == "none":
+        grad_x, *grads = _conv_backward(grad, args, [*wants, wants_bias], implementation)
+        if args.input_slope is not None and grad_x is not None:
+            grad_x = strided_like(epilogue_grad(grad_x, None, args.x, args.input_slope), args.x)
+        return grad_x, *grads, None
+    of_norm = _batch_norm_backward if args.norm == "batch" else _instance_norm_backward
+    grad_raw, grad_gamma, grad_beta = of_norm(grad, args)
+    grads = [None] * 3
+    if any(wants):
+        *grads, _ = _conv_backward(grad_raw, args, [*wants, False], implementation)
+    return *grads, grad_beta if wants_bias else None, grad_gamma if wants_gamma else None
+
+
+def _normalised(args: ConvGradArgs) -> Tensor:
+    """norm(raw) + bias."""
+    raw, mean, invstd = args.raw, args.mean, args.invstd
+    assert raw is not None
+    if args.norm == "batch":
+        statistics: tuple[Tensor | None, Tensor | None]
+        if args.training:
+            assert invstd is not None
+            statistics = (mean, invstd.square().reciprocal() - args.eps)
+        else:
+            statistics = (args.running_mean, args.running_var)
+        parameters = [None if t is None else t.to(raw.dtype) for t in (args.gamma, args.bias, *statistics)]
+        return aten.native_batch_norm(raw, *parameters, False, 0.0, args.eps)[0]
+    assert mean is not None
+    assert invstd is not None
+    normal = (raw - mean[:, :, None, None]) * invstd[:, :, None, None]
+    if args.gamma is not None and args.bias is not None:
+        normal = normal * args.gamma[:, None, None] + args.bias[:, None, None]
+    return normal.to(raw.dtype).contiguous(memory_format=memory_format(raw))
+
+
+def _batch_norm_backward(grad: Tensor, args: ConvGradArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of raw, gamma and beta."""
+    raw, mean, invstd = args.raw, args.mean, args.invstd
+    assert raw is not None
+    if args.x.device.type == "cpu":
+        # ATen's CPU kernel wants the statistics in the parameters' dtype; CUDA's in float32.
+        parameter = args.gamma if args.gamma is not None else args.running_mean
+        stored = raw.dtype if parameter is None else parameter.dtype
+        mean, invstd = (None if t is None else t.to(stored) for t in (mean, invstd))
+    *wants, wants_bias, wants_gamma = args.mask
+    running = (args.running_mean, args.running_var)
+    options = (args.training, args.eps, [any(wants), wants_gamma, wants_bias])
+    return aten.native_batch_norm_backward(grad, raw, args.gamma, *running, mean, invstd, *options)
+
+
+def _instance_norm_backward(grad: Tensor, args: ConvGradArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of raw, gamma and beta."""
+    raw, mean, invstd, gamma = args.raw, args.mean, args.invstd, args.gamma
+    assert raw is not None
+    assert mean is not None
+    assert invstd is not None
+    values = _in_dtype_of(raw, gamma)
+    grad = _in_dtype_of(grad, gamma).contiguous(memory_format=memory_format(raw))
+    n, channels, h, w = raw.shape
+    statistics = (mean.to(values.dtype), invstd.to(values.dtype))
+    # All three are asked for always: ATen's CPU kernel for channels_last crashes on some of the partial masks.
+    options = (n, channels, h * w, channels, [True, gamma is not None, gamma is not None])
+    grad_raw, *of_affine = aten.native_group_norm_backward(grad, values, *statistics, gamma, *options)
+    return grad_raw.to(raw.dtype), *of_affine
+
+
+def _conv_backward(
+    grad: Tensor, args: ConvGradArgs, mask: list[bool], implementation: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, up, weight and bias from that of conv2d([x, up], weight, bias); mask says which are wanted."""
+    x, up, weight = args.x, args.up, args.weight
+    if implementation == "winograd":
+        return _winograd_backward(grad, x, up, weight, mask)
+    wants_x, wants_up, wants_weight, wants_bias = mask
+    _, shares = _by_input(x, up, weight)
+    # Each input with its share of the weight: nothing is joined, and no gradient is copied out of a joint one.
+    grad_x, grad_weight, grad_bias = convolution_grads(
+        grad, x, shares[0], [wants_x, wants_weight, wants_bias], padding=1
+    )
+    if up is None:
+        return grad_x, None, grad_weight, grad_bias
+    grad_up, grad_share, _ = convolution_grads(grad, up, shares[1], [wants_up, wants_weight, False], padding=1)
+    if grad_weight is not None and grad_share is not None:
+        grad_weight = strided_like(torch.cat([grad_weight, grad_share], dim=1), weight)
+    return grad_x, grad_up, grad_weight, grad_bias
+
+
+def _winograd_backward(
+    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    inputs, shares = _by_input(x, up, weight)
+    side = winograd.side_of_tiles(x, weight)
+    grads, share_grads = winograd.gradients(grad, inputs, shares, side, mask[: len(inputs)], mask[2])
+    of_images = [None if g is None else strided_like(g, t) for g, t in zip(grads, inputs, strict=True)]
+    grad_weight = None
+    if mask[2]:
+        grad_weight = strided_like(torch.cat([g for g in share_grads if g is not None], dim=1), weight)
+    grad_up = None if up is None else of_images[1]
+    return of_images[0], grad_up, grad_weight, grad.sum((0, 2, 3)) if mask[3] else None
+
+
+def _by_input(x: Tensor, up: Tensor | None, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs, and each one's share of the weight."""
+    if up is None:
+        return [x], [weight]
+    return [x, up], [weight[:, : x.shape[1]], weight[:, x.shape[1] :]]
