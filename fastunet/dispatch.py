@@ -56,6 +56,13 @@ _WINOGRAD_CHANNELS, _WINOGRAD_PIXELS, _WINOGRAD_PRODUCTS, _WINOGRAD_WEIGHTS_PER_
 # steps.
 _ONEDNN_FLOAT32_OPS = (_STEP_UP,)
 
+# A call of oneDNN costs the host 50 to 70 µs whatever its size, ATen's own convolution 12: it has lost up to so many
+# products, and weights, which ATen arranges anew at every call.
+_FEW_PRODUCTS, _FEW_WEIGHTS = 1 << 20, 1 << 14
+_SMALL_PRODUCTS, _SMALL_WEIGHTS = 20_000_000, 1 << 18
+# Up to so many an upsampling and the convolution after it are quicker one after the other.
+_FEW_PRODUCTS_OF_TWO = 1 << 24
+
 # Of this build of torch, and of this processor.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 _ONEDNN_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -111,12 +118,8 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
     a dictionary look-up.
     """
     shape = x.shape
-    key = (
-        *(op, training, x.device, x.dtype, shape[1:], 0 in shape[:1]),
-        *((None, None) if weight is None else (weight.dtype, weight.shape)),
-        *(_selected, torch._C._get_mkldnn_enabled(), torch.compiler.is_compiling(), tuning.table_in_force()),
-        x.device.type != "cpu" and tf32_allowed(),
-    )
+    of_weight = (None, None) if weight is None else (weight.dtype, weight.shape)
+    key = (op, training, x.device, x.dtype, shape[1:], 0 in shape[:1], *of_weight, *settings(x.device))
     try:
         found = _choices.get(key)
     except TypeError:  # A symbolic size has no hash.
@@ -128,6 +131,31 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
     return found
 
 
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Return whether a 3x3 convolution of inference on the CPU costs the host about as much as its arithmetic: a net of
+    such layers is quickest by ATen's own, one after the other.
+    """
+    products = weight.numel() * x.shape[2] * x.shape[3]
+    return (
+        _selected == "auto"
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and products <= _SMALL_PRODUCTS
+        and weight.numel() <= _SMALL_WEIGHTS
+    )
+
+
+def settings(device: torch.device) -> tuple[Any, ...]:
+    """Return what choices depend on beside the layer."""
+    return (
+        _selected,
+        torch._C._get_mkldnn_enabled(),
+        torch.compiler.is_compiling(),
+        tuning.table_in_force(),
+        device.type != "cpu" and tf32_allowed(),
+    )
+
+
 # Choices made, by all that they depend on; forgotten together when images of ever new sizes have filled it.
 _choices: dict[tuple[Any, ...], Choice] = {}
 _MOST_CHOICES = 4096
@@ -137,6 +165,11 @@ def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
     if _selected == "aten":
         return Choice("aten", "backend is set to aten")
     if _selected == "auto" and op in ONEDNN_OPS and weight is not None and not training and x.device.type == "cpu":
+        products = weight.shape[0] * weight.shape[1] * 9 * x.shape[2] * x.shape[3]
+        if products <= _FEW_PRODUCTS and weight.numel() <= _FEW_WEIGHTS:
+            return Choice("aten", "so small a layer costs the host less by ATen than with prepared weights")
+        if op == _STEP_UP and products <= _FEW_PRODUCTS_OF_TWO:
+            return Choice("aten", "so small a layer costs the host less in two steps")
         if _onednn_takes(op, x, weight):
             if op in WINOGRAD_OPS and winograd_wins(x, weight):
                 return Choice("onednn", "inference on the CPU: weights folded and transformed once (Winograd)", True)

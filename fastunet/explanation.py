@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from fastunet.graphs import GraphedModel
 from fastunet.ops.registration import arguments_of_call
 from fastunet.patterns import Pattern
 from fastunet.quantization import QuantizedConv3x3
+from fastunet.unet import UNet
 
 # ATen ops worth a line of their own: layers that run beside our ops.
 _ATEN_LAYERS = ("convolution", "batch_norm", "max_pool2d", "upsample", "cat", "pad", "relu")
+_SMALL = "the net is so small that ATen's layers, one after the other, cost the host least"
 _OWN_BLOCKS = (modules.DoubleConv, modules.Up, modules.OutConv)
 
 
@@ -86,7 +89,11 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
     target = torch.device(device) if device is not None else example.device
     with torch.set_grad_enabled(model.training):
         if any(isinstance(module, _OWN_BLOCKS) for module in model.modules()):
-            return Explanation(tuple(_recorded(model, example, target)))
+            rows = _recorded(model, example, target)
+            if target.type == "cpu" and isinstance(model, UNet) and model.is_small(example):
+                small = {"implementation": "aten", "reason": _SMALL}
+                rows = [row if row.implementation == "aten" else dataclasses.replace(row, **small) for row in rows]
+            return Explanation(tuple(rows))
         return Explanation(tuple(_compiled(model, example, target)))
 
 

@@ -42,33 +42,30 @@ def upsampled_bias(up_bias: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(F.pad(u, [0, 1, 0, 1]), weight, padding=1)[0]
 
 
-def add_upsampled_bias_(y: Tensor, bias: Tensor) -> Tensor:
-    """Add to y [N, Cout, H, W], in place, what `upsampled_bias` gives for its size, but for bias[:, 1, 1], which all
-    inner pixels share: it belongs into the bias of the convolution.
-    """
-    delta = bias - bias[:, 1:2, 1:2]
-    rows, columns = (_borders(size) for size in y.shape[2:])
-    for to_rows, from_rows in rows:
-        for to_columns, from_columns in columns:
-            if from_rows is _INNER and from_columns is _INNER:
-                continue
-            y[:, :, to_rows, to_columns] += delta[:, from_rows, from_columns]
+def border_of(bias: Tensor) -> Tensor:
+    """What `upsampled_bias` differs in from bias[:, 1, 1], which all inner pixels share: [5, 5, Cout]."""
+    return (bias - bias[:, 1:2, 1:2]).permute(1, 2, 0).contiguous()
+
+
+def add_border_(y: Tensor, border: Tensor) -> Tensor:
+    """Add to y [N, Cout, H, W], in place, what `border_of` gives for its size: rows, then what is left of columns."""
+    pixels = y.permute(0, 2, 3, 1)
+    h, w = y.shape[2:]
+    for to, of in _ends(h):
+        rows = border[of]
+        inner = rows[:, 1:2].expand(-1, w - 2 - w % 2, -1)
+        pixels[:, to].add_(torch.cat([rows[:, :1], inner, rows[:, 3 : 4 + w % 2]], dim=1))
+    between = pixels[:, 1 : h - 1 - h % 2]
+    for to, of in _ends(w):
+        between[:, :, to].add_(border[1, of])
     return y
 
 
-_INNER = slice(1, 2)
-
-
-def _borders(size: int) -> list[tuple[slice, slice]]:
-    """Places along a side of y, each with its place in the bias: the first; the inner ones; the last, or, of an odd
-    side, the last two.
-    """
-    after = 1 + size % 2
-    return [
-        (slice(0, 1), slice(0, 1)),
-        (slice(1, size - after), _INNER),
-        (slice(size - after, size), slice(3, 3 + after)),
-    ]
+def _ends(size: int) -> list[tuple[slice, slice]]:
+    """Where a side of y has borders, and where the border has them: the first and the last, or, odd, the last two."""
+    if size % 2 == 0:
+        return [(slice(None, None, size - 1), slice(0, 4, 3))]
+    return [(slice(0, 1), slice(0, 1)), (slice(size - 2, size), slice(3, 5))]
 
 
 def move_bias_after_norm(

@@ -74,7 +74,7 @@ class GraphedModel(nn.Module):
             raise DeviceError(f"graphed: expected images on a GPU, got {x.device}")
         if self._state is None or self._state[0] is not self.model or not self._state[1].holds():
             self._graphs.clear()
-            self._state = self.model, ModelState(self.model)
+            self._state = self.model, ModelState(self.model, addresses=True)
         key = (tuple(x.shape), x.dtype, x.device, autocast_dtype(x.device.type))
         graph = self._graphs.get(key)
         if graph is None or not graph.holds:

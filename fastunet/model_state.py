@@ -1,27 +1,59 @@
-"""Whether a model is still the one that something was made of: all but the values of its weights."""
+"""Whether a model is still the one that something was found out of: all but the values of its weights."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .prepared import storage_address
 
 
-class ModelState:
-    """Of what modules a model is made, how they are set, their hooks, and where their parameters and buffers lie.
+class Memo:
+    """What a module found out of itself, with the state that it holds for; no part of its copies and pickles."""
 
-    `model.parameters()` walks through all modules, which takes as long as a small image's kernels: here the walk is
-    made once, and what it found is compared from then on.
+    def __init__(self) -> None:
+        self.state: ModelState | None = None
+        self.answers: dict[Any, Any] = {}
+
+    def answer(self, model: nn.Module, question: Any, ask: Callable[[], Any]) -> Any:
+        """Return what ask() gives, or gave before for the same question while the model's structure stays as it is."""
+        if self.state is None or not self.state.holds():
+            self.state, self.answers = ModelState(model), {}
+        found = self.answers.get(question)
+        if found is None:
+            if len(self.answers) >= _MOST_ANSWERS:
+                self.answers.clear()
+            found = self.answers[question] = ask()
+        return found
+
+    def __deepcopy__(self, memo: Any) -> Memo:
+        return Memo()
+
+    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
+        return Memo, ()
+
+
+# Images of ever new sizes are not to fill the memory.
+_MOST_ANSWERS = 1024
+_SHAPE = operator.attrgetter("shape")
+
+
+class ModelState:
+    """Of what modules a model is made, how they are set, their hooks, kernel shapes and, if asked, tensors' addresses.
+
+    A walk through all modules costs as much as a small image's kernels: here it is made once, and what it found is
+    compared from then on, in a few passes that are loops in C.
 
     tensors: parameters and buffers, each once. The model itself is not held.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, addresses: bool = False) -> None:
         root, *self._inner = model.modules()
         self._types = [*map(type, self._inner)]
         self._settings = [vars(module) for module in (root, *self._inner)]
@@ -31,17 +63,19 @@ class ModelState:
         self._empty = [owned for owned in inner if not owned]
         self._owned = self._now_owned()
         self.tensors = [*{id(t): t for t in self._owned if isinstance(t, Tensor)}.values()]
-        self._places = self._now_places()
+        self._weights = [t for t in self.tensors if not is_lazy(t) and t.dim() == 4]
+        self._shapes = [*map(_SHAPE, self._weights)]
+        self._addresses = self._now_addresses() if addresses else None
 
     def _now_owned(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._owners))]
 
-    def _now_places(self) -> list[Any]:
+    def _now_addresses(self) -> list[Any]:
         ways = (storage_address, Tensor.storage_offset, Tensor.numel, Tensor.stride)
         return [*chain.from_iterable(map(way, self.tensors) for way in ways)]
 
     def holds(self) -> bool:
-        """Whether all that is as it was; not what the values are."""
+        """Return whether all that is as it was; not what the values are."""
         now = self._now_owned()
         return (
             len(now) == len(self._owned)
@@ -49,7 +83,8 @@ class ModelState:
             and not any(self._empty)
             and [*map(type, self._inner)] == self._types
             and self._has_settings()
-            and self._now_places() == self._places
+            and [*map(_SHAPE, self._weights)] == self._shapes
+            and (self._addresses is None or self._now_addresses() == self._addresses)
         )
 
     def _has_settings(self) -> bool:

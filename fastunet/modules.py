@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import dispatch, ops, reference
+from fastunet.ops.convolution import kernel_weight
 from fastunet.ops.registration import in_transform
 from fastunet.reference.unet import HEADS, padding_to
 
@@ -32,6 +33,21 @@ class DoubleConv(reference.DoubleConv):
             return False
         layers = [*self.double_conv]
         return len(layers) == 6 and is_fusable(*layers[:3]) and is_fusable(*layers[3:])
+
+    def is_left_to_aten(self, image: Tensor) -> bool:
+        """Whether both convolutions of an image like this one, whatever its channels, are torch's own anyway."""
+        conv1, norm1, _, conv2, norm2, _ = self.double_conv
+        return all(_is_left_to_aten(conv, norm, image) for conv, norm in ((conv1, norm1), (conv2, norm2)))
+
+    def layered(self, x: Tensor) -> Tensor:
+        """forward of x by ATen's layers, none of which is watched."""
+        conv1, norm1, act1, conv2, norm2, act2 = self.double_conv
+        return _layered(conv2, norm2, act2, _layered(conv1, norm1, act1, x))
+
+    def layered_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, max_pool2x2(y)) of y = layered(x)."""
+        y = self.layered(x)
+        return y, F.max_pool2d(y, 2)
 
     def fused(self, x: Tensor, up: Tensor | None = None, *, head: OutConv | None = None) -> Tensor:
         """forward of x, or of [x, up] without joining them; with head, head(forward(...))."""
@@ -110,6 +126,10 @@ class Up(reference.Up):
         is_torchs = is_plain(self.up, nn.ConvTranspose2d) or is_plain(self.up, nn.Upsample)
         return is_torchs and is_plain_block(self.conv, DoubleConv)
 
+    def layered(self, low: Tensor, skip: Tensor) -> Tensor:
+        """forward(low, skip) by ATen's layers, none of which is watched."""
+        return self.conv.layered(torch.cat([skip, padded_to(self.up.forward(low), skip)], dim=1))
+
     def fused(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
         """forward(low, skip); with head, head(forward(low, skip))."""
         if self._composes(low, skip):
@@ -179,6 +199,38 @@ def conv_norm_activation(
     if up is not None:
         return ops.concat_conv3x3_bias_relu(x, up, conv.weight, conv.bias, **activation)
     return (ops.conv3x3_bias_relu_pool if pool else ops.conv3x3_bias_relu)(x, conv.weight, conv.bias, **activation)
+
+
+def _layered(conv: Any, norm: Any, act: Any, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return act.forward(norm.forward(conv.forward(x)))
+    weight = conv.weight
+    if weight.numel() >= _FEW_WEIGHTS:
+        weight = kernel_weight(weight, x, training=False)
+    y = F.conv2d(x, weight, conv.bias, padding=1)
+    if isinstance(norm, nn.InstanceNorm2d):  # As a group norm of single channels it stays channels_last.
+        y = F.group_norm(y, y.shape[1], norm.weight, norm.bias, norm.eps)
+    elif type(norm) is nn.BatchNorm2d and not norm.training and norm.running_mean is not None:
+        y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    else:
+        y = norm.forward(y)
+    return torch.relu_(y) if type(act) is nn.ReLU else act.forward(y)
+
+
+# Of smaller weights ATen arranges a copy in less time than one is looked up.
+_FEW_WEIGHTS = 4096
+
+
+def _is_left_to_aten(conv: Any, norm: Any, image: Tensor) -> bool:
+    if not torch.is_grad_enabled() and not norm.training and dispatch.is_small(image, conv.weight):
+        return True
+    if isinstance(norm, nn.InstanceNorm2d):  # Torch's answers contiguous for any format, and is slower.
+        return False
+    image = image.expand(-1, conv.weight.shape[1], -1, -1)
+    args = ops.ConvArgs(image, None, conv.weight, norm="batch" if isinstance(norm, nn.BatchNorm2d) else "none")
+    training = torch.is_grad_enabled() or norm.training
+    choice = args.choice(training=training)
+    return choice.implementation == "aten" and not (training and dispatch.aten_is_slow(image, conv.weight))
 
 
 def _is_inference(norm: Any) -> bool:
@@ -279,6 +331,11 @@ def is_plain_block(block: Any, kind: type[DoubleConv] | type[Down] | type[Up] | 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a call of module does what kind does, and nothing else: no subclass, hook, patch, or compiled call."""
     return type(module) is kind and kind.forward is _FORWARDS[kind] and not has_hooks(module) and not is_patched(module)
+
+
+def has_torchs_forwards() -> bool:
+    """Return whether no class of a plain module has had its forward exchanged."""
+    return all(kind.forward is forward for kind, forward in _FORWARDS.items())
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -10,9 +10,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fastunet import modules, pretrained, reference
+from fastunet import dispatch, modules, pretrained, reference
 from fastunet.checks import ConfigError, ShapeError, check_activation
+from fastunet.model_state import Memo
+from fastunet.ops.registration import is_plain_call
 from fastunet.reference import ReferenceUNet
+
+# The ways in which a net is computed.
+MODULES, ATEN, OPS = "modules", "aten", "ops"
 
 
 def _either(name: str, value: Any, alias: str, other: Any, default: Any = None) -> Any:
@@ -81,23 +86,56 @@ class UNet(ReferenceUNet):
             activation=activation,
             head=head,
         )
+        self._memo = Memo()
 
     def forward(self, x: Tensor) -> Tensor:
-        if modules.is_watched(x) or not self._has_plain_layers():
+        way = MODULES if modules.is_watched(x) else self._way(x)
+        if way == MODULES:
             return super().forward(x)
         self._check_input(x, next(iter(self.inc.double_conv)).weight)
         # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
         x = x.to(memory_format=torch.channels_last)
-        *encoder, bottom = self._blocks()
+        is_aten = way == ATEN
+        *encoder, bottleneck = self._blocks()
         *decoder, last = self.ups
         skips = []
         for block in encoder:
-            skip, x = block.fused_pool(x)
+            skip, x = block.layered_pool(x) if is_aten else block.fused_pool(x)
             skips.append(skip)
-        x = bottom.fused(x)
-        for up in decoder:
-            x = up.fused(x, skips.pop())
+        x = bottleneck.layered(x) if is_aten else bottleneck.fused(x)
+        for block in decoder:
+            x = block.layered(x, skips.pop()) if is_aten else block.fused(x, skips.pop())
+        if is_aten:
+            return reference.OutConv.forward(self.outc, last.layered(x, skips.pop()))
         return last.fused(x, skips.pop(), head=self.outc)
+
+    def _way(self, x: Tensor) -> str:
+        """How to compute the net: by its modules, where one's own call is asked for; by their layers, where all is left
+        to ATen, which gains nothing of knowing the neighbours; else by fused ops.
+        """
+        if torch.compiler.is_compiling():
+            return OPS if self._has_plain_layers() else MODULES
+        signature: Any = None
+        if x.dim() == 4 and is_plain_call((x,)):
+            signature = (x.shape, x.dtype, x.device, torch.is_grad_enabled(), dispatch.settings(x.device))
+
+        def find() -> str:
+            if not self._has_plain_layers():
+                return MODULES
+            return ATEN if signature is not None and self._is_left_to_aten(x) else OPS
+
+        way = self._memo.answer(self, signature, find)
+        return way if modules.has_torchs_forwards() else MODULES
+
+    def is_small(self, x: Tensor) -> bool:
+        """Return whether on images like x ATen's layers, one after the other, compute the net."""
+        return self._way(x.new_empty(1, device="cpu").expand(x.shape)) == ATEN
+
+    def _is_left_to_aten(self, x: Tensor) -> bool:
+        levels = [torch.Size(side >> level for side in x.shape[2:]) for level in range(self.depth + 1)]
+        blocks = [*zip(levels, self._blocks(), strict=True)]
+        blocks += [*zip(reversed(levels[:-1]), (up.conv for up in self.ups), strict=True)]
+        return all(block.is_left_to_aten(x.new_empty(1).expand(x.shape[0], 1, *level)) for level, block in blocks)
 
     def _has_plain_layers(self) -> bool:
         """Whether no module's own call is asked for, so that what follows each other can be computed together."""
@@ -109,11 +147,11 @@ class UNet(ReferenceUNet):
         )
 
     def _blocks(self) -> list[Any]:
-        """The double convolutions from the image to the bottom."""
+        """The double convolutions of the encoder, from the image to the bottleneck."""
         return [self.inc, *(down.block for down in self.downs)]
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
-        """ShapeError for what the layers as they are cannot take, before any of them runs; weight is the first's."""
+        """Raise ShapeError for what the layers as they are cannot take, before any of them runs."""
         check_activation("UNet", input=x)
         channels, least = weight.shape[1], 2**self.depth
         if x.shape[1] != channels:

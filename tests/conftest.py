@@ -15,3 +15,10 @@ def _no_remembered_choices() -> Iterator[None]:
     dispatch._choices.clear()
     yield
     dispatch._choices.clear()
+
+
+@pytest.fixture
+def layers_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers and nets are computed like large ones, which would take the tests longer."""
+    for limit in ("_FEW_PRODUCTS", "_FEW_PRODUCTS_OF_TWO", "_SMALL_PRODUCTS"):
+        monkeypatch.setattr(dispatch, limit, 0)

@@ -144,6 +144,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         yield write
 
 
+@pytest.mark.usefixtures("layers_of_any_size")
 def test_auto_takes_what_was_measured_faster_and_nothing_else(measured: Callable[[float], Path]) -> None:
     x, weight = torch.empty(5, 8, 32, 24), torch.empty(16, 8, 3, 3)
 

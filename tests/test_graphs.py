@@ -159,6 +159,7 @@ def test_another_model_in_its_place_is_recorded(net: fastunet.UNet) -> None:
     assert recorder.recorded == 2
 
 
+@pytest.mark.usefixtures("layers_of_any_size")
 @torch.no_grad()
 def test_what_is_prepared_of_weights_is_in_the_graph(net: fastunet.UNet) -> None:
     """Here the replay does not run the model again: what it had prepared is part of it."""

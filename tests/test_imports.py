@@ -61,6 +61,7 @@ WITHIN_A_FLOOR = {
     ("explanation", "fx_nodes"),
     ("explanation", "quantization"),
     ("explanation", "graphs"),
+    ("explanation", "unet"),
     ("compiler", "patterns"),
     ("compiler", "rewriting"),
     ("rewriting", "patterns"),

@@ -211,18 +211,22 @@ def check(what: str, args: ConvArgs) -> None:
     x, weight = args.x, args.weight
     check_inputs(what, x, args.up, weight, args.pool)
     if args.norm == "none":
+        if args.bias is None:
+            return
         checks.check_shape(what, "bias", args.bias, weight.shape[:1])
         checks.check_together(what, x, bias=args.bias)
         return
-    check_norm(what, x, weight, gamma=args.gamma, beta=args.bias)
-    check_pair(what, gamma=args.gamma, beta=args.bias)
+    running = {"running_mean": args.running_mean, "running_var": args.running_var}
+    check_norm(what, x, weight, gamma=args.gamma, beta=args.bias, **running)
+    if (args.gamma is None) != (args.bias is None):
+        check_pair(what, gamma=args.gamma, beta=args.bias)
+    if (args.running_mean is None) != (args.running_var is None):
+        check_pair(what, **running)
     check_eps(what, args.eps, training=args.training)
     if args.norm == "instance":
         if x.shape[2] * x.shape[3] == 1:
             raise checks.ShapeError(f"{what}: expected more than 1 pixel per image, got input {list(x.shape)}")
         return
-    check_norm(what, x, weight, running_mean=args.running_mean, running_var=args.running_var)
-    check_pair(what, running_mean=args.running_mean, running_var=args.running_var)
     if args.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise checks.ShapeError(
             f"{what}: expected more than 1 value per channel when training, got input {list(x.shape)}"

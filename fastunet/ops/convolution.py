@@ -13,6 +13,10 @@ from fastunet.prepared import prepared
 
 def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> None:
     """The checks shared by every op that begins with a 3x3 convolution of x, or of x and up joined."""
+    # As almost always, and then there is nothing to explain.
+    is_right = weight.shape[1:] == (*x.shape[1:2], 3, 3) and weight.dtype == x.dtype and weight.device == x.device
+    if up is None and not pool and x.dim() == 4 and is_right and x.is_floating_point():
+        return
     checks.check_activation(name, x=x)
     if up is not None:
         checks.check_same_images(name, x, up)

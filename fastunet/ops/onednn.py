@@ -19,6 +19,8 @@ from fastunet.ops import winograd
 from fastunet.ops.epilogue import activate_
 from fastunet.prepared import prepared
 
+# Inputs of up to so many values for each image are joined.
+_FEW_VALUES = 1 << 14
 # A stride, padding or dilation.
 _ONE = [1, 1]
 
@@ -41,8 +43,10 @@ def conv3x3(
     x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, norm: Norm | None, slope: float | None
 ) -> Tensor:
     """activation(norm(conv2d([x, up], weight, padding=1)) + bias) in x's dtype; the arguments as the ops have them."""
-    if up is not None and x.dtype != torch.float32:
-        x, up = torch.cat([x, up], dim=1), None  # The sum of the first would be rounded before the second's.
+    # In 16 bits the sum of the first input would be rounded before the second's; of small ones a copy costs less than
+    # a second call.
+    if up is not None and (x.dtype != torch.float32 or x[0].numel() <= _FEW_VALUES):
+        x, up = torch.cat([x, up], dim=1), None
     if dispatch.winograd_wins(x, weight):
         return activate_(_convolve_winograd([x] if up is None else [x, up], weight, bias, norm), slope)
 
@@ -92,8 +96,8 @@ def conv_transpose2x2_concat_conv3x3(
         of_up = folded[:, split:]
         border = None
         if up_bias is not None:
-            border = folding.upsampled_bias(up_bias.detach().float(), of_up)
-            inner = border[:, 1, 1]
+            of_bias = folding.upsampled_bias(up_bias.detach().float(), of_up)
+            inner, border = of_bias[:, 1, 1], folding.border_of(of_bias)
             shift = inner if shift is None else shift + inner
         composed = _pack_transpose(folding.compose_upsampling(up_weight.detach().float(), of_up), low, padding=1)
         of_skip = winograd.transformed(folded[:, :split], side) if side else _pack(folded[:, :split], skip)
@@ -104,7 +108,7 @@ def conv_transpose2x2_concat_conv3x3(
     composed, of_skip, shift, border = prepared(kind, sources, make)
     y = _convolve_transpose(low, composed, shift, padding=1, output_padding=[size % 2 for size in skip.shape[2:]])
     if border is not None:
-        y = folding.add_upsampled_bias_(y, border)
+        y = folding.add_border_(y, border)
     if side:
         return activate_(y.add_(winograd.convolve_transformed([skip], [of_skip], None, side)), slope)
     return activate_(_convolve_add_(y, skip, of_skip), slope)

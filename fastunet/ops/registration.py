@@ -153,7 +153,7 @@ def invoke(op: Op, args: Any) -> Any:
     ATen runs torch's own functions, so that it is to the letter what plain torch does, cuDNN's batch norm included.
     Results not asked for may be None.
     """
-    if torch.compiler.is_compiling() or not _is_plain_call(args):
+    if torch.compiler.is_compiling() or not is_plain_call(args):
         return op.overload(*args)
     if not _is_recorded(args):
         return op.implementation(args, args.choice())
@@ -171,8 +171,8 @@ def _is_torchs(op: Op, args: Any) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_plain_call(args: Sequence[Any]) -> bool:
-    """Whether no subclass, mode, transform or autocast is to see the op."""
+def is_plain_call(args: Sequence[Any]) -> bool:
+    """Return whether no subclass, mode, transform or autocast is to see what is done with these arguments."""
     for a in args:
         if isinstance(a, Tensor) and type(a) not in _PLAIN:
             return False
