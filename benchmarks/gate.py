@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastunet
-from fastunet.testing import UNIT_ROUNDOFF
+from fastunet.testing import UNIT_ROUNDOFF, parity
+from fastunet.testing.ops import Call
 
-from . import parity
-from .expected import Call
 from .layers import Layer
 from .opponents import Opponent, Run, bce_dice, reason_of
 from .timing import cudnn_benchmark

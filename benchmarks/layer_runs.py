@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fastunet
+from fastunet.testing import parity
+from fastunet.testing.ops import Call
 
-from . import parity
-from .expected import Call
 from .layers import Layer
 from .steps import DTYPE
 from .timing import sets_past_cache

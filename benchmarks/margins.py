@@ -20,11 +20,12 @@ from fastunet.kernels import tuning
 from torch import Tensor
 
 import fastunet
+from fastunet.testing import parity
+from fastunet.testing.parity import Case
 
-from . import parity, step_up
+from . import step_up
 from .layer_runs import input_sets
 from .layers import UPSAMPLE, Layer
-from .parity import Case
 from .steps import DTYPE, TASKS, Row, Settings, Step
 from .timing import clock_of, cudnn_benchmark, interleaved_samples, ratio
 

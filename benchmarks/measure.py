@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 import fastunet
-from fastunet.testing import float32_precision
+from fastunet.testing import float32_precision, parity
+from fastunet.testing.parity import backends_for
 
-from . import parity
-from .parity import backends_for
 from .steps import Row, Settings, Step, describe, failure
 
 # Side of the lone image whose launches are timed on the host: small enough for them to matter.

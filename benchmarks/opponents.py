@@ -25,8 +25,9 @@ import fastunet
 from fastunet import dispatch
 from fastunet.losses import BCEDiceLoss
 from fastunet.reference import functional as reference
+from fastunet.testing import parity
 
-from . import compiled, cudnn_graph, parity
+from . import compiled, cudnn_graph
 from .layers import Layer
 from .steps import failure
 

@@ -16,12 +16,12 @@ from fastunet.kernels import config, config_search, gpu, tuning
 from fastunet.kernels.config import ConvShape
 
 import fastunet
+from fastunet.testing.parity import Case
 
 from . import step_up
 from .layer_runs import backward_run, check_last_image, forward_run, layer_sets
 from .layers import Layer
 from .opponents import reason_of
-from .parity import Case
 from .steps import DTYPE, Row, Settings, Step, layer_of
 from .timing import Clock, Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import fastunet
 from fastunet import dispatch, ops
+from fastunet.testing import parity
+from fastunet.testing.parity import Case
 
-from . import parity
 from .layer_runs import input_sets
 from .layers import Layer
-from .parity import Case
 from .steps import DTYPE
 
 OP = "conv_transpose2x2_concat_conv3x3_relu"

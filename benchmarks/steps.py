@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from fastunet.testing import cpu_accumulates_in_float32
+from fastunet.testing import cpu_accumulates_in_float32, parity
 
-from . import parity
 from .layers import Layer, meta_unet, unet_layers
 
 # What layers and nets are timed in.

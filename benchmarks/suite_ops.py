@@ -14,9 +14,8 @@ from torch import Tensor
 import fastunet
 from fastunet.dispatch import selected_backend
 from fastunet.reference import functional as reference
-from fastunet.testing import random_cotangent
+from fastunet.testing import parity, random_cotangent
 
-from . import parity
 from .opponents import Run, dtype_name, our_backends
 from .steps import DIRECTIONS
 from .suite import Options, Work

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import fastunet
+from fastunet.testing.parity import backends_for
 
 from .cross_check import timing_cross_check
 from .layer_runs import layer_sets, prepare_layer
 from .net_runs import make_net, peak_bytes, prepare_net
-from .parity import backends_for
 from .rivals import form_runs, layer_rivals, net_rivals
 from .roofs import measure_roofs
 from .steps import COMPILED, DTYPE, Row, Settings, Step, is_ours, layer_of

@@ -26,8 +26,8 @@ from typing import Any, Protocol
 import torch
 
 from fastunet.files import write_json
+from fastunet.testing import parity
 
-from . import parity
 from .environment import ROOT, environment
 from .steps import DIRECTIONS, TASKS, Row, Settings, Step, layer_of, parity_formats
 from .timing import Quantiles

@@ -10,12 +10,12 @@ import torch
 
 import fastunet
 from fastunet import ops
+from fastunet.testing import parity
+from fastunet.testing.parity import backends_for
 
-from . import parity
 from .layer_runs import layer_sets, prepare_layer
 from .measure import run_step
 from .net_runs import make_net, prepare_net
-from .parity import backends_for
 from .steps import DTYPE, Row, Settings, Step, describe, failure, layer_of
 from .timing import clock_of, cudnn_benchmark
 

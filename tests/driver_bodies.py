@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 import torch
-from fastunet.benchmarks import jobs, parity, stand_in_driver
+from fastunet.benchmarks import jobs, stand_in_driver
 from fastunet.benchmarks.stand_in_driver import StandIn
 from fastunet.kernels import gpu
 
 import fastunet
+from fastunet.testing import parity
 
 
 def nets(driver: StandIn) -> int:

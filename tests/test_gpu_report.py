@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_clock import FakeClock
-from fastunet.benchmarks import gpu_report, measure, opponents, parity, schedule, search, tune, worker
-from fastunet.benchmarks.bounds import Bounded, pool_grad
+from fastunet.benchmarks import gpu_report, measure, opponents, schedule, search, tune, worker
 from fastunet.benchmarks.layers import meta_unet, unet_layers
 from fastunet.benchmarks.margins import margin_steps
 from fastunet.benchmarks.steps import (
@@ -33,7 +32,8 @@ from torch import nn
 
 import fastunet
 from fastunet import ops
-from fastunet.testing import cpu_accumulates_in_float32
+from fastunet.testing import cpu_accumulates_in_float32, parity
+from fastunet.testing.bounds import Expected, pool_grad
 
 CPU = torch.device("cpu")
 TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=2, steady_seconds=0.05)
@@ -129,10 +129,10 @@ def test_every_result_that_is_off_is_caught(case: parity.Case, monkeypatch: pyte
 
 def test_open_decisions_are_part_of_the_bound() -> None:
     x = torch.tensor([[1.0, 0.95, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64).reshape(1, 1, 2, 4)
-    grad = pool_grad(torch.tensor([[[[2.0, 5.0]]]]), Bounded(x, torch.full_like(x, 0.1)))
+    grad = pool_grad(torch.tensor([[[[2.0, 5.0]]]]), Expected(x, torch.full_like(x, 0.1)))
     assert grad.value.flatten().tolist() == [2, 0, 5, 0, 0, 0, 0, 0]
-    assert grad.error.flatten().tolist() == [2, 2, 0, 0, 0, 0, 0, 0]
-    assert not pool_grad(torch.ones(1, 1, 1, 2), Bounded.exact(torch.zeros(1, 1, 2, 4))).error.any()
+    assert grad.tolerance.flatten().tolist() == [2, 2, 0, 0, 0, 0, 0, 0]
+    assert not pool_grad(torch.ones(1, 1, 1, 2), Expected.exact(torch.zeros(1, 1, 2, 4))).tolerance.any()
 
 
 @BFLOAT16

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import margins, measure, parity, search
+from fastunet.benchmarks import margins, measure, search
 from fastunet.benchmarks.steps import Settings, Step
 from fastunet.kernels import config, config_search, gpu, tuning
 from kernel_device import DEVICE, INTERPRETED, MARK
 
 from fastunet import dispatch
+from fastunet.testing import parity
 
 pytestmark = MARK
 SMALL = Settings(device=DEVICE.type, size=16, batch=2, features=(8, 16), rounds=2, steady_seconds=0.05)

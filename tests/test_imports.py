@@ -21,7 +21,7 @@ FLOORS = {
     "prepared": 1,
     "dispatch": 2,
     "ops": 2,
-    "testing": 2,
+    "testing": 3,
     "pretrained": 3,
     "unet": 3,
     "modules": 3,

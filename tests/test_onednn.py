@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastunet
-from benchmarks import parity
-from benchmarks.expected import Call
 from fastunet import dispatch, ops
 from fastunet.ops import onednn
-from fastunet.testing import random_input
+from fastunet.testing import parity, random_input
+from fastunet.testing.ops import Call
 
 pytestmark = [
     pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"),

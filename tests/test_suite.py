@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import bench_layers, bench_unet, parity, suite, suite_ops
+from fastunet.benchmarks import bench_layers, bench_unet, suite, suite_ops
 from fastunet.benchmarks.suite import Options, Work
 
 import fastunet
 from fastunet import ops
+from fastunet.testing import parity
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))

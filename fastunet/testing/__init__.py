@@ -11,10 +11,10 @@ The first term is the random-walk growth of K rounding errors with a margin of s
 it has 6 sqrt(K). References are computed in float64 from the inputs as they are, already rounded to their dtype.
 """
 
+from .bounds import Expected
 from .budget import (
     LAYOUTS,
     UNIT_ROUNDOFF,
-    Expected,
     assert_within,
     conv_tolerance,
     cpu_accumulates_in_float32,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,6 @@ TF32_INPUT_ROUNDOFF = 2.0**-10
 TENSOR_CORE_ROUNDOFF = 2.0**-23
 FP16_UNDERFLOW = 2.0**-25
 FP32_SMALLEST = 2.0**-126
-
-
-class Expected(NamedTuple):
-    """A float64 reference and, of the same shape, how far from it a correct result may lie."""
-
-    value: Tensor
-    tolerance: Tensor
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:

@@ -1,6 +1,8 @@
-"""What the 3x3 convolution and its gradients are to be, in float64."""
+"""What the 3x3 convolution and its gradients are to be, in float64. Operands may have errors."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,30 +11,28 @@ from torch.nn.grad import conv2d_weight
 
 from fastunet.folding import compose_upsampling
 
-from .budget import FP16_UNDERFLOW, UNIT_ROUNDOFF, Expected, conv_tolerance, stored, sum_error
+from .bounds import Expected, Operand, activation_grad, bilinear, join, pool_grad
+from .budget import FP16_UNDERFLOW, UNIT_ROUNDOFF, sum_error
+
+# `rounds` of each: dtype, allow_tf32 and tensor_cores, as `bilinear` takes them.
 
 
 def conv3x3_expected(
-    x: Tensor,
+    x: Operand,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    up: Tensor | None = None,
+    up: Operand | None = None,
     negative_slope: float | None = None,
-    allow_tf32: bool = False,
-    tensor_cores: bool | None = None,
+    **rounds: Any,
 ) -> Expected:
     """activation(conv2d(cat([x, up], 1), weight, bias, padding=1)); negative_slope None is no activation, 0 ReLU."""
-    inputs = (x if up is None else torch.cat([x, up], dim=1)).double()
-    b = None if bias is None else bias.double()
-    value = F.conv2d(inputs, weight.double(), b, padding=1)
-    magnitude = F.conv2d(inputs.abs(), weight.double().abs(), None if b is None else b.abs(), padding=1)
-    terms = 9 * inputs.shape[1] + 1
-    tolerance = conv_tolerance(value, magnitude, terms, x.dtype, allow_tf32=allow_tf32, tensor_cores=tensor_cores)
-    if negative_slope is not None:  # Neither activation magnifies an error, unless its slope is above 1.
-        value = torch.where(value <= 0, value * negative_slope if negative_slope else 0.0, value)
-        tolerance = tolerance * max(1.0, negative_slope)
-    return Expected(value, tolerance)
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, padding=1)
+
+    inputs = Expected.of(x) if up is None else join(Expected.of(x), Expected.of(up))
+    return bilinear(convolve, inputs, weight, weight[0].numel(), bias=bias, **rounds).activate(negative_slope)
 
 
 def composed_sums_expected(
@@ -67,54 +67,44 @@ def composed_sums_expected(
 
 def pooled_expected(expected: Expected) -> Expected:
     """The 2x2 maxima of an expected result: a maximum is off by no more than the worst of its window."""
-    return Expected(F.max_pool2d(expected.value, 2), F.max_pool2d(expected.tolerance, 2))
+    return expected.pool()
 
 
-def conv3x3_input_grad_expected(
-    grad: Tensor, weight: Tensor, *, allow_tf32: bool = False, tensor_cores: bool | None = None
-) -> Expected:
+def conv3x3_input_grad_expected(grad: Operand, weight: Tensor, **rounds: Any) -> Expected:
     """The gradient of the convolution's input: a sum of 9*Cout products."""
-    g, w = grad.double(), weight.double()
-    value = F.conv_transpose2d(g, w, padding=1)
-    magnitude = F.conv_transpose2d(g.abs(), w.abs(), padding=1)
-    terms = 9 * weight.shape[0] + 1
-    return Expected(
-        value,
-        conv_tolerance(value, magnitude, terms, grad.dtype, allow_tf32=allow_tf32, tensor_cores=tensor_cores),
-    )
+
+    def transposed(grad: Tensor, weight: Tensor) -> Tensor:
+        return F.conv_transpose2d(grad, weight, padding=1)
+
+    return bilinear(transposed, grad, weight, 9 * weight.shape[0], **rounds)
 
 
-def conv3x3_weight_grad_expected(
-    grad: Tensor, x: Tensor, *, allow_tf32: bool = False, tensor_cores: bool | None = None
-) -> Expected:
+def conv3x3_weight_grad_expected(grad: Operand, x: Operand, **rounds: Any) -> Expected:
     """The gradient of the convolution's weight: a sum of N*H*W products."""
-    shape = (grad.shape[1], x.shape[1], 3, 3)
-    value = conv2d_weight(x.double(), shape, grad.double(), padding=1)
-    magnitude = conv2d_weight(x.double().abs(), shape, grad.double().abs(), padding=1)
-    terms = grad.shape[0] * grad.shape[2] * grad.shape[3] + 1
-    return Expected(
-        value,
-        conv_tolerance(value, magnitude, terms, grad.dtype, allow_tf32=allow_tf32, tensor_cores=tensor_cores),
-    )
+    return weight_grad_expected(grad, x, 3, padding=1, **rounds)
+
+
+def weight_grad_expected(grad: Operand, x: Operand, kernel: int, *, padding: int = 0, **rounds: Any) -> Expected:
+    """The gradient of the weight of a convolution of x with kernels of that side."""
+    shape = (Expected.of(grad).value.shape[1], Expected.of(x).value.shape[1], kernel, kernel)
+
+    def product(grad: Tensor, x: Tensor) -> Tensor:
+        return conv2d_weight(x, shape, grad, padding=padding)
+
+    return bilinear(product, grad, x, Expected.of(grad).value[:, 0].numel(), **rounds)
 
 
 def bias_grad_expected(grad: Tensor) -> Expected:
     """The gradient of a bias: a float32 sum of N*H*W values, with no products and so no TF32."""
-    value, magnitude = grad.double().sum((0, 2, 3)), grad.double().abs().sum((0, 2, 3))
-    terms = grad.shape[0] * grad.shape[2] * grad.shape[3] + 1
-    return Expected(value, conv_tolerance(value, magnitude, terms, grad.dtype, tensor_cores=False))
+    return Expected.exact(grad).sum((0, 2, 3)).stored(grad.dtype)
 
 
 def conv3x3_activation_grad_expected(
     y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, negative_slope: float | None
 ) -> Expected:
-    """The gradient behind activation and pooling, from torch's backward: an addition and a product may err."""
-    leaf = y.detach().double().requires_grad_()
-    gradient = torch.zeros_like(leaf) if grad_y is None else grad_y.double()
+    """The gradient behind activation and pooling: an addition and a product may err."""
+    before = Expected.exact(y)
+    grad = Expected.exact(torch.zeros_like(y) if grad_y is None else grad_y)
     if grad_pooled is not None:
-        (unpooled,) = torch.autograd.grad(F.max_pool2d(leaf, 2), leaf, grad_pooled.double())
-        gradient = gradient + unpooled
-    if negative_slope is not None:
-        gradient = torch.where(y > 0, gradient, torch.where(y <= 0, gradient * negative_slope, gradient))
-    error = 2 * UNIT_ROUNDOFF[torch.float32] * gradient.abs()
-    return Expected(gradient, stored(gradient, error, y.dtype))
+        grad = grad + pool_grad(grad_pooled, before)
+    return activation_grad(grad, before, negative_slope).stored(y.dtype)

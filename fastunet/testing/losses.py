@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .budget import FP32_SMALLEST, UNIT_ROUNDOFF, Expected, stored
+from .bounds import Expected
+from .budget import FP32_SMALLEST, UNIT_ROUNDOFF, stored
 
 
 class _Activated(NamedTuple):

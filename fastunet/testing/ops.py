@@ -13,13 +13,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 
-from fastunet.testing import composed_sums_expected, segmentation_sums_expected, segmentation_sums_grad_expected
+from .bounds import Expected, activation_grad, bilinear, join, pool_grad
+from .convolutions import (
+    composed_sums_expected,
+    conv3x3_expected,
+    conv3x3_input_grad_expected,
+    conv3x3_weight_grad_expected,
+    weight_grad_expected,
+)
+from .losses import segmentation_sums_expected, segmentation_sums_grad_expected
+from .pixels import (
+    conv1x1_expected,
+    conv1x1_logit_grad_expected,
+    conv_transpose2x2_expected,
+    conv_transpose2x2_input_grad_expected,
+    conv_transpose2x2_weight_grad_expected,
+)
 
-from .bounds import Bounded, activation_grad, bilinear, join, pool_grad
-
-Results = dict[str, Bounded]
+Results = dict[str, Expected]
+# Roundings that the statistics of a norm have beside those of additions: partial results of tiles are merged.
+_MERGING = 16
 
 
 @dataclass(frozen=True)
@@ -56,11 +70,10 @@ class Call:
         """Whether the activation does more than keep or drop a value."""
         return bool(self.slope)
 
-    def product(
-        self, function: Callable[..., Tensor], a: Bounded, b: Bounded, terms: int, bias: Tensor | None = None
-    ) -> Bounded:
-        """`bilinear` in this call's number format."""
-        return bilinear(function, a, b, terms, self.dtype, bias=bias, allow_tf32=self.allow_tf32)
+    @property
+    def rounds(self) -> dict[str, Any]:
+        """The number format of its products, as `bilinear` takes it."""
+        return {"dtype": self.dtype, "allow_tf32": self.allow_tf32}
 
 
 def expected(call: Call) -> Results:
@@ -71,49 +84,36 @@ def expected(call: Call) -> Results:
 # --- 3x3 convolutions ---
 
 
-def _convolve(call: Call, x: Bounded, weight: Tensor, bias: Tensor | None = None) -> Bounded:
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return F.conv2d(a, b, padding=1)
-
-    return call.product(product, x, Bounded.exact(weight), weight[0].numel(), bias)
+def _convolve(call: Call, x: Expected, weight: Tensor, bias: Tensor | None = None) -> Expected:
+    return conv3x3_expected(x, weight, bias, **call.rounds)
 
 
-def _convolve_grads(call: Call, grad: Bounded, x: Bounded, weight: Tensor) -> tuple[Bounded, Bounded]:
+def _convolve_grads(call: Call, grad: Expected, x: Expected, weight: Tensor) -> tuple[Expected, Expected]:
     """Gradients of input and weight."""
-
-    def of_input(a: Tensor, b: Tensor) -> Tensor:
-        return F.conv_transpose2d(a, b, padding=1)
-
-    def of_weight(a: Tensor, b: Tensor) -> Tensor:
-        return conv2d_weight(b, weight.shape, a, padding=1)
-
-    pixels = grad.value[:, 0].numel()
-    return (
-        call.product(of_input, grad, Bounded.exact(weight), 9 * weight.shape[0]),
-        call.product(of_weight, grad, x, pixels),
-    )
+    of_input = conv3x3_input_grad_expected(grad, weight, **call.rounds)
+    return of_input, conv3x3_weight_grad_expected(grad, x, **call.rounds)
 
 
-def _joined(call: Call) -> Bounded:
+def _joined(call: Call) -> Expected:
     names = [name for name in ("x", "skip", "up") if name in call.inputs]
-    return join(*(Bounded.exact(call.inputs[name]) for name in names))
+    return join(*(Expected.exact(call.inputs[name]) for name in names))
 
 
-def _input_grads(call: Call, grad: Bounded) -> Results:
+def _input_grads(call: Call, grad: Expected) -> Results:
     """The joint gradient of the inputs, by input."""
     names = [name for name in ("x", "skip", "up") if name in call.inputs]
     sizes = [call.inputs[name].shape[1] for name in names]
-    parts = zip(grad.value.split(sizes, 1), grad.error.split(sizes, 1), strict=True)
-    return {f"grad {name}": Bounded(*part) for name, part in zip(names, parts, strict=True)}
+    parts = zip(grad.value.split(sizes, 1), grad.tolerance.split(sizes, 1), strict=True)
+    return {f"grad {name}": Expected(*part) for name, part in zip(names, parts, strict=True)}
 
 
-def _activated(call: Call, before: Bounded) -> Bounded:
+def _activated(call: Call, before: Expected) -> Expected:
     """The activation of a stored sum. Rounding after a linear function instead of before it is off by no more."""
     y = before.activate(call.slope)
     return y.stored(call.dtype) if call.stores_steps and call.multiplies else y
 
 
-def _finish(call: Call, before: Bounded) -> tuple[Bounded, Results]:
+def _finish(call: Call, before: Expected) -> tuple[Expected, Results]:
     """Activation and, where the op pools, the maxima: y, and the outputs by name."""
     y = _activated(call, before)
     outputs = {"y": y}
@@ -122,11 +122,11 @@ def _finish(call: Call, before: Bounded) -> tuple[Bounded, Results]:
     return y, outputs
 
 
-def _finish_grad(call: Call, y: Bounded, before: Bounded, *, stored: bool) -> Bounded:
+def _finish_grad(call: Call, y: Expected, before: Expected, *, stored: bool) -> Expected:
     """The gradient of what went into the activation, from the cotangents; stored where the next kernel reads it."""
     if call.y is not None:
-        y = before = Bounded.exact(call.y)
-    grad = Bounded.exact(call.cotangents[0])
+        y = before = Expected.exact(call.y)
+    grad = Expected.exact(call.cotangents[0])
     is_computed = call.multiplies
     if len(call.cotangents) > 1:
         grad, is_computed = grad + pool_grad(call.cotangents[1], y), True
@@ -134,7 +134,7 @@ def _finish_grad(call: Call, y: Bounded, before: Bounded, *, stored: bool) -> Bo
     return grad.stored(call.dtype) if is_computed and (stored or call.stores_steps) else grad
 
 
-def _bias_grad(call: Call, grad: Bounded) -> Bounded:
+def _bias_grad(call: Call, grad: Expected) -> Expected:
     return grad.sum((0, 2, 3)).stored(call.dtype)
 
 
@@ -176,26 +176,26 @@ def _double_conv3x3_bias_relu(call: Call) -> Results:
 class _Normal:
     """(raw - mean) * invstd, its parts, and the number of values each statistic is of (0: it was given)."""
 
-    value: Bounded
-    mean: Bounded
-    variance: Bounded
-    invstd: Bounded
+    value: Expected
+    mean: Expected
+    variance: Expected
+    invstd: Expected
     dims: tuple[int, ...]
     count: int
 
 
-def _normalise(call: Call, raw: Bounded) -> _Normal:
+def _normalise(call: Call, raw: Expected) -> _Normal:
     eps = call.options["eps"]
     dims = (2, 3) if "instance" in call.op else (0, 2, 3)
     count = 0
     if call.buffers and not call.options["training"]:
-        mean, variance = (Bounded.exact(t)[None, :, None, None] for t in call.buffers.values())
+        mean, variance = (Expected.exact(t)[None, :, None, None] for t in call.buffers.values())
         centred = raw - mean
     else:
         count = raw.value.numel() // (raw.value.shape[1] * (raw.value.shape[0] if dims == (2, 3) else 1))
-        mean = raw.sum(dims, keepdim=True).scaled(1 / count)
+        mean = raw.sum(dims, keepdim=True, merging=_MERGING).scaled(1 / count)
         centred = raw - mean
-        variance = (centred * centred).sum(dims, keepdim=True).scaled(1 / count)
+        variance = (centred * centred).sum(dims, keepdim=True, merging=_MERGING).scaled(1 / count)
     invstd = variance.inverse_root(eps)
     return _Normal(centred * invstd, mean, variance, invstd, dims, count)
 
@@ -205,18 +205,18 @@ def _moved_buffers(call: Call, normal: _Normal) -> Results:
     momentum = call.options["momentum"]
     new = (normal.mean, normal.variance.scaled(normal.count / (normal.count - 1)))
     return {
-        name: Bounded.exact(old).scaled(1 - momentum) + batch[0, :, 0, 0].scaled(momentum)
+        name: Expected.exact(old).scaled(1 - momentum) + batch[0, :, 0, 0].scaled(momentum)
         for (name, old), batch in zip(call.buffers.items(), new, strict=True)
     }
 
 
-def _norm_grad(call: Call, grad: Bounded, normal: _Normal, gamma: Bounded) -> tuple[Bounded, Bounded, Bounded]:
+def _norm_grad(call: Call, grad: Expected, normal: _Normal, gamma: Expected) -> tuple[Expected, Expected, Expected]:
     """Gradients of the convolution's output, gamma and beta (Ioffe and Szegedy 2015, section 3)."""
     of_normal = grad * normal.value
     scale = gamma * normal.invstd
     inner = grad
     if normal.count:
-        total, dot = (t.sum(normal.dims, keepdim=True) for t in (grad, of_normal))
+        total, dot = (t.sum(normal.dims, keepdim=True, merging=_MERGING) for t in (grad, of_normal))
         inner = grad - (total + normal.value * dot).scaled(1 / normal.count)
     return (inner * scale).stored(call.dtype), of_normal.sum((0, 2, 3)), grad.sum((0, 2, 3))
 
@@ -224,7 +224,7 @@ def _norm_grad(call: Call, grad: Bounded, normal: _Normal, gamma: Bounded) -> tu
 def _conv3x3_norm_relu(call: Call) -> Results:
     x, weight = _joined(call), call.inputs["weight"]
     normal = _normalise(call, _convolve(call, x, weight))
-    gamma, beta = (Bounded.exact(call.inputs[name])[None, :, None, None] for name in ("gamma", "beta"))
+    gamma, beta = (Expected.exact(call.inputs[name])[None, :, None, None] for name in ("gamma", "beta"))
     before = (normal.value * gamma + beta).stored(call.dtype)
     y, results = _finish(call, before)
     if call.buffers and call.options["training"]:
@@ -241,7 +241,7 @@ def _conv3x3_norm_relu(call: Call) -> Results:
 
 
 def _max_pool2x2(call: Call) -> Results:
-    x = Bounded.exact(call.inputs["x"])
+    x = Expected.exact(call.inputs["x"])
     results = {"y": x.pool()}
     if call.cotangents:
         results["grad x"] = pool_grad(call.cotangents[0], x)
@@ -249,23 +249,14 @@ def _max_pool2x2(call: Call) -> Results:
 
 
 def _conv_transpose2x2(call: Call) -> Results:
-    x, weight, bias = (call.inputs.get(name) for name in ("x", "weight", "bias"))
-    assert x is not None
-    assert weight is not None
-    exact = Bounded.exact(x), Bounded.exact(weight)
-    results = {"y": _upsampled(call, x, weight, bias)}
+    x, weight = call.inputs["x"], call.inputs["weight"]
+    results = {"y": conv_transpose2x2_expected(x, weight, call.inputs.get("bias"), **call.rounds)}
     if call.cotangents:
-        grad = Bounded.exact(call.cotangents[0])
-        terms = weight[0].numel()
-        results["grad x"] = call.product(lambda a, b: F.conv2d(a, b, stride=2), grad, exact[1], terms)
-        results["grad weight"] = call.product(_upsampling_weight_grad, grad, exact[0], x[:, 0].numel())
-        results["grad bias"] = _bias_grad(call, grad)
+        grad = call.cotangents[0]
+        results["grad x"] = conv_transpose2x2_input_grad_expected(grad, weight, **call.rounds)
+        results["grad weight"] = conv_transpose2x2_weight_grad_expected(grad, x, **call.rounds)
+        results["grad bias"] = _bias_grad(call, Expected.exact(grad))
     return results
-
-
-def _upsampled(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Bounded:
-    exact = Bounded.exact(x), Bounded.exact(weight)
-    return call.product(lambda a, b: F.conv_transpose2d(a, b, stride=2), *exact, weight.shape[0], bias)
 
 
 def _conv_transpose2x2_concat_conv3x3_relu(call: Call) -> Results:
@@ -275,52 +266,43 @@ def _conv_transpose2x2_concat_conv3x3_relu(call: Call) -> Results:
     inputs = call.inputs
     if call.composes:
         *sources, bias = inputs.values()
-        sums = Bounded(*composed_sums_expected(*sources))
-        return {"y": _activated(call, (sums + Bounded.exact(bias[:, None, None])).stored(call.dtype))}
-    up = _upsampled(call, inputs["low"], inputs["up_weight"], inputs.get("up_bias"))
+        sums = composed_sums_expected(*sources)
+        return {"y": _activated(call, (sums + Expected.exact(bias[:, None, None])).stored(call.dtype))}
+    up = conv_transpose2x2_expected(inputs["low"], inputs["up_weight"], inputs.get("up_bias"), **call.rounds)
     sides = [size % 2 for size in inputs["skip"].shape[2:]]
-    padded = Bounded(*(F.pad(t, [0, sides[1], 0, sides[0]]) for t in (up.value, up.error)))
-    before = _convolve(call, join(Bounded.exact(inputs["skip"]), padded), inputs["weight"], inputs["bias"])
+    padded = Expected(*(F.pad(t, [0, sides[1], 0, sides[0]]) for t in (up.value, up.tolerance)))
+    before = _convolve(call, join(Expected.exact(inputs["skip"]), padded), inputs["weight"], inputs["bias"])
     return {"y": _activated(call, before)}
 
 
-def _upsampling_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    windows = grad.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    return torch.einsum("nihw,nohawb->ioab", x, windows)
-
-
-def _head(call: Call, x: Bounded, weight: Tensor, bias: Tensor | None) -> Bounded:
-    return call.product(F.conv2d, x, Bounded.exact(weight), weight.shape[1], bias)
-
-
 def _conv1x1(call: Call) -> Results:
-    x, weight = Bounded.exact(call.inputs["x"]), call.inputs["weight"]
+    x, weight = call.inputs["x"], call.inputs["weight"]
     activation = call.options.get("activation")
-    y = _head(call, x, weight, call.inputs.get("bias"))
-    if activation is not None:
-        y = (y.sigmoid() if activation == "sigmoid" else y.softmax()).stored(call.dtype)
+    y = _head(call, Expected.exact(x), weight, call.inputs.get("bias"), activation)
     results = {"y": y}
     if call.cotangents:
-        grad = Bounded.exact(call.cotangents[0])
-        if activation == "sigmoid":
-            grad = (grad * y * (Bounded.exact(torch.ones_like(y.value)) - y)).stored(call.dtype)
-        elif activation == "softmax":
-            grad = (y * (grad - (grad * y).sum((1,), keepdim=True))).stored(call.dtype)
-        of_input = call.product(F.conv_transpose2d, grad, Bounded.exact(weight), weight.shape[0])
-        results["grad x"] = of_input
-        results["grad weight"] = call.product(
-            lambda a, b: torch.einsum("nohw,nihw->oi", a, b)[:, :, None, None], grad, x, grad.value[:, 0].numel()
-        )
+        grad = conv1x1_logit_grad_expected(call.cotangents[0], y, activation)
+        grad = grad if activation is None else grad.stored(call.dtype)
+        results["grad x"] = bilinear(F.conv_transpose2d, grad, weight, weight.shape[0], **call.rounds)
+        results["grad weight"] = weight_grad_expected(grad, x, 1, **call.rounds)
         results["grad bias"] = _bias_grad(call, grad)
     return results
 
 
+def _head(call: Call, x: Expected, weight: Tensor, bias: Tensor | None, activation: str | None) -> Expected:
+    """The kernels activate the sums as they are; a chain of ops stores the logits first."""
+    if activation is None or not call.stores_steps:
+        return conv1x1_expected(x, weight, bias, activation=activation, **call.rounds)
+    logits = conv1x1_expected(x, weight, bias, **call.rounds)
+    return (logits.sigmoid() if activation == "sigmoid" else logits.softmax()).stored(call.dtype)
+
+
 def _conv3x3_relu_conv1x1(call: Call) -> Results:
     inputs = call.inputs
-    before = _convolve(call, Bounded.exact(inputs["x"]), inputs["weight"], inputs["bias"])
+    before = _convolve(call, Expected.exact(inputs["x"]), inputs["weight"], inputs["bias"])
     middle = _activated(call, before)
-    y = _head(call, middle, inputs["head_weight"], inputs["head_bias"])
-    return {"y": y.sigmoid().stored(call.dtype) if call.options.get("sigmoid") else y}
+    activation = "sigmoid" if call.options.get("sigmoid") else None
+    return {"y": _head(call, middle, inputs["head_weight"], inputs["head_bias"], activation)}
 
 
 # --- losses ---
@@ -333,49 +315,49 @@ def _sums_options(call: Call) -> dict[str, bool]:
     }
 
 
-def _sums(call: Call) -> Bounded:
+def _sums(call: Call) -> Expected:
     logits, target = call.inputs["logits"], call.inputs["target"]
     entropy = call.options.get("entropy", False)
-    return Bounded(*segmentation_sums_expected(logits, target, None, entropy=entropy, **_sums_options(call)))
+    return segmentation_sums_expected(logits, target, None, entropy=entropy, **_sums_options(call))
 
 
-def _sums_grad(call: Call, grad: Bounded) -> Bounded:
+def _sums_grad(call: Call, grad: Expected) -> Expected:
     """The gradient of the logits; linear in that of the sums, whose error goes row by row."""
     logits, target = call.inputs["logits"], call.inputs["target"]
     options = _sums_options(call)
-    result = Bounded(*segmentation_sums_grad_expected(grad.value, logits, target, None, **options))
+    result = segmentation_sums_grad_expected(grad.value, logits, target, None, **options)
     carried = torch.zeros_like(result.value)
-    for row in range(len(grad.error)):
-        alone = torch.zeros_like(grad.error)
-        alone[row] = grad.error[row]
+    for row in range(len(grad.tolerance)):
+        alone = torch.zeros_like(grad.tolerance)
+        alone[row] = grad.tolerance[row]
         carried += segmentation_sums_grad_expected(alone, logits, target, None, **options).value.abs()
-    return Bounded(result.value, result.error + 2 * carried)
+    return Expected(result.value, result.tolerance + 2 * carried)
 
 
 def _segmentation_sums(call: Call) -> Results:
     results = {"y": _sums(call)}
     if call.cotangents:
-        results["grad logits"] = _sums_grad(call, Bounded.exact(call.cotangents[0]))
+        results["grad logits"] = _sums_grad(call, Expected.exact(call.cotangents[0]))
     return results
 
 
 def _sigmoid_dice_loss(call: Call) -> Results:
     """The mean over images and channels of 1 - (2 overlap + smooth) / (predicted + truth + smooth)."""
     sums = _sums(call)
-    smooth = Bounded.exact(torch.full_like(sums.value[0], call.options["smooth"]))
+    smooth = Expected.exact(torch.full_like(sums.value[0], call.options["smooth"]))
     above = sums[0].scaled(2) + smooth
     below = sums[1] + sums[2] + smooth
     ratio = above / below
     share = 1 / ratio.value.numel()
-    one = Bounded.exact(torch.ones((), dtype=torch.float64, device=ratio.value.device))
+    one = Expected.exact(torch.ones((), dtype=torch.float64, device=ratio.value.device))
     results = {"y": one - ratio.sum((0, 1)).scaled(share)}
     if call.cotangents:
-        factor = Bounded.exact(call.cotangents[0]).scaled(share)
+        factor = Expected.exact(call.cotangents[0]).scaled(share)
         of_overlap = (factor / below).scaled(-2)
         of_sizes = factor * ratio / below
         grad = torch.stack([of_overlap.value, of_sizes.value, of_sizes.value])
-        error = torch.stack([of_overlap.error, of_sizes.error, of_sizes.error])
-        results["grad logits"] = _sums_grad(call, Bounded(grad, error))
+        error = torch.stack([of_overlap.tolerance, of_sizes.tolerance, of_sizes.tolerance])
+        results["grad logits"] = _sums_grad(call, Expected(grad, error))
     return results
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import fastunet
 from fastunet import dispatch, ops
-from fastunet.testing import assert_within, random_cotangent, random_input
 
-from .expected import Call, expected
+from .budget import assert_within, random_cotangent, random_input
+from .ops import Call, expected
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -195,7 +195,7 @@ def compare(actual: Mapping[str, Tensor], call: Call, *, without: Sequence[str] 
         if name in without:
             continue
         try:
-            assert_within(actual[name], result.value, result.error)
+            assert_within(actual[name], result.value, result.tolerance)
         except AssertionError as error:
             raise AssertionError(f"{call.op}: {name}: {error}") from error
 
