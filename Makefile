@@ -52,7 +52,7 @@ test-gpu-memcheck: $(VENV)/dev.stamp
 	  tests/test_kernels_conv3x3.py tests/test_kernels_norm.py
 
 static: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks.static
+	$(BIN)/python -m benchmarks static
 
 # The README's figures of speed, from the files in benchmarks/results.
 perf-table: $(VENV)/dev.stamp

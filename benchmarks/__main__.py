@@ -10,6 +10,7 @@ from importlib import import_module
 # By command, its module and what it does.
 COMMANDS = {
     "unet": ("unet", "a whole net against the nets people run; --host: what its calls cost the host"),
+    "static": ("static", "every kernel configuration compiled ahead of time, and looked at; no GPU is needed"),
 }
 
 

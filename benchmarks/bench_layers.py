@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from .cases import Layer, meta_unet, unet_layers
 from .gate import check_layer
 from .layer_runs import device_inputs, input_sets
-from .layers import Layer, meta_unet, unet_layers
 from .opponents import Opponent, Run, dtype_name, layer_opponents
 from .suite import Options, Work, left_to_all
 

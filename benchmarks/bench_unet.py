@@ -15,8 +15,8 @@ from torch import Tensor
 
 import fastunet
 
+from .cases import Layer, meta_unet, unet_layers
 from .gate import NetGate
-from .layers import Layer, meta_unet, unet_layers
 from .net_runs import peak_bytes
 from .opponents import Opponent, Run, dtype_name, net_opponents
 from .steps import TASKS

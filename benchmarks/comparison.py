@@ -16,11 +16,11 @@ import fastunet
 from fastunet.checks import ConfigError
 from fastunet.dispatch import selected_backend
 
-from . import timing
-from .environment import environment
+from .cases import Layer, unet_layers
 from .gate import NetGate, check_layer, runs_or_reason
+from .harness import timing
+from .harness.environment import environment
 from .layer_runs import device_inputs, input_sets
-from .layers import Layer, unet_layers
 from .opponents import OURS, Opponent, Run, dtype_name, layer_opponents, net_opponents
 from .steps import TASKS, Row
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .timing import Clock, CudaClock, interleaved_samples
+from .harness.timing import Clock, CudaClock, interleaved_samples
 
 
 def timing_cross_check(

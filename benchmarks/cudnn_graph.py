@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .timing import CudaClock, interleaved_samples
+from .harness.timing import CudaClock, interleaved_samples
 
 _DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF"}
 # Plans that are timed, in the heuristics' order: each is compiled, and the good ones come first.

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import fastunet
 from fastunet.files import write_json
 
-from . import timing
 from .drop_in_models import MODELS, DropInModel
-from .environment import environment
+from .harness import timing
+from .harness.environment import environment
 from .opponents import reason_of
 
 # As many runs of one model as there are, each compiled for each of its blocks.

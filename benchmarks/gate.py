@@ -14,9 +14,9 @@ import fastunet
 from fastunet.testing import UNIT_ROUNDOFF, parity
 from fastunet.testing.ops import Call
 
-from .layers import Layer
+from .cases import Layer
+from .harness.timing import cudnn_benchmark
 from .opponents import Opponent, Run, bce_dice, reason_of
-from .timing import cudnn_benchmark
 
 # A net in a dtype may be this many times as far from float64 as plain torch modules are in the same dtype.
 _TIMES_PLAIN = 2.0

@@ -31,13 +31,13 @@ import torch
 from fastunet import dispatch
 from fastunet.files import write_json, written_whole
 
-from .environment import ROOT, environment
-from .layers import Layer
+from .cases import Layer, Settings
+from .harness.environment import ROOT, environment
+from .harness.worker import Budget
+from .measure import Worker, run_steps
 from .roofline import Roofs, floor_seconds, plot_roofline, points_of_report
-from .schedule import Budget, measure
-from .steps import DTYPE, Row, Settings, Step, all_steps
+from .steps import DTYPE, Row, Step, all_steps
 from .tables import Report, render, summarise
-from .worker import Worker
 
 # Seconds kept for ending a process and writing the files, and the least that the tests are begun with.
 _RESERVE, _LEAST_TESTS = 6.0, 30.0
@@ -167,7 +167,7 @@ def make_report(
         report["rows"] = rows
         write_report(out, report)
 
-    measured = measure(settings, all_steps(settings) if steps is None else steps, Worker(settings), budget, save)
+    measured = run_steps(settings, all_steps(settings) if steps is None else steps, Worker(settings), budget, save)
     report["roofline"] = draw_roofline(out, report)
     report["tests"] = run_tests(settings.device, min(budget.left(), _MOST_TESTS))
     write_report(out, report)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import fastunet
 from fastunet.testing import random_cotangent
 
-from . import timing
-from .environment import environment
+from .harness import timing
+from .harness.environment import environment
 
 OURS, PLAIN = "fastunet", "eager channels_last"
 Row = dict[str, Any]

@@ -13,9 +13,9 @@ import fastunet
 from fastunet.testing import parity
 from fastunet.testing.ops import Call
 
-from .layers import Layer
+from .cases import Layer
+from .harness.timing import sets_past_cache
 from .steps import DTYPE
-from .timing import sets_past_cache
 
 Inputs = dict[str, Tensor]
 Runs = dict[str, list[Callable[[], Any]]]

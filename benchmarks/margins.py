@@ -24,10 +24,10 @@ from fastunet.testing import parity
 from fastunet.testing.parity import Case
 
 from . import step_up
+from .cases import UPSAMPLE, Layer, Settings
+from .harness.timing import clock_of, cudnn_benchmark, interleaved_samples, ratio
 from .layer_runs import input_sets
-from .layers import UPSAMPLE, Layer
-from .steps import DTYPE, TASKS, Row, Settings, Step
-from .timing import clock_of, cudnn_benchmark, interleaved_samples, ratio
+from .steps import DTYPE, TASKS, Row, Step
 
 _PLAIN = "conv3x3_bias_relu"
 _EPS = 1e-5
@@ -47,14 +47,14 @@ def _has(case: Case, task: str) -> bool:
 def margin_cases(settings: Settings) -> dict[str, Case]:
     """By name, the ops that nets of batch norm, of instance norm and without norm call, for the settings' images."""
     cases: dict[str, Case] = {}
-    layers = [layer for layer in settings.layers() if layer.op != UPSAMPLE]
+    layers = [layer for layer in settings.net_layers() if layer.op != UPSAMPLE]
     for layer in sorted(layers, key=lambda layer: -layer.flops):
         for case in _cases_of(layer, settings):
             taken = [(each.op, dict(each.shapes)) for each in cases.values()]
             if (case.op, dict(case.shapes)) not in taken:
                 cases[f"{layer.name} {case.op}"] = case
     # After their steps, against which they are measured.
-    return cases | {f"{name} {case.op}": case for name, case in step_up.cases(settings.layers()).items()}
+    return cases | {f"{name} {case.op}": case for name, case in step_up.cases(settings.net_layers()).items()}
 
 
 def _cases_of(layer: Layer, settings: Settings) -> list[Case]:

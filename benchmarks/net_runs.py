@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import fastunet
 from fastunet.losses import BCEDiceLoss
 
-from .steps import DTYPE, Row, Settings
+from .cases import Settings
+from .steps import DTYPE, Row
 
 # Side of the images on which a net is compared with float64.
 _PARITY_SIDE = 64

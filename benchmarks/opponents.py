@@ -28,7 +28,7 @@ from fastunet.reference import functional as reference
 from fastunet.testing import parity
 
 from . import compiled, cudnn_graph
-from .layers import Layer
+from .cases import Layer
 from .steps import failure
 
 Run = Callable[[], Any]

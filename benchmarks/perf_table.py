@@ -17,7 +17,7 @@ from typing import Any
 
 from fastunet.files import written_whole
 
-from .environment import ROOT
+from .harness.environment import ROOT
 
 BEGIN = "<!-- performance: made from benchmarks/results by `make perf-table` -->"
 END = "<!-- end of performance -->"

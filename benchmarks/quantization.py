@@ -20,7 +20,7 @@ from fastunet.data import SegmentationDataset, find_pairs, inspect
 from fastunet.files import write_json
 from fastunet.inference import evaluate
 
-from .environment import environment
+from .harness.environment import environment
 
 
 def compare(run: Path, data: Path, calibration: int) -> dict[str, Any]:

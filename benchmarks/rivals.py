@@ -10,13 +10,13 @@ import torch
 
 import fastunet
 
+from .cases import Layer, Settings
 from .gate import NetGate, check_layer, runs_or_reason
 from .layer_runs import Inputs, Runs, check_last_image
-from .layers import Layer
 from .net_runs import images, target_for
 from .opponents import OURS, OURS_TRITON, Opponent, Run, layer_opponents, net_opponents, reason_of
 from .search import subject_of, within
-from .steps import DTYPE, Settings
+from .steps import DTYPE
 
 # What could not be timed, by name, with the reason.
 Absent = dict[str, str]

@@ -24,10 +24,9 @@ import torch
 
 from fastunet.files import written_whole
 
-from .layers import Layer, meta_unet, unet_layers
-from .steps import DTYPE, Settings
+from .cases import Layer, Pass, Settings, eager_passes, fused_pass, meta_unet, unet_layers
+from .steps import DTYPE
 from .tables import table
-from .work import Pass, eager_passes, fused_pass
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -350,7 +349,7 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, dict[str, Any] | N
 
 def _layers(settings: Settings, options: argparse.Namespace) -> list[Layer]:
     if options.report is not None:
-        return settings.layers()
+        return settings.net_layers()
     norm = None if options.norm == "none" else options.norm
     channels = settings.in_channels, settings.out_channels
     model = meta_unet(*channels, settings.features, norm=norm, upsample=options.upsample)

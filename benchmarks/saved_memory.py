@@ -24,7 +24,7 @@ import fastunet
 from fastunet.files import write_json
 from fastunet.reference import ReferenceUNet
 
-from .environment import environment
+from .harness.environment import environment
 from .roofline import DTYPES
 from .tables import table
 

@@ -19,11 +19,11 @@ import fastunet
 from fastunet.testing.parity import Case
 
 from . import step_up
+from .cases import Layer, Settings
+from .harness.timing import Clock, Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio
 from .layer_runs import backward_run, check_last_image, forward_run, layer_sets
-from .layers import Layer
 from .opponents import reason_of
-from .steps import DTYPE, Row, Settings, Step, layer_of
-from .timing import Clock, Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio
+from .steps import DTYPE, Row, Step, layer_of
 
 KINDS = ("forward", "weight_grad", "input_grad")
 # Of an upsampling composed with the convolution after it: in inference.
@@ -73,14 +73,14 @@ def step_up_subject(case: Case, target: gpu.Target) -> Subject:
 def tune_steps(settings: Settings) -> list[Step]:
     """Forward first, then steps up as one kernel, then gradients; of each, a shape once, and the most work first."""
     steps: dict[tuple[str, ConvShape], Step] = {}
-    layers = [layer for layer in settings.layers() if "conv3x3" in layer.op]
+    layers = [layer for layer in settings.net_layers() if "conv3x3" in layer.op]
     for kind in KINDS:
         for layer in sorted(layers, key=lambda layer: -layer.flops):
             if layer.input_has_grad or kind != "input_grad":
                 found = subject_of(layer, kind, gpu.INTERPRETER)
                 steps.setdefault((kind, found.shape), Step("tune", layer.name, kind))
     forward = [step for step in steps.values() if step.variant == KINDS[0]]
-    steps_up = [Step("tune", name, STEP_UP) for name in reversed(step_up.cases(settings.layers()))]
+    steps_up = [Step("tune", name, STEP_UP) for name in reversed(step_up.cases(settings.net_layers()))]
     return [*forward, *steps_up, *(step for step in steps.values() if step not in forward)]
 
 
@@ -91,7 +91,7 @@ def search(settings: Settings, step: Step) -> Row:
     """
     device = torch.device(settings.device)
     if step.variant == STEP_UP:
-        case = step_up.cases(settings.layers())[step.name]
+        case = step_up.cases(settings.net_layers())[step.name]
         if (reason := step_up.obstacle(case, device)) is not None:
             return {"status": "skipped", "reason": reason}
         subject = step_up_subject(case, gpu.target(device))

@@ -2,9 +2,10 @@
 
 No GPU is needed:
 
-    python -m benchmarks.static [--target 90] [--op forward] [--jobs 2]
+    python -m benchmarks static [--quick] [--target 90] [--op forward] [--jobs 2]
 
-prints a row for each and ends with exit code 1 if any row breaks a rule:
+prints a row for each and ends with exit code 1 if any row breaks a rule. --quick takes one configuration of each kernel
+and target. The rules:
 
 - no spills, by ptxas's report
 - shared memory within the target's limit
@@ -30,7 +31,6 @@ import io
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -43,8 +43,8 @@ from typing import Any
 from fastunet.kernels import gpu
 from torch import Tensor
 
-from .jobs import TARGETS, TRITON_TYPES, Job, all_jobs, all_ops, describe, launch_of
-from .worker import Spawned
+from .harness.worker import Spawned
+from .jobs import TARGETS, TRITON_TYPES, Job, all_jobs, all_ops, describe, launch_of, one_of_each
 
 # A product with fewer rows than this has no wgmma and no tcgen05 instruction.
 _WARPGROUP_ROWS = 64
@@ -234,7 +234,6 @@ def _row_of(job: Job, compiler: Spawned) -> Row:
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[Row]:
     """Compile the jobs in `processes` processes; rows come in the jobs' order."""
-    os.environ.pop("TRITON_INTERPRET", None)  # Interpreted kernels cannot be compiled.
     local = threading.local()
     compilers: list[Spawned] = []
 
@@ -268,15 +267,20 @@ def format_row(row: Row) -> str:
 HEADER = f"{'op':<20}{'config':<26}{'math':<6}{'target':<8}{'regs':>4}{'spills':>7}{'shared':>8}  tensor cores"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 if every compilation keeps the rules, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--quick", action="store_true", help="one configuration of each kernel and target")
     parser.add_argument("--target", type=int, choices=TARGETS, nargs="*", default=TARGETS, help="compute capabilities")
     parser.add_argument("--op", choices=all_ops(), nargs="*", default=all_ops())
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Compile and print; return 0 if every compilation keeps the rules, else 1."""
     start = time.perf_counter()
+    os.environ.pop("TRITON_INTERPRET", None)  # Interpreted kernels cannot be compiled.
     jobs = [job for job in all_jobs() if job.capability in options.target and job.op in options.op]
+    jobs = one_of_each(jobs) if options.quick else jobs
     print(HEADER)
     rows: list[Row] = []
     for row in run_jobs(jobs, options.jobs):
@@ -288,7 +292,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{len(rows)} compiled in {time.perf_counter() - start:.0f} s, at most {registers} registers, {failed} failed"
     )
     return 1 if failed or not rows else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,8 +14,8 @@ from fastunet import dispatch, ops
 from fastunet.testing import parity
 from fastunet.testing.parity import Case
 
+from .cases import Layer
 from .layer_runs import input_sets
-from .layers import Layer
 from .steps import DTYPE
 
 OP = "conv_transpose2x2_concat_conv3x3_relu"

@@ -9,7 +9,7 @@ import torch
 
 from fastunet.testing import cpu_accumulates_in_float32, parity
 
-from .layers import Layer, meta_unet, unet_layers
+from .cases import Layer, Settings
 
 # What layers and nets are timed in.
 DTYPE = torch.bfloat16
@@ -19,32 +19,6 @@ COMPILED = "compiled"
 # What torch.compile makes of a net, by the opponents' names: each takes a minute, and is a step of its own.
 COMPILED_NETS = ("compile max-autotune", "compile CUDA graphs", "compile", "compile freezing")
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured: the device, the net UNet(in_channels, out_channels, features=features), its images.
-
-    rounds: samples of each time. seconds: after which a timing takes no further sample. steady_seconds: for which a
-    net runs without a break. table: the file of measured configurations that margins are measured with, None for the
-    one of the GPU.
-    """
-
-    device: str = "cuda"
-    size: int = 512
-    batch: int = 16
-    features: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    in_channels: int = 3
-    out_channels: int = 2
-    rounds: int = 50
-    seconds: float = 3.0
-    steady_seconds: float = 2.0
-    table: str | None = None
-
-    def layers(self) -> list[Layer]:
-        """Of the net, for its images."""
-        model = meta_unet(self.in_channels, self.out_channels, self.features)
-        return unet_layers(model, self.batch, self.size, self.size)
 
 
 @dataclass(frozen=True)
@@ -65,7 +39,7 @@ class Step:
 def all_steps(settings: Settings) -> list[Step]:
     """In the order of their worth, should the time not suffice for all. Compiling takes long and comes late."""
     cases = [str(i) for i in range(len(parity.cases()))]
-    layers = [layer.name for layer in settings.layers()]
+    layers = [layer.name for layer in settings.net_layers()]
     formats = parity_formats(settings.device)
     steps = [Step("parity", case, formats[0]) for case in cases]
     steps += [Step("roofs", "copy, matmul, L2")]
@@ -100,7 +74,7 @@ def describe(settings: Settings, step: Step) -> Row:
         row["op"], row["shapes"] = layer.op, {name: list(shape) for name, shape in layer.shapes.items()}
         row["flops"] = layer.backward_flops if step.variant == "backward" else layer.flops
     if step.kind == "net":
-        work = [(layer.flops, layer.flops + layer.backward_flops) for layer in settings.layers()]
+        work = [(layer.flops, layer.flops + layer.backward_flops) for layer in settings.net_layers()]
         row["flops"] = sum(flops[TASKS.index(step.name)] for flops in work)
     return row
 
@@ -118,4 +92,4 @@ def is_ours(implementation: str) -> bool:
 
 
 def layer_of(settings: Settings, name: str) -> Layer:
-    return next(layer for layer in settings.layers() if layer.name == name)
+    return next(layer for layer in settings.net_layers() if layer.name == name)

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 
-from . import timing
-from .environment import environment
+from .harness import timing
+from .harness.environment import environment
 from .opponents import Opponent, Run, Unavailable
 
 # Products and additions in a second that a device is assumed to do at least, by which estimates are made: of one CPU

@@ -16,10 +16,10 @@ from fastunet.dispatch import selected_backend
 from fastunet.reference import functional as reference
 from fastunet.testing import parity, random_cotangent
 
+from .harness.timing import sets_past_cache
 from .opponents import Run, dtype_name, our_backends
 from .steps import DIRECTIONS
 from .suite import Options, Work
-from .timing import sets_past_cache
 
 # n, c, h, w, c_out.
 SIZES = {"cpu": (2, 32, 64, 64, 32), "cuda": (4, 64, 256, 256, 64)}

@@ -13,13 +13,14 @@ import torch
 import fastunet
 from fastunet.testing.parity import backends_for
 
+from .cases import Settings
 from .cross_check import timing_cross_check
+from .harness.timing import Quantiles, burst_and_steady, clock_of, cudnn_benchmark, interleaved_samples, ratio
 from .layer_runs import layer_sets, prepare_layer
 from .net_runs import make_net, peak_bytes, prepare_net
 from .rivals import form_runs, layer_rivals, net_rivals
 from .roofs import measure_roofs
-from .steps import COMPILED, DTYPE, Row, Settings, Step, is_ours, layer_of
-from .timing import Quantiles, burst_and_steady, clock_of, cudnn_benchmark, interleaved_samples, ratio
+from .steps import COMPILED, DTYPE, Row, Step, is_ours, layer_of
 
 
 def roofs(settings: Settings, step: Step, row: Row) -> Row:

@@ -24,13 +24,12 @@ from fastunet.files import write_json
 
 from . import step_up
 from .accesses import Traffic, copies_of, traffic_of
-from .environment import environment
+from .cases import Layer, Settings, eager_passes, fused_pass
+from .harness.environment import environment
 from .jobs import TARGETS, describe
-from .layers import Layer
 from .roofline import DTYPES
-from .steps import DTYPE, Settings
+from .steps import DTYPE
 from .tables import table
-from .work import eager_passes, fused_pass
 
 # Whose totals are the net's with its head in the last convolution's epilogue, as it runs without gradients.
 JOINED = "with the head joined"
@@ -104,7 +103,7 @@ def joined_head_traffic(
 
 def composed_traffic(settings: Settings, target: gpu.Target, dtype: torch.dtype = DTYPE) -> list[LayerTraffic]:
     """Of each upsampling with the convolution after it in one launch; none where the kernel does not take them all."""
-    layers = {layer.name: layer for layer in settings.layers()}
+    layers = {layer.name: layer for layer in settings.net_layers()}
     rows = []
     for name, case in step_up.cases([*layers.values()]).items():
         row = _composed(layers[name.replace(".c1", ".up")], layers[name], case.shapes, target, dtype)
@@ -185,7 +184,7 @@ def net_traffic(
     settings: Settings, target: gpu.Target, dtype: torch.dtype = DTYPE
 ) -> tuple[list[LayerTraffic], LayerTraffic | None]:
     """Of each layer, and of the last two in one launch where they fit."""
-    layers = settings.layers()
+    layers = settings.net_layers()
     joined = joined_head_traffic(layers[-2], layers[-1], target, dtype)
     return [layer_traffic(layer, target, dtype) for layer in layers], joined
 

@@ -26,12 +26,13 @@ from fastunet.kernels import gpu, tuning
 from fastunet import dispatch
 from fastunet.files import write_json
 
-from .environment import environment
+from .cases import Settings
+from .harness.environment import environment
+from .harness.worker import Budget
 from .margins import margin_steps
-from .schedule import Budget, measure
+from .measure import Worker, run_steps
 from .search import tune_steps
-from .steps import DTYPE, Row, Settings
-from .worker import Worker
+from .steps import DTYPE, Row
 
 _RESERVE = 6.0
 # The share of the time in which configurations are searched for.
@@ -109,9 +110,9 @@ def measure_table(
             save([*rows, *found])
 
     searching = Budget(_SEARCH * budget.left())
-    rows += measure(settings, tune_steps(settings), Worker(settings), searching, keep)
+    rows += run_steps(settings, tune_steps(settings), Worker(settings), searching, keep)
     tuned = replace(settings, table=str(path))
-    return rows + measure(tuned, margin_steps(settings), Worker(tuned), budget, keep)
+    return rows + run_steps(tuned, margin_steps(settings), Worker(tuned), budget, keep)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,9 +28,10 @@ import torch
 from fastunet.files import write_json
 from fastunet.testing import parity
 
-from .environment import ROOT, environment
-from .steps import DIRECTIONS, TASKS, Row, Settings, Step, layer_of, parity_formats
-from .timing import Quantiles
+from .cases import Settings
+from .harness.environment import ROOT, environment
+from .harness.timing import Quantiles
+from .steps import DIRECTIONS, TASKS, Row, Step, layer_of, parity_formats
 from .tree_process import TreeError, TreeProcess
 
 # Seconds for what compiles, and for what is measured.
@@ -84,7 +85,7 @@ def steps_to_compare(settings: Settings, only: Sequence[str] = ()) -> list[Step]
     ValueError for a name that none has.
     """
     steps = [Step("net", task) for task in TASKS]
-    steps += [Step("layer", layer.name, direction) for direction in DIRECTIONS for layer in settings.layers()]
+    steps += [Step("layer", layer.name, direction) for direction in DIRECTIONS for layer in settings.net_layers()]
     unknown = set(only) - {step.name for step in steps}
     if unknown:
         raise ValueError(f"expected names among {', '.join(dict.fromkeys(s.name for s in steps))}, got {unknown}")

@@ -13,11 +13,12 @@ from fastunet import ops
 from fastunet.testing import parity
 from fastunet.testing.parity import backends_for
 
+from .cases import Settings
+from .harness.timing import clock_of, cudnn_benchmark
 from .layer_runs import layer_sets, prepare_layer
 from .measure import run_step
 from .net_runs import make_net, prepare_net
-from .steps import DTYPE, Row, Settings, Step, describe, failure, layer_of
-from .timing import clock_of, cudnn_benchmark
+from .steps import DTYPE, Row, Step, describe, failure, layer_of
 
 _WARMUP = 3
 

@@ -99,7 +99,7 @@ def recording() -> Iterator[list[Launch]]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with everything it is launched with: what runs on a GPU is what `benchmarks.static` compiles.
+    """One kernel with everything it is launched with: what runs on a GPU is what `benchmarks static` compiles.
 
     grid: number of programs, one-dimensional because only x may exceed 65535. arguments: by the kernel's parameter
     names, constexprs included; a None pointer is compiled away. max_registers: per thread, None leaves it to ptxas.

@@ -71,7 +71,7 @@ def lone_channels(driver: StandIn) -> int:
 
 
 def ops(driver: StandIn) -> int:
-    """A launch of each op of `benchmarks.static`, in bfloat16, on tensors without memory."""
+    """A launch of each op of `benchmarks static`, in bfloat16, on tensors without memory."""
     capability = gpu.target(torch.device("cpu")).capability
     chosen = [job for job in jobs.all_jobs() if job.capability == capability and job.dtype == torch.bfloat16]
     launches = [jobs.launch_of(job) for job in {job.op: job for job in chosen}.values()]

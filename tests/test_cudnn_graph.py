@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from fastunet.benchmarks import cudnn_graph
+from fastunet.benchmarks.cases import Layer, meta_unet, unet_layers
 from fastunet.benchmarks.gate import check_layer
 from fastunet.benchmarks.layer_runs import device_inputs
-from fastunet.benchmarks.layers import Layer, meta_unet, unet_layers
 from fastunet.benchmarks.opponents import Opponent, Unavailable, layer_opponents
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -13,19 +13,11 @@ from typing import Any
 import pytest
 import torch
 from fake_clock import FakeClock
-from fastunet.benchmarks import gpu_report, measure, opponents, schedule, search, tune, worker
-from fastunet.benchmarks.layers import meta_unet, unet_layers
+from fastunet.benchmarks import gpu_report, measure, opponents, search, tune
+from fastunet.benchmarks.cases import Settings, meta_unet, unet_layers
+from fastunet.benchmarks.harness.worker import Budget
 from fastunet.benchmarks.margins import margin_steps
-from fastunet.benchmarks.steps import (
-    COMPILED,
-    COMPILED_NETS,
-    Settings,
-    Step,
-    all_steps,
-    describe,
-    layer_of,
-    parity_formats,
-)
+from fastunet.benchmarks.steps import COMPILED, COMPILED_NETS, Step, all_steps, describe, layer_of, parity_formats
 from fastunet.benchmarks.tables import render, summarise
 from fastunet.kernels import gpu, tuning
 from torch import nn
@@ -186,9 +178,7 @@ class FakeWorker:
 def test_a_spent_budget_still_gives_a_row_for_every_step() -> None:
     clock, saved = FakeClock(), []
     fake, steps = FakeWorker(clock), all_steps(TINY)
-    rows = schedule.measure(
-        TINY, steps, fake, schedule.Budget(10, lambda: clock.time), lambda rows: saved.append(len(rows))
-    )
+    rows = measure.run_steps(TINY, steps, fake, Budget(10, lambda: clock.time), lambda rows: saved.append(len(rows)))
     assert [row["status"] for row in rows] == ["ok"] * 9 + ["skipped"] * (len(steps) - 9)
     assert saved == [*range(1, 10), len(steps)]
     assert fake.closed
@@ -245,7 +235,7 @@ def test_a_command_that_hangs_is_ended_with_its_children() -> None:
 
 
 def hang_or_die(settings: Settings, connection) -> None:
-    """Stands for worker.serve in the worker's process."""
+    """Stands for measure.serve in the worker's process."""
     step = connection.recv()
     if step.variant == "forward":
         raise SystemExit(3)
@@ -253,8 +243,8 @@ def hang_or_die(settings: Settings, connection) -> None:
 
 
 def test_a_worker_that_hangs_or_dies_gives_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "serve", hang_or_die)
-    process = worker.Worker(TINY)
+    monkeypatch.setattr(measure, "serve", hang_or_die)
+    process = measure.Worker(TINY)
     try:
         died = process.run(Step("layer", "inc.c1", "forward"), 60)
         assert (died["status"], died["reason"]) == ("failed", "the process ended with exit code 3")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from fastunet.benchmarks import margins, measure, search
-from fastunet.benchmarks.steps import Settings, Step
+from fastunet.benchmarks.cases import Settings
+from fastunet.benchmarks.steps import Step
 from fastunet.kernels import config, config_search, gpu, tuning
 from kernel_device import DEVICE, INTERPRETED, MARK
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from fastunet.benchmarks import compiled, opponents
+from fastunet.benchmarks.cases import meta_unet, unet_layers
 from fastunet.benchmarks.gate import NetGate, check_layer
 from fastunet.benchmarks.layer_runs import device_inputs
-from fastunet.benchmarks.layers import meta_unet, unet_layers
 from fastunet.benchmarks.opponents import OURS, OURS_TRITON, Opponent, Unavailable, layer_opponents, net_opponents
 
 import fastunet

@@ -15,10 +15,9 @@ pytest.importorskip("matplotlib", reason="needs the extra train")
 
 import torch
 from fastunet.benchmarks import roofline
-from fastunet.benchmarks.layers import Layer, meta_unet, unet_layers
-from fastunet.benchmarks.measure import Settings, Step, describe
+from fastunet.benchmarks.cases import Layer, Settings, eager_passes, fused_pass, meta_unet, unet_layers
+from fastunet.benchmarks.measure import Step, describe
 from fastunet.benchmarks.roofline import Point, Roofs, eager_seconds, floor_seconds, point_of
-from fastunet.benchmarks.work import eager_passes, fused_pass
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -174,7 +173,7 @@ def small_report() -> dict[str, Any]:
     settings = Settings(size=32, batch=2, features=(8, 16))
     rows: list[dict[str, Any]] = [{"kind": "parity", "name": "x", "variant": "bf16"}]
     times = {"inc.c1": {"triton": 1.0, "aten": 2.0}, "inc.c2": {"triton": 3.0, "aten": 2.0}, "outc": {"triton": 4.0}}
-    for layer in settings.layers():
+    for layer in settings.net_layers():
         for direction in ("forward", "backward"):
             row = describe(settings, Step("layer", layer.name, direction))
             if layer.name in times:
@@ -191,7 +190,7 @@ def test_points_are_the_reports_forward_layers() -> None:
         ("inc.c2", {"triton": 0.003, "aten": 0.002}),
         ("outc", {"triton": 0.004}),
     ]
-    layers = {layer.name: layer for layer in Settings(size=32, batch=2, features=(8, 16)).layers()}
+    layers = {layer.name: layer for layer in Settings(size=32, batch=2, features=(8, 16)).net_layers()}
     assert [point.floor for point in points] == [floor_seconds(layers[point.name], H100) for point in points]
     assert [roofline.verdict(point) for point in points] == ["faster", "slower", "alone"]
 
@@ -276,7 +275,7 @@ def test_the_command_takes_net_and_images_from_a_report(tmp_path: Path, capsys: 
     command = ["--tflops", "1", "--tbps", "1", "--report", str(tmp_path / "report.json"), "--out", str(out)]
     assert roofline.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(Settings(features=(8, 16)).layers()) + 2  # Header, layers, total, the file's name.
+    assert len(lines) == 2 + len(Settings(features=(8, 16)).net_layers()) + 2  # Header, layers, total, the file's name.
     assert next(line for line in lines if line.startswith("| inc.c1 |")).split("|")[-5].strip() == "1000"
     assert out.stat().st_size > 0
 

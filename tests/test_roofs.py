@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastunet.benchmarks import roofs, timing
+from fastunet.benchmarks import roofs
+from fastunet.benchmarks.harness import timing
 from fastunet.benchmarks.roofs import Reader, Sizes
 
 CPU = torch.device("cpu")

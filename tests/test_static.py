@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 from fastunet.benchmarks import static
-from fastunet.benchmarks.jobs import TARGETS, Job, all_jobs, all_ops
+from fastunet.benchmarks.harness.worker import Spawned
+from fastunet.benchmarks.jobs import TARGETS, Job, all_jobs, all_ops, launch_of, one_of_each
 from fastunet.benchmarks.static import Compiled, find_breaches, loads_between_products
-from fastunet.benchmarks.worker import Spawned
 from fastunet.kernels import gpu
 from fastunet.kernels.config import ConvShape
 
@@ -95,6 +95,14 @@ def test_every_target_and_op_is_among_the_jobs() -> None:
     assert len(set(all_ops())) == len(all_ops())
 
 
+def test_quick_takes_each_kernel_once_for_each_target() -> None:
+    jobs = [job for job in all_jobs() if job.capability in (80, 90)]
+    kernels = {(launch_of(job).kernel, job.capability) for job in jobs}
+    quick = one_of_each(jobs)
+    assert {(launch_of(job).kernel, job.capability) for job in quick} == kernels
+    assert len(quick) == len(kernels) < 80
+
+
 def some_jobs() -> list[Job]:
     return [job("pool"), job("bias_grad", capability=80), job("unpool"), job("input_grad", torch.float32, 89)]
 
@@ -159,13 +167,14 @@ def test_a_dead_compiler_is_one_failed_row(monkeypatch: pytest.MonkeyPatch) -> N
 def test_exit_code(limit: int, code: int) -> None:
     # The command in a process of its own, on one job, with the target's limit as it is or lowered.
     script = (
-        "import sys, torch; from fastunet.benchmarks import static; from fastunet.benchmarks.jobs import Job; "
+        "import sys, torch; from fastunet.benchmarks import static; "
+        "from fastunet.benchmarks.__main__ import main; from fastunet.benchmarks.jobs import Job; "
         "from fastunet.kernels import config; "
         "static.all_jobs = lambda: [Job('forward', torch.bfloat16, False, 90, "
         "config.ConvShape(64, 0, 64, 64, 64))]; "
         f"static.run_jobs = lambda jobs, n: (static.compile_job(j) for j in jobs); "
         f"find = static.find_breaches; static.find_breaches = lambda *a: find(*a, shared_memory={limit}); "
-        "sys.exit(static.main([]))"
+        "sys.exit(main(['static']))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr

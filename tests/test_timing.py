@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_clock import FakeClock
-from fastunet.benchmarks import timing
+from fastunet.benchmarks.harness import timing
 
 
 def test_quantiles() -> None:

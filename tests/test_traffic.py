@@ -9,8 +9,7 @@ import pytest
 import torch
 from fastunet.benchmarks import access_counts, traffic
 from fastunet.benchmarks.accesses import Traffic, copies_of
-from fastunet.benchmarks.layers import UPSAMPLE, Layer
-from fastunet.benchmarks.measure import Settings
+from fastunet.benchmarks.cases import UPSAMPLE, Layer, Settings
 from fastunet.kernels import gpu
 
 pytest.importorskip("triton", reason="launches name their kernels")

@@ -9,7 +9,7 @@ import torch
 from fastunet.benchmarks import access_counts
 from fastunet.benchmarks.accesses import traffic_of
 from fastunet.benchmarks.jobs import Job, all_ops, launch_of
-from fastunet.benchmarks.jobs.segmentation_loss import Shape
+from fastunet.benchmarks.jobs.pointwise import LossShape
 from fastunet.kernels.config import ConvShape
 from kernel_device import INTERPRETED
 
@@ -80,7 +80,7 @@ JOBS = [
     *(_job(op, (20, 3, "sigmoid")) for op in ("conv1x1_grad", "conv1x1_weights")),
     *(_job("sum_rows", outputs) for outputs in (1, 2)),
     *(
-        _job(op, Shape(3, softmax, indices, entropy=entropy, target=target, **_LOSS))
+        _job(op, LossShape(3, softmax, indices, entropy=entropy, target=target, **_LOSS))
         for op in ("loss_sums", "loss_sums_grad")
         for softmax, indices, entropy, target in (
             (True, True, True, torch.int64),

@@ -11,7 +11,7 @@ from counted_accesses import with_memory
 from fastunet.benchmarks import access_counts
 from fastunet.benchmarks.accesses import traffic_of
 from fastunet.benchmarks.jobs import Job, launch_of
-from fastunet.benchmarks.jobs.hopper import OPS, HaloShape
+from fastunet.benchmarks.jobs.convolutions import HALO_OPS, HaloShape
 from fastunet.kernels import config, config_hopper, conv3x3_hopper, gpu, hopper_epilogue
 from fastunet.kernels.config import ConvShape
 from gluon_source import run
@@ -28,7 +28,7 @@ def job(op: str, shape: ConvShape, swapped: bool = False) -> Job:
 
 
 JOBS = [
-    *(job(op, _ONE) for op in OPS),
+    *(job(op, _ONE) for op in HALO_OPS),
     job("halo_pool", _TWO, swapped=True),
     job("halo", _SEVERAL, swapped=True),
 ]

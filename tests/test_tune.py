@@ -11,7 +11,8 @@ import pytest
 import torch
 from fake_clock import FakeClock
 from fastunet.benchmarks import search, tune
-from fastunet.benchmarks.steps import Settings, layer_of
+from fastunet.benchmarks.cases import Settings
+from fastunet.benchmarks.steps import layer_of
 from fastunet.kernels import config, gpu, tuning
 
 HOPPER = gpu.known_target(90)
@@ -92,7 +93,7 @@ def test_a_composed_launch_takes_what_the_table_says(tmp_path: Path) -> None:
     from fastunet.benchmarks import step_up
     from fastunet.kernels.epilogue import Epilogue
 
-    case = step_up.cases(Settings(batch=2).layers())["up4.c1"]
+    case = step_up.cases(Settings(batch=2).net_layers())["up4.c1"]
     subject = search.step_up_subject(case, HOPPER)
     assert all(64 % candidate.block_n == 0 for candidate in subject.candidates)
     winner = subject.candidates[-1]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from fastunet.benchmarks import verify
-from fastunet.benchmarks.steps import Settings, Step
+from fastunet.benchmarks.cases import Settings
+from fastunet.benchmarks.steps import Step
 from fastunet.benchmarks.tree_process import TreeError, TreeFinder, TreeProcess
 
 ROOT = Path(__file__).parents[1]

@@ -1,16 +1,15 @@
 """What there is to compile: for each family of kernels, every configuration that can be chosen, and its launch.
 
 A job is named by its op, number format, target and shape; `launch_of` gives what the launchers would launch for it, on
-tensors without memory. A family is a module with `OPS`, `jobs(target, dtype, allow_tf32)` and `launch(job)`.
+tensors without memory.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastunet.kernels import gpu
@@ -58,30 +57,32 @@ class Job:
         return self.tensor(2, channels, height, width, layout=torch.channels_last)
 
 
-def _families() -> list[ModuleType]:
-    from . import (
-        composed,
-        conv1x1,
-        conv3x3,
-        conv_transpose2x2,
-        fp8,
-        hopper,
-        max_pool2x2,
-        norm,
-        reduction,
-        segmentation_loss,
-    )
+class Family(NamedTuple):
+    """Kernels of one kind: the names of their ops, their jobs for a target, dtype and TF32, and the launch of one."""
 
-    return [conv3x3, hopper, fp8, norm, max_pool2x2, conv_transpose2x2, composed, conv1x1, reduction, segmentation_loss]
+    ops: tuple[str, ...]
+    jobs: Callable[[gpu.Target, torch.dtype, bool], Iterable[Job]]
+    launch: Callable[[Job], gpu.Launch]
+
+
+def per_channel(*sizes: int) -> Tensor:
+    """Return a float32 tensor without memory, as scales, statistics and sums are."""
+    return torch.empty(sizes, dtype=torch.float32, device="meta")
+
+
+def _families() -> tuple[Family, ...]:
+    from . import convolutions, pointwise
+
+    return convolutions.FAMILIES + pointwise.FAMILIES
 
 
 def all_ops() -> tuple[str, ...]:
-    """The names of all ops there are jobs for."""
-    return tuple(op for family in _families() for op in family.OPS)
+    """Return the names of all ops there are jobs for."""
+    return tuple(op for family in _families() for op in family.ops)
 
 
 def all_jobs() -> list[Job]:
-    """Everything there is to compile, family by family."""
+    """Return everything there is to compile, family by family."""
     return [
         job
         for family, capability, (dtype, tf32) in itertools.product(_families(), TARGETS, _FORMATS)
@@ -89,9 +90,19 @@ def all_jobs() -> list[Job]:
     ]
 
 
+def one_of_each(jobs: Iterable[Job]) -> list[Job]:
+    """Return a job for each kernel and target: in bfloat16, of which most have their largest blocks last."""
+    chosen: dict[Any, Job] = {}
+    for job in jobs:
+        key = launch_of(job).kernel, job.capability
+        if key not in chosen or job.dtype == torch.bfloat16:
+            chosen[key] = job
+    return list(chosen.values())
+
+
 def launch_of(job: Job) -> gpu.Launch:
-    """What the launchers would launch for this job's shape on its target."""
-    family = next(family for family in _families() if job.op in family.OPS)
+    """Return what the launchers would launch for this job's shape on its target."""
+    family = next(family for family in _families() if job.op in family.ops)
     return family.launch(job)
 
 

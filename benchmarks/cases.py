@@ -1,9 +1,20 @@
-"""The layers of a U-Net as calls of fastunet.ops: shapes, work, tensors."""
+"""What is measured, as data: the net and its images, its layers as calls of fastunet.ops, their FLOPs and bytes.
+
+Two ways to run a layer are counted. Fused, it is one pass, which reads every input and parameter once and writes every
+output once. Eager, every op of the composition is a pass of its own, which reads and writes all its tensors:
+
+    cat (inputs -> joined), conv (joined, weight -> sum), bias or norm (sum -> sum), activation (sum -> y), pool
+    (y -> pooled) for a convolution; conv and bias for a transposed convolution and the head.
+
+Nothing is taken to stay in a cache from one pass to the next. Weights are read once a batch. The norm is inference's,
+by given statistics; instance norm takes its own, for which eager reads the sum once more. An index that pooling leaves
+for its gradient is not counted, nor is the padding of images whose sides 2**depth does not divide.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +25,51 @@ from fastunet import UNet
 
 # The op of a layer that doubles an image by interpolation: PyTorch's, under any backend.
 UPSAMPLE = "upsample_bilinear2x"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: UNet(in_channels, out_channels, features=features, norm=norm, upsample=upsample) in dtype on
+    `batch` images of size x size, on the device.
+
+    rounds: samples of each time, at most. seconds: after which a timing takes no further sample. steady_seconds: for
+    which a net runs without a break. compiles: with torch.compile; thorough: with what takes minutes to compile, too.
+    layers: which of the net's, by name; None: all. table: the file of measured configurations that margins are measured
+    with, None for the one of the GPU.
+    """
+
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    size: int = 512
+    batch: int = 16
+    features: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    in_channels: int = 3
+    out_channels: int = 2
+    norm: str | None = "batch"
+    upsample: str = "transpose"
+    rounds: int = 50
+    seconds: float = 3.0
+    steady_seconds: float = 2.0
+    warmup: int = 3
+    compiles: bool = True
+    thorough: bool = False
+    layers: tuple[str, ...] | None = None
+    table: str | None = None
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def net_layers(self) -> list[Layer]:
+        """Return the layers of the model, for its images."""
+        options: dict[str, Any] = {"norm": self.norm, "upsample": self.upsample}
+        model = meta_unet(self.in_channels, self.out_channels, self.features, **options)
+        return unet_layers(model, self.batch, self.size, self.size)
 
 
 @dataclass(frozen=True)
@@ -134,3 +190,51 @@ def meta_unet(in_channels: int, out_channels: int, features: tuple[int, ...], **
     """A model without memory, for its shapes. options: UNet's."""
     with torch.device("meta"):
         return UNet(in_channels, out_channels, features=features, **options)
+
+
+# --- work ---
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Work over the batch: the layer's multiplications and additions, of which biases, norms, activations and pools
+    count none, and bytes read and written.
+    """
+
+    name: str
+    flops: int
+    bytes: int
+
+
+def fused_pass(layer: Layer, itemsize: int) -> Pass:
+    """The layer with each byte of its tensors, of itemsize bytes an element, moved once: no implementation moves less.
+
+    (It holds for instance norm too, but nothing that computes each sum once can reach it: the sums must all be there
+    before the first is normalised.)
+    """
+    tensors = (*layer.inputs.values(), *layer.parameters.values(), *layer.outputs.values())
+    return Pass(layer.op, layer.flops, _bytes(tensors, itemsize))
+
+
+def eager_passes(layer: Layer, itemsize: int, *, instance_norm: bool = False) -> list[Pass]:
+    """The layer's ops, each a pass of its own, in the order they run."""
+    inputs, y = _bytes(layer.inputs.values(), itemsize), _bytes([layer.outputs["y"]], itemsize)
+    if layer.op == UPSAMPLE:
+        return [fused_pass(layer, itemsize)]
+    passes = []
+    if "up" in layer.inputs:
+        passes.append(Pass("cat", 0, 2 * inputs))
+    passes.append(Pass("conv", layer.flops, inputs + _bytes(layer.parameters.values(), itemsize) + y))
+    is_conv3x3 = "conv3x3" in layer.op
+    if is_conv3x3 and instance_norm:
+        passes.append(Pass("statistics", 0, y))
+    passes.append(Pass("bias or norm", 0, 2 * y))
+    if is_conv3x3:
+        passes.append(Pass("activation", 0, 2 * y))
+    if "pooled" in layer.outputs:
+        passes.append(Pass("pool", 0, y + _bytes([layer.outputs["pooled"]], itemsize)))
+    return passes
+
+
+def _bytes(shapes: Iterable[tuple[int, ...]], itemsize: int) -> int:
+    return itemsize * sum(math.prod(shape) for shape in shapes)

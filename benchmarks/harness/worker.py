@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
-
-from .measure import run_step
-from .steps import Row, Settings, Step, describe, failure
 
 
 class Spawned:
@@ -54,52 +51,12 @@ class Spawned:
         theirs.close()  # So that the process's death ends our reading.
 
 
-class Worker:
-    """Runs steps in a process of its own."""
+class Budget:
+    """Seconds that are left of a total, by `now`."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._process = Spawned(serve, settings)
+    def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._end, self._now = now() + seconds, now
 
-    def run(self, step: Step, timeout: float) -> Row:
-        """The step's row within `timeout` seconds; of a step that gives none, one that says why."""
-        try:
-            row, is_usable = self._process.ask(step, timeout)
-        except (TimeoutError, ChildProcessError) as error:
-            status = "timed out" if isinstance(error, TimeoutError) else "failed"
-            return describe(self._settings, step) | {"status": status, "reason": str(error)}
-        if not is_usable:
-            self.close()
-        return row
-
-    def close(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.close()
-
-
-def serve(settings: Settings, connection: Connection) -> None:
-    """Answer each step with its row and whether this process can go on."""
-    while True:
-        try:
-            step = connection.recv()
-        except EOFError:  # The report is gone.
-            return
-        try:
-            row = run_step(settings, step)
-        except Exception as error:
-            row = describe(settings, step) | failure(error)
-        connection.send((row, _clean_up(settings)))
-
-
-def _clean_up(settings: Settings) -> bool:
-    """Free the step's memory; False where an error has left the GPU's context unusable."""
-    import torch
-
-    if settings.device != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True
+    def left(self) -> float:
+        """Negative once it is spent."""
+        return self._end - self._now()

@@ -1,0 +1,1 @@
+"""Timing, processes and the machine: what every measurement needs."""
