@@ -56,7 +56,7 @@ static: $(VENV)/dev.stamp
 
 # The README's figures of speed, from the files in benchmarks/results.
 perf-table: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks.perf_table
+	$(BIN)/python -m benchmarks perf-table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

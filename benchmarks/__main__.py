@@ -10,7 +10,15 @@ from importlib import import_module
 # By command, its module and what it does.
 COMMANDS = {
     "unet": ("unet", "a whole net against the nets people run; --host: what its calls cost the host"),
+    "dropin": ("dropin", "other people's U-Nets under torch.compile: fastunet's backend against inductor"),
+    "tune": ("tune", "the fastest configurations on this GPU, and where they are faster than ATen"),
     "static": ("static", "every kernel configuration compiled ahead of time, and looked at; no GPU is needed"),
+    "roofline": ("roofline", "the least time of each layer at given peak rates, and how near it came"),
+    "memory": ("memory", "bytes that a training step keeps, or that the kernels move; no GPU is needed"),
+    "accuracy": ("accuracy", "training against a plain script, or a model against its copy in 8 bits"),
+    "gpu": ("gpu", "the report of a GPU: parity, peak rates, layers, nets, tests, configurations"),
+    "compare-commits": ("compare_commits", "the working tree against a commit: parity first, then speed"),
+    "perf-table": ("perf_table", "write the README's table of speed from the committed results"),
 }
 
 

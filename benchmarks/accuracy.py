@@ -1,33 +1,138 @@
-"""fastunet's training against the plain script of `plain_unet.py`: same images, same split, same minutes or same steps.
+"""What training and 8 bits come to in accuracy, on images that were kept out.
 
-    python -m benchmarks.accuracy DATA --minutes 4 --out DIR
-    python -m benchmarks.accuracy DATA --steps 400 --out DIR
+    python -m benchmarks accuracy DATA --minutes 4 --out DIR
+    python -m benchmarks accuracy DATA --steps 400 --out DIR
 
-Writes DIR/accuracy_<limit>.json with the scores of both on the images kept out, and prints them. DATA holds grey 8-bit
-images of one size and binary masks.
+trains fastunet and the U-Net people write by hand today, the way they train it: same images, same split, same minutes
+or same steps. Plain PyTorch, NCHW float32, features 16..256, random 256x256 crops with flips and quarter turns, batches
+of 4, AdamW at 1e-3 with a cosine schedule, BCE + Dice; nothing of fastunet's is used in it. Writes
+DIR/accuracy_<limit>.json. DATA holds grey 8-bit images of one size and binary masks.
+
+    python -m benchmarks accuracy DATA --quantised RUN --out DIR [--calibration 4]
+
+scores a model that `fastunet train` has left in RUN, and its copy in 8 bits, calibrated on images of DATA that it was
+trained on, if there are any. Writes DIR/quantization.json. Without a GPU the 8-bit values are multiplied in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
+import math
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fastunet.data import Pair, find_pairs, inspect, labels_from_mask, read_image, read_mask, split
+import fastunet
+from fastunet.checkpoint import load_run
+from fastunet.data import Pair, SegmentationDataset, find_pairs, inspect, labels_from_mask, read_image, read_mask, split
 from fastunet.files import write_json
+from fastunet.inference import evaluate
 from fastunet.metrics import SegmentationMetrics
 from fastunet.training import TrainConfig, train
 
-from .plain_unet import predict_plain, train_plain
+from .harness.environment import environment
 
 CLASSES = ["background", "foreground"]
+
+# --- the plain script ---
+
+
+def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (in_channels, out_channels):
+        layers += [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels)]
+        layers += [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class PlainUNet(nn.Module):
+    def __init__(
+        self, in_channels: int = 1, out_channels: int = 1, features: Sequence[int] = (16, 32, 64, 128, 256)
+    ) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(
+            double_conv(a, b) for a, b in zip((in_channels, *features), features, strict=False)
+        )
+        pairs = list(zip(features[:0:-1], features[-2::-1], strict=True))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairs)
+        self.decoder = nn.ModuleList(double_conv(a, b) for a, b in pairs)
+        self.head = nn.Conv2d(features[0], out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips: list[Tensor] = []
+        for level in self.encoder:
+            x = level(F.max_pool2d(x, 2) if skips else x)
+            skips.append(x)
+        for up, level, skip in zip(self.up, self.decoder, reversed(skips[:-1]), strict=True):
+            x = level(torch.cat([skip, up(x)], dim=1))
+        return self.head(x)
+
+
+def bce_dice(logits: Tensor, target: Tensor) -> Tensor:
+    p = logits.sigmoid()
+    dice = 1 - (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
+    return F.binary_cross_entropy_with_logits(logits, target) + dice
+
+
+def random_batch(
+    images: Tensor, masks: Tensor, rng: np.random.Generator, crop: int, batch: int
+) -> tuple[Tensor, Tensor]:
+    """`batch` random crops of images and masks [N, 1, H, W], each flipped and turned at random."""
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
+    for _ in range(batch):
+        n = rng.integers(len(images))
+        top, left = (int(rng.integers(size - crop + 1)) for size in images.shape[-2:])
+        turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+        for source, out in ((images, xs), (masks, ys)):
+            tile = torch.rot90(source[n, :, top : top + crop, left : left + crop], turns, (-2, -1))
+            out.append(tile.flip(-1) if mirror else tile)
+    return torch.stack(xs), torch.stack(ys)
+
+
+def train_plain(
+    images: Tensor,
+    masks: Tensor,
+    *,
+    steps: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    crop: int = 256,
+    batch: int = 4,
+) -> tuple[PlainUNet, int, float]:
+    """Train on images [N, 1, H, W] in 0..1 and masks of 0 and 1 for `steps` or `minutes`: (model, steps, seconds)."""
+    if (steps is None) == (minutes is None):
+        raise ValueError("give exactly one of steps and minutes")
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = PlainUNet().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    start, step, progress = time.perf_counter(), 0, 0.0
+    while progress < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5e-3 * (1 + math.cos(math.pi * progress))
+        x, y = random_batch(images, masks, rng, crop, batch)
+        optimizer.zero_grad()
+        bce_dice(model(x), y).backward()
+        optimizer.step()
+        step += 1
+        elapsed = time.perf_counter() - start
+        progress = step / steps if steps is not None else elapsed / (60 * (minutes or 0))
+    return model.eval(), step, time.perf_counter() - start
+
+
+@torch.no_grad()
+def predict_plain(model: PlainUNet, images: Tensor) -> Tensor:
+    """The mask (bool, [N, 1, H, W]) the plain model gives, one whole image at a time."""
+    return torch.cat([model(image[None]).sigmoid() > 0.5 for image in images])
 
 
 def load(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
@@ -41,7 +146,7 @@ def run_plain(data: Path, config: TrainConfig) -> dict[str, Any]:
     """Train and score the plain script on the split that `config` makes."""
     pairs = find_pairs(data)
     if inspect(pairs).dtype != "uint8":
-        raise SystemExit("error: the plain script takes 8-bit images")
+        raise ValueError("the plain script takes 8-bit images")
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
     by_minutes = config.max_minutes is not None
     limit = {"minutes": config.max_minutes} if by_minutes else {"steps": config.steps}
@@ -52,50 +157,75 @@ def run_plain(data: Path, config: TrainConfig) -> dict[str, Any]:
     return {**metrics.compute(), "steps": steps, "seconds": seconds}
 
 
-def environment() -> dict[str, str | int]:
-    """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+# --- 8 bits ---
+
+
+def compare_quantised(run: Path, data: Path, calibration: int) -> dict[str, Any]:
+    """Scores of "float" and "e4m3", the "loss" of mean Dice, and the images by stem."""
+    model, config = load_run(run)
+    model.eval()
+    pairs = find_pairs(data)
+    summary = inspect(pairs, config.data.classes)
+    seen = [pair for pair in pairs if pair.stem in config.train]
+    judged = [pair for pair in pairs if pair.stem not in config.train]
+    if not judged:
+        raise ValueError(f"DATA: expected images that {run} was not trained on, got none")
+    known = SegmentationDataset((seen or judged)[:calibration], summary)
+    quantised = fastunet.quantize(model, (known[i][0][None] for i in range(len(known))))
+    images = SegmentationDataset(judged, summary)
+    scores = {
+        name: evaluate(net, images, config.class_names)[0] for name, net in (("float", model), ("e4m3", quantised))
     }
+    loss = scores["float"]["mean_dice"] - scores["e4m3"]["mean_dice"]
+    stems = {"calibration": [pair.stem for pair in (seen or judged)[:calibration]], "judged": [p.stem for p in judged]}
+    return {**scores, "loss": loss, "images": stems}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# --- the command ---
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
     parser.add_argument("data", type=Path, metavar="DATA")
-    limit = parser.add_mutually_exclusive_group(required=True)
-    limit.add_argument("--minutes", type=float, help="for each of the two")
-    limit.add_argument("--steps", type=int, help="for each of the two")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--minutes", type=float, help="of training, for each of the two")
+    what.add_argument("--steps", type=int, help="of training, for each of the two")
+    what.add_argument("--quantised", type=Path, metavar="RUN", help="score this model in 8 bits instead")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON")
     parser.add_argument("--keep", type=Path, help="folder to keep fastunet's run in")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--calibration", type=int, default=4, help="images that tell the ranges of 8 bits")
 
-    defaults = {"seed": arguments.seed, "device": "cpu"}
-    if arguments.minutes is not None:
-        config = TrainConfig(max_minutes=arguments.minutes, **defaults)
-    else:
-        config = TrainConfig(steps=arguments.steps, **defaults)
-    plain = run_plain(arguments.data, config)
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Measure, print and write. Returns 0."""
+    try:
+        name, found = _quantised(options) if options.quantised is not None else _trained(options)
+    except ValueError as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine = environment("cpu") | {"threads": torch.get_num_threads()}
+    write_json(options.out / f"{name}.json", found | {"environment": machine})
+    return 0
+
+
+def _quantised(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    found = compare_quantised(options.quantised, options.data, options.calibration)
+    for name in ("float", "e4m3"):
+        print(f"{name}: mean Dice {found[name]['mean_dice']:.4f}")
+    print(f"loss: {found['loss']:.4f}")
+    return "quantization", found
+
+
+def _trained(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    limit = {"max_minutes": options.minutes} if options.minutes is not None else {"steps": options.steps}
+    config = TrainConfig(seed=options.seed, device="cpu", **limit)
+    plain = run_plain(options.data, config)
     print("plain:   ", json.dumps(plain["dice"]), plain["steps"], "steps", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        ours = train(arguments.data, arguments.keep or Path(folder) / "run", config)
+        ours = train(options.data, options.keep or Path(folder) / "run", config)
     print("fastunet:", json.dumps(ours["dice"]), ours["steps"], "steps")
-
     margins = {name: ours["dice"][name] - plain["dice"][name] for name in CLASSES}
     print("margin:  ", json.dumps(margins))
-    name = f"minutes_{arguments.minutes:g}" if arguments.minutes is not None else f"steps_{arguments.steps}"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(
-        arguments.out / f"accuracy_{name}.json",
-        {"summary": {"dice_margin": margins}, "plain": plain, "fastunet": ours, "environment": environment()},
-    )
-
-
-if __name__ == "__main__":
-    main()
+    name = f"minutes_{options.minutes:g}" if options.minutes is not None else f"steps_{options.steps}"
+    return f"accuracy_{name}", {"summary": {"dice_margin": margins}, "plain": plain, "fastunet": ours}

@@ -1,4 +1,4 @@
-"""The README's performance table, made from the results that are committed: `python -m benchmarks.perf_table`.
+"""The README's performance table, made from the results that are committed: `python -m benchmarks perf-table`.
 
 Rewrites the text between the two marker lines of README.md. Its figures are those of the `summary` in
 benchmarks/results/<gpu>/gpu_report.json and benchmarks/results/cpu/*.json: by task ("inference", "training") and
@@ -9,6 +9,7 @@ file is said to be unmeasured.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -102,7 +103,7 @@ def _drop_in_section(path: Path, result: Result) -> str:
         )
         return "\n".join([said, "", *header, *rows])
     except (KeyError, TypeError, AttributeError) as error:
-        raise TableError(f"{path}: expected the rows of `benchmarks.drop_in`, got {error!r}") from error
+        raise TableError(f"{path}: expected the rows of `benchmarks dropin`, got {error!r}") from error
 
 
 def _drop_in_ratio(row: Result, other: str, ours: str) -> str:
@@ -141,18 +142,19 @@ def replace_between(text: str, generated: str) -> str:
     return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.partition(END)[2]}"
 
 
-def main(root: Path = ROOT) -> int:
-    """The command: 0, or 1 with the reason."""
-    readme = root / "README.md"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Rewrite the README; return 0, or 1 with the reason."""
+    readme = options.root / "README.md"
     try:
         text = readme.read_text()
         with written_whole(readme) as temporary:
-            temporary.write_text(replace_between(text, generate(root / "benchmarks" / "results")))
+            temporary.write_text(replace_between(text, generate(options.root / "benchmarks" / "results")))
     except (OSError, ValueError, TableError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

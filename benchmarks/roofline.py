@@ -1,10 +1,10 @@
 """How fast each layer of a U-Net could be on a GPU of given roofs, and how near to that it came.
 
-    python -m benchmarks.roofline --tflops 790 --tbps 3.0 [--features 64 128 ...] [--size 512] [--batch 16]
-    python -m benchmarks.roofline --tflops 790 --tbps 3.0 --report gpu_report.json --out roofline.png
+    python -m benchmarks roofline --tflops 790 --tbps 3.0 [--features 64 128 ...] [--size 512] [--batch 16]
+    python -m benchmarks roofline --tflops 790 --tbps 3.0 --report gpu_report.json --out roofline.png
 
 prints for every layer its floor, the least time in which the roofs let it run, and the least time of an eager net in
-which every op is a pass of its own (work.py has the accounting); with --report, a file of gpu_report, the measured
+which every op is a pass of its own (cases.py has the accounting); with --report, a file of `gpu`, the measured
 times and what share of them the floor is. --out draws the roofline. The roofs are to be measured on the same GPU: the
 FLOP/s of a large matrix product, and the bytes/s that a copy reads and writes. UNets of either upsampling are counted.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,9 @@ import torch
 
 from fastunet.files import written_whole
 
-from .cases import Layer, Pass, Settings, eager_passes, fused_pass, meta_unet, unet_layers
+from .cases import DTYPES, Layer, Pass, Settings, eager_passes, fused_pass
 from .steps import DTYPE
 from .tables import table
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def point_of(
 
 
 def points_of_report(report: Mapping[str, Any], roofs: Roofs) -> list[Point]:
-    """The layers that a report of gpu_report has forward times of, in its order; medians."""
+    """The layers that a report of `gpu` has forward times of, in its order; medians."""
     points = []
     for row in report["rows"]:
         if row["kind"] == "layer" and row["variant"] == "forward" and "times" in row:
@@ -290,24 +287,19 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
 # --- the command ---
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 once the table is printed and the plot written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    _add_options(parser)
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Print the table and write the plot. Returns 0."""
     try:
         roofs = Roofs(1e12 * options.tflops, 1e12 * options.tbps, source=options.source)
         settings, report = _settings(options)
-        layers = _layers(settings, options)
+        layers = settings.net_layers()
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    dtype = DTYPES[options.dtype] if report is None else DTYPE
+    dtype = settings.torch_dtype
     floors = [point_of(layer, roofs, dtype=dtype) for layer in layers]
     measured = [] if report is None else points_of_report(report, roofs)
     points = [*{point.name: point for point in (*floors, *measured)}.values()]
-    is_instance = options.norm == "instance"
+    is_instance = settings.norm == "instance"
     print(roofline_table(layers, lambda layer: eager_seconds(layer, roofs, dtype, instance_norm=is_instance), points))
     if options.out is not None:
         plot_roofline(points, roofs, options.out)
@@ -315,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
     usual = Settings()
     parser.add_argument("--tflops", type=float, required=True, help="measured roof of a matrix product, TFLOP/s")
     parser.add_argument("--tbps", type=float, required=True, help="measured roof of a copy, read and written, TB/s")
@@ -344,17 +337,6 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, dict[str, Any] | N
             f"expected --batch from 1 and --size from {2 ** (len(features) - 1)}, got {options.batch}, {options.size}"
         )
     size = {"size": options.size, "batch": options.batch, "features": features}
-    return Settings(**size, in_channels=options.in_channels, out_channels=options.out_channels), None
-
-
-def _layers(settings: Settings, options: argparse.Namespace) -> list[Layer]:
-    if options.report is not None:
-        return settings.net_layers()
+    net = {"in_channels": options.in_channels, "out_channels": options.out_channels, "upsample": options.upsample}
     norm = None if options.norm == "none" else options.norm
-    channels = settings.in_channels, settings.out_channels
-    model = meta_unet(*channels, settings.features, norm=norm, upsample=options.upsample)
-    return unet_layers(model, settings.batch, settings.size, settings.size)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Settings(**size, **net, norm=norm, dtype=options.dtype), None

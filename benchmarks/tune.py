@@ -1,7 +1,7 @@
 """Measure which configurations are fastest on this GPU, and where they are faster than ATen: the table that
 `kernels/tuned/` holds of it.
 
-    python -m benchmarks.tune --out FILE [--minutes 30] [--size 512] [--batch 16]
+    python -m benchmarks tune --out FILE [--minutes 30] [--size 512] [--batch 16]
 
 For every 3x3 convolution of UNet(3, 2), forward and both gradients, in bfloat16: the possible configurations, the
 derived one's neighbours first, compared with float64 and timed in turn (see search); then, with the fastest, the layers
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -115,11 +114,8 @@ def measure_table(
     return rows + run_steps(tuned, margin_steps(settings), Worker(tuned), budget, keep)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 if there is a table, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, metavar="FILE")
     where.add_argument("--tuned", action="store_true", help="write kernels/tuned/<gpu>.json")
@@ -128,7 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=512, help="side of the square images")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--features", type=int, nargs="+", default=Settings().features)
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Measure and write the table; return 0 if there is one, else 1."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here")
     obstacle = dispatch.triton_obstacle(torch.device(options.device), DTYPE)
@@ -136,15 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is nothing to tune: {obstacle}")
     settings = Settings(device=options.device, size=options.size, batch=options.batch, features=tuple(options.features))
     path = tuning.TUNED / table_name(options.device) if options.tuned else options.out
-    budget = Budget(60 * options.minutes - _RESERVE)
-    rows = measure_table(settings, path, budget)
+    rows = measure_table(settings, path, Budget(60 * options.minutes - _RESERVE))
     print("\n".join(line(row) for row in rows))
     if not path.is_file():
         return 1
     if not options.tuned:
         print(f"cp {path} {tuning.TUNED / table_name(options.device)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

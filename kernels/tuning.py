@@ -4,7 +4,7 @@ A table holds "gpu" (the name torch gives it), "configs" and "layers". The confi
 "op", "shape" and "dtype" (bfloat16, float16, float32 or tf32) with the fields of the op's config; beside them what the
 row was measured with, and by how many times the derived config and ATen take longer. The derived choice stands where a
 table has no row. The layers say where the kernels are faster than ATen, whatever their configs: rows of "op",
-"channels", "height", "width", "training" and "dtype" with "margin_over_aten". `python -m benchmarks.tune` writes both.
+"channels", "height", "width", "training" and "dtype" with "margin_over_aten". `python -m benchmarks tune` writes both.
 No row depends on the batch size.
 """
 

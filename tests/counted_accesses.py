@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastunet.benchmarks.accesses import Traffic
+from fastunet.benchmarks.access_counts import Traffic
 from fastunet.kernels import gpu
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder

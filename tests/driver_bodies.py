@@ -13,9 +13,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import fake_driver
 import torch
-from fastunet.benchmarks import jobs, stand_in_driver
-from fastunet.benchmarks.stand_in_driver import StandIn
+from fake_driver import StandIn
+from fastunet.benchmarks import jobs
 from fastunet.kernels import gpu
 
 import fastunet
@@ -84,6 +85,6 @@ BODIES = {body.__name__: body for body in (nets, eight_bits, lone_channels, ops)
 
 if __name__ == "__main__":
     name, capability, folder = sys.argv[1:]
-    driver = stand_in_driver.activate(Path(folder), int(capability))
+    driver = fake_driver.activate(Path(folder), int(capability))
     wanted = BODIES[name](driver)
     print(f"{driver.launches} of {wanted} launches, {driver.tensor_maps} tensor maps")

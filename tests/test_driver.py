@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton", reason="launches Triton's kernels")
 import driver_bodies
-from fastunet.benchmarks import stand_in_driver
+import fake_driver
 
 from fastunet.checks import MissingPackageError
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def driver(folder: Path) -> ctypes.CDLL:
     try:
-        return stand_in_driver.load(folder)
+        return fake_driver.load(folder)
     except MissingPackageError as error:
         pytest.skip(str(error))
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from fake_clock import FakeClock
-from fastunet.benchmarks import gpu_report, measure, opponents, search, tune
+from fastunet.benchmarks import gpu as gpu_report
+from fastunet.benchmarks import measure, opponents, search, tune
 from fastunet.benchmarks.cases import Settings, meta_unet, unet_layers
 from fastunet.benchmarks.harness.worker import Budget
 from fastunet.benchmarks.margins import margin_steps
@@ -375,8 +376,8 @@ class Block:
         if name.partition(".")[0] in ("kornia", "monai", "safetensors", "tifffile", "PIL", "accelerate", "typer"):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 sys.meta_path.insert(0, Block())
-from benchmarks import gpu_report
-sys.exit(gpu_report.main(sys.argv[1:]))
+from benchmarks.__main__ import main
+sys.exit(main(["gpu", *sys.argv[1:]]))
 """
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", code, "--out", str(tmp_path / "out")]

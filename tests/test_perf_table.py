@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fastunet.benchmarks import perf_table
+from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.perf_table import BEGIN, END, TableError
 
 ROOT = Path(__file__).parents[1]
@@ -80,12 +81,12 @@ def test_a_file_that_is_not_as_expected_is_named(tmp_path: Path) -> None:
 def test_only_what_is_between_the_markers_changes(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     write(tmp_path, "cpu/unet_cpu.json", RESULT)
-    assert perf_table.main(tmp_path) == 0
+    assert main(["perf-table", "--root", str(tmp_path)]) == 0
     once = (tmp_path / "README.md").read_text()
     assert once.startswith(f"before\n{BEGIN}\n\n")
     assert once.endswith(f"\n\n{END}\nafter\n")
     assert "old" not in once
-    assert perf_table.main(tmp_path) == 0
+    assert main(["perf-table", "--root", str(tmp_path)]) == 0
     assert (tmp_path / "README.md").read_text() == once
 
 
@@ -94,7 +95,7 @@ def test_a_readme_without_its_markers_stays_as_it_is(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "README.md").write_text(text)
-    assert perf_table.main(tmp_path) == 1
+    assert main(["perf-table", "--root", str(tmp_path)]) == 1
     assert "expected one line" in capsys.readouterr().err
     (readme,) = tmp_path.iterdir()
     assert readme.read_text() == text

@@ -185,7 +185,7 @@ def test_it_does_not_train() -> None:
 
 
 def test_the_loss_of_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastunet.benchmarks import quantization
+    from fastunet.benchmarks.__main__ import main
 
     from fastunet.synthetic import write_dataset
     from fastunet.training import TrainConfig, train
@@ -193,8 +193,9 @@ def test_the_loss_of_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
     write_dataset(tmp_path / "data", 8, size=64)
     options = {"crop": 32, "batch_size": 2, "val_fraction": 0.25, "tta": False, "precision": "fp32"}
     train(tmp_path / "data", tmp_path / "run", TrainConfig(steps=5, features=FEATURES, **options))
-    quantization.main(tmp_path / "run", tmp_path / "data", tmp_path / "loss.json", calibration=3)
-    found = json.loads((tmp_path / "loss.json").read_text())
+    command = ["accuracy", tmp_path / "data", "--quantised", tmp_path / "run", "--out", tmp_path, "--calibration", 3]
+    assert main([*map(str, command)]) == 0
+    found = json.loads((tmp_path / "quantization.json").read_text())
     assert found["loss"] == found["float"]["mean_dice"] - found["e4m3"]["mean_dice"]
     assert found["float"] != found["e4m3"]
     assert (len(found["images"]["calibration"]), len(found["images"]["judged"])) == (3, 2)

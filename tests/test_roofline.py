@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib", reason="needs the extra train")
 
 import torch
 from fastunet.benchmarks import roofline
+from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Layer, Settings, eager_passes, fused_pass, meta_unet, unet_layers
 from fastunet.benchmarks.measure import Step, describe
 from fastunet.benchmarks.roofline import Point, Roofs, eager_seconds, floor_seconds, point_of
@@ -265,7 +266,7 @@ def test_a_plot_without_measurements_has_floors_alone(tmp_path: Path, monkeypatc
 
 
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert roofline.main(["--tflops", "790", "--tbps", "3.0"]) == 0
+    assert main(["roofline", "--tflops", "790", "--tbps", "3.0"]) == 0
     assert "| total | 385.4 | 675.5 | 8397 | 16288 |" in capsys.readouterr().out
 
 
@@ -273,7 +274,7 @@ def test_the_command_takes_net_and_images_from_a_report(tmp_path: Path, capsys: 
     (tmp_path / "report.json").write_text(json.dumps(small_report()))
     out = tmp_path / "roofline.png"
     command = ["--tflops", "1", "--tbps", "1", "--report", str(tmp_path / "report.json"), "--out", str(out)]
-    assert roofline.main(command) == 0
+    assert main(["roofline", *command]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(Settings(features=(8, 16)).net_layers()) + 2  # Header, layers, total, the file's name.
     assert next(line for line in lines if line.startswith("| inc.c1 |")).split("|")[-5].strip() == "1000"
@@ -290,5 +291,5 @@ def test_the_command_takes_net_and_images_from_a_report(tmp_path: Path, capsys: 
 )
 def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        roofline.main(["--tflops", "1", "--tbps", "1", *arguments])
+        main(["roofline", "--tflops", "1", "--tbps", "1", *arguments])
     assert said in capsys.readouterr().err

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-
-from benchmarks import saved_memory
-from benchmarks.saved_memory import Settings, counted, kept_bytes
+from fastunet.benchmarks.__main__ import main
+from fastunet.benchmarks.cases import Settings
+from fastunet.benchmarks.memory import counted, kept_bytes
 
 pytest.importorskip("triton", reason="asks what the Triton kernels would keep")
 
@@ -40,7 +40,8 @@ def test_the_classic_net_keeps_less_than_three_fifths(norm: str) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "kept.json"
-    assert saved_memory.main(["--features", "4", "6", "--size", "8", "--dtype", "float32", "--out", str(out)]) == 0
+    command = ["memory", "kept", "--features", "4", "6", "--size", "8", "--dtype", "float32", "--out", str(out)]
+    assert main(command) == 0
     printed = capsys.readouterr().out
     assert "| 8x8 | 0.0 | 0.0 | 0.0 |" in printed
     written = json.loads(out.read_text())

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastunet.benchmarks import access_counts, traffic
-from fastunet.benchmarks.accesses import Traffic, copies_of
+from fastunet.benchmarks import access_counts
+from fastunet.benchmarks import memory as traffic
+from fastunet.benchmarks.__main__ import main
+from fastunet.benchmarks.access_counts import Traffic, copies_of
 from fastunet.benchmarks.cases import UPSAMPLE, Layer, Settings
 from fastunet.kernels import gpu
 
@@ -135,7 +137,7 @@ def test_what_is_no_kernel_has_no_traffic() -> None:
 def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "traffic.json"
     command = ["--features", "8", "16", "--size", "16", "--batch", "2", "--capability", "89", "--out", str(out)]
-    assert traffic.main(command) == 0
+    assert main(["memory", "moved", *command]) == 0
     printed = capsys.readouterr().out.splitlines()
     found = json.loads(out.read_text())
     assert found["settings"] == {
@@ -165,5 +167,5 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
 )
 def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        traffic.main(arguments)
+        main(["memory", "moved", *arguments])
     assert said in capsys.readouterr().err

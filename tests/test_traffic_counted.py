@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fastunet.benchmarks import access_counts
-from fastunet.benchmarks.accesses import traffic_of
+from fastunet.benchmarks.access_counts import traffic_of
 from fastunet.benchmarks.jobs import Job, all_ops, launch_of
 from fastunet.benchmarks.jobs.pointwise import LossShape
 from fastunet.kernels.config import ConvShape

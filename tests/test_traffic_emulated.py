@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="needs triton, for the kernel's constants a
 
 from counted_accesses import with_memory
 from fastunet.benchmarks import access_counts
-from fastunet.benchmarks.accesses import traffic_of
+from fastunet.benchmarks.access_counts import traffic_of
 from fastunet.benchmarks.jobs import Job, launch_of
 from fastunet.benchmarks.jobs.convolutions import HALO_OPS, HaloShape
 from fastunet.kernels import config, config_hopper, conv3x3_hopper, gpu, hopper_epilogue

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_clock import FakeClock
 from fastunet.benchmarks import search, tune
+from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.steps import layer_of
 from fastunet.kernels import config, gpu, tuning
@@ -161,6 +162,6 @@ def test_a_table_keeps_the_rows_of_other_shapes() -> None:
 def test_without_a_gpu_there_is_nothing_to_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "table.json"
     with pytest.raises(SystemExit):
-        tune.main(["--out", str(out), "--device", "cpu"])
+        main(["tune", "--out", str(out), "--device", "cpu"])
     assert "there is nothing to tune: " in capsys.readouterr().err
     assert not out.exists()

@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from fastunet.benchmarks import verify
+from fastunet.benchmarks import compare_commits
 from fastunet.benchmarks.cases import Settings
+from fastunet.benchmarks.commit_process import TreeError, TreeFinder, TreeProcess
 from fastunet.benchmarks.steps import Step
-from fastunet.benchmarks.tree_process import TreeError, TreeFinder, TreeProcess
 
 ROOT = Path(__file__).parents[1]
 TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=3)
@@ -67,7 +67,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(repository: Path, base: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     settings = ["--device", "cpu", "--size", "16", "--batch", "2", "--features", "4", "8", "--rounds", "3"]
-    command = [sys.executable, "-m", "benchmarks.verify", "--base", base, *settings, *arguments]
+    command = [sys.executable, "-m", "benchmarks", "compare-commits", "--base", base, *settings, *arguments]
     return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
 
 
@@ -77,7 +77,7 @@ def worktrees(repository: Path) -> int:
 
 def test_each_side_imports_its_own_tree(repository: Path, tmp_path: Path) -> None:
     """fastunet is installed from a third tree here, this one."""
-    with verify.checked_out(repository, "wrong") as tree:
+    with compare_commits.checked_out(repository, "wrong") as tree:
         with TreeProcess("base", tree, repository, asdict(TINY)) as base:
             assert base.call("prepare", "net", "inference", "", timeout=100)["status"] == "ok"
             files = base.call("files", timeout=100)
@@ -145,7 +145,7 @@ def test_what_cannot_be_compared_gives_one_line(repository: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_stopped_comparison_leaves_no_worktree(repository: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "benchmarks.verify", "--base", "same", "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks", "compare-commits", "--base", "same", "--device", "cpu"]
     process = subprocess.Popen(command, cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 100
@@ -176,7 +176,7 @@ class FakeSide:
 def test_rounds_alternate_and_their_ratios_count() -> None:
     log: list[str] = []
     base, new = FakeSide("base", log, [2.0, 9.0, 4.0]), FakeSide("new", log, [1.0, 3.0, 4.0])
-    row = verify.compare(Step("net", "inference"), base, new, TINY, lambda: 0.0)
+    row = compare_commits.compare(Step("net", "inference"), base, new, TINY, lambda: 0.0)
     assert log == ["base", "new", "new", "base", "base", "new"]
     assert row["ratio"] == {"median": 2.0, "p10": pytest.approx(1.2), "p90": pytest.approx(2.8), "samples": 3}
     assert row["base_ms"] == 4000
@@ -185,7 +185,7 @@ def test_rounds_alternate_and_their_ratios_count() -> None:
 def test_a_side_that_is_off_is_not_timed() -> None:
     log: list[str] = []
     base, new = FakeSide("base", log, []), FakeSide("new", log, [], "parity failed")
-    row = verify.compare(Step("net", "inference"), base, new, TINY, lambda: 0.0)
+    row = compare_commits.compare(Step("net", "inference"), base, new, TINY, lambda: 0.0)
     assert (row["status"], row["reason"], log) == ("parity failed", "in new: y is off", [])
     assert "ratio" not in row
 
@@ -201,4 +201,4 @@ def test_a_process_that_dies_or_hangs_is_an_error(tmp_path: Path) -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"inc\.c1.*got \{'inc\.c9'\}"):
-        verify.steps_to_compare(TINY, ["inc.c9"])
+        compare_commits.steps_to_compare(TINY, ["inc.c9"])

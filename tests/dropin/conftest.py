@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fastunet.benchmarks.drop_in_models import find_packages
+from fastunet.benchmarks.dropin_models import find_packages
 
 find_packages()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks.drop_in_models import MODELS, DropInModel
+from fastunet.benchmarks.dropin_models import MODELS, DropInModel
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks.drop_in_models import MODELS, DropInModel
+from fastunet.benchmarks.dropin_models import MODELS, DropInModel
 from parity import (
     ALL,
     assert_same,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks.drop_in_models import MODELS, DropInModel
+from fastunet.benchmarks.dropin_models import MODELS, DropInModel
 from parity import ALL, built, compare, compare_grads, flat, image, ops_run, step
 
 from fastunet import dispatch

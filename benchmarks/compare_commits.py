@@ -1,11 +1,11 @@
 """Is the working tree right, and is it faster than a commit? Two processes, round by round in turn.
 
-    python -m benchmarks.verify --base REV [--device cuda] [--size 512] [--batch 16] [--only inc.c2 ...] [--out FILE]
+    python -m benchmarks compare-commits --base REV [--device cuda] [--size 512] [--only inc.c2 ...] [--out FILE]
 
 First every op is compared with float64 in both trees; then each layer and the whole net is timed in both, under the
 implementation that runs on the device, in alternating order; what is off in either tree gets no speed. `base/new` is
 the median of the rounds' ratios, with the 10th and 90th percentile: above 1, the working tree is faster. Benchmarks
-and tolerances are the working tree's on both sides (see tree_process). Ends with 1 if anything is off, with 2 if REV
+and tolerances are the working tree's on both sides (see commit_process). Ends with 1 if anything is off, with 2 if REV
 cannot be measured. REV is checked out in a temporary `git worktree`, which is removed however this ends.
 """
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,14 +25,20 @@ from typing import Any, Protocol
 
 import torch
 
+import fastunet
+from fastunet import ops
 from fastunet.files import write_json
 from fastunet.testing import parity
+from fastunet.testing.parity import backends_for
 
 from .cases import Settings
+from .commit_process import TreeError, TreeProcess
 from .harness.environment import ROOT, environment
-from .harness.timing import Quantiles
-from .steps import DIRECTIONS, TASKS, Row, Step, layer_of, parity_formats
-from .tree_process import TreeError, TreeProcess
+from .harness.timing import Quantiles, clock_of, cudnn_benchmark
+from .layer_runs import layer_sets, prepare_layer
+from .measure import run_step
+from .net_runs import make_net, prepare_net
+from .steps import DIRECTIONS, DTYPE, TASKS, Row, Step, describe, failure, layer_of, parity_formats
 
 # Seconds for what compiles, and for what is measured.
 _FIRST, _LATER = 300.0, 120.0
@@ -165,10 +171,84 @@ def line(row: Row) -> str:
     )
 
 
-def _arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Settings, list[Step]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+# --- one of the two sides: what runs in its process, on whatever fastunet is imported there ---
+
+_WARMUP = 3
+
+
+class Side:
+    """Answers one request after the other; `settings` is a Settings as a dict. Every answer is plain data."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = Settings(**{**settings, "features": tuple(settings["features"])})
+        self._runs: list[Callable[[], Any]] = []
+
+    def lacking(self) -> list[str]:
+        """What the measurements need and this fastunet has not."""
+        wanted = [(ops, case.op) for case in parity.cases()] + [(fastunet, "UNet"), (fastunet, "backend")]
+        return sorted({f"{module.__name__}.{name}" for module, name in wanted if not hasattr(module, name)})
+
+    def files(self) -> dict[str, str]:
+        """Where each module of fastunet that is imported here lies."""
+        return {
+            name: str(module.__file__)
+            for name, module in sys.modules.items()
+            if name.partition(".")[0] == "fastunet" and getattr(module, "__file__", None)
+        }
+
+    def parity(self, case: str, variant: str) -> Row:
+        """The row of one op's comparison with float64."""
+        step = Step("parity", case, variant)
+        try:
+            return run_step(self._settings, step)
+        except Exception as error:
+            return describe(self._settings, step) | failure(error)
+
+    def prepare(self, kind: str, name: str, variant: str) -> Row:
+        """Get a layer or a net ready for `round`: "status" and "reason", and the "implementation" that will run."""
+        step = Step(kind, name, variant)
+        self._runs = []
+        device = torch.device(self._settings.device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        row: Row = {"implementation": "", "status": "ok", "reason": ""}
+        try:
+            row["implementation"], self._runs = self._prepared(step, device)
+            with cudnn_benchmark():
+                for run in _WARMUP * self._runs:
+                    run()
+        except Exception as error:
+            return row | failure(error)
+        return row
+
+    def _prepared(self, step: Step, device: torch.device) -> tuple[str, list[Callable[[], Any]]]:
+        if step.kind == "net":
+            (ours, *_), _ = backends_for("conv3x3_batch_norm_relu", device, DTYPE)
+            _, nets = prepare_net(self._settings, make_net(self._settings), [ours], training=step.name == "training")
+            return ours, [nets[ours]]
+        layer = layer_of(self._settings, step.name)
+        (ours, *_), _ = backends_for(layer.op, device, DTYPE)
+        runs = prepare_layer(layer, layer_sets(layer, device), [ours], backward=step.variant == "backward")
+        return ours, runs[ours]
+
+    def round(self) -> float:
+        """Seconds of one pass over all sets of inputs of what was prepared."""
+        clock, marks = clock_of(torch.device(self._settings.device)), []
+        with cudnn_benchmark():
+            for run in self._runs:
+                clock.prepare()
+                begin = clock.mark()
+                run()
+                marks.append((begin, clock.mark()))
+            clock.wait()
+        return sum(clock.elapsed(begin, end) for begin, end in marks)
+
+
+# --- the command ---
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
     parser.add_argument("--base", required=True, metavar="REV", help="the commit to compare with")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, default=512, help="side of the square images")
@@ -178,29 +258,26 @@ def _arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Set
     parser.add_argument("--seconds", type=float, default=10.0, help="for each comparison")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="layers, inference, training")
     parser.add_argument("--out", type=Path, metavar="FILE", help="rows as JSON")
-    options = parser.parse_args(arguments)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """ValueError for what cannot be measured."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here; --device cpu compares on the CPU")
+        raise ValueError("torch finds no CUDA device here; --device cpu compares on the CPU")
     least = 2 ** (len(options.features) - 1)
     if options.batch < 2 or options.size < least or options.rounds < 1:
-        parser.error(f"expected --batch from 2, --size from {least} and --rounds from 1")
-    settings = Settings(
-        device=options.device,
-        size=options.size,
-        batch=options.batch,
-        features=tuple(options.features),
-        rounds=options.rounds,
-        seconds=options.seconds,
-    )
+        raise ValueError(f"expected --batch from 2, --size from {least} and --rounds from 1")
+    names = ("device", "size", "batch", "rounds", "seconds")
+    return Settings(**{name: getattr(options, name) for name in names}, features=tuple(options.features))
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Compare; return 0 if both trees are right, 1 if something is off, 2 if a tree cannot be measured."""
     try:
-        return options, settings, steps_to_compare(settings, options.only)
+        settings = _settings(options)
+        steps = steps_to_compare(settings, options.only)
     except ValueError as error:
-        parser.error(f"--only: {error}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 if both trees are right, 1 if something is off, 2 if a tree cannot be measured."""
-    options, settings, steps = _arguments(arguments)
+        parser.error(str(error))
     # As Ctrl-C: contexts end processes and remove the worktree.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows: list[Row] = []
@@ -228,7 +305,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.base} and the working tree cannot be compared: {error}", file=sys.stderr)
         return 2
     return 0 if all(row["status"] == "ok" for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,29 +1,30 @@
 """Other people's U-Nets under torch.compile: fastunet's backend against inductor, in turn in one run.
 
-`python -m benchmarks.drop_in --out FILE.json`: for each model what `fastunet.explain` finds, replaces and leaves, and
+`python -m benchmarks dropin --out FILE.json`: for each model what `fastunet.explain` finds, replaces and leaves, and
 the time of inference or of a training step. Every compiled model's output is compared with float64 before it is timed.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 
 import fastunet
 from fastunet.files import write_json
 
-from .drop_in_models import MODELS, DropInModel
+from .dropin_models import MODELS, DropInModel
 from .harness import timing
 from .harness.environment import environment
 from .opponents import reason_of
+from .steps import TASKS
 
 # As many runs of one model as there are, each compiled for each of its blocks.
 _MOST_COMPILES = 64
@@ -148,24 +149,24 @@ def _distance(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return max(float((a.double() - e).norm() / e.norm()) for a, e in zip(actual, exact, strict=True))
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="The results, as JSON.")],
-    task: Annotated[str, typer.Option(help="inference or training.")] = "inference",
-    rounds: Annotated[int, typer.Option(min=1, help="Samples of each time, at most.")] = 15,
-    size: Annotated[int, typer.Option(min=32, help="Sides of the images.")] = 256,
-    width: Annotated[int, typer.Option(min=2, help="Channels of a model's first level.")] = 32,
-    only: Annotated[list[str] | None, typer.Option(help="Names of models; all without.")] = None,
-) -> None:
-    """Time other people's U-Nets, compiled by fastunet and by inductor."""
-    if task not in ("inference", "training"):
-        raise typer.BadParameter(f"--task: expected inference or training, got {task!r}")
-    unknown = set(only or ()) - {model.name for model in MODELS}
-    if unknown:
-        raise typer.BadParameter(f"--only: expected names of {', '.join(m.name for m in MODELS)}, got {unknown}")
-    settings = Settings(task, size=size, width=width, rounds=rounds)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--out", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--task", choices=TASKS, default="inference")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each time, at most")
+    parser.add_argument("--size", type=int, default=256, help="side of the images")
+    parser.add_argument("--width", type=int, default=32, help="channels of a model's first level")
+    parser.add_argument("--only", nargs="+", choices=[model.name for model in MODELS], metavar="MODEL")
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Time the models that are installed; the file is whole after each. Returns 0."""
+    if options.rounds < 1 or options.size < 32 or options.width < 2:
+        parser.error("expected --rounds from 1, --size from 32 and --width from 2")
+    settings = Settings(options.task, size=options.size, width=options.width, rounds=options.rounds)
     rows = []
     for model in MODELS:
-        if only is not None and model.name not in only:
+        if options.only is not None and model.name not in options.only:
             continue
         if not model.is_installed():
             print(f"{model.name}: {model.package} is not installed")
@@ -176,7 +177,8 @@ def main(
             "environment": environment("cpu"),
             "settings": {**asdict(settings), "threads": torch.get_num_threads()},
         }
-        write_json(out, {**found, "rows": rows})
+        write_json(options.out, {**found, "rows": rows})
+    return 0
 
 
 def line(row: dict[str, Any]) -> str:
@@ -188,7 +190,3 @@ def line(row: dict[str, Any]) -> str:
     )
     failed = (f"{name}: {reason.splitlines()[0]}" for name, reason in row["failures"].items())
     return "; ".join((f"{row['name']}: {row['replaced']} of {row['found']} replaced", *times, *failed))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,16 +1,22 @@
-"""What the kernels of a net's forward pass move, computed without running them, beside the least there is to move.
+"""Bytes, counted without a GPU: what a training step keeps of its activations, and what the kernels move.
 
-    python -m benchmarks.traffic [--features 64 128 ...] [--size 512] [--batch 16] [--capability 90 80] [--out JSON]
+    python -m benchmarks memory kept [--norm batch] [--features 64 128 ...] [--size 512] [--out JSON]
 
-prints for every layer the bytes of its floor (work.py), those that our kernel and its launcher move to and from memory,
-those of an eager net in which every op is a pass of its own, and what the kernel loads from L2 for every FLOP; for each
-GPU by its compute capability, with the configuration that is chosen there. accesses.py says what the counts assume.
+prints, for every size of image inside the net, the bytes that an image of the batch takes until its backward: in plain
+PyTorch, and in fastunet on ATen and on its Triton kernels. The nets run on tensors without data.
+
+    python -m benchmarks memory moved [--capability 90 80] [--batch 16] [--features 64 128 ...] [--out JSON]
+
+prints for every layer of a forward pass the bytes of its floor (cases.py), those that our kernel and its launcher move
+to and from memory, those of an eager net in which every op is a pass of its own, and what the kernel loads from L2 for
+every FLOP; for each GPU by its compute capability, with the configuration that is chosen there. access_counts.py says
+what the counts assume.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,16 +24,18 @@ from typing import Any
 
 import torch
 from fastunet.kernels import config, gpu
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
+import fastunet
 from fastunet.files import write_json
+from fastunet.reference import ReferenceUNet
 
 from . import step_up
-from .accesses import Traffic, copies_of, traffic_of
-from .cases import Layer, Settings, eager_passes, fused_pass
+from .access_counts import Traffic, copies_of, traffic_of
+from .cases import DTYPES, Layer, Settings, eager_passes, fused_pass
 from .harness.environment import environment
 from .jobs import TARGETS, describe
-from .roofline import DTYPES
 from .steps import DTYPE
 from .tables import table
 
@@ -233,60 +241,142 @@ def _line(name: str, form: str, config: str, totals: dict[str, Any]) -> list[str
     return [name, form, config, *megabytes, *shares]
 
 
+# --- what a step keeps ---
+
+IMPLEMENTATIONS = ("eager", "aten", "triton")
+
+
+def kept_bytes(settings: Settings, implementation: str) -> dict[int, int]:
+    """Bytes that one image takes from forward to backward, by the height of the tensors.
+
+    What does not depend on the number of images, such as the statistics of a batch, is left out.
+    """
+    one, two = (_kept(settings, implementation, batch) for batch in (1, 2))
+    return {height: two[height] - one[height] for height in sorted(two, reverse=True) if two[height] > one[height]}
+
+
+def _kept(settings: Settings, implementation: str, batch: int) -> Counter[int]:
+    dtype = settings.torch_dtype
+    kind = ReferenceUNet if implementation == "eager" else fastunet.UNet
+    with torch.device("meta"):
+        model: nn.Module = kind(
+            settings.in_channels, settings.out_channels, features=settings.features, norm=settings.norm
+        )
+    model = model.to(dtype=dtype, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    x = torch.empty(batch, settings.in_channels, settings.size, settings.size, dtype=dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    held = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, Tensor] = {}  # One tensor of each storage, which stays alive so that no other takes its place.
+
+    def keep(t: Tensor) -> Tensor:
+        if t.untyped_storage()._cdata not in held:
+            found[t.untyped_storage()._cdata] = t
+        return t
+
+    with fastunet.backend("triton" if implementation == "triton" else "aten"), saved_tensors_hooks(keep, _as_is):
+        y = model(x)
+    assert y.requires_grad
+    kept: Counter[int] = Counter()
+    for t in found.values():
+        kept[t.shape[2] if t.dim() == 4 else 0] += t.untyped_storage().nbytes()
+    return kept
+
+
+def _as_is(t: Tensor) -> Tensor:
+    return t
+
+
+def counted(settings: Settings) -> dict[str, Any]:
+    """By implementation the bytes of each height; and in all, beside those of eager."""
+    by_height = {name: kept_bytes(settings, name) for name in IMPLEMENTATIONS}
+    totals = {name: sum(of.values()) for name, of in by_height.items()}
+    return {
+        "summary": {name: {"bytes": total, "of_eager": total / totals["eager"]} for name, total in totals.items()},
+        "by_height": by_height,
+    }
+
+
+def kept_table(result: dict[str, Any], settings: Settings) -> str:
+    """Write Markdown, in MB of 10^6 bytes."""
+    by_height, summary = result["by_height"], result["summary"]
+    rows = [
+        [
+            f"{height}x{height}" if height else "statistics",
+            *(f"{by_height[name].get(height, 0) / 1e6:.1f}" for name in IMPLEMENTATIONS),
+        ]
+        for height in by_height["eager"]
+    ]
+    rows.append(["total", *(f"{summary[name]['bytes'] / 1e6:.1f}" for name in IMPLEMENTATIONS)])
+    rows.append(["of eager", *(f"{summary[name]['of_eager']:.2f}" for name in IMPLEMENTATIONS)])
+    title = f"MB that an image of {settings.size}x{settings.size} keeps for its backward, {settings.dtype}"
+    return title + "\n\n" + table(["images of", "eager", "fastunet, ATen", "fastunet, Triton"], rows)
+
+
 # --- the command ---
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 once the tables are printed and the file written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
     usual = Settings()
+    parser.add_argument("what", choices=("kept", "moved"))
     parser.add_argument("--features", type=int, nargs="+", default=[*usual.features])
     parser.add_argument("--in-channels", type=int, default=usual.in_channels)
     parser.add_argument("--out-channels", type=int, default=usual.out_channels)
     parser.add_argument("--size", type=int, default=usual.size, help="side of the square images")
-    parser.add_argument("--batch", type=int, default=usual.batch)
-    parser.add_argument("--dtype", choices=[*DTYPES], default="bfloat16")
-    parser.add_argument("--capability", type=int, nargs="+", choices=TARGETS, default=[90, 80])
+    parser.add_argument("--dtype", choices=[*DTYPES], default=usual.dtype)
     parser.add_argument("--out", type=Path, metavar="JSON")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--norm", choices=("batch", "instance", "none"), default=usual.norm, help="of what is kept")
+    parser.add_argument("--batch", type=int, default=usual.batch, help="images between which weights are moved once")
+    parser.add_argument("--capability", type=int, nargs="+", choices=TARGETS, default=[90, 80], help="GPUs that move")
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Print the tables; with --out write them as JSON. Returns 0."""
     least = 2 ** (len(options.features) - 1)
     if options.batch < 1 or options.size < least:
         parser.error(f"expected --batch from 1 and --size from {least}, got {options.batch} and {options.size}")
     settings = Settings(
+        dtype=options.dtype,
         size=options.size,
         batch=options.batch,
         features=tuple(options.features),
         in_channels=options.in_channels,
         out_channels=options.out_channels,
+        norm=None if options.norm == "none" else options.norm,
     )
-    dtype = DTYPES[options.dtype]
     try:
-        targets = {capability: gpu.known_target(capability) for capability in options.capability}
-        nets = {
-            capability: (*net_traffic(settings, target, dtype), composed_traffic(settings, target, dtype))
-            for capability, target in targets.items()
-        }
+        found = _kept_report(settings) if options.what == "kept" else _moved_report(settings, options.capability)
     except ValueError as error:  # Of the model: channels below one, a single level.
         parser.error(str(error))
-    found = {}
-    for capability, (rows, joined, composed) in nets.items():
+    if options.out is not None:
+        write_json(options.out, found)
+        print(options.out)
+    return 0
+
+
+def _kept_report(settings: Settings) -> dict[str, Any]:
+    result = counted(settings)
+    print(kept_table(result, settings))
+    said = {name: getattr(settings, name) for name in ("features", "size", "dtype", "norm")}
+    return result | {"settings": said, "environment": _environment("torch")}
+
+
+def _moved_report(settings: Settings, capabilities: Sequence[int]) -> dict[str, Any]:
+    dtype = settings.torch_dtype
+    said = {name: getattr(settings, name) for name in ("features", "in_channels", "out_channels", "size", "batch")}
+    found: dict[str, Any] = {"environment": _environment("triton"), "settings": said | {"dtype": settings.dtype}}
+    for capability in capabilities:
+        target = gpu.known_target(capability)
+        rows, joined = net_traffic(settings, target, dtype)
+        composed = composed_traffic(settings, target, dtype)
         print(f"## sm_{capability}\n\n{render(rows, joined, composed)}\n")
         every = [*rows, *([joined] if joined else []), *composed]
         found[f"sm_{capability}"] = {
             "summary": summarise(rows, joined, composed),
             "rows": [{**asdict(row), "l2_bytes_per_flop": row.l2_bytes_per_flop} for row in every],
         }
-    if options.out is not None:
-        net = {name: getattr(settings, name) for name in ("features", "in_channels", "out_channels", "size", "batch")}
-        computed_by = {
-            name: value for name, value in environment("cpu").items() if name in ("commit", "dirty", "triton")
-        }
-        write_json(options.out, {"environment": computed_by, "settings": net | {"dtype": options.dtype}, **found})
-        print(options.out)
-    return 0
+    return found
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _environment(package: str) -> dict[str, Any]:
+    return {name: value for name, value in environment("cpu").items() if name in ("commit", "dirty", package)}

@@ -1,4 +1,4 @@
-"""Triton's own launcher without a GPU, on a driver that takes its launches and runs nothing (stand_in_driver.c)."""
+"""Triton's own launcher without a GPU, on a driver that takes its launches and runs nothing (fake_driver.c)."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """What a person with a GPU runs: are the kernels right there, and how fast are they beside cuDNN and torch.compile?
 
-    python -m benchmarks.gpu_report --out DIR [--minutes 9] [--size 512] [--batch 16] [--tuned]
+    python -m benchmarks gpu --out DIR [--minutes 9] [--size 512] [--batch 16] [--tuned]
 
 Writes into DIR, anew after every step: gpu_report.json (rows, environment, commit, summary), gpu_report.md,
 roofline.png, and the table of measured configurations, <gpu>.json, which `--tuned` puts into kernels/tuned/ at once. It
 ends within the given minutes: what there was no time for is named. In this order: every op in bfloat16 against float64;
 the GPU's roofs; the layers of UNet(3, 2), forward; the net's inference and training step; the layers, backward;
 the nets beside torch.compile; every op in the other formats; the layers beside torch.compile; `pytest -m gpu`; the
-search for configurations (benchmarks.tune has more time for it). The first implementation is ours: the Triton kernels,
+search for configurations (the command tune has more time for it). The first implementation is ours: the Triton kernels,
 where they run. `--device cpu` runs the same steps on a CPU, to see that they run.
 """
 
@@ -183,20 +183,18 @@ def _search(settings: Settings, budget: Budget, folder: Path, save: Callable[[li
     measure_table(settings, folder / table_name(settings.device), budget, save)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 if something was measured and nothing was found wrong, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which the report has ended")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", type=int, default=512, help="side of the square images")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tuned", action="store_true", help="write the measured configurations to kernels/tuned/")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Measure and write; return 0 if something was measured and nothing was found wrong, else 1."""
     if importlib.util.find_spec("fastunet.kernels") is None:
         parser.error("fastunet is not installed: run `pip install --no-deps --no-build-isolation -e .` first")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -216,7 +214,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [row for row in report["rows"] if row["status"] not in ("ok", "skipped")]
     is_empty = all(row["status"] == "skipped" for row in report["rows"])
     return 1 if wrong or is_empty or report["tests"].get("failed") else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -58,7 +58,7 @@ class TreeFinder(MetaPathFinder):
 
 
 class TreeProcess:
-    """Calls methods of a `verify_side.Side` in a process whose fastunet is that of `tree`. A context manager.
+    """Calls methods of a `compare_commits.Side` in a process whose fastunet is that of `tree`. A context manager.
 
     label: what errors call it. settings: a Settings as a dict.
     """
@@ -67,7 +67,7 @@ class TreeProcess:
         self.label = label
         self._connection, theirs = multiprocessing.Pipe()
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 closed by close
-        script = measuring / "benchmarks" / "tree_process.py"
+        script = measuring / "benchmarks" / "commit_process.py"
         # -P: the script's folder is not to be searched for modules.
         paths = [str(script), str(theirs.fileno()), str(tree), str(measuring)]
         command = [sys.executable, "-P", *paths, json.dumps(settings)]
@@ -122,7 +122,7 @@ def _serve(connection: Connection, tree: Path, measuring: Path, settings: Mappin
             return
         try:
             if side is None:
-                from fastunet.benchmarks.verify_side import Side
+                from fastunet.benchmarks.compare_commits import Side
 
                 side = Side(settings)
             answer = getattr(side, method)(*arguments), ""
