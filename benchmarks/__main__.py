@@ -9,6 +9,7 @@ from importlib import import_module
 
 # By command, its module and what it does.
 COMMANDS = {
+    "ops": ("ops", "every public op beside torch's composition of it"),
     "unet": ("unet", "a whole net against the nets people run; --host: what its calls cost the host"),
     "dropin": ("dropin", "other people's U-Nets under torch.compile: fastunet's backend against inductor"),
     "tune": ("tune", "the fastest configurations on this GPU, and where they are faster than ATen"),

@@ -38,7 +38,8 @@ from .harness.timing import Quantiles, clock_of, cudnn_benchmark
 from .layer_runs import layer_sets, prepare_layer
 from .measure import run_step
 from .net_runs import make_net, prepare_net
-from .steps import DIRECTIONS, DTYPE, TASKS, Row, Step, describe, failure, layer_of, parity_formats
+from .results import Row
+from .steps import DIRECTIONS, DTYPE, TASKS, Step, describe, failure, layer_of, parity_formats
 
 # Seconds for what compiles, and for what is measured.
 _FIRST, _LATER = 300.0, 120.0

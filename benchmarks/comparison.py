@@ -22,7 +22,8 @@ from .harness import timing
 from .harness.environment import environment
 from .layer_runs import device_inputs, input_sets
 from .opponents import OURS, Opponent, Run, dtype_name, layer_opponents, net_opponents
-from .steps import TASKS, Row
+from .results import Row
+from .steps import TASKS
 
 # Opponents that compile for each layer anew, which takes longer than the layers.
 _COMPILE_EACH_LAYER = ("compile", "compile max-autotune")

@@ -18,7 +18,7 @@ from fastunet.outputs import SOFTWARE
 from .comparison import STEADY
 from .harness.timing import Quantiles
 from .opponents import OURS
-from .steps import Row
+from .results import Row
 
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
 WINS, LOSES = "#0072B2", "#D55E00"

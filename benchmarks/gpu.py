@@ -35,8 +35,9 @@ from .cases import Layer, Settings
 from .harness.environment import ROOT, environment
 from .harness.worker import Budget
 from .measure import Worker, run_steps
+from .results import Row
 from .roofline import Roofs, floor_seconds, plot_roofline, points_of_report
-from .steps import DTYPE, Row, Step, all_steps
+from .steps import DTYPE, Step, all_steps
 from .tables import Report, render, summarise
 
 # Seconds kept for ending a process and writing the files, and the least that the tests are begun with.

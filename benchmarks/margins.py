@@ -27,7 +27,8 @@ from . import step_up
 from .cases import UPSAMPLE, Layer, Settings
 from .harness.timing import clock_of, cudnn_benchmark, interleaved_samples, ratio
 from .layer_runs import input_sets
-from .steps import DTYPE, TASKS, Row, Step
+from .results import Row
+from .steps import DTYPE, TASKS, Step
 
 _PLAIN = "conv3x3_bias_relu"
 _EPS = 1e-5

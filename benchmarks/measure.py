@@ -16,7 +16,8 @@ from fastunet.testing.parity import backends_for
 
 from .cases import Settings
 from .harness.worker import Budget, Spawned
-from .steps import Row, Step, describe, failure
+from .results import Row
+from .steps import Step, describe, failure
 
 # Seconds that one step may take: most go to Triton's and ptxas's first compilation, and none should take half of this.
 STEP_LIMIT = 90.0

@@ -36,8 +36,8 @@ from .access_counts import Traffic, copies_of, traffic_of
 from .cases import DTYPES, Layer, Settings, eager_passes, fused_pass
 from .harness.environment import environment
 from .jobs import TARGETS, describe
+from .results import markdown
 from .steps import DTYPE
-from .tables import table
 
 # Whose totals are the net's with its head in the last convolution's epilogue, as it runs without gradients.
 JOINED = "with the head joined"
@@ -232,7 +232,7 @@ def render(rows: Sequence[LayerTraffic], joined: LayerTraffic | None, composed: 
     every = [*rows, *([joined] if joined else []), *composed]
     lines = [_line(row.name, row.form, row.config, _totals([row])) for row in every]
     lines += [_line(name, "", "", totals) for name, totals in summarise(rows, joined, composed).items()]
-    return table(header, lines)
+    return markdown(header, lines)
 
 
 def _line(name: str, form: str, config: str, totals: dict[str, Any]) -> list[str]:
@@ -309,7 +309,7 @@ def kept_table(result: dict[str, Any], settings: Settings) -> str:
     rows.append(["total", *(f"{summary[name]['bytes'] / 1e6:.1f}" for name in IMPLEMENTATIONS)])
     rows.append(["of eager", *(f"{summary[name]['of_eager']:.2f}" for name in IMPLEMENTATIONS)])
     title = f"MB that an image of {settings.size}x{settings.size} keeps for its backward, {settings.dtype}"
-    return title + "\n\n" + table(["images of", "eager", "fastunet, ATen", "fastunet, Triton"], rows)
+    return title + "\n\n" + markdown(["images of", "eager", "fastunet, ATen", "fastunet, Triton"], rows)
 
 
 # --- the command ---

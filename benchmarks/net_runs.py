@@ -13,7 +13,8 @@ import fastunet
 from fastunet.losses import BCEDiceLoss
 
 from .cases import Settings
-from .steps import DTYPE, Row
+from .results import Row
+from .steps import DTYPE
 
 # Side of the images on which a net is compared with float64.
 _PARITY_SIDE = 64

@@ -24,8 +24,8 @@ import torch
 from fastunet.files import written_whole
 
 from .cases import DTYPES, Layer, Pass, Settings, eager_passes, fused_pass
+from .results import markdown
 from .steps import DTYPE
-from .tables import table
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def roofline_table(layers: Sequence[Layer], eager: Callable[[Layer], float], poi
     lines.append(
         _line("total", layers[0].shapes, [by_name[layer.name] for layer in layers], sum(map(eager, layers)), names)
     )
-    return table(header, lines)
+    return markdown(header, lines)
 
 
 def _line(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .harness.timing import Clock, Quantiles, burst_and_steady, clock_of, interleaved_samples
-from .steps import Row
+from .results import Row
 
 # What runs on CUDA: reads, past L1 (.cg), `count` vectors `repeats` times. Each pass begins elsewhere, so that no load
 # of it can be taken from the pass before. The sum is stored where it can never be seen to be the value.

@@ -23,7 +23,8 @@ from .cases import Layer, Settings
 from .harness.timing import Clock, Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio
 from .layer_runs import backward_run, check_last_image, forward_run, layer_sets
 from .opponents import reason_of
-from .steps import DTYPE, Row, Step, layer_of
+from .results import Row
+from .steps import DTYPE, Step, layer_of
 
 KINDS = ("forward", "weight_grad", "input_grad")
 # Of an upsampling composed with the convolution after it: in inference.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from fastunet.testing import cpu_accumulates_in_float32, parity
 
 from .cases import Layer, Settings
+from .results import Row
 
 # What layers and nets are timed in.
 DTYPE = torch.bfloat16
@@ -18,7 +18,6 @@ TASKS = ("inference", "training")
 COMPILED = "compiled"
 # What torch.compile makes of a net, by the opponents' names: each takes a minute, and is a step of its own.
 COMPILED_NETS = ("compile max-autotune", "compile CUDA graphs", "compile", "compile freezing")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

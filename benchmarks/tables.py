@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .steps import COMPILED, DIRECTIONS, TASKS, Row
+from .results import Row, markdown
+from .steps import COMPILED, DIRECTIONS, TASKS
 
 Report = dict[str, Any]
 
@@ -87,21 +88,11 @@ def _roofs(rows: Sequence[Row]) -> str:
             ["matmul in steady state, TFLOP/s", _significant(matmul["steady_tflops"]), ""],
             ["reading L2, GB/s", rate, l2.get("how") or l2["reason"]],
         ]
-    return table(["roof", "rate", "how"], lines)
+    return markdown(["roof", "rate", "how"], lines)
 
 
 def _environment(report: Report) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in report["environment"].items())
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; "None." without lines."""
-    if not lines:
-        return "None."
-    rule = ["---"] * len(header)
-    # A bar would end the cell.
-    cells = [[cell.replace("|", "/").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells))
 
 
 def _layers_table(rows: Sequence[Row]) -> str:
@@ -115,7 +106,7 @@ def _layers_table(rows: Sequence[Row]) -> str:
         share = f"{row['of_floor']:.0%}" if "of_floor" in row else ""
         cells = [_time(times.get(name)) for name in names]
         lines.append([row["name"], _significant(row["flops"] / 1e9), *cells, speedup, floor, share, _note(row)])
-    return table(["layer", "GFLOP", *names, "speedup", "floor ms", "of floor", "note"], lines)
+    return markdown(["layer", "GFLOP", *names, "speedup", "floor ms", "of floor", "note"], lines)
 
 
 def _nets_table(rows: Sequence[Row]) -> str:
@@ -134,7 +125,7 @@ def _nets_table(rows: Sequence[Row]) -> str:
         if _note(row) or not row.get("times"):
             lines.append([task, *[""] * 8, _note(row)])
     header = ["task", "implementation", "ms", "steady", "time / ours", "img/s", "TFLOP/s", "of floor", "GB", "note"]
-    return table(header, lines)
+    return markdown(header, lines)
 
 
 def _tune_table(rows: Sequence[Row]) -> str:
@@ -146,7 +137,7 @@ def _tune_table(rows: Sequence[Row]) -> str:
         margins = [_margin(row, key) for key in ("margin_over_derived", "margin_over_aten")]
         dropped = str(len(row["dropped"])) if "dropped" in row else ""
         lines.append([row["name"], row["variant"], config, *margins, str(row.get("tried", "")), dropped, _note(row)])
-    return table(["layer", "kernel", "config", "derived / it", "aten / it", "tried", "dropped", "note"], lines)
+    return markdown(["layer", "kernel", "config", "derived / it", "aten / it", "tried", "dropped", "note"], lines)
 
 
 def _margin_table(rows: Sequence[Row]) -> str:
@@ -154,7 +145,7 @@ def _margin_table(rows: Sequence[Row]) -> str:
     lines = [
         [row["name"], row["variant"], _margin(row.get("layer", {}), "margin_over_aten"), _note(row)] for row in rows
     ]
-    return table(["layer", "task", "aten / ours", "note"], lines)
+    return markdown(["layer", "task", "aten / ours", "note"], lines)
 
 
 def _margin(row: Row, key: str) -> str:
@@ -167,7 +158,7 @@ def _clock_table(rows: Sequence[Row]) -> str:
         found = row.get("cross_check", {})
         figures = [_significant(found[name]) if name in found else "" for name in ("event_ms", "cupy_ms", "ratio")]
         lines.append([row["name"], *figures, found.get("reason") or _note(row)])
-    return table(["layer", "ours, ms", "CuPy's, ms", "ratio", "note"], lines)
+    return markdown(["layer", "ours, ms", "CuPy's, ms", "ratio", "note"], lines)
 
 
 def _time(times: Row | None) -> str:
@@ -203,7 +194,7 @@ def _parity_table(rows: Sequence[Row]) -> str:
     for row in rows:
         passed = "passed" if row["status"] == "ok" else ""
         lines.append([row["name"], row["variant"], row.get("implementation", ""), passed, _note(row)])
-    return table(["op", "format", "runs on", "parity", "note"], lines)
+    return markdown(["op", "format", "runs on", "parity", "note"], lines)
 
 
 def _tests(tests: Row) -> str:

@@ -18,9 +18,10 @@ from .cross_check import timing_cross_check
 from .harness.timing import Quantiles, burst_and_steady, clock_of, cudnn_benchmark, interleaved_samples, ratio
 from .layer_runs import layer_sets, prepare_layer
 from .net_runs import make_net, peak_bytes, prepare_net
+from .results import Row
 from .rivals import form_runs, layer_rivals, net_rivals
 from .roofs import measure_roofs
-from .steps import COMPILED, DTYPE, Row, Step, is_ours, layer_of
+from .steps import COMPILED, DTYPE, Step, is_ours, layer_of
 
 
 def roofs(settings: Settings, step: Step, row: Row) -> Row:

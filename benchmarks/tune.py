@@ -30,8 +30,9 @@ from .harness.environment import environment
 from .harness.worker import Budget
 from .margins import margin_steps
 from .measure import Worker, run_steps
+from .results import Row
 from .search import tune_steps
-from .steps import DTYPE, Row
+from .steps import DTYPE
 
 _RESERVE = 6.0
 # The share of the time in which configurations are searched for.

@@ -1,0 +1,179 @@
+"""Every public op, forward and backward: ours, and torch's composition of the same, in turn.
+
+    python -m benchmarks ops [--device cpu|cuda] [--dtype bfloat16] [--only OP ...] [--out JSON]
+
+Nothing is timed before its result is right, and calls take sets of inputs in turn that together pass the cache.
+`pytest benchmarks/ --benchmark-only` times the same with pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastunet
+from fastunet import ops
+from fastunet.dispatch import selected_backend
+from fastunet.files import write_json
+from fastunet.reference import functional as reference
+from fastunet.testing import parity, random_cotangent
+
+from .cases import DTYPES
+from .harness.environment import environment
+from .harness.timing import clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
+from .opponents import Run, dtype_name, our_backends, reason_of
+from .results import Row, markdown, ratio_text, timed, times_ms
+from .steps import DIRECTIONS
+
+# n, c, h, w, c_out.
+SIZES = {"cpu": (2, 32, 64, 64, 32), "cuda": (4, 64, 256, 256, 64)}
+TORCH = "torch"
+
+
+@dataclass(frozen=True)
+class Work:
+    """An op to time under a backend, or torch's composition of it."""
+
+    case: parity.Case
+    dtype: torch.dtype
+    direction: str
+    implementation: str
+    backend: str
+    unavailable: str = ""
+
+    @property
+    def group(self) -> str:
+        """What it is compared within. Batch norm comes in two forms."""
+        given = "-given-statistics" if self.case.options.get("training") is False else ""
+        return f"{self.case.op}{given} {dtype_name(self.dtype)} {self.direction}"
+
+    def prepare(self, device: torch.device) -> list[Run]:
+        """Check the result (AssertionError) and return the calls, one for each set of inputs."""
+        function = run_reference if self.implementation == TORCH else parity.run_op
+        # Torch's composition rounds after every step, as ours does where ATen runs it; the bounds are to know that.
+        with fastunet.backend("aten" if self.implementation == TORCH else self.backend):
+            parity.check(self.case, self.dtype, device, allow_tf32=device.type == "cuda", run=function)
+        inputs = {name: _nhwc(t) for name, t in parity.make_inputs(self.case.shapes, self.dtype, device).items()}
+        copies = sets_past_cache(list(inputs.values()), device)
+        sets = [inputs, *({name: t.clone() for name, t in inputs.items()} for _ in range(copies - 1))]
+        return [self._run(each, function) for each in sets]
+
+    def _run(self, inputs: dict[str, Tensor], function: Callable[..., Any]) -> Run:
+        case, device, backend = self.case, next(iter(inputs.values())).device, self.backend
+        buffers = {}
+        if case.buffers is not None:
+            zeros = torch.zeros(case.buffers, device=device)
+            buffers = {"running_mean": zeros, "running_var": torch.ones_like(zeros)}
+
+        def forward() -> Any:
+            with torch.no_grad(), fastunet.backend(backend):
+                return function(case.op, inputs, buffers, case.options)
+
+        if self.direction == "forward":
+            return forward
+        leaves = {name: t.requires_grad_() if name != "target" else t for name, t in inputs.items()}
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        with fastunet.backend(backend):
+            outputs = parity.outputs_of(function(case.op, leaves, buffers, case.options))
+        cotangents = [random_cotangent(y, seed=i) for i, y in enumerate(outputs)]
+
+        def backward() -> Any:
+            with fastunet.backend(backend):
+                return torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True)
+
+        return backward
+
+
+def works(device: torch.device, dtypes: list[torch.dtype] | None = None) -> Iterator[Work]:
+    """Yield every op's, ours before torch's. By default in the dtypes worth timing: a CPU has no float16 products."""
+    if dtypes is None:
+        dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if device.type == "cuda" else [])]
+    for case, dtype in itertools.product(parity.cases_of(*SIZES[device.type]), dtypes):
+        for direction in DIRECTIONS[: 2 if case.backward else 1]:
+            for name, backend, unavailable in [*our_backends(device, dtype), (TORCH, selected_backend(), "")]:
+                yield Work(case, dtype, direction, name, backend, unavailable)
+
+
+def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor], options: Any) -> Any:
+    """Compute as parity.run_op, by torch's functions."""
+    if op == "double_conv3x3_bias_relu":
+        x, *parameters = inputs.values()
+        y = reference.conv3x3_bias_relu(reference.conv3x3_bias_relu(x, *parameters[:2]), *parameters[2:])
+        return (y, reference.max_pool2x2(y)) if options.get("pool") else y
+    if op == "conv_transpose2x2_concat_conv3x3_relu":
+        skip, low, up_weight, up_bias, weight, bias = inputs.values()
+        up = F.pad(reference.conv_transpose2x2(low, up_weight, up_bias), [0, skip.shape[3] % 2, 0, skip.shape[2] % 2])
+        return reference.concat_conv3x3_bias_relu(skip, up, weight, bias, **options)
+    if op == "conv3x3_relu_conv1x1":
+        x, weight, bias, *head = inputs.values()
+        activation = "sigmoid" if options.get("sigmoid") else None
+        return reference.conv1x1(reference.conv3x3_bias_relu(x, weight, bias), *head, activation=activation)
+    return getattr(reference, op)(*inputs.values(), *buffers.values(), **options)
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+# --- the command ---
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=[*DTYPES], nargs="+")
+    parser.add_argument("--only", choices=ops.__all__, nargs="+", metavar="OP")
+    parser.add_argument("--rounds", type=int, default=30, help="samples of each time, at most")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each comparison")
+    parser.add_argument("--out", type=Path, metavar="JSON")
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Time and print; return 0, or 1 if something of ours is wrong."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here")
+    device = torch.device(options.device)
+    dtypes = None if options.dtype is None else [DTYPES[name] for name in options.dtype]
+    rows: list[Row] = []
+    for group, found in itertools.groupby(works(device, dtypes), key=lambda work: work.group):
+        if options.only is None or group.split()[0].partition("-")[0] in options.only:
+            rows.append(compare(group, list(found), device, options.rounds, options.seconds))
+    names = list(dict.fromkeys(name for row in rows for name in row.get("samples_ms", {})))
+    print(markdown(["op", *(f"{name}, ms" for name in names), "torch / ours"], [_line(row, names) for row in rows]))
+    if options.out is not None:
+        write_json(options.out, {"environment": environment(options.device), "rows": rows})
+    return 1 if any(row["status"] == "parity failed" for row in rows) else 0
+
+
+def compare(group: str, found: list[Work], device: torch.device, rounds: int, seconds: float) -> Row:
+    """Time a group in turn: the row, without a time for what is not right or does not run."""
+    row: Row = {"kind": "op", "name": group, "status": "ok", "missing": {}}
+    runs: dict[str, list[Run]] = {}
+    for work in found:
+        try:
+            if work.unavailable:
+                row["missing"][work.implementation] = work.unavailable
+            else:
+                runs[work.implementation] = work.prepare(device)
+        except Exception as error:
+            row["missing"][work.implementation] = reason_of(error)
+            row["status"] = "parity failed" if isinstance(error, AssertionError) else row["status"]
+    if not runs:
+        return row
+    with cudnn_benchmark():
+        return row | timed(interleaved_samples(runs, clock_of(device), rounds=rounds, seconds=seconds))
+
+
+def _line(row: Row, names: list[str]) -> list[str]:
+    times = times_ms(row)
+    cells = [f"{times[name].median:.3f}" if name in times else "" for name in names]
+    reasons = "; ".join(row["missing"].values()) if row["status"] != "ok" else ""
+    return [row["name"], *cells, reasons or ratio_text(row.get("ratios", {}).get(TORCH))]
