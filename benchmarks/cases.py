@@ -25,6 +25,10 @@ from fastunet import UNet
 
 # The op of a layer that doubles an image by interpolation: PyTorch's, under any backend.
 UPSAMPLE = "upsample_bilinear2x"
+# What layers and nets are timed in on a GPU.
+DTYPE = torch.bfloat16
+DIRECTIONS = ("forward", "backward")
+TASKS = ("inference", "training")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 

@@ -31,15 +31,13 @@ from fastunet.files import write_json
 from fastunet.testing import parity
 from fastunet.testing.parity import backends_for
 
-from .cases import Settings
+from .cases import DIRECTIONS, DTYPE, TASKS, Settings
 from .commit_process import TreeError, TreeProcess
+from .gpu_steps import Step, describe, layer_of, parity_formats, run_step
 from .harness.environment import ROOT, environment
 from .harness.timing import Quantiles, clock_of, cudnn_benchmark
-from .layer_runs import layer_sets, prepare_layer
-from .measure import run_step
-from .net_runs import make_net, prepare_net
-from .results import Row
-from .steps import DIRECTIONS, DTYPE, TASKS, Step, describe, failure, layer_of, parity_formats
+from .results import Row, failure
+from .runs import layer_sets, make_net, prepare_layer, prepare_net
 
 # Seconds for what compiles, and for what is measured.
 _FIRST, _LATER = 300.0, 120.0

@@ -1,4 +1,4 @@
-"""Ours against the opponents that can run here: a net's inference and training step, and its layers.
+"""Ours against the providers that can run here: a net's inference and training step, and its layers.
 
 All that are compared take turns in one run, and the ratio is that of each round; what is not right, or does not run,
 is named with its reason and has no time.
@@ -7,7 +7,7 @@ is named with its reason and has no time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,55 +16,22 @@ import fastunet
 from fastunet.checks import ConfigError
 from fastunet.dispatch import selected_backend
 
-from .cases import Layer, unet_layers
-from .gate import NetGate, check_layer, runs_or_reason
-from .harness import timing
+from .cases import TASKS, Layer, Settings, unet_layers
 from .harness.environment import environment
-from .layer_runs import device_inputs, input_sets
-from .opponents import OURS, Opponent, Run, dtype_name, layer_opponents, net_opponents
-from .results import Row
-from .steps import TASKS
+from .providers import OURS, Provider, Run, dtype_name, layer_providers, net_providers
+from .results import Row, times_ms
+from .runs import NetCheck, check_layer, device_inputs, input_sets, right_runs, time_in_turn
 
-# Opponents that compile for each layer anew, which takes longer than the layers.
+# Providers that compile for each layer anew, which takes longer than the layers.
 _COMPILE_EACH_LAYER = ("compile", "compile max-autotune")
 # Layers of every kind, from both ends of the net.
 _FEW = ("inc.c1", "inc.c2", "down1.c1", "up1.up", "up1.c1", "outc")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is compared: UNet(in_channels, out_channels, features=features) on `batch` images of size x size.
-
-    rounds: samples of each time, at most; seconds: after which a comparison takes no further sample. compiles: with
-    torch.compile; thorough: with what takes minutes to compile, too. layers: which of the net's, by name; None: all.
-    """
-
-    device: str
-    dtype: str
-    size: int
-    batch: int
-    features: tuple[int, ...]
-    in_channels: int = 3
-    out_channels: int = 2
-    rounds: int = 15
-    seconds: float = 15.0
-    warmup: int = 3
-    compiles: bool = True
-    thorough: bool = False
-    layers: tuple[str, ...] | None = None
-
-    @property
-    def torch_device(self) -> torch.device:
-        return torch.device(self.device)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-
 def default_settings(device: str, dtype: torch.dtype, *, quick: bool = False, **given: Any) -> Settings:
     """What takes about three minutes on two CPU cores, or on a GPU; `quick`, half a minute. given: replaces parts."""
     chosen: dict[str, Any] = {"size": 256, "batch": 1, "features": (32, 64, 128, 256, 512)}
+    chosen |= {"rounds": 15, "seconds": 15.0}
     if device == "cuda":
         chosen = {"size": 512, "batch": 16, "features": (64, 128, 256, 512, 1024), "rounds": 50, "seconds": 5.0}
     if quick:
@@ -121,16 +88,16 @@ def compare_net(
     x = x.contiguous(memory_format=torch.channels_last)
     shape = (settings.batch, settings.out_channels, settings.size, settings.size)
     target = torch.randint(0, 2, shape, device=device).float().contiguous(memory_format=torch.channels_last)
-    gate = NetGate(model, x, target, training=training)
-    opponents = net_opponents(device, settings.torch_dtype, training=training, thorough=settings.thorough)
+    gate = NetCheck(model, x, target, training=training)
+    providers = net_providers(device, settings.torch_dtype, training=training, thorough=settings.thorough)
 
-    def prepare(opponent: Opponent) -> list[Run]:
-        progress(f"{task}: {opponent.name}")
-        return [opponent.prepare(model, x, target if training else None)]
+    def prepare(provider: Provider) -> list[Run]:
+        progress(f"{task}: {provider.name}")
+        return [provider.prepare(model, x, target if training else None)]
 
     row = {"kind": "net", "name": task, "flops": flops, "images": settings.batch}
-    skip = {} if settings.compiles else {each.name: _NOT_ASKED for each in opponents if each.name.startswith("compile")}
-    return row | run_comparison(settings, opponents, prepare, gate.check, skip)
+    skip = {} if settings.compiles else {each.name: _NOT_ASKED for each in providers if each.name.startswith("compile")}
+    return row | run_comparison(settings, providers, prepare, gate.check, skip)
 
 
 _NOT_ASKED = "torch.compile was not asked for"
@@ -141,77 +108,54 @@ def compare_layer(settings: Settings, layer: Layer) -> Row:
     device = settings.torch_device
     inputs = device_inputs(layer, device, settings.torch_dtype)
     sets = input_sets(inputs, device)
-    opponents = layer_opponents(layer, device, settings.torch_dtype, thorough=settings.thorough)
+    providers = layer_providers(layer, device, settings.torch_dtype, thorough=settings.thorough)
 
-    def prepare(opponent: Opponent) -> list[Run]:
-        return [opponent.prepare(each) for each in sets]
+    def prepare(provider: Provider) -> list[Run]:
+        return [provider.prepare(each) for each in sets]
 
-    def check(opponent: Opponent, result: Any) -> None:
+    def check(provider: Provider, result: Any) -> None:
         check_layer(layer, inputs, result, allow_tf32=device.type == "cuda")
 
     row = {"kind": "layer", "name": layer.name, "op": layer.op, "flops": layer.flops}
     row["shapes"] = {name: list(shape) for name, shape in layer.shapes.items()}
     skip = {} if settings.thorough else dict.fromkeys(_COMPILE_EACH_LAYER, "compiling each layer was not asked for")
-    return row | run_comparison(settings, opponents, prepare, check, skip)
+    return row | run_comparison(settings, providers, prepare, check, skip)
 
 
 def run_comparison(
     settings: Settings,
-    opponents: Sequence[Opponent],
-    prepare: Callable[[Opponent], list[Run]],
-    check: Callable[[Opponent, Any], object],
+    providers: Sequence[Provider],
+    prepare: Callable[[Provider], list[Run]],
+    check: Callable[[Provider, Any], object],
     skip: Mapping[str, str],
 ) -> Row:
-    """ "samples_ms" of every opponent that is right, "ratios" to ours, "missing": the reason for each other one.
+    """The row of a comparison, the first provider ours.
 
     "status" is "ok", or "parity failed", or "failed" where ours has no time; then nothing has.
     """
-    runs: dict[str, list[Run]] = {}
-    missing: dict[str, str] = {}
-    status = "ok"
-    for opponent in opponents:
-        found = opponent.unavailable or skip.get(opponent.name) or runs_or_reason(opponent, prepare, check)
-        if not isinstance(found, str):
-            runs[opponent.name] = found
-            continue
-        missing[opponent.name] = found
-        if opponent.name == OURS:
-            status = "parity failed" if found.startswith("parity failed") else "failed"
-            break
-    row: Row = {"status": status, "missing": missing, "forms": _forms(opponents)}
-    if status != "ok":
-        return row
-    with timing.cudnn_benchmark():
-        samples = timing.interleaved_samples(
-            runs,
-            timing.clock_of(settings.torch_device),
-            rounds=settings.rounds,
-            warmup=settings.warmup,
-            seconds=settings.seconds,
-        )
-    row["samples_ms"] = {name: [1e3 * seconds for seconds in values] for name, values in samples.items()}
-    row["ratios"] = {name: ratio_row(timing.ratio(samples, name, OURS)) for name in samples if name != OURS}
-    if "eager" in samples:
-        times = timing.Quantiles.of(samples["eager"])
+    ours, *others = providers
+    runs, missing = right_runs([ours], prepare, check, skip)
+    if not runs:
+        status = "parity failed" if missing[OURS].startswith("parity failed") else "failed"
+        return {"status": status, "missing": missing, "forms": _forms(providers)}
+    found, missing = right_runs(others, prepare, check, skip)
+    row: Row = {"status": "ok", "missing": missing, "forms": _forms(providers), **time_in_turn(settings, runs | found)}
+    if "eager" in row["samples_ms"]:
+        times = times_ms(row)["eager"]
         row["unsteady"] = times.p90 / times.p10 > STEADY
     return row
 
 
-# The spread, p90 / p10, of the plainest opponent's times, above which other work has disturbed the machine too much.
+# The spread, p90 / p10, of the plainest provider's times, above which other work has disturbed the machine too much.
 STEADY = 1.15
 
 
-def _forms(opponents: Sequence[Opponent]) -> dict[str, Row]:
-    return {each.name: {"layout": each.layout, "dtype": each.dtype} for each in opponents}
-
-
-def ratio_row(quantiles: timing.Quantiles) -> Row:
-    """As a summary has it: above 1, ours is faster."""
-    return {"ratio": quantiles.median, "p10": quantiles.p10, "p90": quantiles.p90, "rounds": quantiles.samples}
+def _forms(providers: Sequence[Provider]) -> dict[str, Row]:
+    return {each.name: {"layout": each.layout, "dtype": each.dtype} for each in providers}
 
 
 def summarise(rows: Sequence[Row]) -> Row:
-    """By task, each opponent's ratio; of the layers, by opponent, how many ours is faster in, and of how many.
+    """By task, each provider's ratio; of the layers, by provider, how many ours is faster in, and of how many.
 
     "unsteady": tasks whose figures count for nothing, since eager's own times vary too much.
     """

@@ -17,7 +17,7 @@ from fastunet.outputs import SOFTWARE
 
 from .comparison import STEADY
 from .harness.timing import Quantiles
-from .opponents import OURS
+from .providers import OURS
 from .results import Row
 
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
@@ -75,7 +75,7 @@ def _coloured(ratio: float) -> str:
 
 
 def _layer_table(rows: Sequence[Row]) -> Table:
-    names = _opponents(rows)
+    names = _providers(rows)
     table = _table("layer", "GFLOP", f"{OURS} ms", *names, title="Layers, forward: ratio (p10 to p90)")
     for row in rows:
         ours = Quantiles.of(row["samples_ms"][OURS]).median
@@ -88,7 +88,7 @@ def _layer_cell(found: Row | None) -> str:
     return "" if found is None else f"{_coloured(found['ratio'])} ({found['p10']:.2f} to {found['p90']:.2f})"
 
 
-def _opponents(rows: Sequence[Row]) -> list[str]:
+def _providers(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.get("ratios", {})))
 
 
@@ -169,8 +169,8 @@ def _draw_bar(axes: Axes, y: float, found: Mapping[str, float]) -> None:
 
 
 def _draw_layers(axes: Axes, rows: Sequence[Row]) -> None:
-    """A line for each layer, in the order they run, with a marker and the spread for each opponent."""
-    names = _opponents(rows)
+    """A line for each layer, in the order they run, with a marker and the spread for each provider."""
+    names = _providers(rows)
     for i, name in enumerate(names):
         shift = 0.6 * ((i + 0.5) / len(names) - 0.5)
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]

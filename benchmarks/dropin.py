@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import fastunet
 from fastunet.files import write_json
 
+from .cases import TASKS
 from .dropin_models import MODELS, DropInModel
 from .harness import timing
 from .harness.environment import environment
-from .opponents import reason_of
-from .steps import TASKS
+from .providers import reason_of
 
 # As many runs of one model as there are, each compiled for each of its blocks.
 _MOST_COMPILES = 64

@@ -31,14 +31,13 @@ import torch
 from fastunet import dispatch
 from fastunet.files import write_json, written_whole
 
-from .cases import Layer, Settings
+from .cases import DTYPE, Layer, Settings
+from .gpu_steps import Step, Worker, all_steps, run_steps
+from .gpu_tables import Report, render, summarise
 from .harness.environment import ROOT, environment
 from .harness.worker import Budget
-from .measure import Worker, run_steps
-from .results import Row
+from .results import Row, times_ms
 from .roofline import Roofs, floor_seconds, plot_roofline, points_of_report
-from .steps import DTYPE, Step, all_steps
-from .tables import Report, render, summarise
 
 # Seconds kept for ending a process and writing the files, and the least that the tests are begun with.
 _RESERVE, _LEAST_TESTS = 6.0, 30.0
@@ -116,8 +115,8 @@ def add_floors(rows: Sequence[Row]) -> None:
 
 def _add_floor(row: Row, seconds: float) -> None:
     row["floor_ms"] = 1e3 * seconds
-    if row.get("times"):
-        row["of_floor"] = row["floor_ms"] / next(iter(row["times"].values()))["median_ms"]
+    if times := times_ms(row):
+        row["of_floor"] = row["floor_ms"] / next(iter(times.values())).median
 
 
 def roofs_of(rows: Sequence[Row]) -> Roofs | None:

@@ -31,13 +31,12 @@ import fastunet
 from fastunet.files import write_json
 from fastunet.reference import ReferenceUNet
 
-from . import step_up
 from .access_counts import Traffic, copies_of, traffic_of
-from .cases import DTYPES, Layer, Settings, eager_passes, fused_pass
+from .cases import DTYPE, DTYPES, Layer, Settings, eager_passes, fused_pass
 from .harness.environment import environment
 from .jobs import TARGETS, describe
 from .results import markdown
-from .steps import DTYPE
+from .search import step_up_cases
 
 # Whose totals are the net's with its head in the last convolution's epilogue, as it runs without gradients.
 JOINED = "with the head joined"
@@ -113,7 +112,7 @@ def composed_traffic(settings: Settings, target: gpu.Target, dtype: torch.dtype 
     """Of each upsampling with the convolution after it in one launch; none where the kernel does not take them all."""
     layers = {layer.name: layer for layer in settings.net_layers()}
     rows = []
-    for name, case in step_up.cases([*layers.values()]).items():
+    for name, case in step_up_cases([*layers.values()]).items():
         row = _composed(layers[name.replace(".c1", ".up")], layers[name], case.shapes, target, dtype)
         if row is None:
             return []

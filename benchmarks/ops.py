@@ -26,12 +26,11 @@ from fastunet.files import write_json
 from fastunet.reference import functional as reference
 from fastunet.testing import parity, random_cotangent
 
-from .cases import DTYPES
+from .cases import DIRECTIONS, DTYPES
 from .harness.environment import environment
 from .harness.timing import clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
-from .opponents import Run, dtype_name, our_backends, reason_of
+from .providers import Run, dtype_name, our_backends, reason_of
 from .results import Row, markdown, ratio_text, timed, times_ms
-from .steps import DIRECTIONS
 
 # n, c, h, w, c_out.
 SIZES = {"cpu": (2, 32, 64, 64, 32), "cuda": (4, 64, 256, 256, 64)}

@@ -2,7 +2,7 @@
 
 Rewrites the text between the two marker lines of README.md. Its figures are those of the `summary` in
 benchmarks/results/<gpu>/gpu_report.json and benchmarks/results/cpu/*.json: by task ("inference", "training") and
-opponent, how many times as long the opponent takes as fastunet ("ratio", and of the rounds' ratios "p10" and "p90").
+provider, how many times as long the provider takes as fastunet ("ratio", and of the rounds' ratios "p10" and "p90").
 benchmarks/results/cpu/drop_in_<task>.json give other people's U-Nets. Other files there have no part in it. What has no
 file is said to be unmeasured.
 """
@@ -58,13 +58,13 @@ def generate(folder: Path) -> str:
 
 
 def _section(path: Path, result: Result) -> str:
-    """Conditions and a table: how many times as long each opponent takes."""
+    """Conditions and a table: how many times as long each provider takes."""
     try:
         summary, settings, environment = (result[name] for name in ("summary", "settings", "environment"))
         tasks = {task: summary.get(task) or {} for task in _TASKS}
-        opponents = list(dict.fromkeys(name for found in tasks.values() for name in found))
+        providers = list(dict.fromkeys(name for found in tasks.values() for name in found))
         lines = [
-            f"| {name} | {' | '.join(_ratio(found.get(name)) for found in tasks.values())} |" for name in opponents
+            f"| {name} | {' | '.join(_ratio(found.get(name)) for found in tasks.values())} |" for name in providers
         ]
         header = [f"| time of ... / time of fastunet | {' | '.join(_TASKS.values())} |", "|---|--:|--:|"]
         return "\n".join([_conditions(path, settings, environment), "", *header, *lines])

@@ -37,6 +37,23 @@ def ratio_text(found: Row | None) -> str:
     return "" if found is None else f"{found['ratio']:.2f} ({found['p10']:.2f} to {found['p90']:.2f})"
 
 
+def failure(error: Exception) -> Row:
+    """ "status" and "reason" of a row that the error has ended. An assertion is the parity check's."""
+    if isinstance(error, AssertionError):
+        return {"status": "parity failed", "reason": str(error)}
+    return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()}"[:2000]}
+
+
+def is_ours(implementation: str) -> bool:
+    """Whether a name among a row's times is of fastunet with its kernels."""
+    return implementation.startswith(("triton", "fastunet"))
+
+
+def speedup(row: Row) -> float | None:
+    """Return the least ratio that another than fastunet has: below 1, that is faster. None where there is none."""
+    return min((found["ratio"] for name, found in row.get("ratios", {}).items() if not is_ours(name)), default=None)
+
+
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Write a Markdown table; "None." without lines."""
     if not lines:

@@ -23,9 +23,8 @@ import torch
 
 from fastunet.files import written_whole
 
-from .cases import DTYPES, Layer, Pass, Settings, eager_passes, fused_pass
-from .results import markdown
-from .steps import DTYPE
+from .cases import DTYPE, DTYPES, Layer, Pass, Settings, eager_passes, fused_pass
+from .results import markdown, times_ms
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,9 @@ def points_of_report(report: Mapping[str, Any], roofs: Roofs) -> list[Point]:
     """The layers that a report of `gpu` has forward times of, in its order; medians."""
     points = []
     for row in report["rows"]:
-        if row["kind"] == "layer" and row["variant"] == "forward" and "times" in row:
+        if row["kind"] == "layer" and row["variant"] == "forward" and "samples_ms" in row:
             shapes = {name: tuple(shape) for name, shape in row["shapes"].items()}
-            measured = {name: times["median_ms"] / 1e3 for name, times in row["times"].items()}
+            measured = {name: times.median / 1e3 for name, times in times_ms(row).items()}
             points.append(point_of(Layer(row["name"], row["op"], shapes, row["flops"]), roofs, measured))
     return points
 

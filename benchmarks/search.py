@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from fastunet.kernels import config, config_search, gpu, tuning
 from fastunet.kernels.config import ConvShape
+from torch import Tensor
 
 import fastunet
+from fastunet import dispatch, ops
+from fastunet.testing import parity
 from fastunet.testing.parity import Case
 
-from . import step_up
-from .cases import Layer, Settings
+from .cases import DTYPE, Layer, Settings
+from .gpu_steps import Step, layer_of
 from .harness.timing import Clock, Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio
-from .layer_runs import backward_run, check_last_image, forward_run, layer_sets
-from .opponents import reason_of
+from .providers import reason_of
 from .results import Row
-from .steps import DTYPE, Step, layer_of
+from .runs import backward_run, check_last_image, forward_run, input_sets, layer_sets
 
 KINDS = ("forward", "weight_grad", "input_grad")
 # Of an upsampling composed with the convolution after it: in inference.
@@ -81,7 +83,7 @@ def tune_steps(settings: Settings) -> list[Step]:
                 found = subject_of(layer, kind, gpu.INTERPRETER)
                 steps.setdefault((kind, found.shape), Step("tune", layer.name, kind))
     forward = [step for step in steps.values() if step.variant == KINDS[0]]
-    steps_up = [Step("tune", name, STEP_UP) for name in reversed(step_up.cases(settings.net_layers()))]
+    steps_up = [Step("tune", name, STEP_UP) for name in reversed(step_up_cases(settings.net_layers()))]
     return [*forward, *steps_up, *(step for step in steps.values() if step not in forward)]
 
 
@@ -92,15 +94,15 @@ def search(settings: Settings, step: Step) -> Row:
     """
     device = torch.device(settings.device)
     if step.variant == STEP_UP:
-        case = step_up.cases(settings.net_layers())[step.name]
-        if (reason := step_up.obstacle(case, device)) is not None:
+        case = step_up_cases(settings.net_layers())[step.name]
+        if (reason := step_up_obstacle(case, device)) is not None:
             return {"status": "skipped", "reason": reason}
         subject = step_up_subject(case, gpu.target(device))
-        ours, others = step_up.runs(case, device)
+        ours, others = step_up_runs(case, device)
 
         def check(candidate: Any) -> None:
             with tuning.pinned(subject.op, candidate):
-                step_up.check(case, device)
+                check_step_up(case, device)
 
         return _searched(settings, subject, ours, others, check)
     layer = layer_of(settings, step.name)
@@ -198,3 +200,65 @@ def _right_ones(
         except Exception as error:  # The parity check's, a compiler's, or too many resources: the others may still run.
             dropped.append({"config": asdict(candidate), "reason": reason_of(error)})
     return right, dropped
+
+
+# --- an upsampling composed with the convolution after it, in inference ---
+
+STEP_UP_OP = "conv_transpose2x2_concat_conv3x3_relu"
+
+
+def step_up_cases(layers: Sequence[Layer]) -> dict[str, Case]:
+    """Upsampling and the convolution after it as one case, by the convolution's name; of transposed convolutions."""
+    by_name = {layer.name: layer for layer in layers}
+    found = {}
+    for layer in layers:
+        block, _, part = layer.name.partition(".")
+        up = by_name.get(f"{block}.up")
+        if part == "c1" and up is not None and up.op == "conv_transpose2x2":
+            of_up = {"low": up.shapes["x"], "up_weight": up.shapes["weight"], "up_bias": up.shapes["bias"]}
+            shapes = {"skip": layer.shapes["skip"], **of_up, **{k: layer.shapes[k] for k in ("weight", "bias")}}
+            found[layer.name] = Case(STEP_UP_OP, shapes, backward=False)
+    return found
+
+
+def step_up_obstacle(case: Case, device: torch.device) -> str | None:
+    """Why no kernel computes it there, or None."""
+    asked = [torch.empty((1, *case.shapes["skip"][1:]), device=device, dtype=DTYPE)]
+    asked.append(torch.empty(case.shapes["weight"], device=device, dtype=DTYPE))
+    with fastunet.backend("triton"):
+        choice = dispatch.choose(STEP_UP_OP, *asked)
+    return None if choice.implementation == "triton" else choice.reason
+
+
+def check_step_up(case: Case, device: torch.device) -> None:
+    """AssertionError unless an image comes out right."""
+    one_image = {k: (1, *shape[1:]) if k in ("skip", "low") else shape for k, shape in case.shapes.items()}
+    with fastunet.backend("triton"):
+        parity.check(replace(case, shapes=one_image), DTYPE, device)
+
+
+def step_up_runs(case: Case, device: torch.device) -> tuple[list[Callable[[], Any]], list[Callable[[], Any]]]:
+    """Calls of the kernel, and of the two ops as `auto` runs them, on inputs that take turns."""
+    inputs = parity.make_inputs(case.shapes, DTYPE, device)
+    images = {k: t.contiguous(memory_format=torch.channels_last) for k, t in inputs.items() if t.dim() == 4}
+    sets = input_sets(inputs | images, device)
+    return [_composed(each) for each in sets], [_two_steps(*each.values()) for each in sets]
+
+
+def _composed(inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
+    def run() -> None:
+        with torch.no_grad(), fastunet.backend("triton"):
+            ops.conv_transpose2x2_concat_conv3x3_relu(*inputs.values())
+
+    return run
+
+
+def _two_steps(
+    skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor, weight: Tensor, bias: Tensor
+) -> Callable[[], Any]:
+    def run() -> None:
+        with torch.no_grad(), fastunet.backend("auto"):
+            up = ops.conv_transpose2x2(low, up_weight, up_bias)
+            ops.concat_conv3x3_bias_relu(skip, up, weight, bias)
+
+    return run

@@ -1,4 +1,4 @@
-"""`fastunet bench`: what it leaves, what it says of a wrong or missing opponent, and of bad arguments."""
+"""`fastunet bench`: what it leaves, what it says of a wrong or missing provider, and of bad arguments."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from command import fastunet
 from fastunet.benchmarks import comparison, perf_table
 from fastunet.benchmarks.comparison import Settings, default_settings
 from fastunet.benchmarks.comparison_report import draw, tables
-from fastunet.benchmarks.gate import runs_or_reason
-from fastunet.benchmarks.opponents import OURS, Opponent, Unavailable
+from fastunet.benchmarks.providers import OURS, Provider, Unavailable
+from fastunet.benchmarks.runs import runs_or_reason
 from PIL import Image
 from rich.console import Console
 
@@ -118,8 +118,8 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     assert "expected a folder, got a file" in result.stderr
 
 
-def opponent(name: str, unavailable: str = "") -> Opponent:
-    return Opponent(name, "NHWC", "float32", lambda: lambda: name, unavailable)
+def provider(name: str, unavailable: str = "") -> Provider:
+    return Provider(name, "NHWC", "float32", lambda: lambda: name, unavailable)
 
 
 def raising(error: Exception) -> Any:
@@ -129,20 +129,20 @@ def raising(error: Exception) -> Any:
     return prepare
 
 
-def compared(*opponents: Opponent, check: Any = lambda each, result: None) -> dict[str, Any]:
-    return comparison.run_comparison(TINY, opponents, lambda each: [each.prepare()], check, {"skipped": "not wanted"})
+def compared(*providers: Provider, check: Any = lambda each, result: None) -> dict[str, Any]:
+    return comparison.run_comparison(TINY, providers, lambda each: [each.prepare()], check, {"skipped": "not wanted"})
 
 
 def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
-    def check(each: Opponent, result: str) -> None:
+    def check(each: Provider, result: str) -> None:
         assert result == each.name
         if each.name == "wrong":
             raise AssertionError("off by one")
 
-    refusing = Opponent("refuses", "NHWC", "float32", raising(Unavailable("no plan")))
-    broken = Opponent("breaks", "NHWC", "float32", raising(RuntimeError("first line\nsecond line")))
-    others = [opponent("wrong"), refusing, broken, opponent("absent", "not installed"), opponent("skipped")]
-    row = compared(opponent(OURS), *others, opponent("right"), check=check)
+    refusing = Provider("refuses", "NHWC", "float32", raising(Unavailable("no plan")))
+    broken = Provider("breaks", "NHWC", "float32", raising(RuntimeError("first line\nsecond line")))
+    others = [provider("wrong"), refusing, broken, provider("absent", "not installed"), provider("skipped")]
+    row = compared(provider(OURS), *others, provider("right"), check=check)
     assert row["status"] == "ok"
     assert row["missing"] == {
         "wrong": "parity failed: off by one",
@@ -161,18 +161,18 @@ def test_cudnn_tries_its_algorithms_for_the_opponent_and_not_for_what_it_is_chec
     def note(what: str) -> None:
         states.append((what, torch.backends.cudnn.benchmark))
 
-    def prepare(each: Opponent) -> list[Any]:
+    def prepare(each: Provider) -> list[Any]:
         note("prepare")
         return [lambda: note("run")]
 
-    found = runs_or_reason(opponent("any"), prepare, lambda each, result: note("check"))
+    found = runs_or_reason(provider("any"), prepare, lambda each, result: note("check"))
     assert len(found) == 1
     assert states == [("prepare", True), ("run", True), ("check", False)]
 
 
 @pytest.mark.parametrize(("error", "status"), [(AssertionError("off"), "parity failed"), (OSError("x"), "failed")])
 def test_nothing_is_timed_where_ours_is_wrong_or_fails(error: Exception, status: str) -> None:
-    row = compared(Opponent(OURS, "NHWC", "float32", raising(error)), opponent("right"))
+    row = compared(Provider(OURS, "NHWC", "float32", raising(error)), provider("right"))
     assert row["status"] == status
     assert "samples_ms" not in row
     assert "ratios" not in row
@@ -193,7 +193,7 @@ def test_a_wrong_net_of_ours_ends_with_an_error(monkeypatch: pytest.MonkeyPatch,
 
 def test_losing_cases_are_drawn_and_listed_like_winning_ones(tmp_path: Path) -> None:
     row = {
-        **compared(opponent(OURS), opponent("slow"), opponent("fast")),
+        **compared(provider(OURS), provider("slow"), provider("fast")),
         "kind": "net",
         "name": "inference",
         "flops": 10**9,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fastunet.benchmarks.cross_check import timing_cross_check
+from fastunet.benchmarks.harness.timing import timing_cross_check
 
 
 class Clock:

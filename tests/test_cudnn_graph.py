@@ -1,4 +1,4 @@
-"""cuDNN's graph API as an opponent, with a cuDNN that notes what it is told and computes with torch."""
+"""cuDNN's graph API as an provider, with a cuDNN that notes what it is told and computes with torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import pytest
 import torch
 from fastunet.benchmarks import cudnn_graph
 from fastunet.benchmarks.cases import Layer, meta_unet, unet_layers
-from fastunet.benchmarks.gate import check_layer
-from fastunet.benchmarks.layer_runs import device_inputs
-from fastunet.benchmarks.opponents import Opponent, Unavailable, layer_opponents
+from fastunet.benchmarks.providers import Provider, Unavailable, layer_providers
+from fastunet.benchmarks.runs import check_layer, device_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYERS = {layer.name: layer for layer in unet_layers(meta_unet(3, 2, (8, 16)), 2, 12, 20)}
 
 
-def graph_opponent(layer: Layer) -> Opponent:
-    return next(each for each in layer_opponents(layer, CPU, torch.float16) if each.name == "cudnn graph")
+def graph_opponent(layer: Layer) -> Provider:
+    return next(each for each in layer_providers(layer, CPU, torch.float16) if each.name == "cudnn graph")
 
 
 class NotSupported(Exception):
@@ -184,8 +183,8 @@ def test_the_graph_does_its_layers_work(name: str, monkeypatch: pytest.MonkeyPat
         return cudnn_graph.Conv(cudnn, graph, dtype, device, None, min)
 
     monkeypatch.setattr(cudnn_graph, "conv", conv)
-    opponent = graph_opponent(layer)
-    check_layer(layer, inputs, opponent.prepare(inputs)())
+    provider = graph_opponent(layer)
+    check_layer(layer, inputs, provider.prepare(inputs)())
 
 
 def test_a_layer_that_cudnn_refuses_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +193,6 @@ def test_a_layer_that_cudnn_refuses_is_unavailable(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cudnn_graph, "conv", refuse)
     layer: Layer = LAYERS["inc.c1"]
-    opponent = graph_opponent(layer)
+    provider = graph_opponent(layer)
     with pytest.raises(Unavailable, match="three channels"):
-        opponent.prepare(device_inputs(layer, CPU, torch.float16))
+        provider.prepare(device_inputs(layer, CPU, torch.float16))

@@ -14,12 +14,12 @@ import pytest
 import torch
 from fake_clock import FakeClock
 from fastunet.benchmarks import gpu as gpu_report
-from fastunet.benchmarks import measure, opponents, search, tune
+from fastunet.benchmarks import gpu_steps, providers, search, tune
 from fastunet.benchmarks.cases import Settings, meta_unet, unet_layers
+from fastunet.benchmarks.gpu_steps import COMPILED, COMPILED_NETS, Step, all_steps, describe, layer_of, parity_formats
+from fastunet.benchmarks.gpu_tables import render, summarise
 from fastunet.benchmarks.harness.worker import Budget
-from fastunet.benchmarks.margins import margin_steps
-from fastunet.benchmarks.steps import COMPILED, COMPILED_NETS, Step, all_steps, describe, layer_of, parity_formats
-from fastunet.benchmarks.tables import render, summarise
+from fastunet.benchmarks.tune import margin_steps
 from fastunet.kernels import gpu, tuning
 from torch import nn
 
@@ -132,7 +132,7 @@ def test_open_decisions_are_part_of_the_bound() -> None:
 @pytest.mark.parametrize("name", ["layer inc.c2 forward", "layer up1.c1 backward", "net inference"])
 def test_what_is_wrong_has_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step = next(step for step in all_steps(TINY) if f"{step.kind} {step.name} {step.variant}".strip() == name)
-    assert measure.run_step(TINY, step)["status"] == "ok"
+    assert gpu_steps.run_step(TINY, step)["status"] == "ok"
 
     def wrong(op):
         def run(*args, **kwargs):
@@ -143,9 +143,9 @@ def test_what_is_wrong_has_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -
 
     for op in ("conv3x3_bias_relu_pool", "concat_conv3x3_bias_relu", "conv3x3_batch_norm_relu", "conv3x3_relu_conv1x1"):
         monkeypatch.setattr(ops, op, wrong(getattr(ops, op)))
-    row = measure.run_step(TINY, step)
+    row = gpu_steps.run_step(TINY, step)
     assert row["status"] == "parity failed"
-    assert "times" not in row
+    assert "samples_ms" not in row
     assert row["reason"]
 
 
@@ -165,10 +165,10 @@ class FakeWorker:
     def run(self, step: Step, timeout: float) -> dict:
         self.timeouts.append(timeout)
         self.clock.time += 1
-        times = {"median_ms": 1.0, "p10_ms": 0.5, "p90_ms": 2.0, "samples": 3, "tflops": 5.0}
-        times |= {"images_per_s": 7.0, "peak_bytes": None, "steady_ms": 1.5} if step.kind == "net" else {}
-        ratios = {"aten": {"ratio": 0.5, "p10": 0.4, "p90": 0.6}}
-        found = {"times": {"triton": times, "aten": times}, "speedup": 0.5, "ratios": ratios}
+        ratios = {"aten": {"ratio": 0.5, "p10": 0.4, "p90": 0.6, "rounds": 3}}
+        found = {"samples_ms": {"triton": [0.5, 1.0, 2.0], "aten": [0.5, 1.0, 2.0]}, "ratios": ratios}
+        if step.kind == "net":
+            found |= {"steady_ms": {"triton": 1.5, "aten": 1.5}, "peak_bytes": {"triton": None, "aten": None}}
         found = found if step.kind in ("layer", "net") else ROOFS if step.kind == "roofs" else {}
         return describe(TINY, step) | {"status": "ok", "reason": ""} | found
 
@@ -179,7 +179,7 @@ class FakeWorker:
 def test_a_spent_budget_still_gives_a_row_for_every_step() -> None:
     clock, saved = FakeClock(), []
     fake, steps = FakeWorker(clock), all_steps(TINY)
-    rows = measure.run_steps(TINY, steps, fake, Budget(10, lambda: clock.time), lambda rows: saved.append(len(rows)))
+    rows = gpu_steps.run_steps(TINY, steps, fake, Budget(10, lambda: clock.time), lambda rows: saved.append(len(rows)))
     assert [row["status"] for row in rows] == ["ok"] * 9 + ["skipped"] * (len(steps) - 9)
     assert saved == [*range(1, 10), len(steps)]
     assert fake.closed
@@ -193,9 +193,9 @@ def test_tables_show_every_row_and_what_lost() -> None:
     rows = [fake.run(step, 1.0) for step in all_steps(TINY)]
     rows[1] |= {"status": "parity failed", "reason": "y | off"}
     forward = [row for row in rows if row["variant"] == "forward"]
-    forward[0].pop("times"), forward[0].pop("speedup")
+    forward[0].pop("samples_ms"), forward[0].pop("ratios")
     forward[0] |= {"status": "timed out", "reason": "no result after 90 s"}
-    forward[1] |= {"speedup": 2.0}
+    forward[1]["ratios"] = {"aten": {"ratio": 2.0, "p10": 1.9, "p90": 2.1, "rounds": 3}}
     report = {"environment": {"device": "a GPU"}, "settings": vars(TINY), "rows": rows, "tests": {"reason": "not yet"}}
     text = render(report)
     for row in rows:
@@ -212,8 +212,8 @@ def test_tables_show_every_row_and_what_lost() -> None:
     assert summary["layers_forward"]["compared"] == len(forward) - 1
     assert summary["layers_forward"]["faster"] == 1
     assert summary["parity"] == {"passed": len(parity.cases()) * len(parity_formats("cpu")) - 1, "failed": 1}
-    assert summary["inference"] == {"aten": {"ratio": 0.5, "p10": 0.4, "p90": 0.6}}
-    assert summary["inference_images_per_s"] == {"triton": 7.0, "aten": 7.0}
+    assert summary["inference"] == {"aten": {"ratio": 0.5, "p10": 0.4, "p90": 0.6, "rounds": 3}}
+    assert summary["inference_images_per_s"] == {"triton": 2000.0, "aten": 2000.0}
 
 
 def test_outcomes_of_tests_that_were_stopped() -> None:
@@ -236,7 +236,7 @@ def test_a_command_that_hangs_is_ended_with_its_children() -> None:
 
 
 def hang_or_die(settings: Settings, connection) -> None:
-    """Stands for measure.serve in the worker's process."""
+    """Stands for gpu_steps.serve in the worker's process."""
     step = connection.recv()
     if step.variant == "forward":
         raise SystemExit(3)
@@ -244,8 +244,8 @@ def hang_or_die(settings: Settings, connection) -> None:
 
 
 def test_a_worker_that_hangs_or_dies_gives_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "serve", hang_or_die)
-    process = measure.Worker(TINY)
+    monkeypatch.setattr(gpu_steps, "serve", hang_or_die)
+    process = gpu_steps.Worker(TINY)
     try:
         died = process.run(Step("layer", "inc.c1", "forward"), 60)
         assert (died["status"], died["reason"]) == ("failed", "the process ended with exit code 3")
@@ -257,7 +257,7 @@ def test_a_worker_that_hangs_or_dies_gives_a_row(monkeypatch: pytest.MonkeyPatch
 
 def test_the_timer_is_held_against_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
-    row = measure.run_step(TINY, Step("clock", "inc.c2"))
+    row = gpu_steps.run_step(TINY, Step("clock", "inc.c2"))
     assert (row["status"], row["cross_check"]["reason"].partition(":")[0]) == ("ok", "CuPy cannot be imported")
     found = {"event_ms": 2.0, "cupy_ms": 2.5, "ratio": 1.25}
     rows = [row, row | {"cross_check": found}]
@@ -327,8 +327,8 @@ def test_what_the_search_finds_goes_into_the_table(
     assert "| inc.c2 conv3x3_batch_norm_relu_pool | training | 1.50 [1.20, 2.00] |" in text
 
 
-def test_the_names_of_compiled_nets_are_those_of_opponents() -> None:
-    names = {each.name for each in opponents.net_opponents(CPU, torch.bfloat16, training=False)}
+def test_the_names_of_compiled_nets_are_those_of_providers() -> None:
+    names = {each.name for each in providers.net_providers(CPU, torch.bfloat16, training=False)}
     assert set(COMPILED_NETS) == {name for name in names if name.startswith("compile")}
 
 
@@ -336,7 +336,7 @@ def test_the_names_of_compiled_nets_are_those_of_opponents() -> None:
 def test_the_whole_report_on_a_cpu(tmp_path: Path) -> None:
     steps = [step for step in all_steps(TINY) if step.kind != "parity" or step.variant == "float32"]
     steps = [step for step in steps if step.kind != "parity" or int(step.name) in (0, 5)]
-    # Compiling takes long, and is the opponents' own tests' matter.
+    # Compiling takes long, and is the providers' own tests' matter.
     steps = [step for step in steps if step.variant not in (COMPILED, *COMPILED_NETS)]
     steps.append(Step("parity", "0", "float7"))
     gpu_report.make_report(TINY, tmp_path, 3.0, steps)
@@ -349,17 +349,16 @@ def test_the_whole_report_on_a_cpu(tmp_path: Path) -> None:
         if row["kind"] != "roofs":
             assert "the device is cpu, not cuda" in row["why_no_triton"], "without a GPU there are no kernels"
         if row["kind"] in ("layer", "net"):
-            assert next(iter(row["times"])) == "aten"
-            assert row["times"]["aten"]["p10_ms"] <= row["times"]["aten"]["median_ms"] <= row["times"]["aten"]["p90_ms"]
-            assert set(row["ratios"]) == set(row["times"]) - {"aten"}
-            assert not set(row["absent"]) & set(row["times"])
+            assert next(iter(row["samples_ms"])) == "aten"
+            assert set(row["ratios"]) == set(row["samples_ms"]) - {"aten"}
+            assert not set(row["missing"]) & set(row["samples_ms"])
         if row["kind"] == "layer" and row["variant"] == "forward":
-            assert "onednn eager" in row["times"]
-            assert row["absent"]["cudnn graph"] == "the device is cpu, not cuda"
+            assert "onednn eager" in row["samples_ms"]
+            assert row["missing"]["cudnn graph"] == "the device is cpu, not cuda"
             assert row["floor_ms"] > 0
         if row["kind"] == "net":
-            assert row["times"]["aten"]["steady_ms"] > 0
-            assert "eager channels_last AMP" in row["times"]
+            assert row["steady_ms"]["aten"] > 0
+            assert "eager channels_last AMP" in row["samples_ms"]
     assert report["summary"]["parity"] == {"passed": 2, "failed": 0}
     assert set(report["summary"]["training"]) == {"eager", "eager channels_last AMP"}
     assert {"torch", "python", "commit", "dirty"} <= set(report["environment"])

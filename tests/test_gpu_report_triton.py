@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import margins, measure, search
+from fastunet.benchmarks import gpu_steps, search, tune
 from fastunet.benchmarks.cases import Settings
-from fastunet.benchmarks.steps import Step
+from fastunet.benchmarks.gpu_steps import Step
+from fastunet.benchmarks.results import speedup
 from fastunet.kernels import config, config_search, gpu, tuning
 from kernel_device import DEVICE, INTERPRETED, MARK
 
@@ -32,20 +33,18 @@ SMALL = Settings(device=DEVICE.type, size=16, batch=2, features=(8, 16), rounds=
     ids=lambda step: f"{step.kind} {step.name}",
 )
 def test_both_backends_are_timed(step: Step) -> None:
-    row = measure.run_step(SMALL, step)
+    row = gpu_steps.run_step(SMALL, step)
     assert (row["status"], row["why_no_triton"]) == ("ok", "")
-    ours, theirs = row["times"]["triton"], row["times"]["aten"]
+    assert {"triton", "aten"} <= set(row["samples_ms"])
     assert row["ratios"]["aten"]["ratio"] > 0
-    assert row["speedup"] == min(found["ratio"] for name, found in row["ratios"].items() if "fastunet" not in name)
     if INTERPRETED:
-        assert theirs["median_ms"] < ours["median_ms"]
-        assert row["speedup"] < 1, "the interpreter is not the kernel it says it is"
+        assert speedup(row) < 1, "the interpreter is not the kernel it says it is"
 
 
 @pytest.mark.parametrize("case", range(4), ids=lambda i: parity.cases()[i].op)
 def test_our_kernels_are_compared(case: int) -> None:
     count = len(parity.cases())
-    row = measure.run_step(SMALL, Step("parity", str(count // 2 + case), "bfloat16"))
+    row = gpu_steps.run_step(SMALL, Step("parity", str(count // 2 + case), "bfloat16"))
     assert (row["status"], row["implementation"], row["reason"]) == ("ok", "triton", "")
 
 
@@ -67,7 +66,7 @@ def spoil_single_warps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_search_of_a_step_up_drops_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     settings, step = dataclasses.replace(SMALL, features=(64, 128), size=8), Step("tune", "up1.c1", search.STEP_UP)
-    row = measure.run_step(settings, step)
+    row = gpu_steps.run_step(settings, step)
     assert (row["status"], "sm_90" in row["reason"]) == ("skipped", True)
     monkeypatch.setattr(gpu, "INTERPRETER", dataclasses.replace(gpu.known_target(90), multiprocessors=4))
     subject_of = search.step_up_subject
@@ -79,7 +78,7 @@ def test_a_search_of_a_step_up_drops_what_is_off(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(search, "step_up_subject", two)
     spoil_single_warps(monkeypatch)
-    row = measure.run_step(settings, step)
+    row = gpu_steps.run_step(settings, step)
     assert row["status"] == "ok", row["reason"]
     assert [each["config"]["num_warps"] for each in row["dropped"]] == [1]
     assert row["entry"]["op"] == "conv_transpose2x2_concat_conv3x3"
@@ -100,7 +99,7 @@ def test_a_search_drops_what_is_off(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(search, "subject_of", three)
     spoil_single_warps(monkeypatch)
-    row = measure.run_step(SMALL, Step("tune", "up1.c1", kind))
+    row = gpu_steps.run_step(SMALL, Step("tune", "up1.c1", kind))
     assert (row["status"], row["tried"]) == ("ok", 3), row["reason"]
     (dropped,) = row["dropped"]
     assert dropped["config"]["num_warps"] == 1
@@ -117,12 +116,12 @@ def test_other_forms_are_timed_if_they_are_right(monkeypatch: pytest.MonkeyPatch
     found = {chosen.form: chosen, **{name: dataclasses.replace(chosen, **change) for name, change in forms.items()}}
     monkeypatch.setattr(config_search, "conv_forms", lambda *_, **__: found)
     spoil_single_warps(monkeypatch)
-    row = measure.run_step(SMALL, Step("layer", "inc.c2", "forward"))
+    row = gpu_steps.run_step(SMALL, Step("layer", "inc.c2", "forward"))
     assert (row["status"], row["reason"]) == ("ok", "")
-    assert {"triton", "triton, right form", "aten"} <= set(row["times"])
-    assert not {"triton, wrong form", "triton, broken form"} & set(row["times"])
-    assert row["absent"]["triton, wrong form"].startswith("parity failed")
-    assert row["absent"]["triton, broken form"]
+    assert {"triton", "triton, right form", "aten"} <= set(row["samples_ms"])
+    assert not {"triton, wrong form", "triton, broken form"} & set(row["samples_ms"])
+    assert row["missing"]["triton, wrong form"].startswith("parity failed")
+    assert row["missing"]["triton, broken form"]
 
 
 @pytest.mark.parametrize(
@@ -142,14 +141,14 @@ def test_auto_goes_by_the_margin_that_is_measured(
     name: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The op looks for its margin where the measurement has left it, forward and backward."""
-    row = measure.run_step(SMALL, Step("margin", name, task))
+    row = gpu_steps.run_step(SMALL, Step("margin", name, task))
     assert row["status"] == "ok", row["reason"]
     assert row["layer"]["margin_over_aten"]["median"] > 0
     monkeypatch.setattr(dispatch, "ONEDNN_OPS", ())  # A CPU's own choice in inference.
     launches: list[gpu.Launch] = []
     run = gpu.Launch.run
     monkeypatch.setattr(gpu.Launch, "run", lambda launch, device: (launches.append(launch), run(launch, device)))
-    case = margins.margin_cases(SMALL)[name]
+    case = tune.margin_cases(SMALL)[name]
     options = {**case.options, **({"training": task == "training"} if "training" in case.options else {})}
     case = dataclasses.replace(case, options=options)
     inputs = parity.make_inputs(case.shapes, torch.bfloat16, DEVICE)
@@ -159,7 +158,7 @@ def test_auto_goes_by_the_margin_that_is_measured(
         path = tmp_path / "table.json"
         path.write_text(json.dumps({"configs": [], "layers": [row["layer"]]}))
         with tuning.reading(path):
-            call = margins.run_of(case, inputs, "auto", task == "training")
+            call = tune.run_of(case, inputs, "auto", task == "training")
             launches.clear()
             call()
         counts.append(len(launches))
@@ -172,7 +171,7 @@ def test_auto_goes_by_the_margin_that_is_measured(
 def test_a_step_up_is_measured_beside_its_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(SMALL, features=(64, 128), size=8)
     step = Step("margin", "up1.c1 conv_transpose2x2_concat_conv3x3_relu", "inference")
-    row = measure.run_step(settings, step)
+    row = gpu_steps.run_step(settings, step)
     assert (row["status"], "sm_90" in row["reason"]) == ("skipped", True)
     monkeypatch.setattr(gpu, "INTERPRETER", dataclasses.replace(gpu.known_target(90), multiprocessors=4))
     dispatch._choices.clear()  # They were made for the GPU before.
@@ -184,7 +183,7 @@ def test_a_step_up_is_measured_beside_its_two_steps(monkeypatch: pytest.MonkeyPa
         return choose(op, *args, **options)
 
     monkeypatch.setattr(dispatch, "choose", noted)
-    row = measure.run_step(settings, step)
+    row = gpu_steps.run_step(settings, step)
     assert row["status"] == "ok", row["reason"]
     assert row["layer"]["channels"] == [64, 128]
     assert {("conv_transpose2x2", "auto"), (row["layer"]["op"], "triton")} <= set(asked)
@@ -199,6 +198,6 @@ def test_no_margin_of_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         launch.arguments["head_ptr"].mul_(1.5)
 
     monkeypatch.setattr(gpu.Launch, "run", spoilt)
-    row = measure.run_step(SMALL, Step("margin", "up1.c2 conv3x3_relu_conv1x1", "inference"))
+    row = gpu_steps.run_step(SMALL, Step("margin", "up1.c2 conv3x3_relu_conv1x1", "inference"))
     assert row["status"] == "parity failed"
     assert "layer" not in row

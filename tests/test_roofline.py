@@ -17,7 +17,7 @@ import torch
 from fastunet.benchmarks import roofline
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Layer, Settings, eager_passes, fused_pass, meta_unet, unet_layers
-from fastunet.benchmarks.measure import Step, describe
+from fastunet.benchmarks.gpu_steps import Step, describe
 from fastunet.benchmarks.roofline import Point, Roofs, eager_seconds, floor_seconds, point_of
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -178,7 +178,7 @@ def small_report() -> dict[str, Any]:
         for direction in ("forward", "backward"):
             row = describe(settings, Step("layer", layer.name, direction))
             if layer.name in times:
-                row["times"] = {name: {"median_ms": ms} for name, ms in times[layer.name].items()}
+                row["samples_ms"] = {name: [ms] for name, ms in times[layer.name].items()}
             rows.append(row)
     report: dict[str, Any] = json.loads(json.dumps({"settings": asdict(settings), "rows": rows}))
     return report

@@ -13,7 +13,7 @@ from fake_clock import FakeClock
 from fastunet.benchmarks import search, tune
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Settings
-from fastunet.benchmarks.steps import layer_of
+from fastunet.benchmarks.gpu_steps import layer_of
 from fastunet.kernels import config, gpu, tuning
 
 HOPPER = gpu.known_target(90)
@@ -91,10 +91,9 @@ def meta(*sizes: int) -> torch.Tensor:
 
 def test_a_composed_launch_takes_what_the_table_says(tmp_path: Path) -> None:
     kernels = pytest.importorskip("fastunet.kernels.conv_transpose2x2_concat_conv3x3", reason="needs triton")
-    from fastunet.benchmarks import step_up
     from fastunet.kernels.epilogue import Epilogue
 
-    case = step_up.cases(Settings(batch=2).net_layers())["up4.c1"]
+    case = search.step_up_cases(Settings(batch=2).net_layers())["up4.c1"]
     subject = search.step_up_subject(case, HOPPER)
     assert all(64 % candidate.block_n == 0 for candidate in subject.candidates)
     winner = subject.candidates[-1]

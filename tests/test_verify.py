@@ -16,7 +16,7 @@ import pytest
 from fastunet.benchmarks import compare_commits
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.commit_process import TreeError, TreeFinder, TreeProcess
-from fastunet.benchmarks.steps import Step
+from fastunet.benchmarks.gpu_steps import Step
 
 ROOT = Path(__file__).parents[1]
 TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=3)

@@ -1,4 +1,4 @@
-"""The benchmarks' opponents: each computes what float64 does, within derived bounds, or says why it cannot run."""
+"""The benchmarks' providers: each computes what float64 does, within derived bounds, or says why it cannot run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import compiled, opponents
+from fastunet.benchmarks import providers
 from fastunet.benchmarks.cases import meta_unet, unet_layers
-from fastunet.benchmarks.gate import NetGate, check_layer
-from fastunet.benchmarks.layer_runs import device_inputs
-from fastunet.benchmarks.opponents import OURS, OURS_TRITON, Opponent, Unavailable, layer_opponents, net_opponents
+from fastunet.benchmarks.providers import OURS, OURS_TRITON, Provider, Unavailable, layer_providers, net_providers
+from fastunet.benchmarks.runs import NetCheck, check_layer, device_inputs
 
 import fastunet
 from fastunet.losses import BCEDiceLoss
@@ -25,9 +24,9 @@ BFLOAT16 = pytest.mark.skipif(
 DTYPES = (torch.float32, pytest.param(torch.bfloat16, marks=BFLOAT16))
 
 
-def by_name(found: list[Opponent]) -> dict[str, Opponent]:
-    assert len({opponent.name for opponent in found}) == len(found)
-    return {opponent.name: opponent for opponent in found}
+def by_name(found: list[Provider]) -> dict[str, Provider]:
+    assert len({provider.name for provider in found}) == len(found)
+    return {provider.name: provider for provider in found}
 
 
 def problem(norm: str | None = "batch") -> tuple[fastunet.UNet, torch.Tensor, torch.Tensor]:
@@ -47,22 +46,22 @@ def test_eager_opponents_of_a_layer_are_right(name: str, dtype: torch.dtype) -> 
     layer = LAYERS[name]
     inputs = device_inputs(layer, CPU, dtype)
     checked = []
-    for opponent in layer_opponents(layer, CPU, dtype):
-        if not opponent.unavailable and not opponent.name.startswith("compile"):
-            result = opponent.prepare(inputs)()
+    for provider in layer_providers(layer, CPU, dtype):
+        if not provider.unavailable and not provider.name.startswith("compile"):
+            result = provider.prepare(inputs)()
             check_layer(layer, inputs, result)
             y = result[0] if isinstance(result, tuple) else result
-            assert (y.dtype, y.stride(1) == 1) == (dtype, opponent.layout == "NHWC")
-            checked.append(opponent.name)
+            assert (y.dtype, y.stride(1) == 1) == (dtype, provider.layout == "NHWC")
+            checked.append(provider.name)
     assert checked == [OURS, "onednn eager", "onednn eager NCHW"]
 
 
 def test_compiled_layers_are_right_and_compiled_once() -> None:
     layer = LAYERS["up1.c1"]
-    opponent = by_name(layer_opponents(layer, CPU, torch.bfloat16))["compile"]
+    provider = by_name(layer_providers(layer, CPU, torch.bfloat16))["compile"]
     for seed in range(2):
         inputs = {name: t + seed for name, t in device_inputs(layer, CPU, torch.bfloat16).items()}
-        run = opponent.prepare(inputs)
+        run = provider.prepare(inputs)
         with torch.compiler.set_stance("fail_on_recompile") if seed else torch.compiler.set_stance("default"):
             check_layer(layer, inputs, run())
 
@@ -70,8 +69,8 @@ def test_compiled_layers_are_right_and_compiled_once() -> None:
 def test_a_wrong_layer_is_caught() -> None:
     for layer in LAYERS.values():
         inputs = device_inputs(layer, CPU, torch.bfloat16)
-        opponent = by_name(layer_opponents(layer, CPU, torch.bfloat16))["onednn eager"]
-        result = opponent.prepare(inputs)()
+        provider = by_name(layer_providers(layer, CPU, torch.bfloat16))["onednn eager"]
+        result = provider.prepare(inputs)()
         spoilt = tuple(1.02 * y for y in result) if isinstance(result, tuple) else 1.02 * result
         with pytest.raises(AssertionError, match=f"{layer.op}: y: "):
             check_layer(layer, inputs, spoilt)
@@ -83,17 +82,17 @@ def test_a_wrong_layer_is_caught() -> None:
 def test_eager_opponents_of_a_net_are_right(training: bool, dtype: torch.dtype, norm: str | None) -> None:
     model, x, target = problem(norm)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    gate = NetGate(model, x, target, training=training)
+    check = NetCheck(model, x, target, training=training)
     checked = []
-    for opponent in net_opponents(CPU, dtype, training=training):
-        if opponent.unavailable or opponent.name.startswith("compile"):
+    for provider in net_providers(CPU, dtype, training=training):
+        if provider.unavailable or provider.name.startswith("compile"):
             continue
-        if norm is None and opponent.name == "eager folded":
+        if norm is None and provider.name == "eager folded":
             with pytest.raises(Unavailable, match="no batch norm"):
-                opponent.prepare(model, x, target)
+                provider.prepare(model, x, target)
             continue
-        gate.check(opponent, opponent.prepare(model, x, target if training else None)())
-        checked.append(opponent.name)
+        check.check(provider, provider.prepare(model, x, target if training else None)())
+        checked.append(provider.name)
     expected = {OURS, "eager", "eager channels_last" if dtype == torch.float32 else "eager channels_last AMP"}
     if not training:
         expected |= {"eager channels_last"} | ({"eager folded"} if norm else set())
@@ -104,48 +103,48 @@ def test_eager_opponents_of_a_net_are_right(training: bool, dtype: torch.dtype, 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_compiled_nets_are_right(training: bool) -> None:
     model, x, target = problem()
-    gate = NetGate(model, x, target, training=training)
+    check = NetCheck(model, x, target, training=training)
     checked = []
-    for opponent in net_opponents(CPU, torch.float32, training=training):
-        if opponent.name.startswith("compile") and not opponent.unavailable:
-            gate.check(opponent, opponent.prepare(model, x, target)())
-            checked.append(opponent.name)
+    for provider in net_providers(CPU, torch.float32, training=training):
+        if provider.name.startswith("compile") and not provider.unavailable:
+            check.check(provider, provider.prepare(model, x, target)())
+            checked.append(provider.name)
     assert checked == (["compile"] if training else ["compile", "compile freezing"])
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_a_wrong_net_is_caught(training: bool) -> None:
     model, x, target = problem()
-    gate = NetGate(model, x, target, training=training)
-    opponent = by_name(net_opponents(CPU, torch.float32, training=training))["eager channels_last"]
-    right = opponent.prepare(model, x, target)()
-    gate.check(opponent, right)
+    check = NetCheck(model, x, target, training=training)
+    provider = by_name(net_providers(CPU, torch.float32, training=training))["eager channels_last"]
+    right = provider.prepare(model, x, target)()
+    check.check(provider, right)
     for wrong in (right * 1.001, right * float("nan")):
         with pytest.raises(AssertionError, match="eager channels_last: distance to float64"):
-            gate.check(opponent, wrong)
+            check.check(provider, wrong)
 
 
 def test_training_steps_train() -> None:
     model, x, target = problem()
-    for opponent in net_opponents(CPU, torch.bfloat16, training=True):
-        if not opponent.unavailable and not opponent.name.startswith("compile"):
-            run = opponent.prepare(model, x, target)
+    for provider in net_providers(CPU, torch.bfloat16, training=True):
+        if not provider.unavailable and not provider.name.startswith("compile"):
+            run = provider.prepare(model, x, target)
             losses = [float(run()) for _ in range(20)]
-            assert losses[-1] < losses[0], opponent.name
+            assert losses[-1] < losses[0], provider.name
 
 
 def test_the_plain_loss_is_ours() -> None:
     _, _, target = problem()
     target, logits = target.double(), torch.randn(target.shape, dtype=torch.float64)
-    torch.testing.assert_close(opponents.bce_dice(logits, target), BCEDiceLoss()(logits, target), rtol=1e-12, atol=0)
+    torch.testing.assert_close(providers.bce_dice(logits, target), BCEDiceLoss()(logits, target), rtol=1e-12, atol=0)
 
 
 def test_what_cannot_run_says_why() -> None:
     layer = LAYERS["inc.c2"]
-    found = by_name(layer_opponents(layer, CPU, torch.bfloat16)) | by_name(
-        net_opponents(CPU, torch.bfloat16, training=False)
+    found = by_name(layer_providers(layer, CPU, torch.bfloat16)) | by_name(
+        net_providers(CPU, torch.bfloat16, training=False)
     )
-    reasons = {name: opponent.unavailable for name, opponent in found.items() if opponent.unavailable}
+    reasons = {name: provider.unavailable for name, provider in found.items() if provider.unavailable}
     assert reasons.pop(OURS_TRITON)
     assert reasons == {
         "cudnn graph": "the device is cpu, not cuda",
@@ -153,23 +152,23 @@ def test_what_cannot_run_says_why() -> None:
         "compile max-autotune": "max-autotune takes minutes on a CPU, and was not asked for",
         "compile CUDA graphs": "CUDA graphs need CUDA, the device is cpu",
     }
-    assert not by_name(layer_opponents(layer, CPU, torch.bfloat16, thorough=True))["compile max-autotune"].unavailable
+    assert not by_name(layer_providers(layer, CPU, torch.bfloat16, thorough=True))["compile max-autotune"].unavailable
 
 
 def test_forced_kernels_that_cannot_run_are_named_once() -> None:
     with fastunet.backend("triton"):
-        found = by_name(net_opponents(CPU, torch.float64, training=True))
+        found = by_name(net_providers(CPU, torch.float64, training=True))
     assert "float64" in found[OURS].unavailable
     assert OURS_TRITON not in found
 
 
 def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert compiled.obstacle(CPU, "default", thorough=False) == "there is no C++ compiler (no-such-compiler)"
+    assert providers.compile_obstacle(CPU, "default", thorough=False) == "there is no C++ compiler (no-such-compiler)"
 
 
 def test_compiled_functions_do_not_share_a_code_object() -> None:
-    made = [compiled.own_code(lambda a, b: a - b) for _ in range(2)]
+    made = [providers.own_code(lambda a, b: a - b) for _ in range(2)]
     assert made[0](5, 3) == 2
     assert made[0].__code__ is not made[1].__code__
 
@@ -218,7 +217,7 @@ def test_a_capture_warms_up_beside_and_replays() -> None:
         cuda.log.append("run")
         return "outputs"
 
-    replay = opponents.capture(run, cuda)
+    replay = providers.capture(run, cuda)
     assert cuda.log == [
         "side waits for main",
         *("enter side", "run", "run", "run", "leave side"),

@@ -6,15 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .results import Row, markdown
-from .steps import COMPILED, DIRECTIONS, TASKS
+from .cases import DIRECTIONS, TASKS
+from .gpu_steps import COMPILED
+from .harness.timing import Quantiles
+from .results import Row, markdown, speedup, times_ms
 
 Report = dict[str, Any]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Counts and totals. Totals are over the layers with times under both backends; "faster" counts those that no other
-    implementation beats. "inference" and "training": by how many times each opponent takes longer than ours.
+    implementation beats. "inference" and "training": by how many times each provider takes longer than ours.
     """
     checked = [row for row in rows if row["kind"] == "parity" and row["status"] in ("ok", "parity failed")]
     passed = sum(row["status"] == "ok" for row in checked)
@@ -25,25 +27,31 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     for direction in DIRECTIONS:
         compared = [row for row in rows if _is_compared(row) and row["variant"] == direction]
         summary[f"layers_{direction}"] = _totals(compared)
-    timed = [row for row in rows if row["kind"] == "net" and "times" in row]
+    timed = [row for row in rows if row["kind"] == "net" and "samples_ms" in row]
     for task in TASKS:
         nets = [row for row in timed if row["name"] == task]
         summary[task] = {name: found for row in nets for name, found in row.get("ratios", {}).items()}
-        rates = {name: times["images_per_s"] for row in reversed(nets) for name, times in row["times"].items()}
-        summary[f"{task}_images_per_s"] = rates
+        summary[f"{task}_images_per_s"] = {
+            name: _images_per_s(row, times) for row in reversed(nets) for name, times in times_ms(row).items()
+        }
     return summary
 
 
 def _totals(compared: Sequence[Row]) -> dict[str, Any]:
-    totals: dict[str, Any] = {"compared": len(compared), "faster": sum(row["speedup"] > 1 for row in compared)}
+    faster = sum((speedup(row) or 0) > 1 for row in compared)
+    totals: dict[str, Any] = {"compared": len(compared), "faster": faster}
     if compared:
-        ours, theirs = (sum(row["times"][name]["median_ms"] for row in compared) for name in ("triton", "aten"))
+        ours, theirs = (sum(times_ms(row)[name].median for row in compared) for name in ("triton", "aten"))
         totals |= {"triton_ms": ours, "aten_ms": theirs, "speedup": theirs / ours}
     return totals
 
 
 def _is_compared(row: Row) -> bool:
-    return row["kind"] == "layer" and "speedup" in row and "triton" in row["times"]
+    return row["kind"] == "layer" and speedup(row) is not None and "triton" in row["samples_ms"]
+
+
+def _images_per_s(row: Row, times: Quantiles) -> float:
+    return 1e3 * row["images"] / times.median
 
 
 def render(report: Report) -> str:
@@ -97,15 +105,15 @@ def _environment(report: Report) -> str:
 
 def _layers_table(rows: Sequence[Row]) -> str:
     """A line for each layer, with a column for each implementation that any of them has."""
-    names = list(dict.fromkeys(name for row in rows for name in row.get("times", {})))
+    names = list(dict.fromkeys(name for row in rows for name in row.get("samples_ms", {})))
     lines = []
     for row in rows:
-        times = row.get("times", {})
-        speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
+        times, ratio = times_ms(row), speedup(row)
         floor = f"{row['floor_ms']:.3f}" if "floor_ms" in row else ""
         share = f"{row['of_floor']:.0%}" if "of_floor" in row else ""
         cells = [_time(times.get(name)) for name in names]
-        lines.append([row["name"], _significant(row["flops"] / 1e9), *cells, speedup, floor, share, _note(row)])
+        least = "" if ratio is None else f"{ratio:.2f}"
+        lines.append([row["name"], _significant(row["flops"] / 1e9), *cells, least, floor, share, _note(row)])
     return markdown(["layer", "GFLOP", *names, "speedup", "floor ms", "of floor", "note"], lines)
 
 
@@ -114,15 +122,14 @@ def _nets_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         task = f"{row['name']} {row['variant']}".strip()
-        for name, times in row.get("times", {}).items():
-            found = row.get("ratios", {}).get(name)
+        for name, times in times_ms(row).items():
+            found = row["ratios"].get(name)
             ratio = f"{found['ratio']:.2f} [{found['p10']:.2f}, {found['p90']:.2f}]" if found else ""
-            share = f"{row['floor_ms'] / times['median_ms']:.0%}" if "floor_ms" in row else ""
-            rate, steady = f"{times['images_per_s']:.1f}", f"{times['steady_ms']:.3f}"
-            peak = _gigabytes(times["peak_bytes"])
-            tflops = _significant(times["tflops"])
+            share = f"{row['floor_ms'] / times.median:.0%}" if "floor_ms" in row else ""
+            rate, steady = f"{_images_per_s(row, times):.1f}", f"{row['steady_ms'][name]:.3f}"
+            peak, tflops = _gigabytes(row["peak_bytes"].get(name)), _significant(row["flops"] / times.median / 1e9)
             lines.append([task, name, _time(times), steady, ratio, rate, tflops, share, peak, ""])
-        if _note(row) or not row.get("times"):
+        if _note(row) or "samples_ms" not in row:
             lines.append([task, *[""] * 8, _note(row)])
     header = ["task", "implementation", "ms", "steady", "time / ours", "img/s", "TFLOP/s", "of floor", "GB", "note"]
     return markdown(header, lines)
@@ -161,8 +168,8 @@ def _clock_table(rows: Sequence[Row]) -> str:
     return markdown(["layer", "ours, ms", "CuPy's, ms", "ratio", "note"], lines)
 
 
-def _time(times: Row | None) -> str:
-    return "" if times is None else f"{times['median_ms']:.3f} [{times['p10_ms']:.3f}, {times['p90_ms']:.3f}]"
+def _time(times: Quantiles | None) -> str:
+    return "" if times is None else f"{times.median:.3f} [{times.p10:.3f}, {times.p90:.3f}]"
 
 
 def _gigabytes(size: int | None) -> str:
@@ -179,7 +186,7 @@ def _note(row: Row) -> str:
     """Why something is missing."""
     if row["status"] != "ok":
         return f"**{row['status']}**: {_shortened(row['reason'])}"
-    reasons = [f"{name}: {_shortened(reason)}" for name, reason in row.get("absent", {}).items()]
+    reasons = [f"{name}: {_shortened(reason)}" for name, reason in row.get("missing", {}).items()]
     if row.get("why_no_triton"):
         reasons.insert(0, f"no triton: {row['why_no_triton']}")
     return "; ".join(reasons)

@@ -1,8 +1,8 @@
 """What our layers and nets are compared with: the same work by others, in equal layout and dtype, each at its best.
 
-`layer_opponents` and `net_opponents` list them for a device; one that cannot run there says why. An opponent's
+`layer_providers` and `net_providers` list them for a device; one that cannot run there says why. A provider's
 `prepare` binds it to tensors (and compiles, folds, captures: whatever need be done but once), and gives `run`, which
-does the work once and returns its result. `benchmarks.gate` compares that with float64: before it is right, it is not
+does the work once and returns its result. `benchmarks.runs` compares that with float64: before it is right, it is not
 timed. Whoever prepares and times does so within `timing.cudnn_benchmark`, from which all gain.
 """
 
@@ -11,6 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
+import shutil
+import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,9 +30,9 @@ from fastunet.losses import BCEDiceLoss
 from fastunet.reference import functional as reference
 from fastunet.testing import parity
 
-from . import compiled, cudnn_graph
+from . import cudnn_graph
 from .cases import Layer
-from .steps import failure
+from .results import failure
 
 Run = Callable[[], Any]
 # The names under which ours are listed: under the backend in force, and with the Triton kernels forced.
@@ -37,7 +40,7 @@ OURS, OURS_TRITON = "fastunet", "fastunet triton"
 
 
 @dataclass(frozen=True)
-class Opponent:
+class Provider:
     """One way of doing the work. layout: "NCHW" or "NHWC"; dtype: of the products, as "bfloat16".
 
     prepare: of a layer (inputs: dict[str, Tensor]) -> run, with its result; of a net (model: fastunet.UNet, x, target
@@ -53,7 +56,7 @@ class Opponent:
 
 
 class Unavailable(RuntimeError):
-    """An opponent cannot do this work: the message says why."""
+    """A provider cannot do this work: the message says why."""
 
 
 def reason_of(error: Exception) -> str:
@@ -81,9 +84,9 @@ def _keeps_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16
 
 
-def layer_opponents(
+def layer_providers(
     layer: Layer, device: torch.device, dtype: torch.dtype, *, thorough: bool = False
-) -> list[Opponent]:
+) -> list[Provider]:
     """Of one layer's forward pass on tensors of that dtype, as `layer_runs.device_inputs` makes them.
 
     Each has the layer's shape: prepare one, and other sets of inputs cost nothing more. thorough: also, on a CPU, what
@@ -91,8 +94,8 @@ def layer_opponents(
     """
     composition = getattr(reference, layer.op)
     library, kind = ("cudnn" if device.type == "cuda" else "onednn"), dtype_name(dtype)
-    opponents = [
-        Opponent(
+    providers = [
+        Provider(
             name,
             "NHWC",
             kind,
@@ -101,18 +104,18 @@ def layer_opponents(
         )
         for name, backend, obstacle in our_backends(device, dtype)
     ]
-    opponents += [
-        Opponent(f"{library} eager", "NHWC", kind, functools.partial(_bound, composition)),
-        Opponent(f"{library} eager NCHW", "NCHW", kind, functools.partial(_bound_contiguous, composition)),
+    providers += [
+        Provider(f"{library} eager", "NHWC", kind, functools.partial(_bound, composition)),
+        Provider(f"{library} eager NCHW", "NCHW", kind, functools.partial(_bound_contiguous, composition)),
     ]
     for name, mode in (("compile", "default"), ("compile max-autotune", "max-autotune-no-cudagraphs")):
-        obstacle = compiled.obstacle(device, mode, thorough=thorough)
-        prepare = functools.partial(_compiled_layer, _once(functools.partial(compiled.compile, composition, mode)))
-        opponents.append(Opponent(name, "NHWC", kind, prepare, obstacle))
+        obstacle = compile_obstacle(device, mode, thorough=thorough)
+        prepare = functools.partial(_compiled_layer, _once(functools.partial(compiled, composition, mode)))
+        providers.append(Provider(name, "NHWC", kind, prepare, obstacle))
     obstacle = cudnn_graph.obstacle(device, dtype) or _without_graph(layer)
     make = _once(functools.partial(_conv_graph, layer, device, dtype))
-    opponents.append(Opponent("cudnn graph", "NHWC", kind, functools.partial(_graph_layer, layer.op, make), obstacle))
-    return opponents
+    providers.append(Provider("cudnn graph", "NHWC", kind, functools.partial(_graph_layer, layer.op, make), obstacle))
+    return providers
 
 
 def _once(make: Callable[[], Any]) -> Callable[[], Any]:
@@ -146,6 +149,59 @@ def _bound_contiguous(function: Callable[..., Any], inputs: dict[str, Tensor]) -
 
 def _compiled_layer(make: Callable[[], Callable[..., Any]], inputs: dict[str, Tensor]) -> Run:
     return _bound(make(), inputs)
+
+
+# --- torch.compile: once for each function, for the shapes of its calls, in one graph or not at all ---
+
+
+def compile_obstacle(device: torch.device, mode: str, *, thorough: bool) -> str:
+    """Why torch.compile cannot run in that mode on that device, or "". thorough: let it take minutes on a CPU."""
+    if device.type != "cuda":
+        if mode == "max-autotune":
+            return f"CUDA graphs need CUDA, the device is {device.type}"
+        if mode == "max-autotune-no-cudagraphs" and not thorough:
+            return "max-autotune takes minutes on a CPU, and was not asked for"
+        compiler = os.environ.get("CXX", "g++")
+        return "" if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
+    if mode == "freezing":
+        return "freezing is the CPU's form of what CUDA graphs and max-autotune are on a GPU"
+    return dispatch.triton_obstacle(device, torch.float32) or ""
+
+
+def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    """The function compiled by inductor, at its first call, for exactly the shapes of that call.
+
+    mode: one of torch.compile's, or "freezing": the weights are constants, which inductor folds and lays out anew.
+    Raises at a call that torch.compile would leave uncompiled in part or, after too many compilations, entirely.
+    """
+    target = own_code(function)
+    if mode != "freezing":
+        return torch.compile(target, mode=mode, fullgraph=True, dynamic=False)
+    optimized, is_compiled = torch.compile(target, fullgraph=True, dynamic=False), False
+
+    def frozen(*arguments: Any) -> Any:
+        nonlocal is_compiled
+        if is_compiled:
+            return optimized(*arguments)
+        # Only the compilation looks at the setting, and other providers are to compile without it.
+        with torch._inductor.config.patch(freezing=True):
+            is_compiled, result = True, optimized(*arguments)
+        return result
+
+    return frozen
+
+
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls it, with a code object of its own.
+
+    torch.compile counts compilations by code object, and after eight leaves it uncompiled: functions made by the same
+    `def` would use them up together.
+    """
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
 
 
 # --- cuDNN's graph ---
@@ -218,9 +274,9 @@ class _Form:
         return fastunet.backend(self.backend) if self.backend else nullcontext()
 
 
-def net_opponents(
+def net_providers(
     device: torch.device, dtype: torch.dtype, *, training: bool, thorough: bool = False
-) -> list[Opponent]:
+) -> list[Provider]:
     """Of a whole net: one inference, or one training step (forward, BCE and Dice, backward, AdamW) under autocast.
 
     In 16 bits, inference has weights of that dtype, but for "eager channels_last AMP", which is what people write, and
@@ -251,11 +307,11 @@ def net_opponents(
     if not training:
         modes["compile freezing"] = "freezing"
     forms += [
-        (name, plain(mode=mode), compiled.obstacle(device, mode, thorough=thorough)) for name, mode in modes.items()
+        (name, plain(mode=mode), compile_obstacle(device, mode, thorough=thorough)) for name, mode in modes.items()
     ]
     prepare = _training_step if training else _inference
     return [
-        Opponent(
+        Provider(
             name,
             "NHWC" if form.layout == torch.channels_last else "NCHW",
             dtype_name(form.dtype),
@@ -264,6 +320,12 @@ def net_opponents(
         )
         for name, form, reason in forms
     ]
+
+
+def our_net(backend: str, dtype: torch.dtype, *, training: bool) -> Callable[..., Run]:
+    """Return what prepares ours under a backend: inference with weights of dtype, a training step under autocast."""
+    form = _Form(dtype, amp=training and dtype != torch.float32, backend=backend)
+    return functools.partial(_training_step if training else _inference, form)
 
 
 def _no_cuda(device: torch.device) -> str:
@@ -302,10 +364,10 @@ def _inference(form: _Form, model: fastunet.UNet, x: Tensor, target: Tensor | No
 def _compiled_net(function: Callable[..., Any], form: _Form, *arguments: Tensor) -> Callable[..., Any]:
     assert form.mode is not None
     if form.mode != "max-autotune":
-        return compiled.compile(function, form.mode)
+        return compiled(function, form.mode)
     for argument in arguments:
         torch._dynamo.mark_static_address(argument)  # Else each call would copy it to where the graph reads.
-    call = compiled.compile(function, form.mode)
+    call = compiled(function, form.mode)
 
     def replay(*arguments: Tensor) -> Any:
         torch.compiler.cudagraph_mark_step_begin()  # The outputs of the call before may be overwritten.
