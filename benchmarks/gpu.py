@@ -37,7 +37,7 @@ from .gpu_tables import Report, render, summarise
 from .harness.environment import ROOT, environment
 from .harness.worker import Budget
 from .results import Row, times_ms
-from .roofline import Roofs, floor_seconds, plot_roofline, points_of_report
+from .roofline import Roofs, floor_seconds, points_of_report
 
 # Seconds kept for ending a process and writing the files, and the least that the tests are begun with.
 _RESERVE, _LEAST_TESTS = 6.0, 30.0
@@ -142,6 +142,8 @@ def draw_roofline(out: Path, report: Report) -> str:
         return "no roofs, or no layer, were measured"
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed"
+    from .charts import plot_roofline
+
     plot_roofline(points, roofs, out / "roofline.png")
     return ""
 

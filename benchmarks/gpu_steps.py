@@ -23,7 +23,7 @@ from .harness.timing import burst_and_steady, clock_of, cudnn_benchmark, timing_
 from .harness.worker import Budget, Spawned
 from .providers import OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, reason_of
 from .results import Row, failure, is_ours
-from .roofs import measure_roofs
+from .roofline import measure_roofs
 from .runs import (
     Inputs,
     NetCheck,

@@ -1,10 +1,26 @@
-"""What a measurement gives: rows, and the tables written of them."""
+"""What a measurement gives: rows, the tables written of them, and the README's, made from those that are committed.
+
+    python -m benchmarks perf-table
+
+rewrites the text between the two marker lines of README.md. Its figures are those of the `summary` in
+benchmarks/results/<gpu>/gpu_report.json and benchmarks/results/cpu/*.json: by task ("inference", "training") and
+provider, how many times as long it takes as fastunet ("ratio", and of the rounds' ratios "p10" and "p90").
+benchmarks/results/cpu/drop_in_<task>.json give other people's U-Nets. Other files there have no part in it. What has no
+file is said to be unmeasured.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fastunet.files import written_whole
+
+from .harness.environment import ROOT
 from .harness.timing import Quantiles, ratio
 
 # A row says what was measured ("kind", "name", "variant"), its "status" and, where that is not "ok", the "reason"; one
@@ -13,14 +29,16 @@ Row = dict[str, Any]
 
 
 def timed(samples: Mapping[str, Sequence[float]]) -> Row:
-    """Return "samples_ms" by name, and "ratios": by how many times the others take longer than the first.
+    """Return "samples_ms" and "times_ms" by name, and "ratios": how many times as long as the first the others take.
 
     samples: seconds, of the same rounds. A ratio is the median of the rounds', with the 10th and 90th percentile.
     """
     first, *others = samples
     found = {name: ratio(samples, name, first) for name in others}
-    return {
-        "samples_ms": {name: [1e3 * seconds for seconds in values] for name, values in samples.items()},
+    row: Row = {"samples_ms": {name: [1e3 * seconds for seconds in values] for name, values in samples.items()}}
+    medians = {name: {"median": t.median, "p10": t.p10, "p90": t.p90} for name, t in times_ms(row).items()}
+    return row | {
+        "times_ms": medians,
         "ratios": {
             name: {"ratio": r.median, "p10": r.p10, "p90": r.p90, "rounds": r.samples} for name, r in found.items()
         },
@@ -62,3 +80,141 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     # A bar would end the cell.
     cells = [[cell.replace("|", "/").replace("\n", " ") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells))
+
+
+# --- the README's table ---
+
+BEGIN = "<!-- performance: made from benchmarks/results by `make perf-table` -->"
+END = "<!-- end of performance -->"
+_TASKS = {"inference": "inference", "training": "training step"}
+
+Result = Mapping[str, Any]
+
+
+class TableError(Exception):
+    """The README or a results file is not as expected."""
+
+
+def committed(folder: Path) -> dict[str, list[tuple[Path, Result]]]:
+    """The files with a summary of tasks, under "gpu" and "cpu", in the order of their paths."""
+    files = {"gpu": sorted(folder.glob("*/gpu_report.json")), "cpu": sorted(folder.glob("cpu/*.json"))}
+    read = {kind: [(path, json.loads(path.read_text())) for path in paths] for kind, paths in files.items()}
+    return {kind: [(path, found) for path, found in pairs if _has_tasks(found)] for kind, pairs in read.items()}
+
+
+def _has_tasks(found: Result) -> bool:
+    summary = found.get("summary", {})
+    return any(summary.get(task) for task in _TASKS)
+
+
+def generate(folder: Path) -> str:
+    """What stands between the markers: a table for each file, GPUs first, or that there is none."""
+    found = committed(folder)
+    parts = [_section(path.relative_to(folder.parents[1]), result) for path, result in found["gpu"]]
+    if not parts:
+        parts.append("Speed on a GPU: not measured. There is no `benchmarks/results/<gpu>/gpu_report.json`.")
+    parts += [_section(path.relative_to(folder.parents[1]), result) for path, result in found["cpu"]]
+    if not found["cpu"]:
+        parts.append("Speed on a CPU: not measured. There is no file of it in `benchmarks/results/cpu/`.")
+    for path in sorted(folder.glob("cpu/drop_in_*.json")):
+        parts.append(_drop_in_section(path.relative_to(folder.parents[1]), json.loads(path.read_text())))
+    return "\n\n".join(parts)
+
+
+def _section(path: Path, result: Result) -> str:
+    """Conditions and a table: how many times as long each provider takes."""
+    try:
+        summary, settings, environment = (result[name] for name in ("summary", "settings", "environment"))
+        tasks = {task: summary.get(task) or {} for task in _TASKS}
+        providers = list(dict.fromkeys(name for found in tasks.values() for name in found))
+        lines = [
+            f"| {name} | {' | '.join(ratio_text(found.get(name)) for found in tasks.values())} |" for name in providers
+        ]
+        header = [f"| time of ... / time of fastunet | {' | '.join(_TASKS.values())} |", "|---|--:|--:|"]
+        return "\n".join([_conditions(path, settings, environment), "", *header, *lines])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TableError(f"{path}: expected a summary, settings and environment of a net, got {error!r}") from error
+
+
+# The columns of other people's models: the time of the first over that of the second.
+_DROP_IN = (
+    ("eager", "fastunet"),
+    ("inductor", "fastunet"),
+    ("inductor channels_last", "fastunet.compile"),
+)
+
+
+def _drop_in_section(path: Path, result: Result) -> str:
+    """Conditions, and by model what is replaced, what is left and why, and how many times as long the others take."""
+    try:
+        settings, environment = result["settings"], result["environment"]
+        names = [f"{other} / {ours}" for other, ours in _DROP_IN]
+        header = [
+            f"| model | found | replaced | left, and why | {' | '.join(names)} |",
+            "|---|--:|--:|---|--:|--:|--:|",
+        ]
+        rows = []
+        for row in result["rows"]:
+            left = "; ".join(f"{count}: {reason.partition(':')[0]}" for reason, count in row["left"].items())
+            cells = [_drop_in_ratio(row, other, ours) for other, ours in _DROP_IN]
+            rows.append(f"| {row['name']} | {row['found']} | {row['replaced']} | {left} | {' | '.join(cells)} |")
+        side, batch = settings["size"], settings["batch"]
+        said = (
+            f"{environment['device']}, torch {environment['torch']}; {settings['task']} of other people's U-Nets, "
+            f"{settings['width']} channels in the first level, images of {side}x{side}, batches of {batch}, "
+            f"{settings['threads']} threads; medians of at most {settings['rounds']} rounds in turn, p10 to p90 in "
+            f"brackets; above 1, fastunet is faster (`{path}`):"
+        )
+        return "\n".join([said, "", *header, *rows])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TableError(f"{path}: expected the rows of `benchmarks dropin`, got {error!r}") from error
+
+
+def _drop_in_ratio(row: Result, other: str, ours: str) -> str:
+    """How many times as long as ours the other takes, or which of the two could not run the model."""
+    failed = [name for name in (other, ours) if name in row["failures"]]
+    if failed:
+        return f"{' and '.join(failed)}: failed"
+    times = row["ratios"][ours][other]
+    return f"{times['median']:.2f} ({times['p10']:.2f} to {times['p90']:.2f})"
+
+
+def _conditions(path: Path, settings: Result, environment: Result) -> str:
+    side, threads = settings["size"], settings.get("threads")
+    said = [
+        f"U-Net {'-'.join(map(str, settings['features']))}",
+        settings.get("dtype", "bfloat16"),
+        f"images of {side}x{side}",
+        f"batches of {settings['batch']}",
+        *([f"{threads} threads"] if threads else []),
+    ]
+    return (
+        f"{environment['device']}, torch {environment['torch']}; {', '.join(said)}; medians of at most "
+        f"{settings['rounds']} rounds in turn, p10 to p90 in brackets; above 1, fastunet is faster (`{path}`):"
+    )
+
+
+def replace_between(text: str, generated: str) -> str:
+    """The text with what stands between its markers replaced. TableError unless it has each marker once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise TableError(f"expected one line {BEGIN!r} and after it one {END!r}")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.partition(END)[2]}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
+
+
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Rewrite the README; return 0, or 1 with the reason."""
+    readme = options.root / "README.md"
+    try:
+        text = readme.read_text()
+        with written_whole(readme) as temporary:
+            temporary.write_text(replace_between(text, generate(options.root / "benchmarks" / "results")))
+    except (OSError, ValueError, TableError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

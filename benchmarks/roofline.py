@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastunet.files import written_whole
-
 from .cases import DTYPE, DTYPES, Layer, Pass, Settings, eager_passes, fused_pass
-from .results import markdown, times_ms
+from .harness.timing import Clock, Quantiles, burst_and_steady, clock_of, interleaved_samples
+from .results import Row, markdown, times_ms
 
 
 @dataclass(frozen=True)
@@ -133,154 +132,136 @@ def _line(
     return cells
 
 
-# --- the plot ---
+# --- the peak rates of a device, measured: what copying, multiplying and reading L2 reach there ---
 
-# Okabe and Ito's colours; shape and filling tell the same as colour does.
-_STYLES = {
-    "faster": {"marker": "^", "color": "#009E73", "label": "{ours}: measured, faster than {others}"},
-    "slower": {"marker": "v", "color": "#D55E00", "label": "{ours}: measured, slower than {others}"},
-    "alone": {"marker": "s", "color": "#0072B2", "label": "{ours}: measured, nothing to compare with"},
+# What runs on CUDA: reads, past L1 (.cg), `count` vectors `repeats` times. Each pass begins elsewhere, so that no load
+# of it can be taken from the pass before. The sum is stored where it can never be seen to be the value.
+_READ_L2 = r"""
+extern "C" __global__ void read_l2(const float4* data, float* out, unsigned count, unsigned repeats) {
+    float sum = 0.0f;
+    for (unsigned pass = 0; pass < repeats; ++pass)
+        for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) {
+            const float4 v = __ldcg(data + ((i + pass * 4099u) & (count - 1u)));
+            sum += v.x + v.y + v.z + v.w;
+        }
+    if (sum == 1.0e30f) out[0] = sum;
 }
-_LABEL_GAP = 0.024  # of the plot's width, between the labels' centres
+"""
+_VECTOR = 16
 
 
-def verdict(point: Point) -> str:
-    """Of the first implementation measured: "faster" or "slower" than the best of the others, "alone" without any."""
-    ours, *others = point.measured.values()
-    if not others:
-        return "alone"
-    return "faster" if ours < min(others) else "slower"
-
-
-def plot_roofline(points: Sequence[Point], roofs: Roofs, path: Path, *, title: str = "U-Net layers, forward") -> None:
-    """Write the roofline as a PNG: FLOP/s against FLOP per byte of memory traffic, both logarithmic.
-
-    A layer's floor lies on the roof; below it, joined by a line, is what the first implementation of `measured`
-    reached, with a marker that tells whether another was faster. Raises ValueError without a point.
+@dataclass(frozen=True)
+class Sizes:
+    """copy_bytes: of the tensor that is copied. side: of the square matrices. rounds: samples of a copy. seconds: of
+    multiplying without a break.
     """
-    if not points:
-        raise ValueError("expected at least one point to plot, got none")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xscale="log", yscale="log")
-    axes.set_title(title)
-    axes.set_xlabel("arithmetic intensity: FLOP per byte read from or written to GPU memory, at least")
-    axes.set_ylabel("speed: TFLOP/s")
-    axes.grid(which="major", alpha=0.25)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    intensities = [point.flops / point.bytes for point in points]
-    ridge = roofs.matmul_flops / roofs.copy_bytes
-    left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
-    speeds = [point.flops / seconds / 1e12 for point in points for seconds in (point.floor, *_first(point))]
-    # The labels stand in the lowest quarter.
-    top, lowest = roofs.matmul_flops / 1e12 * 2.2, min(speeds)
-    axes.set_xlim(left, right)
-    axes.set_ylim(lowest / (top / lowest) ** 0.4, top)
-    _draw_roofs(axes, roofs, left, right)
-    _draw_points(axes, points)
-    _draw_labels(axes, points, intensities)
-    axes.legend(loc="upper left", framealpha=1)
-    if roofs.source:
-        figure.supxlabel(f"roofs: {roofs.source}", fontsize=9, x=0.99, ha="right")
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png")
+    copy_bytes: int
+    side: int
+    rounds: int = 20
+    seconds: float = 2.0
+
+    @classmethod
+    def of(cls, device: torch.device) -> Sizes:
+        """Far past the caches, and products that fill the device."""
+        if device.type == "cuda":
+            return cls(1 << 30, 8192)
+        return cls(1 << 27, 1024, seconds=0.5)
 
 
-def _first(point: Point) -> list[float]:
-    return [*point.measured.values()][:1]
+def measure_roofs(device: torch.device, sizes: Sizes | None = None, clock: Clock | None = None) -> Row:
+    """The row: "copy", "matmul" and "l2", each with its rate and how it was measured; of the last, None and a reason
+    where it cannot be.
+    """
+    sizes, clock = sizes or Sizes.of(device), clock or clock_of(device)
+    return {
+        "copy": copy_rate(device, sizes, clock),
+        "matmul": matmul_rate(device, sizes, clock),
+        "l2": l2_rate(device, clock),
+    }
 
 
-def _draw_roofs(axes: Any, roofs: Roofs, left: float, right: float) -> None:
-    peak = roofs.matmul_flops / 1e12
-    slopes = [(roofs.copy_bytes, "-", "memory")]
-    if roofs.l2_bytes is not None:
-        slopes.append((roofs.l2_bytes, "--", "L2, for data that is there already"))
-    for rate, line, name in slopes:
-        ridge = roofs.matmul_flops / rate
-        # From the first intensity shown to the ridge, where arithmetic takes over.
-        axes.plot([left, ridge], [left * rate / 1e12, peak], color="black", linestyle=line, linewidth=1.5)
-        at = math.sqrt(max(left, ridge / 30) * ridge)
-        axes.annotate(
-            f"{name}: {rate / 1e12:.3g} TB/s", (at, at * rate / 1e12), (-6, 6), textcoords="offset points",
-            rotation=_slope_angle(axes), rotation_mode="anchor", ha="center", va="bottom",
-        )  # fmt: skip
-    axes.plot([min(roofs.matmul_flops / rate for rate, _, _ in slopes), right], [peak, peak], color="black")
-    axes.annotate(
-        f"matrix products: {peak:.4g} TFLOP/s", (right, peak), (-6, 5), textcoords="offset points", ha="right"
+def copy_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
+    """ "gb_per_s" (10^9 bytes), read and written, of one large Tensor.copy_."""
+    source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).random_(0, 256)
+    target = torch.empty_like(source)
+    samples = interleaved_samples({"copy": [lambda: target.copy_(source)]}, clock, rounds=sizes.rounds)
+    times = Quantiles.of(samples["copy"])
+    how = f"Tensor.copy_ of {sizes.copy_bytes} bytes, counted twice; median of {times.samples}"
+    return {"gb_per_s": 2 * sizes.copy_bytes / times.median / 1e9, "how": how, "seconds": asdict(times)}
+
+
+def matmul_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
+    """ "burst_tflops" and "steady_tflops" (10^12 multiplications and additions) of square bfloat16 matrices."""
+    side = sizes.side
+    a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    burst, steady = burst_and_steady(lambda: torch.mm(a, b, out=out), clock, seconds=sizes.seconds)
+    how = (
+        f"torch.mm of {side} x {side} normal bfloat16; burst: median of the first {burst.samples} after a second of "
+        f"rest; steady: of the last {steady.samples} of {sizes.seconds:g} s without a break"
     )
 
+    def tflops(times: Quantiles) -> float:
+        return 2 * side**3 / times.median / 1e12
 
-def _slope_angle(axes: Any) -> float:
-    """Degrees at which proportionality rises in the axes as they are laid out by now."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    box = axes.get_position()
-    width, height = axes.figure.get_size_inches()
-    rise = height * box.height / math.log(top / bottom)
-    return math.degrees(math.atan2(rise, width * box.width / math.log(right / left)))
-
-
-def _draw_points(axes: Any, points: Sequence[Point]) -> None:
-    def place(group: Iterable[Point], seconds: Callable[[Point], float]) -> list[list[float]]:
-        group = list(group)
-        return [[p.flops / p.bytes for p in group], [p.flops / seconds(p) / 1e12 for p in group]]
-
-    axes.plot(
-        *place(points, lambda p: p.floor), linestyle="", marker="o", markerfacecolor="white", color="black",
-        markersize=6, label="floor: one fused pass at the roofs", zorder=3,
-    )  # fmt: skip
-    measured = [point for point in points if point.measured]
-    for point in measured:
-        speeds = [point.flops / seconds / 1e12 for seconds in (*_first(point), point.floor)]
-        at = point.flops / point.bytes
-        axes.plot([at, at], speeds, color="grey", linewidth=0.8, zorder=1)
-    for kind, style in _STYLES.items():
-        group = [point for point in measured if verdict(point) == kind]
-        if group:
-            label = style["label"].format(ours=_names(group, slice(0, 1)), others=_names(group, slice(1, None)))
-            x, y = place(group, lambda p: _first(p)[0])
-            axes.plot(
-                x, y, linestyle="", marker=style["marker"], color=style["color"], markersize=9, label=label, zorder=4
-            )
+    return {
+        "burst_tflops": tflops(burst),
+        "steady_tflops": tflops(steady),
+        "how": how,
+        "seconds": {"burst": asdict(burst), "steady": asdict(steady)},
+    }
 
 
-def _names(group: Sequence[Point], which: slice) -> str:
-    return " and ".join(dict.fromkeys(name for point in group for name in [*point.measured][which]))
+@dataclass(frozen=True)
+class Reader:
+    """run reads `total_bytes` of a buffer of `buffer_bytes` that stays in L2."""
+
+    run: Callable[[], Any]
+    buffer_bytes: int
+    total_bytes: int
 
 
-def _draw_labels(axes: Any, points: Sequence[Point], intensities: Sequence[float]) -> None:
-    """Names side by side at the bottom, upright, each led to its lowest marker."""
-    (left, right), order = axes.get_xlim(), sorted(range(len(points)), key=lambda i: intensities[i])
-    wanted = [math.log(intensities[i] / left) / math.log(right / left) for i in order]
-    for i, x in zip(order, spread(wanted, _LABEL_GAP), strict=True):
-        point = points[i]
-        speed = point.flops / max(point.floor, *_first(point), 0) / 1e12
-        axes.annotate(
-            point.name, (intensities[i], speed), (x, 0.015), textcoords="axes fraction", rotation=90, ha="center",
-            va="bottom", fontsize=9, arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5, "shrinkB": 4},
-        )  # fmt: skip
+def l2_rate(
+    device: torch.device, clock: Clock, make_reader: Callable[[torch.device], Reader] | None = None, rounds: int = 20
+) -> Row:
+    """ "gb_per_s" of reading what lies in L2; None and a "reason" where there is no CUDA, or no CuPy."""
+    if device.type != "cuda" and make_reader is None:
+        return {"gb_per_s": None, "reason": f"the device is {device.type}, not cuda"}
+    try:
+        reader = (make_reader or cupy_reader)(device)
+        times = Quantiles.of(interleaved_samples({"read": [reader.run]}, clock, rounds=rounds)["read"])
+    except ImportError as error:
+        return {"gb_per_s": None, "reason": f"CuPy cannot be imported: {error}"}
+    except Exception as error:  # CuPy's own, such as a compiler that it does not find: the other roofs still count.
+        return {"gb_per_s": None, "reason": f"{type(error).__name__}: {error}"}
+    how = f"a kernel of 16-byte ld.global.cg over {reader.buffer_bytes} bytes; median of {times.samples}"
+    return {"gb_per_s": reader.total_bytes / times.median / 1e9, "how": how, "seconds": asdict(times)}
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Ascending positions, each at least `gap` from the next and all as near to the ascending `wanted` as that allows
-    within 0 to 1 (least squares: runs that are too close share the room about their mean).
-    """
-    if len(wanted) * gap > 1:
-        gap = 1 / len(wanted)
-    # Isotonic regression of wanted[i] - i * gap, by pooling neighbours that are out of order.
-    pools: list[tuple[float, int]] = []
-    for i, x in enumerate(wanted):
-        total, count = x - i * gap, 1
-        while pools and pools[-1][0] / pools[-1][1] > total / count:
-            before, number = pools.pop()
-            total, count = total + before, count + number
-        pools.append((total, count))
-    offsets = [total / count for total, count in pools for _ in range(count)]
-    highest = 1 - gap / 2 - (len(wanted) - 1) * gap
-    return [min(max(offset, gap / 2), highest) + i * gap for i, offset in enumerate(offsets)]
+def l2_buffer_bytes(cache: int) -> int:
+    """The largest power of two within a quarter of L2: half of a divided L2 is then enough for all of it."""
+    return 1 << int(math.log2(cache // 4))
+
+
+def cupy_reader(device: torch.device) -> Reader:
+    """The reader on the current stream, compiled by CuPy. ImportError without it."""
+    import cupy
+
+    properties = torch.cuda.get_device_properties(device)
+    size, repeats, threads = l2_buffer_bytes(properties.L2_cache_size), 64, 512
+    data = torch.randn(size // 4, device=device)
+    out = torch.zeros(1, device=device)
+    kernel = cupy.RawKernel(_READ_L2, "read_l2")
+    arrays = cupy.from_dlpack(data), cupy.from_dlpack(out)
+    counts = cupy.uint32(size // _VECTOR), cupy.uint32(repeats)
+    grid = 4 * properties.multi_processor_count
+
+    def run() -> None:
+        with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream):
+            kernel((grid,), (threads,), (*arrays, *counts))
+
+    return Reader(run, size, size * repeats)
 
 
 # --- the command ---
@@ -301,6 +282,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     is_instance = settings.norm == "instance"
     print(roofline_table(layers, lambda layer: eager_seconds(layer, roofs, dtype, instance_norm=is_instance), points))
     if options.out is not None:
+        from .charts import plot_roofline
+
         plot_roofline(points, roofs, options.out)
         print(options.out)
     return 0

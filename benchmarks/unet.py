@@ -1,30 +1,326 @@
-"""A whole net against the nets people run. --host: what its calls alone cost the host, on images of 16x16 pixels."""
+"""A whole net against the nets people run: inference, a training step, and the net's layers.
+
+    python -m benchmarks unet [--device cpu|cuda] [--dtype bfloat16] [--size 256] [--no-layers] [--out JSON]
+
+All that are compared take turns in one run, and the ratio is that of each round; what is not right, or does not run,
+is named with its reason and has no time. `fastunet bench` draws the same.
+
+    python -m benchmarks unet --host [--out JSON]
+
+times what a net costs the host: `fastunet.UNet` and the same net in plain modules, with next to nothing to compute.
+Images of 16x16 pixels and few channels leave the calls alone to be timed: the classic net of 64 to 1024 channels
+multiplies 31 million weights even for one pixel. One thread, float32, channels_last. A training step is forward and
+backward from a random cotangent; loss and optimiser, which both nets would share, are left out. It takes two images:
+at the bottom one has a single pixel, from which batch norm has no variance.
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+import fastunet
+from fastunet.checks import ConfigError
+from fastunet.dispatch import selected_backend
 from fastunet.files import write_json
+from fastunet.testing import random_cotangent
+
+from .cases import DTYPES, TASKS, Layer, Settings, unet_layers
+from .harness.environment import environment
+from .providers import OURS, Provider, Run, dtype_name, layer_providers, net_providers
+from .results import Row, markdown, ratio_text, times_ms
+from .runs import (
+    NetCheck,
+    check_layer,
+    device_inputs,
+    images,
+    input_sets,
+    make_net,
+    right_runs,
+    target_for,
+    time_in_turn,
+)
+
+# The reference model as people run it.
+PLAIN = "eager channels_last"
+# What --host times. A CPU's allocator takes a while to settle.
+HOST = Settings("cpu", "float32", size=16, batch=1, features=(4, 8, 8, 8, 8), rounds=400, seconds=60.0, warmup=30)
+
+# Providers that compile for each layer anew, which takes longer than the layers.
+_COMPILE_EACH_LAYER = ("compile", "compile max-autotune")
+# Layers of every kind, from both ends of the net.
+_FEW = ("inc.c1", "inc.c2", "down1.c1", "up1.up", "up1.c1", "outc")
+
+
+def default_settings(device: str, dtype: torch.dtype, *, quick: bool = False, **given: Any) -> Settings:
+    """What takes about three minutes on two CPU cores, or on a GPU; `quick`, half a minute. given: replaces parts."""
+    chosen: dict[str, Any] = {"size": 256, "batch": 1, "features": (32, 64, 128, 256, 512)}
+    chosen |= {"rounds": 15, "seconds": 15.0}
+    if device == "cuda":
+        chosen = {"size": 512, "batch": 16, "features": (64, 128, 256, 512, 1024), "rounds": 50, "seconds": 5.0}
+    if quick:
+        chosen |= {"rounds": 7, "seconds": 3.0, "warmup": 1, "compiles": False, "layers": _FEW}
+        if device != "cuda":
+            chosen |= {"size": 128, "features": (16, 32, 64, 128, 256)}
+    return Settings(device, dtype_name(dtype), **(chosen | given))
+
+
+def check_settings(settings: Settings) -> None:
+    """ConfigError unless there is a net of those features, and its images reach its bottom."""
+    if len(settings.features) < 2 or min(settings.features) < 1:
+        raise ConfigError(f"features: expected two or more numbers from 1, got {settings.features}")
+    least = 2 ** (len(settings.features) - 1)
+    if settings.size < least or settings.batch < 1:
+        raise ConfigError(f"expected size >= {least} and batch >= 1, got {settings.size} and {settings.batch}")
+    if settings.batch == 1 and settings.size < 2 * least:
+        raise ConfigError(
+            f"size, batch: expected more than one value per channel at the bottom for batch norm in training, got one: "
+            f"take a batch of 2, or images of {2 * least}"
+        )
+
+
+def compare(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
+    """A row for each task of the net, then for each layer, as they come; progress gets what is being done."""
+    check_settings(settings)
+    model = make_net(settings)
+    layers = unet_layers(model, settings.batch, settings.size, settings.size)
+    flops = {
+        "inference": sum(layer.flops for layer in layers),
+        "training": sum(layer.flops + layer.backward_flops for layer in layers),
+    }
+    for task in TASKS:
+        yield compare_net(settings, model, task, flops[task], progress)
+    del model
+    for layer in layers:
+        if settings.layers is None or layer.name in settings.layers:
+            progress(layer.name)
+            yield compare_layer(settings, layer)
+
+
+def compare_net(
+    settings: Settings,
+    model: fastunet.UNet,
+    task: str,
+    flops: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Row:
+    """The row of "inference" or "training" of the model; flops: of one run."""
+    device, training = settings.torch_device, task == "training"
+    x = images(settings, settings.batch, settings.size)
+    target = target_for(settings, x)
+    net_check = NetCheck(model, x, target, training=training)
+    providers = net_providers(device, settings.torch_dtype, training=training, thorough=settings.thorough)
+
+    def prepare(provider: Provider) -> list[Run]:
+        progress(f"{task}: {provider.name}")
+        return [provider.prepare(model, x, target if training else None)]
+
+    row = {"kind": "net", "name": task, "flops": flops, "images": settings.batch}
+    skip = {} if settings.compiles else {each.name: _NOT_ASKED for each in providers if each.name.startswith("compile")}
+    return row | run_comparison(settings, providers, prepare, net_check.check, skip)
+
+
+_NOT_ASKED = "torch.compile was not asked for"
+
+
+def compare_layer(settings: Settings, layer: Layer) -> Row:
+    """The row of one layer's forward pass, on inputs that have left the cache."""
+    device = settings.torch_device
+    inputs = device_inputs(layer, device, settings.torch_dtype)
+    sets = input_sets(inputs, device)
+    providers = layer_providers(layer, device, settings.torch_dtype, thorough=settings.thorough)
+
+    def prepare(provider: Provider) -> list[Run]:
+        return [provider.prepare(each) for each in sets]
+
+    def check(provider: Provider, result: Any) -> None:
+        check_layer(layer, inputs, result, allow_tf32=device.type == "cuda")
+
+    row = {"kind": "layer", "name": layer.name, "op": layer.op, "flops": layer.flops}
+    row["shapes"] = {name: list(shape) for name, shape in layer.shapes.items()}
+    skip = {} if settings.thorough else dict.fromkeys(_COMPILE_EACH_LAYER, "compiling each layer was not asked for")
+    return row | run_comparison(settings, providers, prepare, check, skip)
+
+
+def run_comparison(
+    settings: Settings,
+    providers: Sequence[Provider],
+    prepare: Callable[[Provider], list[Run]],
+    check: Callable[[Provider, Any], object],
+    skip: Mapping[str, str],
+) -> Row:
+    """The row of a comparison, the first provider ours.
+
+    "status" is "ok", or "parity failed", or "failed" where ours has no time; then nothing has.
+    """
+    ours, *others = providers
+    runs, missing = right_runs([ours], prepare, check, skip)
+    if not runs:
+        status = "parity failed" if missing[OURS].startswith("parity failed") else "failed"
+        return {"status": status, "missing": missing, "forms": _forms(providers)}
+    found, missing = right_runs(others, prepare, check, skip)
+    row: Row = {"status": "ok", "missing": missing, "forms": _forms(providers), **time_in_turn(settings, runs | found)}
+    if "eager" in row["samples_ms"]:
+        times = times_ms(row)["eager"]
+        row["unsteady"] = times.p90 / times.p10 > STEADY
+    return row
+
+
+# The spread, p90 / p10, of the plainest provider's times, above which other work has disturbed the machine too much.
+STEADY = 1.15
+
+
+def _forms(providers: Sequence[Provider]) -> dict[str, Row]:
+    return {each.name: {"layout": each.layout, "dtype": each.dtype} for each in providers}
+
+
+def summarise(rows: Sequence[Row]) -> Row:
+    """By task, each provider's ratio; of the layers, by provider, how many ours is faster in, and of how many.
+
+    "unsteady": tasks whose figures count for nothing, since eager's own times vary too much.
+    """
+    summary: Row = {row["name"]: row["ratios"] for row in rows if row["kind"] == "net" and "ratios" in row}
+    layers: dict[str, Row] = {}
+    for row in rows:
+        if row["kind"] == "layer":
+            for name, found in row.get("ratios", {}).items():
+                counts = layers.setdefault(name, {"faster": 0, "compared": 0})
+                counts["compared"] += 1
+                counts["faster"] += found["ratio"] > 1
+    unsteady = [row["name"] for row in rows if row.get("unsteady")]
+    return summary | {
+        "layers": layers,
+        "not_measured": sum(row["status"] != "ok" for row in rows),
+        "unsteady": unsteady,
+    }
+
+
+def report(settings: Settings, rows: Sequence[Row]) -> Row:
+    """What the JSON file holds."""
+    return {
+        "summary": summarise(rows),
+        "environment": environment(settings.device),
+        "settings": {**asdict(settings), "threads": torch.get_num_threads(), "backend": selected_backend()},
+        "rows": list(rows),
+    }
+
+
+# --- what the calls cost the host ---
+
+
+def compare_host(settings: Settings) -> Row:
+    """Return what the JSON file holds: a row for each task, with every sample, and the summary of their ratios."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = [_host_row(settings, task) for task in TASKS]
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "summary": {row["name"]: row["ratios"] for row in rows},
+        "environment": environment("cpu"),
+        "settings": {**asdict(settings), "threads": 1},
+        "rows": rows,
+    }
+
+
+def _host_row(settings: Settings, task: str) -> Row:
+    torch.manual_seed(0)
+    model = fastunet.UNet(settings.in_channels, settings.out_channels, features=settings.features)
+    plain: Any = model.to_reference()
+    images = settings.batch if task == "inference" else max(2, settings.batch)
+    x = torch.randn(images, settings.in_channels, settings.size, settings.size)
+    x = x.contiguous(memory_format=torch.channels_last)
+    make = _host_inference if task == "inference" else _host_training_step
+    runs = {OURS: [make(model, x)], PLAIN: [make(plain.to(memory_format=torch.channels_last), x)]}
+    return {
+        "kind": "net",
+        "name": task,
+        "status": "ok",
+        "missing": {},
+        "images": images,
+        **time_in_turn(settings, runs),
+    }
+
+
+def _host_inference(net: nn.Module, x: Tensor) -> Callable[[], Any]:
+    net = copy.deepcopy(net).eval()
+
+    def run() -> None:
+        with torch.no_grad():
+            net(x)
+
+    return run
+
+
+def _host_training_step(net: nn.Module, x: Tensor) -> Callable[[], Any]:
+    net = copy.deepcopy(net).train()
+    with torch.no_grad():
+        cotangent = random_cotangent(net(x))
+
+    def run() -> None:
+        net.zero_grad()
+        net(x).backward(cotangent)
+
+    return run
+
+
+# --- the command ---
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--host", action="store_true", required=True, help="time the calls, on next to no arithmetic")
-    parser.add_argument("--rounds", type=int, help="samples of each time, at most")
+    parser.add_argument("--host", action="store_true", help="time the calls, on next to no arithmetic")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=[*DTYPES], default="float32")
+    parser.add_argument("--size", type=int, help="side of the square images")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--features", type=int, nargs="+")
+    parser.add_argument("--rounds", type=int, help="take so many samples of each, however long")
+    parser.add_argument("--no-layers", action="store_true", help="the net alone")
+    parser.add_argument("--all", action="store_true", help="also what takes minutes to compile")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write every sample and the ratios")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Time, print and write; return the exit code."""
-    from . import host
-
+    """Time, print and write; return 0, or 1 if ours is wrong."""
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("size", "batch", "rounds")}
+    given["features"] = None if options.features is None else tuple(options.features)
+    given = {name: value for name, value in given.items() if value is not None}
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds: expected 1 or more, got {options.rounds}")
-    found = host.compare(host.Settings(**({} if options.rounds is None else {"rounds": options.rounds})))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here")
+    if options.host:
+        found = compare_host(replace(HOST, **given))
+    else:
+        given |= {"seconds": math.inf} if options.rounds is not None else {}
+        given |= {"layers": ()} if options.no_layers else {}
+        settings = default_settings(options.device, DTYPES[options.dtype], thorough=options.all, **given)
+        try:
+            found = report(settings, list(compare(settings, lambda doing: print(doing, flush=True))))
+        except ConfigError as error:
+            parser.error(str(error))
     for row in found["rows"]:
-        print(host.line(row))
+        print(f"\n{row['name']}\n\n{_table(row)}")
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.out, found)
-    return 0
+    return 1 if any(row["status"] != "ok" for row in found["rows"]) else 0
+
+
+def _table(row: Row) -> str:
+    lines = [
+        [name, f"{times.median:.3f} ({times.p10:.3f} to {times.p90:.3f})", ratio_text(row["ratios"].get(name)), ""]
+        for name, times in times_ms(row).items()
+    ]
+    lines += [[name, "", "", reason.partition("\n")[0]] for name, reason in row["missing"].items()]
+    return markdown(["", "ms", "its time / ours", "why not"], lines)

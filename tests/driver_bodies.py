@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fake_driver
 import torch
-from fake_driver import StandIn
+from fake_driver import FakeDriver
 from fastunet.benchmarks import jobs
 from fastunet.kernels import gpu
 
@@ -23,7 +23,7 @@ import fastunet
 from fastunet.testing import parity
 
 
-def nets(driver: StandIn) -> int:
+def nets(driver: FakeDriver) -> int:
     """The launches of nets' inference and of their training steps, with channels and sizes that suit, and others."""
     loss = fastunet.losses.DiceLoss(sigmoid=True)
     cases = (
@@ -41,7 +41,7 @@ def nets(driver: StandIn) -> int:
     return len(steps)
 
 
-def eight_bits(driver: StandIn) -> int:
+def eight_bits(driver: FakeDriver) -> int:
     """The launches of a net in 8 bits, and of torch.compile's of it and of the net it is made of."""
     x = torch.randn(1, 3, 32, 16, dtype=torch.bfloat16)
     model = fastunet.UNet(3, 2, features=(32, 64, 128)).to(x.dtype).eval()
@@ -57,7 +57,7 @@ def eight_bits(driver: StandIn) -> int:
     return sum(counts)
 
 
-def lone_channels(driver: StandIn) -> int:
+def lone_channels(driver: FakeDriver) -> int:
     """The launches of every op, forward and backward, on one channel: of a 1 Triton makes a constant in the kernel."""
     cpu = torch.device("cpu")
     with fastunet.backend("triton"), gpu.recording() as steps:
@@ -71,7 +71,7 @@ def lone_channels(driver: StandIn) -> int:
     return len(steps)
 
 
-def ops(driver: StandIn) -> int:
+def ops(driver: FakeDriver) -> int:
     """A launch of each op of `benchmarks static`, in bfloat16, on tensors without memory."""
     capability = gpu.target(torch.device("cpu")).capability
     chosen = [job for job in jobs.all_jobs() if job.capability == capability and job.dtype == torch.bfloat16]

@@ -18,7 +18,7 @@ from fastunet.checks import MissingPackageError
 _LIBRARY = "libcuda.so.1"
 
 
-class StandIn:
+class FakeDriver:
     """A driver in this process, and what has reached it."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -50,7 +50,7 @@ def load(folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def activate(folder: Path, capability: int) -> StandIn:
+def activate(folder: Path, capability: int) -> FakeDriver:
     """Have this process launch kernels on tensors of the CPU, as on a GPU of that capability, from now on.
 
     The driver and Triton's cache lie in the folder. No kernel runs: what one would compute is whatever lay there.
@@ -71,4 +71,4 @@ def activate(folder: Path, capability: int) -> StandIn:
     gpu.target = lambda device: target
     # So that kernels are launched on tensors of the CPU.
     dispatch.interpreting = lambda: True  # type: ignore[assignment]
-    return StandIn(library)
+    return FakeDriver(library)

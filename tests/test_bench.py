@@ -14,11 +14,12 @@ pytest.importorskip("rich", reason="needs the extra train")
 import numpy as np
 import torch
 from command import fastunet
-from fastunet.benchmarks import comparison, perf_table
-from fastunet.benchmarks.comparison import Settings, default_settings
-from fastunet.benchmarks.comparison_report import draw, tables
+from fastunet.benchmarks import results, unet
+from fastunet.benchmarks.cases import Settings
+from fastunet.benchmarks.charts import draw, tables
 from fastunet.benchmarks.providers import OURS, Provider, Unavailable
 from fastunet.benchmarks.runs import runs_or_reason
+from fastunet.benchmarks.unet import default_settings
 from PIL import Image
 from rich.console import Console
 
@@ -63,11 +64,11 @@ def test_the_json_has_every_sample_and_the_ratios_of_its_rounds(done: tuple[str,
 
 
 def test_the_readmes_table_takes_the_file(done: tuple[str, Path], tmp_path: Path) -> None:
-    results = tmp_path / "benchmarks" / "results"
-    (results / "cpu").mkdir(parents=True)
-    (results / "cpu" / "unet_cpu.json").write_bytes((done[1] / "bench.json").read_bytes())
+    folder = tmp_path / "benchmarks" / "results"
+    (folder / "cpu").mkdir(parents=True)
+    (folder / "cpu" / "unet_cpu.json").write_bytes((done[1] / "bench.json").read_bytes())
     ratio = json.loads((done[1] / "bench.json").read_text())["summary"]["inference"]["eager folded"]["ratio"]
-    assert f"| eager folded | {ratio:.2f} (" in perf_table.generate(results)
+    assert f"| eager folded | {ratio:.2f} (" in results.generate(folder)
 
 
 def test_the_terminal_shows_all_that_the_file_has(done: tuple[str, Path]) -> None:
@@ -130,7 +131,7 @@ def raising(error: Exception) -> Any:
 
 
 def compared(*providers: Provider, check: Any = lambda each, result: None) -> dict[str, Any]:
-    return comparison.run_comparison(TINY, providers, lambda each: [each.prepare()], check, {"skipped": "not wanted"})
+    return unet.run_comparison(TINY, providers, lambda each: [each.prepare()], check, {"skipped": "not wanted"})
 
 
 def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
@@ -203,7 +204,7 @@ def test_losing_cases_are_drawn_and_listed_like_winning_ones(tmp_path: Path) -> 
             "fast": {"ratio": 0.25, "p10": 0.2, "p90": 0.3, "rounds": 3},
         },
     }
-    report = comparison.report(TINY, [row])
+    report = unet.report(TINY, [row])
     draw(report, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
@@ -218,7 +219,7 @@ def test_losing_cases_are_drawn_and_listed_like_winning_ones(tmp_path: Path) -> 
 
 
 def test_a_picture_without_anything_compared_says_so(tmp_path: Path) -> None:
-    draw(comparison.report(TINY, []), tmp_path / "empty.png")
+    draw(unet.report(TINY, []), tmp_path / "empty.png")
     with Image.open(tmp_path / "empty.png") as picture:
         assert np.asarray(picture.convert("L")).min() < 50
 

@@ -135,6 +135,18 @@ def test_no_import_goes_up(path: Path) -> None:
     assert not wrong, f"{unit} (floor {FLOORS[unit]}) imports {sorted(wrong)}"
 
 
+def test_product_code_does_not_import_the_benchmarks_but_for_the_command_bench() -> None:
+    users = {
+        path.relative_to(ROOT).parts[1].removesuffix(".py")
+        for path in sources()
+        if path.relative_to(ROOT).parts[0] in ("fastunet", "kernels")
+        and any(name.startswith("fastunet.benchmarks") for name in imported_modules(path))
+    }
+    assert users == {"cli"}
+    result = run_python("import sys, fastunet.cli; print(*(m for m in sys.modules if 'benchmarks' in m))")
+    assert result.stdout.strip() == "", result.stderr
+
+
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 

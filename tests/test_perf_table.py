@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from fastunet.benchmarks import perf_table
+from fastunet.benchmarks import results
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.perf_table import BEGIN, END, TableError
+from fastunet.benchmarks.results import BEGIN, END, TableError
 
 ROOT = Path(__file__).parents[1]
 RATIO = {"ratio": 1.526, "p10": 1.5, "p90": 1.57}
@@ -30,9 +30,7 @@ def write(root: Path, name: str, value: object) -> Path:
 
 def test_the_readme_is_up_to_date() -> None:
     text = (ROOT / "README.md").read_text()
-    assert perf_table.replace_between(text, perf_table.generate(ROOT / "benchmarks/results")) == text, (
-        "run `make perf-table`"
-    )
+    assert results.replace_between(text, results.generate(ROOT / "benchmarks/results")) == text, "run `make perf-table`"
 
 
 def test_figures_come_from_the_files(tmp_path: Path) -> None:
@@ -40,7 +38,7 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
     training["summary"]["training"] = {"eager": {"ratio": 2.0, "p10": 1.9, "p90": 2.1}}
     write(tmp_path, "cpu/accuracy_steps_400.json", {"plain": {}})
     write(tmp_path, "cpu/unet_cpu.json", RESULT)
-    text = perf_table.generate(write(tmp_path, "a_gpu/gpu_report.json", training))
+    text = results.generate(write(tmp_path, "a_gpu/gpu_report.json", training))
     gpu, cpu = text.split("benchmarks/results/cpu/unet_cpu.json")
     assert "| eager | 1.53 (1.50 to 1.57) | 2.00 (1.90 to 2.10) |" in gpu
     assert "| eager | 1.53 (1.50 to 1.57) |  |" in cpu
@@ -58,16 +56,16 @@ def test_other_peoples_models(tmp_path: Path) -> None:
     row["ratios"] = {"fastunet": {"eager": ratio}}
     row["failures"] = {"inductor": "strides", "fastunet.compile": "too", "inductor channels_last": "as well"}
     result = {"environment": RESULT["environment"], "settings": settings, "rows": [row]}
-    text = perf_table.generate(write(tmp_path, "cpu/drop_in_inference.json", result))
+    text = results.generate(write(tmp_path, "cpu/drop_in_inference.json", result))
     failed = "inductor: failed | inductor channels_last and fastunet.compile: failed"
     assert f"| a net | 5 | 3 | 2: too large | 1.01 (0.90 to 1.10) | {failed} |" in text
     assert "32 channels in the first level, images of 256x256" in text
     with pytest.raises(TableError, match=r"drop_in_inference\.json"):
-        perf_table.generate(write(tmp_path, "cpu/drop_in_inference.json", {**result, "rows": [{}]}))
+        results.generate(write(tmp_path, "cpu/drop_in_inference.json", {**result, "rows": [{}]}))
 
 
 def test_without_results_it_says_so(tmp_path: Path) -> None:
-    text = perf_table.generate(write(tmp_path, "cpu/accuracy.json", {"plain": {}}))
+    text = results.generate(write(tmp_path, "cpu/accuracy.json", {"plain": {}}))
     assert text.count("not measured") == 2
     assert "|" not in text
 
@@ -75,7 +73,7 @@ def test_without_results_it_says_so(tmp_path: Path) -> None:
 def test_a_file_that_is_not_as_expected_is_named(tmp_path: Path) -> None:
     broken = {name: value for name, value in RESULT.items() if name != "settings"}
     with pytest.raises(TableError, match=r"unet_cpu\.json.*settings"):
-        perf_table.generate(write(tmp_path, "cpu/unet_cpu.json", broken))
+        results.generate(write(tmp_path, "cpu/unet_cpu.json", broken))
 
 
 def test_only_what_is_between_the_markers_changes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs the extra train")
 
 import torch
-from fastunet.benchmarks import roofline
+from fastunet.benchmarks import charts, roofline
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Layer, Settings, eager_passes, fused_pass, meta_unet, unet_layers
 from fastunet.benchmarks.gpu_steps import Step, describe
@@ -193,7 +193,7 @@ def test_points_are_the_reports_forward_layers() -> None:
     ]
     layers = {layer.name: layer for layer in Settings(size=32, batch=2, features=(8, 16)).net_layers()}
     assert [point.floor for point in points] == [floor_seconds(layers[point.name], H100) for point in points]
-    assert [roofline.verdict(point) for point in points] == ["faster", "slower", "alone"]
+    assert [charts.verdict(point) for point in points] == ["faster", "slower", "alone"]
 
 
 def test_the_table_gives_floor_and_share() -> None:
@@ -208,12 +208,12 @@ def test_the_table_gives_floor_and_share() -> None:
 
 def test_labels_keep_their_distance_and_stay_inside() -> None:
     wanted = [0.0, 0.5, 0.5, 0.51, 1.0]
-    placed = roofline.spread(wanted, 0.1)
+    placed = charts.spread(wanted, 0.1)
     assert min(b - a for a, b in itertools.pairwise(placed)) >= 0.1 - 1e-12
     assert placed[0] >= 0.05 - 1e-12
     assert placed[-1] <= 0.95 + 1e-12
     assert placed[2] == pytest.approx(sum(wanted[1:4]) / 3)  # Three that clash share the room about their mean.
-    crowded = roofline.spread([1.0] * 30, 0.1)
+    crowded = charts.spread([1.0] * 30, 0.1)
     assert crowded == sorted(crowded)
     assert 0 < crowded[0] < crowded[-1] < 1
 
@@ -231,7 +231,7 @@ def drawn_texts(monkeypatch: pytest.MonkeyPatch, points: list[Point], roofs: Roo
         texts.extend(text.get_text() for text in figure.findobj(Text))
 
     monkeypatch.setattr(Figure, "savefig", note)
-    roofline.plot_roofline(points, roofs, path)
+    charts.plot_roofline(points, roofs, path)
     return texts
 
 
@@ -248,7 +248,7 @@ def test_the_plot_names_roofs_layers_and_verdicts(tmp_path: Path, monkeypatch: p
     assert "roofs: assumed" in texts
     with Image.open(tmp_path / "roofline.png") as image:
         assert image.format == "PNG"
-    markers = [style["marker"] for style in roofline._STYLES.values()]
+    markers = [style["marker"] for style in charts._STYLES.values()]
     assert len(set(markers)) == len(markers)  # They differ without colour.
 
 
@@ -258,7 +258,7 @@ def test_a_plot_without_measurements_has_floors_alone(tmp_path: Path, monkeypatc
     assert {layer.name for layer in classic()} <= set(texts)
     assert not any("measured" in text or "L2" in text for text in texts)
     with pytest.raises(ValueError, match="at least one point"):
-        roofline.plot_roofline([], H100, tmp_path / "none.png")
+        charts.plot_roofline([], H100, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 

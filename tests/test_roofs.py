@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastunet.benchmarks import roofs
+from fastunet.benchmarks import roofline as roofs
 from fastunet.benchmarks.harness import timing
-from fastunet.benchmarks.roofs import Reader, Sizes
+from fastunet.benchmarks.roofline import Reader, Sizes
 
 CPU = torch.device("cpu")
 
