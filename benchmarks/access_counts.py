@@ -1,4 +1,4 @@
-"""The bytes one launch of a kernel moves, from its grid and blocks, without running it.
+"""The bytes that a launch of a forward kernel moves, from its grid and blocks, without running it.
 
 Two borders are counted. Between multiprocessors and L2: what all programs together load and store, lanes that are
 masked, and the parts of a box outside its tensor, left out. No load is taken to hit L1, so for kernels that gather
@@ -21,9 +21,6 @@ from typing import Any, NamedTuple
 from fastunet.kernels.config import TILE_W
 from fastunet.kernels.gpu import Launch, cdiv
 from torch import Tensor
-
-# Values of ACTIVATION in the kernels of conv1x1, whose module would import triton.
-_LINEAR, _SOFTMAX = 0, 2
 
 
 class Accesses(NamedTuple):
@@ -73,10 +70,6 @@ def _images(a: Mapping[str, Any], name: str) -> int:
     tensor = tensor_of(a[name])
     assert tensor is not None
     return tensor.shape[0]
-
-
-def _tiles(a: Mapping[str, Any], images: int) -> int:
-    return images * cdiv(a["H"], a["TILE_H"]) * cdiv(a["W"], a["TILE_W"])
 
 
 def _box_rows(first: int, size: int, box: int, limit: int) -> int:
@@ -190,107 +183,6 @@ def _quantise(a: Mapping[str, Any], grid: int) -> Accesses:
     return Accesses({"x_ptr": _numel(a, "x_ptr"), "scale_ptr": grid}, {"out_ptr": _numel(a, "out_ptr")}, {})
 
 
-def _conv3x3_input_grad(a: Mapping[str, Any], grid: int) -> Accesses:
-    suffix = "desc" if "grad_desc" in a else "ptr"
-    images, c1, c2, block = _images(a, f"grad_{suffix}"), a["C1"], a["C2"], a["BLOCK_N"]
-    tiles = _tiles(a, images)
-    rows = c1 + c2
-    if suffix == "desc":  # A box of the first input's last channels runs on into the second's.
-        rows = _box_rows(0, c1, block, c1 + c2) + _box_rows(c1, c2, block, c1 + c2)
-    loads = {
-        f"grad_{suffix}": images * _taps(a, "grad_desc") * a["COUT"] * (grid // tiles),
-        f"weight_{suffix}": tiles * 9 * a["COUT"] * rows,
-        f"x_{suffix}": _numel(a, f"x_{suffix}"),
-    }
-    return Accesses(loads, {name: _numel(a, name) for name in (f"out_{suffix}", f"out_up_{suffix}")}, {})
-
-
-def _conv3x3_weight_grad(a: Mapping[str, Any], grid: int) -> Accesses:
-    suffix = "desc" if "x_desc" in a else "ptr"
-    # A folded program takes all taps; its block holds all of their channels.
-    programs_in = 1 if a.get("FOLDED") else 9 * cdiv(a["C"], a["BLOCK_IN"])
-    blocks_out = cdiv(a["COUT"], a["BLOCK_OUT"])
-    loads = {
-        f"grad_{suffix}": _numel(a, f"grad_{suffix}") * programs_in,
-        f"x_{suffix}": _images(a, f"x_{suffix}") * _taps(a, "x_desc") * a["C"] * blocks_out,
-    }
-    return Accesses(loads, {"partial_ptr": _numel(a, "partial_ptr")}, {})
-
-
-def _activation_grad(a: Mapping[str, Any], grid: int) -> Accesses:
-    return _once(a, loads=("y_ptr", "grad_y_ptr", "grad_pooled_ptr"), stores=("out_ptr",))
-
-
-# --- passes over pixels and windows ---
-
-
-def _once(a: Mapping[str, Any], loads: Iterable[str], stores: Iterable[str]) -> Accesses:
-    """Every element of these tensors once."""
-    return Accesses({name: _numel(a, name) for name in loads}, {name: _numel(a, name) for name in stores}, {})
-
-
-def _max_pool2x2(a: Mapping[str, Any], grid: int) -> Accesses:
-    return Accesses({"x_ptr": 4 * a["windows"] * a["C"]}, {"y_ptr": a["windows"] * a["C"]}, {})
-
-
-def _affine(a: Mapping[str, Any], lookups: int, channels_alone: int) -> dict[str, int]:
-    """Mean and invstd at so many windows or blocks, gamma and beta at so many blocks, for all channels."""
-    statistics = dict.fromkeys(("mean_ptr", "invstd_ptr"), lookups * a["C"])
-    return statistics | dict.fromkeys(("gamma_ptr", "beta_ptr"), channels_alone * a["C"])
-
-
-def _lookups(a: Mapping[str, Any], grid: int) -> tuple[int, int]:
-    """How often a pass over windows looks up what it knows by image, and by channel alone, for each channel."""
-    blocks = grid // cdiv(a["C"], a["BLOCK_C"])
-    return blocks * (a["BLOCK_P"] if a["PER_IMAGE"] else 1), blocks
-
-
-def _normalise(a: Mapping[str, Any], grid: int) -> Accesses:
-    once = _once(a, loads=("raw_ptr",), stores=("y_ptr", "pooled_ptr"))
-    return once._replace(loads={**once.loads, **_affine(a, *_lookups(a, grid))})
-
-
-def _norm_sums(a: Mapping[str, Any], grid: int) -> Accesses:
-    once = _once(a, loads=("raw_ptr", "grad_y_ptr", "grad_pooled_ptr"), stores=("partial_ptr",))
-    programs = grid // cdiv(a["C"], a["BLOCK_C"])
-    return once._replace(loads={**once.loads, **_affine(a, programs, programs)})
-
-
-def _norm_grad(a: Mapping[str, Any], grid: int) -> Accesses:
-    once = _once(a, loads=("raw_ptr", "grad_y_ptr", "grad_pooled_ptr"), stores=("out_ptr",))
-    lookups, blocks = _lookups(a, grid)
-    sums = 0 if a["GIVEN"] else 2 * lookups * a["C"]
-    return once._replace(loads={**once.loads, **_affine(a, lookups, blocks), "sums_ptr": sums})
-
-
-def _merging(a: Mapping[str, Any], programs: int, rows: Iterable[int]) -> dict[str, int]:
-    """Loads of merging so many rows of statistics each, by channel blocks that all read the counts."""
-    rows = list(rows)
-    blocks = programs // len(rows)
-    # Of each block of rows, the first one's mean is loaded again, as pivot.
-    pivots = sum(cdiv(n, a["BLOCK_R"]) for n in rows)
-    return {"count_ptr": sum(rows) * blocks, "partial_ptr": (2 * sum(rows) + pivots) * a["C"]}
-
-
-def _merge_statistics(a: Mapping[str, Any], grid: int) -> Accesses:
-    outs = grid // cdiv(a["C"], a["BLOCK_C"])
-    rows = [min(a["per_split"], a["per_group"] - i % a["splits"] * a["per_split"]) for i in range(outs)]
-    # The programs of all channel blocks store the same count.
-    stores = {"out_count_ptr": grid, "out_partial_ptr": 2 * outs * a["C"]}
-    return Accesses(_merging(a, grid, rows), stores, {})
-
-
-def _finish_statistics(a: Mapping[str, Any], grid: int) -> Accesses:
-    groups = grid // cdiv(a["C"], a["BLOCK_C"])
-    running = dict.fromkeys(("running_mean_ptr", "running_var_ptr"), a["C"])
-    stores = {"mean_ptr": groups * a["C"], "invstd_ptr": groups * a["C"], **running}
-    return Accesses(_merging(a, grid, [a["per_group"]] * groups) | running, stores, {})
-
-
-def _sum_rows(a: Mapping[str, Any], grid: int) -> Accesses:
-    return _once(a, loads=("partial_ptr",), stores=("first_ptr", "second_ptr"))
-
-
 # --- conv_transpose2x2 and conv1x1 ---
 
 
@@ -311,12 +203,6 @@ def _conv_transpose2x2(a: Mapping[str, Any], grid: int) -> Accesses:
     return Accesses(loads, {f"y_{suffix}": _numel(a, f"y_{suffix}")}, {})
 
 
-def _conv_transpose2x2_input_grad(a: Mapping[str, Any], grid: int) -> Accesses:
-    blocks = cdiv(a["C"], a["BLOCK_N"])
-    loads = {"grad_ptr": _numel(a, "grad_ptr") * blocks, "weight_ptr": grid // blocks * _numel(a, "weight_ptr")}
-    return Accesses(loads, {"out_ptr": _numel(a, "out_ptr")}, {})
-
-
 def _conv1x1(a: Mapping[str, Any], grid: int) -> Accesses:
     blocks = cdiv(a["COUT"], a["BLOCK_N"])
     loads = {
@@ -327,46 +213,6 @@ def _conv1x1(a: Mapping[str, Any], grid: int) -> Accesses:
     return Accesses(loads, {"y_ptr": _numel(a, "y_ptr")}, {})
 
 
-def _conv1x1_input_grad(a: Mapping[str, Any], grid: int) -> Accesses:
-    blocks = cdiv(a["C"], a["BLOCK_N"])
-    # A softmax takes the products of gradient and output first.
-    passes = blocks * (2 if a["ACTIVATION"] == _SOFTMAX else 1)
-    outputs = 0 if a["ACTIVATION"] == _LINEAR else passes * _numel(a, "y_ptr")
-    loads = {
-        "grad_ptr": passes * _numel(a, "grad_ptr"),
-        "y_ptr": outputs,
-        "weight_ptr": grid // blocks * _numel(a, "weight_ptr"),
-    }
-    return Accesses(loads, {"out_ptr": _numel(a, "out_ptr")}, {})
-
-
-def _pixel_weight_grad(a: Mapping[str, Any], grid: int) -> Accesses:
-    blocks_in, blocks_out = cdiv(a["C"], a["BLOCK_IN"]), cdiv(a["COUT"], a["BLOCK_OUT"])
-    dots = blocks_in * blocks_out if a["ACTIVATION"] == _SOFTMAX else 0
-    grads = (blocks_in + dots) * _numel(a, "grad_ptr")
-    loads = {
-        "x_ptr": _numel(a, "x_ptr") * a["SUBPIXELS"] * blocks_out,
-        "grad_ptr": grads,
-        "y_ptr": 0 if a["ACTIVATION"] == _LINEAR else grads,
-    }
-    return Accesses(loads, {name: _numel(a, name) for name in ("partial_ptr", "bias_partial_ptr")}, {})
-
-
-# --- segmentation_loss ---
-
-
-def _segmentation_sums(a: Mapping[str, Any], grid: int) -> Accesses:
-    return _once(a, loads=("logits_ptr", "target_ptr", "mask_ptr"), stores=("partial_ptr",))
-
-
-def _segmentation_sums_grad(a: Mapping[str, Any], grid: int) -> Accesses:
-    once = _once(a, loads=("logits_ptr", "target_ptr", "mask_ptr"), stores=("out_ptr",))
-    # The gradient of the truth's sum is not needed.
-    rows = 2 + (0 if not a["ENTROPY"] else 1 if a["SOFTMAX"] else 2)
-    loads = {**once.loads, "grad_ptr": grid * rows * a["C"]}
-    return once._replace(loads=loads, distinct={"grad_ptr": a["images"] * rows * a["C"]})
-
-
 COUNTS: dict[str, Callable[[Mapping[str, Any], int], Accesses]] = {
     "conv3x3_kernel": _conv3x3,
     "conv3x3_descriptor_kernel": _conv3x3,
@@ -375,27 +221,10 @@ COUNTS: dict[str, Callable[[Mapping[str, Any], int], Accesses]] = {
     "conv3x3_finish_kernel": _conv3x3_finish,
     "conv3x3_hopper_kernel": _hopper,
     "quantise_kernel": _quantise,
-    "conv3x3_input_grad_kernel": _conv3x3_input_grad,
-    "conv3x3_input_grad_descriptor_kernel": _conv3x3_input_grad,
-    "conv3x3_weight_grad_kernel": _conv3x3_weight_grad,
-    "conv3x3_weight_grad_descriptor_kernel": _conv3x3_weight_grad,
-    "activation_grad_kernel": _activation_grad,
-    "max_pool2x2_kernel": _max_pool2x2,
-    "normalise_kernel": _normalise,
-    "norm_sums_kernel": _norm_sums,
-    "norm_grad_kernel": _norm_grad,
-    "merge_statistics_kernel": _merge_statistics,
-    "finish_statistics_kernel": _finish_statistics,
-    "sum_rows_kernel": _sum_rows,
     "conv_transpose2x2_kernel": _conv_transpose2x2,
     "conv_transpose2x2_descriptor_kernel": _conv_transpose2x2,
     "conv_transpose2x2_concat_conv3x3_kernel": _composed,
-    "conv_transpose2x2_input_grad_kernel": _conv_transpose2x2_input_grad,
     "conv1x1_kernel": _conv1x1,
-    "conv1x1_input_grad_kernel": _conv1x1_input_grad,
-    "pixel_weight_grad_kernel": _pixel_weight_grad,
-    "segmentation_sums_kernel": _segmentation_sums,
-    "segmentation_sums_grad_kernel": _segmentation_sums_grad,
 }
 
 
