@@ -1,4 +1,4 @@
-"""A comparison as tables for the terminal and as one picture, and the roofline: losing cases like winning ones."""
+"""Pictures of a comparison and of the roofline: losing cases like winning ones."""
 
 from __future__ import annotations
 
@@ -11,101 +11,24 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-from rich import box
-from rich.table import Table
 
 from fastunet.files import written_whole
 from fastunet.outputs import SOFTWARE
 
-from .harness.timing import Quantiles
 from .providers import OURS
 from .results import Row
 from .roofline import Point, Roofs
-from .unet import STEADY
+from .unet import TITLES
 
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
 WINS, LOSES = "#0072B2", "#D55E00"
 MARKERS = "os^DvP*X"
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_TITLES = {"inference": "Inference", "training": "Training step"}
-
-
-def tables(report: Row) -> list[Table]:
-    """Of the nets' tasks, of the layers, and of what was not measured."""
-    rows = report["rows"]
-    nets = [row for row in rows if row["kind"] == "net"]
-    layers = [row for row in rows if row["kind"] == "layer"]
-    found = [_net_table(row) for row in nets if "ratios" in row]
-    if any("ratios" in row for row in layers):
-        found.append(_layer_table([row for row in layers if "ratios" in row]))
-    missing = _missing_table(rows)
-    if found:
-        found[-1].caption = f"ratio: its time by {OURS}'s in the same round; below 1, {OURS} is slower"
-    return [*found, missing] if missing.row_count else found
-
-
-def _table(*columns: str, title: str = "") -> Table:
-    """A first column of names, the others of numbers; narrow, as terminals are."""
-    table = Table(columns[0], title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in columns[1:]:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _net_table(row: Row) -> Table:
-    title = f"{_TITLES[row['name']]}: {row['flops'] / 1e9:.1f} GFLOP"
-    if row.get("unsteady"):
-        title += f" [bold red]unsteady: eager's p90 / p10 is above {STEADY}; repeat it on an idle machine[/]"
-    table = _table("", "form", "ms", "p10 to p90", "ratio", "p10 to p90", title=title)
-    for name, samples in row["samples_ms"].items():
-        times, form = Quantiles.of(samples), row["forms"][name]
-        spread = f"{times.p10:.2f} to {times.p90:.2f}"
-        cells = [f"{form['layout']} {_SHORT[form['dtype']]}", f"{times.median:.2f}", spread]
-        table.add_row(name, *cells, *_ratio_cells(row["ratios"].get(name)))
-    return table
-
-
-def _ratio_cells(found: Row | None) -> tuple[str, str]:
-    if found is None:
-        return "1", ""
-    return _coloured(found["ratio"]), f"{found['p10']:.2f} to {found['p90']:.2f}"
-
-
-def _coloured(ratio: float) -> str:
-    """Red where ours is slower: a losing case is to be seen."""
-    return f"{ratio:.2f}" if ratio >= 1 else f"[bold red]{ratio:.2f}[/]"
-
-
-def _layer_table(rows: Sequence[Row]) -> Table:
-    names = _providers(rows)
-    table = _table("layer", "GFLOP", f"{OURS} ms", *names, title="Layers, forward: ratio (p10 to p90)")
-    for row in rows:
-        ours = Quantiles.of(row["samples_ms"][OURS]).median
-        cells = [_layer_cell(row["ratios"].get(name)) for name in names]
-        table.add_row(row["name"], f"{row['flops'] / 1e9:.2f}", f"{ours:.2f}", *cells)
-    return table
-
-
-def _layer_cell(found: Row | None) -> str:
-    return "" if found is None else f"{_coloured(found['ratio'])} ({found['p10']:.2f} to {found['p90']:.2f})"
 
 
 def _providers(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row.get("ratios", {})))
-
-
-def _missing_table(rows: Sequence[Row]) -> Table:
-    """Each reason once, with where it holds."""
-    where: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        for name, reason in row["missing"].items():
-            where.setdefault((name, reason), []).append(row["name"])
-    table = Table("not measured", "in", "why", box=box.SIMPLE_HEAD)
-    for (name, reason), places in where.items():
-        found_in = ", ".join(places) if len(places) < 4 else f"{len(places)} comparisons"
-        table.add_row(name, found_in, reason.partition("\n")[0])
-    return table
 
 
 # --- the picture ---
@@ -142,7 +65,7 @@ def _draw_nets(axes: Axes, rows: Sequence[Row]) -> None:
     """Horizontal bars, a group for each task, from 1 to the ratio, with a line from p10 to p90."""
     y, ticks, labels = 0.0, [], []
     for row in rows:
-        axes.text(0.0, y, _TITLES[row["name"]], transform=axes.get_yaxis_transform(), weight="bold", va="center")
+        axes.text(0.0, y, TITLES[row["name"]], transform=axes.get_yaxis_transform(), weight="bold", va="center")
         y += 1
         for name, found in row["ratios"].items():
             _draw_bar(axes, y, found)

@@ -49,6 +49,7 @@ from .runs import (
     time_in_turn,
 )
 
+TITLES = {"inference": "Inference", "training": "Training step"}
 # The reference model as people run it.
 PLAIN = "eager channels_last"
 # What --host times. A CPU's allocator takes a while to settle.
@@ -213,6 +214,50 @@ def report(settings: Settings, rows: Sequence[Row]) -> Row:
     }
 
 
+def tables(report: Row) -> list[str]:
+    """Write Markdown: a table for each task of the net, one of the layers, one of what was not measured, and why."""
+    nets = [row for row in report["rows"] if row["kind"] == "net" and "ratios" in row]
+    layers = [row for row in report["rows"] if row["kind"] == "layer" and "ratios" in row]
+    found = []
+    for row in nets:
+        unsteady = f": unsteady, eager's p90 / p10 is above {STEADY}; repeat it on an idle machine"
+        forms = row.get("forms", {})
+        lines = [
+            [
+                name,
+                " ".join(forms.get(name, {}).values()),
+                f"{times.median:.2f} ({times.p10:.2f} to {times.p90:.2f})",
+                ratio_text(row["ratios"].get(name)),
+            ]
+            for name, times in times_ms(row).items()
+        ]
+        title = TITLES[row["name"]] + unsteady * bool(row.get("unsteady"))
+        found.append(f"{title}\n\n" + markdown(["", "form", "ms", "its time / ours"], lines))
+    if layers:
+        names = list(dict.fromkeys(name for row in layers for name in row["ratios"]))
+        lines = [
+            [
+                row["name"],
+                f"{row['flops'] / 1e9:.2f}",
+                f"{times_ms(row)[OURS].median:.2f}",
+                *(ratio_text(row["ratios"].get(name)) for name in names),
+            ]
+            for row in layers
+        ]
+        found.append("Layers, forward: time / ours\n\n" + markdown(["layer", "GFLOP", f"{OURS} ms", *names], lines))
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in report["rows"]:
+        for name, reason in row["missing"].items():
+            where.setdefault((name, reason.partition("\n")[0]), []).append(row["name"])
+    if where:
+        lines = [
+            [name, ", ".join(places) if len(places) < 4 else f"{len(places)} comparisons", reason]
+            for (name, reason), places in where.items()
+        ]
+        found.append(markdown(["not measured", "in", "why"], lines))
+    return [f"{table}\n" for table in found]
+
+
 # --- what the calls cost the host ---
 
 
@@ -309,18 +354,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             found = report(settings, list(compare(settings, lambda doing: print(doing, flush=True))))
         except ConfigError as error:
             parser.error(str(error))
-    for row in found["rows"]:
-        print(f"\n{row['name']}\n\n{_table(row)}")
+    print("\n".join(tables(found)))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.out, found)
     return 1 if any(row["status"] != "ok" for row in found["rows"]) else 0
-
-
-def _table(row: Row) -> str:
-    lines = [
-        [name, f"{times.median:.3f} ({times.p10:.3f} to {times.p90:.3f})", ratio_text(row["ratios"].get(name)), ""]
-        for name, times in times_ms(row).items()
-    ]
-    lines += [[name, "", "", reason.partition("\n")[0]] for name, reason in row["missing"].items()]
-    return markdown(["", "ms", "its time / ours", "why not"], lines)

@@ -278,8 +278,8 @@ def bench(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare the net and its layers with PyTorch's: eager, folded, compiled. Each is checked before it is timed."""
-    from .benchmarks.charts import draw, tables
-    from .benchmarks.unet import check_settings, compare, default_settings, report
+    from .benchmarks.charts import draw
+    from .benchmarks.unet import check_settings, compare, default_settings, report, tables
     from .files import write_json
 
     if quick and everything:
