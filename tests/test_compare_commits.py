@@ -13,10 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from fastunet.benchmarks import compare_commits
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.commit_process import TreeError, TreeFinder, TreeProcess
 from fastunet.benchmarks.gpu_steps import Step
+
+from fastunet.testing import cpu_accumulates_in_float32
 
 ROOT = Path(__file__).parents[1]
 TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=3)
@@ -117,6 +120,9 @@ def test_a_slow_commit_is_seen_to_be_slow(repository: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not cpu_accumulates_in_float32(torch.bfloat16), reason="this processor sums products of bfloat16 in bfloat16"
+)
 def test_a_wrong_commit_has_no_speed_and_is_named(repository: Path) -> None:
     done = run(repository, "wrong", "--only", "inc.c1", "up1.up", "inference")
     assert done.returncode == 1, done.stderr
