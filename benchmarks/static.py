@@ -14,7 +14,8 @@ and target. The rules:
 - both 16-bit operands of wgmma in shared memory: the first may also come from registers, and does if it must be
   rearranged on the way, which is slower; right only where the kernel computes it
 - no ptxas warning C75xx: a serialised wgmma
-- products of 8 bits where the values have as many
+- products of 8 bits where the values have as many; on sm_90, whose tensor cores keep some 14 bits of their sums, a new
+  sum for each step
 - where warps have roles of their own: registers given from one to the other, no operand read by ldmatrix, and in the
   innermost loops around the products no load from shared memory into registers
 - NaN kept: no plain `max.f32` anywhere, and a `max.NaN` where there is pooling
@@ -182,9 +183,13 @@ def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_me
     if job.op in ("pool", "max_pool") and "max.NaN." not in compiled.ptx:
         found.append("pooling without max.NaN drops NaN")
     found += _tensor_core_breaches(compiled, job, launch)
-    if job.op in ("fp8", "fp8_pool", "fp8_two_inputs"):
+    if job.op in ("fp8", "fp8_pool", "fp8_two_inputs", "fp8_chain"):
         products = r"wgmma\.mma_async\S*e4m3|tcgen05\.mma\S*f8f6f4"
         found += [] if re.search(products, compiled.ptx) else ["no product of 8 bits"]
+        # Scale-d 0: the instruction, of 32 channels, starts a new sum.
+        new_sums = len(re.findall(r"wgmma\.mma_async[^;]*e4m3 \{[^}]*\}, %\w+, %\w+, 0,", compiled.ptx))
+        if new_sums * launch.arguments["BLOCK_K"] != compiled.wgmma * 32:
+            found.append("sums of several steps in the tensor core's accumulator")
     if job.op.startswith("halo"):
         found += [f"no {each}" for each in ("setmaxnreg.inc", "setmaxnreg.dec") if each not in compiled.ptx]
         found += ["an operand read by ldmatrix"] if "ldmatrix" in compiled.ptx else []

@@ -2,9 +2,10 @@
 
 Weights are scaled by output channel, the images that a convolution reads by one number, the largest magnitude that
 calibration has seen, so that each fills e4m3's range (Micikevicius et al. 2022, arXiv:2209.05433). Products are summed
-in float32. Norm, activation and pooling follow in float32, as without quantisation. Transposed convolutions, the head
-and convolutions whose channels are no multiples of 32, such as the first, compute as they did. What is for quantised
-convolutions alone is written in e4m3 at once, by whatever computes it.
+in float32; on sm_90, up to 128 of them first in the 14 bits that its tensor cores keep. Norm, activation and pooling
+follow in float32, as without quantisation. Transposed convolutions, the head and convolutions whose channels are no
+multiples of 32, such as the first, compute as they did. What is for quantised convolutions alone is written in e4m3 at
+once, by whatever computes it.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
     statistics; instance norm has none to take and raises.
 
     On an NVIDIA GPU from sm_90 on, images in 16 bits (under autocast, or of a model in 16 bits) run on 8-bit tensor
-    cores. Everywhere else the same values are multiplied in float32: slower than the model, but of its accuracy in 8
-    bits it tells the truth. torch.compile leaves its layers as they are.
+    cores. Everywhere else the same values are multiplied and summed in float32: slower than the model, but of its
+    accuracy in 8 bits it tells the truth, but for what sm_90's sums of 14 bits cost. torch.compile leaves its layers as
+    they are.
 
     Raises:
         ConfigError: a model with instance norm, with hooks or exchanged parts, or quantised before.

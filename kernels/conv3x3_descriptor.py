@@ -61,7 +61,10 @@ def accumulate_boxes(
         k0 = begin + step // 9 * BLOCK_K
         x = _load_box(x_desc, image, h0 + tap // 3 - 1, w0 + tap % 3 - 1, k0, TILE_H, TILE_W, BLOCK_K)
         weight = weight_desc.load([n0, (8 - tap if FLIP else tap) * C + first + k0])
-        acc = tl.dot(weight, tl.trans(x), acc)
+        # Of e4m3, sm_90 adds up a step's products in some 14 bits: `acc +=` adds them to the others' in float32. Triton
+        # makes one product of it wherever the accumulator has as many bits. Its own max_num_imprecise_acc has the
+        # products serialised (ptxas warning C7517).
+        acc += tl.dot(weight, tl.trans(x))
     return acc
 
 

@@ -1,5 +1,8 @@
 """The 3x3 convolution of e4m3 values by e4m3 weights on sm_90 and above: the descriptor kernel, whose products then are
 of 8 bits, and whose epilogue takes the scales back out.
+
+On sm_90 the tensor cores keep some 14 bits of a sum of e4m3 products (DeepSeek-V3, arXiv:2412.19437, section 3.5.2).
+They add up those of one step, 32 to 128, and float32 adds up the steps. From sm_100 on their sums are float32's.
 """
 
 # Of a kernel's parameters only the constexprs carry an annotation.

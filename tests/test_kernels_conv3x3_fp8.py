@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import conv3x3, conv3x3_fp8, conv_transpose2x2, gpu
+from fastunet.kernels import config, conv3x3, conv3x3_fp8, conv_transpose2x2, gpu
 from fastunet.kernels.epilogue import E4M3, Normalisation
 from kernel_device import DEVICE, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
 
 import fastunet
 from fastunet.quantization import QuantizedConv3x3
-from fastunet.testing import random_input
+from fastunet.testing import Expected, assert_within, e4m3_sums_expected, random_input, stored
 
 pytestmark = MARK
 LARGEST = torch.finfo(E4M3).max
@@ -24,6 +24,15 @@ if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
 
 def quantised(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x.float() * (1 / scale)).clamp(-LARGEST, LARGEST).to(E4M3)
+
+
+def sums_expected(images: list[torch.Tensor], weight: torch.Tensor) -> Expected:
+    """Of images in e4m3, as concatenated."""
+    shape = config.ConvShape(images[0].shape[1], sum(t.shape[1] for t in images[1:]), *weight.shape[:1], 1, 1)
+    target = gpu.target(DEVICE)
+    is_hopper = not INTERPRETED and target.capability == 90
+    step = config.fp8_config(shape, target).block_k if is_hopper else None
+    return e4m3_sums_expected(torch.cat([t.float() for t in images], 1), weight, step=step)
 
 
 def test_quantising_rounds_and_holds_to_the_range() -> None:
@@ -50,16 +59,13 @@ def test_parity(channels_up: int, chained: bool) -> None:
     norm = Normalisation(mean, variance, gamma, 1e-3)
     arguments = (weight, scale, bias, norm, 0.0)
     y, pooled = conv3x3_fp8.conv3x3_fp8(x, up, *arguments, dtype=torch.float16, pool=True)
-    joined = x if up is None else torch.cat([x, up], 1)
-    values, exact_weight = quantised(joined, scale).double(), weight.double()
-    sums = F.conv2d(values, exact_weight, padding=1)
+    sums, error = sums_expected([quantised(t, scale) for t in (x, up) if t is not None], weight)
     factor = (gamma.double() / (variance.double() + 1e-3).sqrt())[:, None, None]
-    expected = ((sums - mean.double()[:, None, None]) * factor + bias.double()[:, None, None]).relu()
-    # float32 sums of so many products as in the other kernels' bound, times the factor; then one rounding to float16.
-    terms = 9 * joined.shape[1]
-    size = F.conv2d(values.abs(), exact_weight.abs(), padding=1) * factor.abs()
-    allowed = 6 * terms**0.5 * 2.0**-23 * size + 2.0**-11 * expected + 2.0**-21 * (1 + size)
-    assert ((y.double() - expected).abs() <= allowed).all()
+    mean, bias = (t.double()[:, None, None] for t in (mean, bias))
+    expected = ((sums - mean) * factor + bias).relu()
+    # In units of 2^-24: a quotient 4, a root 2, six other operations, on values no larger than these.
+    error = error * factor.abs() + 2.0**-24 * (12 * (sums.abs() + mean.abs()) * factor.abs() + bias.abs())
+    assert_within(y, expected, stored(expected, error, torch.float16))
     assert torch.equal(pooled, F.max_pool2d(y, 2))
     if chained:
         assert up is not None
@@ -127,20 +133,34 @@ def quantised_model(dtype: torch.dtype, **options: Any) -> fastunet.UNet:
     return fastunet.quantize(float_model(dtype, **options), random_input((1, 1, 16, 16), dtype=dtype, device=DEVICE))
 
 
+def assert_emulated(layer: QuantizedConv3x3, images: list[torch.Tensor | None], *, pool: bool) -> list[torch.Tensor]:
+    """The results of a layer on tensor cores, which are the emulated ones', but for their sums' errors and for the next
+    number of their dtype where these decide about it.
+    """
+    inputs = [t if t.dtype == E4M3 else quantised(t, layer.scale) for t in images if t is not None]
+    error = 2 * sums_expected(inputs, layer.weight).tolerance
+    error = error * (layer.gamma * (layer.variance + layer.eps).rsqrt()).abs()[:, None, None]
+    errors = (error, F.max_pool2d(error, 2))
+    results, emulated = layer._on_tensor_cores(*images, pool), layer._emulated(*images, pool)
+    for y, expected, error, scale in zip(results, emulated, errors, (layer.y_scale, layer.pooled_scale), strict=True):
+        if y is not None:
+            step = 2**-3 if y.dtype == E4M3 else 2**-10
+            carried = error / scale.double() if scale is not None else error
+            assert_within(y.double(), expected.double(), carried + step * (expected.double().abs() + 1 / 64))
+    return results
+
+
 def test_a_quantised_layer_runs_on_the_kernel(launches: list[gpu.Launch]) -> None:
-    """As the same layer emulated in float32, but for the order of sums and one rounding to half."""
     layer = quantised_model(torch.float32).up1.conv.first
     layer.y_scale = None
     x, up = (random_input((1, 64, 9, 11), dtype=torch.float16, device=DEVICE, seed=i) for i in (1, 2))
     launches.clear()
     with fastunet.backend("triton"):
         y, pooled = layer(x, up, pool=True)
-        assert [launch.kernel for launch in launches[:2]] == [conv3x3_fp8.quantise_kernel] * 2
-        assert len(launches) == 3
-    with fastunet.backend("aten"):
-        emulated, _ = layer(x, up, pool=True)
-    torch.testing.assert_close(y, emulated, rtol=2**-10, atol=2**-10)
+    assert [launch.kernel for launch in launches[:2]] == [conv3x3_fp8.quantise_kernel] * 2
+    assert len(launches) == 3
     assert torch.equal(pooled, F.max_pool2d(y, 2))
+    assert torch.equal(y, assert_emulated(layer, [x, up], pool=True)[0])
 
 
 @pytest.mark.parametrize(("options", "passes"), [({}, 0), ({"norm": None}, 0), ({"upsample": "bilinear"}, 1)])
@@ -165,20 +185,15 @@ def test_a_quantised_net_writes_e4m3(options: dict, passes: int, autocast: bool,
 def test_each_layer_of_a_quantised_net_is_the_emulated_one(
     launches: list[gpu.Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the same inputs: where the order of sums decides, e4m3's next number, an eighth away, or half's."""
-    on_tensor_cores, compared = QuantizedConv3x3._on_tensor_cores, []
-
-    def both(layer: QuantizedConv3x3, *inputs: Any) -> tuple:
-        results = on_tensor_cores(layer, *inputs)
-        for ours, emulated in zip(results, layer._emulated(*inputs), strict=True):
-            if ours is not None:
-                compared.append(ours.dtype)
-                step = 2**-3 if ours.dtype == E4M3 else 2**-10
-                torch.testing.assert_close(ours.float(), emulated.float(), rtol=step, atol=step / 64)
-        return results
-
-    monkeypatch.setattr(QuantizedConv3x3, "_on_tensor_cores", both)
+    """Of the same inputs."""
+    calls: list[tuple] = []
+    run = QuantizedConv3x3.forward
+    monkeypatch.setattr(
+        QuantizedConv3x3, "forward", lambda *args, pool=False: (calls.append((*args, pool)), run(*args, pool=pool))[1]
+    )
     model, x = quantised_model(torch.float16), random_input((1, 1, 8, 16), dtype=torch.float16, device=DEVICE)
     with torch.no_grad(), fastunet.backend("triton"):
         model(x)
-    assert (compared.count(E4M3), compared.count(torch.float16)) == (4, 2)
+        results = [assert_emulated(layer, images, pool=pool) for layer, *images, pool in calls]
+    dtypes = [t.dtype for pair in results for t in pair if t is not None]
+    assert (dtypes.count(E4M3), dtypes.count(torch.float16)) == (4, 2)

@@ -66,6 +66,16 @@ def test_each_rule_can_fail(change: dict, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "found"), [("0", []), ("%p32", ["sums of several steps in the tensor core's accumulator"])]
+)
+def test_a_step_of_8_bits_starts_a_new_sum_on_sm_90(first: str, found: list[str]) -> None:
+    instruction = "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {{%r1,\n%r2}}, %rd10, %rd11, {}, 1, 1;\n"
+    ptx = instruction.format(first) + instruction.format("%p32")
+    launch = gpu.Launch(None, 1, {"BLOCK_K": 64}, 4, 3, product_rows=128)
+    assert find_breaches(replace(CLEAN, wgmma=2, ptx=ptx), job("fp8"), launch) == found
+
+
+@pytest.mark.parametrize(
     ("capability", "rows", "instruction"), [(80, 128, "mma"), (90, 32, "mma"), (90, 64, "wgmma"), (100, 128, "tcgen05")]
 )
 def test_tensor_cores_by_target_and_rows(capability: int, rows: int, instruction: str) -> None:
@@ -104,7 +114,13 @@ def test_quick_takes_each_kernel_once_for_each_target() -> None:
 
 
 def some_jobs() -> list[Job]:
-    return [job("pool"), job("bias_grad", capability=80), job("unpool"), job("input_grad", torch.float32, 89)]
+    return [
+        job("pool"),
+        job("bias_grad", capability=80),
+        job("unpool"),
+        job("input_grad", torch.float32, 89),
+        job("fp8"),
+    ]
 
 
 def test_a_handful_compiles_cleanly() -> None:

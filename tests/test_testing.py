@@ -26,6 +26,7 @@ from fastunet.testing import (
     conv_transpose2x2_expected,
     conv_transpose2x2_input_grad_expected,
     conv_transpose2x2_weight_grad_expected,
+    e4m3_sums_expected,
     in_layout,
     pooled_expected,
     random_cotangent,
@@ -124,6 +125,60 @@ def test_tf32_is_within_its_own_budget_only() -> None:
     assert_within(y, *conv3x3_expected(x, weight, bias, allow_tf32=True))
     with pytest.raises(AssertionError):
         assert_within(y, *conv3x3_expected(x, weight, bias))
+
+
+def hopper_sums(x: Tensor, weight: Tensor, step: int) -> Tensor:
+    """x [N, C, 1, 1] by the centre of weight [O, C, 3, 3] as sm_90 sums e4m3 products: 32 by 32, aligned to the largest
+    exponent, cut off 13 bits below it; after `step` of them in float32.
+    """
+
+    def exponent(t: Tensor) -> Tensor:
+        return t.abs().log2().floor()  # -inf of 0
+
+    def truncated(t: Tensor, largest: Tensor) -> Tensor:
+        grain = torch.exp2(largest.clamp(min=-126) - 13)
+        return (t / grain).trunc() * grain
+
+    a, b = x[:, None, :, 0, 0].double(), weight[None, :, :, 1, 1].double()
+    products = a * b
+    exponents = torch.where(products == 0, -math.inf, sum(exponent(t).clamp(min=-6) for t in (a, b)))
+    total = torch.zeros(products.shape[:2], dtype=torch.float32)
+    for first in range(0, products.shape[2], step):
+        partial = torch.zeros_like(products[..., 0])
+        for k in range(first, first + step, 32):
+            largest = torch.maximum(exponents[..., k : k + 32].amax(2), exponent(partial))
+            terms = torch.cat([partial[..., None], products[..., k : k + 32]], 2)
+            partial = truncated(terms, largest[..., None]).sum(2)
+            partial = truncated(partial, exponent(partial))
+        total += partial.float()
+    return total[..., None, None]
+
+
+def e4m3_problem(name: str) -> tuple[Tensor, Tensor]:
+    """adversarial: of one product after which all others are cut off; subnormal: that one's exponent above its size."""
+    x, weight = torch.ones(4, 1024, 1, 1), torch.ones(8, 1024, 3, 3)
+    if name == "random":
+        x, weight = random_input(x.shape, scale=30.0, seed=1), random_input(weight.shape, scale=30.0, seed=2)
+    elif name == "adversarial":
+        x[:, 0], weight[:, 0], weight[:, 1:] = 256.0, 256.0, 7.5
+    else:
+        x[:, 0], weight[:, 0] = 2.0**-9, 256.0
+        x[:, 1:], weight[:, 1:] = 2.0**-6, 15 * 2.0**-10
+    return x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("name", ["random", "adversarial", "subnormal"])
+@pytest.mark.parametrize("step", [32, 128])
+def test_sums_of_e4m3_that_float32_adds_up_step_by_step_are_within(name: str, step: int) -> None:
+    x, weight = e4m3_problem(name)
+    assert_within(hopper_sums(x, weight, step), *e4m3_sums_expected(x, weight, step=step))
+
+
+def test_sums_of_e4m3_left_to_the_tensor_core_are_outside() -> None:
+    x, weight = e4m3_problem("adversarial")
+    for step, within in ((128, 1024), (None, 128)):
+        with pytest.raises(AssertionError, match="32 of 32 elements are outside the tolerance"):
+            assert_within(hopper_sums(x, weight, within), *e4m3_sums_expected(x, weight, step=step))
 
 
 def test_tolerance_by_hand() -> None:

@@ -32,6 +32,7 @@ from .convolutions import (
     conv3x3_expected,
     conv3x3_input_grad_expected,
     conv3x3_weight_grad_expected,
+    e4m3_sums_expected,
     pooled_expected,
 )
 from .losses import segmentation_sums_expected, segmentation_sums_grad_expected
@@ -66,6 +67,7 @@ __all__ = [
     "conv_transpose2x2_input_grad_expected",
     "conv_transpose2x2_weight_grad_expected",
     "cpu_accumulates_in_float32",
+    "e4m3_sums_expected",
     "float32_precision",
     "in_layout",
     "max_pool2x2_grad_expected",

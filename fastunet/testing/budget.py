@@ -17,6 +17,9 @@ UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16
 
 TF32_INPUT_ROUNDOFF = 2.0**-10
 TENSOR_CORE_ROUNDOFF = 2.0**-23
+# What sm_90's tensor cores cut off a sum of e4m3 products, relative to its largest term: they keep 13 bits behind the
+# leading one (Xie et al. 2025, arXiv:2511.10909), and add 32 products with one instruction.
+E4M3_TRUNCATION, E4M3_PRODUCTS = 2.0**-13, 32
 FP16_UNDERFLOW = 2.0**-25
 FP32_SMALLEST = 2.0**-126
 

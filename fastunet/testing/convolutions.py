@@ -12,7 +12,7 @@ from torch.nn.grad import conv2d_weight
 from fastunet.folding import compose_upsampling
 
 from .bounds import Expected, Operand, activation_grad, bilinear, join, pool_grad
-from .budget import FP16_UNDERFLOW, UNIT_ROUNDOFF, sum_error
+from .budget import E4M3_PRODUCTS, E4M3_TRUNCATION, FP16_UNDERFLOW, UNIT_ROUNDOFF, sum_error
 
 # `rounds` of each: dtype, allow_tf32 and tensor_cores, as `bilinear` takes them.
 
@@ -63,6 +63,32 @@ def composed_sums_expected(
     if dtype == torch.float16:
         error += FP16_UNDERFLOW * upsample(torch.ones_like(composed))
     return Expected(convolve(skip, low, up_weight, up_bias, weight), error)
+
+
+def e4m3_sums_expected(x: Tensor, weight: Tensor, *, step: int | None = None) -> Expected:
+    """conv2d(x, weight, padding=1) of e4m3 values, and how far off its float32 sums may be, before they are stored.
+
+    step: of sm_90, how many products its tensor cores add up before float32 adds that sum to the others'; None for
+    every other device, whose sums are float32's throughout.
+
+    An instruction aligns 32 products and the sum so far to the largest exponent among them and cuts off each, and then
+    the sum, below 2^-13 of it: 34 errors, all of which may have one sign. Summands only shrink, so that no exponent is
+    above that of the sum of the step's magnitudes; but numbers below 2^-6 have the exponent -6, and count as that:
+
+        error = 34/32 step 2^-13 S'        with S' the sum of magnitudes, at least 2^-6 each where they are not 0,
+
+    over the steps, whose S' add up; and the error of as many float32 additions as there are steps.
+    """
+    x, weight = x.double(), weight.double()
+    value, magnitude = F.conv2d(x, weight, padding=1), F.conv2d(x.abs(), weight.abs(), padding=1)
+    terms = 9 * x.shape[1]
+    if step is None:
+        return Expected(value, sum_error(magnitude, terms, torch.float32, tensor_cores=magnitude.is_cuda))
+    x, weight = (t.abs().clamp(min=2.0**-6) * (t != 0) for t in (x, weight))
+    aligned = F.conv2d(x, weight, padding=1)
+    truncations = (E4M3_PRODUCTS + 2) * step // E4M3_PRODUCTS
+    across = sum_error(magnitude, terms // step, torch.float32, tensor_cores=False)
+    return Expected(value, truncations * E4M3_TRUNCATION * aligned + across)
 
 
 def pooled_expected(expected: Expected) -> Expected:
