@@ -14,7 +14,6 @@ NEEDED = (
     "rich",
     "safetensors",
     "tifffile",
-    "torchmetrics",
     "typer",
 )
 

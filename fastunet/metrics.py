@@ -7,7 +7,6 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from .checks import ConfigError, DataError, DtypeError, ShapeError
 
@@ -43,8 +42,7 @@ class SegmentationMetrics:
         if len(class_names) < 2 or len(set(class_names)) < len(class_names):
             raise ConfigError(f"class_names: expected at least 2 different names, got {list(class_names)}")
         self.class_names = list(class_names)
-        # Labels are checked here, once and with their values, rather than by torchmetrics.
-        self._confusion = MulticlassConfusionMatrix(len(class_names), validate_args=False)
+        self._confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)  # [truth, prediction]
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count labels [N, H, W] of any integer dtype, on any device.
@@ -58,8 +56,10 @@ class SegmentationMetrics:
             raise ShapeError(
                 f"prediction: expected the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)}"
             )
-        checked = (self._checked("prediction", prediction), self._checked("target", target))
-        self._confusion.to(target.device).update(*checked)
+        predicted, truth = self._checked("prediction", prediction), self._checked("target", target)
+        classes = len(self.class_names)
+        counts = torch.bincount((truth * classes + predicted).flatten(), minlength=classes**2)
+        self._confusion = self._confusion.to(counts.device) + counts.view(classes, classes)
 
     def compute(self) -> Scores:
         """Score everything counted so far.
@@ -67,7 +67,10 @@ class SegmentationMetrics:
         Raises:
             DataError: nothing counted yet.
         """
-        confusion = self._confusion.compute().cpu().double()  # [truth, prediction]
+        confusion = self._confusion.clone()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(confusion)
+        confusion = confusion.cpu().double()
         total = confusion.sum()
         if total == 0:
             raise DataError("metrics: expected at least one pixel, got none")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
-pytest.importorskip("torchmetrics", reason="needs the extra train")
-
 import torch
 
 from fastunet.checks import ConfigError, DataError, DtypeError, ShapeError
@@ -77,7 +74,6 @@ def test_as_many_classes_as_there_are() -> None:
     assert torch.equal(labels_of(probabilities)[:, 0].long(), torch.arange(300))
 
 
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_wrong_input_is_refused() -> None:
     metrics = SegmentationMetrics(["background", "cell"])
     zeros = torch.zeros(1, 2, 2, dtype=torch.long)

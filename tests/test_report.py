@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torchmetrics", reason="needs the extra train")
+pytest.importorskip("matplotlib", reason="needs the extra train")
 
 import matplotlib
 import matplotlib.pyplot as plt
