@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line raises these errors before it needs torch
+    from torch import Tensor
 
 
 class FastUNetError(Exception):
@@ -92,6 +93,8 @@ def check_together(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 def autocasts(device: str) -> bool:
     """Return whether autocast is on for that kind of device."""
+    import torch
+
     # torch asks for a device that has autocast, and up to 2.11 torch.compile breaks its graph at is_autocast_available.
     return device != "meta" and torch.is_autocast_enabled(device)
 
@@ -122,6 +125,8 @@ def check_weights(name: str, weights: Sequence[float] | float | Tensor | None) -
     """The weights, none negative, as a float tensor of dim 0 (one for all) or 1 (one each)."""
     if weights is None:
         return None
+    import torch
+
     tensor = torch.as_tensor(weights)
     tensor = tensor if tensor.is_floating_point() else tensor.float()
     if tensor.dim() > 1 or bool((tensor < 0).any()):

@@ -15,7 +15,6 @@ from .wrappers import as_probabilities, in_eval_mode
 if TYPE_CHECKING:
     from .metrics import Scores
 
-TILE = 2048  # pixels: what goes through whole where nothing else is said
 VIEWS = 8  # four quarter turns, each as it is and mirrored
 
 

@@ -6,8 +6,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .checks import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -19,6 +17,7 @@ CHOICES = {
 }
 LARGEST = 2**16  # crops, batches and channels beyond would overflow sizes before memory runs out
 MAX_LEVELS = 16
+TILE = 2048  # pixels: what goes through whole in validation, and where nothing else is said
 RANGES = {
     "steps": (1, sys.maxsize),
     "batch_size": (1, LARGEST),
@@ -121,6 +120,8 @@ def too_small(height: int, width: int, levels: int, norm: str | None) -> str | N
 
 def multiplies_bf16(cpu: bool) -> bool:
     """Whether bf16 is faster than fp32: tensor cores, or a CPU with AMX or AVX512-BF16."""
+    import torch
+
     if torch.cuda.is_available() and not cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

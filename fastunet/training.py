@@ -24,7 +24,7 @@ from .checkpoint import RunConfig, load_checkpoint, remove_checkpoints, save_che
 from .checks import ConfigError, FastUNetError, Interrupted
 from .data import Pair, SegmentationDataset, check_foreground, find_pairs, inspect, read_image, split
 from .files import write_json, written_whole
-from .inference import TILE, evaluate
+from .inference import evaluate
 from .losses import BCEDiceLoss, CEDiceLoss
 from .outputs import check_apart, check_folder, locked
 from .report import Sample, write_report
@@ -39,7 +39,7 @@ from .train_checks import (
     make_accelerator,
     resumed_config,
 )
-from .train_config import TrainConfig
+from .train_config import TILE, TrainConfig
 from .unet import UNet
 
 VALIDATIONS = 10  # per run

@@ -48,7 +48,6 @@ FLOORS = {
     "train_checks": 4,
     "training": 4,
     "doctor": 4,
-    "cli_errors": 4,
     "cli": 5,
     "__main__": 6,
 }
@@ -180,6 +179,39 @@ print("fine")
 """
     )
     assert result.stdout.strip().endswith("fine"), result.stderr
+
+
+def test_help_and_wrong_arguments_do_not_wait_for_torch() -> None:
+    pytest.importorskip("typer", reason="needs the extra train")
+    result = run_python(
+        """
+import contextlib, io, sys
+from fastunet.__main__ import main
+commands = ("train", "predict", "evaluate", "bench", "doctor", "demo")
+good = [["--version"], ["--help"], *([command, "--help"] for command in commands)]
+wrong = [["nothing"], ["train"], ["predict", "--tile", "0"], ["bench", "--quick", "--all"]]
+wrong += [["train", "--out", "x", *option] for option in (["--steps", "many"], ["--features", "4;8"])]
+for code, arguments in [*((0, each) for each in good), *((2, each) for each in wrong)]:
+    sys.argv = ["fastunet", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as end:
+            assert end.code == code, (arguments, end.code)
+    assert (out if code == 0 else err).getvalue(), arguments
+    loaded = {"torch", "numpy", "matplotlib", "triton", "accelerate"} & set(sys.modules)
+    assert not loaded, (arguments, loaded)
+print("fine")
+"""
+    )
+    assert result.stdout == "fine\n", result.stderr
+
+
+def test_predictions_and_scores_need_no_kornia_and_only_tiles_need_monai() -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra train")
+    units = ", ".join(f"fastunet.{unit}" for unit in ("checkpoint", "data", "inference", "metrics", "report", "losses"))
+    result = run_python(f"import sys, {units}; print({{'kornia', 'monai'}} & set(sys.modules))")
+    assert result.stdout == "set()\n", result.stderr
 
 
 def test_public_names_are_there_and_lazy() -> None:

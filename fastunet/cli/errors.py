@@ -7,10 +7,9 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-import torch
 import typer
 
-from .checks import FastUNetError, Interrupted
+from fastunet.checks import FastUNetError, Interrupted
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -54,6 +53,8 @@ def _in_one_line(error: Exception) -> str | None:
         return " ".join(error.format_message().split())
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename is not None else f"output: {text}"
+    import torch  # loaded by now: only a command at work gets here
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"not enough memory ({text or type(error).__name__}): take smaller batches, crops or tiles"
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):

@@ -1,0 +1,44 @@
+"""The command line: a file per command. Each parses, calls the library, and prints.
+
+What a command runs on is imported when it runs: help and wrong arguments do not wait for torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastunet import __version__
+
+from . import bench, demo, doctor, evaluate, predict, train
+from .errors import run_to_the_end
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in help are meant as they are
+)
+for command in (train.train, predict.predict, evaluate.evaluate, bench.bench, doctor.doctor, demo.demo):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastunet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A U-Net from a folder of images and masks, and what it predicts."""
+
+
+def run() -> None:
+    """Run the app: what the user can mend, or the system refuses, ends as one line and exit code 2."""
+    run_to_the_end(app)

@@ -1,0 +1,64 @@
+"""`fastunet evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastunet.files import write_json
+from fastunet.outputs import check_apart, check_folder, check_replaceable, is_our_json
+from fastunet.train_config import TILE
+
+from .shared import (
+    DATA,
+    DeviceOption,
+    OverwriteOption,
+    RunArgument,
+    TileOption,
+    TtaOption,
+    check_like_training,
+    check_tile,
+    console,
+    load,
+    print_scores,
+    track,
+)
+
+SCORES = ("dice", "iou", "images", "tta")  # what the file of `evaluate` holds, among other things
+
+
+def evaluate(
+    run: RunArgument,
+    data: Annotated[Path, DATA],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    tta: TtaOption = None,
+    tile: TileOption = TILE,
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Score RUN on every pair of DATA: Dice and IoU per class, over all pixels."""
+    from fastunet.data import SegmentationDataset, find_pairs, inspect, read_image
+    from fastunet.inference import evaluate as scores_of
+
+    pairs = find_pairs(data)
+    if out is not None:
+        check_folder(out.parent)
+        check_apart(out.parent, [file for pair in pairs for file in (pair.image, pair.mask)])
+        check_replaceable(out, overwrite, lambda path: is_our_json(path, SCORES))
+    model, config = load(run, device)
+    check_tile(tile, config)
+    summary = inspect(pairs, config.data.classes)
+    for pair in pairs:
+        check_like_training(pair.image, read_image(pair.image), config)
+    dataset = SegmentationDataset(pairs, summary)
+    use_tta = config.training["tta"] if tta is None else tta
+    scores, _ = scores_of(model, track(dataset, "evaluating"), config.class_names, tile=tile, tta=use_tta)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, {**scores, "images": [pair.stem for pair in pairs], "tta": use_tta})
+    print_scores(scores, f"{len(pairs)} images of {data}")
+    seen = sorted(set(config.train) & {pair.stem for pair in pairs})
+    if seen:
+        console.print(f"note: {len(seen)} of them have the names of training images", soft_wrap=True)

@@ -1,0 +1,85 @@
+"""What the commands have in common: their arguments, the terminal, and a run that is loaded and fits its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastunet.checks import ConfigError, DataError
+from fastunet.train_config import too_small
+
+# Names of files are printed as they are, whatever they look like.
+console = Console(markup=False, emoji=False, highlight=False)
+
+DATA = typer.Argument(metavar="DATA", help="Folder with images/ and masks/ of equal stems.")
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+TtaOption = Annotated[bool | None, typer.Option("--tta/--no-tta", help="Average eight flips and turns [as trained].")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what fastunet wrote there before.")]
+TileOption = Annotated[int, typer.Option(min=1, help="Images larger than this go through in overlapping tiles.")]
+
+
+def parse_features(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"features: expected whole numbers with commas between, got {text!r}") from None
+
+
+def chosen_device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"device: expected auto, cpu or cuda, got {name!r}")
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise typer.BadParameter("device: expected a CUDA device for 'cuda', got none")
+    return "cuda" if has_cuda and name != "cpu" else "cpu"
+
+
+def load(run: Path, device: str) -> tuple[Any, Any]:
+    from fastunet.checkpoint import load_run
+
+    target = chosen_device(device)
+    model, config = load_run(run)
+    return model.to(target), config
+
+
+def check_like_training(file: Path, pixels: Any, config: Any) -> None:
+    """Raise DataError unless an image is of the kind the model was trained on, and large enough for it."""
+    height, width, channels = pixels.shape
+    if channels != config.data.channels:
+        raise DataError(f"{file}: expected {config.data.channels} channels, as in training, got {channels}")
+    if pixels.dtype.name != config.data.dtype:
+        raise DataError(f"{file}: expected {config.data.dtype}, as in training, got {pixels.dtype.name}")
+    if reason := too_small(height, width, len(config.model["features"]), config.model["norm"]):
+        raise DataError(f"{file}: {reason}")
+
+
+def check_tile(tile: int, config: Any) -> None:
+    if reason := too_small(tile, tile, len(config.model["features"]), config.model["norm"]):
+        raise ConfigError(f"tile: {reason}")
+
+
+def track(items: Any, text: str) -> Any:
+    from rich.progress import track
+
+    # len() first: a dataset is a sequence that ends by IndexError.
+    return track(items, text, total=len(items), console=console, transient=True)
+
+
+def print_scores(metrics: Any, title: str) -> None:
+    if "dice" not in metrics:
+        return
+    console.print(title, soft_wrap=True)
+    table = Table("class", "Dice", "IoU")
+    background, *foreground = metrics["dice"]
+    if len(foreground) > 1:
+        table.add_row("mean of the foreground", f"{metrics['mean_dice']:.4f}", f"{metrics['mean_iou']:.4f}")
+    for name in (*foreground, background):
+        table.add_row(name, f"{metrics['dice'][name]:.4f}", f"{metrics['iou'][name]:.4f}")
+    console.print(table)
