@@ -37,7 +37,7 @@ class ConvGraph:
     output_shape: tuple[int, ...]
 
 
-def obstacle(device: torch.device, dtype: torch.dtype) -> str:
+def unsupported(device: torch.device, dtype: torch.dtype) -> str:
     """Why there is no graph API for that device and dtype, or "" where there is."""
     if device.type != "cuda":
         return f"the device is {device.type}, not cuda"

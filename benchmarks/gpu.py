@@ -173,7 +173,7 @@ def make_report(
     report["roofline"] = draw_roofline(out, report)
     report["tests"] = run_tests(settings.device, min(budget.left(), _MOST_TESTS))
     write_report(out, report)
-    if steps is None and dispatch.triton_obstacle(torch.device(settings.device), DTYPE) is None:
+    if steps is None and dispatch.triton_unsupported(torch.device(settings.device), DTYPE) is None:
         _search(settings, budget, tuned or out, lambda rows: save([*measured, *rows]))
     return report
 

@@ -73,10 +73,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def our_backends(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
-    """(name, backend, obstacle) of ours: as the backend in force has it, and Triton unless that is what it forces."""
-    in_force, obstacle = dispatch.selected_backend(), dispatch.triton_obstacle(device, dtype) or ""
-    ours = [(OURS, in_force, obstacle if in_force == "triton" else "")]
-    return ours if in_force == "triton" else [*ours, (OURS_TRITON, "triton", obstacle)]
+    """(name, backend, unsupported) of ours: as the backend in force has it, and Triton unless that forces it."""
+    in_force, unsupported = dispatch.selected_backend(), dispatch.triton_unsupported(device, dtype) or ""
+    ours = [(OURS, in_force, unsupported if in_force == "triton" else "")]
+    return ours if in_force == "triton" else [*ours, (OURS_TRITON, "triton", unsupported)]
 
 
 def _keeps_float32(device: torch.device, dtype: torch.dtype) -> bool:
@@ -100,21 +100,23 @@ def layer_providers(
             "NHWC",
             kind,
             functools.partial(_our_layer, layer.op, backend, _keeps_float32(device, dtype)),
-            obstacle,
+            unsupported,
         )
-        for name, backend, obstacle in our_backends(device, dtype)
+        for name, backend, unsupported in our_backends(device, dtype)
     ]
     providers += [
         Provider(f"{library} eager", "NHWC", kind, functools.partial(_bound, composition)),
         Provider(f"{library} eager NCHW", "NCHW", kind, functools.partial(_bound_contiguous, composition)),
     ]
     for name, mode in (("compile", "default"), ("compile max-autotune", "max-autotune-no-cudagraphs")):
-        obstacle = compile_obstacle(device, mode, thorough=thorough)
+        unsupported = compile_unsupported(device, mode, thorough=thorough)
         prepare = functools.partial(_compiled_layer, _once(functools.partial(compiled, composition, mode)))
-        providers.append(Provider(name, "NHWC", kind, prepare, obstacle))
-    obstacle = cudnn_graph.obstacle(device, dtype) or _without_graph(layer)
+        providers.append(Provider(name, "NHWC", kind, prepare, unsupported))
+    unsupported = cudnn_graph.unsupported(device, dtype) or _without_graph(layer)
     make = _once(functools.partial(_conv_graph, layer, device, dtype))
-    providers.append(Provider("cudnn graph", "NHWC", kind, functools.partial(_graph_layer, layer.op, make), obstacle))
+    providers.append(
+        Provider("cudnn graph", "NHWC", kind, functools.partial(_graph_layer, layer.op, make), unsupported)
+    )
     return providers
 
 
@@ -154,7 +156,7 @@ def _compiled_layer(make: Callable[[], Callable[..., Any]], inputs: dict[str, Te
 # --- torch.compile: once for each function, for the shapes of its calls, in one graph or not at all ---
 
 
-def compile_obstacle(device: torch.device, mode: str, *, thorough: bool) -> str:
+def compile_unsupported(device: torch.device, mode: str, *, thorough: bool) -> str:
     """Why torch.compile cannot run in that mode on that device, or "". thorough: let it take minutes on a CPU."""
     if device.type != "cuda":
         if mode == "max-autotune":
@@ -165,7 +167,7 @@ def compile_obstacle(device: torch.device, mode: str, *, thorough: bool) -> str:
         return "" if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
     if mode == "freezing":
         return "freezing is the CPU's form of what CUDA graphs and max-autotune are on a GPU"
-    return dispatch.triton_obstacle(device, torch.float32) or ""
+    return dispatch.triton_unsupported(device, torch.float32) or ""
 
 
 def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
@@ -287,11 +289,11 @@ def net_providers(
     amp = training and dtype != torch.float32
     plain = functools.partial(_Form, dtype, amp=amp)
     ours = functools.partial(_Form, dtype, amp=amp or _keeps_float32(device, dtype))
-    forms = [(name, ours(backend=backend), obstacle) for name, backend, obstacle in our_backends(device, dtype)]
+    forms = [(name, ours(backend=backend), unsupported) for name, backend, unsupported in our_backends(device, dtype)]
     if not training:
-        name, backend, obstacle = our_backends(device, dtype)[0]
+        name, backend, unsupported = our_backends(device, dtype)[0]
         captured = plain(backend=backend, is_captured=True)
-        forms.append((f"{name} CUDA graph", captured, obstacle or _no_cuda(device)))
+        forms.append((f"{name} CUDA graph", captured, unsupported or _no_cuda(device)))
     forms.append(("eager", _Form(torch.float32, torch.contiguous_format), ""))
     if dtype == torch.float32 or not training:
         forms.append(("eager channels_last", plain(), ""))
@@ -307,7 +309,7 @@ def net_providers(
     if not training:
         modes["compile freezing"] = "freezing"
     forms += [
-        (name, plain(mode=mode), compile_obstacle(device, mode, thorough=thorough)) for name, mode in modes.items()
+        (name, plain(mode=mode), compile_unsupported(device, mode, thorough=thorough)) for name, mode in modes.items()
     ]
     prepare = _training_step if training else _inference
     return [

@@ -240,10 +240,10 @@ def check_net(settings: Settings, model: fastunet.UNet, backend: str, *, trainin
     """
     x = images(settings, 2, min(settings.size, _PARITY_SIDE))
     target = target_for(settings, x)
-    twin = model.to_reference()
+    reference = model.to_reference()
     with fastunet.backend("aten"):  # The loss is an op of ours in all three.
-        exact = _result(copy.deepcopy(twin).double(), x.double(), target.double(), training)
-        plain = _distance(_result(twin, x, target, training), exact)
+        exact = _result(copy.deepcopy(reference).double(), x.double(), target.double(), training)
+        plain = _distance(_result(reference, x, target, training), exact)
     with fastunet.backend(backend):
         ours = _distance(_result(copy.deepcopy(model), x, target, training), exact)
     assert ours <= 2 * plain, f"relative distance to float64: {ours:.2e}, of plain torch {plain:.2e}"

@@ -95,7 +95,7 @@ def search(settings: Settings, step: Step) -> Row:
     device = torch.device(settings.device)
     if step.variant == STEP_UP:
         case = step_up_cases(settings.net_layers())[step.name]
-        if (reason := step_up_obstacle(case, device)) is not None:
+        if (reason := step_up_unsupported(case, device)) is not None:
             return {"status": "skipped", "reason": reason}
         subject = step_up_subject(case, gpu.target(device))
         ours, others = step_up_runs(case, device)
@@ -221,7 +221,7 @@ def step_up_cases(layers: Sequence[Layer]) -> dict[str, Case]:
     return found
 
 
-def step_up_obstacle(case: Case, device: torch.device) -> str | None:
+def step_up_unsupported(case: Case, device: torch.device) -> str | None:
     """Why no kernel computes it there, or None."""
     asked = [torch.empty((1, *case.shapes["skip"][1:]), device=device, dtype=DTYPE)]
     asked.append(torch.empty(case.shapes["weight"], device=device, dtype=DTYPE))

@@ -43,7 +43,7 @@ from .harness.timing import clock_of, cudnn_benchmark, interleaved_samples, rati
 from .harness.worker import Budget
 from .results import Row
 from .runs import input_sets
-from .search import STEP_UP_OP, step_up_cases, step_up_obstacle, step_up_runs, tune_steps
+from .search import STEP_UP_OP, step_up_cases, step_up_runs, step_up_unsupported, tune_steps
 
 _RESERVE = 6.0
 # The share of the time in which configurations are searched for.
@@ -114,7 +114,7 @@ def _margin(case: Case, task: str, settings: Settings) -> Row:
     device, training = torch.device(settings.device), task == "training"
     if "training" in case.options:  # Batch norm: of the batch's statistics, or of the running ones.
         case = replace(case, options={**case.options, "training": training})
-    if case.op == STEP_UP_OP and (reason := step_up_obstacle(case, device)) is not None:
+    if case.op == STEP_UP_OP and (reason := step_up_unsupported(case, device)) is not None:
         return {"status": "skipped", "reason": reason}
     one_image = {name: (1, *shape[1:]) if _is_image(name) else shape for name, shape in case.shapes.items()}
     with fastunet.backend("triton"):
@@ -260,9 +260,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure and write the table; return 0 if there is one, else 1."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here")
-    obstacle = dispatch.triton_obstacle(torch.device(options.device), DTYPE)
-    if obstacle is not None:
-        parser.error(f"there is nothing to tune: {obstacle}")
+    unsupported = dispatch.triton_unsupported(torch.device(options.device), DTYPE)
+    if unsupported is not None:
+        parser.error(f"there is nothing to tune: {unsupported}")
     settings = Settings(device=options.device, size=options.size, batch=options.batch, features=tuple(options.features))
     path = tuning.TUNED / table_name(options.device) if options.tuned else options.out
     rows = measure_table(settings, path, Budget(60 * options.minutes - _RESERVE))

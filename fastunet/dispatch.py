@@ -182,20 +182,20 @@ def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
         return Choice("winograd", "training on the CPU: Winograd's algorithm multiplies less")
     if op not in TRITON_OPS:
         return Choice("aten", "no Triton kernel for this op")
-    obstacle = triton_obstacle(x.device, x.dtype)
-    if _selected == "triton" and obstacle is not None:
-        raise BackendError(f"{op}: backend 'triton' was asked for, but {obstacle}")
-    if obstacle is None and op == _STEP_UP:
-        obstacle = _composition_obstacle(x, weight, training)
-    if obstacle is not None:
-        return Choice("aten", obstacle)
+    unsupported = triton_unsupported(x.device, x.dtype)
+    if _selected == "triton" and unsupported is not None:
+        raise BackendError(f"{op}: backend 'triton' was asked for, but {unsupported}")
+    if unsupported is None and op == _STEP_UP:
+        unsupported = _composition_unsupported(x, weight, training)
+    if unsupported is not None:
+        return Choice("aten", unsupported)
     choice = Choice("triton", "backend is set to triton") if _selected == "triton" else _faster(op, x, weight, training)
     if op == _STEP_UP and choice.implementation == "triton":
         return replace(choice, prepares=True)
     return choice
 
 
-def _composition_obstacle(skip: Tensor, weight: Tensor | None, training: bool) -> str | None:
+def _composition_unsupported(skip: Tensor, weight: Tensor | None, training: bool) -> str | None:
     """Why no kernel computes an upsampling together with the convolution after it, or None if one does."""
     sizes = [*skip.shape[1:], *(() if weight is None else weight.shape[:1])]
     if weight is None or training or len(sizes) != 4 or not all(isinstance(size, int) for size in sizes):
@@ -228,7 +228,7 @@ def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
     return Choice("triton", f"measured on {name}: {margin:.2f} times as fast as ATen")
 
 
-def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a Triton kernel cannot run on that device and dtype, or None if it can."""
     if not _has_triton():
         return "triton is not installed"

@@ -105,9 +105,9 @@ class _Search:
 
     def add(self, node: Node) -> None:
         pattern = Pattern(node, result=node)
-        obstacle = _obstacle(node)
-        if obstacle is not None:
-            pattern.reason = obstacle
+        unsupported = _unsupported(node)
+        if unsupported is not None:
+            pattern.reason = unsupported
         elif name_of(node) == "max_pool2d":
             pattern.op = "max_pool2x2"
         elif name_of(node) == "conv_transpose2d":
@@ -165,7 +165,7 @@ class _Search:
         if is_foldable and (self._take_step_up(pattern) or self._take_head(pattern)):
             return
         for user in pattern.result.users:
-            if name_of(user) == "max_pool2d" and _obstacle(user) is None and self._take(pattern, pool=user):
+            if name_of(user) == "max_pool2d" and _unsupported(user) is None and self._take(pattern, pool=user):
                 return
 
     def _take_idle(self, pattern: Pattern) -> Node | None:
@@ -212,7 +212,7 @@ class _Search:
         head = only_user(pattern.result)
         if pattern.cat is not None or head is None or name_of(head) != "conv2d":
             return False
-        if arguments(head)["input"] is not pattern.result or _obstacle(head) is not None or _kernel_size(head) != 1:
+        if arguments(head)["input"] is not pattern.result or _unsupported(head) is not None or _kernel_size(head) != 1:
             return False
         if self._choice(WITH_HEAD, pattern).implementation == "aten" and not self.force:
             return False
@@ -236,7 +236,7 @@ class _Search:
 # --- single nodes ---
 
 
-def _obstacle(node: Node) -> str | None:
+def _unsupported(node: Node) -> str | None:
     """Why no op computes what this anchor calls, or None."""
     name, given = name_of(node), arguments(node)
     if name == "interpolate":
@@ -247,15 +247,15 @@ def _obstacle(node: Node) -> str | None:
         value = value_of(node)
         return f"expected floating-point images [N, C, H, W], got {_typed(value)}"
     if name == "max_pool2d":
-        return _pool_obstacle(given)
-    return _weight_obstacle(node) or _geometry_obstacle(node)
+        return _pool_unsupported(given)
+    return _weight_unsupported(node) or _geometry_unsupported(node)
 
 
 def _typed(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _pool_obstacle(given: dict[str, Any]) -> str | None:
+def _pool_unsupported(given: dict[str, Any]) -> str | None:
     window = {key: _pair(given[key]) for key in _WINDOW}
     window["stride"] = window["kernel_size"] if given["stride"] in (None, []) else window["stride"]
     wrong = [f"{key} {window[key]}" for key in _WINDOW if window[key] != _WINDOW[key]]
@@ -263,7 +263,7 @@ def _pool_obstacle(given: dict[str, Any]) -> str | None:
     return f"max-pooling with {', '.join(wrong)}: the op is for 2x2 windows side by side" if wrong else None
 
 
-def _weight_obstacle(node: Node) -> str | None:
+def _weight_unsupported(node: Node) -> str | None:
     weight = arguments(node)["weight"]
     if not isinstance(weight, Node) or weight.op not in ("placeholder", "get_attr"):
         return "its weight is computed (parametrised, pruned, or scaled), not a parameter"
@@ -274,7 +274,7 @@ def _weight_obstacle(node: Node) -> str | None:
     return None
 
 
-def _geometry_obstacle(node: Node) -> str | None:
+def _geometry_unsupported(node: Node) -> str | None:
     name, given = name_of(node), arguments(node)
     size = _kernel_size(node)
     expected = _GEOMETRY.get((name, size)) if size is not None else None
@@ -360,7 +360,7 @@ def _can_be_folded(pattern: Pattern) -> bool:
 
 def _gives_step_up(up: Any, pad: Node | None, skip: Any) -> bool:
     """Whether `up`, padded by at most a row below and a column on the right, doubles an image to skip's size."""
-    if name_of(up) != "conv_transpose2d" or _obstacle(up) is not None:
+    if name_of(up) != "conv_transpose2d" or _unsupported(up) is not None:
         return False
     if pad is None:
         return True

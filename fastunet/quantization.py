@@ -246,7 +246,7 @@ def _has_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
     is_absent = x.device.type == "cuda" and not torch.cuda.is_available()
     if is_absent or dtype.itemsize != 2 or x.numel() == 0 or dispatch.selected_backend() == "aten":
         return False
-    if dispatch.triton_obstacle(x.device, dtype) is not None:
+    if dispatch.triton_unsupported(x.device, dtype) is not None:
         return False
     from fastunet.kernels import config, gpu
 

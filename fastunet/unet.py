@@ -224,19 +224,20 @@ class UNet(ReferenceUNet):
         pretrained.save(folder, self.config, self.state_dict())
 
     def to_reference(self) -> ReferenceUNet:
-        """The plain PyTorch twin: a copy of the model as it is now, exchanged parts, hooks and all, without gradients.
+        """Return the reference model, in plain PyTorch: a copy of this one as it is now, exchanged parts and hooks too,
+        without gradients.
 
         Raises ConfigError for a subclass with a forward of its own.
         """
         if type(self).forward is not UNet.forward:
             raise ConfigError(f"to_reference: expected UNet's forward, got {type(self).__name__}'s own")
-        twin = copy.deepcopy(self).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        for module in twin.modules():
+        model = copy.deepcopy(self).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        for module in model.modules():
             for kind, plain in _REFERENCES.items():
                 if isinstance(module, kind) and type(module).forward is kind.forward:
                     module.__class__ = plain
-        twin.zero_grad()
-        return twin
+        model.zero_grad()
+        return model
 
 
 _REFERENCES: dict[type[nn.Module], type[nn.Module]] = {

@@ -156,7 +156,7 @@ def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, al
     deepest = 16 if not tensor_cores else 64 if half and target.capability >= 90 else 32
     block_k = step_block(shape.c1, shape.c2, deepest)
     block_n = channel_block(shape.c_out, 128 if half and block_k == deepest else 64)
-    # A lone image on a deep level is to occupy at least half of the GPU. Unmeasured.
+    # A batch of one image on a deep level is to occupy at least half of the GPU. Unmeasured.
     tiles = cdiv(shape.height, tile_h) * cdiv(shape.width, TILE_W)
     if block_n == 128 and 2 * tiles * cdiv(shape.c_out, 128) < target.multiprocessors:
         block_n = 64

@@ -1,5 +1,5 @@
-"""The 3x3 convolution with its input channels split among programs, for a lone image on a deep level, whose tiles are
-too few for the GPU. Each program leaves its sums in float32; a second kernel adds them, always in the same order, and
+"""The 3x3 convolution with its input channels split among programs, for a batch of one image on a deep level, whose
+tiles are too few for the GPU. Each program leaves its sums in float32; a second kernel adds them, in a fixed order, and
 does what the other forms do in their epilogue. No atomics: the bits are the same at every run.
 """
 

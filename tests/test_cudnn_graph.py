@@ -18,7 +18,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYERS = {layer.name: layer for layer in unet_layers(meta_unet(3, 2, (8, 16)), 2, 12, 20)}
 
 
-def graph_opponent(layer: Layer) -> Provider:
+def graph_baseline(layer: Layer) -> Provider:
     return next(each for each in layer_providers(layer, CPU, torch.float16) if each.name == "cudnn graph")
 
 
@@ -165,10 +165,10 @@ def test_no_plan_is_a_reason(failing: tuple[int, ...], count: int, reason: str) 
 
 
 def test_where_there_is_no_graph_api(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "not torch.float32" in cudnn_graph.obstacle(CUDA, torch.float32)
+    assert "not torch.float32" in cudnn_graph.unsupported(CUDA, torch.float32)
     monkeypatch.setitem(sys.modules, "cudnn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cudnn_graph.obstacle(CUDA, torch.float16) == "nvidia-cudnn-frontend is not installed"
+    assert cudnn_graph.unsupported(CUDA, torch.float16) == "nvidia-cudnn-frontend is not installed"
 
 
 @pytest.mark.parametrize("name", ["inc.c2", "up1.c1", "outc", "down1.c1"])
@@ -183,7 +183,7 @@ def test_the_graph_does_its_layers_work(name: str, monkeypatch: pytest.MonkeyPat
         return cudnn_graph.Conv(cudnn, graph, dtype, device, None, min)
 
     monkeypatch.setattr(cudnn_graph, "conv", conv)
-    provider = graph_opponent(layer)
+    provider = graph_baseline(layer)
     check_layer(layer, inputs, provider.prepare(inputs)())
 
 
@@ -193,6 +193,6 @@ def test_a_layer_that_cudnn_refuses_is_unavailable(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cudnn_graph, "conv", refuse)
     layer: Layer = LAYERS["inc.c1"]
-    provider = graph_opponent(layer)
+    provider = graph_baseline(layer)
     with pytest.raises(Unavailable, match="three channels"):
         provider.prepare(device_inputs(layer, CPU, torch.float16))

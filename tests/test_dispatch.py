@@ -61,7 +61,7 @@ def test_forced_triton_raises_where_it_cannot_run() -> None:
 
 
 def test_float64_has_no_kernel() -> None:
-    assert "not torch.float64" in (dispatch.triton_obstacle(torch.device("cuda"), torch.float64) or "")
+    assert "not torch.float64" in (dispatch.triton_unsupported(torch.device("cuda"), torch.float64) or "")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ HOPPER = gpu.known_target(90)
 @pytest.fixture
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Path]]:
     """A GPU where a convolution of 8 channels to 16 on images of 32x24 was measured, with this margin over ATen."""
-    monkeypatch.setattr(dispatch, "triton_obstacle", lambda *_: None)
+    monkeypatch.setattr(dispatch, "triton_unsupported", lambda *_: None)
     monkeypatch.setattr(gpu, "target", lambda _: HOPPER)
     path = tmp_path / "table.json"
 

@@ -80,11 +80,11 @@ def test_a_layers_outputs_are_what_its_modules_return(upsample: Any) -> None:
     def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
         returned.append(tuple(output.shape))
 
-    twin = model.to_reference()
-    for module in twin.modules():
+    plain = model.to_reference()
+    for module in plain.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Upsample, nn.MaxPool2d)):
             module.register_forward_hook(note)
-    twin(torch.zeros(2, 3, 16, 24))
+    plain(torch.zeros(2, 3, 16, 24))
     assert [shape for layer in unet_layers(model, 2, 16, 24) for shape in layer.outputs.values()] == returned
 
 
@@ -313,7 +313,7 @@ def test_what_the_search_finds_goes_into_the_table(
 
     for module in (gpu_report, tune):
         monkeypatch.setattr(module, "Worker", Searching)
-    monkeypatch.setattr(gpu_report.dispatch, "triton_obstacle", lambda *_: None)
+    monkeypatch.setattr(gpu_report.dispatch, "triton_unsupported", lambda *_: None)
     folder = tmp_path / "tuned" if is_tuned else tmp_path
     report = gpu_report.make_report(TINY, tmp_path, 3.0, tuned=tmp_path / "tuned" if is_tuned else None)
     table = json.loads((folder / "interpreter.json").read_text())

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastunet.kernels import config
+from injected_faults import kernels_with
 from kernel_device import DEVICE, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
-from planted_bugs import kernels_with
 from torch import Tensor
 
 from fastunet.folding import compose_upsampling, upsampled_bias
@@ -166,7 +166,7 @@ BUGS = [
 
 @pytest.mark.skipif(not INTERPRETED, reason="the copies of the kernels are for the interpreter")
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug[2])
-def test_planted_bugs_are_caught(bug: tuple[str, str, str], tmp_path: Path) -> None:
+def test_injected_faults_are_caught(bug: tuple[str, str, str], tmp_path: Path) -> None:
     with kernels_with(bug, tmp_path) as package:
         ops = load(package)
         with pytest.raises(AssertionError, match="outside the tolerance"):

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from fastunet.kernels import config, gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from injected_faults import kernels_with
 from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
-from planted_bugs import kernels_with
 from torch import Tensor
 
 from fastunet.testing import (
@@ -386,7 +386,7 @@ def test_empty_batch_has_zero_weight_gradient() -> None:
 
 
 def parity_suite(ops: Any) -> None:
-    """A short run over everything the kernels do, for the planted bugs below."""
+    """A short run over everything the kernels do, for the injected faults below."""
     for shape in ((2, 3, 0, 17, 5, 9), (1, 5, 3, 17, 6, 10)):
         x, up, weight, bias = make_inputs(*shape, torch.float32)
         check_forward(ops, x, up, weight, bias, negative_slope=0.1)
@@ -398,7 +398,7 @@ def parity_suite(ops: Any) -> None:
     check_activation_grad(ops, random_integers((1, 5, 7, 5), largest=2, device=DEVICE).clamp(min=0), 0.0)
 
 
-# A file of the kernels package, a fragment of it, and what a slip of the pen could have made of it.
+# A file of the kernels package, a fragment of it, and its mutation.
 BUGS = {
     "first_row_lost": ("tiles", "inside = (h >= 0)", "inside = (h > 0)"),
     "taps_mirrored": ("tiles", "dw = tap % 3 - 1", "dw = 1 - tap % 3"),
@@ -425,6 +425,6 @@ def test_parity_suite_passes_on_the_kernels_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
+def test_injected_fault_is_caught(bug: str, tmp_path: Path) -> None:
     with kernels_with(BUGS[bug], tmp_path) as package, pytest.raises(AssertionError):
         parity_suite(load_ops(package))

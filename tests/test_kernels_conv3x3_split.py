@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from fastunet.kernels import config, conv3x3_split, gpu, tuning
 from fastunet.kernels.epilogue import Epilogue
+from injected_faults import kernels_with
 from kernel_device import DEVICE, MARK, nan_in_fresh_memory  # noqa: F401
-from planted_bugs import kernels_with
 from torch import Tensor
 
 from fastunet.testing import assert_within, conv3x3_expected, pooled_expected, random_input, random_integers
@@ -140,7 +140,7 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
+def test_injected_fault_is_caught(bug: str, tmp_path: Path) -> None:
     with kernels_with(BUGS[bug], tmp_path) as package, pytest.raises(AssertionError):
         check(load(package), split(), *tensors(32, 64, 40))
 
@@ -148,7 +148,7 @@ def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
 def test_where_sums_may_be_split() -> None:
     deep = config.ConvShape(1024, 0, 1024, 32, 32)
     derived = config.derived_conv_config(deep, torch.bfloat16, HOPPER, False)
-    assert derived.splits == 1, "which helps a lone image only, and is unmeasured"
+    assert derived.splits == 1, "which helps a batch of one image only, and is unmeasured"
     found = config.splittings(derived, deep, HOPPER)
     assert found
     programs = config.tiles_per_image(derived, 32, 32) * gpu.cdiv(1024, derived.block_n)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from fastunet.kernels import gpu
+from injected_faults import kernels_with
 from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
-from planted_bugs import kernels_with
 from torch import Tensor
 
 from fastunet.testing import UNIT_ROUNDOFF, Expected, assert_within, conv3x3_expected, pooled_expected, random_input
@@ -193,6 +193,6 @@ def test_parity_suite_passes_on_the_kernels_as_they_are() -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="the bugs lie in forms that another GPU would run")
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
+def test_injected_fault_is_caught(bug: str, tmp_path: Path) -> None:
     with kernels_with(BUGS[bug], tmp_path) as package, pytest.raises(AssertionError):
         parity_suite(load_ops(package))

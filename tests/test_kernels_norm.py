@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from fastunet.kernels import gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from injected_faults import kernels_with
 from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
-from planted_bugs import kernels_with
 from torch import Tensor
 
 from fastunet.testing import UNIT_ROUNDOFF, assert_within, conv3x3_expected, random_input, random_integers
@@ -318,7 +318,7 @@ def test_nan_stays() -> None:
     assert invstd.isnan().all()
 
 
-# --- planted bugs ---
+# --- injected faults ---
 
 
 def parity_suite(ops: Any) -> None:
@@ -335,7 +335,7 @@ def parity_suite(ops: Any) -> None:
         check_grad(ops, raw, given, 0.0, "y", statistics_given=True)
 
 
-# A file of the kernels package, a fragment of it, and what a slip of the pen could have made of it.
+# A file of the kernels package, a fragment of it, and its mutation.
 BUGS = {
     "deviation_about_zero": ("epilogue", "v - tl.expand_dims(mean, 1 - AXIS)", "v"),
     "count_of_the_whole_tile": (
@@ -372,6 +372,6 @@ def test_parity_suite_passes_on_the_kernels_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
+def test_injected_fault_is_caught(bug: str, tmp_path: Path) -> None:
     with kernels_with(BUGS[bug], tmp_path) as package, pytest.raises(AssertionError):
         parity_suite(load_ops(package))

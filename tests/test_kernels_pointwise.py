@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from fastunet.kernels import config, config_pixels, gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from injected_faults import kernels_with
 from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
-from planted_bugs import kernels_with
 from torch import Tensor
 
 from fastunet.testing import (
@@ -334,7 +334,7 @@ def check_boxes(ops: Any) -> None:
 
 
 def parity_suite(ops: Any) -> None:
-    """A short run over everything the kernels do, for the planted bugs below."""
+    """A short run over everything the kernels do, for the injected faults below."""
     check_boxes(ops)
     check_integers_are_exact(ops)
     check_large_logits(ops)
@@ -346,7 +346,7 @@ def parity_suite(ops: Any) -> None:
         check_head(ops, x, head_weight, bias, activation)
 
 
-# A file of the kernels package, a fragment of it, and what a slip of the pen could have made of it.
+# A file of the kernels package, a fragment of it, and its mutation.
 BUGS = {
     "minimum_for_maximum": ("tiles", "tl.maximum(", "tl.minimum("),
     "odd_height_forgotten": ("max_pool2x2", " + row // (H // 2) * (H % 2)", ""),
@@ -384,6 +384,6 @@ def test_parity_suite_passes_on_the_kernels_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
+def test_injected_fault_is_caught(bug: str, tmp_path: Path) -> None:
     with kernels_with(BUGS[bug], tmp_path) as package, pytest.raises(AssertionError):
         parity_suite(load_ops(package))

@@ -212,7 +212,7 @@ def test_a_pass_over_nothing() -> None:
 
 
 def parity_suite(kernels: Any) -> None:
-    """A short run over everything the kernels do, for the planted bugs below."""
+    """A short run over everything the kernels do, for the injected faults below."""
     for c, softmax, squared in ((1, False, False), (3, False, True), (5, True, False), (3, True, True)):
         logits = random_input((1, c, 33, 37), scale=2.0, layout="contiguous", device=DEVICE)
         for kind, mask in (("soft", make_mask(logits)), ("indices", None)):
@@ -223,7 +223,7 @@ def parity_suite(kernels: Any) -> None:
     check_labels(kernels)
 
 
-# A file of the kernels package, a fragment of it, and what a slip of the pen could have made of it.
+# A file of the kernels package, a fragment of it, and its mutation.
 BUGS = {
     "padding_counted": (
         "segmentation_loss",
@@ -270,15 +270,15 @@ def test_parity_suite_passes_on_the_kernels_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, fragment, slip = BUGS[bug]
+def test_injected_fault_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, fragment, mutation = BUGS[bug]
     package = f"kernels_with_{bug}"
     (tmp_path / package).mkdir()
     for file in Path(gpu.__file__).parent.glob("*.py"):
         text = file.read_text()
         if file.stem == module:
             assert fragment in text
-            text = text.replace(fragment, slip)
+            text = text.replace(fragment, mutation)
         (tmp_path / package / file.name).write_text(text.replace("fastunet.kernels", package))
     monkeypatch.syspath_prepend(tmp_path)
     try:

@@ -153,11 +153,11 @@ def test_net_is_as_near_to_float64_as_on_aten(size: tuple[int, int], options: di
 @pytest.mark.parametrize("norm", ["batch", "instance", None])
 def test_net_under_autocast(norm: str | None, calls: list[str]) -> None:
     model, x = unet(norm=norm), random_input((2, 3, 33, 32))
-    twin = model.to_reference()
+    reference = model.to_reference()
     with torch.no_grad():
-        exact = copy.deepcopy(twin).double()(x.double())
+        exact = copy.deepcopy(reference).double()(x.double())
         with torch.autocast("cpu", torch.bfloat16):
-            plain, ours = twin(x), model(x)
+            plain, ours = reference(x), model(x)
     assert ours.dtype == torch.bfloat16
     assert distance(ours, exact) <= 2 * distance(plain, exact)
     assert sorted(calls) == ["conv3x3"] * 10 + ["conv_transpose2x2"] * 2

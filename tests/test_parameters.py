@@ -82,9 +82,9 @@ def shared(model: Net) -> None:
 
 
 def copied(model: Net) -> Net:
-    twin = copy.deepcopy(model)
-    scale(twin)
-    return twin
+    copied = copy.deepcopy(model)
+    scale(copied)
+    return copied
 
 
 def averaged(model: Net) -> nn.Module:

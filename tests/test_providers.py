@@ -42,7 +42,7 @@ def problem(norm: str | None = "batch") -> tuple[fastunet.UNet, torch.Tensor, to
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYERS)
-def test_eager_opponents_of_a_layer_are_right(name: str, dtype: torch.dtype) -> None:
+def test_eager_baselines_of_a_layer_are_right(name: str, dtype: torch.dtype) -> None:
     layer = LAYERS[name]
     inputs = device_inputs(layer, CPU, dtype)
     checked = []
@@ -79,7 +79,7 @@ def test_a_wrong_layer_is_caught() -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", ["batch", None])
-def test_eager_opponents_of_a_net_are_right(training: bool, dtype: torch.dtype, norm: str | None) -> None:
+def test_eager_baselines_of_a_net_are_right(training: bool, dtype: torch.dtype, norm: str | None) -> None:
     model, x, target = problem(norm)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     check = NetCheck(model, x, target, training=training)
@@ -164,7 +164,9 @@ def test_forced_kernels_that_cannot_run_are_named_once() -> None:
 
 def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert providers.compile_obstacle(CPU, "default", thorough=False) == "there is no C++ compiler (no-such-compiler)"
+    assert (
+        providers.compile_unsupported(CPU, "default", thorough=False) == "there is no C++ compiler (no-such-compiler)"
+    )
 
 
 def test_compiled_functions_do_not_share_a_code_object() -> None:

@@ -79,14 +79,14 @@ def test_a_count_that_forgets_the_edges_is_caught(capability: int, monkeypatch: 
     """Whether taps outside the image cost bytes, or the halo is left out, or the last tile's: the equality is exact."""
     launch = launch_of(_job("forward", _NARROW, capability))
     seen = counted(with_memory(launch))
-    planted = {
+    injected = {
         "taps outside the image are loaded": lambda size, tile=None: 3 * size,
         "there is no halo": lambda size, tile=None: size,
         "boxes are as gathers": lambda size, tile=None: 3 * size - 2,
     }
     wrong = []
-    for mistake, rows in planted.items():
+    for mistake, rows in injected.items():
         monkeypatch.setattr(access_counts, "tap_rows", rows)
         if traffic_of(launch) != seen:
             wrong.append(mistake)
-    assert wrong == [*planted][: 2 if capability == 80 else 3]
+    assert wrong == [*injected][: 2 if capability == 80 else 3]

@@ -1,4 +1,4 @@
-"""fastunet.UNet against its plain PyTorch twin, and its parameter names against milesial/Pytorch-UNet's."""
+"""fastunet.UNet against its reference model, and its parameter names against milesial/Pytorch-UNet's."""
 
 from __future__ import annotations
 

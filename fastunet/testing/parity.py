@@ -207,9 +207,9 @@ def implementation_of(op: str, dtype: torch.dtype, device: torch.device) -> disp
 
 def backends_for(op: str, device: torch.device, dtype: torch.dtype) -> tuple[list[str], str]:
     """Under which backends to run a public op, ours first, and why "triton" is not among them."""
-    obstacle = dispatch.triton_obstacle(device, dtype)
-    if obstacle is not None:
-        return ["aten"], obstacle
+    unsupported = dispatch.triton_unsupported(device, dtype)
+    if unsupported is not None:
+        return ["aten"], unsupported
     with fastunet.backend("triton"):
         choice = implementation_of(op, dtype, device)
     return (["triton", "aten"], "") if choice.implementation == "triton" else (["aten"], choice.reason)

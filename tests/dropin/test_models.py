@@ -93,19 +93,19 @@ def test_explain_names_every_layer(model: DropInModel) -> None:
 
 # --- the comparison itself ---
 
-PLANTED = {
+INJECTED = {
     "a slope lost": ("slope_of", lambda activation: None),
     "a running mean not shifted": ("_shift_running_mean", lambda graph, pattern: None),
     "a bias without gradient": ("_with_idle_bias", lambda graph, norm, bias: (norm["weight"], norm["bias"])),
 }
 
 
-@pytest.mark.parametrize("fault", PLANTED)
-def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", INJECTED)
+def test_an_injected_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).train()
     x = torch.randn(2, 1, 8, 8)
     assert_same(net, x)
-    monkeypatch.setattr(rewriting, *PLANTED[fault])
+    monkeypatch.setattr(rewriting, *INJECTED[fault])
     with pytest.raises(AssertionError):
         assert_same(net, x)
 
