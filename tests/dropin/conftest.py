@@ -25,3 +25,8 @@ def packages_deprecations() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _small_nets_run_the_ops(layers_of_any_size: None) -> None:
+    """All nets here are small, and are to run what large ones do."""
