@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import dispatch, ops, reference
+from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.ops.convolution import kernel_weight
 from fastunet.ops.registration import in_transform
 from fastunet.reference.unet import HEADS, padding_to
@@ -227,7 +228,7 @@ def _is_left_to_aten(conv: Any, norm: Any, image: Tensor) -> bool:
     if isinstance(norm, nn.InstanceNorm2d):  # Torch's answers contiguous for any format, and is slower.
         return False
     image = image.expand(-1, conv.weight.shape[1], -1, -1)
-    args = ops.ConvArgs(image, None, conv.weight, norm="batch" if isinstance(norm, nn.BatchNorm2d) else "none")
+    args = ConvArgs(image, None, conv.weight, norm="batch" if isinstance(norm, nn.BatchNorm2d) else "none")
     training = torch.is_grad_enabled() or norm.training
     choice = args.choice(training=training)
     return choice.implementation == "aten" and not (training and dispatch.aten_is_slow(image, conv.weight))

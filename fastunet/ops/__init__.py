@@ -2,7 +2,6 @@
 
 from fastunet.ops.conv1x1 import conv1x1
 from fastunet.ops.conv3x3 import (
-    ConvArgs,
     concat_conv3x3_batch_norm_relu,
     concat_conv3x3_bias_relu,
     concat_conv3x3_instance_norm_relu,
@@ -24,7 +23,6 @@ from fastunet.ops.segmentation_sums import segmentation_sums
 from fastunet.ops.sigmoid_dice_loss import sigmoid_dice_loss
 
 __all__ = [
-    "ConvArgs",
     "concat_conv3x3_batch_norm_relu",
     "concat_conv3x3_bias_relu",
     "concat_conv3x3_instance_norm_relu",
