@@ -87,7 +87,7 @@ def test_each_side_imports_its_own_tree(repository: Path, tmp_path: Path) -> Non
         measuring = ("fastunet.benchmarks", "fastunet.testing")
         for name, file in files.items():
             assert Path(file).is_relative_to(repository if name.startswith(measuring) else tree), name
-        assert {"fastunet", "fastunet.ops.conv3x3_bias_relu", "fastunet.testing.parity"} <= set(files)
+        assert {"fastunet", "fastunet.ops.conv3x3", "fastunet.testing.parity"} <= set(files)
     assert not tree.exists()
     assert worktrees(repository) == 1
 
