@@ -115,8 +115,10 @@ def test_a_wrong_order_of_the_joined_inputs_is_seen(monkeypatch: pytest.MonkeyPa
     original = rewriting._arguments
 
     def swapped(graph: Any, pattern: Any) -> Any:
-        images, rest = original(graph, pattern)
-        return (images[::-1], rest) if pattern.cat is not None else (images, rest)
+        op, images, rest = original(graph, pattern)
+        if pattern.cat is not None:
+            images = dict(zip(images, reversed(images.values()), strict=True))
+        return op, images, rest
 
     monkeypatch.setattr(rewriting, "_arguments", swapped)
     with pytest.raises(AssertionError):
