@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import dispatch, modules, pretrained, reference
-from fastunet.checks import ConfigError, ShapeError, check_activation
+from fastunet.checks import ConfigError, ShapeError, check_activation, check_together
 from fastunet.model_state import Memo
 from fastunet.ops.registration import is_plain_call
 from fastunet.reference import ReferenceUNet
@@ -92,7 +92,9 @@ class UNet(ReferenceUNet):
         way = MODULES if modules.is_watched(x) else self._way(x)
         if way == MODULES:
             return super().forward(x)
-        self._check_input(x, next(iter(self.inc.double_conv)).weight)
+        weight = next(iter(self.inc.double_conv)).weight
+        self._check_input(x, weight)
+        check_together("UNet", x, weight=weight)
         # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
         x = x.to(memory_format=torch.channels_last)
         is_aten = way == ATEN

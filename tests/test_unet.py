@@ -206,3 +206,13 @@ def test_inference_compiles_in_one_graph(dtype: torch.dtype, autocast: bool, mon
         assert_within(compiled(x), model(x), 0)
         with fastunet.backend("aten"):
             assert_within(compiled(x), model(x), 0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_image_of_another_dtype_or_device_is_one_clear_error(training: bool) -> None:
+    model = fastunet.UNet(1, 2, features=(2, 4)).train(training)
+    with torch.set_grad_enabled(training):
+        with pytest.raises(fastunet.checks.DtypeError, match=r"expected dtype torch\.float64 .* got torch\.float32"):
+            model(torch.zeros(1, 1, 8, 8, dtype=torch.float64))
+        with pytest.raises(fastunet.checks.DeviceError, match=r"expected device meta .* got cpu"):
+            model(torch.zeros(1, 1, 8, 8, device="meta"))
