@@ -10,6 +10,7 @@ threads of its own, which see no context variable.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,8 +57,8 @@ _WINOGRAD_CHANNELS, _WINOGRAD_PIXELS, _WINOGRAD_PRODUCTS, _WINOGRAD_WEIGHTS_PER_
 # steps.
 _ONEDNN_FLOAT32_OPS = (_STEP_UP,)
 
-# A call of oneDNN costs the host 50 to 70 µs whatever its size, ATen's own convolution 12: it has lost up to so many
-# products, and weights, which ATen arranges anew at every call.
+# A call of oneDNN has a fixed cost, several times that of ATen's own convolution: it has lost up to so many products,
+# and weights, which ATen arranges at every call.
 _FEW_PRODUCTS, _FEW_WEIGHTS = 1 << 20, 1 << 14
 _SMALL_PRODUCTS, _SMALL_WEIGHTS = 20_000_000, 1 << 18
 # Up to so many an upsampling and the convolution after it are quicker one after the other.
@@ -135,14 +136,19 @@ def is_small(x: Tensor, weight: Tensor) -> bool:
     """Return whether a 3x3 convolution of inference on the CPU costs the host about as much as its arithmetic: a net of
     such layers is quickest by ATen's own, one after the other.
     """
-    products = weight.numel() * x.shape[2] * x.shape[3]
     return (
         _selected == "auto"
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and products <= _SMALL_PRODUCTS
+        and _products(x, weight) <= _SMALL_PRODUCTS
         and weight.numel() <= _SMALL_WEIGHTS
     )
+
+
+def _products(x: Tensor, weight: Tensor) -> float:
+    """How many products a layer adds up for one image; no end of them where its size is open, in a graph for any."""
+    sizes: list[Any] = [*x.shape[2:]]
+    return weight.numel() * math.prod(sizes) if all(isinstance(size, int) for size in sizes) else math.inf
 
 
 def settings(device: torch.device) -> tuple[Any, ...]:
@@ -165,7 +171,7 @@ def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
     if _selected == "aten":
         return Choice("aten", "backend is set to aten")
     if _selected == "auto" and op in ONEDNN_OPS and weight is not None and not training and x.device.type == "cpu":
-        products = weight.shape[0] * weight.shape[1] * 9 * x.shape[2] * x.shape[3]
+        products = _products(x, weight)
         if products <= _FEW_PRODUCTS and weight.numel() <= _FEW_WEIGHTS:
             return Choice("aten", "so small a layer costs the host less by ATen than with prepared weights")
         if op == _STEP_UP and products <= _FEW_PRODUCTS_OF_TWO:
