@@ -31,12 +31,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastunet
-from fastunet.checkpoint import load_run
-from fastunet.data import Pair, SegmentationDataset, find_pairs, inspect, labels_from_mask, read_image, read_mask, split
+from fastunet.data import (
+    Pair,
+    SegmentationDataset,
+    find_pairs,
+    inspect,
+    labels_from_mask,
+    read_image,
+    read_mask,
+    split,
+)
 from fastunet.files import write_json
-from fastunet.inference import evaluate
+from fastunet.inference.predict import evaluate
 from fastunet.metrics import SegmentationMetrics
-from fastunet.training import TrainConfig, train
+from fastunet.train.checkpoint import load_run
+from fastunet.train.loop import TrainConfig, train
 
 from .harness.environment import environment
 

@@ -12,8 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from fastunet.files import written_whole
-from fastunet.outputs import SOFTWARE
+from fastunet.files import SOFTWARE, written_whole
 
 from .providers import OURS
 from .results import Row

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastunet import losses, ops, reference
     from fastunet.checks import FastUNetError
-    from fastunet.compiler import compile
+    from fastunet.compiler.backend import compile
     from fastunet.dispatch import backend
     from fastunet.explanation import explain
-    from fastunet.graphs import graphed
-    from fastunet.inference import predict
+    from fastunet.inference.cuda_graphs import graphed
+    from fastunet.inference.predict import predict
+    from fastunet.inference.quantization import quantize
     from fastunet.ops.recompute import recomputing
-    from fastunet.quantization import quantize
     from fastunet.unet import UNet
 
 __version__ = "0.1.0"
@@ -24,13 +24,13 @@ _HOMES: dict[str, str | None] = {
     "FastUNetError": "checks",
     "UNet": "unet",
     "backend": "dispatch",
-    "compile": "compiler",
+    "compile": "compiler.backend",
     "explain": "explanation",
-    "graphed": "graphs",
+    "graphed": "inference.cuda_graphs",
     "losses": None,
     "ops": None,
-    "predict": "inference",
-    "quantize": "quantization",
+    "predict": "inference.predict",
+    "quantize": "inference.quantization",
     "recomputing": "ops.recompute",
     "reference": None,
 }

@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastunet import compiler, dispatch, modules
-from fastunet.fx_nodes import arguments, value_of
-from fastunet.graphs import GraphedModel
+from fastunet import dispatch, modules
+from fastunet.compiler.backend import find_patterns
+from fastunet.compiler.fx_nodes import arguments, value_of
+from fastunet.compiler.patterns import Pattern
+from fastunet.inference.cuda_graphs import GraphedModel
+from fastunet.inference.quantization import QuantizedConv3x3
 from fastunet.ops.registration import arguments_of_call
-from fastunet.patterns import Pattern
-from fastunet.quantization import QuantizedConv3x3
 from fastunet.unet import UNet
 
 # ATen ops worth a line of their own: layers that run beside our ops.
@@ -122,7 +123,7 @@ def _compiled(model: nn.Module, example: Tensor, device: torch.device) -> list[R
     rows: list[Row] = []
 
     def backend(graph_module: GraphModule, inputs: Any) -> Callable:
-        for _, found in compiler.find_patterns(graph_module, device=device):
+        for _, found in find_patterns(graph_module, device=device):
             rows.extend(_row_of(pattern, layers) for pattern in found)
         return graph_module.forward
 
@@ -144,7 +145,7 @@ def _row_of(pattern: Pattern, layers: dict[int, str]) -> Row:
     value = value_of(pattern.anchor)
     layer = layers.get(id(tensor), pattern.layer)
     if not pattern.is_replaced:
-        return Row(layer, pattern.description, _typed(value), compiler.default_fallback(), pattern.reason)
+        return Row(layer, pattern.description, _typed(value), backend.default_fallback(), pattern.reason)
     assert pattern.op is not None
     assert pattern.runs_on is not None
     return Row(layer, pattern.description, _typed(value), pattern.runs_on, pattern.reason, pattern.op)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .prepared import storage_address
+from fastunet.weight_cache import storage_address
 
 
 class Memo:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fastunet.checkpoint import CONFIG, checkpoints, find_damage
+from fastunet.data.synthetic import write_dataset
 from fastunet.pretrained import read_weights
-from fastunet.synthetic import write_dataset
-from fastunet.training import TrainConfig, train
+from fastunet.train.checkpoint import CONFIG, checkpoints, find_damage
+from fastunet.train.loop import TrainConfig, train
 
 # Imports everything once, then forks.
 FORKS = multiprocessing.get_context("forkserver")

@@ -9,8 +9,8 @@ pytest.importorskip("kornia", reason="needs the extra train")
 import torch
 from torch import Tensor
 
-from fastunet.augmentation import BRIGHTNESS, CONTRAST, Augmentation
 from fastunet.checks import ConfigError, DtypeError, ShapeError
+from fastunet.train.augmentation import BRIGHTNESS, CONTRAST, Augmentation
 
 OFF = dict.fromkeys(("flip", "rotate", "elastic", "brightness", "contrast", "noise", "blur"), 0.0)
 

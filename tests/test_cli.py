@@ -21,9 +21,10 @@ import torch
 from command import fastunet
 from PIL import Image
 
-from fastunet import inference, synthetic
 from fastunet.checks import DataError
-from fastunet.synthetic import write_dataset
+from fastunet.data import synthetic
+from fastunet.data.synthetic import write_dataset
+from fastunet.inference import predict
 
 TINY = ["--steps", "4", "--features", "4,8", "--crop", "32", "--batch-size", "2", "--no-tta", "--precision", "fp32"]
 
@@ -386,14 +387,14 @@ def test_what_the_system_refuses_is_one_line(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(inference, "evaluate", fail)
+    monkeypatch.setattr(predict, "evaluate", fail)
     line = error_of(fastunet("evaluate", run, data))
     for word in words:
         assert word in line
 
 
 def test_an_error_of_ours_keeps_its_traceback(run: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "evaluate", lambda: None)
+    monkeypatch.setattr(predict, "evaluate", lambda: None)
     with pytest.raises(TypeError):
         fastunet("evaluate", run, data)
 

@@ -18,9 +18,9 @@ import tifffile
 from image_files import png, tiff
 from PIL import Image
 
-from fastunet import decoding
 from fastunet.checks import DataError
-from fastunet.images import read_image, read_mask
+from fastunet.data import decoding
+from fastunet.data.images import read_image, read_mask
 
 HUGE = {256: 45000, 257: 45000}
 TILED = {273: -1, 278: -1, 279: -1, 322: 16, 323: 16, 324: 16, 325: 16}

@@ -15,7 +15,7 @@ from image_files import noise, save, save_png, save_tiff
 from PIL import Image, ImageOps
 
 from fastunet.checks import DataError
-from fastunet.images import read_image, read_mask
+from fastunet.data.images import read_image, read_mask
 
 TILES = {"tile": (16, 16), "compression": "zlib", "predictor": True}
 

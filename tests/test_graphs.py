@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastunet
 from fastunet.checks import ConfigError, DeviceError
-from fastunet.graphs import GraphedModel, graphed
+from fastunet.inference.cuda_graphs import GraphedModel, graphed
 
 
 class Recorder:

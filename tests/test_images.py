@@ -16,7 +16,7 @@ from image_files import noise, save, save_png, save_tiff
 from PIL import Image
 
 from fastunet.checks import DataError
-from fastunet.images import read_image, read_mask
+from fastunet.data.images import read_image, read_mask
 
 # --- what one image is -----------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastunet
 from fastunet.checks import ConfigError, ShapeError
-from fastunet.graphs import GraphedModel
-from fastunet.inference import evaluate, labels_of
+from fastunet.inference.cuda_graphs import GraphedModel
+from fastunet.inference.predict import evaluate, labels_of
 
 
 class Local(nn.Module):

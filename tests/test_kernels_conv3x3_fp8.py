@@ -13,7 +13,7 @@ from fastunet.kernels.epilogue import E4M3, Normalisation
 from kernel_device import DEVICE, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
 
 import fastunet
-from fastunet.quantization import QuantizedConv3x3
+from fastunet.inference.quantization import QuantizedConv3x3
 from fastunet.testing import Expected, assert_within, e4m3_sums_expected, random_input, stored
 
 pytestmark = MARK

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastunet.checks import ConfigError, DataError, DtypeError, ShapeError
-from fastunet.inference import labels_of
+from fastunet.inference.predict import labels_of
 from fastunet.metrics import SegmentationMetrics
 
 # Truth 0: 4 pixels, 1: 3, 2: 1. Agreement: 0 in 3, 1 in 2, 2 in none.

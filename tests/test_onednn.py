@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet import dispatch, ops
-from fastunet.ops import onednn
+from fastunet.cpu import onednn
 from fastunet.testing import parity, random_input
 from fastunet.testing.ops import Call
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.prepared import prepared
+from fastunet.weight_cache import prepared
 
 LARGE, SMALL = (64, 64, 3, 3), (4, 2, 3, 3)
 

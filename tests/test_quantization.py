@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet.checks import ConfigError, DataError
-from fastunet.quantization import E4M3, LARGEST, QuantizedConv3x3
+from fastunet.inference.quantization import E4M3, LARGEST, QuantizedConv3x3
 from fastunet.testing import assert_within, e4m3_sums_expected, stored
 
 FEATURES = (32, 64)
@@ -190,8 +190,8 @@ def test_it_does_not_train() -> None:
 def test_the_loss_of_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fastunet.benchmarks.__main__ import main
 
-    from fastunet.synthetic import write_dataset
-    from fastunet.training import TrainConfig, train
+    from fastunet.data.synthetic import write_dataset
+    from fastunet.train.loop import TrainConfig, train
 
     write_dataset(tmp_path / "data", 8, size=64)
     options = {"crop": 32, "batch_size": 2, "val_fraction": 0.25, "tta": False, "precision": "fp32"}
@@ -208,8 +208,8 @@ def test_the_loss_of_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_trained_net_loses_little() -> None:
     """Dice of cell-like images, by a net trained on others."""
+    from fastunet.data.synthetic import cells
     from fastunet.losses import BCEDiceLoss
-    from fastunet.synthetic import cells
 
     pictures, masks = (torch.from_numpy(np.stack(each))[:, None].float() for each in cells(24, 64))
     x, y = pictures / 255, masks.gt(0).float()

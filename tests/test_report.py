@@ -16,9 +16,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-import fastunet.report
+import fastunet.train.report
 from fastunet.checks import ShapeError
-from fastunet.report import CLASS_COLOURS, ERROR_COLOURS, Sample, write_report
+from fastunet.train.report import CLASS_COLOURS, ERROR_COLOURS, Sample, write_report
 
 HISTORY: list[dict[str, Any]] = [
     {"step": 10, "minutes": 0.5, "train_loss": 1.5},
@@ -128,11 +128,11 @@ def test_any_image_can_be_shown(tmp_path: Path, sample: Sample) -> None:
 
 def test_images_are_stretched_to_their_own_range() -> None:
     ramp = np.linspace(1000, 1100, 1001).reshape(7, 143, 1).astype(np.float32)
-    shown = fastunet.report._displayable(ramp)
+    shown = fastunet.train.report._displayable(ramp)
     assert shown.shape == (7, 143, 3)
     assert (shown.min(), shown.max()) == (0, 1)
     np.testing.assert_allclose(np.median(shown), 0.5, atol=0.01)
-    assert (fastunet.report._displayable(np.full((2, 2, 1), 9, np.uint8)) == 0).all()
+    assert (fastunet.train.report._displayable(np.full((2, 2, 1), 9, np.uint8)) == 0).all()
 
 
 def test_a_failing_write_leaves_the_old_report_and_nothing_else(

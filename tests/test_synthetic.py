@@ -12,7 +12,7 @@ import numpy as np
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import find_pairs, inspect, read_image, read_mask
-from fastunet.synthetic import cells, write_dataset
+from fastunet.data.synthetic import cells, write_dataset
 
 
 def test_images_and_masks_have_the_promised_form() -> None:

@@ -27,13 +27,14 @@ from killed_training import kill_runs
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastunet import UNet, checkpoint, training
-from fastunet.checkpoint import checkpoints, read_progress
+from fastunet import UNet
 from fastunet.checks import ConfigError, DataError, FastUNetError, Interrupted
+from fastunet.data.synthetic import write_dataset
 from fastunet.files import written_whole
-from fastunet.inference import evaluate
-from fastunet.synthetic import write_dataset
-from fastunet.training import TrainConfig, rate_at, train
+from fastunet.inference.predict import evaluate
+from fastunet.train import checkpoint, loop
+from fastunet.train.checkpoint import checkpoints, read_progress
+from fastunet.train.loop import TrainConfig, rate_at, train
 
 TINY = TrainConfig(steps=10, features=(4, 8), crop=32, batch_size=2, val_fraction=0.25, tta=False, precision="fp32")
 
@@ -163,7 +164,7 @@ def killed(*args: Any, **options: Any) -> None:
     raise Killed
 
 
-def stop_at(step: int, how: Callable[[], None]) -> Callable[[training.Progress], None]:
+def stop_at(step: int, how: Callable[[], None]) -> Callable[[loop.Progress], None]:
     return lambda progress: how() if progress.step == step else None
 
 
@@ -172,7 +173,7 @@ def losses_of(data: Path | None, out: Path, config: TrainConfig | None, **option
     losses: dict[int, float] = {}
     stop = options.pop("stop", lambda progress: None)
 
-    def note(progress: training.Progress) -> None:
+    def note(progress: loop.Progress) -> None:
         losses[progress.step] = progress.loss
         stop(progress)
 
@@ -209,7 +210,7 @@ def test_a_kill_at_any_moment_is_no_dead_end(
     moment: str, resume: bool, data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training, moment, killed)
+        patch.setattr(loop, moment, killed)
         losses_of(data, tmp_path / "run", TINY)
     if resume and moment != "save_config":
         train(None, tmp_path / "run", resume=True)
@@ -362,15 +363,15 @@ def test_the_weights_are_the_best_by_validation(data: Path, tmp_path: Path, monk
             return {"mean_dice": next(dice), "dice": {}}, []
         return evaluate(model, samples, names, tile=tile, tta=tta)
 
-    monkeypatch.setattr(training, "evaluate", scored)
+    monkeypatch.setattr(loop, "evaluate", scored)
     states: dict[int, dict[str, torch.Tensor]] = {}
-    weights = training._Loop._weights
+    weights = loop._Loop._weights
 
-    def note(loop: training._Loop) -> dict[str, torch.Tensor]:
+    def note(loop: loop._Loop) -> dict[str, torch.Tensor]:
         states[loop.progress.step] = weights(loop)
         return states[loop.progress.step]
 
-    monkeypatch.setattr(training._Loop, "_weights", note)
+    monkeypatch.setattr(loop._Loop, "_weights", note)
     losses_of(data, tmp_path / "run", TINY, stop=stop_at(7, killed))
     metrics = train(None, tmp_path / "run", resume=True)
     assert metrics["weights"] == "step 3 of 10: best validation Dice of the foreground, 0.8000"
@@ -478,7 +479,7 @@ def test_resume_wants_the_same_settings_and_images(data: Path, stopped: Path, tm
 
 
 def test_a_loss_that_is_not_finite_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training._Loop, "_loss_of", lambda self, logits, labels: logits.sum() * float("nan"))
+    monkeypatch.setattr(loop._Loop, "_loss_of", lambda self, logits, labels: logits.sum() * float("nan"))
     with pytest.raises(FastUNetError, match="step 1: expected a finite loss, got nan"):
         train(data, tmp_path / "run", TINY)
 

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 import fastunet
 from fastunet import losses, ops
 from fastunet.checks import ConfigError
-from fastunet.graphs import GraphedModel
+from fastunet.inference.cuda_graphs import GraphedModel
 from fastunet.reference import functional as reference
 
 Function = Callable[..., tuple[Tensor, ...]]

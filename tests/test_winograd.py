@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastunet
 from fastunet import dispatch, ops
-from fastunet.ops import winograd
+from fastunet.cpu import winograd
 from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.testing import (
     assert_within,

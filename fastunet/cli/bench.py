@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastunet.files import write_json
-from fastunet.outputs import check_folder, check_replaceable, is_our_json, is_our_png
-from fastunet.train_config import multiplies_bf16
+from fastunet.files import check_folder, check_replaceable, is_our_json, is_our_png, write_json
+from fastunet.train.config import multiplies_bf16
 
 from .errors import FAILED, fail
 from .shared import DeviceOption, OverwriteOption, chosen_device, console, parse_features

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fastunet.outputs import check_folder, check_replaceable, is_our_png
-from fastunet.train_config import TrainConfig
+from fastunet.files import check_folder, check_replaceable, is_our_png
+from fastunet.train.config import TrainConfig
 
 from .predict import predict
 from .shared import OverwriteOption, console
@@ -21,8 +21,8 @@ def demo(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Make cell-like micrographs with exact masks, train a small net on them, and draw the report."""
-    from fastunet.synthetic import write_dataset
-    from fastunet.train_checks import check_out, clear_run
+    from fastunet.data.synthetic import write_dataset
+    from fastunet.train.checks import check_out, clear_run
 
     config = TrainConfig(steps=600, max_minutes=minutes, crop=128, features=(16, 32, 64, 128))
     config.check()

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fastunet.files import write_json
-from fastunet.outputs import check_apart, check_folder, check_replaceable, is_our_json
-from fastunet.train_config import TILE
+from fastunet.files import check_apart, check_folder, check_replaceable, is_our_json, write_json
+from fastunet.train.config import TILE
 
 from .shared import (
     DATA,
@@ -40,7 +39,7 @@ def evaluate(
 ) -> None:
     """Score RUN on every pair of DATA: Dice and IoU per class, over all pixels."""
     from fastunet.data import SegmentationDataset, find_pairs, inspect, read_image
-    from fastunet.inference import evaluate as scores_of
+    from fastunet.inference.predict import evaluate as scores_of
 
     pairs = find_pairs(data)
     if out is not None:

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from fastunet.checks import DataError
-from fastunet.outputs import check_apart, check_folder, check_replaceable, is_our_png, save_png
-from fastunet.train_config import TILE
+from fastunet.files import check_apart, check_folder, check_replaceable, is_our_png, save_png
+from fastunet.train.config import TILE
 
 from .shared import (
     DeviceOption,
@@ -36,8 +36,8 @@ def predict(
 ) -> None:
     """Write OUT/<stem>.png for each image: labels, or 0 and 255 where there is one class."""
     from fastunet.data import find_images, mask_from_labels, normalize, read_image
-    from fastunet.inference import labels_of
-    from fastunet.inference import predict as probabilities_of
+    from fastunet.inference.predict import labels_of
+    from fastunet.inference.predict import predict as probabilities_of
 
     files = find_images(images)
     check_folder(out)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastunet.checks import ConfigError, DataError
-from fastunet.train_config import too_small
+from fastunet.train.config import too_small
 
 # Names of files are printed as they are, whatever they look like.
 console = Console(markup=False, emoji=False, highlight=False)
@@ -42,7 +42,7 @@ def chosen_device(name: str) -> str:
 
 
 def load(run: Path, device: str) -> tuple[Any, Any]:
-    from fastunet.checkpoint import load_run
+    from fastunet.train.checkpoint import load_run
 
     target = chosen_device(device)
     model, config = load_run(run)

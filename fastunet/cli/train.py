@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastunet.train_config import TrainConfig
+from fastunet.train.config import TrainConfig
 
 from .shared import DATA, DeviceOption, OverwriteOption, console, parse_features, print_scores
 
@@ -41,7 +41,7 @@ def train(
     given["features"] = parse_features(features)
     if resume:
         # What is not said is as the run was begun.
-        from fastunet.train_checks import resumed_config
+        from fastunet.train.checks import resumed_config
 
         typed = {name for name in given if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
         config = resumed_config(out, {name: given[name] for name in typed})
@@ -53,8 +53,8 @@ def train(
 def train_with_bar(
     data: Path | None, out: Path, config: Any, *, resume: bool = False, overwrite: bool = False
 ) -> dict[str, Any]:
-    from fastunet.training import Progress as Standing
-    from fastunet.training import train as train_run
+    from fastunet.train.loop import Progress as Standing
+    from fastunet.train.loop import train as train_run
 
     columns = (
         TextColumn("{task.description}", markup=False),

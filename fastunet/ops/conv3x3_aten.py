@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastunet.ops import onednn, winograd
+from fastunet.cpu import onednn, winograd
+from fastunet.cpu.activation import activate_
 from fastunet.ops.convolution import convolution_grads
-from fastunet.ops.epilogue import activate_, epilogue_grad
+from fastunet.ops.epilogue import epilogue_grad
 from fastunet.ops.registration import memory_format, strided_like
 
 if TYPE_CHECKING:

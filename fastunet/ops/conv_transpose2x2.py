@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
-from fastunet.ops import onednn, recompute
+from fastunet.cpu import onednn
+from fastunet.ops import recompute
 from fastunet.ops.convolution import convolution_grads, convolution_grads_fake, kernel_weight
 from fastunet.ops.registration import (
     below_autograd,

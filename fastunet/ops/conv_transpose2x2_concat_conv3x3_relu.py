@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet import checks, dispatch, folding
-from fastunet.ops import onednn
+from fastunet.cpu import onednn
 from fastunet.ops.conv3x3 import ConvArgs, check_eps, check_norm
 from fastunet.ops.conv_transpose2x2 import UpArgs
 from fastunet.ops.epilogue import arguments_of, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
-from fastunet.prepared import prepared
 from fastunet.reference import functional as reference
+from fastunet.weight_cache import prepared
 
 NAME = "conv_transpose2x2_concat_conv3x3_relu"
 

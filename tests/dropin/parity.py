@@ -12,7 +12,7 @@ from fastunet.benchmarks.dropin_models import MODELS, DropInModel
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from fastunet import compiler
+from fastunet.compiler import backend
 from fastunet.reference import ReferenceUNet
 
 ALL = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -69,7 +69,7 @@ class Patterns:
         self.graphs = 0
 
     def __call__(self, graph_module: Any, inputs: Any) -> Any:
-        self.found += compiler.replace_patterns(graph_module, force=self.force)
+        self.found += backend.replace_patterns(graph_module, force=self.force)
         self.graphs += 1
         return graph_module.forward
 

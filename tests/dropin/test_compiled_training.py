@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastunet
-from fastunet import compiler
+from fastunet.compiler import backend
 from fastunet.reference import ReferenceUNet
 from fastunet.testing import cpu_accumulates_in_float32
 
@@ -106,7 +106,7 @@ def test_gradient_checkpointing(fallback: str) -> None:
     """Ops within the checkpointed regions are ours too, and the running statistics move once."""
     plain = Checkpointed(small_unet()).double()
     model = copy.deepcopy(plain)
-    counter = compiler.find_patterns
+    counter = backend.find_patterns
     found: list[Any] = []
 
     def counting(graph_module: Any, **options: Any) -> Any:
@@ -115,7 +115,7 @@ def test_gradient_checkpointing(fallback: str) -> None:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "find_patterns", counting)
+        patch.setattr(backend, "find_patterns", counting)
         compiled = torch.compile(model, backend="fastunet", options={"fallback": fallback, "force": True})
         actual = trained(model, compiled)
     inner = [len(patterns) for _, patterns in found[-1]]
@@ -278,7 +278,7 @@ def test_no_more_compiles_than_aot_eager(training: bool, every: int) -> None:
     expected = compiles("aot_eager", training=training, sizes=sizes)
 
     def forced(graph_module: Any, inputs: Any) -> Any:
-        return compiler.fastunet_backend(graph_module, inputs, options={"fallback": "aot_eager", "force": True})
+        return backend.fastunet_backend(graph_module, inputs, options={"fallback": "aot_eager", "force": True})
 
     actual = compiles(forced, training=training, sizes=sizes)
     assert actual[0] <= expected[0]

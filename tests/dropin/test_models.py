@@ -27,7 +27,7 @@ from parity import (
 from torch import nn
 
 import fastunet
-from fastunet import rewriting
+from fastunet.compiler import rewriting
 
 # float64's rounding, through some thirty layers of sums of up to a few thousand terms, is a few 1e-12 of the largest
 # value; what is wrong is off by more than its square root.

@@ -15,10 +15,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .checks import ShapeError
-from .files import written_whole
-from .metrics import SegmentationMetrics
-from .outputs import SOFTWARE
+from fastunet.checks import ShapeError
+from fastunet.files import SOFTWARE, written_whole
+from fastunet.metrics import SegmentationMetrics
 
 WIDTH = 12.0  # inches
 CURVES_HEIGHT = 3.3

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fastunet import dispatch, folding
-from fastunet.ops import winograd
-from fastunet.ops.epilogue import activate_
-from fastunet.prepared import prepared
+from fastunet.cpu import winograd
+from fastunet.cpu.activation import activate_
+from fastunet.weight_cache import prepared
 
 # Inputs of up to so many values for each image are joined.
 _FEW_VALUES = 1 << 14

@@ -16,9 +16,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 import fastunet.ops  # noqa: F401  (registers the ops)
-from fastunet import patterns, rewriting
 from fastunet.checks import ConfigError
-from fastunet.patterns import Pattern
+from fastunet.compiler import patterns, rewriting
+from fastunet.compiler.patterns import Pattern
 
 FALLBACKS = ("inductor", "aot_eager", "eager")
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from .checks import ConfigError
-from .graphs import GraphedModel
-from .reference import ReferenceUNet
-from .reference.unet import OutConv
-from .unet import UNet
+from fastunet.checks import ConfigError
+from fastunet.inference.cuda_graphs import GraphedModel
+from fastunet.reference import ReferenceUNet
+from fastunet.reference.unet import OutConv
+from fastunet.unet import UNet
 
 # By the name of what they wrap: what they give is what that gives.
 WRAPPERS: dict[str, tuple[type[nn.Module], ...]] = {

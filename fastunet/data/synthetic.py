@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import ConfigError, DataError
-from .outputs import save_png
+from fastunet.checks import ConfigError, DataError
+from fastunet.files import save_png
 
 SMALLEST = 32
 RADII = (11.0, 25.0)

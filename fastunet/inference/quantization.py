@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch, modules, ops
-from .checks import ConfigError, DataError
-from .ops.registration import check_untransformed
-from .unet import UNet
+from fastunet import dispatch, modules, ops
+from fastunet.checks import ConfigError, DataError
+from fastunet.ops.registration import check_untransformed
+from fastunet.unet import UNet
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max

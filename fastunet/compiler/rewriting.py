@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastunet import folding
-from fastunet.fx_nodes import arguments, has_effect, is_image, name_of, value_of
+from fastunet.compiler.fx_nodes import arguments, has_effect, is_image, name_of, value_of
+from fastunet.compiler.patterns import Pattern, slope_of
 from fastunet.ops.conv3x3 import NAMES
 from fastunet.ops.registration import Op, op_named
-from fastunet.patterns import Pattern, slope_of
 
 # Functions that take images in either memory format and answer in the one they get.
 _FOLLOWS_FORMAT = (

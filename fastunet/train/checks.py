@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from .checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
-from .checks import ConfigError, DataError
-from .data import DataSummary, Pair, read_image
-from .pretrained import WEIGHTS
-from .train_config import RESUMABLE, TrainConfig, multiplies_bf16, too_small
+from fastunet.checks import ConfigError, DataError
+from fastunet.data import DataSummary, Pair, read_image
+from fastunet.pretrained import WEIGHTS
+from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
+from fastunet.train.config import RESUMABLE, TrainConfig, multiplies_bf16, too_small
 
 HISTORY, METRICS, REPORT = "history.csv", "metrics.json", "report.png"
 RESULTS = (WEIGHTS, METRICS, REPORT)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import DataError
-from .decoding import Picture, decode, spread, what_is_there
+from fastunet.checks import DataError
+from fastunet.data.decoding import Picture, decode, spread, what_is_there
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastunet import dispatch
-from fastunet.fx_nodes import Order, arguments, is_image, layer_of, name_of, only_user, value_of
+from fastunet.compiler.fx_nodes import Order, arguments, is_image, layer_of, name_of, only_user, value_of
 
 STEP_UP = "conv_transpose2x2_concat_conv3x3_relu"
 WITH_HEAD = "conv3x3_relu_conv1x1"

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import ConfigError
+from fastunet.checks import ConfigError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CHOICES = {

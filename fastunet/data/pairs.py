@@ -19,25 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .checks import ConfigError, DataError
-from .images import find_images, list_images, read_image, read_mask
-
-__all__ = [
-    "DataSummary",
-    "Pair",
-    "SegmentationDataset",
-    "check_foreground",
-    "find_images",
-    "find_pairs",
-    "inspect",
-    "labels_from_mask",
-    "mask_from_labels",
-    "moments",
-    "normalize",
-    "read_image",
-    "read_mask",
-    "split",
-]
+from fastunet.checks import ConfigError, DataError
+from fastunet.data.images import list_images, read_image, read_mask
 
 MAX_CLASSES = 256  # labels travel and are written as uint8
 MAX_INFERRED_CLASSES = 32  # beyond, values without a gap are rather grey levels than classes

@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from tifffile import COMPRESSION, PHOTOMETRIC
 
-from .checks import DataError
+from fastunet.checks import DataError
 
 # By content, since a name may say another format than the file has. Opened by their classes and not by Image.open,
 # whose limit in pixels refuses real images: what is refused here is what the file cannot hold.

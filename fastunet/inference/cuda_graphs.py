@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import ConfigError, DeviceError
-from .model_state import ModelState, autocast_dtype
-from .ops.registration import check_untransformed
-from .prepared import Use, uses_noted
+from fastunet.checks import ConfigError, DeviceError
+from fastunet.model_state import ModelState, autocast_dtype
+from fastunet.ops.registration import check_untransformed
+from fastunet.weight_cache import Use, uses_noted
 
 # Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.
 _WARMUP = 3

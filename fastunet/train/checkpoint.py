@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .checks import DataError
-from .data import DataSummary
-from .files import write_json
-from .pretrained import CONFIG, WEIGHTS, read_weights, write_weights
-from .unet import UNet
+from fastunet.checks import DataError
+from fastunet.data import DataSummary
+from fastunet.files import write_json
+from fastunet.pretrained import CONFIG, WEIGHTS, read_weights, write_weights
+from fastunet.unet import UNet
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

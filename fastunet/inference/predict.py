@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .checks import ConfigError, ShapeError
-from .wrappers import as_probabilities, in_eval_mode
+from fastunet.checks import ConfigError, ShapeError
+from fastunet.inference.wrappers import as_probabilities, in_eval_mode
 
 if TYPE_CHECKING:
-    from .metrics import Scores
+    from fastunet.metrics import Scores
 
 VIEWS = 8  # four quarter turns, each as it is and mirrored
 
@@ -104,7 +104,7 @@ def evaluate(
     tta: bool = False,
 ) -> tuple[Scores, list[Tensor]]:
     """Scores over all samples (image [C, H, W], labels [H, W]), and the predicted labels [H, W] of each, on the CPU."""
-    from .metrics import SegmentationMetrics
+    from fastunet.metrics import SegmentationMetrics
 
     metrics = SegmentationMetrics(class_names)
     device = next(model.parameters()).device

@@ -1,0 +1,1 @@
+"""What runs on a CPU in the place of the kernels."""

@@ -1,0 +1,1 @@
+"""Inference: of images of any size, by CUDA graphs, in 8 bits."""

@@ -1,0 +1,363 @@
+"""From a folder of images and masks to a trained U-Net: `train`."""
+
+from __future__ import annotations
+
+import csv
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fastunet import __version__
+from fastunet.checks import ConfigError, FastUNetError, Interrupted
+from fastunet.data import Pair, SegmentationDataset, check_foreground, find_pairs, inspect, read_image, split
+from fastunet.files import check_apart, check_folder, locked, write_json, written_whole
+from fastunet.inference.predict import evaluate
+from fastunet.losses import BCEDiceLoss, CEDiceLoss
+from fastunet.train.augmentation import Augmentation
+from fastunet.train.checkpoint import (
+    RunConfig,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+    save_config,
+    save_weights,
+)
+from fastunet.train.checks import (
+    HISTORY,
+    METRICS,
+    REPORT,
+    check_out,
+    check_same_images,
+    check_sizes,
+    clear_run,
+    make_accelerator,
+    resumed_config,
+)
+from fastunet.train.config import TILE, TrainConfig
+from fastunet.train.report import Sample, write_report
+from fastunet.unet import UNet
+
+VALIDATIONS = 10  # per run
+WARMUP = 0.03  # of the run
+REPORTED = 4  # images in the report
+
+
+@dataclass
+class Progress:
+    """Where a training run stands: handed to the caller after each step.
+
+    `seconds` counts the training loop alone, over all its continuations; `history` has a row per validation, and
+    `loss_sum` is of the `unreported` steps since the last.
+    """
+
+    step: int
+    epoch: int
+    seconds: float
+    fraction: float
+    loss: float
+    history: list[dict[str, float]]
+    loss_sum: float = 0.0
+    unreported: int = 0
+
+    @property
+    def best(self) -> dict[str, float] | None:
+        """The row of the best validation, the first of equals; None where nothing was validated."""
+        rows = [row for row in self.history if "val_dice" in row]
+        return max(rows, key=lambda row: row["val_dice"]) if rows else None
+
+
+def train(
+    data: str | Path | None,
+    out: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Train a U-Net on `data/images` and `data/masks`; leave a run in `out`, and return its metrics.
+
+    The run holds model.safetensors, config.json, metrics.json, history.csv, report.png and its last checkpoint. The
+    weights are those of the step with the best validation Dice of the foreground. All files are read and checked
+    before training begins. Ctrl-C or SIGTERM ends it after the step under way with a checkpoint.
+
+    `resume` goes on with a run, wherever it was stopped, even killed: with its own settings if `config` is None, and
+    its own images if `data` is. A finished one goes on if `config` has higher limits; else it is only finished again.
+    On the CPU the steps that follow are to the bit those of a run that was never stopped. `overwrite` begins anew.
+
+    Raises:
+        DataError: unusable files, or `out` holds a run already (or, with `resume`, holds none), or is being trained in.
+        ConfigError: settings out of range, or other settings than the run to be resumed was begun with.
+        Interrupted: after a signal.
+    """
+    out = Path(out)
+    if resume and overwrite:
+        raise ConfigError("expected resume or overwrite, got both")
+    if config is not None:
+        config.check()
+    if str(out) != str(out).encode(errors="replace").decode():
+        raise ConfigError(f"out: expected a name in UTF-8, which safetensors wants, got {str(out)!r}")
+    check_folder(out)
+    with locked(out):
+        before = check_out(out, resume, overwrite)
+        if before is not None:
+            config = resumed_config(out, {} if config is None else asdict(config))
+            config.check()
+            data = data or before.source
+        if not data:
+            raise ConfigError("data: expected a folder of images and masks, got none")
+        return _train(Path(data), out, config or TrainConfig(), before, on_step)
+
+
+def _train(
+    data: Path, out: Path, config: TrainConfig, before: RunConfig | None, on_step: Callable[[Progress], None] | None
+) -> dict[str, Any]:
+    accelerator = make_accelerator(config)
+    pairs = find_pairs(data)
+    check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
+    summary = inspect(pairs, config.classes)
+    check_foreground(pairs, summary.mask_values)
+    check_sizes(pairs, summary, config)
+    train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
+
+    set_seed(config.seed)
+    model = UNet(
+        summary.channels,
+        summary.classes,
+        features=config.features,
+        norm=None if config.norm == "none" else config.norm,
+    )
+    run = RunConfig(
+        model=model.config,
+        data=summary,
+        training=asdict(config),
+        train=[pair.stem for pair in train_pairs],
+        val=[pair.stem for pair in val_pairs],
+        source=str(data.absolute()),
+        weights="" if before is None else before.weights,
+        fastunet=__version__,
+    )
+    if before is not None:
+        check_same_images(out, before, run)
+    val = SegmentationDataset(val_pairs, summary) if val_pairs else None
+    loop = _Loop(accelerator, model, config, run, out, train_pairs, val, on_step)
+    if before is not None:
+        loop.restore()
+    else:
+        clear_run(out)
+    # Only now: a resumption that is refused leaves the run as it was.
+    save_config(out, run)
+    loop.run()
+    return _finish(loop, model, val_pairs or train_pairs[:REPORTED])
+
+
+# --- the loop ---
+
+
+class _Loop:
+    """The training loop and its state."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: UNet,
+        config: TrainConfig,
+        run: RunConfig,
+        out: Path,
+        pairs: list[Pair],
+        val: SegmentationDataset | None,
+        on_step: Callable[[Progress], None] | None,
+    ) -> None:
+        self.accelerator, self.config, self.run_config, self.out = accelerator, config, run, out
+        self.val, self.on_step = val, on_step or (lambda progress: None)
+        self.augmentation = Augmentation()
+        self.loss = BCEDiceLoss(batch=True) if run.data.classes == 1 else CEDiceLoss(batch=True)
+        gpu = accelerator.device.type != "cpu"
+        workers = config.workers if config.workers is not None else (4 if gpu else 0)
+        # An epoch is long enough that starting workers anew costs nothing beside it.
+        self.steps_per_epoch = max(100, math.ceil(len(pairs) / config.batch_size))
+        length = config.batch_size * self.steps_per_epoch
+        self.dataset = SegmentationDataset(pairs, run.data, crop=config.crop, length=length, seed=config.seed)
+        # Its own generator: the loader would draw from that of the augmentation, once more after a resumption.
+        self.loading = {"num_workers": workers, "pin_memory": gpu, "generator": torch.Generator()}
+        # fused: one pass over the weights instead of a dozen.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.best_weights: Mapping[str, Tensor] | None = None
+        self.progress = Progress(step=0, epoch=0, seconds=0.0, fraction=0.0, loss=math.nan, history=[])
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint that is whole, or from the start where there is none."""
+        found = load_checkpoint(self.out, self.accelerator)
+        if found is not None:
+            self.progress, self.best_weights = Progress(**found[0]), found[1]
+            self._advance(self.progress.seconds)
+            if self._is_best():
+                self.best_weights = self._weights()
+
+    def run(self) -> None:
+        """Train to the first limit. Raises Interrupted after a signal, FastUNetError on an infinite or NaN loss."""
+        progress, batches = self.progress, self._batches()
+        start = time.perf_counter() - progress.seconds
+        with _stop_requests() as stop:
+            while progress.fraction < 1:
+                progress.loss = self._step(*next(batches))
+                if not math.isfinite(progress.loss):
+                    raise FastUNetError(
+                        f"step {progress.step + 1}: expected a finite loss, got {progress.loss}; try a lower lr"
+                    )
+                progress.loss_sum += progress.loss
+                progress.unreported += 1
+                before = progress.fraction
+                progress.step += 1
+                self._advance(time.perf_counter() - start)
+                due = int(progress.fraction * VALIDATIONS) > int(before * VALIDATIONS)
+                if due:
+                    self._validate()
+                # Asked once: a signal between saving and leaving would otherwise leave without saving.
+                stopping = bool(stop)
+                if due or stopping:
+                    others = None if self._is_best() else self.best_weights
+                    save_checkpoint(self.out, self.accelerator, asdict(progress), others)
+                self.on_step(progress)
+                if stopping and progress.fraction < 1:
+                    raise Interrupted(f"stopped at step {progress.step}; --resume continues from {self.out}")
+
+    def _advance(self, seconds: float) -> None:
+        progress, config = self.progress, self.config
+        progress.seconds = seconds
+        by_time = 0.0 if config.max_minutes is None else seconds / (60 * config.max_minutes)
+        progress.fraction = min(1.0, max(progress.step / config.steps, by_time))
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from the present step on."""
+        size, device = self.config.batch_size, self.accelerator.device
+        while True:
+            self.progress.epoch, position = divmod(self.progress.step, self.steps_per_epoch)
+            self.dataset.set_epoch(self.progress.epoch)
+            rest = range(position * size, len(self.dataset))
+            for images, labels in DataLoader(self.dataset, size, sampler=rest, **self.loading):
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def _step(self, images: Tensor, labels: Tensor) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * rate_at(self.progress.fraction)
+        images, labels = self.augmentation(images, labels)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss_of(self.model(images), labels)
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        return loss.item()
+
+    def _loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss over all classes, background too: foreground's Dice alone hardly sees a rare background."""
+        if self.run_config.data.classes > 1:
+            return self.loss(logits, labels)
+        foreground = labels.unsqueeze(1)
+        return self.loss(torch.cat([logits, -logits], dim=1), torch.cat([foreground, 1 - foreground], dim=1))
+
+    def _validate(self) -> None:
+        progress = self.progress
+        train_loss = progress.loss_sum / progress.unreported
+        progress.loss_sum, progress.unreported = 0.0, 0
+        row = {"step": progress.step, "minutes": progress.seconds / 60, "train_loss": train_loss}
+        if self.val is not None:
+            scores, _ = evaluate(self.model, self.val, self.run_config.class_names, tile=TILE)
+            row |= {"val_dice": scores["mean_dice"]} | {f"val_dice {k}": v for k, v in scores["dice"].items()}
+        progress.history.append(row)
+        if self._is_best():
+            self.best_weights = self._weights()
+        _write_history(self.out, progress.history)
+
+    def _is_best(self) -> bool:
+        """Whether the present weights are those of the best validation."""
+        best = self.progress.best
+        return best is not None and best["step"] == self.progress.step
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+
+
+def rate_at(fraction: float) -> float:
+    """The learning rate, as a share of its peak, when that fraction of the run is done: linear warm-up, then cosine."""
+    if fraction < WARMUP:
+        return (fraction + 1e-3) / (WARMUP + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (fraction - WARMUP) / (1 - WARMUP)))
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM asks to stop; a second one interrupts at once."""
+    requests: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.signal(number, ask) for number in numbers}
+    except ValueError:  # not the main thread: whoever runs it there handles signals
+        previous = {}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# --- the end ---
+
+
+def _finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
+    """Write weights, metrics, history and report. Killed within it, a run is finished by resuming it."""
+    config, run, out, progress = loop.config, loop.run_config, loop.out, loop.progress
+    kept, why = progress.step, "the last, as no images were kept out to choose by"
+    if (best := progress.best) is not None and loop.best_weights is not None:
+        kept, why = int(best["step"]), f"best validation Dice of the foreground, {best['val_dice']:.4f}"
+        model.load_state_dict(loop.best_weights)
+    weights = f"step {kept} of {progress.step}: {why}"
+    save_weights(out, model)
+    save_config(out, replace(run, weights=weights))
+    dataset = SegmentationDataset(shown, run.data)
+    scores, predictions = evaluate(model, dataset, run.class_names, tile=TILE, tta=config.tta)
+    metrics: dict[str, Any] = dict(scores) if run.val else {}
+    metrics |= {
+        "images": run.val,
+        "tta": config.tta,
+        "weights": weights,
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "device": str(loop.accelerator.device),
+        "precision": loop.accelerator.mixed_precision.replace("no", "fp32"),
+        "torch": torch.__version__,
+    }
+    write_json(out / METRICS, metrics)
+    _write_history(out, progress.history)
+    samples = [
+        Sample(pair.stem, read_image(pair.image), dataset[i][1].numpy(), predictions[i].numpy())
+        for i, pair in enumerate(shown[:REPORTED])
+    ]
+    write_report(out / REPORT, progress.history, samples, run.class_names)
+    remove_checkpoints(out, keep=1)
+    return metrics
+
+
+def _write_history(out: Path, history: list[dict[str, float]]) -> None:
+    with written_whole(out / HISTORY) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
