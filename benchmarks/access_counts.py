@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastunet.kernels.config import TILE_W
+from fastunet.kernels.conv3x3.config import TILE_W
 from fastunet.kernels.gpu import Launch, cdiv
 from torch import Tensor
 

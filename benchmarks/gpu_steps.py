@@ -237,7 +237,11 @@ def variant_runs(
     absent: dict[str, str] = {}
     if "conv3x3" not in layer.op:
         return runs, absent
-    from fastunet.kernels import config, config_search, gpu, tuning  # Late, as triton: it may be absent.
+    from fastunet.kernels import gpu, tuning
+    from fastunet.kernels.conv3x3 import (
+        config,
+        config_search,  # Late, as triton: it may be absent.
+    )
 
     from .search import subject_of, within
 

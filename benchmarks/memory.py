@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastunet.kernels import config, gpu
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -83,13 +84,13 @@ def joined_head_traffic(
     conv: Layer, head: Layer, target: gpu.Target, dtype: torch.dtype = DTYPE
 ) -> LayerTraffic | None:
     """Of a convolution with the head after it in its epilogue; None where the kernel cannot hold both."""
-    from fastunet.kernels import conv3x3
+    from fastunet.kernels.conv3x3 import pointer
     from fastunet.kernels.epilogue import HEAD_CLASSES, Epilogue, Head
 
     tensors = {name: _tensor(shape, dtype) for name, shape in conv.shapes.items()}
     of_head = {f"head {name}": _tensor(shape, dtype) for name, shape in (head.parameters | head.outputs).items()}
     x, weight = tensors["x"], tensors["weight"]
-    chosen = config.with_head(conv3x3.choose(x, None, weight, target, allow_tf32=False))
+    chosen = config.with_head(pointer.choose(x, None, weight, target, allow_tf32=False))
     if chosen.block_n < weight.shape[0] or head.shapes["weight"][0] > HEAD_CLASSES:
         return None
     epilogue = Epilogue(
@@ -99,7 +100,7 @@ def joined_head_traffic(
         head=Head(of_head["head weight"], of_head["head bias"], sigmoid=False),
         probabilities=of_head["head y"],
     )
-    launch = conv3x3.conv3x3_launch(x, None, weight, chosen, epilogue, allow_tf32=False)
+    launch = pointer.conv3x3_launch(x, None, weight, chosen, epilogue, allow_tf32=False)
     # The pair has no fewer bytes than its inputs, its parameters and the head's output.
     pair = replace(conv, name=f"{conv.name}+{head.name}", flops=conv.flops + head.flops)
     row = _of_launch(pair, launch, tensors | of_head, dtype)
@@ -170,7 +171,8 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _launch(layer: Layer, tensors: dict[str, Tensor], target: gpu.Target) -> gpu.Launch:
     """What the layer's op launches."""
-    from fastunet.kernels import conv1x1, conv3x3, conv_transpose2x2
+    from fastunet.kernels import conv1x1, conv_transpose2x2
+    from fastunet.kernels.conv3x3 import pointer
     from fastunet.kernels.epilogue import Epilogue
 
     x, weight, bias, y = tensors.get("x"), tensors.get("weight"), tensors.get("bias"), tensors["y"]
@@ -182,9 +184,9 @@ def _launch(layer: Layer, tensors: dict[str, Tensor], target: gpu.Target) -> gpu
     if "conv3x3" not in layer.op:
         raise ValueError(f"expected an op of fastunet's kernels, got {layer.op!r}")
     first, up = tensors.get("skip", x), tensors.get("up")
-    chosen = conv3x3.choose(first, up, weight, **options)
+    chosen = pointer.choose(first, up, weight, **options)
     epilogue = Epilogue(y, bias, negative_slope=0.0, pooled=tensors.get("pooled"))
-    return conv3x3.conv3x3_launch(first, up, weight, chosen, epilogue, allow_tf32=False)
+    return pointer.conv3x3_launch(first, up, weight, chosen, epilogue, allow_tf32=False)
 
 
 def net_traffic(

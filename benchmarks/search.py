@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from fastunet.kernels import config, config_search, gpu, tuning
-from fastunet.kernels.config import ConvShape
+from fastunet.kernels import gpu, tuning
+from fastunet.kernels.conv3x3 import config, config_search
+from fastunet.kernels.conv3x3.config import ConvShape
 from torch import Tensor
 
 import fastunet

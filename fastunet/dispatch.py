@@ -208,7 +208,8 @@ def _composition_unsupported(skip: Tensor, weight: Tensor | None, training: bool
         return "in two steps: an upsampling is composed with the convolution after it in inference, at a known size"
     if skip.device.type == "cuda" and not torch.cuda.is_available():
         return "in two steps: whether the GPU has a kernel for both is open, and there is none here"
-    from fastunet.kernels import config, gpu
+    from fastunet.kernels import gpu
+    from fastunet.kernels.conv3x3 import config
 
     if config.fits_descriptors(skip.dtype, gpu.target(skip.device), skip.shape[1:2], weight.shape[:1]):
         return None

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import dispatch, modules
-from fastunet.compiler.backend import find_patterns
+from fastunet.compiler.backend import default_fallback, find_patterns
 from fastunet.compiler.fx_nodes import arguments, value_of
 from fastunet.compiler.patterns import Pattern
 from fastunet.inference.cuda_graphs import GraphedModel
@@ -145,7 +145,7 @@ def _row_of(pattern: Pattern, layers: dict[int, str]) -> Row:
     value = value_of(pattern.anchor)
     layer = layers.get(id(tensor), pattern.layer)
     if not pattern.is_replaced:
-        return Row(layer, pattern.description, _typed(value), backend.default_fallback(), pattern.reason)
+        return Row(layer, pattern.description, _typed(value), default_fallback(), pattern.reason)
     assert pattern.op is not None
     assert pattern.runs_on is not None
     return Row(layer, pattern.description, _typed(value), pattern.runs_on, pattern.reason, pattern.op)

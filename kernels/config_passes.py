@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastunet.kernels.config import cover
+from fastunet.kernels.conv3x3.config import cover
 from fastunet.kernels.gpu import Target, cdiv
 
 # --- 2x2 windows ---

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from fastunet.kernels.config import ALL_REGISTERS, TILE_W, aligned, channel_block, fits_descriptors, stages
+from fastunet.kernels.conv3x3.config import ALL_REGISTERS, TILE_W, aligned, channel_block, fits_descriptors, stages
 from fastunet.kernels.gpu import Target, cdiv
 
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
-from fastunet.kernels.conv3x3_descriptor import boxes
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3.descriptor import boxes
 from fastunet.kernels.epilogue import Epilogue, Normalisation, finish_sums, load_channels
 from fastunet.kernels.layout import empty_packed, packed, weight_matrix
 from fastunet.kernels.tiles import tile_origin

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, config_pixels, gpu
+from fastunet.kernels import config_pixels, gpu
+from fastunet.kernels.conv3x3 import config
 from fastunet.kernels.epilogue import precision
 from fastunet.kernels.layout import packed
 from fastunet.kernels.pixels import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,16 +13,19 @@ from fastunet.kernels import gpu
 
 @contextmanager
 def kernels_with(bug: tuple[str, str, str], folder: Path) -> Iterator[str]:
-    """The name of an importable copy of the kernels package with (module, fragment, mutation) injected."""
+    """The name of an importable copy of the kernels package with (module, fragment, mutation) injected.
+
+    The module is named within the package: "conv3x3.grad".
+    """
     module, fragment, mutation = bug
     package = f"kernels_with_{folder.name}"
-    (folder / package).mkdir()
-    for file in Path(gpu.__file__).parent.glob("*.py"):
+    shutil.copytree(Path(gpu.__file__).parent, folder / package)
+    for file in (folder / package).rglob("*.py"):
         text = file.read_text()
-        if file.stem == module:
-            assert fragment in text, f"{module}.py no longer holds {fragment!r}"
+        if file == (folder / package / module.replace(".", "/")).with_suffix(".py"):
+            assert fragment in text, f"{file} no longer holds {fragment!r}"
             text = text.replace(fragment, mutation)
-        (folder / package / file.name).write_text(text.replace("fastunet.kernels", package))
+        file.write_text(text.replace("fastunet.kernels", package))
     sys.path.insert(0, str(folder))
     try:
         yield package

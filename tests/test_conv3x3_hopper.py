@@ -18,24 +18,23 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton, for the kernel's constants and descriptors")
 
 from emulated_cta import Cta, Fault
-from fastunet.kernels import (
+from fastunet.kernels import gpu, tuning
+from fastunet.kernels.conv3x3 import (
     config,
     config_hopper,
     config_search,
-    conv3x3,
-    conv3x3_grad,
-    conv3x3_hopper,
-    gpu,
+    grad,
+    hopper,
     hopper_epilogue,
     hopper_self_test,
-    tuning,
+    pointer,
 )
 from fastunet.kernels.epilogue import Epilogue, Head, Normalisation, Statistics
 from gluon_source import Edit, run, weave
 
 HOPPER = gpu.known_target(90)
 MODES = len(Cta.MODES)
-MODULES = (hopper_epilogue, conv3x3_hopper)
+MODULES = (hopper_epilogue, hopper)
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def check(case: Case, seed: int, edits: list[Edit] | None = None, *, infinite: b
         )
         head = Head(head_weight, head_bias, sigmoid=case.classes == 1)
         epilogue = Epilogue(None, bias, norm, case.slope, head=head, probabilities=y)
-    launch = conv3x3_hopper.conv3x3_launch(x, up, weight, case.chosen, epilogue)
+    launch = hopper.conv3x3_launch(x, up, weight, case.chosen, epilogue)
     memory = run(MODULES, launch, seed, None if edits is None else weave(MODULES, edits))
     joined = x if up is None else torch.cat([x, up], 1)
     expected = F.conv2d(joined.double(), weight.double(), padding=1)
@@ -228,16 +227,16 @@ def test_a_fault_shows(fault: str) -> None:
 
 
 def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
-    grad, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
+    cotangent, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
     out = torch.empty(2, 128, 9, 12, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(conv3x3_grad, "halo_runs", lambda *_: True)
+    monkeypatch.setattr(grad, "halo_runs", lambda *_: True)
     given = {"allow_tf32": False, "target": HOPPER}
     with tuning.pinned("conv3x3_input_grad", Case(c_out=128).chosen):
-        launch = conv3x3_grad.input_grad_launch(grad, weight, (out, None), None, None, **given)
-        masked = conv3x3_grad.input_grad_launch(grad, weight, (out, None), out, 0.0, **given)
-    assert launch.kernel is conv3x3_hopper.conv3x3_hopper_kernel
+        launch = grad.input_grad_launch(cotangent, weight, (out, None), None, None, **given)
+        masked = grad.input_grad_launch(cotangent, weight, (out, None), out, 0.0, **given)
+    assert launch.kernel is hopper.conv3x3_hopper_kernel
     assert masked.kernel is not launch.kernel, "the activation's mask is not in this variant"
-    expected = F.conv_transpose2d(grad.double(), weight.double(), padding=1)
+    expected = F.conv_transpose2d(cotangent.double(), weight.double(), padding=1)
     torch.testing.assert_close(run(MODULES, launch, 0).result(out), expected, rtol=0, atol=1e-9)
 
 
@@ -253,7 +252,7 @@ def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
     derived = config.derived_conv_config(shape, torch.bfloat16, HOPPER, False)
 
     def choose(**options: bool) -> config.ConvConfig:
-        return conv3x3.choose(x, None, weight, HOPPER, allow_tf32=False, **options)
+        return pointer.choose(x, None, weight, HOPPER, allow_tf32=False, **options)
 
     table = tmp_path / "table.json"
     table.write_text(json.dumps({"configs": [tuning.as_row("conv3x3", shape, torch.bfloat16, False, chosen)]}))
@@ -274,9 +273,7 @@ def test_what_it_cannot_store_is_an_error() -> None:
     x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
     count, partial = torch.empty(1), torch.empty(2, 1, 64)
     with pytest.raises(ValueError, match="leaves no statistics"):
-        conv3x3_hopper.conv3x3_launch(
-            x, None, weight, Case().chosen, Epilogue(x, statistics=Statistics(count, partial))
-        )
+        hopper.conv3x3_launch(x, None, weight, Case().chosen, Epilogue(x, statistics=Statistics(count, partial)))
 
 
 # --- configurations ---

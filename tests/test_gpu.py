@@ -59,7 +59,7 @@ def test_past_32_bits(name: str) -> None:
 def test_the_halo_variant_gives_exact_results() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the halo variant is for sm_90")
-    from fastunet.kernels import hopper_self_test
+    from fastunet.kernels.conv3x3 import hopper_self_test
 
     assert hopper_self_test.run(0) is None
 

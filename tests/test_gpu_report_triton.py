@@ -13,7 +13,8 @@ from fastunet.benchmarks import gpu_steps, search, tune
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.gpu_steps import Step
 from fastunet.benchmarks.results import speedup
-from fastunet.kernels import config, config_search, gpu, tuning
+from fastunet.kernels import gpu, tuning
+from fastunet.kernels.conv3x3 import config, config_search
 from kernel_device import DEVICE, INTERPRETED, MARK
 
 from fastunet import dispatch

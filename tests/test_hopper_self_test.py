@@ -19,7 +19,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, for the kernel's constants and descriptors")
 
-from fastunet.kernels import config, config_hopper, conv3x3_hopper, gpu, hopper_epilogue, hopper_self_test
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config, config_hopper, hopper, hopper_epilogue, hopper_self_test
 from gluon_source import run, weave
 
 HOPPER = gpu.known_target(90)
@@ -142,14 +143,14 @@ def test_a_self_test_dies_with_the_process_that_asked(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     child = f"""
 import sys
-from fastunet.kernels import hopper_self_test
+from fastunet.kernels.conv3x3 import hopper_self_test
 hopper_self_test.check = lambda *_: exec({SLEEPS!r})
 parent, sys.argv[1:] = sys.argv[1], [{str(file)!r}]
 hopper_self_test.main(["0", parent])
 """
     asks = f"""
 import os, sys
-from fastunet.kernels import hopper_self_test
+from fastunet.kernels.conv3x3 import hopper_self_test
 hopper_self_test.run(0, [sys.executable, "-c", {child!r}, str(os.getpid())])
 """
     with subprocess.Popen([sys.executable, "-c", asks]) as process:
@@ -173,7 +174,7 @@ def test_the_self_test_compiles_four_kernels_that_fit(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("is_right", [True, False])
 def test_the_self_test_tells_right_from_wrong(is_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the model, whose results are rounded as the hardware's are."""
-    modules = (hopper_epilogue, conv3x3_hopper)
+    modules = (hopper_epilogue, hopper)
     code = None if is_right else weave(modules, [("k - C1, full", "k, full")])  # Of the second input.
 
     def emulate(launch: gpu.Launch, _: torch.device) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import config
+from fastunet.kernels.conv3x3 import config
 from injected_faults import kernels_with
 from kernel_device import DEVICE, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
 from torch import Tensor

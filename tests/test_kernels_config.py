@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from fastunet.kernels import config, config_passes, config_pixels, gpu
-from fastunet.kernels.config import ConvShape
+from fastunet.kernels import config_passes, config_pixels, gpu
+from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3.config import ConvShape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,7 +139,7 @@ def test_targets() -> None:
 
 def test_importing_touches_neither_triton_nor_cuda() -> None:
     code = (
-        "import sys, torch; import fastunet.kernels.config; "
+        "import sys, torch; import fastunet.kernels.conv3x3.config; "
         "assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

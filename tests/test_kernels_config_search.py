@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fastunet.kernels import config, config_search, gpu
-from fastunet.kernels.config import DESCRIPTOR, FOLDED, HALO, POINTER, ConvShape
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config, config_search
+from fastunet.kernels.conv3x3.config import DESCRIPTOR, FOLDED, HALO, POINTER, ConvShape
 
 AMPERE, HOPPER = gpu.known_target(80), gpu.known_target(90)
 SHAPES = (

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import config, gpu
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injected_faults import kernels_with
@@ -44,7 +45,7 @@ MANY_SPLITS = dataclasses.replace(gpu.INTERPRETER, multiprocessors=32)
 
 def load_ops(package: str = "fastunet.kernels") -> SimpleNamespace:
     """The public launchers of a kernels package."""
-    modules = ("conv3x3", "conv3x3_grad", "activation_grad", "epilogue", "gpu")
+    modules = ("conv3x3.pointer", "conv3x3.grad", "activation_grad", "epilogue", "gpu")
     conv3x3, grad, activation_grad, epilogue, gpu = (importlib.import_module(f"{package}.{name}") for name in modules)
     return SimpleNamespace(
         conv3x3=conv3x3.conv3x3,
@@ -406,16 +407,16 @@ BUGS = {
     "relu_drops_nan": ("tiles", "tl.where(v <= 0.0, 0.0, v)", "tl.where(v > 0.0, v, 0.0)"),
     "slope_of_the_other_side": ("tiles", "tl.where(v > 0.0, v, v *", "tl.where(v < 0.0, v, v *"),
     "gradient_through_zero": ("tiles", "tl.where(y <= 0.0, 0.0, g)", "tl.where(y < 0.0, 0.0, g)"),
-    "input_grad_not_flipped": ("conv3x3", "8 - tap if FLIP else tap", "tap"),
-    "up_reads_the_first_weights": ("conv3x3", "weight_ptr, C1, steps2", "weight_ptr, 0, steps2"),
-    "last_step_lost": ("conv3x3", "for step in range(steps)", "for step in range(steps - 1)"),
-    "last_pooled_column_lost": ("conv3x3", "w0 // 2, H // 2, W // 2,", "w0 // 2, H // 2, W // 2 - 1,"),
+    "input_grad_not_flipped": ("conv3x3.pointer", "8 - tap if FLIP else tap", "tap"),
+    "up_reads_the_first_weights": ("conv3x3.pointer", "weight_ptr, C1, steps2", "weight_ptr, 0, steps2"),
+    "last_step_lost": ("conv3x3.pointer", "for step in range(steps)", "for step in range(steps - 1)"),
+    "last_pooled_column_lost": ("conv3x3.pointer", "w0 // 2, H // 2, W // 2,", "w0 // 2, H // 2, W // 2 - 1,"),
     "sum_rounded_to_half": ("epilogue", "return activate(acc,", "return activate(acc.to(tl.float16).to(tl.float32),"),
     "last_of_equals_wins": ("windows", "(v > best)", "(v >= best)"),
     "nan_does_not_win": ("windows", " | (v != v)", ""),
     "edge_windows_routed": ("activation_grad", "tl.where(winner == 3, routed", "tl.where(winner == 2, routed"),
-    "last_tile_of_splits_lost": ("conv3x3_grad", "first + tiles_per_split,", "first + tiles_per_split - 1,"),
-    "bias_of_the_last_tile_only": ("conv3x3_grad", "totals += g.to", "totals = g.to"),
+    "last_tile_of_splits_lost": ("conv3x3.grad", "first + tiles_per_split,", "first + tiles_per_split - 1,"),
+    "bias_of_the_last_tile_only": ("conv3x3.grad", "totals += g.to", "totals = g.to"),
     "first_split_only": ("reduction", "in range(rows)", "in range(1)"),
 }
 

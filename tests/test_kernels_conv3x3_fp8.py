@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import config, conv3x3, conv3x3_fp8, conv_transpose2x2, gpu
+from fastunet.kernels import conv_transpose2x2, gpu
+from fastunet.kernels.conv3x3 import config, fp8, pointer
 from fastunet.kernels.epilogue import E4M3, Normalisation
 from kernel_device import DEVICE, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
 
@@ -41,7 +42,7 @@ def test_quantising_rounds_and_holds_to_the_range() -> None:
     x[0, :3, 0, 0] = torch.tensor([float("nan"), float("inf"), -float("inf")])
     scale = torch.tensor([0.75], device=DEVICE)
     out = torch.empty_like(x, dtype=E4M3)
-    conv3x3_fp8.quantise_launch(x, scale, out).run(DEVICE)
+    fp8.quantise_launch(x, scale, out).run(DEVICE)
     torch.testing.assert_close(out.float(), quantised(x, scale).float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -58,7 +59,7 @@ def test_parity(channels_up: int, chained: bool) -> None:
     variance, gamma = variance.abs() + 0.5, gamma * 1e-4
     norm = Normalisation(mean, variance, gamma, 1e-3)
     arguments = (weight, scale, bias, norm, 0.0)
-    y, pooled = conv3x3_fp8.conv3x3_fp8(x, up, *arguments, dtype=torch.float16, pool=True)
+    y, pooled = fp8.conv3x3_fp8(x, up, *arguments, dtype=torch.float16, pool=True)
     sums, error = sums_expected([quantised(t, scale) for t in (x, up) if t is not None], weight)
     factor = (gamma.double() / (variance.double() + 1e-3).sqrt())[:, None, None]
     mean, bias = (t.double()[:, None, None] for t in (mean, bias))
@@ -71,8 +72,8 @@ def test_parity(channels_up: int, chained: bool) -> None:
         assert up is not None
         scales = {"y_scale": torch.tensor([0.03], device=DEVICE), "pooled_scale": torch.tensor([0.05], device=DEVICE)}
         given = (quantised(x, scale), quantised(up, scale), *arguments)
-        precise, _ = conv3x3_fp8.conv3x3_fp8(*given, dtype=torch.float32, pool=False)
-        y, pooled = conv3x3_fp8.conv3x3_fp8(*given, dtype=torch.float16, pool=True, **scales)
+        precise, _ = fp8.conv3x3_fp8(*given, dtype=torch.float32, pool=False)
+        y, pooled = fp8.conv3x3_fp8(*given, dtype=torch.float16, pool=True, **scales)
         for result, exact, own in zip((y, pooled), (precise, F.max_pool2d(precise, 2)), scales.values(), strict=True):
             assert result.dtype == E4M3
             assert torch.equal(result.float(), quantised(exact, own).float())
@@ -84,13 +85,13 @@ def test_the_first_convolution_writes_e4m3(channels: int) -> None:
     x = random_input((2, channels, 9, 11), seed=1, **options)
     weight, bias = random_input((48, channels, 3, 3), seed=2, **options), random_input((48,), seed=3, **options)
     scale = torch.tensor([0.03], device=DEVICE)
-    precise, _ = conv3x3.conv3x3(x.float(), weight.float(), bias, negative_slope=0.0)
-    y, _ = conv3x3.conv3x3(x, weight, bias, negative_slope=0.0, y_scale=scale)
+    precise, _ = pointer.conv3x3(x.float(), weight.float(), bias, negative_slope=0.0)
+    y, _ = pointer.conv3x3(x, weight, bias, negative_slope=0.0, y_scale=scale)
     # Of the same sums in another order: here and there another of e4m3's numbers, which are an eighth apart.
     torch.testing.assert_close(y.float(), quantised(precise, scale).float(), rtol=2**-3, atol=2**-9)
     assert (y.float() != quantised(precise, scale).float()).double().mean() < 1e-3
     with pytest.raises(ValueError, match="fewer than 8 channels, got 16"):
-        conv3x3.conv3x3(x.expand(2, channels, 9, 11)[:, :1].repeat(1, 16, 1, 1), weight, y_scale=scale)
+        pointer.conv3x3(x.expand(2, channels, 9, 11)[:, :1].repeat(1, 16, 1, 1), weight, y_scale=scale)
 
 
 def test_the_transposed_convolution_writes_e4m3(hopper: None) -> None:
@@ -157,7 +158,7 @@ def test_a_quantised_layer_runs_on_the_kernel(launches: list[gpu.Launch]) -> Non
     launches.clear()
     with fastunet.backend("triton"):
         y, pooled = layer(x, up, pool=True)
-    assert [launch.kernel for launch in launches[:2]] == [conv3x3_fp8.quantise_kernel] * 2
+    assert [launch.kernel for launch in launches[:2]] == [fp8.quantise_kernel] * 2
     assert len(launches) == 3
     assert torch.equal(pooled, F.max_pool2d(y, 2))
     assert torch.equal(y, assert_emulated(layer, [x, up], pool=True)[0])
@@ -172,7 +173,7 @@ def test_a_quantised_net_writes_e4m3(options: dict, passes: int, autocast: bool,
     launches.clear()
     with torch.no_grad(), torch.autocast(DEVICE.type, torch.float16, enabled=autocast), fastunet.backend("triton"):
         y = model(x)
-    assert sum(launch.kernel is conv3x3_fp8.quantise_kernel for launch in launches) == passes
+    assert sum(launch.kernel is fp8.quantise_kernel for launch in launches) == passes
     with torch.no_grad(), torch.autocast(DEVICE.type, torch.float16, enabled=autocast), fastunet.backend("aten"):
         emulated = model(x)
     assert y.dtype == emulated.dtype == torch.float16

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import config, conv3x3_split, gpu, tuning
+from fastunet.kernels import gpu, tuning
+from fastunet.kernels.conv3x3 import config, split_k
 from fastunet.kernels.epilogue import Epilogue
 from injected_faults import kernels_with
 from kernel_device import DEVICE, MARK, nan_in_fresh_memory  # noqa: F401
@@ -26,7 +27,7 @@ HOPPER = gpu.known_target(90)
 def load(package: str = "fastunet.kernels") -> SimpleNamespace:
     """The launchers of a kernels package, and the place of its pins."""
     conv3x3, epilogue, pins = (
-        importlib.import_module(f"{package}.{name}") for name in ("conv3x3", "epilogue", "tuning")
+        importlib.import_module(f"{package}.{name}") for name in ("conv3x3.pointer", "epilogue", "tuning")
     )
     return SimpleNamespace(
         conv3x3=conv3x3.conv3x3,
@@ -125,17 +126,17 @@ def test_offsets_beyond_32_bits() -> None:
     """From split to split the sums of a large batch are more than 2^31 values apart: no product of the kernel's."""
     x = torch.empty((1100, 64, 64, 512), dtype=torch.float16, device="meta").permute(0, 3, 1, 2)
     weight = torch.empty((512, 512, 3, 3), dtype=torch.float16, device="meta")
-    first, last = conv3x3_split.launches(x, None, weight, split(), Epilogue(x), allow_tf32=False)
+    first, last = split_k.launches(x, None, weight, split(), Epilogue(x), allow_tf32=False)
     assert last.arguments["stride"] == 1100 * 64 * 64 * 512 > 2**31
     assert first.arguments["sums_ptr"].shape == (2, 1100 * 64 * 64, 512)
 
 
 BUGS = {
-    "first_split_only": ("conv3x3_split", "tl.static_range(SPLITS)", "tl.static_range(1)"),
-    "every_split_the_first_channels": ("conv3x3_split", "x_ptr + first,", "x_ptr,"),
-    "every_split_the_first_weights": ("conv3x3_split", "weight_ptr, first, steps1", "weight_ptr, 0, steps1"),
-    "second_input_from_its_start": ("conv3x3_split", "up_ptr + first,", "up_ptr,"),
-    "sums_over_each_other": ("conv3x3_split", "split.to(tl.int64) * pixels + origin", "0 * pixels + origin"),
+    "first_split_only": ("conv3x3.split_k", "tl.static_range(SPLITS)", "tl.static_range(1)"),
+    "every_split_the_first_channels": ("conv3x3.split_k", "x_ptr + first,", "x_ptr,"),
+    "every_split_the_first_weights": ("conv3x3.split_k", "weight_ptr, first, steps1", "weight_ptr, 0, steps1"),
+    "second_input_from_its_start": ("conv3x3.split_k", "up_ptr + first,", "up_ptr,"),
+    "sums_over_each_other": ("conv3x3.split_k", "split.to(tl.int64) * pixels + origin", "0 * pixels + origin"),
 }
 
 

@@ -27,7 +27,9 @@ TARGETS = {"here": None, **({"hopper": HOPPER} if INTERPRETED else {})}
 
 def load_ops(package: str = "fastunet.kernels") -> SimpleNamespace:
     """The public launchers of a kernels package."""
-    conv3x3, epilogue, gpu = (importlib.import_module(f"{package}.{name}") for name in ("conv3x3", "epilogue", "gpu"))
+    conv3x3, epilogue, gpu = (
+        importlib.import_module(f"{package}.{name}") for name in ("conv3x3.pointer", "epilogue", "gpu")
+    )
     return SimpleNamespace(
         conv3x3=conv3x3.conv3x3,
         with_head=conv3x3.conv3x3_head,
@@ -179,11 +181,11 @@ BUGS = {
     "head_bias_of_the_first_class": ("epilogue", "tl.load(bias_ptr + j)", "tl.load(bias_ptr)"),
     "head_weight_of_the_first_class": ("epilogue", "weight_ptr + j * COUT", "weight_ptr"),
     "no_activation": ("epilogue", "return activate(acc, negative_slope, ACTIVATION)", "return acc"),
-    "box_beside_the_tap": ("conv3x3_descriptor", "w0 + tap % 3 - 1, k0,", "w0 + tap % 3, k0,"),
-    "weights_of_the_mirrored_tap": ("conv3x3_descriptor", "(8 - tap if FLIP else tap)", "(tap if FLIP else 8 - tap)"),
-    "up_lost": ("conv3x3_descriptor", "if up_desc is not None:", "if False:"),
-    "pooled_box_misplaced": ("conv3x3_descriptor", "h0 // 2, w0 // 2, n0", "h0 // 2, w0, n0"),
-    "up_reads_the_first_weights": ("conv3x3_descriptor", "weight_desc, 0, C1, C1 + C2", "weight_desc, 0, 0, C1 + C2"),
+    "box_beside_the_tap": ("conv3x3.descriptor", "w0 + tap % 3 - 1, k0,", "w0 + tap % 3, k0,"),
+    "weights_of_the_mirrored_tap": ("conv3x3.descriptor", "(8 - tap if FLIP else tap)", "(tap if FLIP else 8 - tap)"),
+    "up_lost": ("conv3x3.descriptor", "if up_desc is not None:", "if False:"),
+    "pooled_box_misplaced": ("conv3x3.descriptor", "h0 // 2, w0 // 2, n0", "h0 // 2, w0, n0"),
+    "up_reads_the_first_weights": ("conv3x3.descriptor", "weight_desc, 0, C1, C1 + C2", "weight_desc, 0, 0, C1 + C2"),
 }  # fmt: skip
 
 

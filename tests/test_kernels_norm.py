@@ -34,7 +34,9 @@ TARGETS = {"here": None, **({"hopper": HOPPER} if INTERPRETED else {})}
 
 def load_ops(package: str = "fastunet.kernels") -> SimpleNamespace:
     """The public launchers of a kernels package."""
-    modules = (importlib.import_module(f"{package}.{name}") for name in ("conv3x3", "epilogue", "norm", "norm_grad"))
+    modules = (
+        importlib.import_module(f"{package}.{name}") for name in ("conv3x3.pointer", "epilogue", "norm", "norm_grad")
+    )
     conv3x3, epilogue, norm, norm_grad = modules
     return SimpleNamespace(
         conv=conv3x3.conv3x3_with_statistics,

@@ -18,11 +18,8 @@ import pytest
 import torch
 from fastunet.kernels import (
     activation_grad,
-    config,
     config_passes,
     conv1x1,
-    conv3x3,
-    conv3x3_grad,
     conv_transpose2x2,
     gpu,
     max_pool2x2,
@@ -30,6 +27,7 @@ from fastunet.kernels import (
     norm_grad,
     reduction,
 )
+from fastunet.kernels.conv3x3 import config, grad, pointer
 from fastunet.kernels.epilogue import Head
 from kernel_device import INTERPRETED, MARK
 from torch import Tensor
@@ -111,16 +109,16 @@ def outputs(result: Any) -> list[Tensor]:
 
 # Each gives images from images: (call, the images it takes).
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Callable[[], Tensor], ...]]] = {
-    "conv3x3": (lambda x: conv3x3.conv3x3(x, weight(), pool=True, negative_slope=0.0), (image,)),
+    "conv3x3": (lambda x: pointer.conv3x3(x, weight(), pool=True, negative_slope=0.0), (image,)),
     "two_inputs": (
-        lambda x, up: conv3x3.conv3x3(x, torch.cat([weight(), weight()], 1), up=up),
+        lambda x, up: pointer.conv3x3(x, torch.cat([weight(), weight()], 1), up=up),
         (image, lambda: image(1)),
     ),
     "head": (
-        lambda x: conv3x3.conv3x3_head(x, weight(), None, Head(weight()[:2, :, 1:2, 1:2], None, True)),
+        lambda x: pointer.conv3x3_head(x, weight(), None, Head(weight()[:2, :, 1:2, 1:2], None, True)),
         (image,),
     ),
-    "input_grad": (lambda g, x: conv3x3_grad.conv3x3_input_grad(g, weight(), x=x), (image, lambda: image(1))),
+    "input_grad": (lambda g, x: grad.conv3x3_input_grad(g, weight(), x=x), (image, lambda: image(1))),
     "activation_grad": (
         lambda y, p: activation_grad.activation_grad(y, y, p, 0.0),
         (image, pooled_grad),
@@ -164,10 +162,10 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_parts")
 def test_partial_sums_of_the_last_images(launched: list[gpu.Launch], many: Callable[[Tensor], Tensor]) -> None:
     g, x = (random_integers((1, CHANNELS, SIDE, SIDE), dtype=torch.float16, seed=i) for i in (1, 2))
-    conv3x3_grad.conv3x3_weight_grad(many(g), many(x))
+    grad.conv3x3_weight_grad(many(g), many(x))
     together = launched[0].arguments["partial_ptr"][-1]
     launched.clear()
-    conv3x3_grad.conv3x3_weight_grad(g, x)
+    grad.conv3x3_weight_grad(g, x)
     alone = launched[0].arguments["partial_ptr"][-1]
     # The last programs hold the last tap.
     a, b = (t.view(CHANNELS, 9, CHANNELS)[:, 8] for t in (alone, together))

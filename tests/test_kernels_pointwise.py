@@ -14,7 +14,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from fastunet.kernels import config, config_pixels, gpu
+from fastunet.kernels import config_pixels, gpu
+from fastunet.kernels.conv3x3 import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injected_faults import kernels_with

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastunet.kernels import config, gpu, tuning
-from fastunet.kernels.config import ConvShape
+from fastunet.kernels import gpu, tuning
+from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3.config import ConvShape
 
 HOPPER = gpu.known_target(90)
 SHAPE = ConvShape(64, 0, 64, 512, 512)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from fastunet import ops
+from fastunet.cpu.activation import activate_
 from fastunet.dispatch import winograd_wins
-from fastunet.ops.epilogue import activate_
 from fastunet.reference import functional as reference
 from fastunet.testing import assert_within, conv_tolerance, random_input
 

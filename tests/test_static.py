@@ -14,7 +14,7 @@ from fastunet.benchmarks.harness.worker import Spawned
 from fastunet.benchmarks.jobs import TARGETS, Job, all_jobs, all_ops, launch_of, one_of_each
 from fastunet.benchmarks.static import Compiled, find_breaches, loads_between_products
 from fastunet.kernels import gpu
-from fastunet.kernels.config import ConvShape
+from fastunet.kernels.conv3x3.config import ConvShape
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(

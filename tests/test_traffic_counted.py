@@ -9,7 +9,7 @@ import torch
 from fastunet.benchmarks import access_counts
 from fastunet.benchmarks.access_counts import traffic_of
 from fastunet.benchmarks.jobs import Job, launch_of
-from fastunet.kernels.config import ConvShape
+from fastunet.kernels.conv3x3.config import ConvShape
 from kernel_device import INTERPRETED
 
 if not INTERPRETED:

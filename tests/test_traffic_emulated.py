@@ -12,11 +12,12 @@ from fastunet.benchmarks import access_counts
 from fastunet.benchmarks.access_counts import traffic_of
 from fastunet.benchmarks.jobs import Job, launch_of
 from fastunet.benchmarks.jobs.convolutions import HALO_OPS, HaloShape
-from fastunet.kernels import config, config_hopper, conv3x3_hopper, gpu, hopper_epilogue
-from fastunet.kernels.config import ConvShape
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config, config_hopper, hopper, hopper_epilogue
+from fastunet.kernels.conv3x3.config import ConvShape
 from gluon_source import run
 
-MODULES = (hopper_epilogue, conv3x3_hopper)
+MODULES = (hopper_epilogue, hopper)
 HOPPER = gpu.known_target(90)
 # 33x20 pixels leave the last tiles partly outside, on both sides; 80 channels the last block.
 _ONE, _TWO, _SEVERAL = ConvShape(64, 0, 64, 33, 20), ConvShape(64, 64, 64, 33, 20), ConvShape(64, 0, 80, 20, 12)

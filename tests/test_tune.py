@@ -14,7 +14,8 @@ from fastunet.benchmarks import search, tune
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.gpu_steps import layer_of
-from fastunet.kernels import config, gpu, tuning
+from fastunet.kernels import gpu, tuning
+from fastunet.kernels.conv3x3 import config
 
 HOPPER = gpu.known_target(90)
 SETTINGS = Settings(device="cpu", rounds=5)
@@ -116,8 +117,8 @@ def test_the_launchers_take_what_the_table_says(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shape of a search is that of the launch: from the file that is written to the kernel's blocks."""
-    kernels = pytest.importorskip("fastunet.kernels.conv3x3_grad", reason="needs triton")
-    from fastunet.kernels import conv3x3
+    kernels = pytest.importorskip("fastunet.kernels.conv3x3.grad", reason="needs triton")
+    from fastunet.kernels.conv3x3 import pointer
 
     layer = layer_of(Settings(batch=2), name)
     subject = search.subject_of(layer, kind, HOPPER)
@@ -130,7 +131,7 @@ def test_the_launchers_take_what_the_table_says(
     x, up = (*tensors, None)[:2]
     weight, y = meta(*layer.shapes["weight"]), meta(2, layer.shapes["weight"][0], *x.shape[2:])
     if kind == "forward":
-        assert conv3x3.choose(x, up, weight, HOPPER, allow_tf32=False) == winner
+        assert pointer.choose(x, up, weight, HOPPER, allow_tf32=False) == winner
         chosen = None
     elif kind == "weight_grad":
         chosen = kernels.weight_grad_launches(y, x, weight, None, allow_tf32=False, target=HOPPER)[0]

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fastunet.kernels import config, config_hopper, config_passes, config_pixels, config_search, gpu
-from fastunet.kernels.config import ConvShape
+from fastunet.kernels import config_passes, config_pixels, gpu
+from fastunet.kernels.conv3x3 import config, config_hopper, config_search
+from fastunet.kernels.conv3x3.config import ConvShape
 from torch import Tensor
 
 from . import Family, Job, per_channel
@@ -92,7 +93,7 @@ def _deep(shape: ConvShape) -> ConvShape:
 def _plain_launch(job: Job) -> gpu.Launch:
     if job.op in ("activation_grad", "unpool", "weight_grad", "bias_grad") or "input_grad" in job.op:
         return _gradient_launch(job)
-    from fastunet.kernels import conv3x3, conv3x3_split
+    from fastunet.kernels.conv3x3 import pointer, split_k
     from fastunet.kernels.epilogue import Epilogue, Statistics
 
     shape, sides = job.shape, _sides(job)
@@ -106,9 +107,9 @@ def _plain_launch(job: Job) -> gpu.Launch:
     if job.op in ("split", "finish_split"):
         chosen = config.derived_conv_config(shape, job.dtype, job.target, job.allow_tf32)
         epilogue = Epilogue(y, bias, norm, 0.0, pooled)
-        both = conv3x3_split.launches(x, up, weight, replace(chosen, splits=2), epilogue, allow_tf32=job.allow_tf32)
+        both = split_k.launches(x, up, weight, replace(chosen, splits=2), epilogue, allow_tf32=job.allow_tf32)
         return both[0] if job.op == "split" else both[1]
-    chosen = conv3x3.choose(x, up, weight, job.target, allow_tf32=job.allow_tf32)
+    chosen = pointer.choose(x, up, weight, job.target, allow_tf32=job.allow_tf32)
     if job.op == "statistics":
         chosen = config.with_statistics(chosen)
         tiles = 2 * config.tiles_per_image(chosen, *sides)
@@ -118,11 +119,12 @@ def _plain_launch(job: Job) -> gpu.Launch:
         epilogue = Epilogue(None, bias, norm, 0.0, **_head(job, shape.c_out, sides))
     else:
         epilogue = Epilogue(y, bias, norm, 0.1 if job.op == "leaky" else 0.0, pooled)
-    return conv3x3.conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=job.allow_tf32)
+    return pointer.conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=job.allow_tf32)
 
 
 def _gradient_launch(job: Job) -> gpu.Launch:
-    from fastunet.kernels import activation_grad, conv3x3_grad
+    from fastunet.kernels import activation_grad
+    from fastunet.kernels.conv3x3 import grad
 
     shape, sides = job.shape, _sides(job)
     options = {"allow_tf32": job.allow_tf32, "target": job.target}
@@ -133,12 +135,12 @@ def _gradient_launch(job: Job) -> gpu.Launch:
     if job.op in ("weight_grad", "bias_grad"):
         bias = None if job.op == "weight_grad" else job.tensor(shape.c_out)
         weight = _weight(job, shape.c_out, shape.c1)
-        return conv3x3_grad.weight_grad_launches(y, x, weight, bias, **options)[0]
+        return grad.weight_grad_launches(y, x, weight, bias, **options)[0]
     # The gradient has the shape's input channels, what comes of it the output's.
     out_up = job.pixels(shape.c_out2, *sides) if shape.c_out2 else None
     masked = (y, 0.0) if job.op == "masked_input_grad" else (None, None)
     weight = _weight(job, shape.c1, shape.c_out + shape.c_out2)
-    return conv3x3_grad.input_grad_launch(x, weight, (y, out_up), *masked, **options)
+    return grad.input_grad_launch(x, weight, (y, out_up), *masked, **options)
 
 
 # --- the halo variant, for Hopper ---
@@ -173,7 +175,7 @@ def _halo_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iter
 
 
 def _halo_launch(job: Job) -> gpu.Launch:
-    from fastunet.kernels import conv3x3_hopper
+    from fastunet.kernels.conv3x3 import hopper
     from fastunet.kernels.epilogue import Epilogue
 
     shape, chosen = job.shape.conv, job.shape.chosen
@@ -183,12 +185,12 @@ def _halo_launch(job: Job) -> gpu.Launch:
     if job.op == "halo_head":
         chosen = config.with_head(chosen)
         epilogue = Epilogue(None, bias, None, 0.0, **_head(job, shape.c_out, sides))
-        return conv3x3_hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
+        return hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
     pooled = job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2) if job.op in ("halo_pool", "halo_norm") else None
     norm = _norm(bias) if job.op == "halo_norm" else None
     slope = 0.1 if job.op == "halo_leaky" else 0.0
     epilogue = Epilogue(job.pixels(shape.c_out, *sides), bias, norm, slope, pooled)
-    return conv3x3_hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
+    return hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
 
 
 # --- e4m3 values on sm_90 and above, and what makes them: a pass, or other kernels' epilogues ---
@@ -216,7 +218,8 @@ def _e4m3_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iter
 
 
 def _e4m3_launch(job: Job) -> gpu.Launch:
-    from fastunet.kernels import conv3x3, conv3x3_fp8, conv_transpose2x2
+    from fastunet.kernels import conv_transpose2x2
+    from fastunet.kernels.conv3x3 import fp8, pointer
     from fastunet.kernels.epilogue import E4M3, Epilogue
 
     scale = per_channel(1)
@@ -231,12 +234,12 @@ def _e4m3_launch(job: Job) -> gpu.Launch:
     y, pooled = job.pixels(shape.c_out, *sides), job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2)
     quantised = torch.empty_like(x, dtype=E4M3)
     if job.op == "fp8_quantise":
-        return conv3x3_fp8.quantise_launch(x, scale, quantised)
+        return fp8.quantise_launch(x, scale, quantised)
     if job.op == "fp8_first":
         weight = _weight(job, shape.c_out, shape.c1)
-        chosen = conv3x3.choose(x, None, weight, job.target, allow_tf32=False)
+        chosen = pointer.choose(x, None, weight, job.target, allow_tf32=False)
         epilogue = Epilogue(torch.empty_like(y, dtype=E4M3), bias, y_scale=scale)
-        return conv3x3.conv3x3_launch(x, None, weight, chosen, epilogue, allow_tf32=False)
+        return pointer.conv3x3_launch(x, None, weight, chosen, epilogue, allow_tf32=False)
     up = torch.empty_like(quantised) if job.op == "fp8_two_inputs" else None
     weight = _weight(job, shape.c_out, shape.c1 * (1 if up is None else 2)).to(E4M3)
     if job.op == "fp8_chain":
@@ -244,7 +247,7 @@ def _e4m3_launch(job: Job) -> gpu.Launch:
         epilogue = Epilogue(y, bias, _norm(bias), 0.0, pooled, y_scale=scale, pooled_scale=scale)
     else:
         epilogue = Epilogue(y, bias, _norm(bias), 0.0, pooled if job.op == "fp8_pool" else None)
-    return conv3x3_fp8.fp8_launch(quantised, up, weight, job.target, epilogue)
+    return fp8.fp8_launch(quantised, up, weight, job.target, epilogue)
 
 
 # --- an upsampling composed with the convolution after it ---

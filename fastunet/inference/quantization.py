@@ -188,13 +188,13 @@ class Conv3x3(_Chained):
     def _chains(self, x: Tensor) -> bool:
         if not _has_tensor_cores(x, _dtype_of(x)):
             return False
-        from fastunet.kernels import config
+        from fastunet.kernels.conv3x3 import config
 
         return x.shape[1] < config.FOLDED_BELOW
 
     @torch.no_grad()
     def _chained(self, x: Tensor) -> Tensor:
-        from fastunet.kernels.conv3x3 import conv3x3
+        from fastunet.kernels.conv3x3.pointer import conv3x3
         from fastunet.kernels.epilogue import Normalisation
 
         dtype = _dtype_of(x)
@@ -248,7 +248,8 @@ def _has_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
         return False
     if dispatch.triton_unsupported(x.device, dtype) is not None:
         return False
-    from fastunet.kernels import config, gpu
+    from fastunet.kernels import gpu
+    from fastunet.kernels.conv3x3 import config
 
     return config.has_fp8(gpu.target(x.device))
 
@@ -355,12 +356,12 @@ class QuantizedConv3x3(nn.Module):
     def _is_emulated(self, x: Tensor, up: Tensor | None) -> bool:
         if not _has_tensor_cores(x, self._dtype(x, up)):
             return True
-        from fastunet.kernels import config
+        from fastunet.kernels.conv3x3 import config
 
         return not config.fits_fp8((x.shape[1], 0 if up is None else up.shape[1]), self.weight.shape[0])
 
     def _on_tensor_cores(self, x: Tensor, up: Tensor | None, pool: bool) -> tuple[Tensor, Tensor | None]:
-        from fastunet.kernels.conv3x3_fp8 import conv3x3_fp8
+        from fastunet.kernels.conv3x3.fp8 import conv3x3_fp8
         from fastunet.kernels.epilogue import Normalisation
 
         dtype = self._dtype(x, up)

@@ -88,7 +88,7 @@ def _forward(args: ConvHeadArgs, choice: dispatch.Choice) -> Tensor:
 
 def _forward_triton(args: ConvHeadArgs) -> Tensor:
     from fastunet.kernels.conv1x1 import conv1x1
-    from fastunet.kernels.conv3x3 import Head, Normalisation, conv3x3, conv3x3_head
+    from fastunet.kernels.conv3x3.pointer import Head, Normalisation, conv3x3, conv3x3_head
 
     x, _, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid = args
     weight = kernel_weight(args.weight, x, training=False)

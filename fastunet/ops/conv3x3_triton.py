@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastunet import dispatch
-from fastunet.kernels import conv3x3 as kernels
-from fastunet.kernels import conv3x3_grad
 from fastunet.kernels.activation_grad import activation_grad
+from fastunet.kernels.conv3x3 import grad as conv3x3_grad
+from fastunet.kernels.conv3x3 import pointer as kernels
 from fastunet.kernels.norm import Affine, finish_statistics, normalise
 from fastunet.kernels.norm_grad import norm_grad
 from fastunet.ops.convolution import kernel_weight

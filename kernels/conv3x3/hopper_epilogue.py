@@ -8,7 +8,7 @@ Sums are [P, N], pixels by channels, or [N, P], as of warpgroup products: `AXIS`
 from __future__ import annotations
 
 import triton.language as tl
-from fastunet.kernels import config
+from fastunet.kernels.conv3x3 import config
 from fastunet.kernels.tiles import IDENTITY, LEAKY_RELU
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

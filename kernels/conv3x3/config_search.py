@@ -14,8 +14,8 @@ from dataclasses import astuple, replace
 from typing import TypeVar
 
 import torch
-from fastunet.kernels import config, config_hopper
-from fastunet.kernels.config import (
+from fastunet.kernels.conv3x3 import config, config_hopper
+from fastunet.kernels.conv3x3.config import (
     ALL_REGISTERS,
     DESCRIPTOR,
     FOLDED,

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, conv3x3_descriptor, gpu
-from fastunet.kernels.conv3x3 import accumulate, accumulate_folded, conv3x3_launch, halo_runs, weight_aligned
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config, descriptor
+from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, conv3x3_launch, halo_runs, weight_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
 from fastunet.kernels.layout import empty_packed, packed, strided_weight
 from fastunet.kernels.reduction import sum_rows_launch
@@ -185,7 +186,7 @@ def input_grad_launch(
             return conv3x3_launch(grad, None, turned, chosen, Epilogue(out), allow_tf32=allow_tf32)
         chosen = config.derived_conv_config(shape, grad.dtype, target, allow_tf32)
     if chosen.form == config.DESCRIPTOR:
-        return conv3x3_descriptor.input_grad_launch(grad, weight, outs, x, chosen, negative_slope)
+        return descriptor.input_grad_launch(grad, weight, outs, x, chosen, negative_slope)
     weight, stride_out, stride_in, stride_tap = strided_weight(weight)
     arguments = {
         "grad_ptr": grad,
@@ -301,7 +302,7 @@ def weight_grad_launches(
     }
     grid = programs * splits
     if chosen.form == config.DESCRIPTOR:
-        sums = conv3x3_descriptor.weight_grad_launch(grad, x, chosen, arguments, grid)
+        sums = descriptor.weight_grad_launch(grad, x, chosen, arguments, grid)
     else:
         operands = {
             "grad_ptr": grad,

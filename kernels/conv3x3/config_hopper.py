@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fastunet.kernels.config import HALO, TILE_W, ConvConfig, ConvShape
+from fastunet.kernels.conv3x3.config import HALO, TILE_W, ConvConfig, ConvShape
 from fastunet.kernels.gpu import Target, cdiv
 
 

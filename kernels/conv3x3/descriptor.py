@@ -14,7 +14,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config
 from fastunet.kernels.epilogue import (
     Epilogue,
     activation_code,

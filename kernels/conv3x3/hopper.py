@@ -15,9 +15,10 @@ Gluon's interface is private to each release of Triton: `hopper_self_test` says 
 from __future__ import annotations
 
 import triton.language as tl
-from fastunet.kernels import config, gpu
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3.hopper_epilogue import finish, pool, store_head
 from fastunet.kernels.epilogue import Epilogue, activation_code
-from fastunet.kernels.hopper_epilogue import finish, pool, store_head
 from fastunet.kernels.layout import weight_matrix
 from torch import Tensor
 from triton.experimental import gluon

@@ -15,7 +15,8 @@ import warnings
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, conv3x3_descriptor, gpu
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config, descriptor
 from fastunet.kernels.epilogue import (
     E4M3,
     HEAD_CLASSES,
@@ -179,11 +180,11 @@ def conv3x3_launch(
 ) -> gpu.Launch:
     """The launch of any form that fills the epilogue's outputs from packed x and up."""
     if chosen.form == config.HALO:
-        from fastunet.kernels import conv3x3_hopper  # Late: its interface is private to some releases of Triton.
+        from fastunet.kernels.conv3x3 import hopper  # Late: its interface is private to some releases of Triton.
 
-        return conv3x3_hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
+        return hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
     if chosen.form == config.DESCRIPTOR:
-        return conv3x3_descriptor.conv3x3_launch(x, up, weight, chosen, epilogue)
+        return descriptor.conv3x3_launch(x, up, weight, chosen, epilogue)
     batch, c1, height, width = x.shape
     c2, channels = 0 if up is None else up.shape[1], weight.shape[0]
     weight, stride_out, stride_in, stride_tap = strided_weight(weight)
@@ -232,9 +233,9 @@ def _run(
     if chosen.splits == 1:
         conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32).run(x.device)
         return
-    from fastunet.kernels import conv3x3_split  # Late: its kernels call this module's.
+    from fastunet.kernels.conv3x3 import split_k  # Late: its kernels call this module's.
 
-    for launch in conv3x3_split.launches(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32):
+    for launch in split_k.launches(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32):
         launch.run(x.device)
 
 
@@ -264,7 +265,8 @@ def halo_runs(device: torch.device, op: str) -> bool:
     """Whether the halo variant, which a measurement has chosen for the op, may run there; where not, it warns.
     RuntimeError where it is pinned: whoever pins it is to see that variant, and no other in its place.
     """
-    from fastunet.kernels import hopper_self_test, tuning
+    from fastunet.kernels import tuning
+    from fastunet.kernels.conv3x3 import hopper_self_test
 
     reason = hopper_self_test.unsupported_reason(device)
     if reason is not None and tuning.is_pinned(op):

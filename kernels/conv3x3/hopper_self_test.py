@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-from fastunet.kernels import config, gpu
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config
 from fastunet.kernels.epilogue import Epilogue, Head, Normalisation
 from fastunet.kernels.layout import empty_packed
 from torch import Tensor
@@ -33,7 +34,7 @@ from torch import Tensor
 TIMEOUT = 120.0
 # Exit code of a self-test that has seen wrong results. Python's own codes are lower.
 WRONG = 3
-_SOURCES = ("conv3x3_hopper.py", "hopper_epilogue.py", "hopper_self_test.py")
+_SOURCES = ("hopper.py", "hopper_epilogue.py", "hopper_self_test.py")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -116,7 +117,13 @@ def run(index: int, command: list[str] | None = None, timeout: float = TIMEOUT) 
     """What is wrong on the GPU of that number, or None. NoVerdict where it hangs or fails otherwise. command: what
     tests, by default this module.
     """
-    command = command or [sys.executable, "-m", "fastunet.kernels.hopper_self_test", str(index), str(os.getpid())]
+    command = command or [
+        sys.executable,
+        "-m",
+        "fastunet.kernels.conv3x3.hopper_self_test",
+        str(index),
+        str(os.getpid()),
+    ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as child:
@@ -155,7 +162,7 @@ def integers(*sizes: int, device: torch.device) -> Tensor:
 
 def check(problem: Problem, device: torch.device) -> None:
     """AssertionError unless y and its pooled half, and a head in their place, are exact, twice over."""
-    from fastunet.kernels import conv3x3_hopper  # Late: its interface is private to some releases of Triton.
+    from fastunet.kernels.conv3x3 import hopper  # Late: its interface is private to some releases of Triton.
 
     (n, h, w, c1, c2, c_out), chosen, dtype = problem
     x, up, weight = (
@@ -181,7 +188,7 @@ def check(problem: Problem, device: torch.device) -> None:
         for each in actual.values():
             each.fill_(float("nan"))
         for config_of, epilogue in launches:
-            conv3x3_hopper.conv3x3_launch(x, up if c2 else None, weight, config_of, epilogue).run(device)
+            hopper.conv3x3_launch(x, up if c2 else None, weight, config_of, epilogue).run(device)
         for name, each in expected.items():
             wrong = int((actual[name] != each.to(dtype)).sum())
             if wrong:

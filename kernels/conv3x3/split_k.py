@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import config, gpu
-from fastunet.kernels.conv3x3 import accumulate, store_outputs
-from fastunet.kernels.conv3x3_descriptor import accumulate_boxes, boxes
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3.descriptor import accumulate_boxes, boxes
+from fastunet.kernels.conv3x3.pointer import accumulate, store_outputs
 from fastunet.kernels.epilogue import Epilogue, finish_sums, precision
 from fastunet.kernels.layout import strided_weight, weight_matrix
 from fastunet.kernels.tiles import pixel_offsets, tile_origin, tile_pixels
