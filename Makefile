@@ -20,9 +20,9 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e '.[train]'
 	touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt tests/dropin/requirements.txt | $(BIN)/python
+$(VENV)/dev.stamp: pyproject.toml constraints.txt tests/compiler/requirements.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e '.[dev,bench]'
-	$(PIP) install -q --no-deps --upgrade --target $(VENV)/dropin -r tests/dropin/requirements.txt
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/dropin -r tests/compiler/requirements.txt
 	touch $@ $(VENV)/train.stamp
 
 demo: $(VENV)/train.stamp
@@ -49,7 +49,7 @@ test-gpu: $(VENV)/dev.stamp
 test-gpu-memcheck: $(VENV)/dev.stamp
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 	  $(BIN)/python -m pytest -q -m gpu -k 'test_forward or test_gradients or test_statistics_of_a_convolution' \
-	  tests/test_kernels_conv3x3.py tests/test_kernels_norm.py
+	  tests/kernels/test_kernels_conv3x3.py tests/kernels/test_kernels_norm.py
 
 static: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks static

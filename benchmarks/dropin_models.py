@@ -2,7 +2,7 @@
 tests compare.
 
 segmentation_models_pytorch, dynamic_network_architectures, timm and torchvision are taken from where they are
-installed. `make test` leaves some beside the environment (`tests/dropin/requirements.txt`): their torchvision is of
+installed. `make test` leaves some beside the environment (`tests/compiler/requirements.txt`): their torchvision is of
 another torch, and what imports it by the way, as torchmetrics does, is not to find it.
 
 Three more are written here, in plain torch.nn, with habits that `torch.compile(model, backend="fastunet")` meets:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from fastunet import dispatch
+from fastunet.testing import float32_precision
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +27,22 @@ def layers_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers and nets are computed like large ones, which would take the tests longer."""
     for limit in ("_FEW_PRODUCTS", "_FEW_PRODUCTS_OF_TWO", "_SMALL_PRODUCTS"):
         monkeypatch.setattr(dispatch, limit, 0)
+
+
+@pytest.fixture
+def nan_in_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every element a launcher allocates and no kernel writes shows as NaN."""
+    empty = torch.empty
+
+    def poisoned(*arguments: Any, **keywords: Any) -> Tensor:
+        fresh = empty(*arguments, **keywords)
+        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def ieee() -> Iterator[None]:
+    """float32 is float32, in torch's operations and ours: ops ask torch whether TF32 is allowed."""
+    with float32_precision("ieee"):
+        yield

@@ -19,7 +19,7 @@ from fastunet.kernels.conv3x3 import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injected_faults import kernels_with
-from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
+from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK
 from torch import Tensor
 
 from fastunet.testing import (
@@ -41,7 +41,11 @@ from fastunet.testing import (
 )
 
 # Overflow and NaN are among the inputs; the interpreter's numpy remarks on them.
-pytestmark = [MARK, pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")]
+pytestmark = [
+    MARK,
+    pytest.mark.usefixtures("nan_in_fresh_memory"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
 
 HOPPER = dataclasses.replace(gpu.known_target(90), multiprocessors=4)
 BLACKWELL = dataclasses.replace(gpu.known_target(100), multiprocessors=4)

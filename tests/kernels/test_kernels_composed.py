@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from fastunet.kernels.conv3x3 import config
 from injected_faults import kernels_with
-from kernel_device import DEVICE, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
+from kernel_device import DEVICE, INTERPRETED, MARK
 from torch import Tensor
 
 from fastunet.folding import compose_upsampling, upsampled_bias
 from fastunet.testing import assert_within, composed_sums_expected, random_input, random_integers, stored
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("tensor descriptors need sm_90", allow_module_level=True)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_device import DEVICE, MARK, ieee  # noqa: F401
+from kernel_device import DEVICE, MARK
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +17,7 @@ from fastunet import ops
 from fastunet.ops import recompute
 from fastunet.testing import assert_within, random_cotangent, random_input
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("ieee")]
 NORMS = ("batch", "instance")
 # An image, its two levels' channels: 8 x 8 pixels and 4 x 4.
 X, OUT = (2, 3, 8, 8), (2, 2, 8, 8)

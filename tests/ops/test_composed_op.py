@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from fastunet.kernels import conv_transpose2x2_concat_conv3x3, gpu
-from kernel_device import DEVICE, INTERPRETED, MARK, ieee  # noqa: F401
+from kernel_device import DEVICE, INTERPRETED, MARK
 from torch import Tensor, nn
 
 import fastunet
 from fastunet import dispatch, folding, ops
 from fastunet.testing import assert_within, composed_sums_expected, random_input, stored
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("ieee")]
 if not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("tensor descriptors need sm_90", allow_module_level=True)
 

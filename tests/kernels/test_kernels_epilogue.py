@@ -12,12 +12,12 @@ import pytest
 import torch
 from fastunet.kernels import gpu
 from injected_faults import kernels_with
-from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
+from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK
 from torch import Tensor
 
 from fastunet.testing import UNIT_ROUNDOFF, Expected, assert_within, conv3x3_expected, pooled_expected, random_input
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 
 U = UNIT_ROUNDOFF[torch.float32]
 EPS = 1e-3

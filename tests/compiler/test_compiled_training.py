@@ -217,7 +217,7 @@ RANK = """
 import copy, os, sys, torch, torch.distributed as dist
 from pathlib import Path
 from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, os.environ["TESTS"])
+sys.path[:0] = os.environ["TESTS"].split(os.pathsep)
 from test_compiled_training import trained
 from parity import FORCED, IN_TRAINING, compare, ops_run, small_unet
 dist.init_process_group("gloo")
@@ -242,7 +242,7 @@ dist.destroy_process_group()
 def test_distributed_training_of_two_ranks(tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    environment = {**os.environ, "TESTS": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TESTS": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ from fastunet.benchmarks import results
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.results import BEGIN, END, TableError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RATIO = {"ratio": 1.526, "p10": 1.5, "p90": 1.57}
 RESULT = {
     "summary": {"inference": {"eager": RATIO, "compiled": {"ratio": 0.9, "p10": 0.85, "p90": 0.95}}, "training": {}},

@@ -378,7 +378,7 @@ sys.meta_path.insert(0, Block())
 from benchmarks.__main__ import main
 sys.exit(main(["gpu", *sys.argv[1:]]))
 """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code, "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     if torch.cuda.is_available():

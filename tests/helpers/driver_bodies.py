@@ -2,7 +2,7 @@
 
 Each of BODIES, which give how many launches they made, runs in a process of its own:
 
-    python tests/driver_bodies.py NAME CAPABILITY FOLDER
+    python tests/helpers/driver_bodies.py NAME CAPABILITY FOLDER
 
 It prints how many launches of how many reached the driver, and how many tensor maps. Tensors lie in the CPU's memory,
 and what no kernel has computed is whatever lay there.

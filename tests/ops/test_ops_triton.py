@@ -6,14 +6,14 @@ import itertools
 
 import pytest
 import torch
-from kernel_device import DEVICE, MARK, ieee  # noqa: F401
+from kernel_device import DEVICE, MARK
 
 import fastunet
 from fastunet import ops
 from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.reference import functional as reference
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("ieee")]
 
 FORMS = {
     "conv3x3_bias_relu": ((2, 3, 5, 6), (4, 3, 3, 3)),

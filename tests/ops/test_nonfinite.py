@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from fastunet.kernels import gpu
-from kernel_device import DEVICE, INTERPRETED, MARK, ieee, nan_in_fresh_memory  # noqa: F401
+from kernel_device import DEVICE, INTERPRETED, MARK
 from test_ops import CASES, CHANNELS, W3, Case, X, call, grads_of, make_buffers, make_tensors
 from torch import Tensor
 
@@ -20,7 +20,7 @@ import fastunet
 from fastunet import ops
 from fastunet.reference import functional as reference
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("ieee", "nan_in_fresh_memory")]
 
 FOR_INFERENCE = ("conv3x3_relu_conv1x1", "conv_transpose2x2_concat_conv3x3_relu")
 HOPPER = dataclasses.replace(gpu.known_target(90), multiprocessors=4)

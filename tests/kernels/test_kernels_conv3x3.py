@@ -18,7 +18,7 @@ from fastunet.kernels.conv3x3 import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injected_faults import kernels_with
-from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
+from kernel_device import DEVICE, DTYPES, INTERPRETED, MARK
 from torch import Tensor
 
 from fastunet.testing import (
@@ -36,7 +36,7 @@ from fastunet.testing import (
     random_integers,
 )
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 
 HOPPER = dataclasses.replace(gpu.known_target(90), multiprocessors=4)
 BLACKWELL = dataclasses.replace(gpu.known_target(100), multiprocessors=4)

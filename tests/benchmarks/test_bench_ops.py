@@ -20,7 +20,7 @@ import fastunet
 from fastunet import ops
 from fastunet.testing import parity
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -118,4 +118,4 @@ def test_the_tests_are_found_without_the_extra_train() -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert re.search(r"SKIPPED .* needs the extra train", done.stdout)
-    assert "tests/test_kernels_conv3x3.py::" in done.stdout
+    assert "tests/kernels/test_kernels_conv3x3.py::" in done.stdout

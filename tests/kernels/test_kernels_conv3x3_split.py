@@ -14,12 +14,12 @@ from fastunet.kernels import gpu, tuning
 from fastunet.kernels.conv3x3 import config, split_k
 from fastunet.kernels.epilogue import Epilogue
 from injected_faults import kernels_with
-from kernel_device import DEVICE, MARK, nan_in_fresh_memory  # noqa: F401
+from kernel_device import DEVICE, MARK
 from torch import Tensor
 
 from fastunet.testing import assert_within, conv3x3_expected, pooled_expected, random_input, random_integers
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 
 HOPPER = gpu.known_target(90)
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from fastunet.kernels import conv_transpose2x2, gpu
 from fastunet.kernels.conv3x3 import config, fp8, pointer
 from fastunet.kernels.epilogue import E4M3, Normalisation
-from kernel_device import DEVICE, INTERPRETED, MARK, nan_in_fresh_memory  # noqa: F401
+from kernel_device import DEVICE, INTERPRETED, MARK
 
 import fastunet
 from fastunet.inference.quantization import QuantizedConv3x3
 from fastunet.testing import Expected, assert_within, e4m3_sums_expected, random_input, stored
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 LARGEST = torch.finfo(E4M3).max
 if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("8-bit products need sm_90", allow_module_level=True)

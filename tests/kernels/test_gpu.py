@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import gpu_bodies
 import pytest
@@ -31,8 +30,7 @@ def forced():
 
 def run_alone(name: str) -> None:
     """One of gpu_bodies in a process of its own: a hang ends with the test, a lost GPU with the process."""
-    script = Path(__file__).with_name("gpu_bodies.py")
-    command = [sys.executable, str(script), name]
+    command = [sys.executable, gpu_bodies.__file__, name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -1,6 +1,6 @@
-"""What tests/test_gpu.py checks, as functions of a device; those of CUDA alone are named with `cuda`.
+"""What tests/kernels/test_gpu.py checks, as functions of a device; those of CUDA alone are named with `cuda`.
 
-`python tests/gpu_bodies.py NAME` runs one in a process of its own, where it may hang, or lose its GPU.
+`python tests/helpers/gpu_bodies.py NAME` runs one in a process of its own, where it may hang, or lose its GPU.
 """
 
 from __future__ import annotations

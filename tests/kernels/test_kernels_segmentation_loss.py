@@ -13,7 +13,7 @@ from fastunet.kernels import config_passes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injected_faults import kernels_with
-from kernel_device import DEVICE, DTYPES, MARK, nan_in_fresh_memory  # noqa: F401
+from kernel_device import DEVICE, DTYPES, MARK
 from torch import Tensor
 
 from fastunet.testing import (
@@ -26,7 +26,7 @@ from fastunet.testing import (
     segmentation_sums_grad_expected,
 )
 
-pytestmark = MARK
+pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 
 KERNELS = importlib.import_module("fastunet.kernels.segmentation_loss")
 TARGETS = ("soft", "bytes", "bools", "indices", "small_indices", "float_indices")
