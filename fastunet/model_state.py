@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastunet.weight_cache import storage_address
+from fastunet.weight_cache import places
 
 
 class Memo:
@@ -65,14 +65,10 @@ class ModelState:
         self.tensors = [*{id(t): t for t in self._owned if isinstance(t, Tensor)}.values()]
         self._weights = [t for t in self.tensors if not is_lazy(t) and t.dim() == 4]
         self._shapes = [*map(_SHAPE, self._weights)]
-        self._addresses = self._now_addresses() if addresses else None
+        self._addresses = places(self.tensors) if addresses else None
 
     def _now_owned(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._owners))]
-
-    def _now_addresses(self) -> list[Any]:
-        ways = (storage_address, Tensor.storage_offset, Tensor.numel, Tensor.stride)
-        return [*chain.from_iterable(map(way, self.tensors) for way in ways)]
 
     def holds(self) -> bool:
         """Return whether all that is as it was; not what the values are."""
@@ -84,7 +80,7 @@ class ModelState:
             and [*map(type, self._inner)] == self._types
             and self._has_settings()
             and [*map(_SHAPE, self._weights)] == self._shapes
-            and (self._addresses is None or self._now_addresses() == self._addresses)
+            and (self._addresses is None or places(self.tensors) == self._addresses)
         )
 
     def _has_settings(self) -> bool:

@@ -2,11 +2,12 @@
 
 Every way in which torch changes a weight is seen: a new tensor, in-place ops, load_state_dict, and writes that version
 counters miss, through `.data` or of inference tensors. For that a weight's storage is marked copy-on-write, without a
-second owner: the first write takes the mark away and copies nothing. A weight without the mark is compared by a
-checksum, at the cost of reading it once; storages that torch did not allocate (shared memory, NumPy's) or that FSDP
-resizes take no mark and are compared each time. On a GPU the checksum waits for it, and the mark does not: whoever only
-wants to know where a weight lies asks `address`, since `data_ptr` takes the mark away. Not seen is a write by other
-means than torch, such as a NumPy array of the weight made earlier.
+second owner: the first write takes the mark away and copies nothing. As long as all weights that something was made of
+have their marks, a few passes over them tell that it holds, which are loops in C. A weight without the mark is compared
+by a checksum, at the cost of reading it once; storages that torch did not allocate (shared memory, NumPy's) or that
+FSDP resizes take no mark and are compared each time. On a GPU the checksum waits for it, and the mark does not: whoever
+only wants to know where a weight lies asks `address`, since `data_ptr` takes the mark away. Not seen is a write by
+other means than torch, such as a NumPy array of the weight made earlier.
 
 What is kept belongs to the weight's storage: it goes with it, and is no part of a module's state_dict, copies or
 pickles. The tensor itself is not referred to, not even weakly, which would keep `torch.utils.swap_tensors` from it.
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,31 +33,33 @@ T = TypeVar("T")
 
 # 64-bit words in a row of the checksum: a prime, so that values which change places change columns.
 _COLUMNS = 4093
-# Tensors of fewer bytes on the CPU are compared value by value.
-_SMALL = 64 << 10
 
 
 class _Record:
     """What is known of a tensor: its values at some moment, by their number, and how many writes had been found then;
-    and what was made of it: (the state of all it was made of, the result).
+    and what was made of it.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self.writes = 0
         self.checksum: tuple[Tensor, ...] = ()
-        self.results: dict[Hashable, tuple[list[Any], Any]] = {}
+        self.results: dict[Hashable, tuple[_State, Any]] = {}
 
 
 class _Storage:
     """How often a storage's mark was found missing, and the tensors in it, which share the mark, by their geometry."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: torch.UntypedStorage) -> None:
         self.writes = 0
         self.records: dict[Hashable, _Record] = {}
+        self._watch = weakref.ref(storage, self._end)
+
+    def _end(self, _: Any) -> None:
+        self.writes = -1  # Another may begin where this one did, with its mark.
 
 
-_storages: WeakKeyDictionary[torch.UntypedStorage, _Storage] = WeakKeyDictionary()
+_storages: weakref.WeakKeyDictionary[torch.UntypedStorage, _Storage] = weakref.WeakKeyDictionary()
 _numbers = itertools.count(1)
 
 
@@ -95,11 +99,46 @@ def uses_are_noted() -> bool:
 
 def address(t: Tensor) -> int:
     """Where t's values begin."""
-    return storage_address(t) + int(t.storage_offset()) * t.itemsize
+    return _storage_address(t) + int(t.storage_offset()) * t.itemsize
 
 
 # Where a tensor's storage begins.
-storage_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
+_storage_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
+_is_marked: Callable[[Tensor], bool] = torch._C._is_cow_tensor  # type: ignore[attr-defined]
+_GEOMETRY = (_storage_address, Tensor.storage_offset, Tensor.size, Tensor.stride)
+_WRITES = operator.attrgetter("writes")
+
+
+def places(tensors: Sequence[Tensor]) -> list[Any]:
+    """Return where each tensor's values are, and in what order: of the same lists, equal when none has moved."""
+    return [*itertools.chain.from_iterable(map(each, tensors) for each in _GEOMETRY)]
+
+
+class _State:
+    """What the values of tensors were: by their numbers, and by the marks that say so without looking at each."""
+
+    def __init__(self, sources: Sequence[Tensor | None]) -> None:
+        self.numbers = [*map(_number, sources)]
+        self._see_marks(sources)
+
+    def _see_marks(self, sources: Sequence[Tensor | None]) -> None:
+        present = [t for t in sources if t is not None]
+        self.places = places(present)
+        self.storages = [_known(t)[0] for t in present]
+        self.writes = [*map(_WRITES, self.storages)]
+
+    def holds(self, sources: Sequence[Tensor | None]) -> bool:
+        present = [t for t in sources if t is not None]
+        if (
+            all(map(_is_marked, present))
+            and [*map(_WRITES, self.storages)] == self.writes
+            and places(present) == self.places
+        ):
+            return True
+        if [*map(_number, sources)] != self.numbers:
+            return False
+        self._see_marks(sources)
+        return True
 
 
 def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> T:
@@ -112,56 +151,35 @@ def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[]
         return _prepared(kind, sources, make)[1]
     with _disable_current_modes():  # Whoever notes down what is done with the result is not to see how it came about.
         state, result = _prepared(kind, sources, make)
-    _noted.uses.append(Use(result, functools.partial(_holds, state, sources)))
+    _noted.uses.append(Use(result, functools.partial(state.holds, sources)))
     return result
 
 
-def _prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> tuple[list[Any], T]:
+def _prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> tuple[_State, T]:
     assert sources[0] is not None
     _, record = _known(sources[0])
     found = record.results.get(kind)
-    if found is None or not _holds(found[0], sources):
-        found = record.results[kind] = ([_state(t) for t in sources], make())
+    if found is None or not found[0].holds(sources):
+        found = record.results[kind] = (_State(sources), make())
     return found
-
-
-def _holds(state: list[Any], sources: Sequence[Tensor | None]) -> bool:
-    return all(map(_is_unchanged, state, sources))
 
 
 def _known(t: Tensor) -> tuple[_Storage, _Record]:
     storage = t.untyped_storage()
     known = _storages.get(storage)
     if known is None:
-        known = _storages.setdefault(storage, _Storage())
+        known = _storages.setdefault(storage, _Storage(storage))
     geometry = t.storage_offset(), t.shape, t.stride(), t.dtype
     record = known.records.get(geometry)
     return known, record if record is not None else known.records.setdefault(geometry, _Record())
 
 
-def _state(t: Tensor | None) -> Any:
-    """Of a small tensor a copy, of a large one the number of its values."""
+def _number(t: Tensor | None) -> int | None:
+    """A number that stays the same as long as t's memory holds those values."""
     if t is None:
         return None
-    return t.detach().clone() if _is_small(t) else _number(t)
-
-
-def _is_unchanged(state: Any, t: Tensor | None) -> bool:
-    if t is None or state is None:
-        return t is state
-    if isinstance(state, int):
-        return not _is_small(t) and state == _number(t)
-    return state.shape == t.shape and torch.equal(state, t)
-
-
-def _is_small(t: Tensor) -> bool:
-    return t.device.type == "cpu" and t.numel() * t.element_size() < _SMALL
-
-
-def _number(t: Tensor) -> int:
-    """A number that stays the same as long as t's memory holds those values."""
     storage, record = _known(t)
-    if not torch._C._is_cow_tensor(t):  # type: ignore[attr-defined]
+    if not _is_marked(t):
         storage.writes += 1
         if not _resizes_storages():
             with suppress(RuntimeError):  # Of memory that is not torch's own: it stays unmarked.

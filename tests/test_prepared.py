@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastunet import ops
+from fastunet import ops, weight_cache
 from fastunet.weight_cache import prepared
 
 LARGE, SMALL = (64, 64, 3, 3), (4, 2, 3, 3)
@@ -91,6 +91,18 @@ def test_every_change_is_seen(change: str, shape: tuple[int, ...]) -> None:
         assert use.made == made + is_changed
         assert use(module.weight) == use(module.weight)
         assert use.made == made + is_changed
+
+
+def test_another_weight_in_the_same_place_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it has the mark, which another use of it has set."""
+    monkeypatch.setattr(weight_cache, "places", lambda tensors: [])
+    weight, bias, use = torch.randn(LARGE), torch.zeros(16), Maker()
+    use(weight, bias)
+    del bias
+    gc.collect()
+    bias = torch.ones(16)
+    Maker("other")(bias)
+    assert use(weight, bias) == Maker("fresh")(weight, bias)
 
 
 def test_an_inference_tensor() -> None:
