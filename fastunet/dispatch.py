@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -60,7 +60,8 @@ _ONEDNN_FLOAT32_OPS = (_STEP_UP,)
 # A call of oneDNN has a fixed cost, several times that of ATen's own convolution: it has lost up to so many products,
 # and weights, which ATen arranges at every call.
 _FEW_PRODUCTS, _FEW_WEIGHTS = 1 << 20, 1 << 14
-_SMALL_PRODUCTS, _SMALL_WEIGHTS = 20_000_000, 1 << 18
+# Of a net's convolutions, on average: up to here calls of ops lose to layers, beyond packed weights win.
+_SMALL_PRODUCTS, _SMALL_WEIGHTS = 45_000_000, 1 << 20
 # Up to so many an upsampling and the convolution after it are quicker one after the other.
 _FEW_PRODUCTS_OF_TWO = 1 << 24
 
@@ -132,16 +133,16 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
     return found
 
 
-def is_small(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a 3x3 convolution of inference on the CPU costs the host about as much as its arithmetic: a net of
-    such layers is quickest by ATen's own, one after the other.
+def is_small(convolutions: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Return whether a net of these 3x3 convolutions, (image, weight) each, costs the host about as much as its
+    arithmetic in inference on the CPU: it is quickest by ATen's layers, one after the other, with norms folded in.
     """
+    most = len(convolutions)
     return (
         _selected == "auto"
-        and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and _products(x, weight) <= _SMALL_PRODUCTS
-        and weight.numel() <= _SMALL_WEIGHTS
+        and all(x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 for x, weight in convolutions)
+        and sum(_products(x, weight) for x, weight in convolutions) <= most * _SMALL_PRODUCTS
+        and sum(weight.numel() for _, weight in convolutions) <= most * _SMALL_WEIGHTS
     )
 
 
@@ -257,10 +258,14 @@ def _onednn_takes(op: str, x: Tensor, weight: Tensor) -> bool:
         weight.dtype == torch.float32
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and takes_bfloat16))
         and x.numel() > 0
-        and _HAS_ONEDNN
-        # A graph may be traced through here, but not through the question; its ops ask again when they run.
-        and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled())
+        and has_onednn()
     )
+
+
+def has_onednn() -> bool:
+    """Return whether oneDNN's ops are there, and not switched off."""
+    # A graph may be traced through here, but not through the question; its ops ask again when they run.
+    return _HAS_ONEDNN and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled())
 
 
 def winograd_wins(x: Tensor, weight: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -17,7 +17,7 @@ from fastunet.ops.registration import is_plain_call
 from fastunet.reference import ReferenceUNet
 
 # The ways in which a net is computed.
-MODULES, ATEN, OPS = "modules", "aten", "ops"
+MODULES, LAYERS, OPS = "modules", "layers", "ops"  # or a Folding of the layers
 
 
 def _either(name: str, value: Any, alias: str, other: Any, default: Any = None) -> Any:
@@ -89,31 +89,42 @@ class UNet(ReferenceUNet):
         self._memo = Memo()
 
     def forward(self, x: Tensor) -> Tensor:
-        way = MODULES if modules.is_watched(x) else self._way(x)
-        if way == MODULES:
+        way: Any = MODULES if modules.is_watched(x) else self._way(x)
+        if way is MODULES:
             return super().forward(x)
         weight = next(iter(self.inc.double_conv)).weight
         self._check_input(x, weight)
         check_together("UNet", x, weight=weight)
         # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
         x = x.to(memory_format=torch.channels_last)
-        is_aten = way == ATEN
-        *encoder, bottleneck = self._blocks()
-        *decoder, last = self.ups
-        skips = []
-        for block in encoder:
-            skip, x = block.layered_pool(x) if is_aten else block.fused_pool(x)
-            skips.append(skip)
-        x = bottleneck.layered(x) if is_aten else bottleneck.fused(x)
-        for block in decoder:
-            x = block.layered(x, skips.pop()) if is_aten else block.fused(x, skips.pop())
-        if is_aten:
-            return reference.OutConv.forward(self.outc, last.layered(x, skips.pop()))
-        return last.fused(x, skips.pop(), head=self.outc)
+        if way is OPS:
+            return self._by_ops(x)
+        return self._by_layers(x, None if way is LAYERS else way.folded())
 
-    def _way(self, x: Tensor) -> str:
+    def _by_ops(self, x: Tensor) -> Tensor:
+        skips = []
+        for block in self.encoder:
+            skip, x = block.fused_pool(x)
+            skips.append(skip)
+        x = self.bottleneck.fused(x)
+        *decoder, last = self.decoder
+        for block in decoder:
+            x = block.fused(x, skips.pop())
+        return last.fused(x, skips.pop(), head=self.head)
+
+    def _by_layers(self, x: Tensor, folded: Iterator[modules.FoldedLayer] | None) -> Tensor:
+        skips = []
+        for block in self.encoder:
+            skip, x = block.layered_pool(x, folded)
+            skips.append(skip)
+        x = self.bottleneck.layered(x, folded)
+        for block in self.decoder:
+            x = block.layered(x, skips.pop(), folded)
+        return reference.OutConv.forward(self.head, x)
+
+    def _way(self, x: Tensor) -> Any:
         """How to compute the net: by its modules, where one's own call is asked for; by their layers, where all is left
-        to ATen, which gains nothing of knowing the neighbours; else by fused ops.
+        to ATen, which gains nothing of knowing the neighbours, or where the net is small; else by fused ops.
         """
         if torch.compiler.is_compiling():
             return OPS if self._has_plain_layers() else MODULES
@@ -121,23 +132,28 @@ class UNet(ReferenceUNet):
         if x.dim() == 4 and is_plain_call((x,)):
             signature = (x.shape, x.dtype, x.device, torch.is_grad_enabled(), dispatch.settings(x.device))
 
-        def find() -> str:
+        def find() -> Any:
             if not self._has_plain_layers():
                 return MODULES
-            return ATEN if signature is not None and self._is_left_to_aten(x) else OPS
+            return OPS if signature is None else self._way_by_size(x)
 
         way = self._memo.answer(self, signature, find)
         return way if modules.has_torchs_forwards() else MODULES
 
     def is_small(self, x: Tensor) -> bool:
-        """Return whether on images like x ATen's layers, one after the other, compute the net."""
-        return self._way(x.new_empty(1, device="cpu").expand(x.shape)) == ATEN
+        """Return whether on images like x ATen's layers, one after the other, compute the net in inference."""
+        return isinstance(self._way(x.new_empty(1, device="cpu").expand(x.shape)), modules.Folding)
 
-    def _is_left_to_aten(self, x: Tensor) -> bool:
+    def _way_by_size(self, x: Tensor) -> Any:
         levels = [torch.Size(side >> level for side in x.shape[2:]) for level in range(self.depth + 1)]
-        blocks = [*zip(levels, self._blocks(), strict=True)]
-        blocks += [*zip(reversed(levels[:-1]), (up.conv for up in self.ups), strict=True)]
-        return all(block.is_left_to_aten(x.new_empty(1).expand(x.shape[0], 1, *level)) for level, block in blocks)
+        levels += reversed(levels[:-1])
+        images = [x.new_empty(1).expand(x.shape[0], 1, *level) for level in levels for _ in range(2)]
+        layers = [*zip(self._convolutions(), images, strict=True)]
+        is_inference = not torch.is_grad_enabled() and not any(norm.training for (_, norm), _ in layers)
+        if is_inference and dispatch.is_small([(image, conv.weight) for (conv, _), image in layers]):
+            return modules.Folding(self._convolutions())
+        is_left = all(modules.is_left_to_aten(conv, norm, image) for (conv, norm), image in layers)
+        return LAYERS if is_left else OPS
 
     def _has_plain_layers(self) -> bool:
         """Whether no module's own call is asked for, so that what follows each other can be computed together."""
@@ -148,9 +164,33 @@ class UNet(ReferenceUNet):
             and modules.is_plain_block(self.outc, modules.OutConv)
         )
 
-    def _blocks(self) -> list[Any]:
-        """The double convolutions of the encoder, from the image to the bottleneck."""
+    @property
+    def encoder(self) -> list[Any]:
+        """The double convolutions above the bottleneck, from the image on; each is followed by a pooling."""
+        return self._descent()[:-1]
+
+    @property
+    def bottleneck(self) -> Any:
+        """The double convolution of the lowest level."""
+        return self._descent()[-1]
+
+    @property
+    def decoder(self) -> list[Any]:
+        """The steps up, from the bottleneck on."""
+        return self.ups
+
+    @property
+    def head(self) -> Any:
+        """The 1x1 convolution at the end, with its activation."""
+        return self.outc
+
+    def _descent(self) -> list[Any]:
         return [self.inc, *(down.block for down in self.downs)]
+
+    def _convolutions(self) -> list[tuple[Any, Any]]:
+        """The 3x3 convolutions in order, each with its norm."""
+        blocks = [*self._descent(), *(up.conv for up in self.decoder)]
+        return [layer for block in blocks for layer in block.convolutions()]
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         """Raise ShapeError for what the layers as they are cannot take, before any of them runs."""
@@ -168,8 +208,7 @@ class UNet(ReferenceUNet):
             )
 
     def _has_instance_norm_at_the_bottom(self) -> bool:
-        *_, bottom = self._blocks()
-        return any(isinstance(layer, nn.InstanceNorm2d) for layer in bottom.modules())
+        return any(isinstance(layer, nn.InstanceNorm2d) for layer in self.bottleneck.modules())
 
     @classmethod
     def from_pretrained(

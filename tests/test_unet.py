@@ -189,6 +189,7 @@ def test_compiles_in_one_graph(norm: str | None) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.usefixtures("layers_of_any_size")
 def test_inference_compiles_in_one_graph(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does the graph hold what dispatch would answer: it would be traced through a question to a GPU or a file."""
     torch._dynamo.reset()

@@ -57,7 +57,7 @@ def conv3x3(
 
     kind = ("conv3x3", x.dtype, x.shape[1], None if norm is None else norm.eps)
     of_up, of_x, shift = prepared(kind, _sources(weight, bias, norm), make)
-    y = _convolve(x, of_x, shift)
+    y = convolve(x, of_x, shift)
     if up is not None and of_up is not None:
         y = _convolve_add_(y, up, of_up)
     return activate_(y, slope)
@@ -154,7 +154,8 @@ def _pack_transpose(weight: Tensor, low: Tensor, *, padding: int) -> Tensor:
     return reorder(weight.to(low.dtype), [padding] * 2, [0, 0], [2, 2], _ONE, 1, list(low.shape))
 
 
-def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Return conv2d(x, packed, bias, padding=1); packed may also be a plain weight."""
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, _ONE, _ONE, _ONE, 1, "none", [], "")
 
 

@@ -127,15 +127,14 @@ class QuantizedUNet(UNet):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input(x, getattr(self.inc.first, "conv", self.inc.first).weight)
         x = x.to(memory_format=torch.channels_last)
-        *encoder, bottom = self._blocks()
         skips = []
-        for block in encoder:
+        for block in self.encoder:
             skip, x = block(x, pool=True)
             skips.append(skip)
-        x = bottom(x)
-        for up, skip in zip(self.ups, reversed(skips), strict=True):
+        x = self.bottleneck(x)
+        for up, skip in zip(self.decoder, reversed(skips), strict=True):
             x = up.conv(skip, modules.padded_to(modules.upsample(up.up, x), skip))
-        return self.outc(x)
+        return self.head(x)
 
 
 class SplitDoubleConv(nn.Module):
