@@ -4,93 +4,49 @@ changes beside its result.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
+from torch.overrides import get_testing_overrides
 
-_REQUIRED = object()
-_CONV = {"input": _REQUIRED, "weight": _REQUIRED, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-_CONV_TRANSPOSE = {
-    "input": _REQUIRED,
-    "weight": _REQUIRED,
-    "bias": None,
-    "stride": 1,
-    "padding": 0,
-    "output_padding": 0,
-    "groups": 1,
-    "dilation": 1,
+# What a node may call: a function, whose name stands for all of its spellings. Methods go by name.
+_SPELLINGS: dict[Callable[..., Any], tuple[Any, ...]] = {
+    **{getattr(torch, f"conv{dims}d"): () for dims in (1, 2, 3)},
+    **{getattr(torch, f"conv_transpose{dims}d"): () for dims in (1, 2, 3)},
+    F.max_pool2d: (torch.max_pool2d,),
+    F.batch_norm: (),
+    F.instance_norm: (),
+    F.dropout: (F.dropout1d, F.dropout2d, F.dropout3d),
+    F.relu: (torch.relu, torch.relu_, "relu", "relu_"),
+    F.leaky_relu: (F.leaky_relu_,),
+    F.silu: (),
+    torch.prelu: (),
+    torch.sigmoid: (F.sigmoid, "sigmoid"),
+    F.softmax: (),
+    torch.softmax: ("softmax",),
+    torch.cat: (torch.concat, torch.concatenate),
+    F.interpolate: (),
+    F.pad: (torch._C._nn.pad,),
 }
-_POOL = {
-    "input": _REQUIRED,
-    "kernel_size": _REQUIRED,
-    "stride": None,
-    "padding": 0,
-    "dilation": 1,
-    "ceil_mode": False,
-    "return_indices": False,
-}
-_BATCH_NORM = {
-    "input": _REQUIRED,
-    "running_mean": _REQUIRED,
-    "running_var": _REQUIRED,
-    "weight": None,
-    "bias": None,
-    "training": False,
-    "momentum": 0.1,
-    "eps": 1e-5,
-}
-_INSTANCE_NORM = {
-    "input": _REQUIRED,
-    "running_mean": None,
-    "running_var": None,
-    "weight": None,
-    "bias": None,
-    "use_input_stats": True,
-    "momentum": 0.1,
-    "eps": 1e-5,
-}
-_DROPOUT = {"input": _REQUIRED, "p": 0.5, "training": True, "inplace": False}
-_UNARY = {"input": _REQUIRED, "inplace": False}
-_LEAKY = {"input": _REQUIRED, "negative_slope": 0.01, "inplace": False}
-_SOFTMAX = {"input": _REQUIRED, "dim": None, "dtype": None}
-_INTERPOLATE = {
-    "input": _REQUIRED,
-    "size": None,
-    "scale_factor": None,
-    "mode": "nearest",
-    "align_corners": None,
-    "recompute_scale_factor": None,
-    "antialias": False,
-}
-_CAT = {"tensors": _REQUIRED, "dim": 0}
-_PAD = {"input": _REQUIRED, "pad": _REQUIRED, "mode": "constant", "value": None}
 
-# What a node may call -> (one name for it, its parameters with their defaults). Methods go by name.
+
+def _parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the parameters of a function of torch's with their defaults, but for `out`."""
+    signature = inspect.signature(get_testing_overrides()[function])
+    return {name: parameter.default for name, parameter in signature.parameters.items() if name != "out"}
+
+
+# Of each spelling the name and the parameters.
 _SIGNATURES: dict[Any, tuple[str, dict[str, Any]]] = {
-    **{getattr(torch, name): (name, _CONV) for name in ("conv1d", "conv2d", "conv3d")},
-    **{
-        getattr(torch, name): (name, _CONV_TRANSPOSE)
-        for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-    },
-    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), ("max_pool2d", _POOL)),
-    F.batch_norm: ("batch_norm", _BATCH_NORM),
-    F.instance_norm: ("instance_norm", _INSTANCE_NORM),
-    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), ("dropout", _DROPOUT)),
-    **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), ("relu", _UNARY)),
-    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), ("leaky_relu", _LEAKY)),
-    F.silu: ("silu", _UNARY),
-    torch.prelu: ("prelu", {"input": _REQUIRED, "weight": _REQUIRED}),
-    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), ("sigmoid", {"input": _REQUIRED})),
-    F.softmax: ("softmax", {"input": _REQUIRED, "dim": None, "_stacklevel": 3, "dtype": None}),
-    **dict.fromkeys((torch.softmax, "softmax"), ("softmax", _SOFTMAX)),
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), ("cat", _CAT)),
-    F.interpolate: ("interpolate", _INTERPOLATE),
-    **dict.fromkeys((F.pad, torch._C._nn.pad), ("pad", _PAD)),
+    spelling: (function.__name__, _parameters(function))
+    for function, others in _SPELLINGS.items()
+    for spelling in (function, *others)
 }
 # x += y and its like.
 _AUGMENTED = tuple(
@@ -221,8 +177,3 @@ def _counts_batches(node: Node) -> bool:
     """num_batches_tracked.add_(1): no op of ours reads it."""
     value = value_of(node.args[0])
     return node.target == "add_" and isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0
-
-
-def calls(graph_nodes: Iterable[Node], *names: str) -> list[Node]:
-    """The nodes that call one of these functions."""
-    return [node for node in graph_nodes if name_of(node) in names]

@@ -41,7 +41,7 @@ def replace(graph_module: GraphModule, patterns: Sequence[Pattern]) -> None:
 
 def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
     """The nodes that stand for the pattern's results."""
-    result, removed = pattern.result, _in_order(graph, pattern.nodes)
+    result, removed = pattern.result, [node for node in graph.nodes if node in pattern.nodes]
     with graph.inserting_before(result):
         op, images, rest = _arguments(graph, pattern)
         images = {name: _channels_last(graph, image) for name, image in images.items()}
@@ -60,11 +60,6 @@ def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
     for node in reversed(removed):
         graph.erase_node(node)
     return {new for _, new in results}
-
-
-def _in_order(graph: Any, nodes: Sequence[Node]) -> list[Node]:
-    members = set(nodes)
-    return [node for node in graph.nodes if node in members]
 
 
 def _channels_last(graph: Any, image: Node | None) -> Node | None:
@@ -91,7 +86,7 @@ def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Node | None]
     if pattern.op == "conv_transpose2x2":
         return op_named("conv_transpose2x2"), {"x": x}, {"weight": weight, "bias": bias}
     if pattern.op == "conv1x1":
-        activation = _name_or_none(pattern.head_activation)
+        activation = None if pattern.head_activation is None else name_of(pattern.head_activation)
         return op_named("conv1x1"), {"x": x}, {"weight": weight, "bias": bias, "activation": activation}
     given = {"weight": weight, "bias": bias, "slope": slope_of(pattern.activation)}
     if pattern.op in NAMES.values():
@@ -108,10 +103,6 @@ def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Node | None]
     of_up = arguments(pattern.up)  # type: ignore[arg-type]
     images = {"skip": x, "low": of_up["input"]}
     return op_named(pattern.op), images, {**given, "up_weight": of_up["weight"], "up_bias": of_up["bias"]}
-
-
-def _name_or_none(node: Node | None) -> str | None:
-    return None if node is None else name_of(node)
 
 
 def _norm(graph: Any, pattern: Pattern) -> dict[str, Any]:
