@@ -49,7 +49,14 @@ class Expected:
         """The largest magnitude the computed number may have."""
         return self.value.abs() + self.tolerance
 
-    def rounded(self, roundings: float = 1) -> Expected:
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def where(self, condition: Tensor) -> Expected:
+        """Zero, without an error, where the condition is false."""
+        return Expected(*(torch.where(condition, t, 0.0) for t in self))
+
+    def rounded(self, roundings: float | Tensor = 1) -> Expected:
         """After so many float32 roundings of its own size."""
         return Expected(self.value, self.tolerance + roundings * _U * self.size)
 
@@ -94,17 +101,17 @@ class Expected:
         return Expected(value, largest - value).rounded(_SPECIAL)
 
     def sigmoid(self) -> Expected:
-        """s = 1/(1 + exp(-z)) of logits z that are off by E.
+        """s = 1/(1 + exp(-z)) of logits z that are off by E; below 0 it may be exp(z)/(1 + exp(z)).
 
         With u the unit roundoff of float32: exp(t) is off by (2|t| + 4) u relatively, since exp2(t * log2(e)) rounds
         its constant and its product, and GPUs' exp2 is good to 2^-22. A division is good to 2 ulp, 4u. What is below
         2^-126 may be lost. The slope is s(1 - s), and within E of z at most exp(E) times that; exp(-z) weighs 1 - s in
-        the sum, which is rounded once:
-            error = E exp(E) s(1 - s) + s ((1 - s)(2|z| + 4) + 5) u + 2^-126
+        the sum, which is rounded once, and exp(z) s, beside the 1 that it has as a factor, and one product more:
+            error = E exp(E) s(1 - s) + s ((1 - s or 1 + s)(2|z| + 4) + 6) u + 2^-126
         """
         z, error = self
         value, other = z.sigmoid(), (-z).sigmoid()
-        own = value * (other * (2 * z.abs() + 4) + 5) * _U + FP32_SMALLEST
+        own = value * (torch.where(z < 0, 1 + value, other) * (2 * z.abs() + 4) + 6) * _U + FP32_SMALLEST
         return Expected(value, error * error.exp() * value * other + own)
 
     def softmax(self) -> Expected:
@@ -112,15 +119,23 @@ class Expected:
 
         Errors d_j of the logits make it p_k exp(d_k) / sum of p_j exp(d_j), within a factor exp(E_k + A) of p_k for
         A = log(sum of p_j exp(E_j)). t_k is rounded too, so r_k = (3|t_k| + 4) u is exp(t_k)'s own error; C positive
-        terms are summed:
+        terms are summed, and a quotient errs by 4:
             error = p_k (exp(E_k + A) - 1 + r_k + sum of p_j r_j + (6 sqrt(C) + 4) u) + 2^-126
         """
         z, error = self
-        value = z.softmax(1)
-        own = (3 * (z - z.amax(1, keepdim=True)).abs() + 4) * _U
+        value, distance = z.softmax(1), z.amax(1, keepdim=True) - z
         spread = error + (value * error.exp()).sum(1, keepdim=True).log()
-        own = own + (value * own).sum(1, keepdim=True) + (6 * math.sqrt(z.shape[1]) + 4) * _U
+        own = (3 * distance + 4 + 4) * _U + self.softmax_sum_error(value, distance)
         return Expected(value, value * (spread.expm1() + own) + FP32_SMALLEST)
+
+    @staticmethod
+    def softmax_sum_error(p: Tensor, distance: Tensor) -> Tensor:
+        """The relative error of a softmax's sum of exponentials: the mean of theirs, and that of adding them up.
+
+        p is the softmax, distance that of each logit from the largest.
+        """
+        of_terms = (p * (3 * distance + 4)).sum(1, keepdim=True)
+        return (of_terms + 6 * math.sqrt(p.shape[1])) * _U
 
     def activate(self, slope: float | None) -> Expected:
         """No activation (None), ReLU (0) or LeakyReLU: it magnifies no error, unless its slope is above 1."""

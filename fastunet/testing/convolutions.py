@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from fastunet.folding import compose_upsampling
+from fastunet.cpu.folding import compose_upsampling
 
 from .bounds import Expected, Operand, activation_grad, bilinear, join, pool_grad
-from .budget import E4M3_PRODUCTS, E4M3_TRUNCATION, FP16_UNDERFLOW, UNIT_ROUNDOFF, sum_error
+from .budget import E4M3_PRODUCTS, E4M3_TRUNCATION, sum_error
 
 # `rounds` of each: dtype, allow_tf32 and tensor_cores, as `bilinear` takes them.
 
@@ -43,26 +43,25 @@ def composed_sums_expected(
     weight of skip's dtype: that is rounded once, by which the result is off by u_out times the sum of its products, and
     each of its sums has 9 C1 + 4 Cl terms.
     """
-    dtype, split = skip.dtype, skip.shape[1]
-    skip, low, up_weight, weight = (t.double() for t in (skip, low, up_weight, weight))
-    up_bias = None if up_bias is None else up_bias.double()
+    dtype, split, terms = skip.dtype, skip.shape[1], 9 * skip.shape[1] + 4 * low.shape[1]
+    weight, up_weight = weight.double(), up_weight.double()
     odd = [size % 2 for size in skip.shape[2:]]
 
-    def convolve(skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor | None, weight: Tensor) -> Tensor:
-        up = F.pad(F.conv_transpose2d(low, up_weight, up_bias, stride=2), [0, odd[1], 0, odd[0]])
-        return F.conv2d(torch.cat([skip, up], dim=1), weight, padding=1)
+    def upsample(low: Tensor, weight: Tensor) -> Tensor:
+        return F.conv_transpose2d(low, weight, stride=2, padding=1, output_padding=odd)
 
-    def upsample(weight: Tensor) -> Tensor:
-        return F.conv_transpose2d(low.abs(), weight, stride=2, padding=1, output_padding=odd)
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, padding=1)
 
-    composed = compose_upsampling(up_weight, weight[:, split:]).abs()
-    of_low = upsample(composed)
-    of_bias = None if up_bias is None else up_bias.abs()
-    magnitude = of_low + convolve(skip.abs(), torch.zeros_like(low), up_weight, of_bias, weight.abs())
-    error = sum_error(magnitude, 9 * split + 4 * low.shape[1] + 1, dtype) + UNIT_ROUNDOFF[dtype] * of_low
-    if dtype == torch.float16:
-        error += FP16_UNDERFLOW * upsample(torch.ones_like(composed))
-    return Expected(convolve(skip, low, up_weight, up_bias, weight), error)
+    rounds: dict[str, Any] = {"dtype": dtype, "is_stored": False}
+    composed = Expected.exact(compose_upsampling(up_weight, weight[:, split:])).stored(dtype)
+    sums = bilinear(upsample, low, composed, terms, **rounds)
+    sums += bilinear(convolve, skip, weight[:, :split], terms, **rounds)
+    if up_bias is None:
+        return sums
+    inside = up_bias.double()[None, :, None, None].expand(-1, -1, 2 * low.shape[2], 2 * low.shape[3])
+    of_bias = F.pad(inside, [0, odd[1], 0, odd[0]])
+    return sums + bilinear(convolve, of_bias, weight[:, split:], terms, **rounds)
 
 
 def e4m3_sums_expected(x: Tensor, weight: Tensor, *, step: int | None = None) -> Expected:
