@@ -34,20 +34,7 @@ _HOMES: dict[str, str | None] = {
     "recomputing": "ops.recompute",
     "reference": None,
 }
-__all__ = [
-    "FastUNetError",
-    "UNet",
-    "backend",
-    "compile",
-    "explain",
-    "graphed",
-    "losses",
-    "ops",
-    "predict",
-    "quantize",
-    "recomputing",
-    "reference",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

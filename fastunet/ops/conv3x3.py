@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NotRequired, Required, TypedDict, Unpack
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -10,11 +12,12 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.ops import conv3x3_aten, recompute
-from fastunet.ops.convolution import check_inputs
+from fastunet.ops.convolution import check_eps, check_inputs, check_norm, check_pair
 from fastunet.ops.epilogue import arguments_of, slope_of
 from fastunet.ops.registration import Changed, below_autograd, define, define_autocast, empty_in, invoke, memory_format
 from fastunet.reference import functional as reference
 
+P = ParamSpec("P")
 # By norm, the name by which dispatch, tables of measurements and explain know the op.
 NAMES = {
     "none": "conv3x3_bias_relu",
@@ -235,41 +238,55 @@ def check(what: str, args: ConvArgs) -> None:
         raise checks.ConfigError(f"{what}: expected running_mean and running_var when not training, got None")
 
 
-def check_eps(name: str, eps: float, *, training: bool = False) -> None:
-    """Raise ConfigError for an eps that torch's batch norm refuses: it keeps the divisor from zero."""
-    if eps < 0 or (training and eps == 0):
-        expected = "a positive number when training" if training else "a number >= 0"
-        raise checks.ConfigError(f"{name}: eps: expected {expected}, got {eps}")
-
-
-def check_pair(name: str, **pair: Tensor | None) -> None:
-    """Raise ConfigError where one of two parameters is given and the other is not."""
-    given = [key for key, t in pair.items() if t is not None]
-    if len(given) == 1:
-        raise checks.ConfigError(f"{name}: expected both {' and '.join(pair)}, or neither, got only {given[0]}")
-
-
-def check_norm(name: str, x: Tensor, weight: Tensor, **parameters: Tensor | None) -> None:
-    """Raise for per-channel parameters other than [Cout] on x's device, in x's dtype or, as mixed precision keeps them,
-    float32.
-    """
-    expected, dtype, device = weight.shape[:1], x.dtype, x.device
-    for key, t in parameters.items():
-        if t is None or (t.shape == expected and t.device == device and t.dtype in (dtype, torch.float32)):
-            continue
-        checks.check_shape(name, key, t, expected)
-        if t.dtype in (dtype, torch.float32):
-            checks.check_device(name, x, **{key: t})
-        else:
-            checks.check_together(name, x, **{key: t})
-
-
 # --- the public ops ---
 
 
+def _op_of(arguments: Callable[P, ConvArgs]) -> Callable[P, Tensor]:
+    """Return the public op whose call has these arguments; its name and docstring are theirs."""
+
+    arguments.__annotations__["return"] = "Tensor"
+
+    @functools.wraps(arguments)
+    def op(*args: P.args, **options: P.kwargs) -> Tensor:
+        return conv3x3(arguments.__name__, arguments(*args, **options))[0]
+
+    return op
+
+
+def _pooled(op: Callable[P, Tensor]) -> Callable[P, tuple[Tensor, Tensor]]:
+    """Return the op that gives (y, F.max_pool2d(y, 2)) of another's y."""
+    arguments, name = op.__wrapped__, f"{op.__name__}_pool"  # type: ignore[attr-defined]
+
+    @functools.wraps(arguments)
+    def pooled(*args: P.args, **options: P.kwargs) -> tuple[Tensor, Tensor]:
+        return conv3x3(name, arguments(*args, **options)._replace(pool=True))
+
+    return _documented(pooled, name, f"Return (y, F.max_pool2d(y, 2)) of y = {op.__name__}(...); H and W >= 2.")
+
+
+def _concatenated(op: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, Tensor, P], Tensor]:
+    """Return the op that takes [skip, up] in the place of another's x."""
+    arguments, name = op.__wrapped__, f"concat_{op.__name__}"  # type: ignore[attr-defined]
+
+    def concatenated(skip: Tensor, up: Tensor, *args: P.args, **options: P.kwargs) -> Tensor:
+        return conv3x3(name, arguments(skip, *args, **options)._replace(up=up))[0]
+
+    doc = f"""Compute {op.__name__}(torch.cat([skip, up], 1), ...); the kernels never write the concatenation.
+
+    skip [N, C1, H, W], up [N, C2, H, W], weight [Cout, C1 + C2, 3, 3]; otherwise as {op.__name__}.
+    """
+    return _documented(concatenated, name, doc)
+
+
+def _documented(op: Any, name: str, doc: str) -> Any:
+    op.__name__, op.__qualname__, op.__doc__ = name, name, doc
+    return op
+
+
+@_op_of
 def conv3x3_bias_relu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
-) -> Tensor:
+) -> ConvArgs:
     """Compute relu(conv2d(x, weight, bias, padding=1)) in one pass.
 
     x [N, Cin, H, W], weight [Cout, Cin, 3, 3], bias [Cout] or None, all of one floating dtype and device; the result is
@@ -280,34 +297,63 @@ def conv3x3_bias_relu(
     On the CPU, float32 of 128 channels and more runs by Winograd's algorithm where that is faster. Its rounding errors
     go by the largest values of a tile of 6x6 pixels, and a NaN or infinity makes all results of its tile NaN.
     """
-    return conv3x3(NAMES["none"], ConvArgs(x, None, weight, bias, slope=slope_of(relu, negative_slope)))[0]
+    return ConvArgs(x, None, weight, bias, slope=slope_of(relu, negative_slope))
 
 
-def conv3x3_bias_relu_pool(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Return (y, F.max_pool2d(y, 2)) of y = conv3x3_bias_relu(x, ...): the skip and the next level's input, [N, Cout,
-    H // 2, W // 2]; H and W >= 2.
-    """
-    args = ConvArgs(x, None, weight, bias, slope=slope_of(relu, negative_slope), pool=True)
-    return conv3x3("conv3x3_bias_relu_pool", args)
-
-
-def concat_conv3x3_bias_relu(
-    skip: Tensor,
-    up: Tensor,
+@_op_of
+def conv3x3_batch_norm_relu(
+    x: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
     relu: bool = True,
     negative_slope: float = 0.0,
-) -> Tensor:
-    """Compute conv3x3_bias_relu(torch.cat([skip, up], 1), weight, bias); the kernels never write the concatenation.
+) -> ConvArgs:
+    """Compute relu(batch_norm(conv2d(x, weight, padding=1), running_mean, running_var, gamma, beta, training, momentum,
+    eps)).
 
-    skip [N, C1, H, W], up [N, C2, H, W], weight [Cout, C1 + C2, 3, 3]; otherwise as conv3x3_bias_relu.
+    x [N, Cin, H, W], weight [Cout, Cin, 3, 3], the other tensors [Cout] or None, of x's dtype or float32. training=True
+    takes the statistics of this batch (Ioffe & Szegedy 2015) and moves the running ones in place by momentum, with the
+    unbiased variance, as torch does; training=False takes the running ones. The rest as conv3x3_bias_relu. Raises
+    ValueError, as torch does, where training has one value per channel.
     """
-    args = ConvArgs(skip, up, weight, bias, slope=slope_of(relu, negative_slope))
-    return conv3x3("concat_conv3x3_bias_relu", args)[0]
+    slope = slope_of(relu, negative_slope)
+    return ConvArgs(x, None, weight, beta, "batch", gamma, running_mean, running_var, training, momentum, eps, slope)
+
+
+@_op_of
+def conv3x3_instance_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    relu: bool = True,
+    negative_slope: float = 0.0,
+) -> ConvArgs:
+    """Compute relu(instance_norm(conv2d(x, weight, padding=1), weight=gamma, bias=beta, eps=eps)).
+
+    Each image and channel is normalised by its own mean and biased variance (Ulyanov et al. 2016), in training and
+    inference alike; a channels_last input stays so, which torch's instance norm does not do. gamma and beta [Cout],
+    both or neither, in x's dtype or float32; the rest as conv3x3_bias_relu. Raises ValueError, as torch does, on images
+    of one pixel.
+    """
+    return ConvArgs(x, None, weight, beta, "instance", gamma, eps=eps, slope=slope_of(relu, negative_slope))
+
+
+conv3x3_bias_relu_pool = _pooled(conv3x3_bias_relu)
+conv3x3_batch_norm_relu_pool = _pooled(conv3x3_batch_norm_relu)
+conv3x3_instance_norm_relu_pool = _pooled(conv3x3_instance_norm_relu)
+concat_conv3x3_bias_relu = _concatenated(conv3x3_bias_relu)
+concat_conv3x3_batch_norm_relu = _concatenated(conv3x3_batch_norm_relu)
+concat_conv3x3_instance_norm_relu = _concatenated(conv3x3_instance_norm_relu)
 
 
 def double_conv3x3_bias_relu(
@@ -334,144 +380,3 @@ def double_conv3x3_bias_relu(
     args = ConvArgs(middle, None, weights[1], biases[1], slope=slope, pool=pool, input_slope=input_slope)
     results = conv3x3(what, args)
     return results if pool else results[0]
-
-
-class _Activation(TypedDict, total=False):
-    relu: bool
-    negative_slope: float
-
-
-class _BatchNorm(_Activation):
-    training: Required[bool]
-    momentum: NotRequired[float]
-    eps: NotRequired[float]
-
-
-class _InstanceNorm(_Activation, total=False):
-    eps: float
-
-
-def conv3x3_batch_norm_relu(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    **options: Unpack[_BatchNorm],
-) -> Tensor:
-    """Compute relu(batch_norm(conv2d(x, weight, padding=1), running_mean, running_var, gamma, beta, training, momentum,
-    eps)).
-
-    x [N, Cin, H, W], weight [Cout, Cin, 3, 3], the other tensors [Cout] or None, of x's dtype or float32. Options are
-    training, momentum=0.1, eps=1e-5, relu=True and negative_slope=0.0. training=True takes the statistics of this batch
-    (Ioffe & Szegedy 2015) and moves the running ones in place by momentum, with the unbiased variance, as torch does;
-    training=False takes the running ones. The rest as conv3x3_bias_relu. Raises ValueError, as torch does, where
-    training has one value per channel.
-    """
-    parameters = (gamma, beta, running_mean, running_var)
-    return conv3x3(NAMES["batch"], _batch_norm_args(x, None, weight, parameters, **options))[0]
-
-
-def conv3x3_batch_norm_relu_pool(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    **options: Unpack[_BatchNorm],
-) -> tuple[Tensor, Tensor]:
-    """Return (y, F.max_pool2d(y, 2)) of y = conv3x3_batch_norm_relu(x, ...); H and W >= 2."""
-    args = _batch_norm_args(x, None, weight, (gamma, beta, running_mean, running_var), **options)
-    return conv3x3("conv3x3_batch_norm_relu_pool", args._replace(pool=True))
-
-
-def concat_conv3x3_batch_norm_relu(
-    skip: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    **options: Unpack[_BatchNorm],
-) -> Tensor:
-    """Compute conv3x3_batch_norm_relu(torch.cat([skip, up], 1), ...): skip [N, C1, H, W], up [N, C2, H, W], weight
-    [Cout, C1 + C2, 3, 3].
-    """
-    args = _batch_norm_args(skip, up, weight, (gamma, beta, running_mean, running_var), **options)
-    return conv3x3("concat_conv3x3_batch_norm_relu", args)[0]
-
-
-def _batch_norm_args(
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    parameters: tuple[Tensor | None, ...],
-    *,
-    training: bool,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    relu: bool = True,
-    negative_slope: float = 0.0,
-) -> ConvArgs:
-    gamma, beta, running_mean, running_var = parameters
-    slope = slope_of(relu, negative_slope)
-    return ConvArgs(x, up, weight, beta, "batch", gamma, running_mean, running_var, training, momentum, eps, slope)
-
-
-def conv3x3_instance_norm_relu(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    **options: Unpack[_InstanceNorm],
-) -> Tensor:
-    """Compute relu(instance_norm(conv2d(x, weight, padding=1), weight=gamma, bias=beta, eps=eps)).
-
-    Each image and channel is normalised by its own mean and biased variance (Ulyanov et al. 2016), in training and
-    inference alike; a channels_last input stays so, which torch's instance norm does not do. gamma and beta [Cout],
-    both or neither, in x's dtype or float32; options are eps=1e-5, relu=True and negative_slope=0.0; the rest as
-    conv3x3_bias_relu. Raises ValueError, as torch does, on images of one pixel.
-    """
-    return conv3x3(NAMES["instance"], _instance_norm_args(x, None, weight, gamma, beta, **options))[0]
-
-
-def conv3x3_instance_norm_relu_pool(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    **options: Unpack[_InstanceNorm],
-) -> tuple[Tensor, Tensor]:
-    """Return (y, F.max_pool2d(y, 2)) of y = conv3x3_instance_norm_relu(x, ...); H and W >= 2."""
-    args = _instance_norm_args(x, None, weight, gamma, beta, **options)
-    return conv3x3("conv3x3_instance_norm_relu_pool", args._replace(pool=True))
-
-
-def concat_conv3x3_instance_norm_relu(
-    skip: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    **options: Unpack[_InstanceNorm],
-) -> Tensor:
-    """Compute conv3x3_instance_norm_relu(torch.cat([skip, up], 1), ...): skip [N, C1, H, W], up [N, C2, H, W]."""
-    args = _instance_norm_args(skip, up, weight, gamma, beta, **options)
-    return conv3x3("concat_conv3x3_instance_norm_relu", args)[0]
-
-
-def _instance_norm_args(
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    relu: bool = True,
-    negative_slope: float = 0.0,
-) -> ConvArgs:
-    return ConvArgs(x, up, weight, beta, "instance", gamma, eps=eps, slope=slope_of(relu, negative_slope))

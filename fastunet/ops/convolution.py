@@ -26,6 +26,35 @@ def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: 
         checks.check_pooled(name, *x.shape[2:])
 
 
+def check_eps(name: str, eps: float, *, training: bool = False) -> None:
+    """Raise ConfigError for an eps that torch's batch norm refuses: it keeps the divisor from zero."""
+    if eps < 0 or (training and eps == 0):
+        expected = "a positive number when training" if training else "a number >= 0"
+        raise checks.ConfigError(f"{name}: eps: expected {expected}, got {eps}")
+
+
+def check_pair(name: str, **pair: Tensor | None) -> None:
+    """Raise ConfigError where one of two parameters is given and the other is not."""
+    given = [key for key, t in pair.items() if t is not None]
+    if len(given) == 1:
+        raise checks.ConfigError(f"{name}: expected both {' and '.join(pair)}, or neither, got only {given[0]}")
+
+
+def check_norm(name: str, x: Tensor, weight: Tensor, **parameters: Tensor | None) -> None:
+    """Raise for per-channel parameters other than [Cout] on x's device, in x's dtype or, as mixed precision keeps them,
+    float32.
+    """
+    expected, dtype, device = weight.shape[:1], x.dtype, x.device
+    for key, t in parameters.items():
+        if t is None or (t.shape == expected and t.device == device and t.dtype in (dtype, torch.float32)):
+            continue
+        checks.check_shape(name, key, t, expected)
+        if t.dtype in (dtype, torch.float32):
+            checks.check_device(name, x, **{key: t})
+        else:
+            checks.check_together(name, x, **{key: t})
+
+
 def kernel_weight(weight: Tensor, x: Tensor, *, training: bool) -> Tensor:
     """weight as the kernels read it in vectors, channels_last like x; in inference the copy is kept."""
     if not suggests_channels_last(x) or weight.is_contiguous(memory_format=torch.channels_last):

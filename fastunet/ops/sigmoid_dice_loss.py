@@ -20,7 +20,7 @@ def sigmoid_dice_loss(
     batch: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """1 - (2 sum(p*t) + smooth) / (sum(p) + sum(t) + smooth), p = sigmoid(logits) (Milletari et al. 2016).
+    """Compute 1 - (2 sum(p*t) + smooth) / (sum(p) + sum(t) + smooth), p = sigmoid(logits) (Milletari et al. 2016).
 
     logits and target [N, C, H, W]; target holds 0 and 1, or probabilities. The sums run over the pixels of each image
     and channel, of each channel if batch; squared takes p^2 and t^2 in the denominator. They are float32 (float64 for

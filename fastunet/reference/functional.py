@@ -6,11 +6,14 @@ own.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+P = ParamSpec("P")
 
 
 def activate(x: Tensor, *, relu: bool = True, negative_slope: float = 0.0) -> Tensor:
@@ -30,27 +33,6 @@ def conv3x3_bias_relu(
 ) -> Tensor:
     """activate(conv2d(x, weight, bias)), zeros around the image."""
     return activate(F.conv2d(x, weight, bias, padding=1), relu=relu, negative_slope=negative_slope)
-
-
-def conv3x3_bias_relu_pool(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """(y, max_pool2x2(y)) of y = conv3x3_bias_relu(x, ...)."""
-    y = conv3x3_bias_relu(x, weight, bias, relu=relu, negative_slope=negative_slope)
-    return y, max_pool2x2(y)
-
-
-def concat_conv3x3_bias_relu(
-    skip: Tensor,
-    up: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    relu: bool = True,
-    negative_slope: float = 0.0,
-) -> Tensor:
-    """conv3x3_bias_relu of [skip, up] joined along the channels."""
-    return conv3x3_bias_relu(torch.cat([skip, up], dim=1), weight, bias, relu=relu, negative_slope=negative_slope)
 
 
 def conv3x3_batch_norm_relu(
@@ -75,17 +57,6 @@ def conv3x3_batch_norm_relu(
     return activate(y, relu=relu, negative_slope=negative_slope)
 
 
-def conv3x3_batch_norm_relu_pool(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """(y, max_pool2x2(y)) of y = conv3x3_batch_norm_relu(x, ...)."""
-    y = conv3x3_batch_norm_relu(x, *args, **kwargs)
-    return y, max_pool2x2(y)
-
-
-def concat_conv3x3_batch_norm_relu(skip: Tensor, up: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """conv3x3_batch_norm_relu of [skip, up] joined along the channels."""
-    return conv3x3_batch_norm_relu(torch.cat([skip, up], dim=1), *args, **kwargs)
-
-
 def conv3x3_instance_norm_relu(
     x: Tensor,
     weight: Tensor,
@@ -101,15 +72,31 @@ def conv3x3_instance_norm_relu(
     return activate(y, relu=relu, negative_slope=negative_slope)
 
 
-def conv3x3_instance_norm_relu_pool(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """(y, max_pool2x2(y)) of y = conv3x3_instance_norm_relu(x, ...)."""
-    y = conv3x3_instance_norm_relu(x, *args, **kwargs)
-    return y, max_pool2x2(y)
+def pooled(op: Callable[P, Tensor]) -> Callable[P, tuple[Tensor, Tensor]]:
+    """Return the op that gives y and max_pool2x2(y), of y = op(...)."""
+
+    def run(*args: P.args, **options: P.kwargs) -> tuple[Tensor, Tensor]:
+        y = op(*args, **options)
+        return y, max_pool2x2(y)
+
+    return run
 
 
-def concat_conv3x3_instance_norm_relu(skip: Tensor, up: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """conv3x3_instance_norm_relu of [skip, up] joined along the channels."""
-    return conv3x3_instance_norm_relu(torch.cat([skip, up], dim=1), *args, **kwargs)
+def concatenated(op: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, Tensor, P], Tensor]:
+    """Return the op that takes [skip, up], concatenated along the channels, in the place of x."""
+
+    def run(skip: Tensor, up: Tensor, *args: P.args, **options: P.kwargs) -> Tensor:
+        return op(torch.cat([skip, up], dim=1), *args, **options)
+
+    return run
+
+
+conv3x3_bias_relu_pool = pooled(conv3x3_bias_relu)
+conv3x3_batch_norm_relu_pool = pooled(conv3x3_batch_norm_relu)
+conv3x3_instance_norm_relu_pool = pooled(conv3x3_instance_norm_relu)
+concat_conv3x3_bias_relu = concatenated(conv3x3_bias_relu)
+concat_conv3x3_batch_norm_relu = concatenated(conv3x3_batch_norm_relu)
+concat_conv3x3_instance_norm_relu = concatenated(conv3x3_instance_norm_relu)
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
