@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastunet import torch_private
 from fastunet.checks import BackendError, ConfigError
 from fastunet.kernels import tuning
 
@@ -156,7 +157,7 @@ def settings(device: torch.device) -> tuple[Any, ...]:
     """Return what choices depend on beside the layer."""
     return (
         _selected,
-        torch._C._get_mkldnn_enabled(),
+        torch_private.onednn_enabled(),
         torch.compiler.is_compiling(),
         tuning.table_in_force(),
         device.type != "cpu" and tf32_allowed(),
@@ -265,7 +266,7 @@ def _onednn_takes(op: str, x: Tensor, weight: Tensor) -> bool:
 def has_onednn() -> bool:
     """Return whether oneDNN's ops are there, and not switched off."""
     # A graph may be traced through here, but not through the question; its ops ask again when they run.
-    return _HAS_ONEDNN and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled())
+    return _HAS_ONEDNN and (torch.compiler.is_compiling() or torch_private.onednn_enabled())
 
 
 def winograd_wins(x: Tensor, weight: Tensor) -> bool:

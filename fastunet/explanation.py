@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import dispatch, modules
+from fastunet.checks import BackendError
 from fastunet.compiler.backend import default_fallback, find_patterns
 from fastunet.compiler.fx_nodes import arguments, value_of
 from fastunet.compiler.patterns import Pattern
 from fastunet.inference.cuda_graphs import GraphedModel
 from fastunet.inference.quantization import QuantizedConv3x3
 from fastunet.ops.registration import arguments_of_call
+from fastunet.torch_private import FakeTensorMode, TorchDispatchMode, original
 from fastunet.unet import UNet
 
 # ATen ops worth a line of their own: layers that run beside our ops.
@@ -81,11 +81,11 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
 
     Nothing is computed and nothing changes: the model runs on fake tensors, without data. `device` asks about another
     device than the example's, "cuda" also on a machine that has none. The model's mode is as it stands: in training it
-    is asked as for a step with gradients, in eval as for inference. As torch._dynamo.explain, it resets what
+    is asked as for a step with gradients, in eval as for inference. It resets what
     torch.compile has cached: compiled models compile again when they are next called.
     Raises BackendError where the forced backend cannot run an op.
     """
-    model = getattr(model, "_orig_mod", model)  # What torch.compile wraps.
+    model = original(model)
     model = model.model if isinstance(model, GraphedModel) else model
     target = torch.device(device) if device is not None else example.device
     with torch.set_grad_enabled(model.training):
@@ -121,20 +121,24 @@ def _compiled(model: nn.Module, example: Tensor, device: torch.device) -> list[R
     copied = copy.deepcopy(model, memo)
     layers = {id(t): name.rpartition(".")[0] for name, t in (*copied.named_parameters(), *copied.named_buffers())}
     rows: list[Row] = []
+    failures: list[BackendError] = []
 
     def backend(graph_module: GraphModule, inputs: Any) -> Callable:
-        for _, found in find_patterns(graph_module, device=device):
-            rows.extend(_row_of(pattern, layers) for pattern in found)
+        try:
+            for _, found in find_patterns(graph_module, device=device):
+                rows.extend(_row_of(pattern, layers) for pattern in found)
+        except BackendError as error:  # The compiler would wrap it in one of its own.
+            failures.append(error)
         return graph_module.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         with mode:
             torch.compile(copied, backend=backend, dynamic=False)(_fake(mode, example, example.device))
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise error.inner_exception from None
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
+    if failures:
+        raise failures[0]
     return rows
 
 
@@ -191,13 +195,13 @@ class _Recorder(TorchDispatchMode):
                 hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = arguments_of_call(func, args)
+        given, name = arguments_of_call(func, args), func.overloadpacket.__name__
         if given is not None and not self.is_within:
             # The fake parameters ask for no gradient, as the model's do where gradients are recorded.
             choice = given.choice(training=torch.is_grad_enabled())
-            self._note(getattr(given, "name", func._opname), args, choice)
-        elif not self.is_within and any(part in func._opname for part in _ATEN_LAYERS):
-            self._note(func._opname, args, dispatch.Choice("aten", "not one of fastunet's ops"))
+            self._note(getattr(given, "name", name), args, choice)
+        elif not self.is_within and any(part in name for part in _ATEN_LAYERS):
+            self._note(name, args, dispatch.Choice("aten", "not one of fastunet's ops"))
         return func(*args, **(kwargs or {}))
 
     def _note(self, op: str, args: Any, choice: dispatch.Choice) -> None:

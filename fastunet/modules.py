@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet import dispatch, folding, ops, reference
-from fastunet.cpu import onednn
+from fastunet import dispatch, ops, reference
+from fastunet.cpu import folding, onednn
 from fastunet.ops.conv3x3 import ConvArgs
-from fastunet.ops.registration import in_transform
 from fastunet.reference.unet import HEADS, padding_to
+from fastunet.torch_private import has_hooks, in_transform
 from fastunet.weight_cache import prepared
 
 
@@ -387,13 +387,6 @@ def is_patched(module: nn.Module) -> bool:
     """Whether the instance has something of its own in the place of what its class does in a call."""
     own = vars(module)
     return "forward" in own or "_conv_forward" in own or "_check_input_dim" in own or "_compiled_call_impl" in own
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called before or after the module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def is_watched(x: Any) -> bool:

@@ -27,7 +27,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from fastunet import torch_private
+from fastunet.torch_private import is_marked, storage_address
 
 T = TypeVar("T")
 
@@ -92,20 +94,12 @@ def uses_noted() -> Iterator[list[Use]]:
         _noted.uses = before
 
 
-def uses_are_noted() -> bool:
-    """Whether this thread notes down what it is given."""
-    return _noted.uses is not None
-
-
 def address(t: Tensor) -> int:
     """Where t's values begin."""
-    return _storage_address(t) + int(t.storage_offset()) * t.itemsize
+    return storage_address(t) + int(t.storage_offset()) * t.itemsize
 
 
-# Where a tensor's storage begins.
-_storage_address: Callable[[Tensor], int] = torch._C._data_address  # type: ignore[attr-defined]
-_is_marked: Callable[[Tensor], bool] = torch._C._is_cow_tensor  # type: ignore[attr-defined]
-_GEOMETRY = (_storage_address, Tensor.storage_offset, Tensor.size, Tensor.stride)
+_GEOMETRY = (storage_address, Tensor.storage_offset, Tensor.size, Tensor.stride)
 _WRITES = operator.attrgetter("writes")
 
 
@@ -130,7 +124,7 @@ class _State:
     def holds(self, sources: Sequence[Tensor | None]) -> bool:
         present = [t for t in sources if t is not None]
         if (
-            all(map(_is_marked, present))
+            all(map(is_marked, present))
             and [*map(_WRITES, self.storages)] == self.writes
             and places(present) == self.places
         ):
@@ -149,7 +143,7 @@ def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[]
     """
     if _noted.uses is None:
         return _prepared(kind, sources, make)[1]
-    with _disable_current_modes():  # Whoever notes down what is done with the result is not to see how it came about.
+    with torch_private.without_modes():  # Whoever records what is done with the result is not to see how it was made.
         state, result = _prepared(kind, sources, make)
     _noted.uses.append(Use(result, functools.partial(state.holds, sources)))
     return result
@@ -179,11 +173,11 @@ def _number(t: Tensor | None) -> int | None:
     if t is None:
         return None
     storage, record = _known(t)
-    if not _is_marked(t):
+    if not is_marked(t):
         storage.writes += 1
         if not _resizes_storages():
             with suppress(RuntimeError):  # Of memory that is not torch's own: it stays unmarked.
-                torch._lazy_clone(t.detach())
+                torch_private.mark(t.detach())
     writes = storage.writes
     if record.writes != writes:
         checksum = _checksum(t.detach())

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastunet import folding
+from fastunet.cpu import folding
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "reference": 0,
     "kernels": 0,
+    "torch_private": 0,
     "checks": 1,
-    "folding": 1,
     "weight_cache": 1,
     "files": 2,
     "dispatch": 2,

@@ -19,6 +19,7 @@ import fastunet.ops  # noqa: F401  (registers the ops)
 from fastunet.checks import ConfigError
 from fastunet.compiler import patterns, rewriting
 from fastunet.compiler.patterns import Pattern
+from fastunet.torch_private import has_cpp_compiler, options_of_mode, run_backend
 
 FALLBACKS = ("inductor", "aot_eager", "eager")
 
@@ -84,11 +85,7 @@ def _read(mode: str | None, options: dict[str, Any] | None) -> tuple[str, bool, 
 @cache
 def default_fallback() -> str:
     """What gets the rest where no fallback is asked for: "inductor", or "eager" where that cannot work."""
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, OSError):  # The latter where CXX names what cannot be run.
+    if not has_cpp_compiler():
         warnings.warn(
             "fastunet: no C++ compiler was found (CXX names one), which torch.compile's inductor needs: "
             "what fastunet does not replace runs in eager mode",
@@ -102,10 +99,7 @@ def _compile_rest(
     graph_module: GraphModule, inputs: list[Any], fallback: str, mode: str | None, options: dict[str, Any]
 ) -> Any:
     if fallback != "inductor":
-        return torch._dynamo.lookup_backend(fallback)(graph_module, inputs)
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
+        return run_backend(fallback, graph_module, inputs)
     rewriting.replace_replicate_pads(graph_module)
-    settings = {**(list_mode_options(mode) if mode not in (None, "default") else {}), **options}
-    return compile_fx(graph_module, inputs, config_patches=settings or None)
+    settings = {**(options_of_mode(mode) if mode not in (None, "default") else {}), **options}
+    return run_backend(fallback, graph_module, inputs, config_patches=settings or None)

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.overrides import get_testing_overrides
 
+from fastunet import torch_private
+
 # What a node may call: a function, whose name stands for all of its spellings. Methods go by name.
 _SPELLINGS: dict[Callable[..., Any], tuple[Any, ...]] = {
     **{getattr(torch, f"conv{dims}d"): () for dims in (1, 2, 3)},
@@ -32,7 +34,7 @@ _SPELLINGS: dict[Callable[..., Any], tuple[Any, ...]] = {
     torch.softmax: ("softmax",),
     torch.cat: (torch.concat, torch.concatenate),
     F.interpolate: (),
-    F.pad: (torch._C._nn.pad,),
+    F.pad: (torch_private.pad,),
 }
 
 
@@ -144,18 +146,10 @@ def has_effect(node: Node) -> bool:
         return node.op not in ("placeholder", "get_attr")
     return (
         getattr(node.target, "__name__", "") in _MODES
-        or isinstance(node.target, torch._ops.HigherOrderOperator)
-        or _is_mutable(node.target)
+        or torch_private.may_mutate(node.target)
         or is_in_place(node)
         or not node.users
     )
-
-
-def _is_mutable(op: Any) -> bool:
-    """Whether an op from torch.ops, in any of its overloads, changes an argument."""
-    if isinstance(op, torch._ops.OpOverloadPacket):
-        return any(getattr(op, name)._schema.is_mutable for name in op.overloads())
-    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
 
 
 def is_in_place(node: Node) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fastunet import folding
 from fastunet.compiler.fx_nodes import arguments, has_effect, is_image, name_of, value_of
 from fastunet.compiler.patterns import Pattern, slope_of
+from fastunet.cpu import folding
 from fastunet.ops.conv3x3 import NAMES
 from fastunet.ops.registration import Op, op_named
 
@@ -47,7 +47,7 @@ def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
         images = {name: _channels_last(graph, image) for name, image in images.items()}
         call = graph.call_function(op.overload, tuple(op.arguments(**images, **rest)))
         call.meta.update({key: result.meta[key] for key in ("nn_module_stack", "stack_trace") if key in result.meta})
-        several = len(op.overload._schema.returns) > 1
+        several = op.results > 1
         y = graph.call_function(operator.getitem, (call, 0)) if several else call
         results = [(result, y)]
         if pattern.pool is not None:

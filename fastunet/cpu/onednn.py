@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastunet import dispatch, folding
-from fastunet.cpu import winograd
+from fastunet import dispatch
+from fastunet.cpu import folding, winograd
 from fastunet.cpu.activation import activate_
 from fastunet.weight_cache import prepared
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastunet import dispatch, modules, ops
 from fastunet.checks import ConfigError, DataError
 from fastunet.ops.registration import check_untransformed
+from fastunet.torch_private import untraced
 from fastunet.unet import UNet
 
 E4M3 = torch.float8_e4m3fn
@@ -31,9 +32,6 @@ ON_TENSOR_CORES = dispatch.Choice("triton", "in 8 bits on tensor cores")
 EMULATED = dispatch.Choice(
     "aten", "emulated in float32, slowly: tensor cores want sm_90, images in 16 bits, and Triton"
 )
-# These layers are no ops: torch.compile would trace into Triton's launches, where it fails, and so goes around them.
-# torch.compiler.disable would import the compiler, which takes seconds, with this module; this one does at a call.
-_untraced = torch._disable_dynamo
 
 
 @torch.no_grad()
@@ -57,7 +55,7 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
     observed = copy.deepcopy(model).eval()
     observed.__class__ = QuantizedUNet
     for name, block in _blocks(observed):
-        _put(observed, name, SplitDoubleConv(*(_Observed(*parts) for parts in _halves(block))))
+        observed.set_submodule(name, SplitDoubleConv(*(_Observed(*parts) for parts in _halves(block))))
     count = 0
     for batch in [images] if isinstance(images, Tensor) else images:
         observed(batch)
@@ -65,7 +63,7 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
     if not count:
         raise DataError("quantize: expected some images for calibration, got none")
     for name, block in _blocks(observed):
-        _put(observed, name, SplitDoubleConv(*(_quantised(name, half) for half in (block.first, block.second))))
+        observed.set_submodule(name, SplitDoubleConv(*(_quantised(name, half) for half in (block.first, block.second))))
     _chain(observed)
     return observed.eval()
 
@@ -109,11 +107,6 @@ def _blocks(model: UNet) -> list[tuple[str, Any]]:
     """The double convolutions by their paths."""
     downs = [(f"down{i}.maxpool_conv.1", down.maxpool_conv[1]) for i, down in enumerate(model.downs, 1)]
     return [("inc", model.inc), *downs, *((f"up{i}.conv", up.conv) for i, up in enumerate(model.ups, 1))]
-
-
-def _put(model: nn.Module, path: str, block: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = block
 
 
 def _halves(block: Any) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
@@ -178,7 +171,7 @@ class Conv3x3(_Chained):
         super().__init__()
         self.conv, self.norm, self.act = conv, norm, act
 
-    @_untraced
+    @untraced
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
         if self.y_scale is not None and up is None and not pool and self._chains(x):
             return self._chained(x)
@@ -214,7 +207,7 @@ class ChainedConvTranspose2x2(_Chained):
         super().__init__(y_scale)
         self.up = up
 
-    @_untraced
+    @untraced
     @torch.no_grad()
     def forward(self, low: Tensor) -> Tensor:
         dtype = _dtype_of(low)
@@ -329,7 +322,7 @@ class QuantizedConv3x3(nn.Module):
         self._like = like
         return self
 
-    @_untraced
+    @untraced
     @torch.no_grad()
     def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
         if self.training:

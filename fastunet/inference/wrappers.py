@@ -16,6 +16,7 @@ from fastunet.checks import ConfigError
 from fastunet.inference.cuda_graphs import GraphedModel
 from fastunet.reference import ReferenceUNet
 from fastunet.reference.unet import OutConv
+from fastunet.torch_private import original
 from fastunet.unet import UNet
 
 # By the name of what they wrap: what they give is what that gives.
@@ -43,8 +44,8 @@ def gives_logits(model: nn.Module) -> bool | None:
     if isinstance(model, nn.Sequential):
         last = next((module for module in reversed(model) if not isinstance(module, KEEPING)), None)
         return None if last is None else gives_logits(last)
-    if "_orig_mod" in model._modules:  # torch.compile's; its type would import the compiler.
-        return gives_logits(model.get_submodule("_orig_mod"))
+    if (compiled := original(model)) is not model:
+        return gives_logits(compiled)
     for name, types in WRAPPERS.items():
         if isinstance(model, types):
             return gives_logits(model.get_submodule(name))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from fastunet import checks, dispatch
+from fastunet import checks, dispatch, torch_private
 from fastunet.ops import recompute
 from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
 from fastunet.ops.registration import (
@@ -17,7 +17,6 @@ from fastunet.ops.registration import (
     define,
     define_autocast,
     empty_in,
-    in_transform,
     invoke,
     memory_format,
     strided_like,
@@ -100,7 +99,7 @@ def _forward_fake(args: HeadArgs) -> Tensor:
 def _composition(args: HeadArgs) -> Tensor:
     x, weight, bias, activation = args
     y = reference.conv1x1(x, weight, bias, activation=activation)
-    if activation != "softmax" or in_transform():
+    if activation != "softmax" or torch_private.in_transform():
         return y
     return y.contiguous(memory_format=memory_format(x, weight))  # torch's softmax answers contiguous for any format.
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from fastunet import checks, dispatch
 from fastunet.cpu import onednn
 from fastunet.cpu.activation import activate_
-from fastunet.ops.conv3x3 import check_eps, check_norm
 from fastunet.ops.conv3x3_aten import convolve
-from fastunet.ops.convolution import check_inputs, kernel_weight
+from fastunet.ops.convolution import check_eps, check_inputs, check_norm, kernel_weight
 from fastunet.ops.epilogue import arguments_of, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
 from fastunet.reference import functional as reference

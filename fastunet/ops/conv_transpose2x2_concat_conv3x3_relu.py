@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastunet import checks, dispatch, folding
-from fastunet.cpu import onednn
-from fastunet.ops.conv3x3 import ConvArgs, check_eps, check_norm
+from fastunet import checks, dispatch
+from fastunet.cpu import folding, onednn
+from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.ops.conv_transpose2x2 import UpArgs
+from fastunet.ops.convolution import check_eps, check_norm
 from fastunet.ops.epilogue import arguments_of, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
 from fastunet.reference import functional as reference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from math import prod
@@ -14,7 +14,9 @@ COUNTER = "torch.utils.flop_counter"
 
 def register_formulas(ops: Iterable[Any]) -> None:
     """Have FlopCounterMode count these ops. Its module is waited for: importing it imports triton, if there is one."""
-    formulas = {op.overloadpacket: _formula(op) for op in ops if "weight" in _names(op)}
+    formulas = {
+        op.overload.overloadpacket: _formula(op.arguments._fields) for op in ops if "weight" in op.arguments._fields
+    }
     if COUNTER in sys.modules:
         _register(sys.modules[COUNTER], formulas)
     else:
@@ -48,13 +50,7 @@ class _OnImport(MetaPathFinder):
         return spec
 
 
-def _names(op: Any) -> list[str]:
-    return [argument.name for argument in op._schema.arguments]
-
-
-def _formula(op: Any) -> Callable[..., int]:
-    names = _names(op)
-
+def _formula(names: Sequence[str]) -> Callable[..., int]:
     def flops(*args: Any, **_: Any) -> int:
         """Of an op's arguments, each tensor as its shape."""
         given = dict(zip(names, args, strict=True))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastunet.ops.registration import memory_format
+from fastunet.torch_private import version
 
 
 class Origin(NamedTuple):
@@ -52,13 +53,13 @@ def remember(
 ) -> None:
     """Let the ops that y goes into keep this instead, if our kernels made y and there will be a backward."""
     if _enabled and not torch.compiler.is_compiling() and getattr(y.grad_fn, "is_recomputable", False):
-        _origins[y] = Origin(raw, mean, invstd, gamma, beta, slope, y._version)
+        _origins[y] = Origin(raw, mean, invstd, gamma, beta, slope, version(y))
 
 
 def save(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
     """Keep x, or what it is made of, and the others for `saved`."""
     origin = None if torch.compiler.is_compiling() else _origins.get(x)
-    if origin is None or origin.version != x._version:
+    if origin is None or origin.version != version(x):
         ctx.save_for_backward(x, *(None,) * 5, *others)
         return
     ctx.slope_of_input = origin.slope

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.autograd import Function, forward_ad
 
-from fastunet import checks, dispatch
+from fastunet import checks, dispatch, torch_private
+from fastunet.torch_private import in_forward_mode, in_transform
 
 NAMESPACE = "fastunet"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -53,6 +53,7 @@ class Op:
 
     name: str
     arguments: type[Any]
+    results: int
     overload: Any
     implementation: Callable[[Any, dispatch.Choice], Any]
     composition: Callable[[Any], Any] | None
@@ -96,8 +97,8 @@ def define(
     """
     _LIBRARY.define(schema_of(name, arguments, results))
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    implementation = _with_plain_arguments(overload, arguments, implementation, fake)
-    op = _OPS[overload] = Op(name, arguments, overload, implementation, composition, is_torchs)
+    implementation = _with_plain_arguments(arguments, implementation, fake)
+    op = _OPS[overload] = Op(name, arguments, results, overload, implementation, composition, is_torchs)
 
     def run(*args: Any) -> Any:
         given = arguments(*args)
@@ -129,9 +130,9 @@ def define(
     return op
 
 
-def registered() -> list[Any]:
-    """Return all ops that were defined, as the dispatcher has them."""
-    return [*_OPS]
+def registered() -> list[Op]:
+    """Return all ops that were defined."""
+    return [*_OPS.values()]
 
 
 def op_named(name: str) -> Op:
@@ -177,12 +178,12 @@ def is_plain_call(args: Sequence[Any]) -> bool:
         if isinstance(a, Tensor) and type(a) not in _PLAIN:
             return False
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
+        torch_private.dispatch_modes() == 0
+        and torch_private.function_modes() == 0
         and not in_forward_mode()
         and not in_transform()
         and not checks.autocasts(args[0].device.type)
-        and not torch.autograd.profiler._is_profiler_enabled
+        and not torch_private.is_profiling()
     )
 
 
@@ -194,16 +195,16 @@ def _without_none(results: Any, args: Sequence[Any]) -> Any:
     return tuple(like.new_empty(0) if t is None else t for t in results)
 
 
-def _with_plain_arguments(overload: Any, kind: type[Any], implementation: Callable, fake: Callable) -> Callable:
+def _with_plain_arguments(kind: type[Any], implementation: Callable, fake: Callable) -> Callable:
     """Wrap the implementation so that it only sees arguments as kernels, aten.native_* and mkldnn.* take them.
 
     They read each vector of parameters as if it were contiguous, and some divide by the number of images. A strided,
     expanded or overlapping vector is copied, and one that the op writes, as running statistics are, is written back. An
     empty batch has empty results, and zeros for gradients of parameters.
     """
-    arguments = overload._schema.arguments
-    tensors = [i for i, argument in enumerate(arguments) if "Tensor" in str(argument.type)]
-    written = {i for i in tensors if arguments[i].alias_info is not None and arguments[i].alias_info.is_write}
+    hints = [*typing.get_type_hints(kind, include_extras=True).values()]
+    tensors = [i for i, hint in enumerate(hints) if hint in (Tensor, Tensor | None, Changed)]
+    written = {i for i in tensors if hints[i] is Changed}
 
     def run(args: Any, choice: dispatch.Choice) -> Any:
         strided = []
@@ -234,17 +235,6 @@ def _with_plain_arguments(overload: Any, kind: type[Any], implementation: Callab
     return run
 
 
-def in_forward_mode() -> bool:
-    """Whether a level of forward-mode AD is active: any tensor may then carry a tangent, which a kernel would drop."""
-    # Without that name every call would be right, but slow.
-    return getattr(forward_ad, "_current_level", 0) >= 0
-
-
-def in_transform() -> bool:
-    """Whether a transform of torch.func is active: a tensor may then stand for a batch, which has no memory format."""
-    return getattr(torch._C, "_are_functorch_transforms_active", lambda: False)()
-
-
 def check_untransformed(what: str) -> None:
     """Raises ConfigError where derivatives are asked for that `what`, for inference alone, would leave out."""
     if in_forward_mode() or in_transform():
@@ -268,7 +258,7 @@ def _is_recorded(args: Sequence[Any]) -> bool:
 
 def below_autograd(op: Op, *args: Any) -> Any:
     """Call the op's implementation from its own Function's forward."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch_private.below_autograd():
         return op.overload(*args)
 
 
@@ -288,7 +278,7 @@ def define_autocast(
     """
     for device, key in _AUTOCAST_KEYS.items():
 
-        def kernel(*values: Any, device: str = device, key: str = key) -> Any:
+        def kernel(*values: Any, device: str = device) -> Any:
             args = op.arguments(*values)
             if in_forward_mode():  # Of functions that autocast has rules for.
                 return _without_none(op.composition(args), values)  # type: ignore[misc]
@@ -303,8 +293,11 @@ def define_autocast(
             if is_recorded or not args.choice().prepares:
                 format = torch.channels_last if suggests_channels_last(args[0]) else torch.preserve_format
                 args = args._replace(**{name: _cast(getattr(args, name), dtype, format) for name in parameters(args)})
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            torch.set_autocast_enabled(device, False)
+            try:
                 return op.overload(*args)
+            finally:
+                torch.set_autocast_enabled(device, True)
 
         _LIBRARY.impl(op.name, kernel, key)
 
@@ -345,7 +338,7 @@ def suggests_channels_last(t: Tensor) -> bool:
     is_channels_last = t.is_contiguous(memory_format=torch.channels_last)
     if is_channels_last != t.is_contiguous():
         return is_channels_last
-    return suggest_memory_format(t) == torch.channels_last
+    return torch_private.suggest_memory_format(t) == torch.channels_last
 
 
 def empty_in(format: torch.memory_format, like: Tensor, *shape: int) -> Tensor:

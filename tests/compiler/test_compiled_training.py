@@ -208,7 +208,7 @@ def test_inductor_runs_the_ops_in_inference() -> None:
     with torch.no_grad():
         compare([plain(x)], [compiled(x)], 1e-5)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fastunet.folding.fold_batch_norm", None)
+            patch.setattr("fastunet.cpu.folding.fold_batch_norm", None)
             counts = ops_run(lambda: compiled(x))
     assert {name: counts[name] for name in IN_INFERENCE} == IN_INFERENCE
 

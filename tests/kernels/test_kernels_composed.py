@@ -15,7 +15,7 @@ from injected_faults import kernels_with
 from kernel_device import DEVICE, INTERPRETED, MARK
 from torch import Tensor
 
-from fastunet.folding import compose_upsampling, upsampled_bias
+from fastunet.cpu.folding import compose_upsampling, upsampled_bias
 from fastunet.testing import assert_within, composed_sums_expected, random_input, random_integers, stored
 
 pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]

@@ -14,7 +14,8 @@ from kernel_device import DEVICE, INTERPRETED, MARK
 from torch import Tensor, nn
 
 import fastunet
-from fastunet import dispatch, folding, ops
+from fastunet import dispatch, ops
+from fastunet.cpu import folding
 from fastunet.testing import assert_within, composed_sums_expected, random_input, stored
 
 pytestmark = [MARK, pytest.mark.usefixtures("ieee")]
