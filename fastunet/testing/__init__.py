@@ -28,21 +28,19 @@ from .budget import (
 from .convolutions import (
     bias_grad_expected,
     composed_sums_expected,
-    conv3x3_activation_grad_expected,
-    conv3x3_expected,
-    conv3x3_input_grad_expected,
-    conv3x3_weight_grad_expected,
-    e4m3_sums_expected,
-    pooled_expected,
-)
-from .losses import segmentation_sums_expected, segmentation_sums_grad_expected
-from .pixels import (
     conv1x1_bias_grad_expected,
     conv1x1_expected,
     conv1x1_input_grad_expected,
     conv1x1_weight_grad_expected,
+    conv3x3_activation_grad_expected,
+    conv3x3_expected,
+    conv3x3_input_grad_expected,
+    conv3x3_weight_grad_expected,
     conv_transpose2x2_expected,
     conv_transpose2x2_input_grad_expected,
     conv_transpose2x2_weight_grad_expected,
+    e4m3_sums_expected,
     max_pool2x2_grad_expected,
+    pooled_expected,
 )
+from .losses import segmentation_sums_expected, segmentation_sums_grad_expected

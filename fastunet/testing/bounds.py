@@ -46,22 +46,22 @@ class Expected:
 
     @property
     def size(self) -> Tensor:
-        """The largest magnitude the computed number may have."""
+        """Return the largest magnitude the computed number may have."""
         return self.value.abs() + self.tolerance
 
     def __len__(self) -> int:
         return len(self.value)
 
     def where(self, condition: Tensor) -> Expected:
-        """Zero, without an error, where the condition is false."""
+        """Set to zero, without an error, where the condition is false."""
         return Expected(*(torch.where(condition, t, 0.0) for t in self))
 
     def rounded(self, roundings: float | Tensor = 1) -> Expected:
-        """After so many float32 roundings of its own size."""
+        """Round so many times to float32, each by its own size."""
         return Expected(self.value, self.tolerance + roundings * _U * self.size)
 
     def stored(self, dtype: torch.dtype) -> Expected:
-        """After rounding to dtype."""
+        """Round to dtype."""
         return Expected(self.value, stored(self.value, self.tolerance, dtype))
 
     def __add__(self, other: Expected) -> Expected:
@@ -84,24 +84,24 @@ class Expected:
         return Expected(self.value[index], self.tolerance[index])
 
     def scaled(self, factor: float) -> Expected:
-        """Times a number without error, such as one over a count."""
+        """Multiply by a number without error, such as one over a count."""
         return Expected(self.value * factor, self.tolerance * abs(factor)).rounded()
 
     def sum(self, dims: Sequence[int], *, keepdim: bool = False, merging: int = 0) -> Expected:
-        """Over dims, in any order. merging: roundings beside those of additions, where partial results are merged."""
+        """Sum over dims, in any order. merging: roundings beside those of additions, of partial results merged."""
         terms = math.prod(self.value.shape[d] for d in dims)
         total = self.value.sum([*dims], keepdim=keepdim)
         own = (6 * math.sqrt(terms) + merging) * _U * self.size.sum([*dims], keepdim=keepdim)
         return Expected(total, self.tolerance.sum([*dims], keepdim=keepdim) + own)
 
     def inverse_root(self, eps: float) -> Expected:
-        """1 / sqrt(self + eps) of a variance, which is never negative."""
+        """Compute 1 / sqrt(self + eps) of a variance, which is never negative."""
         value = (self.value + eps).rsqrt()
         largest = ((self.value - self.tolerance).clamp(min=0) + eps).rsqrt()
         return Expected(value, largest - value).rounded(_SPECIAL)
 
     def sigmoid(self) -> Expected:
-        """s = 1/(1 + exp(-z)) of logits z that are off by E; below 0 it may be exp(z)/(1 + exp(z)).
+        """Compute s = 1/(1 + exp(-z)) of logits z that are off by E; below 0 it may be exp(z)/(1 + exp(z)).
 
         With u the unit roundoff of float32: exp(t) is off by (2|t| + 4) u relatively, since exp2(t * log2(e)) rounds
         its constant and its product, and GPUs' exp2 is good to 2^-22. A division is good to 2 ulp, 4u. What is below
@@ -115,7 +115,7 @@ class Expected:
         return Expected(value, error * error.exp() * value * other + own)
 
     def softmax(self) -> Expected:
-        """p_k = exp(t_k) / sum of exp(t_j) over the channels, t = z - max(z), of logits z that are off by E.
+        """Compute p_k = exp(t_k) / sum of exp(t_j) over the channels, t = z - max(z), of logits z that are off by E.
 
         Errors d_j of the logits make it p_k exp(d_k) / sum of p_j exp(d_j), within a factor exp(E_k + A) of p_k for
         A = log(sum of p_j exp(E_j)). t_k is rounded too, so r_k = (3|t_k| + 4) u is exp(t_k)'s own error; C positive
@@ -130,7 +130,7 @@ class Expected:
 
     @staticmethod
     def softmax_sum_error(p: Tensor, distance: Tensor) -> Tensor:
-        """The relative error of a softmax's sum of exponentials: the mean of theirs, and that of adding them up.
+        """Return the relative error of a softmax's sum of exponentials: the mean of theirs, and that of adding them up.
 
         p is the softmax, distance that of each logit from the largest.
         """
@@ -138,14 +138,14 @@ class Expected:
         return (of_terms + 6 * math.sqrt(p.shape[1])) * _U
 
     def activate(self, slope: float | None) -> Expected:
-        """No activation (None), ReLU (0) or LeakyReLU: it magnifies no error, unless its slope is above 1."""
+        """Apply no activation (None), ReLU (0) or LeakyReLU: it magnifies no error, unless its slope is above 1."""
         if slope is None:
             return self
         value = torch.where(self.value <= 0, self.value * slope if slope else 0.0, self.value)
         return Expected(value, self.tolerance * max(1.0, slope))
 
     def pool(self) -> Expected:
-        """The maxima of 2x2 windows: a maximum is off by no more than the worst of its window."""
+        """Return the maxima of 2x2 windows: a maximum is off by no more than the worst of its window."""
         return Expected(F.max_pool2d(self.value, 2), F.max_pool2d(self.tolerance, 2))
 
 
@@ -154,7 +154,7 @@ Operand = Tensor | Expected
 
 
 def join(*parts: Expected) -> Expected:
-    """Side by side along the channels."""
+    """Concatenate along the channels."""
     return Expected(torch.cat([p.value for p in parts], 1), torch.cat([p.tolerance for p in parts], 1))
 
 
@@ -170,7 +170,9 @@ def bilinear(
     tensor_cores: bool | None = None,
     is_stored: bool = True,
 ) -> Expected:
-    """product(a, b), sums of `terms` products each, plus a bias [C]; is_stored: as dtype, by default the tensors'."""
+    """Compute product(a, b), sums of `terms` products each, plus a bias [C]; is_stored: as dtype, by default the
+    tensors'.
+    """
     if dtype is None:
         dtype = next(t.dtype for t in (a, b) if isinstance(t, Tensor))
     a, b = Expected.of(a), Expected.of(b)
@@ -186,7 +188,7 @@ def bilinear(
 
 
 def activation_grad(grad: Expected, before: Expected, slope: float | None) -> Expected:
-    """The gradient of what went into the activation, `before`; open where that may have either sign."""
+    """Return the gradient of what went into the activation, `before`; open where that may have either sign."""
     if slope is None:
         return grad
     passed = torch.where(before.value <= 0, slope, 1.0)
@@ -197,7 +199,7 @@ def activation_grad(grad: Expected, before: Expected, slope: float | None) -> Ex
 
 
 def pool_grad(grad: Tensor, pooled_from: Expected) -> Expected:
-    """The gradient of max_pool2x2's input; open in windows where the bounds leave more than one winner."""
+    """Return the gradient of max_pool2x2's input; open in windows where the bounds leave more than one winner."""
     leaf = pooled_from.value.detach().clone().requires_grad_()
     (value,) = torch.autograd.grad(F.max_pool2d(leaf, 2), leaf, grad.double())
     height, width = (2 * size for size in grad.shape[2:])
@@ -212,5 +214,5 @@ def pool_grad(grad: Tensor, pooled_from: Expected) -> Expected:
 
 
 def _spread(windows: Tensor) -> Tensor:
-    """Each value four times, over its 2x2 window."""
+    """Return each value four times, over its 2x2 window."""
     return windows.repeat_interleave(2, 2).repeat_interleave(2, 3)

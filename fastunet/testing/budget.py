@@ -25,7 +25,7 @@ FP32_SMALLEST = 2.0**-126
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:
-    """x [N, C, H, W] with the same values in another memory layout, one of LAYOUTS.
+    """Return x [N, C, H, W] with the same values in another memory layout, one of LAYOUTS.
 
     sliced: a window of a larger NaN-filled tensor, strided in every dimension. unaligned: channels_last, its first
     element 2 or 4 bytes past a 16-byte boundary. expanded is the exception to "the same values": every image is x[0],
@@ -56,7 +56,7 @@ def random_input(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Normal values times `scale`, rounded to `dtype`: the same on every device. Layouts are of 4-D shapes."""
+    """Return normal values times `scale`, rounded to `dtype`: the same on every device. Layouts are of 4-D shapes."""
     values = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) * scale
     values = values.to(device=device, dtype=dtype)
     return in_layout(values, layout) if len(shape) == 4 else values
@@ -70,20 +70,22 @@ def random_integers(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Integers from -largest to largest: while sums stay below 2^24, float32 convolutions of them are exact."""
+    """Return integers from -largest to largest: while sums stay below 2^24, float32 convolutions of them are exact."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-largest, largest + 1, tuple(shape), generator=generator).to(device=device, dtype=dtype)
 
 
 def random_cotangent(like: Tensor, *, seed: int = 1) -> Tensor:
-    """A normal gradient for `like`. A constant one, as of .sum(), would hide every error that permutes or averages."""
+    """Return a normal gradient for `like`. A constant one, as of .sum(), would hide every error that permutes or
+    averages.
+    """
     values = torch.randn(tuple(like.shape), generator=torch.Generator().manual_seed(seed))
     return values.to(device=like.device, dtype=like.dtype)
 
 
 @contextmanager
 def float32_precision(precision: str) -> Iterator[None]:
-    """Within the block, convolutions and matrix products compute float32 as "ieee" or as "tf32"."""
+    """Have convolutions and matrix products compute float32 as "ieee" or as "tf32" within the block."""
     cudnn: Any = torch.backends.cudnn
     settings: tuple[Any, ...] = (cudnn.conv, torch.backends.cuda.matmul)
     before = [setting.fp32_precision for setting in settings]
@@ -116,7 +118,7 @@ def conv_tolerance(
     allow_tf32: bool = False,
     tensor_cores: bool | None = None,
 ) -> Tensor:
-    """How far a sum of `terms` products may lie from `reference`, stored as `dtype`; `magnitude` is S above.
+    """Return how far a sum of `terms` products may lie from `reference`, stored as `dtype`; `magnitude` is S above.
 
     tensor_cores: whether the accumulation runs on them; by default where `reference` is on a GPU and the inputs are
     16 bits wide or TF32. All float64, of reference's shape.
@@ -133,7 +135,7 @@ def sum_error(
     allow_tf32: bool = False,
     tensor_cores: bool | None = None,
 ) -> Tensor:
-    """E above: the error of a sum before it is stored."""
+    """Return the error E of a sum before it is stored."""
     tf32 = allow_tf32 and dtype == torch.float32
     if tensor_cores is None:
         tensor_cores = magnitude.is_cuda and (dtype.itemsize == 2 or tf32)
@@ -143,7 +145,7 @@ def sum_error(
 
 
 def stored(reference: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
-    """The error after rounding to `dtype`. Next to an infinity there is no error to speak of: zero."""
+    """Return the error after rounding to `dtype`. Next to an infinity there is no error to speak of: zero."""
     tolerance = error + UNIT_ROUNDOFF[dtype] * (reference.abs() + error)
     if dtype == torch.float16:
         tolerance = tolerance + FP16_UNDERFLOW
@@ -151,7 +153,7 @@ def stored(reference: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_within(actual: Tensor, reference: Tensor, tolerance: Tensor | float) -> None:
-    """AssertionError unless |actual - reference| <= tolerance everywhere, with NaNs in the same places.
+    """Raise AssertionError unless |actual - reference| <= tolerance everywhere, with NaNs in the same places.
 
     The message gives the worst element: its index, expected and actual value, and the tolerance it exceeds. An
     infinity must be met exactly. tolerance 0 demands equality.

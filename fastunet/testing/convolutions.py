@@ -1,7 +1,8 @@
-"""What the 3x3 convolution and its gradients are to be, in float64. Operands may have errors."""
+"""What convolutions, pooling and their gradients are to be, in float64. Operands may have errors."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,33 +27,28 @@ def conv3x3_expected(
     negative_slope: float | None = None,
     **rounds: Any,
 ) -> Expected:
-    """activation(conv2d(cat([x, up], 1), weight, bias, padding=1)); negative_slope None is no activation, 0 ReLU."""
-
-    def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, padding=1)
-
+    """Compute activation(conv2d(cat([x, up], 1), weight, bias, padding=1)); negative_slope None is no activation, 0
+    ReLU.
+    """
     inputs = Expected.of(x) if up is None else join(Expected.of(x), Expected.of(up))
-    return bilinear(convolve, inputs, weight, weight[0].numel(), bias=bias, **rounds).activate(negative_slope)
+    return bilinear(partial(F.conv2d, padding=1), inputs, weight, weight[0].numel(), bias=bias, **rounds).activate(
+        negative_slope
+    )
 
 
 def composed_sums_expected(
     skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor | None, weight: Tensor
 ) -> Expected:
-    """conv2d(cat([skip, up], 1), weight, padding=1) of up = conv_transpose2d(low, up_weight, up_bias, stride=2), padded
-    with zeros below and right where skip is one larger, and how far off it may be, before it is stored, by a composed
-    weight of skip's dtype: that is rounded once, by which the result is off by u_out times the sum of its products, and
-    each of its sums has 9 C1 + 4 Cl terms.
+    """Compute conv2d(cat([skip, up], 1), weight, padding=1) of up = conv_transpose2d(low, up_weight, up_bias,
+    stride=2), padded with zeros below and right where skip is one larger, and how far off it may be, before it is
+    stored, by a composed weight of skip's dtype: that is rounded once, by which the result is off by u_out times the
+    sum of its products, and each of its sums has 9 C1 + 4 Cl terms.
     """
     dtype, split, terms = skip.dtype, skip.shape[1], 9 * skip.shape[1] + 4 * low.shape[1]
     weight, up_weight = weight.double(), up_weight.double()
     odd = [size % 2 for size in skip.shape[2:]]
-
-    def upsample(low: Tensor, weight: Tensor) -> Tensor:
-        return F.conv_transpose2d(low, weight, stride=2, padding=1, output_padding=odd)
-
-    def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, padding=1)
-
+    upsample = partial(F.conv_transpose2d, stride=2, padding=1, output_padding=odd)
+    convolve = partial(F.conv2d, padding=1)
     rounds: dict[str, Any] = {"dtype": dtype, "is_stored": False}
     composed = Expected.exact(compose_upsampling(up_weight, weight[:, split:])).stored(dtype)
     sums = bilinear(upsample, low, composed, terms, **rounds)
@@ -65,7 +61,8 @@ def composed_sums_expected(
 
 
 def e4m3_sums_expected(x: Tensor, weight: Tensor, *, step: int | None = None) -> Expected:
-    """conv2d(x, weight, padding=1) of e4m3 values, and how far off its float32 sums may be, before they are stored.
+    """Compute conv2d(x, weight, padding=1) of e4m3 values, and how far off its float32 sums may be, before they are
+    stored.
 
     step: of sm_90, how many products its tensor cores add up before float32 adds that sum to the others'; None for
     every other device, whose sums are float32's throughout.
@@ -91,45 +88,110 @@ def e4m3_sums_expected(x: Tensor, weight: Tensor, *, step: int | None = None) ->
 
 
 def pooled_expected(expected: Expected) -> Expected:
-    """The 2x2 maxima of an expected result: a maximum is off by no more than the worst of its window."""
+    """Return the 2x2 maxima of an expected result: a maximum is off by no more than the worst of its window."""
     return expected.pool()
 
 
 def conv3x3_input_grad_expected(grad: Operand, weight: Tensor, **rounds: Any) -> Expected:
-    """The gradient of the convolution's input: a sum of 9*Cout products."""
-
-    def transposed(grad: Tensor, weight: Tensor) -> Tensor:
-        return F.conv_transpose2d(grad, weight, padding=1)
-
-    return bilinear(transposed, grad, weight, 9 * weight.shape[0], **rounds)
+    """Return the gradient of the convolution's input: a sum of 9*Cout products."""
+    return bilinear(partial(F.conv_transpose2d, padding=1), grad, weight, 9 * weight.shape[0], **rounds)
 
 
 def conv3x3_weight_grad_expected(grad: Operand, x: Operand, **rounds: Any) -> Expected:
-    """The gradient of the convolution's weight: a sum of N*H*W products."""
+    """Return the gradient of the convolution's weight: a sum of N*H*W products."""
     return weight_grad_expected(grad, x, 3, padding=1, **rounds)
 
 
-def weight_grad_expected(grad: Operand, x: Operand, kernel: int, *, padding: int = 0, **rounds: Any) -> Expected:
-    """The gradient of the weight of a convolution of x with kernels of that side."""
+def weight_grad_expected(
+    grad: Operand, x: Operand, kernel: int, *, stride: int = 1, padding: int = 0, **rounds: Any
+) -> Expected:
+    """Return the gradient of the weight of a convolution of x with kernels of that side."""
     shape = (Expected.of(grad).value.shape[1], Expected.of(x).value.shape[1], kernel, kernel)
 
     def product(grad: Tensor, x: Tensor) -> Tensor:
-        return conv2d_weight(x, shape, grad, padding=padding)
+        return conv2d_weight(x, shape, grad, stride=stride, padding=padding)
 
     return bilinear(product, grad, x, Expected.of(grad).value[:, 0].numel(), **rounds)
 
 
 def bias_grad_expected(grad: Tensor) -> Expected:
-    """The gradient of a bias: a float32 sum of N*H*W values, with no products and so no TF32."""
+    """Return the gradient of a bias: a float32 sum of N*H*W values, with no products and so no TF32."""
     return Expected.exact(grad).sum((0, 2, 3)).stored(grad.dtype)
 
 
 def conv3x3_activation_grad_expected(
     y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, negative_slope: float | None
 ) -> Expected:
-    """The gradient behind activation and pooling: an addition and a product may err."""
+    """Return the gradient behind activation and pooling: an addition and a product may err."""
     before = Expected.exact(y)
     grad = Expected.exact(torch.zeros_like(y) if grad_y is None else grad_y)
     if grad_pooled is not None:
         grad = grad + pool_grad(grad_pooled, before)
     return activation_grad(grad, before, negative_slope).stored(y.dtype)
+
+
+def max_pool2x2_grad_expected(x: Tensor, grad: Tensor) -> Expected:
+    """Return the gradient of max_pool2d(x, 2), from torch's backward: values moved, never changed."""
+    return pool_grad(grad, Expected.exact(x))
+
+
+def conv_transpose2x2_expected(x: Operand, weight: Tensor, bias: Tensor | None = None, **rounds: Any) -> Expected:
+    """Compute conv_transpose2d(x, weight, bias, stride=2): windows do not overlap, so a sum has Cin products."""
+    return bilinear(partial(F.conv_transpose2d, stride=2), x, weight, weight.shape[0], bias=bias, **rounds)
+
+
+def conv_transpose2x2_input_grad_expected(grad: Operand, weight: Tensor, **rounds: Any) -> Expected:
+    """Return the gradient of its input: a sum of 4*Cout products."""
+    return bilinear(partial(F.conv2d, stride=2), grad, weight, weight[0].numel(), **rounds)
+
+
+def conv_transpose2x2_weight_grad_expected(grad: Tensor, x: Tensor, **rounds: Any) -> Expected:
+    """Return the gradient of its weight: a sum of N*H*W products."""
+    # With the two images' roles exchanged it is a convolution's.
+    return weight_grad_expected(x, grad, 2, stride=2, **rounds)
+
+
+def conv1x1_expected(
+    x: Operand, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, **rounds: Any
+) -> Expected:
+    """Compute activation(conv2d(x, weight, bias)), rounded once: an activation takes the logits as they are summed."""
+    if activation is None:
+        return bilinear(F.conv2d, x, weight, weight.shape[1], bias=bias, **rounds)
+    z = bilinear(F.conv2d, x, weight, weight.shape[1], bias=bias, is_stored=False, **rounds)
+    return (z.sigmoid() if activation == "sigmoid" else z.softmax()).stored(rounds.get("dtype") or weight.dtype)
+
+
+def conv1x1_logit_grad_expected(grad: Operand, y: Operand | None, activation: str | None) -> Expected:
+    """Return the gradient of conv1x1's logits as float32 computes it from grad and y, not rounded to a dtype."""
+    g = Expected.of(grad)
+    if activation is None or y is None:
+        return g
+    p = Expected.of(y)
+    if activation == "sigmoid":
+        return g * p * (Expected.exact(torch.ones_like(p.value)) - p)
+    return p * (g - (g * p).sum((1,), keepdim=True))
+
+
+def _operand(grad: Tensor, y: Tensor | None, activation: str | None) -> Expected:
+    """Return that as the operand of a product: rounded to 16 bits, where there is an activation."""
+    result = conv1x1_logit_grad_expected(grad, y, activation)
+    return result.stored(grad.dtype) if activation is not None and grad.dtype.itemsize == 2 else result
+
+
+def conv1x1_input_grad_expected(
+    grad: Tensor, weight: Tensor, y: Tensor | None = None, *, activation: str | None = None, **rounds: Any
+) -> Expected:
+    """Return the gradient of conv1x1's input: a sum of Cout products, whose one operand has an error of its own."""
+    return bilinear(F.conv_transpose2d, _operand(grad, y, activation), weight, weight.shape[0], **rounds)
+
+
+def conv1x1_weight_grad_expected(
+    grad: Tensor, x: Tensor, y: Tensor | None = None, *, activation: str | None = None, **rounds: Any
+) -> Expected:
+    """Return the gradient of conv1x1's weight: a sum of N*H*W products, whose one operand has an error of its own."""
+    return weight_grad_expected(_operand(grad, y, activation), x, 1, **rounds)
+
+
+def conv1x1_bias_grad_expected(grad: Tensor, y: Tensor | None = None, *, activation: str | None = None) -> Expected:
+    """Return the gradient of conv1x1's bias: a float32 sum of N*H*W values that were not rounded first."""
+    return conv1x1_logit_grad_expected(grad, y, activation).sum((0, 2, 3)).stored(grad.dtype)

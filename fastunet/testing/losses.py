@@ -34,7 +34,7 @@ def _activated(x: Tensor, softmax: bool) -> tuple[Expected, Expected, list[Expec
 
 
 def _target_and_mask(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Expected, Expected]:
-    """Both as they are: [N, C, H, W], indices one-hot, and [N, 1, H, W]. An index that is no class has no one."""
+    """Return both, [N, C, H, W], indices one-hot, and [N, 1, H, W]. An index that is no class has no one."""
     if target.shape != logits.shape:
         target = target.long() == torch.arange(logits.shape[1], device=target.device)[:, None, None]
     return Expected.exact(target), Expected.exact(torch.ones_like(logits[:, :1]) if mask is None else mask)
@@ -62,7 +62,7 @@ def segmentation_sums_expected(
 def segmentation_sums_grad_expected(
     grad: Operand, logits: Tensor, target: Tensor, mask: Tensor | None, *, softmax: bool, squared: bool
 ) -> Expected:
-    """The gradient of the logits from that of the sums, grad [3, N, C] or with the entropies' rows.
+    """Return the gradient of the logits from that of the sums, grad [3, N, C] or with the entropies' rows.
 
     p (1 - p) dp for sigmoid, p dp - p sum(p dp) over the channels for softmax, dp the gradient by p; of the entropies
     -(1 - p) of the positive's weight and p of the negative's, or, for softmax, p sum(weights) - weight.

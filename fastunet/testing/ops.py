@@ -17,19 +17,17 @@ from torch import Tensor
 from .bounds import Expected, Operand, activation_grad, bilinear, join, pool_grad
 from .convolutions import (
     composed_sums_expected,
+    conv1x1_expected,
+    conv1x1_logit_grad_expected,
     conv3x3_expected,
     conv3x3_input_grad_expected,
     conv3x3_weight_grad_expected,
-    weight_grad_expected,
-)
-from .losses import segmentation_sums_expected, segmentation_sums_grad_expected
-from .pixels import (
-    conv1x1_expected,
-    conv1x1_logit_grad_expected,
     conv_transpose2x2_expected,
     conv_transpose2x2_input_grad_expected,
     conv_transpose2x2_weight_grad_expected,
+    weight_grad_expected,
 )
+from .losses import segmentation_sums_expected, segmentation_sums_grad_expected
 
 Results = dict[str, Expected]
 # Roundings that the statistics of a norm have beside those of additions: partial results of tiles are merged.
@@ -72,12 +70,12 @@ class Call:
 
     @property
     def rounds(self) -> dict[str, Any]:
-        """The number format of its products, as `bilinear` takes it."""
+        """Return the number format of its products, as `bilinear` takes it."""
         return {"dtype": self.dtype, "allow_tf32": self.allow_tf32}
 
 
 def expected(call: Call) -> Results:
-    """The outputs, the gradients ("grad x", ...) where there are cotangents, and the buffers the call changes."""
+    """Return outputs, gradients ("grad x", ...) where there are cotangents, and the buffers the call changes."""
     return _FAMILIES[call.op](call)
 
 
@@ -89,7 +87,7 @@ def _convolve(call: Call, x: Expected, weight: Tensor, bias: Tensor | None = Non
 
 
 def _convolve_grads(call: Call, grad: Expected, x: Expected, weight: Tensor) -> tuple[Expected, Expected]:
-    """Gradients of input and weight."""
+    """Return gradients of input and weight."""
     of_input = conv3x3_input_grad_expected(grad, weight, **call.rounds)
     return of_input, conv3x3_weight_grad_expected(grad, x, **call.rounds)
 
@@ -100,7 +98,7 @@ def _joined(call: Call) -> Expected:
 
 
 def _input_grads(call: Call, grad: Expected) -> Results:
-    """The joint gradient of the inputs, by input."""
+    """Return the joint gradient of the inputs, by input."""
     names = [name for name in ("x", "skip", "up") if name in call.inputs]
     sizes = [call.inputs[name].shape[1] for name in names]
     parts = zip(grad.value.split(sizes, 1), grad.tolerance.split(sizes, 1), strict=True)
@@ -108,7 +106,7 @@ def _input_grads(call: Call, grad: Expected) -> Results:
 
 
 def _activated(call: Call, before: Expected) -> Expected:
-    """The activation of a stored sum. Rounding after a linear function instead of before it is off by no more."""
+    """Activate a stored sum. Rounding after a linear function instead of before it is off by no more."""
     y = before.activate(call.slope)
     return y.stored(call.dtype) if call.stores_steps and call.multiplies else y
 
@@ -123,7 +121,7 @@ def _finish(call: Call, before: Expected) -> tuple[Expected, Results]:
 
 
 def _finish_grad(call: Call, y: Expected, before: Expected, *, stored: bool) -> Expected:
-    """The gradient of what went into the activation, from the cotangents; stored where the next kernel reads it."""
+    """Return the gradient of the activation's input, from the cotangents; stored where the next kernel reads it."""
     if call.y is not None:
         y = before = Expected.exact(call.y)
     grad = Expected.exact(call.cotangents[0])
@@ -201,7 +199,7 @@ def _normalise(call: Call, raw: Expected) -> _Normal:
 
 
 def _moved_buffers(call: Call, normal: _Normal) -> Results:
-    """The running statistics afterwards, the variance unbiased."""
+    """Return the running statistics afterwards, the variance unbiased."""
     momentum = call.options["momentum"]
     new = (normal.mean, normal.variance.scaled(normal.count / (normal.count - 1)))
     return {
@@ -211,7 +209,7 @@ def _moved_buffers(call: Call, normal: _Normal) -> Results:
 
 
 def _norm_grad(call: Call, grad: Expected, normal: _Normal, gamma: Expected) -> tuple[Expected, Expected, Expected]:
-    """Gradients of the convolution's output, gamma and beta (Ioffe and Szegedy 2015, section 3)."""
+    """Return gradients of the convolution's output, gamma and beta (Ioffe and Szegedy 2015, section 3)."""
     of_normal = grad * normal.value
     scale = gamma * normal.invstd
     inner = grad
@@ -290,7 +288,7 @@ def _conv1x1(call: Call) -> Results:
 
 
 def _head(call: Call, x: Expected, weight: Tensor, bias: Tensor | None, activation: str | None) -> Expected:
-    """The kernels activate the sums as they are; a chain of ops stores the logits first."""
+    """Compute the head. The kernels activate the sums as they are; a chain of ops stores the logits first."""
     if activation is None or not call.stores_steps:
         return conv1x1_expected(x, weight, bias, activation=activation, **call.rounds)
     logits = conv1x1_expected(x, weight, bias, **call.rounds)
@@ -322,7 +320,7 @@ def _sums(call: Call) -> Expected:
 
 
 def _sums_grad(call: Call, grad: Operand) -> Expected:
-    """The gradient of the logits."""
+    """Return the gradient of the logits."""
     return segmentation_sums_grad_expected(
         grad, call.inputs["logits"], call.inputs["target"], None, **_sums_options(call)
     )
@@ -336,7 +334,7 @@ def _segmentation_sums(call: Call) -> Results:
 
 
 def _sigmoid_dice_loss(call: Call) -> Results:
-    """The mean over images and channels of 1 - (2 overlap + smooth) / (predicted + truth + smooth)."""
+    """Return the mean over images and channels of 1 - (2 overlap + smooth) / (predicted + truth + smooth)."""
     sums = _sums(call)
     smooth = Expected.exact(torch.full_like(sums.value[0], call.options["smooth"]))
     above = sums[0].scaled(2) + smooth

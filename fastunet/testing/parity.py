@@ -50,12 +50,14 @@ SIZES = ((2, 64, 24, 16, 64), (3, 5, 11, 9, 17))
 
 
 def cases() -> list[Case]:
-    """Two sizes of every op."""
+    """Return two sizes of every op."""
     return [case for size in SIZES for case in cases_of(*size)]
 
 
 def cases_of(n: int, c: int, h: int, w: int, c_out: int) -> list[Case]:
-    """Every op, on images [n, c, h, w] (the second input of a concatenation has 2c channels) and to c_out channels."""
+    """Return every op, on images [n, c, h, w] (the second input of a concatenation has 2c channels) and to c_out
+    channels.
+    """
     x, up, channels = (n, c, h, w), (n, 2 * c, h, w), (c_out,)
     plain: Shapes = {"x": x, "weight": (c_out, c, 3, 3)}
     concat: Shapes = {"skip": x, "up": up, "weight": (c_out, 3 * c, 3, 3)}
@@ -90,14 +92,14 @@ def cases_of(n: int, c: int, h: int, w: int, c_out: int) -> list[Case]:
 
 
 def registered(op: str) -> str:
-    """The name of the registered op that a public one calls, by which dispatch knows it."""
+    """Return the name of the registered op that a public one calls, by which dispatch knows it."""
     if op == "sigmoid_dice_loss":
         return "segmentation_sums"
     return op.removeprefix("concat_").removeprefix("double_").removesuffix("_pool")
 
 
 def make_inputs(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Random tensors, weights scaled so that their sums stay near 1; a target lies between 0 and 1."""
+    """Return random tensors, weights scaled so that their sums stay near 1; a target lies between 0 and 1."""
     inputs = {}
     for i, (name, shape) in enumerate(shapes.items()):
         kind = torch.float32 if name in _FLOAT32 else dtype
@@ -107,7 +109,7 @@ def make_inputs(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, devic
 
 
 def scale_of(name: str, shape: tuple[int, ...]) -> float:
-    """The deviation of a random tensor of that name."""
+    """Return the deviation of a random tensor of that name."""
     return math.prod(shape[1:]) ** -0.5 if "weight" in name else 1.0
 
 
@@ -121,7 +123,7 @@ def run_op(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor],
 
 
 def outputs_of(result: Any) -> tuple[Tensor, ...]:
-    """An op's outputs, of which it may have one or two."""
+    """Return an op's outputs, of which it may have one or two."""
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -133,7 +135,7 @@ def check(
     allow_tf32: bool = False,
     run: Callable[..., Any] | None = None,
 ) -> None:
-    """AssertionError, naming the result and its worst element, unless the case holds under the backend in force.
+    """Raise AssertionError, naming the result and its worst element, unless the case holds under the backend in force.
 
     allow_tf32: what torch is set to. run: computes the op, with the arguments of `run_op`, which it is by default.
     """
@@ -176,7 +178,7 @@ def results_of(
 
 
 def how(op: str, results: Mapping[str, Tensor], allow_tf32: bool = False) -> dict[str, Any]:
-    """What a `Call` must know of the implementation that gave the results."""
+    """Return what a `Call` must know of the implementation that gave the results."""
     y = results["y"]
     return {
         "allow_tf32": allow_tf32 and y.is_cuda,  # A CPU has no TF32.
@@ -190,7 +192,7 @@ DECIDED_BY_Y = ("conv3x3_bias_relu", "conv3x3_bias_relu_pool", "concat_conv3x3_b
 
 
 def compare(actual: Mapping[str, Tensor], call: Call, *, without: Sequence[str] = ()) -> None:
-    """AssertionError, naming the result, unless each one expected, but those `without`, is within its bounds."""
+    """Raise AssertionError, naming the result, unless each one expected, but those `without`, is within its bounds."""
     for name, result in expected(call).items():
         if name in without:
             continue
@@ -201,12 +203,12 @@ def compare(actual: Mapping[str, Tensor], call: Call, *, without: Sequence[str] 
 
 
 def implementation_of(op: str, dtype: torch.dtype, device: torch.device) -> dispatch.Choice:
-    """What runs the public op under the backend in force, and why."""
+    """Return what runs the public op under the backend in force, and why."""
     return dispatch.choose(registered(op), torch.empty(0, dtype=dtype, device=device))
 
 
 def backends_for(op: str, device: torch.device, dtype: torch.dtype) -> tuple[list[str], str]:
-    """Under which backends to run a public op, ours first, and why "triton" is not among them."""
+    """Return under which backends to run a public op, ours first, and why "triton" is not among them."""
     unsupported = dispatch.triton_unsupported(device, dtype)
     if unsupported is not None:
         return ["aten"], unsupported
