@@ -11,11 +11,12 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch, torch_private
 from fastunet.ops import recompute
-from fastunet.ops.convolution import convolution_grads, convolution_grads_fake
+from fastunet.ops.convolution import convolution_grads
 from fastunet.ops.registration import (
     below_autograd,
     define,
     define_autocast,
+    define_backward,
     empty_in,
     invoke,
     memory_format,
@@ -31,8 +32,8 @@ aten = torch.ops.aten
 class HeadArgs(NamedTuple):
     x: Tensor  # [N, Cin, H, W]
     weight: Tensor  # [Cout, Cin, 1, 1]
-    bias: Tensor | None  # [Cout]
-    activation: str | None
+    bias: Tensor | None = None  # [Cout]
+    activation: str | None = None
 
     def choice(self, *, training: bool = False) -> dispatch.Choice:
         return dispatch.choose(NAME, self.x, self.weight, training=training)
@@ -47,9 +48,6 @@ class HeadGradArgs(NamedTuple):
     y: Tensor | None
     activation: str | None
     mask: list[bool]
-
-    def choice(self, *, training: bool = True) -> dispatch.Choice:
-        return dispatch.choose(NAME, self.x, self.weight, training=True)
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
@@ -129,10 +127,6 @@ def _backward_triton(args: HeadGradArgs) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias
 
 
-def _backward_fake(args: HeadGradArgs) -> tuple[Tensor | None, ...]:
-    return convolution_grads_fake(args.x, args.weight, args.mask)
-
-
 class Conv1x1(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -165,5 +159,5 @@ _op = define(
     autograd=Conv1x1,
     is_torchs=lambda args: True,
 )
-_backward_op = define(f"{NAME}_backward", HeadGradArgs, 3, implementation=_backward, fake=_backward_fake)
+_backward_op = define_backward(_op, HeadGradArgs, ("x", "weight", "bias"), implementation=_backward)
 define_autocast(_op, cast=("x", "weight", "bias"), rule=_softmax_rule)

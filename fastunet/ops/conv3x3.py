@@ -14,7 +14,16 @@ from fastunet import checks, dispatch
 from fastunet.ops import conv3x3_aten, recompute
 from fastunet.ops.convolution import check_eps, check_inputs, check_norm, check_pair
 from fastunet.ops.epilogue import arguments_of, slope_of
-from fastunet.ops.registration import Changed, below_autograd, define, define_autocast, empty_in, invoke, memory_format
+from fastunet.ops.registration import (
+    Changed,
+    below_autograd,
+    define,
+    define_autocast,
+    define_backward,
+    empty_in,
+    invoke,
+    memory_format,
+)
 from fastunet.reference import functional as reference
 
 P = ParamSpec("P")
@@ -81,15 +90,12 @@ class ConvGradArgs(NamedTuple):
     input_slope: float | None
     mask: list[bool]
 
-    def choice(self, *, training: bool = True) -> dispatch.Choice:
-        return dispatch.choose(NAMES[self.norm], self.x, self.weight, training=True)
-
 
 # --- forward ---
 
 
 def _forward(args: ConvArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ...]:
-    """(y, pooled, raw, mean, invstd): the last three where there is a norm and a backward that needs them."""
+    """Return (y, pooled, raw, mean, invstd): the last three where there is a norm and a backward that needs them."""
     if choice.implementation == "triton":
         from fastunet.ops import conv3x3_triton
 
@@ -113,7 +119,7 @@ def _forward_fake(args: ConvArgs) -> tuple[Tensor | None, ...]:
 
 
 def _composition(args: ConvArgs) -> tuple[Tensor | None, ...]:
-    """The last arguments are between two ops: here each takes its own activation back in its gradient."""
+    """Compute it by torch functions. The last arguments are between two ops: here each undoes its own activation."""
     joined = args.x if args.up is None else torch.cat([args.x, args.up], dim=1)
     activation = arguments_of(args.slope)
     if args.norm == "none":
@@ -137,15 +143,6 @@ def _backward(args: ConvGradArgs, choice: dispatch.Choice) -> tuple[Tensor | Non
 
         return conv3x3_triton.backward(args)
     return conv3x3_aten.backward(args, choice.implementation)
-
-
-def _backward_fake(args: ConvGradArgs) -> tuple[Tensor | None, ...]:
-    bias = args.weight.new_empty(args.weight.shape[0]) if args.gamma is None else torch.empty_like(args.gamma)
-    likes = (args.x, args.up, args.weight, bias, args.gamma)
-    return tuple(
-        torch.empty_like(like) if wanted and like is not None else None
-        for like, wanted in zip(likes, args.mask, strict=True)
-    )
 
 
 class Conv3x3(Function):
@@ -194,7 +191,7 @@ _op = define(
     # Torch's instance norm answers contiguous for any format; two ops may share an activation's gradient.
     is_torchs=lambda args: args.norm != "instance" and not args.grad_is_ready and args.input_slope is None,
 )
-_backward_op = define("conv3x3_backward", ConvGradArgs, 5, implementation=_backward, fake=_backward_fake)
+_backward_op = define_backward(_op, ConvGradArgs, _DIFFERENTIABLE, implementation=_backward)
 define_autocast(
     _op, cast=("x", "up"), parameters=lambda args: ("weight", "bias") if args.norm == "none" else ("weight",)
 )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def forward(args: ConvArgs) -> tuple[Tensor | None, ...]:
-    """(y, pooled, raw, mean, invstd), the last three None unless a backward needs them."""
+    """Return (y, pooled, raw, mean, invstd), the last three None unless a backward needs them."""
     x, up = args.x, args.up
     weight = kernel_weight(args.weight, x, training=args.keep or args.training)
     raw = mean = invstd = None
@@ -46,7 +46,9 @@ def forward(args: ConvArgs) -> tuple[Tensor | None, ...]:
 
 
 def _convolved(args: ConvArgs, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The convolution's output, and mean and invstd to normalise it by, float32 [groups, Cout]; running ones move."""
+    """Return the convolution's output, and mean and invstd to normalise it by, float32 [groups, Cout]; running ones
+    move.
+    """
     tf32 = dispatch.tf32_allowed()
     if args.norm == "batch" and not args.training:
         raw, _ = kernels.conv3x3(args.x, weight, up=args.up, allow_tf32=tf32)
@@ -59,14 +61,14 @@ def _convolved(args: ConvArgs, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Te
 
 
 def _running_statistics(args: ConvArgs | ConvGradArgs) -> tuple[Tensor, Tensor]:
-    """mean and invstd [1, Cout] from running statistics."""
+    """Return mean and invstd [1, Cout] from running statistics."""
     assert args.running_mean is not None
     assert args.running_var is not None
     return args.running_mean.float()[None], (args.running_var.float()[None] + args.eps).rsqrt()
 
 
 def backward(args: ConvGradArgs) -> tuple[Tensor | None, ...]:
-    """Gradients of x, up, weight, bias and gamma."""
+    """Return gradients of x, up, weight, bias and gamma."""
     if args.norm != "none":
         return _norm_backward(args)
     if args.slope is None and args.grad_pooled is None:
@@ -104,7 +106,7 @@ def _norm_backward(args: ConvGradArgs) -> tuple[Tensor | None, ...]:
 
 
 def _conv_backward(grad: Tensor, args: ConvGradArgs, mask: list[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of x, up, weight and bias from that of the convolution's output; mask says which are wanted."""
+    """Return gradients of x, up, weight and bias from that of the convolution's output; mask says which are wanted."""
     x, up, weight = args.x, args.up, args.weight
     tf32 = dispatch.tf32_allowed()
     split = x.shape[1]

@@ -11,11 +11,12 @@ from torch.autograd import Function
 from fastunet import checks, dispatch
 from fastunet.cpu import onednn
 from fastunet.ops import recompute
-from fastunet.ops.convolution import convolution_grads, convolution_grads_fake, kernel_weight
+from fastunet.ops.convolution import convolution_grads, kernel_weight
 from fastunet.ops.registration import (
     below_autograd,
     define,
     define_autocast,
+    define_backward,
     empty_in,
     invoke,
     memory_format,
@@ -43,9 +44,6 @@ class UpGradArgs(NamedTuple):
     x: Tensor
     weight: Tensor
     mask: list[bool]
-
-    def choice(self, *, training: bool = True) -> dispatch.Choice:
-        return dispatch.choose(NAME, self.x, self.weight, training=True)
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,10 +98,6 @@ def _backward_triton(args: UpGradArgs) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, grad_bias
 
 
-def _backward_fake(args: UpGradArgs) -> tuple[Tensor | None, ...]:
-    return convolution_grads_fake(args.x, args.weight, args.mask, transposed=True)
-
-
 class ConvTranspose2x2(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
@@ -127,5 +121,5 @@ _op = define(
     autograd=ConvTranspose2x2,
     is_torchs=lambda args: True,
 )
-_backward_op = define(f"{NAME}_backward", UpGradArgs, 3, implementation=_backward, fake=_backward_fake)
+_backward_op = define_backward(_op, UpGradArgs, ("x", "weight", "bias"), implementation=_backward)
 define_autocast(_op, cast=("x",), parameters=lambda args: ("weight", "bias"))

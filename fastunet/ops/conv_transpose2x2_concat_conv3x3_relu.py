@@ -1,6 +1,4 @@
-"""conv_transpose2x2_concat_conv3x3_relu: a U-Net's step up, from the level below to its first convolution, for
-inference.
-"""
+"""conv_transpose2x2_concat_conv3x3_relu: fused upsample + conv of a U-Net's decoder, for inference."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from fastunet.weight_cache import prepared
 NAME = "conv_transpose2x2_concat_conv3x3_relu"
 
 
-class StepUpArgs(NamedTuple):
+class FusedUpArgs(NamedTuple):
     """activation(norm(conv2d(cat([skip, up]), weight, padding=1)) + bias) of up = conv_transpose2d(low, up_weight,
     up_bias, stride=2), padded to skip's size.
     """
@@ -77,10 +75,10 @@ def conv_transpose2x2_concat_conv3x3_relu(
     check_eps(NAME, eps)
     check_norm(NAME, skip, weight, bias=bias, running_mean=mean, running_var=variance, gamma=gamma)
     slope = slope_of(relu, negative_slope)
-    return invoke(_op, StepUpArgs(skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope))
+    return invoke(_op, FusedUpArgs(skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope))
 
 
-def _forward(args: StepUpArgs, choice: dispatch.Choice) -> Tensor:
+def _forward(args: FusedUpArgs, choice: dispatch.Choice) -> Tensor:
     skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope = args
     format = memory_format(skip, low, weight)
     if choice.implementation == "onednn":
@@ -92,8 +90,8 @@ def _forward(args: StepUpArgs, choice: dispatch.Choice) -> Tensor:
     return _in_two_steps(args).contiguous(memory_format=format)
 
 
-def _in_two_steps(args: StepUpArgs) -> Tensor:
-    """The upsampling by its op, then the convolution by its."""
+def _in_two_steps(args: FusedUpArgs) -> Tensor:
+    """Upsample by the op for it, then convolve by the op for that."""
     skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope = args
     step = UpArgs(low, up_weight, up_bias)
     up = torch.ops.fastunet.conv_transpose2x2(*_cast(step, "weight", "bias"))
@@ -105,14 +103,14 @@ def _in_two_steps(args: StepUpArgs) -> Tensor:
 
 
 def _cast(args: Any, *names: str) -> Any:
-    """Parameters as autocast gives them to an op: in its image's dtype, but where the op prepares them once."""
+    """Return parameters as autocast gives them to an op: in its image's dtype, but where the op prepares them once."""
     if args.choice().prepares:
         return args
     cast = {name: getattr(args, name) for name in names}
     return args._replace(**{name: None if t is None else t.to(args.x.dtype) for name, t in cast.items()})
 
 
-def _by_kernel(args: StepUpArgs) -> Tensor:
+def _by_kernel(args: FusedUpArgs) -> Tensor:
     from fastunet.kernels import conv_transpose2x2_concat_conv3x3 as kernels
     from fastunet.kernels.epilogue import Normalisation
 
@@ -134,17 +132,17 @@ def _by_kernel(args: StepUpArgs) -> Tensor:
     return kernels.conv_transpose2x2_concat_conv3x3(skip, low, weights, bias, norm=norm, negative_slope=slope)
 
 
-def _forward_fake(args: StepUpArgs) -> Tensor:
+def _forward_fake(args: FusedUpArgs) -> Tensor:
     n, _, h, w = args.skip.shape
     return empty_in(memory_format(args.skip, args.low, args.weight), args.skip, n, args.weight.shape[0], h, w)
 
 
-def _composition(args: StepUpArgs) -> Tensor:
+def _composition(args: FusedUpArgs) -> Tensor:
     skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope = args
     norm = None if mean is None or variance is None else (mean, variance, gamma, eps)
     weights = (up_weight, up_bias, weight, bias)
     return reference.conv_transpose2x2_concat_conv3x3_relu(skip, low, *weights, norm=norm, **arguments_of(slope))
 
 
-_op = define(NAME, StepUpArgs, 1, implementation=_forward, fake=_forward_fake, composition=_composition)
+_op = define(NAME, FusedUpArgs, 1, implementation=_forward, fake=_forward_fake, composition=_composition)
 define_autocast(_op, cast=("skip", "low"))  # Of what runs, the op alone knows in which dtype it takes parameters.

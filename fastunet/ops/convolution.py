@@ -12,7 +12,7 @@ from fastunet.weight_cache import prepared
 
 
 def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> None:
-    """The checks shared by every op that begins with a 3x3 convolution of x, or of x and up joined."""
+    """Raise for what no op can take that begins with a 3x3 convolution of x, or of x and up concatenated."""
     # As almost always, and then there is nothing to explain.
     is_right = weight.shape[1:] == (*x.shape[1:2], 3, 3) and weight.dtype == x.dtype and weight.device == x.device
     if up is None and not pool and x.dim() == 4 and is_right and x.is_floating_point():
@@ -56,7 +56,7 @@ def check_norm(name: str, x: Tensor, weight: Tensor, **parameters: Tensor | None
 
 
 def kernel_weight(weight: Tensor, x: Tensor, *, training: bool) -> Tensor:
-    """weight as the kernels read it in vectors, channels_last like x; in inference the copy is kept."""
+    """Return weight as the kernels read it in vectors, channels_last like x; in inference the copy is kept."""
     if not suggests_channels_last(x) or weight.is_contiguous(memory_format=torch.channels_last):
         return weight
     if training:
@@ -81,7 +81,7 @@ def convolution_grads(
     padding: int = 0,
     transposed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, those that mask asks for, with the strides of what they are gradients of."""
+    """Return gradients of x, weight and bias, those that mask asks for, each with the strides of its tensor."""
     if mask[1] and padding == 1 and dispatch.aten_is_slow(x, weight):
         grad_x, _, grad_bias = convolution_grads(grad, x, weight, [mask[0], False, mask[2]], padding=padding)
         return grad_x, strided_like(_weight_grad_by_matmul(grad, x), weight), grad_bias
@@ -112,14 +112,3 @@ def _weight_grad_by_matmul(grad: Tensor, x: Tensor) -> Tensor:
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     rows = grad.permute(1, 0, 2, 3).reshape(-1, pixels)
     return (rows @ windows.reshape(pixels, -1)).view(-1, 3, 3, x.shape[1]).permute(0, 3, 1, 2)
-
-
-def convolution_grads_fake(
-    x: Tensor, weight: Tensor, mask: list[bool], *, transposed: bool = False
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Shapes and strides of convolution_grads."""
-    return (
-        torch.empty_like(x) if mask[0] else None,
-        torch.empty_like(weight) if mask[1] else None,
-        weight.new_empty(weight.shape[1 if transposed else 0]) if mask[2] else None,
-    )

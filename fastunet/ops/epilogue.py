@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def slope_of(relu: bool, negative_slope: float) -> float | None:
-    """The slope that stands for the public arguments `relu` and `negative_slope`.
+    """Return the slope that stands for the public arguments `relu` and `negative_slope`.
 
     A negative slope is refused: the gradient is taken from the sign of the output.
     """
@@ -27,12 +27,13 @@ def slope_of(relu: bool, negative_slope: float) -> float | None:
 
 
 def arguments_of(slope: float | None) -> dict[str, Any]:
-    """The public arguments that a slope stands for."""
+    """Return the public arguments that a slope stands for."""
     return {"relu": slope is not None, "negative_slope": slope or 0.0}
 
 
 def epilogue_grad(grad_y: Tensor | None, grad_pooled: Tensor | None, y: Tensor | None, slope: float | None) -> Tensor:
-    """The gradient of the activation's input, from those of its output y and of max_pool2x2(y); either may be missing.
+    """Return the gradient of the activation's input, from those of its output y and of max_pool2x2(y); either may be
+    missing.
 
     The pooling's winners are found again from y rather than kept: they would be int64.
     """

@@ -52,7 +52,7 @@ class _OnImport(MetaPathFinder):
 
 def _formula(names: Sequence[str]) -> Callable[..., int]:
     def flops(*args: Any, **_: Any) -> int:
-        """Of an op's arguments, each tensor as its shape."""
+        """Count those of an op's arguments, each tensor as its shape."""
         given = dict(zip(names, args, strict=True))
         total = _flops(given["x" if "x" in given else "skip"], given["weight"])
         if "mask" in given:  # Of x, up where there is one, and weight, in this order; then of others.

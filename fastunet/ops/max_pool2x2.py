@@ -28,7 +28,7 @@ class PoolGradArgs(NamedTuple):
     grad: Tensor
     x: Tensor
 
-    def choice(self, *, training: bool = True) -> dispatch.Choice:
+    def choice(self) -> dispatch.Choice:
         return dispatch.choose(NAME, self.x, training=True)
 
 

@@ -1,8 +1,8 @@
-"""Inputs that a backward computes anew instead of keeping them.
+"""Inputs that a backward recomputes instead of keeping them.
 
 An op keeps its input for the gradient of its weight. Where that is y = activation(norm(raw)) of an op before it, which
-keeps raw and the statistics in any case, both can do with those: one pass over raw makes y again, the one of forward,
-to the same bits. Of a U-Net with norm this leaves half of what its layers keep.
+keeps raw and the statistics in any case, both can do with those: one pass over raw recomputes y, as forward did, to
+the same bits. Of a U-Net with norm this leaves half of what its layers keep.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _enabled = True
 
 @contextmanager
 def recomputing(enabled: bool) -> Iterator[None]:
-    """Within the block, in every thread, whether a forward on the Triton kernels leaves outputs of norms to be computed
-    anew by its backward. It does outside: half the memory for a pass over each of them.
+    """Within the block, in every thread, have a forward on the Triton kernels leave outputs of norms to be recomputed
+    by its backward, or keep them. Outside it leaves them: half the memory for a pass over each of them.
     """
     global _enabled
     before, _enabled = _enabled, enabled
@@ -67,7 +67,7 @@ def save(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
 
 
 def saved(ctx: Any, *, reads_values: bool) -> list[Any]:
-    """x and the others; without reads_values x is only of the right shape, dtype and strides."""
+    """Return x and the others; without reads_values x is only of the right shape, dtype and strides."""
     x, raw, mean, invstd, gamma, beta, *others = ctx.saved_tensors
     if x is not None:
         return [x, *others]

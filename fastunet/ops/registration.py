@@ -87,13 +87,14 @@ def define(
     composition: Callable[[Any], Any] | None = None,
     autograd: type[Function] | None = None,
     is_torchs: Callable[[Any], bool] = lambda args: False,
+    choose: Callable[[Any], dispatch.Choice] = lambda args: args.choice(),
 ) -> Op:
     """Register an op and return it.
 
-    arguments: a NamedTuple with a method `choice(*, training=False)`, what `dispatch` chooses for it. implementation
-    and fake give a tensor, or a tuple of `results`, None for those not asked for. `composition` computes the same by
-    torch functions alone; a backward op has none. Without `autograd` a gradient raises. `is_torchs(args)`: a step with
-    gradients that is left to ATen runs the composition.
+    arguments: a NamedTuple, by default with a method `choice(*, training=False)`, what `dispatch` chooses for it.
+    implementation and fake give a tensor, or a tuple of `results`, None for those not asked for. `composition` computes
+    the same by torch functions alone; a backward op has none. Without `autograd` a gradient raises. `is_torchs(args)`:
+    a step with gradients that is left to ATen runs the composition.
     """
     _LIBRARY.define(schema_of(name, arguments, results))
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -102,7 +103,7 @@ def define(
 
     def run(*args: Any) -> Any:
         given = arguments(*args)
-        return _without_none(implementation(given, given.choice()), args)
+        return _without_none(implementation(given, choose(given)), args)
 
     def run_fake(*args: Any) -> Any:
         return _without_none(fake(arguments(*args)), args)
@@ -128,6 +129,36 @@ def define(
 
     _LIBRARY.impl(name, kernel, "Autograd")
     return op
+
+
+def define_backward(
+    op: Op,
+    arguments: type[Any],
+    gradients: Sequence[str],
+    *,
+    implementation: Callable[[Any, dispatch.Choice], tuple[Tensor | None, ...]],
+) -> Op:
+    """Register the backward of an op, of which dispatch chooses as for a forward with the arguments that both have.
+
+    arguments: a NamedTuple of the outputs' gradients, what was kept, and at last the mask that says which gradients are
+    asked for, of the op's arguments of these names.
+    """
+    shared = [name for name in arguments._fields if name in op.arguments._fields]
+
+    def choose(args: Any) -> dispatch.Choice:
+        return op.arguments(**{name: getattr(args, name) for name in shared}).choice(training=True)
+
+    def gradient(args: Any, name: str) -> Tensor | None:
+        like = getattr(args, name, None)
+        if like is None and name == "bias":  # It is not kept; the first tensor is the gradient of an output.
+            return args.weight.new_empty(next(t for t in args if t is not None).shape[1])
+        return None if like is None else torch.empty_like(like)
+
+    def fake(args: Any) -> tuple[Tensor | None, ...]:
+        return tuple(gradient(args, name) if needed else None for name, needed in zip(gradients, args[-1], strict=True))
+
+    name, results = f"{op.name}_backward", len(gradients)
+    return define(name, arguments, results, implementation=implementation, fake=fake, choose=choose)
 
 
 def registered() -> list[Op]:
@@ -236,7 +267,7 @@ def _with_plain_arguments(kind: type[Any], implementation: Callable, fake: Calla
 
 
 def check_untransformed(what: str) -> None:
-    """Raises ConfigError where derivatives are asked for that `what`, for inference alone, would leave out."""
+    """Raise ConfigError where derivatives are asked for that `what`, for inference alone, would leave out."""
     if in_forward_mode() or in_transform():
         raise checks.ConfigError(
             f"{what} is for inference: expected a call outside of torch.func and forward-mode AD, which take the model "
@@ -269,7 +300,7 @@ def define_autocast(
     parameters: Callable[[Any], Sequence[str]] = lambda args: (),
     rule: Callable[[Any], Any] | None = None,
 ) -> None:
-    """At the Autocast keys, run op with the arguments of the names `cast` in the autocast dtype.
+    """Run op, at the Autocast keys, with the arguments of the names `cast` in the autocast dtype.
 
     `parameters(args)` are cast as well, into the memory format of the first argument, except where the op prepares them
     once: a cast one is another tensor at every call.
@@ -325,7 +356,7 @@ def _not_differentiable(name: str, op: Op, *, is_backward: bool) -> type[Functio
 
 
 def memory_format(*tensors: Tensor | None) -> torch.memory_format:
-    """channels_last if any of the tensors is, else contiguous: the format a torch convolution of them returns."""
+    """Return channels_last if any of the tensors is, else contiguous: the format of a torch convolution of them."""
     if any(t is not None and suggests_channels_last(t) for t in tensors):
         return torch.channels_last
     return torch.contiguous_format
@@ -342,10 +373,10 @@ def suggests_channels_last(t: Tensor) -> bool:
 
 
 def empty_in(format: torch.memory_format, like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised tensor of that shape and format, of like's dtype and device."""
+    """Return an uninitialised tensor of that shape and format, of like's dtype and device."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format)
 
 
 def strided_like(t: Tensor, like: Tensor) -> Tensor:
-    """t with like's strides, as the fakes of the backward ops promise."""
+    """Return t with like's strides, as the fakes of the backward ops promise."""
     return t if t.stride() == like.stride() else torch.empty_like(like, dtype=t.dtype).copy_(t)

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.kernels.config_passes import MOST_CHANNELS
-from fastunet.ops.registration import below_autograd, define, invoke, strided_like
+from fastunet.ops.registration import below_autograd, define, define_backward, invoke, strided_like
 from fastunet.reference import functional as reference
 
 NAME = "segmentation_sums"
@@ -49,13 +49,6 @@ class SumsGradArgs(NamedTuple):
     squared: bool
     entropy: bool
     output_mask: list[bool]
-
-    @property
-    def of(self) -> SumsArgs:
-        return SumsArgs(*self[1:7])
-
-    def choice(self, *, training: bool = True) -> dispatch.Choice:
-        return self.of.choice(training=True)
 
 
 def segmentation_sums(
@@ -116,7 +109,9 @@ def _forward(args: SumsArgs, choice: dispatch.Choice) -> Tensor:
 
 
 def _chunks(logits: Tensor) -> list[slice]:
-    """Images to compute together by ATen: on a CPU few enough that what lies between two passes stays in its cache."""
+    """Return images to compute together by ATen: on a CPU few enough that what lies between two passes stays in its
+    cache.
+    """
     images, *sizes = logits.shape
     if logits.is_cuda or images == 0:
         return [slice(None)]
@@ -163,7 +158,7 @@ def _values(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor
 
 
 def _indices(target: Tensor, mask: Tensor | None) -> Tensor:
-    """Class indices as int64; those masked out, which may be any number, become 0."""
+    """Return class indices as int64; those masked out, which may be any number, become 0."""
     index = target.long()
     return index if mask is None else index.masked_fill(mask == 0, 0)
 
@@ -249,11 +244,6 @@ def _grad_target(
     return result if m is None else result * m
 
 
-def _backward_fake(args: SumsGradArgs) -> tuple[Tensor | None, ...]:
-    pairs = zip((args.logits, args.target), args.output_mask, strict=True)
-    return tuple(torch.empty_like(t) if wanted else None for t, wanted in pairs)
-
-
 # --- registration ---
 
 
@@ -281,4 +271,4 @@ _op = define(
     composition=_composition,
     autograd=SegmentationSums,
 )
-_backward_op = define(f"{NAME}_backward", SumsGradArgs, 2, implementation=_backward, fake=_backward_fake)
+_backward_op = define_backward(_op, SumsGradArgs, ("logits", "target"), implementation=_backward)
