@@ -46,7 +46,7 @@ class MissingPackageError(FastUNetError, ModuleNotFoundError):
 
 
 def check_activation(op: str, **tensors: Tensor) -> None:
-    """Each tensor is a 4-D floating-point image batch [N, C, H, W]."""
+    """Raise unless each tensor is a 4-D floating-point image batch [N, C, H, W]."""
     for name, t in tensors.items():
         if t.dim() != 4:
             raise ShapeError(f"{op}: {name}: expected a 4-D tensor [N, C, H, W], got {list(t.shape)}")
@@ -55,13 +55,15 @@ def check_activation(op: str, **tensors: Tensor) -> None:
 
 
 def check_shape(op: str, name: str, t: Tensor | None, expected: Sequence[int]) -> None:
-    """t, where given, has exactly the expected shape."""
+    """Raise unless t, where given, has exactly the expected shape."""
     if t is not None and tuple(t.shape) != tuple(expected):
         raise ShapeError(f"{op}: {name}: expected shape {list(expected)}, got {list(t.shape)}")
 
 
 def check_convolution(op: str, weight: Tensor, channels: int, kernel: int, *, transposed: bool = False) -> int:
-    """weight is [out, channels, kernel, kernel] ([channels, out, ...] if transposed); the number of output channels."""
+    """Raise unless weight is [out, channels, kernel, kernel] ([channels, out, ...] if transposed); return the number of
+    output channels.
+    """
     if weight.dim() != 4:
         raise ShapeError(f"{op}: weight: expected a 4-D tensor, got {list(weight.shape)}")
     out_channels = weight.shape[1 if transposed else 0]
@@ -71,20 +73,20 @@ def check_convolution(op: str, weight: Tensor, channels: int, kernel: int, *, tr
 
 
 def check_pooled(op: str, height: int, width: int) -> None:
-    """A 2x2 window fits into the image."""
+    """Raise unless a 2x2 window fits into the image."""
     if height < 2 or width < 2:
         raise ShapeError(f"{op}: expected height and width >= 2 for 2x2 pooling, got {height}x{width}")
 
 
 def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """The tensors live on x's device."""
+    """Raise unless the tensors live on x's device."""
     for name, t in others.items():
         if t is not None and t.device != x.device:
             raise DeviceError(f"{op}: {name}: expected device {x.device} (the input's), got {t.device}")
 
 
 def check_together(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """The tensors live on x's device and, outside autocast, which casts them, share x's dtype."""
+    """Raise unless the tensors live on x's device and, outside autocast, which casts them, share x's dtype."""
     check_device(op, x, **others)
     for name, t in others.items():
         if t is not None and t.dtype != x.dtype and not autocasts(x.device.type):
@@ -100,14 +102,14 @@ def autocasts(device: str) -> bool:
 
 
 def check_same_images(op: str, skip: Tensor, up: Tensor) -> None:
-    """skip and up agree in everything but their channels."""
+    """Raise unless skip and up agree in everything but their channels."""
     check_activation(op, skip=skip, up=up)
     check_shape(op, "up", up, (skip.shape[0], up.shape[1], *skip.shape[2:]))
     check_together(op, skip, up=up)
 
 
 def check_images(name: str, t: Tensor) -> None:
-    """t is a floating-point batch [N, C, *spatial]."""
+    """Raise unless t is a floating-point batch [N, C, *spatial]."""
     if not t.is_floating_point():
         raise DtypeError(f"{name}: expected a floating-point dtype, got {t.dtype}")
     if t.dim() < 3:
@@ -115,14 +117,14 @@ def check_images(name: str, t: Tensor) -> None:
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
-    """value, which is one of those allowed."""
+    """Return value, which is one of those allowed; raise for any other."""
     if value not in allowed:
         raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
     return value
 
 
 def check_weights(name: str, weights: Sequence[float] | float | Tensor | None) -> Tensor | None:
-    """The weights, none negative, as a float tensor of dim 0 (one for all) or 1 (one each)."""
+    """Return the weights, none negative, as a float tensor of dim 0 (one for all) or 1 (one each)."""
     if weights is None:
         return None
     import torch

@@ -52,12 +52,12 @@ class Explanation:
 
     @property
     def replaced(self) -> int:
-        """In how many rows an op of fastunet's replaces a pattern."""
+        """Return in how many rows an op of fastunet's replaces a pattern."""
         return sum(row.replaced_by != "" for row in self.rows)
 
     @property
     def left(self) -> int:
-        """How many rows torch.compile's other backend has."""
+        """Return how many rows torch.compile's other backend has."""
         return len(self.rows) - self.replaced
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Explanation:
 
 
 def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | None = None) -> Explanation:
-    """Which implementation each op of model(example) gets under the backend in force, and the reason.
+    """Return which implementation each op of model(example) gets under the backend in force, and the reason.
 
     Of a model of fastunet's own blocks, a row for each op that runs. Of any other, compiled or not, a row for each
     convolution, pooling and upsampling with all that would be computed with it: what
@@ -113,7 +113,7 @@ def _recorded(model: nn.Module, example: Tensor, device: torch.device) -> list[R
 
 
 def _compiled(model: nn.Module, example: Tensor, device: torch.device) -> list[Row]:
-    """The rows of a copy of the model whose tensors are fake."""
+    """Return the rows of a copy of the model whose tensors are fake."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {id(p): nn.Parameter(_fake(mode, p, p.device), p.requires_grad) for p in model.parameters()}
     plain = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
@@ -173,7 +173,7 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def seeing(self, model: nn.Module) -> Iterator[None]:
-        """Within the block each quantised layer of the model is one row, whatever it is computed of."""
+        """Have each quantised layer of the model be one row within the block, whatever it is computed of."""
         names = {module: name for name, module in model.named_modules() if isinstance(module, QuantizedConv3x3)}
 
         def before(module: QuantizedConv3x3, inputs: tuple[Any, ...]) -> None:

@@ -24,7 +24,7 @@ LONGEST_SUFFIX = 100  # bytes; longer ones are no format's
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`: moved to it when the block ends, removed when it raises.
+    """Return a temporary path beside `path`: moved to it when the block ends, removed when it raises.
 
     What is moved is on the disk already, and has the permissions of any new file, whatever those its writer chose.
     """

@@ -87,7 +87,7 @@ class SegmentationMetrics:
         )
 
     def _checked(self, name: str, labels: Tensor) -> Tensor:
-        """The labels as int64, in which those of uint64 that it cannot hold are negative."""
+        """Return the labels as int64, in which those of uint64 that it cannot hold are negative."""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise DtypeError(f"{name}: expected integer labels, got {labels.dtype}")
         labels = labels.long()
@@ -99,5 +99,5 @@ class SegmentationMetrics:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and 1 where both are 0."""
+    """Compute part / whole, and 1 where both are 0."""
     return torch.where(whole > 0, part / whole, 1.0)

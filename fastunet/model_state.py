@@ -91,5 +91,5 @@ class ModelState:
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast casts to on that kind of device, None where it is off."""
+    """Return what autocast casts to on that kind of device, None where it is off."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -41,7 +41,7 @@ DIGEST, NO_DIGEST = "sha256", 64 * "0"
 def load(
     source: str | os.PathLike[str] | Mapping[str, Any], options: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments of `fastunet.UNet` and its state dict, complete and of one dtype.
+    """Return the arguments of `fastunet.UNet` and its state dict, complete and of one dtype.
 
     `UNet.from_pretrained` says what source, options and dtype are, and which errors are raised. The tensors may share
     memory with those of source.
@@ -81,7 +81,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
-    """What is in a .safetensors file, or in any other by torch.load(weights_only=True): no pickle is ever run.
+    """Return what is in a .safetensors file, or in any other by torch.load(weights_only=True): no pickle is ever run.
 
     Raises DataError where the file is missing, broken or holds other objects, MissingPackageError without safetensors.
     """
@@ -100,7 +100,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
 
 
 def recognise(weights: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments of `fastunet.UNet` that names and shapes tell, and the tensors under its names.
+    """Return the arguments of `fastunet.UNet` that names and shapes tell, and the tensors under its names.
 
     `where` is what errors call the weights. Raises DataError where they are no U-Net's that is known.
     """
@@ -119,7 +119,7 @@ def recognise(weights: Mapping[str, Any], where: str) -> tuple[dict[str, Any], d
 
 
 def check_fits(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
-    """The tensors are those of UNet(**config) by name and shape. Raises ConfigError or DataError."""
+    """Raise ConfigError or DataError unless the tensors are those of UNet(**config) by name and shape."""
     try:
         with torch.device("meta"):
             expected = ReferenceUNet(**config).state_dict()
@@ -143,7 +143,7 @@ def check_fits(config: Mapping[str, Any], state: Mapping[str, Tensor], where: st
 
 
 def _read(source: Any) -> tuple[Mapping[str, Any], dict[str, Any], str]:
-    """The weights, the arguments of UNet that a config.json beside them gives, and what to call them in errors."""
+    """Return the weights, the arguments of UNet in a config.json beside them, and what to call them in errors."""
     if isinstance(source, Mapping):
         return source, {}, "state dict"
     if not isinstance(source, str | os.PathLike):
@@ -166,7 +166,7 @@ def _check_expansion(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The arguments of UNet in the config.json of a training run or of `save`."""
+    """Return the arguments of UNet in the config.json of a training run or of `save`."""
     try:
         saved = json.loads(path.read_text())["model"]
         if unknown := [name for name in saved if name not in (*STRUCTURE, *FREE)]:
@@ -235,7 +235,7 @@ def _check_digest(path: Path, content: bytes) -> None:
 
 
 def _safetensors() -> Any:
-    """The package, which only reading and writing its files needs."""
+    """Return the package, which only reading and writing its files needs."""
     try:
         import safetensors
         import safetensors.torch
@@ -250,7 +250,7 @@ def _safetensors() -> Any:
 
 
 def _tensors(weights: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """The state dict within a checkpoint, without what wrappers put before its names."""
+    """Return the state dict within a checkpoint, without what wrappers put before its names."""
     nested = (weights[name] for name in NESTS if isinstance(weights.get(name), Mapping))
     entries = {name: value for name, value in next(nested, weights).items() if name not in NO_WEIGHTS}
     for name, value in entries.items():
@@ -316,7 +316,7 @@ def _with_statistics_as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _structure(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """The arguments of UNet that the weights tell."""
+    """Return the arguments of UNet that the weights tell."""
 
     def size(name: str, axis: int) -> int:
         if name not in state or state[name].dim() != 4:
@@ -347,7 +347,7 @@ def _structure(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 
 
 def _agreed(found: dict[str, Any], given: Mapping[str, Any], error: type[FastUNetError], place: str) -> dict[str, Any]:
-    """What was found, overridden by what is given. Raises `error` where the weights contradict."""
+    """Return what was found, overridden by what is given. Raises `error` where the weights contradict."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     for name in STRUCTURE:
         if name in values and not _agree(name, found, values[name]):
@@ -363,7 +363,7 @@ def _agree(name: str, found: dict[str, Any], value: Any) -> bool:
 
 
 def _in_one_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None, where: str) -> dict[str, Tensor]:
-    """The weights in `dtype`, or as they are where None, if they are of one."""
+    """Return the weights in `dtype`, or as they are where None, if they are of one."""
     counts = {name for name in state if name.endswith("num_batches_tracked")}
     found = {tensor.dtype for name, tensor in state.items() if name not in counts}
     wanted = found if dtype is None else {dtype}
@@ -382,5 +382,5 @@ def _arguments(config: Mapping[str, Any]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    """The first of the names, or a word that there are none."""
+    """Return the first of the names, or a word that there are none."""
     return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])]) or "none"

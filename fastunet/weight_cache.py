@@ -65,13 +65,13 @@ _storages: weakref.WeakKeyDictionary[torch.UntypedStorage, _Storage] = weakref.W
 _numbers = itertools.count(1)
 
 
-class _Noted(threading.local):
-    """What this thread notes down of what it was given, or None."""
+class _Recorded(threading.local):
+    """What this thread records of what it was given, or None."""
 
     uses: list[Use] | None = None
 
 
-_noted = _Noted()
+_recorded = _Recorded()
 
 
 class Use(NamedTuple):
@@ -82,20 +82,20 @@ class Use(NamedTuple):
 
 
 @contextmanager
-def uses_noted() -> Iterator[list[Use]]:
+def uses_recorded() -> Iterator[list[Use]]:
     """Within the block, each result that this thread is given: for what goes on to use them without asking for them
     again.
     """
     uses: list[Use] = []
-    before, _noted.uses = _noted.uses, uses
+    before, _recorded.uses = _recorded.uses, uses
     try:
         yield uses
     finally:
-        _noted.uses = before
+        _recorded.uses = before
 
 
 def address(t: Tensor) -> int:
-    """Where t's values begin."""
+    """Return where t's values begin."""
     return storage_address(t) + int(t.storage_offset()) * t.itemsize
 
 
@@ -136,16 +136,16 @@ class _State:
 
 
 def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> T:
-    """make(), or what it gave before for the same kind and unchanged sources.
+    """Return make(), or what it gave before for the same kind and unchanged sources.
 
     kind: names what is made, with everything that make() takes beside the sources. sources[0] is not None; one result
     of each kind is kept for it. A result shares no memory with the sources: it would keep them, and itself, for ever.
     """
-    if _noted.uses is None:
+    if _recorded.uses is None:
         return _prepared(kind, sources, make)[1]
     with torch_private.without_modes():  # Whoever records what is done with the result is not to see how it was made.
         state, result = _prepared(kind, sources, make)
-    _noted.uses.append(Use(result, functools.partial(state.holds, sources)))
+    _recorded.uses.append(Use(result, functools.partial(state.holds, sources)))
     return result
 
 
@@ -169,7 +169,7 @@ def _known(t: Tensor) -> tuple[_Storage, _Record]:
 
 
 def _number(t: Tensor | None) -> int | None:
-    """A number that stays the same as long as t's memory holds those values."""
+    """Return a number that stays the same as long as t's memory holds those values."""
     if t is None:
         return None
     storage, record = _known(t)

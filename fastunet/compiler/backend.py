@@ -25,7 +25,8 @@ FALLBACKS = ("inductor", "aot_eager", "eager")
 
 
 def compile(model: nn.Module, **kwargs: Any) -> Any:
-    """torch.compile(model, backend="fastunet", **kwargs), after bringing the model's 4-D weights into channels_last.
+    """Call torch.compile(model, backend="fastunet", **kwargs), after bringing the model's 4-D weights into
+    channels_last.
 
     The parameters stay the same objects, so an optimizer made before keeps working; only their strides change.
     """
@@ -42,7 +43,7 @@ def fastunet_backend(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable:
-    """The backend, by the interface of torch.compile's backends; found through the entry point "fastunet".
+    """Return the backend, by the interface of torch.compile's backends; found through the entry point "fastunet".
 
     options: "fallback", which backend gets what is left: "inductor" (default; "eager" where there is no C++ compiler),
     "aot_eager" or "eager"; "force": True replaces every pattern that is exactly one of the ops, also where the op would
@@ -54,7 +55,7 @@ def fastunet_backend(
 
 
 def find_patterns(graph_module: GraphModule, **options: Any) -> list[tuple[GraphModule, list[Pattern]]]:
-    """patterns.find of a graph and of the graphs within it (checkpointed regions, branches), by graph."""
+    """Return patterns.find of a graph and of the graphs within it (checkpointed regions, branches), by graph."""
     inner = (child for child in graph_module.children() if isinstance(child, GraphModule))
     found = [pair for child in inner for pair in find_patterns(child, **options)]
     return [*found, (graph_module, patterns.find(graph_module, **options))]
@@ -84,7 +85,7 @@ def _read(mode: str | None, options: dict[str, Any] | None) -> tuple[str, bool, 
 
 @cache
 def default_fallback() -> str:
-    """What gets the rest where no fallback is asked for: "inductor", or "eager" where that cannot work."""
+    """Return what gets the rest where no fallback is asked for: "inductor", or "eager" where that cannot work."""
     if not has_cpp_compiler():
         warnings.warn(
             "fastunet: no C++ compiler was found (CXX names one), which torch.compile's inductor needs: "

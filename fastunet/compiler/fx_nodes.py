@@ -59,8 +59,8 @@ _MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_infe
 
 
 def name_of(node: object) -> str:
-    """The function a node calls, by one name for all its spellings; "" if it is none of those known here, or called
-    with more than the parameters known here (`out`).
+    """Return the function a node calls, by one name for all its spellings; "" if it is none of those known here, or
+    called with more than the parameters known here (`out`).
     """
     if not isinstance(node, Node) or _key(node) not in _SIGNATURES:
         return ""
@@ -69,7 +69,7 @@ def name_of(node: object) -> str:
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """All arguments of a node whose `name_of` is known, by parameter, defaults filled in."""
+    """Return all arguments of a node whose `name_of` is known, by parameter, defaults filled in."""
     parameters = _SIGNATURES[_key(node)][1]
     given = dict(zip(parameters, node.args, strict=False)) | node.kwargs
     if "axis" in given:  # torch.cat's other name for it.
@@ -82,7 +82,7 @@ def _key(node: Node) -> Any:
 
 
 def value_of(node: object) -> Any:
-    """The fake tensor (or number) that stands for a node's result, None where Dynamo left none."""
+    """Return the fake tensor (or number) that stands for a node's result, None where Dynamo left none."""
     return node.meta.get("example_value") if isinstance(node, Node) else None
 
 
@@ -95,13 +95,15 @@ def is_image(node: object) -> bool:
 
 
 def only_user(node: Node) -> Node | None:
-    """The node that alone uses this one's result, in one place."""
+    """Return the node that alone uses this one's result, in one place."""
     users = list(node.users)
     return users[0] if len(users) == 1 and users[0].all_input_nodes.count(node) == 1 else None
 
 
 def layer_of(node: Node) -> str:
-    """The path of the module whose forward called it, from the model: "down1.conv"; "" in the model's own forward."""
+    """Return the path of the module whose forward called it, from the model: "down1.conv"; "" in the model's own
+    forward.
+    """
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
     return path.partition("].")[2]

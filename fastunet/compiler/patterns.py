@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from fastunet import dispatch
 from fastunet.compiler.fx_nodes import Order, arguments, is_image, layer_of, name_of, only_user, value_of
 
-STEP_UP = "conv_transpose2x2_concat_conv3x3_relu"
+WITH_UPSAMPLING = "conv_transpose2x2_concat_conv3x3_relu"
 WITH_HEAD = "conv3x3_relu_conv1x1"
 _ANCHORS = (
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -69,20 +69,23 @@ class Pattern:
     description: str = ""
 
     @property
+    def parts(self) -> list[Node]:
+        """Return what it computes, in the order of a description."""
+        parts = (self.up, self.pad, self.cat, self.anchor, self.norm, self.activation, self.pool, self.head)
+        return [node for node in (*parts, self.head_activation) if node is not None]
+
+    @property
     def nodes(self) -> list[Node]:
-        """All nodes it takes the place of."""
-        optional = (self.up, self.pad, self.cat, self.norm, self.activation, self.pool, self.head, self.head_activation)
-        return [self.anchor, *(node for node in optional if node is not None), *self.idle]
+        """Return all nodes it takes the place of."""
+        return [*self.parts, *self.idle]
 
     def describe(self) -> None:
-        """Note the layer and the description, while the graph still has the nodes."""
-        parts = (self.up, self.pad, self.cat, self.anchor, self.norm, self.activation, self.pool, self.head)
-        nodes = [node for node in (*parts, self.head_activation) if node is not None]
-        self.layer, self.description = layer_of(self.anchor), " + ".join(map(_described, nodes))
+        """Keep the layer and the description, while the graph still has the nodes."""
+        self.layer, self.description = layer_of(self.anchor), " + ".join(map(_described, self.parts))
 
 
 def find(graph_module: GraphModule, *, force: bool = False, device: torch.device | None = None) -> list[Pattern]:
-    """The patterns of a graph from Dynamo, in its order; not those of graphs within it.
+    """Return the patterns of a graph from Dynamo, in its order; not those of graphs within it.
 
     force: choose ops also where they would run on ATen, as does what they replace. device: answer as for a graph on
     that device.
@@ -131,7 +134,9 @@ class _Search:
             pattern.reason = f"the op would run on ATen here: {choice.reason}"
 
     def _choice(self, op: Any, pattern: Pattern) -> dispatch.Choice:
-        """What dispatch chooses for the anchor's image, in the dtype of its result, which is that autocast gives."""
+        """Return what dispatch chooses for the anchor's image, in the dtype of its result, which is that autocast
+        gives.
+        """
         norm_trains = pattern.norm is not None and arguments(pattern.norm).get("training", False)
         weight = arguments(pattern.anchor).get("weight")
         result = value_of(pattern.anchor)
@@ -152,7 +157,7 @@ class _Search:
         return True
 
     def _grow(self, pattern: Pattern) -> None:
-        """From a 3x3 convolution on: what follows it, what joins its input, and the steps of inference around it."""
+        """Take what follows a 3x3 convolution, what is concatenated before it, and what inference has around it."""
         pattern.op = "conv3x3_bias_relu"
         self._take_norm(pattern)
         user = self._take_idle(pattern)
@@ -162,7 +167,7 @@ class _Search:
         if _is_plain_cat(joined) and only_user(joined) is not None:
             self._take(pattern, cat=joined)
         is_foldable = not _has_gradient(pattern) and _can_be_folded(pattern)
-        if is_foldable and (self._take_step_up(pattern) or self._take_head(pattern)):
+        if is_foldable and (self._take_upsampling(pattern) or self._take_head(pattern)):
             return
         for user in pattern.result.users:
             if name_of(user) == "max_pool2d" and _unsupported(user) is None and self._take(pattern, pool=user):
@@ -191,24 +196,24 @@ class _Search:
         """
         return kind != "instance_norm" or self._choice(f"conv3x3_{kind}_relu", pattern).implementation != "onednn"
 
-    def _take_step_up(self, pattern: Pattern) -> bool:
-        """The transposed convolution that gives the second of the joined inputs, where the two are computed as one."""
-        if pattern.cat is None or not self._choice(STEP_UP, pattern).prepares:
+    def _take_upsampling(self, pattern: Pattern) -> bool:
+        """Take the transposed convolution that gives the second of the concatenated inputs, where one op has both."""
+        if pattern.cat is None or not self._choice(WITH_UPSAMPLING, pattern).prepares:
             return False
         skip, up = arguments(pattern.cat)["tensors"]
         pad = up if name_of(up) == "pad" else None
         transposed = up if pad is None else arguments(pad)["input"]
-        if not _gives_step_up(transposed, pad, skip):
+        if not _doubles_to_skip(transposed, pad, skip):
             return False
         nodes = {"up": transposed} if pad is None else {"up": transposed, "pad": pad}
         if any(only_user(node) is None for node in nodes.values()) or not self._take(pattern, **nodes):
             return False
         self.absorbed.add(transposed)
-        pattern.op = STEP_UP
+        pattern.op = WITH_UPSAMPLING
         return True
 
     def _take_head(self, pattern: Pattern) -> bool:
-        """The 1x1 convolution that alone uses the result."""
+        """Take the 1x1 convolution that alone uses the result."""
         head = only_user(pattern.result)
         if pattern.cat is not None or head is None or name_of(head) != "conv2d":
             return False
@@ -237,7 +242,7 @@ class _Search:
 
 
 def _unsupported(node: Node) -> str | None:
-    """Why no op computes what this anchor calls, or None."""
+    """Return why no op computes what this anchor calls, or None."""
     name, given = name_of(node), arguments(node)
     if name == "interpolate":
         return "upsampling by interpolation has no op: the convolution after it takes its result unjoined"
@@ -289,7 +294,7 @@ def _geometry_unsupported(node: Node) -> str | None:
 
 
 def _kernel_size(node: Node) -> int | None:
-    """The side of a square kernel."""
+    """Return the side of a square kernel."""
     sides = value_of(arguments(node)["weight"]).shape[2:]
     return int(sides[0]) if len(set(sides)) == 1 else None
 
@@ -314,7 +319,7 @@ def _slope(node: Node) -> float | None:
 
 
 def slope_of(activation: Node | None) -> float | None:
-    """The ops' `slope` argument for an activation that a pattern took in."""
+    """Return the ops' `slope` argument for an activation that a pattern took in."""
     return None if activation is None else _slope(activation)
 
 
@@ -335,7 +340,7 @@ def _norm_kind(node: Node) -> str | None:
 
 
 def _is_plain_cat(node: Any) -> bool:
-    """Two images of one dtype joined along the channels."""
+    """Whether it concatenates two images of one dtype along the channels."""
     if name_of(node) != "cat" or not is_image(node):
         return False
     tensors, dim = arguments(node)["tensors"], arguments(node)["dim"]
@@ -358,7 +363,7 @@ def _can_be_folded(pattern: Pattern) -> bool:
     )
 
 
-def _gives_step_up(up: Any, pad: Node | None, skip: Any) -> bool:
+def _doubles_to_skip(up: Any, pad: Node | None, skip: Any) -> bool:
     """Whether `up`, padded by at most a row below and a column on the right, doubles an image to skip's size."""
     if name_of(up) != "conv_transpose2d" or _unsupported(up) is not None:
         return False

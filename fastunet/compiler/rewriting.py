@@ -40,7 +40,7 @@ def replace(graph_module: GraphModule, patterns: Sequence[Pattern]) -> None:
 
 
 def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
-    """The nodes that stand for the pattern's results."""
+    """Return the nodes that stand for the pattern's results."""
     result, removed = pattern.result, [node for node in graph.nodes if node in pattern.nodes]
     with graph.inserting_before(result):
         op, images, rest = _arguments(graph, pattern)
@@ -75,7 +75,7 @@ def _channels_last(graph: Any, image: Node | None) -> Node | None:
 
 
 def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Node | None], dict[str, Any]]:
-    """The pattern's op, and its arguments by name: the images, and the rest."""
+    """Return the pattern's op, and its arguments by name: the images, and the rest."""
     given = arguments(pattern.anchor)
     x, weight, bias = given["input"], given.get("weight"), given.get("bias")
     up = None
@@ -106,7 +106,7 @@ def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Node | None]
 
 
 def _norm(graph: Any, pattern: Pattern) -> dict[str, Any]:
-    """The norm among conv3x3's arguments, none or more, with the convolution's bias carried over to the norm's."""
+    """Return the norm among conv3x3's arguments, with the convolution's bias carried over to the norm's."""
     if pattern.norm is None:
         return {}
     norm, bias = arguments(pattern.norm), arguments(pattern.anchor)["bias"]
@@ -138,7 +138,7 @@ def _pair(graph: Any, node: Node) -> tuple[Node, Node]:
 
 
 def _shift_running_mean(graph: Any, pattern: Pattern) -> None:
-    """The op moves the running mean by that of the convolution without its bias."""
+    """Move the running mean by the convolution's bias, without which the op computes it."""
     norm, bias = arguments(pattern.norm), arguments(pattern.anchor)["bias"]  # type: ignore[arg-type]
     if bias is None or not norm.get("training") or norm["running_mean"] is None:
         return
@@ -164,7 +164,7 @@ def replace_replicate_pads(graph_module: GraphModule) -> None:
 
 
 def replicate_pad(x: Tensor, widths: Sequence[int]) -> Tensor:
-    """F.pad(x, [left, right, above, below], "replicate") of an image [N, C, H, W], where no width is negative."""
+    """Compute F.pad(x, [left, right, above, below], "replicate") of x [N, C, H, W], where no width is negative."""
     left, right, above, below = widths
     n, c, h, _ = x.shape
     wide = torch.cat([x[..., :1].expand(n, c, h, left), x, x[..., -1:].expand(n, c, h, right)], dim=3)
@@ -196,7 +196,7 @@ def _restore_strides(graph: Any, made: set[Node]) -> None:
 
 
 def _copies(graph: Any, made: set[Node]) -> list[tuple[Node, Node]]:
-    """(user, result) wherever what was contiguous, and is channels_last now, is used by what could tell."""
+    """Return (user, result) wherever what was contiguous, and is channels_last now, is used by what could tell."""
     in_channels_last = {node for node in made if _was_contiguous(node)}
     found = []
     for node in graph.nodes:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastunet.checks import ConfigError, DeviceError
 from fastunet.model_state import ModelState, autocast_dtype
 from fastunet.ops.registration import check_untransformed
-from fastunet.weight_cache import Use, uses_noted
+from fastunet.weight_cache import Use, uses_recorded
 
 # Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.
 _WARMUP = 3
@@ -24,12 +24,12 @@ Recording = tuple[Callable[[], None], Tensor]
 
 
 def graphed(model: nn.Module, *, most: int = 8) -> GraphedModel:
-    """The model as a module whose calls replay CUDA graphs, for inference on images [N, C, H, W] on a GPU.
+    """Return the model as a module whose calls replay CUDA graphs, for inference on images [N, C, H, W] on a GPU.
 
     The first call with a shape, dtype and autocast setting records its graph. At most `most` are kept, those last used;
     each holds the memory of its activations. Results are those of the model, in tensors of their own. Weights that are
     changed in place, by an optimizer or load_state_dict, are seen; where they lie elsewhere (`.to`, another parameter),
-    or something was prepared of them (an upsampling composed with a convolution), the graphs are recorded anew. The
+    or something was prepared of them (an upsampling composed with a convolution), the graphs are recorded again. The
     model must do the same work whatever the values of its images, and no work of its own on the CPU.
 
     Raises ConfigError for a model in train mode, at the call, and DeviceError for images that are not on a GPU.
@@ -89,7 +89,7 @@ class GraphedModel(nn.Module):
 
     def _recorded(self, x: Tensor) -> _Graph:
         # Outside of inference mode, whose tensors could not be written to by a call without it.
-        with torch.inference_mode(False), torch.no_grad(), uses_noted() as prepared:
+        with torch.inference_mode(False), torch.no_grad(), uses_recorded() as prepared:
             image = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
             replay, result = self._record(lambda: self.model(image))
         return _Graph(image, replay, result, prepared)

@@ -87,8 +87,8 @@ def _look_back(x: Tensor, view: int) -> Tensor:
 
 
 def labels_of(probabilities: Tensor) -> Tensor:
-    """Labels [..., H, W] of probabilities [..., K, H, W]: above one half for one channel, else the largest; uint8, or
-    int32 for more than 256 classes.
+    """Return labels [..., H, W] of probabilities [..., K, H, W]: above one half for one channel, else the largest;
+    uint8, or int32 for more than 256 classes.
     """
     if probabilities.shape[-3] == 1:
         return (probabilities.squeeze(-3) > 0.5).to(torch.uint8)
@@ -103,7 +103,9 @@ def evaluate(
     tile: int | None = None,
     tta: bool = False,
 ) -> tuple[Scores, list[Tensor]]:
-    """Scores over all samples (image [C, H, W], labels [H, W]), and the predicted labels [H, W] of each, on the CPU."""
+    """Return scores over all samples (image [C, H, W], labels [H, W]), and the predicted labels [H, W] of each, on the
+    CPU.
+    """
     from fastunet.metrics import SegmentationMetrics
 
     metrics = SegmentationMetrics(class_names)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastunet import dispatch, modules, ops
 from fastunet.checks import ConfigError, DataError
+from fastunet.model_state import autocast_dtype
 from fastunet.ops.registration import check_untransformed
 from fastunet.torch_private import untraced
 from fastunet.unet import UNet
@@ -36,7 +37,8 @@ EMULATED = dispatch.Choice(
 
 @torch.no_grad()
 def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
-    """A copy of the model, for inference, whose 3x3 convolutions compute in e4m3. The model itself stays as it is.
+    """Return a copy of the model, for inference, whose 3x3 convolutions compute in e4m3. The model itself stays as it
+    is.
 
     images: batches [N, C, H, W] as the model gets them, on its device: some typical ones, for the ranges of what its
     convolutions read. Larger values than theirs are held to the range later. A batch norm is taken by its running
@@ -69,7 +71,7 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
 
 
 def _check(model: UNet) -> None:
-    """ConfigError unless the blocks are fastunet's as they were built, with norms that can be quantised."""
+    """Raise ConfigError unless the blocks are fastunet's as they were built, with norms that can be quantised."""
     if type(model).forward is not UNet.forward:
         raise ConfigError(f"quantize: expected UNet's forward, got {type(model).__name__}'s own")
     kinds = {"inc": modules.DoubleConv, "down": modules.Down, "up": modules.Up, "outc": modules.OutConv}
@@ -104,7 +106,7 @@ def _write_for(producer: nn.Module, **consumers: nn.Module) -> None:
 
 
 def _blocks(model: UNet) -> list[tuple[str, Any]]:
-    """The double convolutions by their paths."""
+    """Return the double convolutions by their paths."""
     downs = [(f"down{i}.maxpool_conv.1", down.maxpool_conv[1]) for i, down in enumerate(model.downs, 1)]
     return [("inc", model.inc), *downs, *((f"up{i}.conv", up.conv) for i, up in enumerate(model.ups, 1))]
 
@@ -229,8 +231,7 @@ class ChainedConvTranspose2x2(_Chained):
 
 def _dtype_of(x: Tensor) -> torch.dtype:
     """In which a layer computes on x."""
-    is_autocast = torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if is_autocast else x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 def _has_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
@@ -264,7 +265,7 @@ class _Observed(Conv3x3):
 
 
 def _quantised(name: str, half: Any) -> nn.Module:
-    """The quantised convolution of an observed one, or a plain one where its channels do not suit."""
+    """Return the quantised convolution of an observed one, or a plain one where its channels do not suit."""
     largest = half.largest
     if largest == 0:
         raise DataError(f"quantize: {name}: expected values other than 0 in calibration, got none")
@@ -336,14 +337,13 @@ class QuantizedConv3x3(nn.Module):
         return (y, pooled) if pool else y
 
     def choose(self, x: Tensor, up: Tensor | None) -> dispatch.Choice:
-        """What runs this layer on inputs like these, and why."""
+        """Return what runs this layer on inputs like these, and why."""
         return EMULATED if self._is_emulated(x, up) else ON_TENSOR_CORES
 
     def _dtype(self, x: Tensor, up: Tensor | None) -> torch.dtype:
         """Of results that are not in e4m3."""
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        return next((t.dtype for t in (x, up) if t is not None and t.dtype != E4M3), self._like.dtype)
+        images = (t.dtype for t in (x, up) if t is not None and t.dtype != E4M3)
+        return autocast_dtype(x.device.type) or next(images, self._like.dtype)
 
     def _is_emulated(self, x: Tensor, up: Tensor | None) -> bool:
         if not _has_tensor_cores(x, self._dtype(x, up)):
@@ -384,7 +384,7 @@ def _as_result(t: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _affine(conv: Any, norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """mean, variance, gamma, bias, float32 [Cout], and eps of what follows the sums: a norm, or a bias alone."""
+    """Return mean, variance, gamma, bias, float32 [Cout], and eps of what follows the sums: a norm, or a bias alone."""
     like = conv.weight.new_ones(conv.weight.shape[0], dtype=torch.float32)
     if isinstance(norm, nn.Identity):
         bias = like * 0 if conv.bias is None else conv.bias.detach().float()

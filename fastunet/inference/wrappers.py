@@ -53,7 +53,7 @@ def gives_logits(model: nn.Module) -> bool | None:
 
 
 def as_probabilities(model: nn.Module, from_logits: bool | None) -> Callable[[Tensor], Tensor]:
-    """The function of an image batch that gives the model's probabilities, float32.
+    """Return the function of an image batch that gives the model's probabilities, float32.
 
     from_logits: what the model gives, None where that is to be found: by its parts; or, of code that wraps a U-Net, by
     whether its first result is the U-Net's own. A model without a U-Net in it is taken to give logits.

@@ -24,14 +24,14 @@ def activate(x: Tensor, *, relu: bool = True, negative_slope: float = 0.0) -> Te
 
 
 def max_pool2x2(x: Tensor) -> Tensor:
-    """The maximum of each 2x2 window; an odd last row or column is dropped."""
+    """Return the maximum of each 2x2 window; an odd last row or column is dropped."""
     return F.max_pool2d(x, 2)
 
 
 def conv3x3_bias_relu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
 ) -> Tensor:
-    """activate(conv2d(x, weight, bias)), zeros around the image."""
+    """Compute activate(conv2d(x, weight, bias)), zeros around the image."""
     return activate(F.conv2d(x, weight, bias, padding=1), relu=relu, negative_slope=negative_slope)
 
 
@@ -49,8 +49,8 @@ def conv3x3_batch_norm_relu(
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """activate(batch_norm(conv2d(x, weight))); in training the running statistics are updated in place, as torch
-    does.
+    """Compute activate(batch_norm(conv2d(x, weight))); in training the running statistics are updated in place, as
+    torch does.
     """
     y = F.conv2d(x, weight, padding=1)
     y = F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
@@ -67,7 +67,7 @@ def conv3x3_instance_norm_relu(
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """activate(instance_norm(conv2d(x, weight))), statistics of each image and channel."""
+    """Compute activate(instance_norm(conv2d(x, weight))), statistics of each image and channel."""
     y = F.instance_norm(F.conv2d(x, weight, padding=1), weight=gamma, bias=beta, eps=eps)
     return activate(y, relu=relu, negative_slope=negative_slope)
 
@@ -100,14 +100,14 @@ concat_conv3x3_instance_norm_relu = concatenated(conv3x3_instance_norm_relu)
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """conv_transpose2d with a 2x2 kernel and stride 2: [N, Cin, H, W] to [N, Cout, 2H, 2W], weight [Cin, Cout,
+    """Compute conv_transpose2d with a 2x2 kernel and stride 2: [N, Cin, H, W] to [N, Cout, 2H, 2W], weight [Cin, Cout,
     2, 2].
     """
     return F.conv_transpose2d(x, weight, bias, stride=2)
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
-    """conv2d with a 1x1 kernel, then nothing, sigmoid, or softmax over the channels."""
+    """Compute conv2d with a 1x1 kernel, then nothing, sigmoid, or softmax over the channels."""
     y = F.conv2d(x, weight, bias)
     if activation is None:
         return y
@@ -126,8 +126,8 @@ def conv3x3_relu_conv1x1(
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """conv1x1 of conv3x3_bias_relu, or of conv3x3_batch_norm_relu by norm = (running_mean, running_var, gamma, eps),
-    whose beta the bias is.
+    """Compute conv1x1 of conv3x3_bias_relu, or of conv3x3_batch_norm_relu by norm = (running_mean, running_var, gamma,
+    eps), whose beta the bias is.
     """
     y = _conv3x3_in_inference(x, weight, bias, norm, relu=relu, negative_slope=negative_slope)
     return conv1x1(y, head_weight, head_bias, activation="sigmoid" if sigmoid else None)
@@ -145,8 +145,8 @@ def conv_transpose2x2_concat_conv3x3_relu(
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """The convolution of conv3x3_relu_conv1x1, of [skip, conv_transpose2x2(low)], with zeros below and right where skip
-    is one larger.
+    """Return the convolution of conv3x3_relu_conv1x1, of [skip, conv_transpose2x2(low)], with zeros below and right
+    where skip is one larger.
     """
     up = conv_transpose2x2(low, up_weight, up_bias)
     up = F.pad(up, [0, skip.shape[3] - up.shape[3], 0, skip.shape[2] - up.shape[2]])
@@ -176,8 +176,8 @@ def segmentation_sums(
     squared: bool = False,
     entropy: bool = False,
 ) -> Tensor:
-    """[rows, N, C]: over the pixels of each image and channel, the sums of p*t, of p (or p^2), of t (or t^2), p and t
-    zero where the mask is; with entropy also of -t*log(p) and, for sigmoid, of -(1-t)*log(1-p).
+    """Return [rows, N, C]: over the pixels of each image and channel, the sums of p*t, of p (or p^2), of t (or t^2), p
+    and t zero where the mask is; with entropy also of -t*log(p) and, for sigmoid, of -(1-t)*log(1-p).
 
     target [N, C, H, W], or class indices [N, 1, H, W], which may be anything where the mask is zero. Summed in float32,
     or float64 for float64 logits.
@@ -208,7 +208,7 @@ def sigmoid_dice_loss(
     batch: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
-    """1 - (2 sum(p*t) + smooth) / (sum(p) + sum(t) + smooth), p = sigmoid(logits), per image and channel (per
+    """Compute 1 - (2 sum(p*t) + smooth) / (sum(p) + sum(t) + smooth), p = sigmoid(logits), per image and channel (per
     channel if batch).
     """
     sums = segmentation_sums(logits, target, squared=squared)

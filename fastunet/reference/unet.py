@@ -66,7 +66,7 @@ class Down(nn.Module):
 
 
 def padding_to(low: Tensor, skip: Tensor) -> list[int]:
-    """Zeros [left, right, top, bottom] that bring low to skip's size; of an odd difference the larger half right
+    """Return zeros [left, right, top, bottom] that bring low to skip's size; of an odd difference the larger half right
     and below.
     """
     rows, columns = skip.shape[-2] - low.shape[-2], skip.shape[-1] - low.shape[-1]
@@ -174,12 +174,12 @@ class ReferenceUNet(nn.Module):
 
     @property
     def downs(self) -> list[Any]:
-        """down1..downN, from the image towards the bottom."""
+        """Return down1..downN, from the image towards the bottom."""
         return [getattr(self, f"down{level}") for level in range(1, self.depth + 1)]
 
     @property
     def ups(self) -> list[Any]:
-        """up1..upN, from the bottom towards the image."""
+        """Return up1..upN, from the bottom towards the image."""
         return [getattr(self, f"up{level}") for level in range(1, self.depth + 1)]
 
     def forward(self, x: Tensor) -> Tensor:
