@@ -41,28 +41,27 @@ def dice_sums(
     input: Tensor,
     target: Tensor,
     *,
-    activation: Activation = "none",
     squared: bool = False,
     soft_label: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Sum overlap, prediction and truth over the pixels of each image and channel.
 
-    With p the activated input and t the target, both zero where the mask is:
+    With p the input and t the target, both zero where the mask is:
 
         plain        sum(p*t),                      sum(p),    sum(t)
         soft_label   sum((|p| + |t| - |p-t|) / 2),  sum(|p|),  sum(|t|)
         squared      sum(p*t),                      sum(p*p),  sum(t*t)      (soft labels change nothing)
 
     Args:
-        input: logits or probabilities [N, C, *spatial], any float dtype.
+        input: probabilities [N, C, *spatial], any float dtype.
         target: [N, C, *spatial], any dtype.
         mask: 1 = counts, 0 = does not; [N, 1, *spatial], or None for every pixel.
 
     Returns:
         [3, N, C] in fp32, or in float64 for float64 input.
     """
-    probability = _activate(_at_least_fp32(input), activation)
+    probability = _at_least_fp32(input)
     target = target.to(probability.dtype)
     if mask is not None:
         probability, target = probability * mask, target * mask
@@ -174,15 +173,13 @@ class DiceLoss(nn.Module):
         squared = self.squared_pred
         if activation != "none" and (squared or not self.soft_label):
             return _fused_sums(input, target, mask, activation, squared=squared, entropy=entropy)
-        probability = self.other_act(_at_least_fp32(input)) if self.other_act is not None else input
-        sums = dice_sums(
-            probability,
-            _one_hot(target, channels, mask) if one_hot else target,
-            activation=activation,
-            squared=squared,
-            soft_label=self.soft_label,
-            mask=mask,
-        )
+        probability = _at_least_fp32(input)
+        if self.other_act is not None:
+            probability = self.other_act(probability)
+        elif activation != "none":
+            probability = probability.sigmoid() if activation == "sigmoid" else probability.softmax(1)
+        values = _one_hot(target, channels, mask) if one_hot else target
+        sums = dice_sums(probability, values, squared=squared, soft_label=self.soft_label, mask=mask)
         if not entropy:
             return sums
         return torch.cat([sums, _fused_sums(input, target, mask, activation, squared=False, entropy=True)[3:]])
@@ -360,13 +357,6 @@ def _fused_sums(
         input, target = input.flatten(2).unsqueeze(3), target.flatten(2).unsqueeze(3)
         mask = None if mask is None else mask.flatten(2).unsqueeze(3)
     return segmentation_sums(input, target, mask, activation=activation, squared=squared, entropy=entropy)
-
-
-def _activate(input: Tensor, activation: Activation) -> Tensor:
-    """Apply a named activation over the channels (dim 1)."""
-    if activation == "sigmoid":
-        return input.sigmoid()
-    return input.softmax(1) if activation == "softmax" else input
 
 
 def _at_least_fp32(input: Tensor) -> Tensor:
