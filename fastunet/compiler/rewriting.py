@@ -212,16 +212,12 @@ def _copies(graph: Any, made: set[Node]) -> list[tuple[Node, Node]]:
 
 def _something_changes_from(graph: Any, nodes: Sequence[Node]) -> bool:
     """Whether anything but the graph's own inputs may be changed in place by one of the nodes, or after the first."""
-    remaining = list(graph.nodes)[min((list(graph.nodes).index(node) for node in nodes), default=len(graph.nodes)) :]
+    order = list(graph.nodes)
     return any(
-        has_effect(node) and not _is_ours(node) and not _is_input(node.args[:1])
-        for node in remaining
+        has_effect(node) and not _is_ours(node) and not (node.args and getattr(node.args[0], "op", "") == "placeholder")
+        for node in order[min(map(order.index, nodes), default=len(order)) :]
         if node.op != "output"
     )
-
-
-def _is_input(arguments_: tuple[Any, ...]) -> bool:
-    return bool(arguments_) and isinstance(arguments_[0], Node) and arguments_[0].op == "placeholder"
 
 
 def _is_ours(node: Node) -> bool:
@@ -229,13 +225,9 @@ def _is_ours(node: Node) -> bool:
 
 
 def _follows_format(node: Node) -> bool:
-    elementwise = node.target in _ELEMENTWISE and all(_is_image_or_number(a) for a in node.args)
+    tensors = [value for value in map(value_of, node.args) if isinstance(value, Tensor)]
+    elementwise = node.target in _ELEMENTWISE and all(t.dim() == 4 for t in tensors)
     return _is_ours(node) or elementwise or name_of(node) in _FOLLOWS_FORMAT
-
-
-def _is_image_or_number(argument: Any) -> bool:
-    value = value_of(argument)
-    return not isinstance(argument, Node) or not isinstance(value, Tensor) or value.dim() == 4
 
 
 def _was_contiguous(node: Node) -> bool:
