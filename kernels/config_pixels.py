@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from fastunet.kernels.conv3x3.config import ALL_REGISTERS, TILE_W, aligned, channel_block, fits_descriptors, stages
-from fastunet.kernels.gpu import Target, cdiv
+from fastunet.kernels.conv3x3.config import (
+    ALL_REGISTERS,
+    DESCRIPTOR,
+    TILE_W,
+    ConvConfig,
+    aligned,
+    channel_block,
+    fits_descriptors,
+    stages,
+)
+from fastunet.kernels.gpu import Config, Target, cdiv
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class PixelProductConfig:
-    """Blocks of a product of pixels with a weight.
-
-    block_p: pixels. block_n: output channels. block_k: input channels of one step. max_registers: as in ConvConfig.
-    """
+class PixelProductConfig(Config):
+    """Blocks of a product of pixels with a weight: pixels, output channels, and input channels of one step."""
 
     block_p: int
     block_n: int
@@ -24,13 +34,14 @@ class PixelProductConfig:
     num_stages: int
     max_registers: int | None = None
 
+    @property
+    def product_rows(self) -> int:
+        return self.block_p
+
 
 @dataclass(frozen=True)
-class PixelWeightGradConfig:
-    """Blocks of such a product's weight gradient.
-
-    block_p: pixels of one step, its K dimension. block_in, block_out: channels. max_registers: as in ConvConfig.
-    """
+class PixelWeightGradConfig(Config):
+    """Blocks of such a product's weight gradient: pixels of one step, its K dimension, and channels."""
 
     block_p: int
     block_in: int
@@ -39,21 +50,9 @@ class PixelWeightGradConfig:
     num_stages: int
     max_registers: int | None = None
 
-
-@dataclass(frozen=True)
-class SubpixelTileConfig:
-    """Blocks of conv_transpose2x2 through tensor descriptors.
-
-    tile_h, tile_w: pixels of an input tile, whose rows count through all images. The rest is as in ConvConfig.
-    """
-
-    tile_h: int
-    tile_w: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
+    @property
+    def product_rows(self) -> int:
+        return self.block_in
 
 
 # The most channels that a block of softmax holds; of more, a program's sums and exponentials would not fit registers.
@@ -77,14 +76,17 @@ def pixel_product_config(
     return PixelProductConfig(block_p, block_n, block_k, 8 if block_n == 128 else 4, num_stages, limit)
 
 
-def subpixel_tile_config(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> SubpixelTileConfig | None:
-    """The blocks for conv_transpose2x2 through tensor descriptors, None where it does not suit them. Unmeasured."""
+def subpixel_tile_config(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> ConvConfig | None:
+    """The blocks for conv_transpose2x2 through tensor descriptors, None where it does not suit them. Unmeasured.
+
+    The rows of a tile count through all images.
+    """
     if not fits_descriptors(dtype, target, (c_in,), (c_out,)):
         return None
     block_n, tile_h = channel_block(c_out, 128), 16
     num_stages = stages((tile_h * TILE_W + block_n) * 64 * dtype.itemsize, target)
     limit = ALL_REGISTERS if target.capability >= 100 else None
-    return SubpixelTileConfig(tile_h, TILE_W, block_n, 64, 8 if block_n == 128 else 4, num_stages, limit)
+    return ConvConfig(tile_h, TILE_W, block_n, 64, 8 if block_n == 128 else 4, num_stages, DESCRIPTOR, limit)
 
 
 def head_config(
@@ -135,47 +137,45 @@ def pixel_weight_grad_programs(chosen: PixelWeightGradConfig, c_in: int, c_out: 
     return subpixels * cdiv(c_in, chosen.block_in) * cdiv(c_out, chosen.block_out)
 
 
-# Channels (in, out) that together lead to every config of the choosers for conv_transpose2x2.
-_PIXEL_CHANNELS = tuple(itertools.product((17, 64, 128), (3, 17, 32, 64, 128)))
+def writes_e4m3(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> bool:
+    """Whether conv_transpose2x2 can leave its result in e4m3: by descriptors, whole 16-byte vectors of it."""
+    return subpixel_tile_config(c_in, c_out, dtype, target) is not None and c_out % 16 == 0
+
+
+# --- every config that a choice can give, each with channels (in, out) that lead to it ---
+
+# They lead to every config for conv_transpose2x2.
+_CHANNELS = tuple(itertools.product((17, 64, 128), (3, 17, 32, 64, 128)))
+
+
+def _reachable(choose: Callable[[int, int], T], cases: Iterable[tuple[int, int]]) -> dict[T, tuple[int, int]]:
+    found: dict[T, tuple[int, int]] = {}
+    for channels in cases:
+        found.setdefault(choose(*channels), channels)
+    return found
 
 
 def pixel_product_configs(
     dtype: torch.dtype, target: Target, *, allow_tf32: bool
 ) -> dict[PixelProductConfig, tuple[int, int]]:
-    """Every config that pixel_product_config can choose, each with channels (in, out) that lead to it."""
-    found: dict[PixelProductConfig, tuple[int, int]] = {}
-    for channels in _PIXEL_CHANNELS:
-        found.setdefault(pixel_product_config(*channels, dtype, target, allow_tf32=allow_tf32), channels)
-    return found
+    return _reachable(lambda i, o: pixel_product_config(i, o, dtype, target, allow_tf32=allow_tf32), _CHANNELS)
 
 
-def writes_e4m3(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> bool:
-    """Whether conv_transpose2x2 can leave its result in e4m3: in the descriptor form, whole 16-byte vectors of it."""
-    return subpixel_tile_config(c_in, c_out, dtype, target) is not None and c_out % 16 == 0
-
-
-def subpixel_tile_configs(dtype: torch.dtype, target: Target) -> dict[SubpixelTileConfig, tuple[int, int]]:
-    """Every config that subpixel_tile_config can choose, each with channels (in, out) that lead to it."""
-    chosen = {channels: subpixel_tile_config(*channels, dtype, target) for channels in _PIXEL_CHANNELS}
+def subpixel_tile_configs(dtype: torch.dtype, target: Target) -> dict[ConvConfig, tuple[int, int]]:
+    chosen = {channels: subpixel_tile_config(*channels, dtype, target) for channels in _CHANNELS}
     return {found: channels for channels, found in chosen.items() if found is not None}
 
 
 def head_configs(
     dtype: torch.dtype, target: Target, *, allow_tf32: bool, softmax: bool
 ) -> dict[PixelProductConfig, tuple[int, int]]:
-    """Every config that head_config can choose, each with channels (in, out) that lead to it."""
-    found: dict[PixelProductConfig, tuple[int, int]] = {}
-    for channels in itertools.product((17, 64), (3, 17, 65)):
-        chosen = head_config(*channels, dtype, target, allow_tf32=allow_tf32, softmax=softmax)
-        found.setdefault(chosen, channels)
-    return found
+    return _reachable(
+        lambda i, o: head_config(i, o, dtype, target, allow_tf32=allow_tf32, softmax=softmax),
+        itertools.product((17, 64), (3, 17, 65)),
+    )
 
 
 def pixel_weight_grad_configs(
     dtype: torch.dtype, target: Target, *, allow_tf32: bool
 ) -> dict[PixelWeightGradConfig, tuple[int, int]]:
-    """Every config that pixel_weight_grad_config can choose, each with channels (in, out) that lead to it."""
-    found: dict[PixelWeightGradConfig, tuple[int, int]] = {}
-    for channels in _PIXEL_CHANNELS:
-        found.setdefault(pixel_weight_grad_config(*channels, dtype, target, allow_tf32=allow_tf32), channels)
-    return found
+    return _reachable(lambda i, o: pixel_weight_grad_config(i, o, dtype, target, allow_tf32=allow_tf32), _CHANNELS)

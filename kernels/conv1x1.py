@@ -7,12 +7,9 @@ The gradient goes through the activation where it is loaded: that of the sum bef
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from fastunet.kernels import config_pixels, gpu
-from fastunet.kernels.epilogue import precision
 from fastunet.kernels.layout import empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 from fastunet.kernels.pixels import (
@@ -22,6 +19,7 @@ from fastunet.kernels.pixels import (
     accumulate_rows,
     load_grad,
     pixel_rows,
+    product_launch,
     softmax_dots,
 )
 from fastunet.kernels.tiles import nan_max
@@ -98,45 +96,6 @@ def conv1x1_input_grad_kernel(
 # fmt: on
 
 
-def _launch(
-    kernel: triton.JITFunction,
-    tensors: dict[str, Tensor | None],
-    weight: Tensor,
-    out: Tensor,
-    chosen: config_pixels.PixelProductConfig,
-    activation: str | None,
-    allow_tf32: bool,
-) -> gpu.Launch:
-    """A launch that fills out [N, channels, H, W]."""
-    batch, channels, height, width = out.shape
-    weight = on_boundary(weight)
-    pixels = batch * height * width
-    arguments: dict[str, Any] = {
-        **tensors,
-        "weight_ptr": weight,
-        "pixels": pixels,
-        "C": weight.shape[1],
-        "COUT": weight.shape[0],
-        "stride_in": weight.stride(1),
-        "stride_out": weight.stride(0),
-        "ACTIVATION": ACTIVATIONS[activation],
-        "PRECISION": precision(out.dtype, allow_tf32),
-        "BLOCK_P": chosen.block_p,
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k,
-    }
-    return gpu.Launch(
-        kernel,
-        gpu.cdiv(pixels, chosen.block_p) * gpu.cdiv(channels, chosen.block_n),
-        arguments,
-        chosen.num_warps,
-        chosen.num_stages,
-        chosen.max_registers,
-        product_rows=chosen.block_p,
-        computes_operand="grad_ptr" in tensors and activation is not None,
-    )
-
-
 def conv1x1_launch(
     x: Tensor,
     weight: Tensor,
@@ -147,22 +106,23 @@ def conv1x1_launch(
     allow_tf32: bool,
     target: gpu.Target,
 ) -> gpu.Launch:
-    """The launch that fills packed y from packed x."""
-    softmax = activation == "softmax"
-    chosen = config_pixels.head_config(
-        x.shape[1], weight.shape[0], x.dtype, target, allow_tf32=allow_tf32, softmax=softmax
-    )
-    tensors = {"x_ptr": x, "bias_ptr": None if bias is None else bias.contiguous(), "y_ptr": y}
-    return _launch(conv1x1_kernel, tensors, weight, y, chosen, activation, allow_tf32)
+    """Return the launch that fills packed y from packed x."""
+    (channels_out, channels), options = weight.shape[:2], {"allow_tf32": allow_tf32, "softmax": activation == "softmax"}
+    chosen = config_pixels.head_config(channels, channels_out, x.dtype, target, **options)
+    bias = None if bias is None else bias.contiguous()
+    arguments = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y, "ACTIVATION": ACTIVATIONS[activation]}
+    weight, programs = on_boundary(weight).transpose(0, 1), gpu.cdiv(channels_out, chosen.block_n)
+    return product_launch(conv1x1_kernel, arguments, weight, y, programs, chosen, allow_tf32=allow_tf32)
 
 
 def input_grad_launch(
     grad: Tensor, y: Tensor | None, weight: Tensor, out: Tensor, *, activation: str | None, allow_tf32: bool
 ) -> gpu.Launch:
-    """The launch that fills packed out, the gradient of the input, from packed grad and y."""
+    """Return the launch that fills packed out, the gradient of the input, from packed grad and y."""
     chosen = config_pixels.head_input_grad_config(grad.dtype, allow_tf32=allow_tf32)
-    tensors = {"grad_ptr": grad, "y_ptr": y, "out_ptr": out}
-    return _launch(conv1x1_input_grad_kernel, tensors, weight, out, chosen, activation, allow_tf32)
+    arguments = {"grad_ptr": grad, "y_ptr": y, "out_ptr": out, "ACTIVATION": ACTIVATIONS[activation]}
+    weight, programs = on_boundary(weight).transpose(0, 1), gpu.cdiv(out.shape[1], chosen.block_n)
+    return product_launch(conv1x1_input_grad_kernel, arguments, weight, out, programs, chosen, allow_tf32=allow_tf32)
 
 
 def conv1x1(

@@ -11,10 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastunet.kernels import config_pixels, gpu
-from fastunet.kernels.epilogue import E4M3, precision, scale_to_e4m3
+from fastunet.kernels.conv3x3.config import ConvConfig, tiles_per_image
+from fastunet.kernels.epilogue import E4M3, scale_to_e4m3
 from fastunet.kernels.layout import empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
-from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, subpixel_step
+from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, product_launch, subpixel_step
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -118,50 +119,12 @@ def _weight_matrix(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 1, 0).contiguous().view(SUBPIXELS * weight.shape[1], weight.shape[0])
 
 
-def _launch(
-    kernel: triton.JITFunction,
-    tensors: dict[str, Tensor | None],
-    weight: Tensor,
-    small: Tensor,
-    products: int,
-    chosen: config_pixels.PixelProductConfig,
-    allow_tf32: bool,
-) -> gpu.Launch:
-    """A launch with `products` programs for each block of the pixels of `small`, the image of half the size."""
-    batch, channels, height, width = small.shape
-    pixels = batch * height * width
-    arguments = {
-        **tensors,
-        "weight_ptr": weight,
-        "pixels": pixels,
-        "W": width,
-        "C": channels,
-        "COUT": weight.shape[1],
-        "stride_in": weight.stride(0),
-        "stride_out": weight.stride(1),
-        "stride_sub": weight.stride(3),
-        "PRECISION": precision(small.dtype, allow_tf32),
-        "BLOCK_P": chosen.block_p,
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k,
-    }
-    return gpu.Launch(
-        kernel,
-        gpu.cdiv(pixels, chosen.block_p) * products,
-        arguments,
-        chosen.num_warps,
-        chosen.num_stages,
-        chosen.max_registers,
-        product_rows=chosen.block_p,
-    )
-
-
 def _descriptor_launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    chosen: config_pixels.SubpixelTileConfig,
+    chosen: ConvConfig,
     y_scale: Tensor | None,
 ) -> gpu.Launch:
     """The launch of the descriptor form."""
@@ -181,21 +144,9 @@ def _descriptor_launch(
         "W": width,
         "COUT": channels_out,
         "steps": gpu.cdiv(channels, block_k),
-        "TILE_H": tile_h,
-        "TILE_W": tile_w,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
     }
-    tiles = gpu.cdiv(rows, tile_h) * gpu.cdiv(width, tile_w)
-    return gpu.Launch(
-        conv_transpose2x2_descriptor_kernel,
-        tiles * SUBPIXELS * gpu.cdiv(channels_out, block_n),
-        arguments,
-        chosen.num_warps,
-        chosen.num_stages,
-        chosen.max_registers,
-        product_rows=block_n,
-    )
+    grid = tiles_per_image(chosen, rows, width) * SUBPIXELS * gpu.cdiv(channels_out, block_n)
+    return gpu.launch(conv_transpose2x2_descriptor_kernel, grid, arguments, chosen)
 
 
 def conv_transpose2x2_launch(
@@ -222,17 +173,18 @@ def conv_transpose2x2_launch(
     chosen = config_pixels.pixel_product_config(x.shape[1], channels_out, x.dtype, target, allow_tf32=allow_tf32)
     tensors = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}
     products = SUBPIXELS * gpu.cdiv(channels_out, chosen.block_n)
-    return _launch(conv_transpose2x2_kernel, tensors, _one_run(weight), x, products, chosen, allow_tf32)
+    return product_launch(
+        conv_transpose2x2_kernel, tensors, _one_run(weight), x, products, chosen, allow_tf32=allow_tf32
+    )
 
 
 def input_grad_launch(grad: Tensor, weight: Tensor, out: Tensor, *, allow_tf32: bool, target: gpu.Target) -> gpu.Launch:
     """The launch that fills packed out, the gradient of the input, from packed grad."""
     channels = out.shape[1]
     chosen = config_pixels.pixel_product_config(weight.shape[1], channels, grad.dtype, target, allow_tf32=allow_tf32)
-    tensors: dict[str, Tensor | None] = {"grad_ptr": grad, "out_ptr": out}
+    tensors, kernel = {"grad_ptr": grad, "out_ptr": out}, conv_transpose2x2_input_grad_kernel
     products = gpu.cdiv(channels, chosen.block_n)
-    kernel = conv_transpose2x2_input_grad_kernel
-    return _launch(kernel, tensors, _one_run(weight), out, products, chosen, allow_tf32)
+    return product_launch(kernel, tensors, _one_run(weight), out, products, chosen, allow_tf32=allow_tf32)
 
 
 def conv_transpose2x2(

@@ -214,7 +214,6 @@ def launch(skip: Tensor, low: Tensor, weights: Composed, chosen: config.ConvConf
     (batch, channels_low, height, width), channels = low.shape, skip.shape[1]
     odd_height, odd_width = (size % 2 for size in skip.shape[2:])
     channels_out, block_n, block_k = epilogue.y.shape[1], chosen.block_n, chosen.block_k
-    unused = ("head_ptr", "head_weight_ptr", "head_bias_ptr", "count_ptr", "partial_ptr", "CLASSES", "SIGMOID")
     arguments: dict[str, Any] = {
         **_parities("skip", skip, chosen, block_k),
         "low_desc": boxes(low, chosen.tile_h, chosen.tile_w, block_k),
@@ -229,19 +228,13 @@ def launch(skip: Tensor, low: Tensor, weights: Composed, chosen: config.ConvConf
         "COUT": channels_out,
         "steps1": 9 * (channels // block_k),
         "steps2": 4 * (channels_low // block_k),
-        **{name: value for name, value in epilogue.arguments().items() if name not in unused},
+        **epilogue.arguments(),
         "ODD_H": odd_height,
         "ODD_W": odd_width,
-        "TILE_H": chosen.tile_h,
-        "TILE_W": chosen.tile_w,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
     }
     tiles = batch * config.tiles_per_image(chosen, height + odd_height, width + odd_width)
     grid = tiles * SUBPIXELS * gpu.cdiv(channels_out, block_n)
-    kernel = conv_transpose2x2_concat_conv3x3_kernel
-    warps, limit = chosen.num_warps, chosen.max_registers
-    return gpu.Launch(kernel, grid, arguments, warps, chosen.num_stages, limit, product_rows=block_n)
+    return gpu.launch(conv_transpose2x2_concat_conv3x3_kernel, grid, arguments, chosen)
 
 
 def conv_transpose2x2_concat_conv3x3(

@@ -158,9 +158,11 @@ class Epilogue:
     pooled_scale: Tensor | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """The kernels' arguments, but for y and pooled, which each form takes in its own way."""
+        """Return the kernels' arguments; of y and pooled, for those that take pointers."""
         norm, head, statistics = self.norm, self.head, self.statistics
         return {
+            "y_ptr": self.y,
+            "pooled_ptr": self.pooled,
             "bias_ptr": None if self.bias is None else self.bias.contiguous(),
             "mean_ptr": None if norm is None else norm.mean.contiguous(),
             "variance_ptr": None if norm is None else norm.variance.contiguous(),
@@ -172,6 +174,8 @@ class Epilogue:
             "head_bias_ptr": None if head is None or head.bias is None else head.bias.contiguous(),
             "count_ptr": None if statistics is None else statistics.count,
             "partial_ptr": None if statistics is None else statistics.partial,
+            "y_scale_ptr": self.y_scale,
+            "pooled_scale_ptr": self.pooled_scale,
             "ACTIVATION": activation_code(self.negative_slope),
             "CLASSES": 0 if head is None else head.weight.shape[0],
             "SIGMOID": head is not None and head.sigmoid,

@@ -78,6 +78,26 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class Config:
+    """How a kernel is launched, chosen by a pure function. Fields named tile_* and block_* are its kernel's constants.
+
+    max_registers: per thread, None leaves it to ptxas.
+    """
+
+    num_warps: int
+    num_stages: int
+    max_registers: int | None
+
+    @property
+    def product_rows(self) -> int:
+        """Rows of the matrix products' result, which decide the tensor-core instruction."""
+        raise NotImplementedError
+
+    def constants(self) -> dict[str, int]:
+        """Return the kernel's constants, by their names in capitals."""
+        return {name.upper(): value for name, value in vars(self).items() if name.startswith(("tile_", "block_"))}
+
+
 class _Recorder(threading.local):
     """The launches that this thread records, or None."""
 
@@ -130,6 +150,16 @@ class Launch:
         with current(device):
             # Triton takes arguments by position in less host time than by name.
             self.kernel[(self.grid,)](*(self.arguments[name] for name in self.kernel.arg_names), **self.options)
+
+
+def launch(
+    kernel: Any, grid: int, arguments: Mapping[str, Any], chosen: Config, *, computes_operand: bool = False
+) -> Launch:
+    """Return the launch of a kernel of matrix products, with what it takes of the arguments and of its config."""
+    found = {**arguments, **chosen.constants()}
+    found = {name: found[name] for name in kernel.arg_names}
+    options = chosen.num_warps, chosen.num_stages, chosen.max_registers
+    return Launch(kernel, grid, found, *options, chosen.product_rows, computes_operand)
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

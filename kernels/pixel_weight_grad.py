@@ -127,7 +127,7 @@ def pixel_weight_grad_launches(
     if grad_bias is not None:
         bias_partial = torch.empty((splits * subpixels, channels_out), dtype=torch.float32, device=x.device)
     stride_in, stride_out = grad_weight.stride()[1::-1] if subpixels == 1 else grad_weight.stride()[:2]
-    sums = {
+    arguments = {
         "x_ptr": x,
         "grad_ptr": grad,
         "y_ptr": y,
@@ -145,20 +145,9 @@ def pixel_weight_grad_launches(
         "SUBPIXELS": subpixels,
         "ACTIVATION": activation,
         "PRECISION": precision(x.dtype, allow_tf32),
-        "BLOCK_P": chosen.block_p,
-        "BLOCK_IN": chosen.block_in,
-        "BLOCK_OUT": chosen.block_out,
     }
-    partial_sums = gpu.Launch(
-        pixel_weight_grad_kernel,
-        programs * splits,
-        sums,
-        chosen.num_warps,
-        chosen.num_stages,
-        chosen.max_registers,
-        product_rows=chosen.block_in,
-    )
-    launches = (partial_sums, sum_rows_launch(partial, grad_weight))
+    launch = gpu.launch(pixel_weight_grad_kernel, programs * splits, arguments, chosen)
+    launches = (launch, sum_rows_launch(partial, grad_weight))
     if grad_bias is None or bias_partial is None:
         return launches
     return *launches, sum_rows_launch(bias_partial, grad_bias)

@@ -8,8 +8,15 @@ Activations are packed NHWC: row (n*H + h)*W + w of a matrix [N*H*W, C] is a pix
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
+from fastunet.kernels import gpu
+from fastunet.kernels.config_pixels import PixelProductConfig
+from fastunet.kernels.epilogue import precision
+from torch import Tensor
 
 # Values of ACTIVATION, of the kernels of conv1x1.
 LINEAR = tl.constexpr(0)
@@ -97,3 +104,36 @@ def load_grad(grad_ptr, y_ptr, rows, mask_p, dots, channels, C, ACTIVATION: tl.c
             g = tl.where((channels < C)[None, :], y * (g - dots[:, None]), 0.0)
     return g
 # fmt: on
+
+
+def product_launch(
+    kernel: triton.JITFunction,
+    arguments: Mapping[str, Any],
+    weight: Tensor,
+    image: Tensor,
+    programs: int,
+    chosen: PixelProductConfig,
+    *,
+    allow_tf32: bool,
+) -> gpu.Launch:
+    """Return the launch of a product of pixels with a weight, its channels in and out first, then sub-pixels.
+
+    image: one of as many pixels as there are products for. programs: for each block of them.
+    """
+    batch, _, height, width = image.shape
+    pixels = batch * height * width
+    arguments = {
+        **arguments,
+        "weight_ptr": weight,
+        "pixels": pixels,
+        "W": width,
+        "C": weight.shape[0],
+        "COUT": weight.shape[1],
+        "stride_in": weight.stride(0),
+        "stride_out": weight.stride(1),
+        "stride_sub": weight.stride(3),
+        "PRECISION": precision(image.dtype, allow_tf32),
+    }
+    computes_operand = "grad_ptr" in arguments and arguments.get("y_ptr") is not None
+    grid = gpu.cdiv(pixels, chosen.block_p) * programs
+    return gpu.launch(kernel, grid, arguments, chosen, computes_operand=computes_operand)

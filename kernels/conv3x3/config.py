@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from fastunet.kernels import tuning
-from fastunet.kernels.gpu import Target, cdiv
+from fastunet.kernels.gpu import Config, Target, cdiv
+from torch import Tensor
 
 # How a kernel reads its operands: gathering through pointers, tap by tap; the same with all taps folded into the
 # channels; whole boxes through tensor descriptors, which the hardware copies and pads with zeros; on sm_90 also such
@@ -58,14 +59,13 @@ class ConvShape:
 
 
 @dataclass(frozen=True)
-class ConvConfig:
+class ConvConfig(Config):
     """Blocks of the convolution, and of its input gradient, which is one.
 
     tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or values
-    of 9*C where folded. form: one of the variants above. max_registers: per thread, None leaves it to ptxas. Of the
-    halo variant, num_stages are those of pixels and weight_stages those of weights; swapped is the product of weights
-    and pixels in place of that of pixels and weights. splits: programs that share the input channels of a tile, each
-    with as many; a second kernel adds their sums.
+    of 9*C where folded. form: one of the variants above. Of the halo variant, num_stages are those of pixels and
+    weight_stages those of weights; swapped is the product of weights and pixels in place of that of pixels and weights.
+    splits: programs that share the input channels of a tile, each with as many; a second kernel adds their sums.
     """
 
     tile_h: int
@@ -80,13 +80,18 @@ class ConvConfig:
     swapped: bool = False
     splits: int = 1
 
+    @property
+    def product_rows(self) -> int:
+        """Channels where the product is turned around, else pixels."""
+        return self.block_n if self.form == DESCRIPTOR else self.tile_h * self.tile_w
+
 
 @dataclass(frozen=True)
-class WeightGradConfig:
+class WeightGradConfig(Config):
     """Blocks of the weight gradient.
 
     tile_h, tile_w: pixels of one step, its K dimension. block_out: output channels. block_in: input channels, or all
-    9*C values where folded. form, max_registers: as in ConvConfig.
+    9*C values where folded. form: as in ConvConfig.
     """
 
     tile_h: int
@@ -97,6 +102,10 @@ class WeightGradConfig:
     num_stages: int
     form: str
     max_registers: int | None = None
+
+    @property
+    def product_rows(self) -> int:
+        return self.block_out
 
 
 def stages(bytes_per_stage: int, target: Target, *, programs: int = 2) -> int:
@@ -271,6 +280,20 @@ def with_head(chosen: ConvConfig) -> ConvConfig:
 def tiles_per_image(chosen: ConvConfig | WeightGradConfig, height: int, width: int) -> int:
     """Pixel tiles that cover an image."""
     return cdiv(height, chosen.tile_h) * cdiv(width, chosen.tile_w)
+
+
+def sizes(x: Tensor, up: Tensor | None, weight: Tensor, chosen: ConvConfig) -> dict[str, int]:
+    """Return what the kernels are told of packed x, up and a weight [Cout, C1 + C2, 3, 3], and the steps of a split."""
+    c1, c2 = x.shape[1], 0 if up is None else up.shape[1]
+    return {
+        "H": x.shape[2],
+        "W": x.shape[3],
+        "C1": c1,
+        "C2": c2,
+        "COUT": weight.shape[0],
+        "steps1": conv_steps(chosen, c1 // chosen.splits),
+        "steps2": conv_steps(chosen, c2 // chosen.splits),
+    }
 
 
 def conv_steps(chosen: ConvConfig, channels: int) -> int:

@@ -14,24 +14,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config
-from fastunet.kernels.epilogue import (
-    Epilogue,
-    activation_code,
-    finish_sums,
-    scale_to_e4m3,
-    store_head,
-    store_statistics,
-)
+from fastunet.kernels.epilogue import finish_sums, scale_to_e4m3, store_head, store_statistics
 from fastunet.kernels.layout import weight_matrix
-from fastunet.kernels.tiles import (
-    activate_grad,
-    pixel_offsets,
-    pool2x2_columns,
-    tile_origin,
-    tile_pixels,
-)
+from fastunet.kernels.tiles import activate_grad, pixel_offsets, pool2x2_columns, tile_origin, tile_pixels
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -226,98 +212,36 @@ def boxes(x: Tensor | None, tile_h: int, tile_w: int, channels: int) -> TensorDe
     return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], [1, tile_h, tile_w, channels])
 
 
-def _tile_arguments(chosen: config.ConvConfig) -> dict[str, int]:
+def operands(x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig) -> dict[str, Any]:
+    """Return what a convolution reads: its inputs, and the weight as a matrix [Cout, 9*C], tap by tap."""
+    pixels = chosen.tile_h, chosen.tile_w, chosen.block_k
     return {
-        "TILE_H": chosen.tile_h,
-        "TILE_W": chosen.tile_w,
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k,
+        "x_desc": boxes(x, *pixels),
+        "up_desc": boxes(up, *pixels),
+        "weight_desc": TensorDescriptor.from_tensor(weight_matrix(weight), [chosen.block_n, chosen.block_k]),
     }
 
 
-def conv3x3_launch(
-    x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
-) -> gpu.Launch:
-    """The launch that fills the epilogue's outputs from packed x and up."""
-    batch, c1, height, width = x.shape
-    c2, channels = 0 if up is None else up.shape[1], weight.shape[0]
-    tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
-    tiles = batch * config.tiles_per_image(chosen, height, width)
-    arguments = {
-        "x_desc": boxes(x, tile_h, tile_w, block_k),
-        "up_desc": boxes(up, tile_h, tile_w, block_k),
-        "weight_desc": TensorDescriptor.from_tensor(weight_matrix(weight), [block_n, block_k]),
-        "y_desc": boxes(epilogue.y, tile_h, tile_w, block_n),
-        "pooled_desc": boxes(epilogue.pooled, tile_h // 2, tile_w // 2, block_n),
-        "H": height,
-        "W": width,
-        "C1": c1,
-        "C2": c2,
-        "COUT": channels,
-        "steps1": config.conv_steps(chosen, c1),
-        "steps2": config.conv_steps(chosen, c2),
-        "tiles": tiles,
-        **epilogue.arguments(),
-        "y_scale_ptr": epilogue.y_scale,
-        "pooled_scale_ptr": epilogue.pooled_scale,
-        **_tile_arguments(chosen),
+def input_grad_operands(
+    grad: Tensor, weight: Tensor, outs: tuple[Tensor, Tensor | None], x: Tensor | None, chosen: config.ConvConfig
+) -> dict[str, Any]:
+    """Return what the input gradient reads and fills."""
+    read = operands(grad, None, weight.transpose(0, 1), chosen)
+    pixels = chosen.tile_h, chosen.tile_w, chosen.block_n
+    return {
+        "grad_desc": read["x_desc"],
+        "weight_desc": read["weight_desc"],
+        "x_desc": boxes(x, *pixels),
+        "out_desc": boxes(outs[0], *pixels),
+        "out_up_desc": boxes(outs[1], *pixels),
     }
-    grid = tiles * gpu.cdiv(channels, block_n)
-    return _launch(conv3x3_descriptor_kernel, grid, arguments, chosen, block_n)
 
 
-def input_grad_launch(
-    grad: Tensor,
-    weight: Tensor,
-    outs: tuple[Tensor, Tensor | None],
-    x: Tensor | None,
-    chosen: config.ConvConfig,
-    negative_slope: float | None,
-) -> gpu.Launch:
-    """The launch that fills outs, the gradients of one input or of two, from packed grad: see conv3x3_input_grad."""
-    out, out_up = outs
-    batch, _, height, width = grad.shape
-    tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
-    c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
-    arguments = {
-        "grad_desc": boxes(grad, tile_h, tile_w, block_k),
-        "weight_desc": TensorDescriptor.from_tensor(weight_matrix(weight.transpose(0, 1)), [block_n, block_k]),
-        "x_desc": boxes(x, tile_h, tile_w, block_n),
-        "out_desc": boxes(out, tile_h, tile_w, block_n),
-        "out_up_desc": boxes(out_up, tile_h, tile_w, block_n),
-        "H": height,
-        "W": width,
-        "C1": c1,
-        "C2": c2,
-        "COUT": grad.shape[1],
-        "steps": config.conv_steps(chosen, grad.shape[1]),
-        "negative_slope": float(negative_slope or 0),
-        "ACTIVATION": activation_code(negative_slope),
-        **_tile_arguments(chosen),
-    }
-    tiles = batch * config.tiles_per_image(chosen, height, width)
-    grid = tiles * (gpu.cdiv(c1, block_n) + gpu.cdiv(c2, block_n))
-    return _launch(conv3x3_input_grad_descriptor_kernel, grid, arguments, chosen, block_n)
-
-
-def weight_grad_launch(
-    grad: Tensor, x: Tensor, chosen: config.WeightGradConfig, arguments: dict[str, Any], grid: int
-) -> gpu.Launch:
-    """The launch of the partial sums from packed grad and x, with the arguments both forms share."""
-    tile_h, tile_w = chosen.tile_h, chosen.tile_w
+def weight_grad_operands(grad: Tensor, x: Tensor, chosen: config.WeightGradConfig) -> dict[str, Any]:
+    """Return what the weight gradient reads."""
     n, c, h, w = grad.shape
-    operands = {
-        "grad_desc": TensorDescriptor(grad, [n * h * w, c], [c, 1], [tile_h * tile_w, chosen.block_out]),
-        "x_desc": boxes(x, tile_h, tile_w, chosen.block_in),
+    pixels = chosen.tile_h * chosen.tile_w
+    return {
+        "grad_desc": TensorDescriptor(grad, [n * h * w, c], [c, 1], [pixels, chosen.block_out]),
+        "x_desc": boxes(x, chosen.tile_h, chosen.tile_w, chosen.block_in),
     }
-    kernel = conv3x3_weight_grad_descriptor_kernel
-    return _launch(kernel, grid, operands | arguments, chosen, chosen.block_out)
-
-
-def _launch(
-    kernel: Any, grid: int, arguments: dict[str, Any], chosen: config.ConvConfig | config.WeightGradConfig, rows: int
-) -> gpu.Launch:
-    """product_rows are channels here: the product is turned around."""
-    return gpu.Launch(
-        kernel, grid, arguments, chosen.num_warps, chosen.num_stages, chosen.max_registers, product_rows=rows
-    )

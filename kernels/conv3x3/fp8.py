@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import gpu
-from fastunet.kernels.conv3x3 import config, descriptor
+from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3.pointer import conv3x3_launch
 from fastunet.kernels.epilogue import E4M3, Epilogue, Normalisation, scale_to_e4m3
 from fastunet.kernels.layout import packed
 from torch import Tensor
@@ -93,4 +94,4 @@ def fp8_launch(x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target,
     """The launch that fills the epilogue's outputs from packed x and up, e4m3."""
     c2 = 0 if up is None else up.shape[1]
     shape = config.ConvShape(x.shape[1], c2, weight.shape[0], *x.shape[2:])
-    return descriptor.conv3x3_launch(x, up, weight, config.fp8_config(shape, target), epilogue)
+    return conv3x3_launch(x, up, weight, config.fp8_config(shape, target), epilogue, allow_tf32=False)

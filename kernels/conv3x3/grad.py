@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import gpu
-from fastunet.kernels.conv3x3 import config, descriptor
+from fastunet.kernels.conv3x3 import config, descriptor, pointer
 from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, conv3x3_launch, halo_runs, weight_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
-from fastunet.kernels.layout import empty_packed, packed, strided_weight
+from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.reduction import sum_rows_launch
 from fastunet.kernels.tiles import (
     activate_grad,
@@ -185,43 +185,26 @@ def input_grad_launch(
             turned = weight.transpose(0, 1).flip(2, 3)
             return conv3x3_launch(grad, None, turned, chosen, Epilogue(out), allow_tf32=allow_tf32)
         chosen = config.derived_conv_config(shape, grad.dtype, target, allow_tf32)
-    if chosen.form == config.DESCRIPTOR:
-        return descriptor.input_grad_launch(grad, weight, outs, x, chosen, negative_slope)
-    weight, stride_out, stride_in, stride_tap = strided_weight(weight)
     arguments = {
-        "grad_ptr": grad,
-        "weight_ptr": weight,
-        "x_ptr": x,
-        "out_ptr": out,
-        "out_up_ptr": out_up,
         "H": height,
         "W": width,
         "C1": c1,
         "C2": c2,
         "COUT": channels_out,
         "steps": config.conv_steps(chosen, channels_out),
-        "stride_out": stride_out,
-        "stride_tap": stride_tap,
-        "stride_in": stride_in,
         "negative_slope": float(negative_slope or 0),
         "ACTIVATION": activation_code(negative_slope),
-        "FOLDED": chosen.form == config.FOLDED,
-        "PRECISION": precision(grad.dtype, allow_tf32),
-        "TILE_H": chosen.tile_h,
-        "TILE_W": chosen.tile_w,
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k,
     }
+    if chosen.form == config.DESCRIPTOR:
+        kernel = descriptor.conv3x3_input_grad_descriptor_kernel
+        arguments |= descriptor.input_grad_operands(grad, weight, outs, x, chosen)
+    else:
+        kernel = conv3x3_input_grad_kernel
+        operands = pointer.operands(grad, None, weight, allow_tf32)
+        outputs = {"x_ptr": x, "out_ptr": out, "out_up_ptr": out_up, "FOLDED": chosen.form == config.FOLDED}
+        arguments |= operands | {"grad_ptr": grad} | outputs
     blocks = gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
-    return gpu.Launch(
-        conv3x3_input_grad_kernel,
-        batch * config.tiles_per_image(chosen, height, width) * blocks,
-        arguments,
-        chosen.num_warps,
-        chosen.num_stages,
-        chosen.max_registers,
-        product_rows=chosen.tile_h * chosen.tile_w,
-    )
+    return gpu.launch(kernel, batch * config.tiles_per_image(chosen, height, width) * blocks, arguments, chosen)
 
 
 def conv3x3_input_grad(
@@ -295,30 +278,15 @@ def weight_grad_launches(
         "C": channels,
         "COUT": channels_out,
         "WITH_BIAS": grad_bias is not None,
-        "TILE_H": chosen.tile_h,
-        "TILE_W": chosen.tile_w,
-        "BLOCK_OUT": chosen.block_out,
-        "BLOCK_IN": chosen.block_in,
     }
-    grid = programs * splits
     if chosen.form == config.DESCRIPTOR:
-        sums = descriptor.weight_grad_launch(grad, x, chosen, arguments, grid)
+        kernel = descriptor.conv3x3_weight_grad_descriptor_kernel
+        arguments |= descriptor.weight_grad_operands(grad, x, chosen)
     else:
-        operands = {
-            "grad_ptr": grad,
-            "x_ptr": x,
-            "FOLDED": chosen.form == config.FOLDED,
-            "PRECISION": precision(x.dtype, allow_tf32),
-        }
-        sums = gpu.Launch(
-            conv3x3_weight_grad_kernel,
-            grid,
-            operands | arguments,
-            chosen.num_warps,
-            chosen.num_stages,
-            chosen.max_registers,
-            product_rows=chosen.block_out,
-        )
+        kernel = conv3x3_weight_grad_kernel
+        arguments |= {"grad_ptr": grad, "x_ptr": x, "FOLDED": chosen.form == config.FOLDED}
+        arguments["PRECISION"] = precision(x.dtype, allow_tf32)
+    sums = gpu.launch(kernel, programs * splits, arguments, chosen)
     return sums, sum_rows_launch(partial, grad_weight, grad_bias)
 
 

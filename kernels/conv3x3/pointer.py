@@ -11,6 +11,7 @@ channels, which is never written.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import triton
@@ -169,6 +170,20 @@ def conv3x3_kernel(
 # fmt: on
 
 
+def operands(x: Tensor, up: Tensor | None, weight: Tensor, allow_tf32: bool) -> dict[str, Any]:
+    """Return what the pointer variant reads, and how it multiplies."""
+    weight, stride_out, stride_in, stride_tap = strided_weight(weight)
+    return {
+        "x_ptr": x,
+        "up_ptr": up,
+        "weight_ptr": weight,
+        "stride_out": stride_out,
+        "stride_tap": stride_tap,
+        "stride_in": stride_in,
+        "PRECISION": precision(x.dtype, allow_tf32),
+    }
+
+
 def conv3x3_launch(
     x: Tensor,
     up: Tensor | None,
@@ -178,52 +193,23 @@ def conv3x3_launch(
     *,
     allow_tf32: bool,
 ) -> gpu.Launch:
-    """The launch of any form that fills the epilogue's outputs from packed x and up."""
+    """Return the launch, in any variant, that fills the epilogue's outputs from packed x and up."""
     if chosen.form == config.HALO:
         from fastunet.kernels.conv3x3 import hopper  # Late: its interface is private to some releases of Triton.
 
         return hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
+    tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
+    arguments = {**config.sizes(x, up, weight, chosen), "tiles": tiles, **epilogue.arguments()}
+    kernel = conv3x3_kernel
     if chosen.form == config.DESCRIPTOR:
-        return descriptor.conv3x3_launch(x, up, weight, chosen, epilogue)
-    batch, c1, height, width = x.shape
-    c2, channels = 0 if up is None else up.shape[1], weight.shape[0]
-    weight, stride_out, stride_in, stride_tap = strided_weight(weight)
-    tiles = batch * config.tiles_per_image(chosen, height, width)
-    arguments = {
-        "x_ptr": x,
-        "up_ptr": up,
-        "weight_ptr": weight,
-        "y_ptr": epilogue.y,
-        "pooled_ptr": epilogue.pooled,
-        "H": height,
-        "W": width,
-        "C1": c1,
-        "C2": c2,
-        "COUT": channels,
-        "steps1": config.conv_steps(chosen, c1),
-        "steps2": config.conv_steps(chosen, c2),
-        "tiles": tiles,
-        "stride_out": stride_out,
-        "stride_tap": stride_tap,
-        "stride_in": stride_in,
-        **epilogue.arguments(),
-        "y_scale_ptr": epilogue.y_scale,
-        "FOLDED": chosen.form == config.FOLDED,
-        "PRECISION": precision(x.dtype, allow_tf32),
-        "TILE_H": chosen.tile_h,
-        "TILE_W": chosen.tile_w,
-        "BLOCK_N": chosen.block_n,
-        "BLOCK_K": chosen.block_k,
-    }
-    return gpu.Launch(
-        conv3x3_kernel,
-        tiles * gpu.cdiv(channels, chosen.block_n),
-        arguments,
-        chosen.num_warps,
-        chosen.num_stages,
-        chosen.max_registers,
-        product_rows=chosen.tile_h * chosen.tile_w,
-    )
+        kernel = descriptor.conv3x3_descriptor_kernel
+        arguments |= descriptor.operands(x, up, weight, chosen)
+        arguments["y_desc"] = descriptor.boxes(epilogue.y, chosen.tile_h, chosen.tile_w, chosen.block_n)
+        windows = chosen.tile_h // 2, chosen.tile_w // 2
+        arguments["pooled_desc"] = descriptor.boxes(epilogue.pooled, *windows, chosen.block_n)
+    else:
+        arguments |= {**operands(x, up, weight, allow_tf32), "FOLDED": chosen.form == config.FOLDED}
+    return gpu.launch(kernel, tiles * gpu.cdiv(weight.shape[0], chosen.block_n), arguments, chosen)
 
 
 def _run(

@@ -7,20 +7,19 @@ does what the other forms do in their epilogue. No atomics: the bits are the sam
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import gpu
-from fastunet.kernels.conv3x3 import config
-from fastunet.kernels.conv3x3.descriptor import accumulate_boxes, boxes
+from fastunet.kernels.conv3x3 import config, descriptor, pointer
+from fastunet.kernels.conv3x3.descriptor import accumulate_boxes
 from fastunet.kernels.conv3x3.pointer import accumulate, store_outputs
-from fastunet.kernels.epilogue import Epilogue, finish_sums, precision
-from fastunet.kernels.layout import strided_weight, weight_matrix
+from fastunet.kernels.epilogue import Epilogue, finish_sums
 from fastunet.kernels.tiles import pixel_offsets, tile_origin, tile_pixels
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Pixels and channels of the adding kernel's tiles: a few values to a thread. Unmeasured.
 _FINISH_H, _FINISH_N, _FINISH_WARPS = 4, 64, 4
@@ -143,73 +142,28 @@ def launches(
         raise ValueError(f"{chosen.splits} splits of blocks of {chosen.block_k} channels: expected multiples of {step}")
     pixels, channels = batch * height * width, weight.shape[0]
     sums = torch.empty((chosen.splits, pixels, channels), dtype=torch.float32, device=x.device)
+    arguments = {**config.sizes(x, up, weight, chosen), "sums_ptr": sums, "pixels": pixels, "SPLITS": chosen.splits}
+    if chosen.form == config.DESCRIPTOR:
+        kernel, operands = conv3x3_split_descriptor_kernel, descriptor.operands(x, up, weight, chosen)
+    else:
+        kernel, operands = conv3x3_split_kernel, pointer.operands(x, up, weight, allow_tf32)
+    programs = batch * config.tiles_per_image(chosen, height, width) * gpu.cdiv(channels, chosen.block_n)
     return [
-        _sums_launch(x, up, weight, chosen, sums, allow_tf32=allow_tf32),
-        _finish_launch(sums, (batch, height, width), chosen, epilogue),
+        gpu.launch(kernel, chosen.splits * programs, arguments | operands, chosen),
+        _finish_launch(arguments, batch, chosen, epilogue),
     ]
 
 
-def _sums_launch(
-    x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, sums: Tensor, *, allow_tf32: bool
-) -> gpu.Launch:
-    batch, c1, height, width = x.shape
-    c2, (splits, pixels, channels) = 0 if up is None else up.shape[1], sums.shape
-    tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
-    arguments: dict[str, Any] = {
-        "sums_ptr": sums,
-        "pixels": pixels,
-        "H": height,
-        "W": width,
-        "C1": c1,
-        "C2": c2,
-        "COUT": channels,
-        "steps1": config.conv_steps(chosen, c1 // splits),
-        "steps2": config.conv_steps(chosen, c2 // splits),
-        "SPLITS": splits,
-        "TILE_H": tile_h,
-        "TILE_W": tile_w,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-    }
-    if chosen.form == config.DESCRIPTOR:
-        kernel: Any = conv3x3_split_descriptor_kernel
-        arguments["x_desc"] = boxes(x, tile_h, tile_w, block_k)
-        arguments["up_desc"] = boxes(up, tile_h, tile_w, block_k)
-        arguments["weight_desc"] = TensorDescriptor.from_tensor(weight_matrix(weight), [block_n, block_k])
-    else:
-        kernel = conv3x3_split_kernel
-        weight, stride_out, stride_in, stride_tap = strided_weight(weight)
-        arguments |= {"x_ptr": x, "up_ptr": up, "weight_ptr": weight, "PRECISION": precision(x.dtype, allow_tf32)}
-        arguments |= {"stride_out": stride_out, "stride_tap": stride_tap, "stride_in": stride_in}
-    grid = batch * config.tiles_per_image(chosen, height, width) * splits * gpu.cdiv(channels, block_n)
-    rows = block_n if chosen.form == config.DESCRIPTOR else tile_h * tile_w
-    limit = chosen.max_registers
-    return gpu.Launch(kernel, grid, arguments, chosen.num_warps, chosen.num_stages, limit, product_rows=rows)
-
-
-def _finish_launch(
-    sums: Tensor, images: tuple[int, int, int], chosen: config.ConvConfig, epilogue: Epilogue
-) -> gpu.Launch:
-    batch, height, width = images
-    splits, pixels, channels = sums.shape
+def _finish_launch(arguments: dict[str, Any], batch: int, chosen: config.ConvConfig, epilogue: Epilogue) -> gpu.Launch:
+    channels = arguments["COUT"]
     # Statistics are by tiles that the caller has counted, and a head wants all channels in one program.
     tile_h = _FINISH_H if epilogue.statistics is None else chosen.tile_h
     block_n = _FINISH_N if epilogue.head is None else config.cover(channels, 32, 128)
-    tiles = batch * gpu.cdiv(height, tile_h) * gpu.cdiv(width, chosen.tile_w)
-    arguments = {
-        "sums_ptr": sums,
-        "y_ptr": epilogue.y,
-        "pooled_ptr": epilogue.pooled,
-        "stride": pixels * channels,  # Not in the kernel: the product may need 64 bits where its factors do not.
-        "H": height,
-        "W": width,
-        "COUT": channels,
-        "tiles": tiles,
-        **epilogue.arguments(),
-        "SPLITS": splits,
-        "TILE_H": tile_h,
-        "TILE_W": chosen.tile_w,
-        "BLOCK_N": block_n,
-    }
-    grid = tiles * gpu.cdiv(channels, block_n)
-    return gpu.Launch(conv3x3_finish_kernel, grid, arguments, _FINISH_WARPS, 1, config.ALL_REGISTERS)
+    options = {"num_warps": _FINISH_WARPS, "num_stages": 1, "max_registers": config.ALL_REGISTERS}
+    chosen = replace(chosen, tile_h=tile_h, block_n=block_n, **options)
+    tiles = batch * config.tiles_per_image(chosen, arguments["H"], arguments["W"])
+    # Not in the kernel: the product may need 64 bits where its factors do not.
+    stride = arguments["pixels"] * channels
+    arguments = {**arguments, **epilogue.arguments(), "stride": stride, "tiles": tiles}
+    launch = gpu.launch(conv3x3_finish_kernel, tiles * gpu.cdiv(channels, block_n), arguments, chosen)
+    return replace(launch, product_rows=0)  # It only adds.
