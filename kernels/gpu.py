@@ -90,8 +90,8 @@ class Config:
 
     @property
     def product_rows(self) -> int:
-        """Rows of the matrix products' result, which decide the tensor-core instruction."""
-        raise NotImplementedError
+        """Rows of the matrix products' result, which decide the tensor-core instruction; 0 where there are none."""
+        return 0
 
     def constants(self) -> dict[str, int]:
         """Return the kernel's constants, by their names in capitals."""
@@ -155,7 +155,7 @@ class Launch:
 def launch(
     kernel: Any, grid: int, arguments: Mapping[str, Any], chosen: Config, *, computes_operand: bool = False
 ) -> Launch:
-    """Return the launch of a kernel of matrix products, with what it takes of the arguments and of its config."""
+    """Return the launch of a kernel with what it takes of the arguments, and of its config's constants."""
     found = {**arguments, **chosen.constants()}
     found = {name: found[name] for name in kernel.arg_names}
     options = chosen.num_warps, chosen.num_stages, chosen.max_registers

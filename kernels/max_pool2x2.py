@@ -43,18 +43,9 @@ def max_pool2x2_launch(x: Tensor, y: Tensor) -> gpu.Launch:
     batch, channels, height, width = x.shape
     chosen = config_passes.pointwise_config(channels)
     windows = batch * (height // 2) * (width // 2)
-    arguments = {
-        "x_ptr": x,
-        "y_ptr": y,
-        "windows": windows,
-        "H": height,
-        "W": width,
-        "C": channels,
-        "BLOCK_P": chosen.block_windows,
-        "BLOCK_C": chosen.block_channels,
-    }
-    grid = gpu.cdiv(windows, chosen.block_windows) * gpu.cdiv(channels, chosen.block_channels)
-    return gpu.Launch(max_pool2x2_kernel, grid, arguments, chosen.num_warps, num_stages=1)
+    arguments = {"x_ptr": x, "y_ptr": y, "windows": windows, "H": height, "W": width, "C": channels}
+    grid = gpu.cdiv(windows, chosen.block_p) * gpu.cdiv(channels, chosen.block_c)
+    return gpu.launch(max_pool2x2_kernel, grid, arguments, chosen)
 
 
 def max_pool2x2(x: Tensor) -> Tensor:

@@ -180,13 +180,15 @@ def merge_launches(
     """The launches that turn the statistics of tiles into mean and invstd [groups, C], and move the running ones."""
     launches = []
     _, rows, channels = statistics.partial.shape
-    chosen = config_passes.statistics_config(rows // groups, channels)
-    blocks_c = gpu.cdiv(channels, chosen.block_channels)
-    blocks = {"C": channels, "BLOCK_R": chosen.block_rows, "BLOCK_C": chosen.block_channels}
-    if chosen.splits > 1:
+    chosen = config_passes.statistics_config(channels)
+    blocks_c = gpu.cdiv(channels, chosen.block_c)
+    blocks = {"C": channels, "BLOCK_R": chosen.block_p}
+    per_split = config_passes.statistics_per_split(rows // groups)
+    splits = gpu.cdiv(rows // groups, per_split)
+    if splits > 1:
         merged = Statistics(
-            torch.empty((groups * chosen.splits,), dtype=torch.float32, device=mean.device),
-            torch.empty((2, groups * chosen.splits, channels), dtype=torch.float32, device=mean.device),
+            torch.empty((groups * splits,), dtype=torch.float32, device=mean.device),
+            torch.empty((2, groups * splits, channels), dtype=torch.float32, device=mean.device),
         )
         arguments = {
             "count_ptr": statistics.count,
@@ -195,13 +197,12 @@ def merge_launches(
             "out_partial_ptr": merged.partial,
             "rows": rows,
             "per_group": rows // groups,
-            "per_split": chosen.rows_per_split,
-            "splits": chosen.splits,
+            "per_split": per_split,
+            "splits": splits,
             **blocks,
         }
-        grid = groups * chosen.splits * blocks_c
-        launches.append(gpu.Launch(merge_statistics_kernel, grid, arguments, num_warps=4, num_stages=1))
-        statistics, rows = merged, groups * chosen.splits
+        launches.append(gpu.launch(merge_statistics_kernel, groups * splits * blocks_c, arguments, chosen))
+        statistics, rows = merged, groups * splits
     arguments = {
         "count_ptr": statistics.count,
         "partial_ptr": statistics.partial,
@@ -215,7 +216,7 @@ def merge_launches(
         "momentum": momentum,
         **blocks,
     }
-    launches.append(gpu.Launch(finish_statistics_kernel, groups * blocks_c, arguments, num_warps=4, num_stages=1))
+    launches.append(gpu.launch(finish_statistics_kernel, groups * blocks_c, arguments, chosen))
     return launches
 
 

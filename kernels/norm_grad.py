@@ -161,28 +161,26 @@ def norm_grad_launches(
     """The launches that fill sums [groups, 2, C] (two of them) and out, from packed tensors: see norm_grad."""
     batch, channels, height, width = raw.shape
     groups = affine.mean.shape[0]
-    windows = batch * gpu.cdiv(height, 2) * gpu.cdiv(width, 2)
+    chosen = config_passes.norm_grad_config(channels)
+    tensors = {"raw_ptr": raw, "grad_y_ptr": grad_y, "grad_pooled_ptr": grad_pooled, **affine.arguments()}
+    shared = tensors | window_arguments(raw.shape, negative_slope)
+    windows, blocks_c = shared["windows"], gpu.cdiv(channels, chosen.block_c)
     per_group = windows // groups
-    chosen = config_passes.norm_grad_config(per_group, channels, target)
-    blocks_c = gpu.cdiv(channels, chosen.block_channels)
-    per_split = gpu.cdiv(per_group, chosen.splits)
+    per_split = gpu.cdiv(per_group, config_passes.norm_grad_splits(per_group, channels, target))
     splits = gpu.cdiv(per_group, per_split)
     partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=raw.device)
-    tensors = {"raw_ptr": raw, "grad_y_ptr": grad_y, "grad_pooled_ptr": grad_pooled, **affine.arguments()}
-    shared = tensors | window_arguments(raw.shape, negative_slope, chosen)
     parts = {"partial_ptr": partial, "windows": per_group, "splits": splits, "per_split": per_split}
     last = {
         "sums_ptr": sums,
         "out_ptr": out,
-        "windows": windows,
         "per_value": groups / (batch * height * width),
         "GIVEN": statistics_given,
     }
-    grid = gpu.cdiv(windows, chosen.block_windows) * blocks_c
+    grid = gpu.cdiv(windows, chosen.block_p) * blocks_c
     return (
-        gpu.Launch(norm_sums_kernel, groups * splits * blocks_c, shared | parts, chosen.num_warps, num_stages=1),
+        gpu.launch(norm_sums_kernel, groups * splits * blocks_c, shared | parts, chosen),
         sum_rows_launch(partial, sums),
-        gpu.Launch(norm_grad_kernel, grid, shared | last, chosen.num_warps, num_stages=1),
+        gpu.launch(norm_grad_kernel, grid, shared | last, chosen),
     )
 
 

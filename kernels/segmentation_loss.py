@@ -10,6 +10,7 @@ an image in a fixed order: no atomics, so the same inputs give the same bits on 
 # mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +18,11 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.reduction import sum_rows_launch
+from fastunet.kernels.tiles import nan_max
 from torch import Tensor
 
 
 # fmt: off
-@triton.jit
-def _nan_maximum(a, b):
-    """The larger of two, NaN if either is."""
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
 @triton.jit
 def _load_logits(ptr, image, p, c, inside, stride_n, stride_c, stride_p):
     """float32 [P, C] of pixels p and channels c, both int64; zero outside."""
@@ -72,7 +68,7 @@ def _sigmoid(x):
 @triton.jit
 def _softmax(x, c, C):
     """Softmax over the channels [P, C], and minus its logarithm. Channels past the last have p = 0."""
-    top = tl.reduce(tl.where(c[None, :] < C, x, float("-inf")), 1, _nan_maximum)[:, None]
+    top = tl.reduce(tl.where(c[None, :] < C, x, float("-inf")), 1, nan_max)[:, None]
     z = x - top
     e = tl.where(c[None, :] < C, tl.exp(z), 0.0)
     total = tl.sum(e, 1)[:, None]
@@ -196,20 +192,20 @@ def segmentation_sums_launches(
     squared: bool,
 ) -> tuple[gpu.Launch, gpu.Launch]:
     """The two launches that fill sums [rows, N, C], contiguous: partial sums, then the sum of those."""
-    chosen = config_passes.pixel_config(logits.shape[1])
+    chosen = replace(config_passes.pixel_config(logits.shape[1]), num_stages=2)
     pixels = logits.shape[2] * logits.shape[3]
-    blocks = gpu.cdiv(pixels, chosen.block_pixels)
+    blocks = gpu.cdiv(pixels, chosen.block_p)
     per_split = gpu.cdiv(blocks, config_passes.pixel_splits(pixels, chosen))
     splits = gpu.cdiv(blocks, per_split)
     partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=logits.device)
     arguments = {
-        **_arguments(logits, target, mask, chosen, softmax=softmax, squared=squared, entropy=len(sums) > 3),
+        **_arguments(logits, target, mask, softmax=softmax, squared=squared, entropy=len(sums) > 3),
         "partial_ptr": partial,
         "blocks": blocks,
         "blocks_per_split": per_split,
         "splits": splits,
     }
-    launch = gpu.Launch(segmentation_sums_kernel, logits.shape[0] * splits, arguments, chosen.num_warps, num_stages=2)
+    launch = gpu.launch(segmentation_sums_kernel, logits.shape[0] * splits, arguments, chosen)
     return launch, sum_rows_launch(partial, sums)
 
 
@@ -225,33 +221,22 @@ def segmentation_sums_grad_launch(
 ) -> gpu.Launch:
     """The launch that fills out [N, C, H, W] from grad [rows, N, C], contiguous."""
     chosen = config_passes.pixel_config(logits.shape[1])
-    blocks = gpu.cdiv(logits.shape[2] * logits.shape[3], chosen.block_pixels)
+    blocks = gpu.cdiv(logits.shape[2] * logits.shape[3], chosen.block_p)
     arguments = {
-        **_arguments(logits, target, mask, chosen, softmax=softmax, squared=squared, entropy=len(grad) > 3),
+        **_arguments(logits, target, mask, softmax=softmax, squared=squared, entropy=len(grad) > 3),
         "grad_ptr": grad,
         "out_ptr": out,
         "blocks": blocks,
         **_strides("out", out),
     }
-    return gpu.Launch(
-        segmentation_sums_grad_kernel, logits.shape[0] * blocks, arguments, chosen.num_warps, num_stages=1
-    )
+    return gpu.launch(segmentation_sums_grad_kernel, logits.shape[0] * blocks, arguments, chosen)
 
 
 def _arguments(
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    chosen: config_passes.PixelConfig,
-    *,
-    softmax: bool,
-    squared: bool,
-    entropy: bool,
+    logits: Tensor, target: Tensor, mask: Tensor | None, *, softmax: bool, squared: bool, entropy: bool
 ) -> dict[str, Any]:
-    """What both kernels take."""
+    """Return what both kernels take."""
     images, channels, height, width = logits.shape
-    mask_strides = {"mask_n": 0, "mask_p": 0} if mask is None else _strides("mask", mask)
-    mask_strides.pop("mask_c", None)
     return {
         "logits_ptr": logits,
         "target_ptr": target,
@@ -261,13 +246,11 @@ def _arguments(
         "C": channels,
         **_strides("logits", logits),
         **_strides("target", target),
-        **mask_strides,
+        **({"mask_n": 0, "mask_p": 0} if mask is None else _strides("mask", mask)),
         "SOFTMAX": softmax,
         "SQUARED": squared,
         "ENTROPY": entropy,
         "INDEX": target.shape != logits.shape,
-        "BLOCK_P": chosen.block_pixels,
-        "BLOCK_C": chosen.block_channels,
     }
 
 

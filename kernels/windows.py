@@ -56,33 +56,27 @@ def winner_of(y0, y1, y2, y3):
 # fmt: on
 
 
-def window_arguments(
-    shape: Sequence[int],
-    negative_slope: float | None,
-    chosen: config_passes.PointwiseConfig | config_passes.NormGradConfig,
-) -> dict[str, Any]:
-    """What every kernel with an activation over the windows of images of shape [N, C, H, W] is told of them."""
-    _, channels, height, width = shape
+def window_arguments(shape: Sequence[int], negative_slope: float | None) -> dict[str, Any]:
+    """Return what every kernel with an activation is told of the windows of images of shape [N, C, H, W]."""
+    batch, channels, height, width = shape
     return {
+        "windows": batch * gpu.cdiv(height, 2) * gpu.cdiv(width, 2),
         "H": height,
         "W": width,
         "C": channels,
         "negative_slope": float(negative_slope or 0),
         "ACTIVATION": activation_code(negative_slope),
-        "BLOCK_P": chosen.block_windows,
-        "BLOCK_C": chosen.block_channels,
     }
 
 
 def windows_launch(
     kernel: Any, shape: Sequence[int], tensors: Mapping[str, Any], negative_slope: float | None
 ) -> gpu.Launch:
-    """The launch of a pass with an activation over the windows of images of shape [N, C, H, W]; tensors: the arguments
-    that are the kernel's own.
+    """Return the launch of a pass with an activation over the windows of images of shape [N, C, H, W].
+
+    tensors: the arguments that are the kernel's own.
     """
-    batch, channels, height, width = shape
-    chosen = config_passes.pointwise_config(channels)
-    windows = batch * gpu.cdiv(height, 2) * gpu.cdiv(width, 2)
-    arguments = {**tensors, "windows": windows, **window_arguments(shape, negative_slope, chosen)}
-    grid = gpu.cdiv(windows, chosen.block_windows) * gpu.cdiv(channels, chosen.block_channels)
-    return gpu.Launch(kernel, grid, arguments, chosen.num_warps, num_stages=1)
+    chosen = config_passes.pointwise_config(shape[1])
+    arguments = {**tensors, **window_arguments(shape, negative_slope)}
+    grid = gpu.cdiv(arguments["windows"], chosen.block_p) * gpu.cdiv(shape[1], chosen.block_c)
+    return gpu.launch(kernel, grid, arguments, chosen)

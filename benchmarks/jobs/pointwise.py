@@ -23,7 +23,7 @@ def _norm_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iter
     make = functools.partial(Job, dtype=dtype, allow_tf32=False, capability=target.capability)
     for op in _NORM_OPS[:2]:
         yield from (make(op, shape=(channels, False)) for channels in (16, 32))
-    for channels in (*config_passes.norm_grad_configs(target).values(), 100):
+    for channels in (*config_passes.norm_grad_configs().values(), 100):
         for op in _NORM_OPS[2:]:
             yield from (make(op, shape=(channels, per_image)) for per_image in (False, True))
 
