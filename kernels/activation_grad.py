@@ -1,7 +1,5 @@
 """The gradient through an activation and a 2x2 max pooling, in one pass over the activation's output."""
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import triton
@@ -83,7 +81,5 @@ def activation_grad(
     NaN; the activation's slope follows from y's sign. Returns a channels_last tensor of y's dtype.
     """
     out = empty_packed(y, *y.shape[1:])
-    grad_y = None if grad_y is None else packed(grad_y)
-    grad_pooled = None if grad_pooled is None else packed(grad_pooled)
-    activation_grad_launch(packed(y), grad_y, grad_pooled, out, negative_slope).run(y.device)
+    activation_grad_launch(packed(y), packed(grad_y), packed(grad_pooled), out, negative_slope).run(y.device)
     return out

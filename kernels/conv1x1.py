@@ -3,14 +3,12 @@
 The gradient goes through the activation where it is loaded: that of the sum before it is never written.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from fastunet.kernels import config_pixels, gpu
-from fastunet.kernels.layout import empty_packed, on_boundary, packed
+from fastunet.kernels.layout import dense, empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 from fastunet.kernels.pixels import (
     LINEAR,
@@ -109,7 +107,7 @@ def conv1x1_launch(
     """Return the launch that fills packed y from packed x."""
     (channels_out, channels), options = weight.shape[:2], {"allow_tf32": allow_tf32, "softmax": activation == "softmax"}
     chosen = config_pixels.head_config(channels, channels_out, x.dtype, target, **options)
-    bias = None if bias is None else bias.contiguous()
+    bias = dense(bias)
     arguments = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y, "ACTIVATION": ACTIVATIONS[activation]}
     weight, programs = on_boundary(weight).transpose(0, 1), gpu.cdiv(channels_out, chosen.block_n)
     return product_launch(conv1x1_kernel, arguments, weight, y, programs, chosen, allow_tf32=allow_tf32)
@@ -161,8 +159,7 @@ def conv1x1_input_grad(
     rounded to grad's dtype, as torch stores it. Returns a channels_last tensor of grad's dtype.
     """
     out = empty_packed(grad, weight.shape[1], *grad.shape[2:])
-    y = None if y is None else packed(y)
-    launch = input_grad_launch(packed(grad), y, weight, out, activation=activation, allow_tf32=allow_tf32)
+    launch = input_grad_launch(packed(grad), packed(y), weight, out, activation=activation, allow_tf32=allow_tf32)
     launch.run(grad.device)
     return out
 

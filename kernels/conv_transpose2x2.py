@@ -4,8 +4,6 @@ The windows do not overlap, so every output pixel is one product over the input 
 Where hardware copies whole boxes (sm_90 and above, 16 bits), the forward pass goes through tensor descriptors.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import triton
@@ -13,7 +11,7 @@ import triton.language as tl
 from fastunet.kernels import config_pixels, gpu
 from fastunet.kernels.conv3x3.config import ConvConfig, tiles_per_image
 from fastunet.kernels.epilogue import E4M3, scale_to_e4m3
-from fastunet.kernels.layout import empty_packed, on_boundary, packed
+from fastunet.kernels.layout import dense, empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, product_launch, subpixel_step
 from torch import Tensor
@@ -164,7 +162,7 @@ def conv_transpose2x2_launch(
     ValueError for a y_scale where the descriptor form does not run.
     """
     channels_out = weight.shape[1]
-    bias = None if bias is None else bias.contiguous()
+    bias = dense(bias)
     tiles = config_pixels.subpixel_tile_config(x.shape[1], channels_out, x.dtype, target)
     if tiles is not None:
         return _descriptor_launch(x, weight, bias, y, tiles, y_scale)
@@ -202,8 +200,8 @@ def conv_transpose2x2(
     rounded to TF32 on tensor cores. y_scale: one float32, by which the result is divided, in e4m3; where
     `config_pixels.writes_e4m3`.
     """
-    like = x if y_scale is None else x.new_empty((x.shape[0], 0, 0, 0), dtype=E4M3)
-    y = empty_packed(like, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])
+    dtype = None if y_scale is None else E4M3
+    y = empty_packed(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3], dtype)
     if y.numel():  # A descriptor cannot describe an empty tensor.
         target = gpu.target(x.device)
         options = {"allow_tf32": allow_tf32, "target": target, "y_scale": y_scale}

@@ -5,8 +5,6 @@ Of the four sub-pixels of each pixel of low, every one is a sum over 3x3 pixels 
 sub-pixel of a tile of low's pixels. Through tensor descriptors alone: sm_90 and above, 16 bits.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import itertools

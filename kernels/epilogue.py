@@ -4,8 +4,6 @@ A tile of sums is [P, N], pixels by channels, or [N, P]: `AXIS` is the axis of t
 beyond COUT are padding.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastunet.kernels.layout import dense
 from fastunet.kernels.tiles import IDENTITY, LEAKY_RELU, RELU, activate
 from torch import Tensor
 
@@ -163,17 +162,17 @@ class Epilogue:
         return {
             "y_ptr": self.y,
             "pooled_ptr": self.pooled,
-            "bias_ptr": None if self.bias is None else self.bias.contiguous(),
-            "mean_ptr": None if norm is None else norm.mean.contiguous(),
-            "variance_ptr": None if norm is None else norm.variance.contiguous(),
-            "gamma_ptr": None if norm is None or norm.gamma is None else norm.gamma.contiguous(),
+            "bias_ptr": dense(self.bias),
+            "mean_ptr": norm and norm.mean.contiguous(),
+            "variance_ptr": norm and norm.variance.contiguous(),
+            "gamma_ptr": norm and dense(norm.gamma),
             "eps": 0.0 if norm is None else norm.eps,
             "negative_slope": float(self.negative_slope or 0),
             "head_ptr": self.probabilities,
-            "head_weight_ptr": None if head is None else head.weight.reshape(head.weight.shape[:2]).contiguous(),
-            "head_bias_ptr": None if head is None or head.bias is None else head.bias.contiguous(),
-            "count_ptr": None if statistics is None else statistics.count,
-            "partial_ptr": None if statistics is None else statistics.partial,
+            "head_weight_ptr": head and head.weight.reshape(head.weight.shape[:2]).contiguous(),
+            "head_bias_ptr": head and dense(head.bias),
+            "count_ptr": statistics and statistics.count,
+            "partial_ptr": statistics and statistics.partial,
             "y_scale_ptr": self.y_scale,
             "pooled_scale_ptr": self.pooled_scale,
             "ACTIVATION": activation_code(self.negative_slope),

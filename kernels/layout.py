@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+T = TypeVar("T", Tensor, Tensor | None)
 
-def packed(x: Tensor) -> Tensor:
-    """x [N, C, H, W] in packed NHWC order from a 16-byte boundary on, copied only where it is not."""
-    return on_boundary(x.contiguous(memory_format=torch.channels_last))
+
+def packed(x: T) -> T:
+    """Return x [N, C, H, W] in packed NHWC order from a 16-byte boundary on, copied only where it is not; or None."""
+    return None if x is None else on_boundary(x.contiguous(memory_format=torch.channels_last))
+
+
+def dense(x: T) -> T:
+    """Return x in contiguous order, or None."""
+    return None if x is None else x.contiguous()
 
 
 def on_boundary(x: Tensor) -> Tensor:
-    """x, or a channels_last copy where its memory starts off the 16-byte boundary that vector loads need."""
+    """Return x, or a channels_last copy where its memory starts off the 16-byte boundary that vector loads need."""
     return x.clone(memory_format=torch.channels_last) if x.data_ptr() % 16 else x
 
 
-def empty_packed(like: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """An uninitialised packed NHWC tensor [N, channels, height, width] with `like`'s batch, dtype and device."""
-    return torch.empty(
-        (like.shape[0], channels, height, width),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    )
+def empty_packed(like: Tensor, channels: int, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an uninitialised packed NHWC tensor [N, channels, height, width] with `like`'s batch, device and dtype."""
+    shape, format = (like.shape[0], channels, height, width), torch.channels_last
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format)
 
 
 def strided_weight(weight: Tensor) -> tuple[Tensor, int, int, int]:

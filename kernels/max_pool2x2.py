@@ -1,7 +1,5 @@
 """2x2 max pooling, stride 2. Its gradient is activation_grad's, which finds the winners again in the input."""
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import triton

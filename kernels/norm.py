@@ -9,8 +9,6 @@ Forward, one pass over the convolution's output `raw` gives y = activation((raw 
 reading it.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.epilogue import Statistics
-from fastunet.kernels.layout import empty_packed, packed
+from fastunet.kernels.layout import dense, empty_packed, packed
 from fastunet.kernels.tiles import activate, nan_max
 from fastunet.kernels.windows import pixel_at, pooled_at, window_origin, windows_launch
 from torch import Tensor
@@ -256,8 +254,8 @@ class Affine:
         return {
             "mean_ptr": self.mean,
             "invstd_ptr": self.invstd,
-            "gamma_ptr": None if self.gamma is None else self.gamma.contiguous(),
-            "beta_ptr": None if self.beta is None else self.beta.contiguous(),
+            "gamma_ptr": dense(self.gamma),
+            "beta_ptr": dense(self.beta),
             "PER_IMAGE": self.mean.shape[0] > 1,
         }
 

@@ -9,8 +9,6 @@ With g the gradient carried through pooling and activation, m the number of valu
 Where the statistics were given instead of taken from raw, the last is gamma * invstd * g.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import torch
@@ -205,8 +203,8 @@ def norm_grad(
     sums = torch.empty((groups, 2, channels), dtype=torch.float32, device=raw.device)
     first, second, last = norm_grad_launches(
         packed(raw),
-        None if grad_y is None else packed(grad_y),
-        None if grad_pooled is None else packed(grad_pooled),
+        packed(grad_y),
+        packed(grad_pooled),
         affine,
         negative_slope,
         sums,

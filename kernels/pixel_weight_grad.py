@@ -3,9 +3,9 @@
 The pixels are split into parts, each summed on its own in float32, and the parts are added in a fixed order.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from fastunet.kernels.pixels import (
     softmax_dots,
     subpixel_step,
 )
-from fastunet.kernels.reduction import sum_rows_launch
+from fastunet.kernels.reduction import sum_rows_launch, weight_grads
 from torch import Tensor
 
 
@@ -171,21 +171,10 @@ def pixel_weight_grad(
     """
     channels_out, channels = grad.shape[1], x.shape[1]
     shape = (channels_out, channels, 1, 1) if subpixels == 1 else (channels, channels_out, 2, 2)
-    grad_weight = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-    grad_bias = torch.empty((channels_out,), dtype=grad.dtype, device=grad.device) if with_bias else None
-    if x.shape[0] == 0:
-        return grad_weight.zero_(), None if grad_bias is None else grad_bias.zero_()
-    launches = pixel_weight_grad_launches(
-        packed(grad),
-        packed(x),
-        None if y is None else packed(y),
-        grad_weight,
-        grad_bias,
-        subpixels=subpixels,
-        activation=activation,
-        allow_tf32=allow_tf32,
-        target=gpu.target(x.device),
-    )
-    for launch in launches:
-        launch.run(x.device)
-    return grad_weight, grad_bias
+    options: dict[str, Any] = {"subpixels": subpixels, "activation": activation, "allow_tf32": allow_tf32}
+    options["target"] = gpu.target(x.device)
+
+    def launches(grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[gpu.Launch, ...]:
+        return pixel_weight_grad_launches(packed(grad), packed(x), packed(y), grad_weight, grad_bias, **options)
+
+    return weight_grads(shape, grad, x, launches, with_bias=with_bias)

@@ -4,8 +4,6 @@ Activations are packed NHWC: row (n*H + h)*W + w of a matrix [N*H*W, C] is a pix
 (h, w) is the pixel (2*h + a, 2*w + b) of an image twice as high and wide.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 from collections.abc import Mapping

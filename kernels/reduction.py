@@ -3,10 +3,12 @@
 No atomics: the same inputs give the same bits on every run.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import gpu
@@ -48,3 +50,25 @@ def sum_rows_launch(partial: Tensor, first: Tensor, second: Tensor | None = None
         "BLOCK": _BLOCK,
     }
     return gpu.Launch(sum_rows_kernel, -(-total // _BLOCK), arguments, num_warps=4, num_stages=3)
+
+
+def weight_grads(
+    shape: Sequence[int],
+    grad: Tensor,
+    x: Tensor,
+    launches: Callable[[Tensor, Tensor | None], Iterable[gpu.Launch]],
+    *,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of a weight, channels_last, and, with_bias, of a bias [Cout], of grad's dtype.
+
+    launches: those that fill them. An empty batch gives zeros.
+    """
+    options: dict[str, Any] = {"dtype": grad.dtype, "device": grad.device}
+    grad_weight = torch.empty(shape, memory_format=torch.channels_last, **options)
+    grad_bias = torch.empty(grad.shape[1:2], **options) if with_bias else None
+    if x.shape[0] == 0:
+        return grad_weight.zero_(), None if grad_bias is None else grad_bias.zero_()
+    for launch in launches(grad_weight, grad_bias):
+        launch.run(x.device)
+    return grad_weight, grad_bias

@@ -5,8 +5,6 @@ pixels of one image, flattened row by row to P = TILE_H*TILE_W. Taps count the 3
 centre.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import triton

@@ -4,8 +4,6 @@ A program of a pass over windows owns P windows and K channels. Windows cover od
 and the pixels they lack are masked.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

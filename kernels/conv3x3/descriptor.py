@@ -6,8 +6,6 @@ memory: as first operand, a box of pixels would go through registers. Coordinate
 one, so that no offset can overflow.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 from typing import Any

@@ -5,8 +5,6 @@ On sm_90 the tensor cores keep some 14 bits of a sum of e4m3 products (DeepSeek-
 They add up those of one step, 32 to 128, and float32 adds up the steps. From sm_100 on their sums are float32's.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import torch
@@ -16,7 +14,7 @@ from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config
 from fastunet.kernels.conv3x3.pointer import conv3x3_launch
 from fastunet.kernels.epilogue import E4M3, Epilogue, Normalisation, scale_to_e4m3
-from fastunet.kernels.layout import packed
+from fastunet.kernels.layout import empty_packed, packed
 from torch import Tensor
 
 _BLOCK, _WARPS = 4096, 8
@@ -66,27 +64,24 @@ def conv3x3_fp8(
     weight and images. The results are packed, of dtype, or e4m3 where they have a scale, and then divided by it. The
     caller has checked `config.fits_fp8`, and that the images are not empty.
     """
-    first, second = (_quantised(t, scale) for t in (x, up))
-    assert first is not None
-    batch, _, height, width = x.shape
-
-    def empty(size: tuple[int, int], own_scale: Tensor | None) -> Tensor:
-        kind = dtype if own_scale is None else E4M3
-        shape = (batch, weight.shape[0], *size)
-        return torch.empty(shape, dtype=kind, device=x.device, memory_format=torch.channels_last)
-
-    y, pooled = empty((height, width), y_scale), empty((height // 2, width // 2), pooled_scale) if pool else None
+    x, up = _quantised(x, scale), None if up is None else _quantised(up, scale)
+    channels, (height, width) = weight.shape[0], x.shape[2:]
+    y = empty_packed(x, channels, height, width, dtype if y_scale is None else E4M3)
+    pooled = None
+    if pool:
+        pooled = empty_packed(x, channels, height // 2, width // 2, dtype if pooled_scale is None else E4M3)
     scales = {"y_scale": y_scale, "pooled_scale": pooled_scale if pool else None}
     epilogue = Epilogue(y, bias, norm, negative_slope, pooled, **scales)
-    fp8_launch(first, second, weight, gpu.target(x.device), epilogue).run(x.device)
+    fp8_launch(x, up, weight, gpu.target(x.device), epilogue).run(x.device)
     return y, pooled
 
 
-def _quantised(t: Tensor | None, scale: Tensor) -> Tensor | None:
-    if t is None or t.dtype == E4M3:
-        return t if t is None else packed(t)
-    out = torch.empty_like(packed(t), dtype=E4M3)
-    quantise_launch(packed(t), scale, out).run(t.device)
+def _quantised(t: Tensor, scale: Tensor) -> Tensor:
+    t = packed(t)
+    if t.dtype == E4M3:
+        return t
+    out = torch.empty_like(t, dtype=E4M3)
+    quantise_launch(t, scale, out).run(t.device)
     return out
 
 

@@ -5,9 +5,9 @@ gradient splits the pixels into parts, sums each on its own in float32 and adds 
 so the same inputs give the same bits on every run.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from fastunet.kernels.conv3x3 import config, descriptor, pointer
 from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, conv3x3_launch, halo_runs, weight_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
 from fastunet.kernels.layout import empty_packed, packed
-from fastunet.kernels.reduction import sum_rows_launch
+from fastunet.kernels.reduction import sum_rows_launch, weight_grads
 from fastunet.kernels.tiles import (
     activate_grad,
     load_folded_taps,
@@ -220,33 +220,32 @@ def conv3x3_input_grad(
     Where x, that input, is given, it is the output of the activation that negative_slope names, and the result is the
     gradient of what went into the activation. Returns a channels_last tensor of grad's dtype.
     """
-    out = empty_packed(grad, weight.shape[1], *grad.shape[2:])
-    x = None if x is None else packed(x)
-    _run_input_grad(grad, weight, (out, None), x, negative_slope, allow_tf32)
+    (out,) = _input_grads(grad, weight, [weight.shape[1]], x, negative_slope, allow_tf32)
     return out
 
 
 def conv3x3_two_input_grads(
     grad: Tensor, weight: Tensor, first: int, *, allow_tf32: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of conv3x3's two inputs, of which the first has `first` channels, in one launch."""
-    out = empty_packed(grad, first, *grad.shape[2:])
-    out_up = empty_packed(grad, weight.shape[1] - first, *grad.shape[2:])
-    _run_input_grad(grad, weight, (out, out_up), None, None, allow_tf32)
+    """Return the gradients of conv3x3's two inputs, of which the first has `first` channels, by one launch."""
+    out, out_up = _input_grads(grad, weight, [first, weight.shape[1] - first], None, None, allow_tf32)
     return out, out_up
 
 
-def _run_input_grad(
+def _input_grads(
     grad: Tensor,
     weight: Tensor,
-    outs: tuple[Tensor, Tensor | None],
+    channels: Sequence[int],
     x: Tensor | None,
     negative_slope: float | None,
     allow_tf32: bool,
-) -> None:
+) -> list[Tensor]:
+    outs = [empty_packed(grad, each, *grad.shape[2:]) for each in channels]
     if grad.numel():  # A descriptor cannot describe an empty tensor.
+        out, out_up = [*outs, None][:2]
         options = {"allow_tf32": allow_tf32, "target": gpu.target(grad.device)}
-        input_grad_launch(packed(grad), weight, outs, x, negative_slope, **options).run(grad.device)
+        input_grad_launch(packed(grad), weight, (out, out_up), packed(x), negative_slope, **options).run(grad.device)
+    return outs
 
 
 def weight_grad_launches(
@@ -298,16 +297,11 @@ def conv3x3_weight_grad(
     grad [N, Cout, H, W] and x [N, C, H, W], one of conv3x3's inputs. Returns [Cout, C, 3, 3], channels_last, and
     [Cout] or None, both of grad's dtype; float32 sums, in a fixed order. An empty batch gives zeros.
     """
-    channels_out, channels = grad.shape[1], x.shape[1]
-    grad_weight = torch.empty(
-        (channels_out, channels, 3, 3), dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last
+    options = {"allow_tf32": allow_tf32, "target": gpu.target(x.device)}
+    return weight_grads(
+        (grad.shape[1], x.shape[1], 3, 3),
+        grad,
+        x,
+        lambda *grads: weight_grad_launches(packed(grad), packed(x), *grads, **options),
+        with_bias=with_bias,
     )
-    grad_bias = torch.empty((channels_out,), dtype=grad.dtype, device=grad.device) if with_bias else None
-    if x.shape[0] == 0:
-        return grad_weight.zero_(), None if grad_bias is None else grad_bias.zero_()
-    launches = weight_grad_launches(
-        packed(grad), packed(x), grad_weight, grad_bias, allow_tf32=allow_tf32, target=gpu.target(x.device)
-    )
-    for launch in launches:
-        launch.run(x.device)
-    return grad_weight, grad_bias

@@ -10,8 +10,6 @@ reads less shared memory where N is 64.
 Gluon's interface is private to each release of Triton: `hopper_self_test` says where this variant may run. Unmeasured.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import triton.language as tl

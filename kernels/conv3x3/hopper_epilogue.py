@@ -3,8 +3,6 @@
 Sums are [P, N], pixels by channels, or [N, P], as of warpgroup products: `AXIS` is the axis of the channels.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import triton.language as tl

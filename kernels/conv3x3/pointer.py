@@ -6,8 +6,6 @@ through the taps and the input channels. Here it gathers its [P, BLOCK_K] operan
 channels, which is never written.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 import warnings
@@ -293,10 +291,9 @@ def conv3x3(
     """
     if y_scale is not None and (up is not None or x.shape[1] >= config.FOLDED_BELOW):
         raise ValueError(f"y_scale: expected one image of fewer than {config.FOLDED_BELOW} channels, got {x.shape[1]}")
-    x, up = packed(x), None if up is None else packed(up)
+    x, up = packed(x), packed(up)
     height, width = x.shape[2:]
-    like = x if y_scale is None else x.new_empty((x.shape[0], 0, 0, 0), dtype=E4M3)
-    y = empty_packed(like, weight.shape[0], height, width)
+    y = empty_packed(x, weight.shape[0], height, width, None if y_scale is None else E4M3)
     pooled = empty_packed(x, weight.shape[0], height // 2, width // 2) if pool else None
     if y.numel():  # A descriptor cannot describe an empty tensor.
         chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32)
@@ -321,7 +318,7 @@ def conv3x3_head(
 
     The head reads y before it is rounded to x's dtype.
     """
-    x, up = packed(x), None if up is None else packed(up)
+    x, up = packed(x), packed(up)
     chosen = config.with_head(choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32))
     if chosen.block_n < weight.shape[0] or head.weight.shape[0] > HEAD_CLASSES:
         return None
@@ -339,7 +336,7 @@ def conv3x3_with_statistics(
 
     The tiles of an image are neighbours, and images follow each other. As conv3x3 otherwise.
     """
-    x, up = packed(x), None if up is None else packed(up)
+    x, up = packed(x), packed(up)
     y = empty_packed(x, weight.shape[0], *x.shape[2:])
     target = gpu.target(x.device)
     chosen = config.with_statistics(choose(x, up, weight, target, allow_tf32=allow_tf32, leaves_statistics=True))

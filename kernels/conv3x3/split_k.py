@@ -3,8 +3,6 @@ tiles are too few for the GPU. Each program leaves its sums in float32; a second
 does what the other forms do in their epilogue. No atomics: the bits are the same at every run.
 """
 
-# Of a kernel's parameters only the constexprs carry an annotation.
-# mypy: disallow-incomplete-defs=False
 from __future__ import annotations
 
 from dataclasses import replace
