@@ -248,10 +248,10 @@ def variant_runs(
     target = gpu.target(device)
     subject = subject_of(layer, "forward", target)
     chosen = config.conv_config(subject.shape, DTYPE, target, allow_tf32=False)
-    for form, candidate in config_search.conv_forms(subject.shape, DTYPE, target, allow_tf32=False).items():
-        if form == chosen.form:
+    for variant, candidate in config_search.conv_variants(subject.shape, DTYPE, target, allow_tf32=False).items():
+        if variant == chosen.variant:
             continue
-        name = f"triton, {form} form"
+        name = f"triton, {variant} form"
         try:
             with fastunet.backend("triton"), tuning.pinned(subject.op, candidate):
                 check_last_image(layer, sets[0], backward=False)

@@ -66,7 +66,7 @@ def activation_grad_kernel(
 def activation_grad_launch(
     y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, out: Tensor, negative_slope: float | None
 ) -> gpu.Launch:
-    """The launch that fills out from packed tensors: see activation_grad."""
+    """Return the launch that fills out from packed tensors: see activation_grad."""
     tensors = {"y_ptr": y, "grad_y_ptr": grad_y, "grad_pooled_ptr": grad_pooled, "out_ptr": out}
     return windows_launch(activation_grad_kernel, y.shape, tensors, negative_slope)
 
@@ -74,7 +74,7 @@ def activation_grad_launch(
 def activation_grad(
     y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, negative_slope: float | None
 ) -> Tensor:
-    """The gradient of conv3x3's sum before its activation, in one pass over y [N, C, H, W].
+    """Return the gradient of conv3x3's sum before its activation, in one pass over y [N, C, H, W].
 
     grad_y [N, C, H, W] and grad_pooled [N, C, H // 2, W // 2] are the gradients of conv3x3's two outputs, None for
     zero but not both. A window's gradient goes to its maximum, by torch's rule to the first of equals and to the last

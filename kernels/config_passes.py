@@ -28,13 +28,13 @@ class PassConfig(Config):
 
 
 def pointwise_config(channels: int) -> PassConfig:
-    """The blocks for an elementwise pass over windows of `channels` channels: about 1024 elements of each pixel."""
+    """Return blocks for an elementwise pass over windows of `channels` channels: about 1024 elements of each pixel."""
     block_c = cover(channels, 1, 128)
     return PassConfig(1024 // block_c, block_c)
 
 
 def pointwise_configs() -> dict[PassConfig, int]:
-    """Every config that pointwise_config can choose, each with the most channels that lead to it."""
+    """Return every config that pointwise_config can choose, each with the most channels that lead to it."""
     return {pointwise_config(channels): channels for channels in (1, 2, 4, 8, 16, 32, 64, 128)}
 
 
@@ -42,23 +42,23 @@ def pointwise_configs() -> dict[PassConfig, int]:
 
 
 def statistics_config(channels: int) -> PassConfig:
-    """The blocks for merging partial statistics, rows by channels."""
+    """Return the blocks for merging partial statistics, rows by channels."""
     return PassConfig(32, cover(channels, 16, 32))
 
 
 def statistics_per_split(rows: int) -> int:
-    """Of how many rows of statistics a program merges, where `rows` in one round would be a long loop."""
+    """Return how many rows of statistics a program merges, where `rows` in one round would be a long loop."""
     return max(256, cover(math.isqrt(rows), 1, 1 << 20))
 
 
 def norm_grad_config(channels: int) -> PassConfig:
-    """The blocks of windows for the gradient of a norm."""
+    """Return the blocks of windows for the gradient of a norm."""
     block_c = cover(channels, 4, 64)
     return PassConfig(512 // block_c, block_c)
 
 
 def norm_grad_splits(windows: int, channels: int, target: Target) -> int:
-    """Parts of a group of `windows` windows: two programs for every multiprocessor, of eight steps at least.
+    """Return the parts of a group of `windows` windows: two programs for every multiprocessor, of eight steps at least.
 
     `windows` counts those of one group, so that an image's instance norm is the same alone and in a batch. Unmeasured.
     """
@@ -68,7 +68,7 @@ def norm_grad_splits(windows: int, channels: int, target: Target) -> int:
 
 
 def norm_grad_configs() -> dict[PassConfig, int]:
-    """Every config that norm_grad_config can choose, each with the most channels that lead to it."""
+    """Return every config that norm_grad_config can choose, each with the most channels that lead to it."""
     return {norm_grad_config(channels): channels for channels in (4, 8, 16, 32, 64)}
 
 
@@ -76,18 +76,18 @@ def norm_grad_configs() -> dict[PassConfig, int]:
 
 
 def pixel_config(channels: int) -> PassConfig:
-    """The blocks for a pass over whole pixels: 1024 elements, eight a thread; the sums hold five values for each."""
+    """Return blocks for a pass over whole pixels: 1024 elements, eight a thread; the sums hold five values for each."""
     block_c = cover(channels, 1, MOST_CHANNELS)
     return PassConfig(1024 // block_c, block_c)
 
 
 def pixel_configs() -> dict[PassConfig, int]:
-    """Every config that pixel_config can choose for up to MOST_CHANNELS, each with the most that lead to it."""
+    """Return every config that pixel_config can choose for up to MOST_CHANNELS, each with the most that lead to it."""
     return {pixel_config(1 << power): 1 << power for power in range(MOST_CHANNELS.bit_length())}
 
 
 def pixel_splits(pixels: int, chosen: PassConfig) -> int:
-    """How many parts the pixels of one image fall into, each summed by a program of its own.
+    """Return how many parts the pixels of one image fall into, each summed by a program of its own.
 
     At least four blocks to a part, and at most 64 parts, whose sums one program adds in turn. It depends on neither
     batch nor GPU: an image's sums have the same bits everywhere. Unmeasured.

@@ -62,7 +62,7 @@ LARGEST_SOFTMAX = 256
 def pixel_product_config(
     c_in: int, c_out: int, dtype: torch.dtype, target: Target, *, allow_tf32: bool
 ) -> PixelProductConfig:
-    """The blocks for conv_transpose2x2, one sub-pixel a program, and for its input gradient."""
+    """Return the blocks for conv_transpose2x2, one sub-pixel a program, and for its input gradient."""
     half = dtype.itemsize == 2
     tensor_cores = half or allow_tf32
     block_p = 128 if tensor_cores else 64
@@ -77,7 +77,7 @@ def pixel_product_config(
 
 
 def subpixel_tile_config(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> ConvConfig | None:
-    """The blocks for conv_transpose2x2 through tensor descriptors, None where it does not suit them. Unmeasured.
+    """Return the blocks for conv_transpose2x2 through tensor descriptors, None where it does not suit them. Unmeasured.
 
     The rows of a tile count through all images.
     """
@@ -92,7 +92,7 @@ def subpixel_tile_config(c_in: int, c_out: int, dtype: torch.dtype, target: Targ
 def head_config(
     c_in: int, c_out: int, dtype: torch.dtype, target: Target, *, allow_tf32: bool, softmax: bool
 ) -> PixelProductConfig:
-    """The blocks for conv1x1; softmax wants all output channels, LARGEST_SOFTMAX at most, in one block."""
+    """Return the blocks for conv1x1; softmax wants all output channels, LARGEST_SOFTMAX at most, in one block."""
     half = dtype.itemsize == 2
     tensor_cores = half or allow_tf32
     block_n = 16 if c_out <= 16 else 64 if c_out <= 64 or not softmax else 256
@@ -103,13 +103,13 @@ def head_config(
 
 
 def head_input_grad_config(dtype: torch.dtype, *, allow_tf32: bool) -> PixelProductConfig:
-    """The blocks for conv1x1's input gradient: there are few channels to sum over, one step as a rule."""
+    """Return the blocks for conv1x1's input gradient: there are few channels to sum over, one step as a rule."""
     block_p = 128 if dtype.itemsize == 2 or allow_tf32 else 64
     return PixelProductConfig(block_p, 64, 16, 8, num_stages=1, max_registers=ALL_REGISTERS)
 
 
 def head_weight_grad_config(c_out: int, dtype: torch.dtype, *, allow_tf32: bool) -> PixelWeightGradConfig:
-    """The blocks for the gradient of conv1x1's weight, and of any whose rows of channels load element by element."""
+    """Return blocks for the gradient of conv1x1's weight, and of any whose rows of channels load element by element."""
     tensor_cores = dtype.itemsize == 2 or allow_tf32
     block_out = 16 if c_out <= 16 else 64 if tensor_cores else 32
     return PixelWeightGradConfig(32 if tensor_cores else 16, 64, block_out, 8, 2, ALL_REGISTERS)
@@ -118,7 +118,7 @@ def head_weight_grad_config(c_out: int, dtype: torch.dtype, *, allow_tf32: bool)
 def pixel_weight_grad_config(
     c_in: int, c_out: int, dtype: torch.dtype, target: Target, *, allow_tf32: bool
 ) -> PixelWeightGradConfig:
-    """The blocks for the gradient of conv_transpose2x2's weight, c_in by c_out."""
+    """Return the blocks for the gradient of conv_transpose2x2's weight, c_in by c_out."""
     half = dtype.itemsize == 2
     tensor_cores = half or allow_tf32
     if not aligned(c_in, c_out):
@@ -133,12 +133,12 @@ def pixel_weight_grad_config(
 
 
 def pixel_weight_grad_programs(chosen: PixelWeightGradConfig, c_in: int, c_out: int, subpixels: int) -> int:
-    """Programs that together cover one weight gradient: channel blocks, times the sub-pixels."""
+    """Return the programs that together cover one weight gradient: channel blocks, times the sub-pixels."""
     return subpixels * cdiv(c_in, chosen.block_in) * cdiv(c_out, chosen.block_out)
 
 
 def writes_e4m3(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> bool:
-    """Whether conv_transpose2x2 can leave its result in e4m3: by descriptors, whole 16-byte vectors of it."""
+    """Return whether conv_transpose2x2 can leave its result in e4m3: by descriptors, whole 16-byte vectors of it."""
     return subpixel_tile_config(c_in, c_out, dtype, target) is not None and c_out % 16 == 0
 
 

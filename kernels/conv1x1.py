@@ -131,7 +131,7 @@ def conv1x1(
     activation: str | None = None,
     allow_tf32: bool = False,
 ) -> Tensor:
-    """activation(F.conv2d(x, weight, bias)), activation None, "sigmoid" or "softmax" over the channels.
+    """Return activation(F.conv2d(x, weight, bias)), activation None, "sigmoid" or "softmax" over the channels.
 
     x [N, C, H, W], weight [Cout, C, 1, 1] in any layout, bias [Cout] or None; all of one dtype and device, which the
     caller has checked, as it has that a softmax is of no more than config_pixels.LARGEST_SOFTMAX channels. Returns
@@ -153,7 +153,7 @@ def conv1x1_input_grad(
     activation: str | None = None,
     allow_tf32: bool = False,
 ) -> Tensor:
-    """The gradient of conv1x1's input [N, C, H, W] from its output's, grad [N, Cout, H, W].
+    """Return the gradient of conv1x1's input [N, C, H, W] from its output's, grad [N, Cout, H, W].
 
     weight [Cout, C, 1, 1]; y is conv1x1's output, which an activation needs. The gradient before the activation is
     rounded to grad's dtype, as torch stores it. Returns a channels_last tensor of grad's dtype.
@@ -173,7 +173,7 @@ def conv1x1_weight_grad(
     with_bias: bool = False,
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of conv1x1's weight and, with_bias, of its bias.
+    """Return the gradients of conv1x1's weight and, with_bias, of its bias.
 
     grad and y, conv1x1's output, which an activation needs: [N, Cout, H, W]; x [N, C, H, W]. Returns [Cout, C, 1, 1],
     channels_last, and [Cout] or None, both of grad's dtype. An empty batch gives zeros.

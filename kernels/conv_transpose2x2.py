@@ -106,13 +106,15 @@ def conv_transpose2x2_input_grad_kernel(
 
 
 def _one_run(weight: Tensor) -> Tensor:
-    """weight with its four sub-pixels in one strided run from a 16-byte boundary on, copied only where it is not."""
+    """Return weight with its four sub-pixels in one strided run from a 16-byte boundary on, copied only where it is
+    not.
+    """
     return on_boundary(weight if weight.stride(2) == 2 * weight.stride(3) else weight.contiguous())
 
 
 def _weight_matrix(weight: Tensor) -> Tensor:
-    """A copy of weight [C, Cout, 2, 2] as [4*Cout, C], sub-pixel by sub-pixel: turned otherwise, the product's first
-    operand would go through registers.
+    """Return a copy of weight [C, Cout, 2, 2] as [4*Cout, C], sub-pixel by sub-pixel: turned otherwise, the product's
+    first operand would go through registers.
     """
     return weight.permute(2, 3, 1, 0).contiguous().view(SUBPIXELS * weight.shape[1], weight.shape[0])
 
@@ -125,7 +127,7 @@ def _descriptor_launch(
     chosen: ConvConfig,
     y_scale: Tensor | None,
 ) -> gpu.Launch:
-    """The launch of the descriptor form."""
+    """Return the launch of the descriptor variant."""
     batch, channels, height, width = x.shape
     channels_out, rows = weight.shape[1], batch * height
     tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
@@ -157,9 +159,9 @@ def conv_transpose2x2_launch(
     target: gpu.Target,
     y_scale: Tensor | None = None,
 ) -> gpu.Launch:
-    """The launch of either form that fills packed y from packed x, which is not empty.
+    """Return the launch of either variant that fills packed y from packed x, which is not empty.
 
-    ValueError for a y_scale where the descriptor form does not run.
+    ValueError for a y_scale where the descriptor variant does not run.
     """
     channels_out = weight.shape[1]
     bias = dense(bias)
@@ -167,7 +169,7 @@ def conv_transpose2x2_launch(
     if tiles is not None:
         return _descriptor_launch(x, weight, bias, y, tiles, y_scale)
     if y_scale is not None:
-        raise ValueError("y_scale: expected a shape and target of the descriptor form, got others")
+        raise ValueError("y_scale: expected a shape and target of the descriptor variant, got others")
     chosen = config_pixels.pixel_product_config(x.shape[1], channels_out, x.dtype, target, allow_tf32=allow_tf32)
     tensors = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}
     products = SUBPIXELS * gpu.cdiv(channels_out, chosen.block_n)
@@ -177,7 +179,7 @@ def conv_transpose2x2_launch(
 
 
 def input_grad_launch(grad: Tensor, weight: Tensor, out: Tensor, *, allow_tf32: bool, target: gpu.Target) -> gpu.Launch:
-    """The launch that fills packed out, the gradient of the input, from packed grad."""
+    """Return the launch that fills packed out, the gradient of the input, from packed grad."""
     channels = out.shape[1]
     chosen = config_pixels.pixel_product_config(weight.shape[1], channels, grad.dtype, target, allow_tf32=allow_tf32)
     tensors, kernel = {"grad_ptr": grad, "out_ptr": out}, conv_transpose2x2_input_grad_kernel
@@ -193,7 +195,7 @@ def conv_transpose2x2(
     allow_tf32: bool = False,
     y_scale: Tensor | None = None,
 ) -> Tensor:
-    """F.conv_transpose2d(x, weight, bias, stride=2).
+    """Return F.conv_transpose2d(x, weight, bias, stride=2).
 
     x [N, C, H, W], weight [C, Cout, 2, 2] in any layout, bias [Cout] or None; all of one dtype and device, which the
     caller has checked. Returns [N, Cout, 2H, 2W], channels_last. float32 sums; allow_tf32 lets float32 inputs be
@@ -210,7 +212,7 @@ def conv_transpose2x2(
 
 
 def conv_transpose2x2_input_grad(grad: Tensor, weight: Tensor, *, allow_tf32: bool = False) -> Tensor:
-    """The gradient of conv_transpose2x2's input [N, C, H, W] from its output's, grad [N, Cout, 2H, 2W], and weight.
+    """Return the input's gradient [N, C, H, W] from the output's, grad [N, Cout, 2H, 2W], and weight.
 
     It is F.conv2d(grad, weight, stride=2). Returns a channels_last tensor of grad's dtype.
     """
@@ -223,7 +225,7 @@ def conv_transpose2x2_input_grad(grad: Tensor, weight: Tensor, *, allow_tf32: bo
 def conv_transpose2x2_weight_grad(
     grad: Tensor, x: Tensor, *, with_bias: bool = False, allow_tf32: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of conv_transpose2x2's weight and, with_bias, of its bias.
+    """Return the gradients of conv_transpose2x2's weight and, with_bias, of its bias.
 
     grad [N, Cout, 2H, 2W], x [N, C, H, W]. Returns [C, Cout, 2, 2], channels_last, and [Cout] or None, both of grad's
     dtype: sums of x[c, h, w] * grad[o, 2h + a, 2w + b] and of grad. An empty batch gives zeros.

@@ -165,7 +165,7 @@ def conv_transpose2x2_concat_conv3x3_kernel(
 
 
 def arranged(of_skip: Tensor, composed: Tensor, border: Tensor | None, dtype: torch.dtype) -> Composed:
-    """The weights as the kernel reads them, rounded to dtype.
+    """Return the weights as the kernel reads them, rounded to dtype.
 
     of_skip [Cout, C1, 3, 3]; composed [Cl, Cout, 4, 4], the weight of conv_transpose2d(low, ., stride=2, padding=1);
     border [Cout, 5, 5] or None, what that adds to images of which the first row or column is the first, the second
@@ -207,7 +207,7 @@ def _parities(name: str, x: Tensor, chosen: config.ConvConfig, channels: int) ->
 
 
 def launch(skip: Tensor, low: Tensor, weights: Composed, chosen: config.ConvConfig, epilogue: Epilogue) -> gpu.Launch:
-    """The launch that fills the epilogue's y from packed skip and low, which are not empty."""
+    """Return the launch that fills the epilogue's y from packed skip and low, which are not empty."""
     assert epilogue.y is not None
     (batch, channels_low, height, width), channels = low.shape, skip.shape[1]
     odd_height, odd_width = (size % 2 for size in skip.shape[2:])
@@ -244,8 +244,8 @@ def conv_transpose2x2_concat_conv3x3(
     norm: Normalisation | None = None,
     negative_slope: float | None = None,
 ) -> Tensor:
-    """activation(norm(conv2d(cat([skip, up], 1), padding=1)) + bias) of up = conv_transpose2d(low, stride=2), padded
-    with zeros below and right where skip is one larger; weights `arranged`.
+    """Return activation(norm(conv2d(cat([skip, up], 1), padding=1)) + bias) of up = conv_transpose2d(low, stride=2),
+    padded with zeros below and right where skip is one larger; weights `arranged`.
 
     skip [N, C1, 2H, 2W] or one more of either, low [N, Cl, H, W], bias [Cout] or None; 16 bits, of which the caller has
     checked `config.fits_descriptors`. Returns [N, Cout, *skip's size], channels_last. float32 sums.

@@ -95,14 +95,14 @@ def store_statistics(count_ptr, partial_ptr, y, tile, tiles, n, COUT, inside, fi
 
 
 def activation_code(negative_slope: float | None) -> int:
-    """ACTIVATION for a negative slope: None is no activation, 0 ReLU, anything else LeakyReLU."""
+    """Return ACTIVATION for a negative slope: None is no activation, 0 ReLU, anything else LeakyReLU."""
     if negative_slope is None:
         return IDENTITY.value
     return LEAKY_RELU.value if negative_slope else RELU.value
 
 
 def precision(dtype: torch.dtype, allow_tf32: bool) -> str:
-    """PRECISION of tl.dot: only float32 inputs have a choice."""
+    """Return PRECISION of tl.dot: only float32 inputs have a choice."""
     return "tf32" if allow_tf32 and dtype == torch.float32 else "ieee"
 
 
@@ -141,8 +141,8 @@ class Epilogue:
     """What a convolution does with its sums and where it writes: what is None is left out.
 
     y [N, Cout, H, W], pooled [N, Cout, H // 2, W // 2] and probabilities [N, classes, H, W] (with head) are packed. y
-    and pooled may be in e4m3, each with a scale, one float32, by which it is divided: both in the descriptor form, y in
-    the pointer form.
+    and pooled may be in e4m3, each divided by a scale, one float32: both in the descriptor variant, y in the pointer
+    variant.
     """
 
     y: Tensor | None

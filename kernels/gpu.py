@@ -24,7 +24,7 @@ TRITON_VERSIONS = ("3.6", "3.7")
 
 
 def unknown_triton() -> str | None:
-    """The release of Triton where it is none of TRITON_VERSIONS, None where it is."""
+    """Return the release of Triton where it is none of TRITON_VERSIONS, None where it is."""
     import triton
 
     version = ".".join(triton.__version__.split(".")[:2])
@@ -49,7 +49,7 @@ INTERPRETER = Target(capability=80, shared_memory=SHARED_MEMORY_LIMITS[80], mult
 
 
 def known_target(capability: int) -> Target:
-    """The target of a capability in SHARED_MEMORY_LIMITS, for compiling without a GPU. KeyError for any other."""
+    """Return target of a capability in SHARED_MEMORY_LIMITS, for compiling without a GPU. KeyError for any other."""
     return Target(
         capability, SHARED_MEMORY_LIMITS[capability], _USUAL_MULTIPROCESSORS[capability], name=f"sm_{capability}"
     )
@@ -67,14 +67,14 @@ def _cuda_target(index: int) -> Target:
 
 
 def target(device: torch.device) -> Target:
-    """The numbers of `device`: of the GPU for a CUDA device (cached), of the interpreter for any other."""
+    """Return the numbers of `device`: of the GPU for a CUDA device (cached), of the interpreter for any other."""
     if device.type != "cuda":
         return INTERPRETER
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def cdiv(a: int, b: int) -> int:
-    """How many blocks of b cover a. Triton's own, which is for kernels too, takes some twenty times as long."""
+    """Return how many blocks of b cover a. Triton's own, which is for kernels too, takes some twenty times as long."""
     return -(-a // b)
 
 
@@ -90,7 +90,7 @@ class Config:
 
     @property
     def product_rows(self) -> int:
-        """Rows of the matrix products' result, which decide the tensor-core instruction; 0 where there are none."""
+        """Return rows of the matrix products' result, which decide the tensor-core instruction; 0 without any."""
         return 0
 
     def constants(self) -> dict[str, int]:
@@ -138,7 +138,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, int | None]:
-        """The options Triton compiles with."""
+        """Return the options Triton compiles with."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
     def run(self, device: torch.device) -> None:
@@ -163,7 +163,9 @@ def launch(
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A context in which `device` is the current one; entering torch.cuda.device is not free, so only where it must."""
+    """Return a context in which `device` is the current one; entering torch.cuda.device is not free, so only where it
+    must.
+    """
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return contextlib.nullcontext()
     return torch.cuda.device(device)

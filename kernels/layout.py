@@ -32,7 +32,7 @@ def empty_packed(like: Tensor, channels: int, height: int, width: int, dtype: to
 
 
 def strided_weight(weight: Tensor) -> tuple[Tensor, int, int, int]:
-    """A weight [O, I, 3, 3], copied only if need be, and its strides over O, over I, and from tap to tap."""
+    """Return a weight [O, I, 3, 3], copied only if need be, and its strides over O, over I, and from tap to tap."""
     if weight.stride(2) != 3 * weight.stride(3):  # The nine taps are to be one strided run.
         weight = weight.contiguous()
     weight = on_boundary(weight)
@@ -41,6 +41,8 @@ def strided_weight(weight: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def weight_matrix(weight: Tensor) -> Tensor:
-    """A weight [O, I, 3, 3] as [O, 9*I], tap by tap; copied unless it is channels_last and on a 16-byte boundary."""
+    """Return a weight [O, I, 3, 3] as [O, 9*I], tap by tap; copied unless it is channels_last and on a 16-byte
+    boundary.
+    """
     matrix = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
     return matrix.clone() if matrix.data_ptr() % 16 else matrix

@@ -37,7 +37,7 @@ def max_pool2x2_kernel(x_ptr, y_ptr, windows, H, W, C, BLOCK_P: tl.constexpr, BL
 
 
 def max_pool2x2_launch(x: Tensor, y: Tensor) -> gpu.Launch:
-    """The launch that fills packed y from packed x."""
+    """Return the launch that fills packed y from packed x."""
     batch, channels, height, width = x.shape
     chosen = config_passes.pointwise_config(channels)
     windows = batch * (height // 2) * (width // 2)
@@ -47,7 +47,7 @@ def max_pool2x2_launch(x: Tensor, y: Tensor) -> gpu.Launch:
 
 
 def max_pool2x2(x: Tensor) -> Tensor:
-    """F.max_pool2d(x, 2) of x [N, C, H, W], H and W >= 2, any layout: [N, C, H // 2, W // 2], channels_last.
+    """Return F.max_pool2d(x, 2) of x [N, C, H, W], H and W >= 2, any layout: [N, C, H // 2, W // 2], channels_last.
 
     An odd last row or column is dropped; NaN wins.
     """

@@ -175,7 +175,7 @@ def merge_launches(
     eps: float,
     momentum: float,
 ) -> list[gpu.Launch]:
-    """The launches that turn the statistics of tiles into mean and invstd [groups, C], and move the running ones."""
+    """Return launches that turn the statistics of tiles into mean and invstd [groups, C], and move the running ones."""
     launches = []
     _, rows, channels = statistics.partial.shape
     chosen = config_passes.statistics_config(channels)
@@ -226,7 +226,7 @@ def finish_statistics(
     running: tuple[Tensor, Tensor] | None = None,
     momentum: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """mean and 1 / sqrt(variance + eps), float32 [groups, C], of a convolution's output by groups of its images.
+    """Return mean and 1 / sqrt(variance + eps), float32 [groups, C], of a convolution's output by groups of its images.
 
     groups: 1 for batch norm, the number of images for instance norm. running: mean and variance [C], which move in
     place towards the batch's mean and unbiased variance by momentum (one group only).
@@ -250,7 +250,7 @@ class Affine:
     beta: Tensor | None
 
     def arguments(self) -> dict[str, Tensor | bool | None]:
-        """The kernels' arguments."""
+        """Return the kernels' arguments."""
         return {
             "mean_ptr": self.mean,
             "invstd_ptr": self.invstd,
@@ -263,7 +263,7 @@ class Affine:
 def normalise_launch(
     raw: Tensor, affine: Affine, y: Tensor, pooled: Tensor | None, negative_slope: float | None
 ) -> gpu.Launch:
-    """The launch that fills y and pooled from packed raw: see normalise."""
+    """Return the launch that fills y and pooled from packed raw: see normalise."""
     tensors = {"raw_ptr": raw, **affine.arguments(), "y_ptr": y, "pooled_ptr": pooled}
     return windows_launch(normalise_kernel, raw.shape, tensors, negative_slope)
 
@@ -271,7 +271,8 @@ def normalise_launch(
 def normalise(
     raw: Tensor, affine: Affine, negative_slope: float | None, *, pool: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """activation((raw - mean) * invstd * gamma + beta), [N, C, H, W], and with pool its 2x2 maxima; channels_last.
+    """Return activation((raw - mean) * invstd * gamma + beta), [N, C, H, W], and with pool its 2x2 maxima;
+    channels_last.
 
     raw [N, C, H, W]; negative_slope as in conv3x3.
     """

@@ -156,7 +156,7 @@ def norm_grad_launches(
     statistics_given: bool,
     target: gpu.Target,
 ) -> tuple[gpu.Launch, gpu.Launch, gpu.Launch]:
-    """The launches that fill sums [groups, 2, C] (two of them) and out, from packed tensors: see norm_grad."""
+    """Return the launches that fill sums [groups, 2, C] (two of them) and out, from packed tensors: see norm_grad."""
     batch, channels, height, width = raw.shape
     groups = affine.mean.shape[0]
     chosen = config_passes.norm_grad_config(channels)
@@ -193,7 +193,8 @@ def norm_grad(
     wants_raw: bool = True,
     wants_affine: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of raw [N, C, H, W], gamma and beta [C] from those of normalise's outputs, None for zero but not both.
+    """Return gradients of raw [N, C, H, W], gamma and beta [C] from those of normalise's outputs, None for zero but not
+    both.
 
     statistics_given: they were no function of raw, as in inference. What is not wanted is None. The gradient of raw is
     channels_last and of its dtype; the others are float32.

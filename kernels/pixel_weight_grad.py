@@ -107,7 +107,7 @@ def pixel_weight_grad_launches(
     allow_tf32: bool,
     target: gpu.Target,
 ) -> tuple[gpu.Launch, ...]:
-    """The launches that fill channels_last grad_weight and grad_bias from packed tensors: partial sums, then sums.
+    """Return launches that fill channels_last grad_weight and grad_bias from packed tensors: partial sums, then sums.
 
     subpixels is 4 for a transposed convolution's weight [C, Cout, 2, 2], 1 for [Cout, C, 1, 1].
     """
@@ -163,7 +163,7 @@ def pixel_weight_grad(
     with_bias: bool = False,
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of a weight and, with_bias, of its bias: see pixel_weight_grad_kernel for the sums.
+    """Return the gradients of a weight and, with_bias, of its bias: see pixel_weight_grad_kernel for the sums.
 
     grad [N, Cout, H, W], or [N, Cout, 2H, 2W] where subpixels is 4; x [N, C, H, W]; y, of grad's shape, is the
     activation's output. Returns [Cout, C, 1, 1] or [C, Cout, 2, 2], channels_last, and [Cout] or None, of grad's dtype;

@@ -35,7 +35,7 @@ def sum_rows_kernel(partial_ptr, first_ptr, second_ptr, rows, split, total, BLOC
 
 
 def sum_rows_launch(partial: Tensor, first: Tensor, second: Tensor | None = None) -> gpu.Launch:
-    """The launch that sums float32 partial [rows, n] over its rows, into first and then second.
+    """Return the launch that sums float32 partial [rows, n] over its rows, into first and then second.
 
     Both are dense and hold n elements together, taken in the order they lie in memory.
     """

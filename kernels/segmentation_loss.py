@@ -189,7 +189,7 @@ def segmentation_sums_launches(
     softmax: bool,
     squared: bool,
 ) -> tuple[gpu.Launch, gpu.Launch]:
-    """The two launches that fill sums [rows, N, C], contiguous: partial sums, then the sum of those."""
+    """Return the two launches that fill sums [rows, N, C], contiguous: partial sums, then the sum of those."""
     chosen = replace(config_passes.pixel_config(logits.shape[1]), num_stages=2)
     pixels = logits.shape[2] * logits.shape[3]
     blocks = gpu.cdiv(pixels, chosen.block_p)
@@ -217,7 +217,7 @@ def segmentation_sums_grad_launch(
     softmax: bool,
     squared: bool,
 ) -> gpu.Launch:
-    """The launch that fills out [N, C, H, W] from grad [rows, N, C], contiguous."""
+    """Return the launch that fills out [N, C, H, W] from grad [rows, N, C], contiguous."""
     chosen = config_passes.pixel_config(logits.shape[1])
     blocks = gpu.cdiv(logits.shape[2] * logits.shape[3], chosen.block_p)
     arguments = {
@@ -253,14 +253,14 @@ def _arguments(
 
 
 def _strides(name: str, t: Tensor) -> dict[str, int]:
-    """The strides of image, channel and pixel, as the kernels' parameters."""
+    """Return the strides of image, channel and pixel, as the kernels' parameters."""
     stride = _pixel_stride(t)
     assert stride is not None, "tensors are made addressable before they are launched on"
     return {f"{name}_n": t.stride(0), f"{name}_c": t.stride(1), f"{name}_p": stride}
 
 
 def _pixel_stride(t: Tensor) -> int | None:
-    """The step from each pixel of an image to the next, row after row; None if it is not always the same."""
+    """Return the step from each pixel of an image to the next, row after row; None if it is not always the same."""
     (height, width), (down, right) = t.shape[2:], t.stride()[2:]
     if width == 1:
         return down
@@ -268,7 +268,7 @@ def _pixel_stride(t: Tensor) -> int | None:
 
 
 def _addressable(t: Tensor) -> Tensor:
-    """t, or a contiguous copy where its pixels have no single stride; truth values as bytes."""
+    """Return t, or a contiguous copy where its pixels have no single stride; truth values as bytes."""
     t = t if _pixel_stride(t) is not None else t.contiguous()
     return t.view(torch.uint8) if t.dtype == torch.bool else t
 
@@ -276,7 +276,7 @@ def _addressable(t: Tensor) -> Tensor:
 def segmentation_sums(
     logits: Tensor, target: Tensor, mask: Tensor | None, *, softmax: bool, squared: bool, entropy: bool
 ) -> Tensor:
-    """The sums [rows, N, C], float32, of segmentation_sums_kernel: 3 rows, with entropy 5, for softmax 4.
+    """Return the sums [rows, N, C], float32, of segmentation_sums_kernel: 3 rows, with entropy 5, for softmax 4.
 
     logits [N, C, H, W]; target of the same shape, or class indices [N, 1, H, W] where C > 1; mask [N, 1, H, W] or
     None. Any dtypes and strides.
@@ -297,7 +297,7 @@ def segmentation_sums(
 def segmentation_sums_grad(
     grad: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, *, softmax: bool, squared: bool
 ) -> Tensor:
-    """The gradient of segmentation_sums' logits from that of its sums, grad [rows, N, C].
+    """Return the gradient of segmentation_sums' logits from that of its sums, grad [rows, N, C].
 
     Returns a tensor of the logits' shape and dtype, channels_last where their channels lie side by side.
     """

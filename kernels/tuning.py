@@ -43,7 +43,7 @@ def pinned(op: str, config: Any) -> Iterator[None]:
 
 
 def is_pinned(op: str) -> bool:
-    """Whether a benchmark has set the op's config."""
+    """Return whether a benchmark has set the op's config."""
     return op in _pins
 
 
@@ -59,7 +59,9 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def override(op: str, shape: Any, dtype: torch.dtype, allow_tf32: bool, gpu: str, kind: type[T]) -> T | None:
-    """The config pinned, or measured best on `gpu` for that shape (a dataclass), or None. kind: the config's type."""
+    """Return the config pinned, or measured best on `gpu` for that shape (a dataclass), or None. kind: the config's
+    type.
+    """
     if op in _pins:
         return _pins[op]
     configs = _table(gpu).configs
@@ -84,19 +86,23 @@ class MeasuredLayer:
 
 
 def layer(op: str, x: Tensor, weight: Tensor | None, *, training: bool) -> MeasuredLayer:
-    """The layer of an op by the name it is registered under, its image [N, C, H, W], and its weight if it has one."""
+    """Return the layer of an op by the name it is registered under, its image [N, C, H, W], and its weight if it has
+    one.
+    """
     channels = x.shape[1:2] if weight is None else weight.shape[:2]
     return MeasuredLayer(op, tuple(channels), x.shape[2], x.shape[3], training)
 
 
 def margin(layer: MeasuredLayer, dtype: torch.dtype, allow_tf32: bool, gpu: str) -> float | None:
-    """How many times as long ATen takes, at least, in nine rounds of ten on `gpu`; None where it was not measured."""
+    """Return how many times as long ATen takes, at least, in nine rounds of ten on `gpu`; None where it was not
+    measured.
+    """
     margins = _table(gpu).margins
     return margins.get((layer, _format(dtype, allow_tf32))) if margins else None
 
 
 def table_path(gpu: str) -> Path:
-    """Where the table of a GPU of that name belongs."""
+    """Return where the table of a GPU of that name belongs."""
     return TUNED / f"{re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
 
 
@@ -154,11 +160,11 @@ def _margins(rows: list[dict[str, Any]]) -> dict[tuple[MeasuredLayer, str], floa
 
 
 def as_row(op: str, shape: Any, dtype: torch.dtype, allow_tf32: bool, config: Any) -> dict[str, Any]:
-    """A row of a table's "configs"."""
+    """Return a row of a table's "configs"."""
     chosen = {field.name: getattr(config, field.name) for field in fields(config)}
     return {"op": op, "shape": asdict(shape), "dtype": _format(dtype, allow_tf32), "config": chosen}
 
 
 def as_layer_row(layer: MeasuredLayer, dtype: torch.dtype, allow_tf32: bool) -> dict[str, Any]:
-    """The part of a row of a table's "layers" that says which it is."""
+    """Return the part of a row of a table's "layers" that says which it is."""
     return asdict(layer) | {"channels": list(layer.channels), "dtype": _format(dtype, allow_tf32)}

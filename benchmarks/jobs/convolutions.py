@@ -60,10 +60,10 @@ def _all_plain_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) ->
     for (chosen, aligned), shape in shapes.items():
         for op in ("forward", "pool", "input_grad", "statistics"):
             yield make(op, shape=shape)
-        if chosen.form != config.FOLDED:
+        if chosen.variant != config.FOLDED:
             yield make("two_inputs", shape=replace(shape, c2=shape.c1))
             yield make("two_input_grads", shape=replace(shape, c_out2=shape.c_out))
-            if chosen.form == config.POINTER and aligned:
+            if chosen.variant == config.POINTER and aligned:
                 yield make("contiguous_weight", shape=shape)
         if shape.c_out <= chosen.block_n:
             yield make("head", shape=shape)
@@ -166,7 +166,7 @@ def _halo_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iter
         if not config_hopper.fits_halo(shape, dtype, target):
             continue
         found = config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)
-        first, *others = [chosen for chosen in found if chosen.form == config.HALO]
+        first, *others = [chosen for chosen in found if chosen.variant == config.HALO]
         for chosen in (first, *others) if in_full else (first,):
             # What wants most registers for all; the rest with the blocks that a search begins with.
             for op in HALO_OPS if chosen == first and in_full else ("halo_norm",):

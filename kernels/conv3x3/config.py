@@ -63,7 +63,7 @@ class ConvConfig(Config):
     """Blocks of the convolution, and of its input gradient, which is one.
 
     tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or values
-    of 9*C where folded. form: one of the variants above. Of the halo variant, num_stages are those of pixels and
+    of 9*C where folded. variant: one of the variants above. Of the halo variant, num_stages are those of pixels and
     weight_stages those of weights; swapped is the product of weights and pixels in place of that of pixels and weights.
     splits: programs that share the input channels of a tile, each with as many; a second kernel adds their sums.
     """
@@ -74,7 +74,7 @@ class ConvConfig(Config):
     block_k: int
     num_warps: int
     num_stages: int
-    form: str
+    variant: str
     max_registers: int | None = None
     weight_stages: int = 0
     swapped: bool = False
@@ -82,8 +82,8 @@ class ConvConfig(Config):
 
     @property
     def product_rows(self) -> int:
-        """Channels where the product is turned around, else pixels."""
-        return self.block_n if self.form == DESCRIPTOR else self.tile_h * self.tile_w
+        """Return channels where the product is turned around, else pixels."""
+        return self.block_n if self.variant == DESCRIPTOR else self.tile_h * self.tile_w
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class WeightGradConfig(Config):
     """Blocks of the weight gradient.
 
     tile_h, tile_w: pixels of one step, its K dimension. block_out: output channels. block_in: input channels, or all
-    9*C values where folded. form: as in ConvConfig.
+    9*C values where folded. variant: as in ConvConfig.
     """
 
     tile_h: int
@@ -100,7 +100,7 @@ class WeightGradConfig(Config):
     block_in: int
     num_warps: int
     num_stages: int
-    form: str
+    variant: str
     max_registers: int | None = None
 
     @property
@@ -109,22 +109,22 @@ class WeightGradConfig(Config):
 
 
 def stages(bytes_per_stage: int, target: Target, *, programs: int = 2) -> int:
-    """Pipeline stages, 2 to 4, such that `programs` of them fit one multiprocessor's shared memory together."""
+    """Return pipeline stages, 2 to 4, such that `programs` of them fit one multiprocessor's shared memory together."""
     return max(2, min(4, target.shared_memory // programs // bytes_per_stage))
 
 
 def cover(n: int, smallest: int, largest: int) -> int:
-    """The smallest power of two >= n, held between two powers of two."""
+    """Return the smallest power of two >= n, held between two powers of two."""
     return min(largest, max(smallest, 1 << (n - 1).bit_length()))
 
 
 def aligned(*sizes: int) -> bool:
-    """Whether Triton knows rows of these sizes to start at multiples of 16 elements."""
+    """Return whether Triton knows rows of these sizes to start at multiples of 16 elements."""
     return all(size % 16 == 0 for size in sizes)
 
 
 def channel_block(channels: int, largest: int) -> int:
-    """A block of output channels: 32 at least, and 64 rather than 128 where 128 would compute more padding."""
+    """Return a block of output channels: 32 at least, and 64 rather than 128 where 128 would compute more padding."""
     block = cover(channels, 32, largest)
     if block == 128 and cdiv(channels, 128) * 128 > cdiv(channels, 64) * 64:
         return 64
@@ -132,7 +132,7 @@ def channel_block(channels: int, largest: int) -> int:
 
 
 def step_block(c1: int, c2: int, largest: int) -> int:
-    """A block of input channels: the largest power of two, 16 at least, that divides both inputs' channels."""
+    """Return a block of input channels: the largest power of two, 16 at least, that divides both inputs' channels."""
     common = c1 | c2
     return min(common & -common, largest)
 
@@ -140,7 +140,7 @@ def step_block(c1: int, c2: int, largest: int) -> int:
 def conv_config(
     shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool, op: str = CONV3X3
 ) -> ConvConfig:
-    """The blocks for a convolution of `shape`; `allow_tf32` matters for float32 only. op: CONV3X3, or INPUT_GRAD for
+    """Return blocks for a convolution of `shape`; `allow_tf32` matters for float32 only. op: CONV3X3, or INPUT_GRAD for
     one that is an input gradient, whose kernels are others.
     """
     override = tuning.override(op, shape, dtype, allow_tf32, target.name, ConvConfig)
@@ -149,7 +149,7 @@ def conv_config(
 
 @functools.lru_cache(_REMEMBERED)
 def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool) -> ConvConfig:
-    """As conv_config, whatever was measured."""
+    """Return conv_config, whatever was measured."""
     half = dtype.itemsize == 2
     tensor_cores = half or allow_tf32
     # Without tensor cores the operands lie in registers as well, and larger tiles spill.
@@ -158,10 +158,10 @@ def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, al
         return _descriptor_conv_config(shape, dtype, target)
     if shape.c2 == 0 and shape.c1 < FOLDED_BELOW:
         block_k = cover(9 * shape.c1, 16, 32) if tensor_cores else 16
-        return ConvConfig(tile_h, TILE_W, 64, block_k, 8, num_stages=1, form=FOLDED, max_registers=ALL_REGISTERS)
+        return ConvConfig(tile_h, TILE_W, 64, block_k, 8, num_stages=1, variant=FOLDED, max_registers=ALL_REGISTERS)
     if not shape.aligned:  # Loads go element by element: small steps and many threads hold the addresses.
         block_n = cover(shape.c_out, 32, 64)
-        return ConvConfig(tile_h, TILE_W, block_n, 16, 8, num_stages=2, form=POINTER, max_registers=ALL_REGISTERS)
+        return ConvConfig(tile_h, TILE_W, block_n, 16, 8, num_stages=2, variant=POINTER, max_registers=ALL_REGISTERS)
     deepest = 16 if not tensor_cores else 64 if half and target.capability >= 90 else 32
     block_k = step_block(shape.c1, shape.c2, deepest)
     block_n = channel_block(shape.c_out, 128 if half and block_k == deepest else 64)
@@ -176,7 +176,7 @@ def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, al
 
 
 def fits_descriptors(dtype: torch.dtype, target: Target, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> bool:
-    """Whether channel counts suit the descriptor form, for 16 bits on a GPU that has it.
+    """Return whether channel counts suit the descriptor variant, for 16 bits on a GPU that has it.
 
     Rows are whole 16-byte vectors, steps of 16 input channels come out even, and the output's channels fill most of
     the 64 rows that a tensor-core product has at least.
@@ -201,7 +201,7 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
 
 
 def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
-    """The blocks of an upsampling composed with the convolution after it, where `fits_descriptors`. Unmeasured.
+    """Return the blocks of an upsampling composed with the convolution after it, where `fits_descriptors`. Unmeasured.
 
     shape: c1 channels of the convolution's first input, c2 and the size of the image before the upsampling.
     """
@@ -218,14 +218,14 @@ def derived_composed_config(shape: ConvShape, dtype: torch.dtype, target: Target
 
 
 def splittings(chosen: ConvConfig, shape: ConvShape, target: Target) -> list[int]:
-    """The numbers of splits worth a try: where the tiles of one image leave more than half of the GPU idle.
+    """Return the numbers of splits worth a try: where the tiles of one image leave more than half of the GPU idle.
 
     Each program has whole blocks of channels, of each input as many. Whatever the batch, which it would help less the
     larger it is: the derived configs have none.
     """
     blocks1, blocks2 = shape.c1 // chosen.block_k, shape.c2 // chosen.block_k
     whole = shape.c1 % chosen.block_k == 0 and shape.c2 % chosen.block_k == 0 and not shape.c_out2
-    if chosen.form not in (POINTER, DESCRIPTOR) or not whole:
+    if chosen.variant not in (POINTER, DESCRIPTOR) or not whole:
         return []
     programs = tiles_per_image(chosen, shape.height, shape.width) * cdiv(shape.c_out, chosen.block_n)
     return [
@@ -236,18 +236,22 @@ def splittings(chosen: ConvConfig, shape: ConvShape, target: Target) -> list[int
 
 
 def has_fp8(target: Target) -> bool:
-    """Whether the GPU's tensor cores multiply e4m3, and read it through descriptors."""
+    """Return whether the GPU's tensor cores multiply e4m3, and read it through descriptors."""
     return target.capability >= 90
 
 
 def fits_fp8(inputs: tuple[int, ...], c_out: int) -> bool:
-    """Whether a convolution can run in e4m3: rows are whole 16-byte vectors, and products take 32 channels at least."""
+    """Return whether a convolution can run in e4m3: rows are whole 16-byte vectors, and products take 32 channels at
+    least.
+    """
     return all(c % 32 == 0 for c in inputs) and c_out % 8 == 0 and c_out > 32
 
 
 @functools.lru_cache(_REMEMBERED)
 def fp8_config(shape: ConvShape, target: Target) -> ConvConfig:
-    """The descriptor form's blocks for e4m3, where `fits_fp8`: its steps have twice as many channels. Unmeasured."""
+    """Return the descriptor variant's blocks for e4m3, where `fits_fp8`: its steps have twice as many channels.
+    Unmeasured.
+    """
     block_n = channel_block(shape.c_out, 128)
     block_k = step_block(shape.c1, shape.c2, 128)
     blocks = cdiv(shape.c_out, block_n) * cdiv(shape.width, TILE_W)
@@ -263,22 +267,22 @@ def fp8_config(shape: ConvShape, target: Target) -> ConvConfig:
 
 
 def with_statistics(chosen: ConvConfig) -> ConvConfig:
-    """The config for a convolution that leaves its statistics: the pointer form spills a few values otherwise."""
-    return replace(chosen, max_registers=ALL_REGISTERS) if chosen.form == POINTER else chosen
+    """Return the config of a convolution that leaves statistics: the pointer variant spills a few values otherwise."""
+    return replace(chosen, max_registers=ALL_REGISTERS) if chosen.variant == POINTER else chosen
 
 
 def with_head(chosen: ConvConfig) -> ConvConfig:
-    """The config for a convolution whose epilogue holds a head, which needs registers of its own.
+    """Return the config for a convolution whose epilogue holds a head, which needs registers of its own.
 
     A head sums over channels: of pixels times weights, they are all in one warp.
     """
-    if chosen.form == HALO:
+    if chosen.variant == HALO:
         return replace(chosen, swapped=False, tile_h=chosen.tile_h if chosen.block_n == 64 else 16)
     return replace(chosen, tile_h=min(chosen.tile_h, 16))
 
 
 def tiles_per_image(chosen: ConvConfig | WeightGradConfig, height: int, width: int) -> int:
-    """Pixel tiles that cover an image."""
+    """Return the pixel tiles that cover an image."""
     return cdiv(height, chosen.tile_h) * cdiv(width, chosen.tile_w)
 
 
@@ -297,12 +301,12 @@ def sizes(x: Tensor, up: Tensor | None, weight: Tensor, chosen: ConvConfig) -> d
 
 
 def conv_steps(chosen: ConvConfig, channels: int) -> int:
-    """Steps of the inner loop over the taps of one input's channels."""
-    return cdiv(9 * channels, chosen.block_k) if chosen.form == FOLDED else 9 * cdiv(channels, chosen.block_k)
+    """Return the steps of the inner loop over the taps of one input's channels."""
+    return cdiv(9 * channels, chosen.block_k) if chosen.variant == FOLDED else 9 * cdiv(channels, chosen.block_k)
 
 
 def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> WeightGradConfig:
-    """The blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""
+    """Return the blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""
     override = tuning.override("conv3x3_weight_grad", shape, dtype, allow_tf32, target.name, WeightGradConfig)
     return override or derived_weight_grad_config(shape, dtype, target, allow_tf32)
 
@@ -333,7 +337,8 @@ def derived_weight_grad_config(
 
 
 def _run_of_pixels(height: int, width: int) -> tuple[int, int] | None:
-    """Height and width of tiles whose 64 pixels are neighbours in memory and which fill the image, None if none do.
+    """Return height and width of tiles whose 64 pixels are neighbours in memory and which fill the image, None if none
+    do.
 
     A tile past the image's edge would be filled with zeros, which beside an infinite neighbour make NaN.
     """
@@ -355,13 +360,15 @@ def _descriptor_weight_grad_config(
 
 
 def weight_grad_programs(chosen: WeightGradConfig, c_in: int, c_out: int) -> int:
-    """Programs that together cover one weight gradient: channel blocks, times the taps unless they are folded."""
-    taps_and_inputs = 1 if chosen.form == FOLDED else 9 * cdiv(c_in, chosen.block_in)
+    """Return the programs that together cover one weight gradient: channel blocks, times the taps unless they are
+    folded.
+    """
+    taps_and_inputs = 1 if chosen.variant == FOLDED else 9 * cdiv(c_in, chosen.block_in)
     return taps_and_inputs * cdiv(c_out, chosen.block_out)
 
 
 def weight_grad_splits(programs: int, tiles: int, target: Target) -> int:
-    """How many parts the pixel tiles fall into, each summed by `programs` of its own.
+    """Return how many parts the pixel tiles fall into, each summed by `programs` of its own.
 
     Two programs for every multiprocessor, but at least eight tiles to a part, so that the partial sums, which are
     written and read again, stay small beside the input. Unmeasured.
@@ -370,25 +377,27 @@ def weight_grad_splits(programs: int, tiles: int, target: Target) -> int:
 
 
 def conv_configs(dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[tuple[ConvConfig, bool], ConvShape]:
-    """Every config that conv_config can choose for aligned and unaligned shapes, each with a shape that leads to it."""
+    """Return every config that conv_config can choose for aligned and unaligned shapes, each with a shape that leads to
+    it.
+    """
     found: dict[tuple[ConvConfig, bool], ConvShape] = {}
     images = ((512, 512), (33, 128), (8, 8))  # They lead to the three heights of tiles.
     for c1, c_out, (height, width) in itertools.product((1, 3, 17, 16, 32, 64), (32, 64, 128, 33), images):
         shape = ConvShape(c1, 0, c_out, height, width, aligned(c1, c_out))
         chosen = conv_config(shape, dtype, target, allow_tf32=allow_tf32)
-        found.setdefault((chosen, shape.aligned or chosen.form == DESCRIPTOR), shape)
+        found.setdefault((chosen, shape.aligned or chosen.variant == DESCRIPTOR), shape)
     return found
 
 
 def weight_grad_configs(
     dtype: torch.dtype, target: Target, *, allow_tf32: bool
 ) -> dict[tuple[WeightGradConfig, bool], ConvShape]:
-    """Every config that weight_grad_config can choose, aligned or not, each with a shape that leads to it."""
+    """Return every config that weight_grad_config can choose, aligned or not, each with a shape that leads to it."""
     found: dict[tuple[WeightGradConfig, bool], ConvShape] = {}
     for c_in, c_out, side in itertools.product(
         (3, 7, 17, 33, 16, 32, 64, 128), (17, 33, 32, 64, 128), (64, 32, 16, 8, 63)
     ):
         shape = ConvShape(c_in, 0, c_out, side, side, aligned(c_in, c_out))
         chosen = weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
-        found.setdefault((chosen, shape.aligned or chosen.form == DESCRIPTOR), shape)
+        found.setdefault((chosen, shape.aligned or chosen.variant == DESCRIPTOR), shape)
     return found

@@ -8,13 +8,13 @@ from fastunet.kernels.gpu import Target, cdiv
 
 
 def fits_halo(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:
-    """Whether a convolution can run in the halo variant: whole steps of 64 channels of each input, one output."""
+    """Return whether a convolution fits the halo variant: whole steps of 64 channels of each input, one output."""
     whole = shape.c1 % 64 == 0 and shape.c2 % 64 == 0 and shape.c_out % 8 == 0 and shape.c_out > 32
     return target.capability == 90 and dtype.itemsize == 2 and whole and shape.c_out2 == 0
 
 
 def halo_config(shape: ConvShape, target: Target) -> ConvConfig:
-    """The halo variant's blocks, where `fits_halo`: large tiles but for a small image, and all stages that fit.
+    """Return the halo variant's blocks, where `fits_halo`: large tiles but for a small image, and all stages that fit.
 
     The swapped product, which for 64 channels reads less shared memory, and whose threads hold fewer channels of a
     norm. Unmeasured.
@@ -29,7 +29,9 @@ def halo_config(shape: ConvShape, target: Target) -> ConvConfig:
 
 
 def shared_memory(chosen: ConvConfig) -> int:
-    """Bytes of the halo variant: both rings, y and its pooled half on their way, 16 bits each. Barriers aside."""
+    """Return the bytes of the halo variant: both rings, y and its pooled half on their way, 16 bits each. Barriers
+    aside.
+    """
     pixels, block_n = chosen.tile_h * chosen.tile_w, chosen.block_n
     rings = chosen.num_stages * (chosen.tile_h + 2) * chosen.tile_w + chosen.weight_stages * block_n
     return 2 * (rings * chosen.block_k + pixels * block_n + pixels // 4 * block_n)

@@ -1,8 +1,8 @@
 """The configurations that a convolution could run with, for measuring which is fastest: pure enumeration.
 
-The derived configuration comes first, then those of the other forms, then the rest by how many fields they change of
-their own form's, so that a search which is cut short has seen the likeliest. All are correct by construction and fit
-shared memory; whether one compiles without spills, or at all, is for the search to find out.
+The derived configuration comes first, then those of the other variants, then the rest by how many fields they differ
+in from their variant's, so that a search which is cut short has seen the likeliest. All are correct by construction and
+fit shared memory; whether one compiles without spills, or at all, is for the search to find out.
 """
 
 from __future__ import annotations
@@ -36,42 +36,43 @@ _STAGES = (2, 3, 4)
 T = TypeVar("T", ConvConfig, WeightGradConfig)
 
 
-def conv_forms(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[str, ConvConfig]:
-    """By form, the derived config of each form that `shape` can run in on the target, the one that is chosen first."""
+def conv_variants(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[str, ConvConfig]:
+    """Return the derived config of each variant that `shape` can run in on the target, the one chosen first."""
     derived = config.derived_conv_config(shape, dtype, target, allow_tf32)
-    forms = {derived.form: derived}
+    variants = {derived.variant: derived}
     if config_hopper.fits_halo(shape, dtype, target):
-        forms[HALO] = config_hopper.halo_config(shape, target)
-    if derived.form == DESCRIPTOR:
+        variants[HALO] = config_hopper.halo_config(shape, target)
+    if derived.variant == DESCRIPTOR:
         without = replace(target, capability=min(target.capability, 89))
-        forms[POINTER] = config.derived_conv_config(shape, dtype, without, allow_tf32)
-    return forms
+        variants[POINTER] = config.derived_conv_config(shape, dtype, without, allow_tf32)
+    return variants
 
 
 def feasible_conv_configs(
     shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool, splits: bool = True
 ) -> list[ConvConfig]:
-    """Configs for a convolution of `shape`, or an input gradient, which is one, but whose kernels split no sums;
+    """Return configs for a convolution of `shape`, or an input gradient, which is one, but whose kernels split no sums;
     `allow_tf32` matters for float32.
     """
-    forms = conv_forms(shape, dtype, target, allow_tf32=allow_tf32)
-    found = [candidate for form in forms.values() for candidate in _conv_variants(form, shape, dtype, target)]
+    variants = conv_variants(shape, dtype, target, allow_tf32=allow_tf32)
+    found = [candidate for each in variants.values() for candidate in _candidates(each, shape, dtype, target)]
     if splits:
-        found += [
-            replace(form, splits=count) for form in forms.values() for count in config.splittings(form, shape, target)
-        ]
-    return _nearest_first(forms, found)
+        for each in variants.values():
+            found += [replace(each, splits=count) for count in config.splittings(each, shape, target)]
+    return _nearest_first(variants, found)
 
 
 def feasible_composed_configs(shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
-    """Configs for an upsampling composed with the convolution after it, of a shape as in `config.composed_config`."""
+    """Return configs for an upsampling composed with the convolution after it, of a shape as in
+    `config.composed_config`.
+    """
     derived = config.derived_composed_config(shape, dtype, target)
-    return _nearest_first({derived.form: derived}, _conv_variants(derived, shape, dtype, target))
+    return _nearest_first({derived.variant: derived}, _candidates(derived, shape, dtype, target))
 
 
-def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
-    """The configs of derived's form."""
-    if derived.form == HALO:
+def _candidates(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
+    """Return the configs of derived's variant."""
+    if derived.variant == HALO:
         return _halo_configs(derived, shape.c_out, target)
     channels = max(shape.c_out, shape.c_out2)
     heights = [h for h in (8, 16, 32) if h <= derived.tile_h or dtype.itemsize == 2]
@@ -82,8 +83,8 @@ def _conv_variants(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, ta
     stages = _STAGES if derived.num_stages > 1 else (1,)
     found = []
     for tile_h, block_n, block_k, warps, depth in itertools.product(heights, blocks_n, blocks_k, _WARPS, stages):
-        limit = _register_limit(derived.form, block_n, dtype, target)
-        candidate = ConvConfig(tile_h, TILE_W, block_n, block_k, warps, depth, derived.form, limit)
+        limit = _register_limit(derived.variant, block_n, dtype, target)
+        candidate = ConvConfig(tile_h, TILE_W, block_n, block_k, warps, depth, derived.variant, limit)
         per_stage = (tile_h * TILE_W + block_n) * block_k * dtype.itemsize
         if _fits(tile_h * TILE_W * block_n, warps, depth * per_stage, target):
             found.append(candidate)
@@ -108,36 +109,36 @@ def _halo_configs(derived: ConvConfig, channels: int, target: Target) -> list[Co
 def _covers(block: int, channels: int, derived_block: int) -> bool:
     if derived_block >= channels:
         return channels <= block <= max(derived_block, 64)
-    # A product of the descriptor form has the block's rows, and tensor cores take 64 at least.
+    # A product of the descriptor variant has the block's rows, and tensor cores take 64 at least.
     return block >= 64 and block <= config.cover(channels, 32, 128)
 
 
 def _step_blocks(derived: ConvConfig, shape: ConvShape) -> list[int]:
-    if derived.form == FOLDED or not shape.aligned:
+    if derived.variant == FOLDED or not shape.aligned:
         return [derived.block_k]
     deepest = config.step_block(shape.c1, shape.c2, 64)
     return [k for k in (16, 32, 64) if k <= deepest]
 
 
-def _register_limit(form: str, block_n: int, dtype: torch.dtype, target: Target) -> int | None:
+def _register_limit(variant: str, block_n: int, dtype: torch.dtype, target: Target) -> int | None:
     """As derived configs have it."""
-    if form == DESCRIPTOR:
+    if variant == DESCRIPTOR:
         return ALL_REGISTERS if target.capability >= 100 else None
-    return None if form == POINTER and dtype.itemsize == 2 and block_n > 32 else ALL_REGISTERS
+    return None if variant == POINTER and dtype.itemsize == 2 and block_n > 32 else ALL_REGISTERS
 
 
 def feasible_weight_grad_configs(
     shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool
 ) -> list[WeightGradConfig]:
-    """Configs for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32."""
+    """Return configs for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32."""
     derived = config.derived_weight_grad_config(shape, dtype, target, allow_tf32)
-    # The descriptor form's tile is a run of neighbours in memory; the folded form's block holds all taps.
-    heights = (derived.tile_h,) if derived.form == DESCRIPTOR else (2, 4, 8)
+    # The descriptor variant's tile is a run of neighbours in memory; the folded variant's block holds all taps.
+    heights = (derived.tile_h,) if derived.variant == DESCRIPTOR else (2, 4, 8)
     blocks_out = [n for n in (32, 64, 128) if n <= config.cover(shape.c_out, 32, 128)]
     blocks_in = [n for n in (16, 32, 64, 128) if n <= config.cover(shape.c1, 16, 128)]
-    if derived.form == FOLDED:
+    if derived.variant == FOLDED:
         blocks_in = [derived.block_in]
-    if derived.form == DESCRIPTOR:  # Its product has block_out rows.
+    if derived.variant == DESCRIPTOR:  # Its product has block_out rows.
         blocks_out = [n for n in blocks_out if n >= 64]
     found = []
     for tile_h, block_out, block_in, warps, depth in itertools.product(heights, blocks_out, blocks_in, _WARPS, _STAGES):
@@ -147,7 +148,7 @@ def feasible_weight_grad_configs(
         per_stage = tile_h * derived.tile_w * (block_out + block_in) * dtype.itemsize
         if _fits(block_out * block_in, warps, depth * per_stage, target):
             found.append(candidate)
-    return _nearest_first({derived.form: derived}, found)
+    return _nearest_first({derived.variant: derived}, found)
 
 
 def _fits(sums: int, warps: int, shared_memory: int, target: Target) -> bool:
@@ -155,11 +156,11 @@ def _fits(sums: int, warps: int, shared_memory: int, target: Target) -> bool:
 
 
 def _nearest_first(derived: Mapping[str, T], found: list[T]) -> list[T]:
-    """derived: by form, first the one that is chosen unmeasured."""
+    """derived: by variant, first the one that is chosen unmeasured."""
 
     def distance(candidate: T) -> tuple[int, float]:
-        """Fields that differ, and how many times blocks, warps and stages are doubled or halved."""
-        pairs = zip(astuple(candidate), astuple(derived[candidate.form]), strict=True)
+        """Return fields that differ, and how many times blocks, warps and stages are doubled or halved."""
+        pairs = zip(astuple(candidate), astuple(derived[candidate.variant]), strict=True)
         changed = [(a, b) for a, b in pairs if a != b]
         return len(changed), sum(abs(math.log2(a / b)) for a, b in changed if a and b and _is_number(a, b))
 

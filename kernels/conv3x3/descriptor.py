@@ -1,4 +1,4 @@
-"""The 3x3 convolution and its gradients through tensor descriptors: the form for sm_90 and above, in 16 bits.
+"""The 3x3 convolution and its gradients through tensor descriptors: the variant for sm_90 and above, in 16 bits.
 
 The hardware copies whole boxes of pixels into shared memory and fills what lies outside the image with zeros, which is
 the padding. The product is turned around, weights [N, K] by pixels [K, P], so that both operands are read from shared
@@ -202,7 +202,7 @@ def conv3x3_weight_grad_descriptor_kernel(
 
 
 def boxes(x: Tensor | None, tile_h: int, tile_w: int, channels: int) -> TensorDescriptor | None:
-    """Packed x [N, C, H, W] in boxes of pixels by channels; None where it is None."""
+    """Return packed x [N, C, H, W] in boxes of pixels by channels; None where it is None."""
     if x is None:
         return None
     n, c, h, w = x.shape

@@ -32,7 +32,7 @@ def quantise_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 
 def quantise_launch(x: Tensor, scale: Tensor, out: Tensor) -> gpu.Launch:
-    """The launch that fills out, e4m3, with packed x / scale. scale: a float32 of one element."""
+    """Return the launch that fills out, e4m3, with packed x / scale. scale: a float32 of one element."""
     arguments = {
         "x_ptr": x,
         "scale_ptr": scale,
@@ -57,7 +57,8 @@ def conv3x3_fp8(
     y_scale: Tensor | None = None,
     pooled_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """activation(norm(conv2d(cat([x, up], 1) / scale in e4m3, weight, padding=1)) + bias), and with pool its maxima.
+    """Return activation(norm(conv2d(cat([x, up], 1) / scale in e4m3, weight, padding=1)) + bias), and with pool its
+    maxima.
 
     x [N, C1, H, W], up [N, C2, H, W] or None: in 16 bits, or already divided by scale and in e4m3. weight [Cout, C1 +
     C2, 3, 3] e4m3, channels_last. scale: one float32. The norm's tensors and bias, float32 [Cout], hold the scales of
@@ -86,7 +87,7 @@ def _quantised(t: Tensor, scale: Tensor) -> Tensor:
 
 
 def fp8_launch(x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, epilogue: Epilogue) -> gpu.Launch:
-    """The launch that fills the epilogue's outputs from packed x and up, e4m3."""
+    """Return the launch that fills the epilogue's outputs from packed x and up, e4m3."""
     c2 = 0 if up is None else up.shape[1]
     shape = config.ConvShape(x.shape[1], c2, weight.shape[0], *x.shape[2:])
     return conv3x3_launch(x, up, weight, config.fp8_config(shape, target), epilogue, allow_tf32=False)

@@ -172,14 +172,14 @@ def input_grad_launch(
     allow_tf32: bool,
     target: gpu.Target,
 ) -> gpu.Launch:
-    """The launch that fills outs, the gradients of one input or of two, from packed grad: see conv3x3_input_grad."""
+    """Return the launch that fills outs, the gradients of one input or of two, from packed grad."""
     out, out_up = outs
     batch, channels_out, height, width = grad.shape
     c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
     aligned = config.aligned(channels_out, c1, c2) and weight_aligned(weight)
     shape = config.ConvShape(channels_out, 0, c1, height, width, aligned, c_out2=c2)
     chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32, op=config.INPUT_GRAD)
-    if chosen.form == config.HALO:
+    if chosen.variant == config.HALO:
         # It is a convolution by the window turned around.
         if x is None and halo_runs(grad.device, config.INPUT_GRAD):
             turned = weight.transpose(0, 1).flip(2, 3)
@@ -195,13 +195,13 @@ def input_grad_launch(
         "negative_slope": float(negative_slope or 0),
         "ACTIVATION": activation_code(negative_slope),
     }
-    if chosen.form == config.DESCRIPTOR:
+    if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_input_grad_descriptor_kernel
         arguments |= descriptor.input_grad_operands(grad, weight, outs, x, chosen)
     else:
         kernel = conv3x3_input_grad_kernel
         operands = pointer.operands(grad, None, weight, allow_tf32)
-        outputs = {"x_ptr": x, "out_ptr": out, "out_up_ptr": out_up, "FOLDED": chosen.form == config.FOLDED}
+        outputs = {"x_ptr": x, "out_ptr": out, "out_up_ptr": out_up, "FOLDED": chosen.variant == config.FOLDED}
         arguments |= operands | {"grad_ptr": grad} | outputs
     blocks = gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
     return gpu.launch(kernel, batch * config.tiles_per_image(chosen, height, width) * blocks, arguments, chosen)
@@ -215,7 +215,7 @@ def conv3x3_input_grad(
     negative_slope: float | None = None,
     allow_tf32: bool = False,
 ) -> Tensor:
-    """The gradient of conv3x3's input [N, C, H, W] from its sum's, grad [N, Cout, H, W], and weight [Cout, C, 3, 3].
+    """Return the input's gradient [N, C, H, W] from the sum's, grad [N, Cout, H, W], and weight [Cout, C, 3, 3].
 
     Where x, that input, is given, it is the output of the activation that negative_slope names, and the result is the
     gradient of what went into the activation. Returns a channels_last tensor of grad's dtype.
@@ -257,7 +257,7 @@ def weight_grad_launches(
     allow_tf32: bool,
     target: gpu.Target,
 ) -> tuple[gpu.Launch, gpu.Launch]:
-    """The two launches that fill grad_weight (channels_last) and grad_bias: partial sums, then the sum of those."""
+    """Return two launches that fill grad_weight (channels_last) and grad_bias: partial sums, then the sum of those."""
     batch, channels, height, width = x.shape
     channels_out = grad.shape[1]
     shape = config.ConvShape(channels, 0, channels_out, height, width)
@@ -278,12 +278,12 @@ def weight_grad_launches(
         "COUT": channels_out,
         "WITH_BIAS": grad_bias is not None,
     }
-    if chosen.form == config.DESCRIPTOR:
+    if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_weight_grad_descriptor_kernel
         arguments |= descriptor.weight_grad_operands(grad, x, chosen)
     else:
         kernel = conv3x3_weight_grad_kernel
-        arguments |= {"grad_ptr": grad, "x_ptr": x, "FOLDED": chosen.form == config.FOLDED}
+        arguments |= {"grad_ptr": grad, "x_ptr": x, "FOLDED": chosen.variant == config.FOLDED}
         arguments["PRECISION"] = precision(x.dtype, allow_tf32)
     sums = gpu.launch(kernel, programs * splits, arguments, chosen)
     return sums, sum_rows_launch(partial, grad_weight, grad_bias)
@@ -292,7 +292,7 @@ def weight_grad_launches(
 def conv3x3_weight_grad(
     grad: Tensor, x: Tensor, *, with_bias: bool = False, allow_tf32: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of conv3x3's weight and, with_bias, of its bias from that of its sum.
+    """Return the gradients of conv3x3's weight and, with_bias, of its bias from that of its sum.
 
     grad [N, Cout, H, W] and x [N, C, H, W], one of conv3x3's inputs. Returns [Cout, C, 3, 3], channels_last, and
     [Cout] or None, both of grad's dtype; float32 sums, in a fixed order. An empty batch gives zeros.

@@ -265,7 +265,7 @@ def conv3x3_hopper_kernel(
 
 
 def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescriptor:
-    """Packed x [N, C, H, W] in boxes of pixels by channels."""
+    """Return packed x [N, C, H, W] in boxes of pixels by channels."""
     n, c, h, w = x.shape
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     # Spelled out: where a size is 1, a packed tensor may have any stride.
@@ -275,7 +275,7 @@ def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescripto
 def conv3x3_launch(
     x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
 ) -> gpu.Launch:
-    """The launch that fills the epilogue's outputs from packed x and up. ValueError where they are statistics, which
+    """Return the launch that fills the epilogue's outputs. ValueError where they are statistics, which
     this variant does not leave, or a head of more channels than a program holds.
     """
     head, channels = epilogue.head, weight.shape[0]

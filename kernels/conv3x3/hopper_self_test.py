@@ -69,7 +69,7 @@ PROBLEMS = (
 
 @functools.cache
 def unsupported_reason(device: torch.device) -> str | None:
-    """Why the halo variant may not run on a device, None where it may."""
+    """Return why the halo variant may not run on a device, None where it may."""
     target = gpu.target(device)
     if target.capability != 90:
         return f"the halo variant is for sm_90, not {target.name}"
@@ -84,7 +84,7 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 
 def identity(name: str) -> str:
-    """What a verdict holds for: the GPU's name, the driver, Triton, and the kernel's source."""
+    """Return what a verdict holds for: the GPU's name, the driver, Triton, and the kernel's source."""
     here = Path(__file__).parent
     source = hashlib.sha256(b"".join((here / file).read_bytes() for file in _SOURCES)).hexdigest()[:16]
     driver = driver_version()
@@ -92,7 +92,7 @@ def identity(name: str) -> str:
 
 
 def driver_version() -> int:
-    """The newest CUDA the driver supports, 13000 for 13.0; 0 without a driver."""
+    """Return the newest CUDA the driver supports, 13000 for 13.0; 0 without a driver."""
     version = ctypes.c_int()
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -100,8 +100,8 @@ def driver_version() -> int:
 
 
 def verdict(cache: Path, key: str, index: int) -> str | None:
-    """What is wrong by the verdict of that key, or None; the self-test runs where the cache has none, and may raise
-    NoVerdict.
+    """Return what is wrong by the verdict of that key, or None; the self-test runs where the cache has none, and may
+    raise NoVerdict.
     """
     try:
         verdicts = dict(json.loads(cache.read_text()))
@@ -114,8 +114,8 @@ def verdict(cache: Path, key: str, index: int) -> str | None:
 
 
 def run(index: int, command: list[str] | None = None, timeout: float = TIMEOUT) -> str | None:
-    """What is wrong on the GPU of that number, or None. NoVerdict where it hangs or fails otherwise. command: what
-    tests, by default this module.
+    """Return what is wrong on the GPU of that number, or None. NoVerdict where it hangs or fails otherwise. command:
+    what tests, by default this module.
     """
     command = command or [
         sys.executable,

@@ -2,7 +2,7 @@
 
 An implicit GEMM on packed NHWC activations: a program owns a tile of P pixels and BLOCK_N output channels, and steps
 through the taps and the input channels. Here it gathers its [P, BLOCK_K] operand from shifted pixels, on any GPU;
-`conv3x3_descriptor` has the form for those that copy whole boxes. Two inputs stand for their concatenation along the
+`conv3x3_descriptor` has the variant for those that copy whole boxes. Two inputs stand for their concatenation along the
 channels, which is never written.
 """
 
@@ -192,21 +192,21 @@ def conv3x3_launch(
     allow_tf32: bool,
 ) -> gpu.Launch:
     """Return the launch, in any variant, that fills the epilogue's outputs from packed x and up."""
-    if chosen.form == config.HALO:
+    if chosen.variant == config.HALO:
         from fastunet.kernels.conv3x3 import hopper  # Late: its interface is private to some releases of Triton.
 
         return hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
     tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
     arguments = {**config.sizes(x, up, weight, chosen), "tiles": tiles, **epilogue.arguments()}
     kernel = conv3x3_kernel
-    if chosen.form == config.DESCRIPTOR:
+    if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_descriptor_kernel
         arguments |= descriptor.operands(x, up, weight, chosen)
         arguments["y_desc"] = descriptor.boxes(epilogue.y, chosen.tile_h, chosen.tile_w, chosen.block_n)
         windows = chosen.tile_h // 2, chosen.tile_w // 2
         arguments["pooled_desc"] = descriptor.boxes(epilogue.pooled, *windows, chosen.block_n)
     else:
-        arguments |= {**operands(x, up, weight, allow_tf32), "FOLDED": chosen.form == config.FOLDED}
+        arguments |= {**operands(x, up, weight, allow_tf32), "FOLDED": chosen.variant == config.FOLDED}
     return gpu.launch(kernel, tiles * gpu.cdiv(weight.shape[0], chosen.block_n), arguments, chosen)
 
 
@@ -232,7 +232,7 @@ def choose(
     allow_tf32: bool,
     leaves_statistics: bool = False,
 ) -> config.ConvConfig:
-    """The configuration for conv2d(cat([x, up], 1), weight, padding=1).
+    """Return the configuration for conv2d(cat([x, up], 1), weight, padding=1).
 
     leaves_statistics: the epilogue has such, which the halo variant does not give.
     """
@@ -240,13 +240,13 @@ def choose(
     aligned = config.aligned(c1, c2, channels) and weight_aligned(weight)
     shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
-    if chosen.form == config.HALO and (leaves_statistics or not halo_runs(x.device, config.CONV3X3)):
+    if chosen.variant == config.HALO and (leaves_statistics or not halo_runs(x.device, config.CONV3X3)):
         return config.derived_conv_config(shape, x.dtype, target, allow_tf32)
     return chosen
 
 
 def halo_runs(device: torch.device, op: str) -> bool:
-    """Whether the halo variant, which a measurement has chosen for the op, may run there; where not, it warns.
+    """Return whether the halo variant, which a measurement has chosen for the op, may run there; where not, it warns.
     RuntimeError where it is pinned: whoever pins it is to see that variant, and no other in its place.
     """
     from fastunet.kernels import tuning
@@ -261,7 +261,7 @@ def halo_runs(device: torch.device, op: str) -> bool:
 
 
 def weight_aligned(weight: Tensor) -> bool:
-    """Whether a weight [O, I, 3, 3] loads in vectors, or at least in steps known beforehand.
+    """Return whether a weight [O, I, 3, 3] loads in vectors, or at least in steps known beforehand.
 
     Beside whole rows of 16, its strides may be those of neighbouring channels: 1, or 9 in a contiguous weight.
     """
@@ -280,7 +280,7 @@ def conv3x3(
     allow_tf32: bool = False,
     y_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """activation(norm(conv2d(cat([x, up], 1), weight, padding=1)) + bias) and, with pool, its 2x2 maxima.
+    """Return activation(norm(conv2d(cat([x, up], 1), weight, padding=1)) + bias) and, with pool, its 2x2 maxima.
 
     x [N, C1, H, W], up [N, C2, H, W] or None, weight [Cout, C1 + C2, 3, 3] in any layout, all of one dtype and device,
     which the caller has checked; bias [Cout] or None and the norm's tensors may be float32 instead. negative_slope:
@@ -313,8 +313,8 @@ def conv3x3_head(
     negative_slope: float | None = None,
     allow_tf32: bool = False,
 ) -> Tensor | None:
-    """head(y) of y = conv3x3(...), [N, classes, H, W], without writing y; None where one program cannot hold all of
-    its channels.
+    """Return head(y) of y = conv3x3(...), [N, classes, H, W], without writing y; None where one program cannot hold all
+    of its channels.
 
     The head reads y before it is rounded to x's dtype.
     """
@@ -332,7 +332,7 @@ def conv3x3_head(
 def conv3x3_with_statistics(
     x: Tensor, weight: Tensor, *, up: Tensor | None = None, allow_tf32: bool = False
 ) -> tuple[Tensor, Statistics]:
-    """conv2d(cat([x, up], 1), weight, padding=1) [N, Cout, H, W], and the partial statistics of what it wrote.
+    """Return conv2d(cat([x, up], 1), weight, padding=1) [N, Cout, H, W], and the partial statistics of what it wrote.
 
     The tiles of an image are neighbours, and images follow each other. As conv3x3 otherwise.
     """

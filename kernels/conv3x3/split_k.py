@@ -1,6 +1,6 @@
 """The 3x3 convolution with its input channels split among programs, for a batch of one image on a deep level, whose
 tiles are too few for the GPU. Each program leaves its sums in float32; a second kernel adds them, in a fixed order, and
-does what the other forms do in their epilogue. No atomics: the bits are the same at every run.
+does what the other variants do in their epilogue. No atomics: the bits are the same at every run.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def launches(
     *,
     allow_tf32: bool,
 ) -> list[gpu.Launch]:
-    """Those that fill the epilogue's outputs from packed x and up: the sums of each split, then what comes of them.
+    """Return those that fill the epilogue's outputs from packed x and up: the sums of each split, then what comes of
+    them.
 
     ValueError where a split would have a part of a block of channels.
     """
@@ -141,7 +142,7 @@ def launches(
     pixels, channels = batch * height * width, weight.shape[0]
     sums = torch.empty((chosen.splits, pixels, channels), dtype=torch.float32, device=x.device)
     arguments = {**config.sizes(x, up, weight, chosen), "sums_ptr": sums, "pixels": pixels, "SPLITS": chosen.splits}
-    if chosen.form == config.DESCRIPTOR:
+    if chosen.variant == config.DESCRIPTOR:
         kernel, operands = conv3x3_split_descriptor_kernel, descriptor.operands(x, up, weight, chosen)
     else:
         kernel, operands = conv3x3_split_kernel, pointer.operands(x, up, weight, allow_tf32)

@@ -114,8 +114,8 @@ def test_other_forms_are_timed_if_they_are_right(monkeypatch: pytest.MonkeyPatch
     shape = config.ConvShape(8, 0, 8, 16, 16, aligned=False)
     chosen = config.derived_conv_config(shape, torch.bfloat16, gpu.INTERPRETER, False)
     forms = {"right": {"block_n": 64}, "wrong": {"num_warps": 1}, "broken": {"block_k": 3}}
-    found = {chosen.form: chosen, **{name: dataclasses.replace(chosen, **change) for name, change in forms.items()}}
-    monkeypatch.setattr(config_search, "conv_forms", lambda *_, **__: found)
+    found = {chosen.variant: chosen, **{name: dataclasses.replace(chosen, **change) for name, change in forms.items()}}
+    monkeypatch.setattr(config_search, "conv_variants", lambda *_, **__: found)
     spoil_single_warps(monkeypatch)
     row = gpu_steps.run_step(SMALL, Step("layer", "inc.c2", "forward"))
     assert (row["status"], row["reason"]) == ("ok", "")

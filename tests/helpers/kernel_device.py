@@ -6,10 +6,15 @@ where neither is to be had.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from fastunet.kernels import gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -19,7 +24,18 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 MARK = pytest.mark.interpreter if INTERPRETED else pytest.mark.gpu
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# GPUs whose configurations the interpreter runs: through descriptors, and with sums in many parts.
+HOPPER = dataclasses.replace(gpu.known_target(90), multiprocessors=4)
+MANY_SPLITS = dataclasses.replace(gpu.INTERPRETER, multiprocessors=64, name="many splits")
+
 if INTERPRETED:
     from interpreter import repair
 
     repair()
+
+
+def on(target: gpu.Target | None, kernels: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a kernels package takes the device for `target`; a GPU stays itself, as for None."""
+    if target is None or not INTERPRETED:
+        return contextlib.nullcontext()
+    return mock.patch.object(kernels.gpu, "target", return_value=target)

@@ -58,11 +58,11 @@ def test_conv_config(
     assert chosen.num_stages * stage <= target.shared_memory
     # Every value of K is reached, and no step is without one.
     covered = config.conv_steps(chosen, c1) * chosen.block_k
-    values = 9 * c1 if chosen.form == config.FOLDED else 9 * -(-c1 // chosen.block_k) * chosen.block_k
+    values = 9 * c1 if chosen.variant == config.FOLDED else 9 * -(-c1 // chosen.block_k) * chosen.block_k
     assert values <= covered < values + chosen.block_k
     # What runs is among what is compiled ahead of time.
     reachable = config.conv_configs(dtype, target, allow_tf32=allow_tf32)
-    assert (chosen, shape.aligned or chosen.form == config.DESCRIPTOR) in reachable
+    assert (chosen, shape.aligned or chosen.variant == config.DESCRIPTOR) in reachable
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -78,47 +78,50 @@ def test_weight_grad_config(
     assert min(pixels, chosen.block_out, chosen.block_in) >= 16
     stage = pixels * (chosen.block_out + chosen.block_in) * dtype.itemsize
     assert chosen.num_stages * stage <= target.shared_memory
-    if chosen.form == config.FOLDED:
+    if chosen.variant == config.FOLDED:
         assert chosen.block_in >= 9 * c_in
     splits = config.weight_grad_splits(config.weight_grad_programs(chosen, c_in, c_out), tiles, target)
     assert 1 <= splits <= max(1, tiles // 8)
     reachable = config.weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
-    assert (chosen, shape.aligned or chosen.form == config.DESCRIPTOR) in reachable
+    assert (chosen, shape.aligned or chosen.variant == config.DESCRIPTOR) in reachable
 
 
-@given(channels=st.integers(1, 5000))
-def test_pointwise_config_holds_1024_elements(channels: int) -> None:
-    chosen = config_passes.pointwise_config(channels)
-    assert chosen.block_windows * chosen.block_channels == 1024
-    assert chosen.block_channels < 2 * channels
-    assert chosen in config_passes.pointwise_configs()
+@given(channels=st.integers(1, config_passes.MOST_CHANNELS))
+def test_pass_configs_hold_as_many_elements(channels: int) -> None:
+    windows, pixels, norm = (
+        choose(channels)
+        for choose in (config_passes.pointwise_config, config_passes.pixel_config, config_passes.norm_grad_config)
+    )
+    assert windows.block_p * windows.block_c == pixels.block_p * pixels.block_c == 1024
+    assert norm.block_p * norm.block_c == 512
+    assert windows.block_c < 2 * channels
+    assert channels <= pixels.block_c < 2 * channels
+    assert windows in config_passes.pointwise_configs()
+    assert pixels in config_passes.pixel_configs()
+    assert norm in config_passes.norm_grad_configs()
+    assert config_passes.statistics_config(channels).block_c in (16, 32)
 
 
-@given(rows=st.integers(1, 10**6), channels=st.integers(1, 2000))
-def test_statistics_are_merged_in_parts_that_cover_all_rows(rows: int, channels: int) -> None:
-    chosen = config_passes.statistics_config(rows, channels)
-    assert (chosen.splits - 1) * chosen.rows_per_split < rows <= chosen.splits * chosen.rows_per_split
-    # Neither round is a long loop.
-    assert max(chosen.splits, chosen.rows_per_split) <= 1024
-    assert chosen.block_channels in (16, 32)
-
-
-@given(windows=st.integers(1, 10**7), channels=st.integers(1, 2000), target=targets)
-def test_norm_grad_config(windows: int, channels: int, target: gpu.Target) -> None:
-    chosen = config_passes.norm_grad_config(windows, channels, target)
-    assert chosen.block_windows * chosen.block_channels == 512
-    assert 1 <= chosen.splits <= max(1, windows // (8 * chosen.block_windows))
-    blocks = {(c.block_windows, c.block_channels) for c in config_passes.norm_grad_configs(target)}
-    assert (chosen.block_windows, chosen.block_channels) in blocks
+@given(count=st.integers(1, 10**7), channels=st.integers(1, 1000), target=targets)
+def test_parts_of_passes(count: int, channels: int, target: gpu.Target) -> None:
+    """Neither round of a merging is a long loop, and no part is short."""
+    per_split = config_passes.statistics_per_split(count)
+    assert max(per_split, -(-count // per_split)) <= 4096
+    splits = config_passes.norm_grad_splits(count, channels, target)
+    assert 1 <= splits <= max(1, count // (8 * config_passes.norm_grad_config(channels).block_p))
+    chosen = config_passes.pixel_config(channels)
+    splits = config_passes.pixel_splits(count, chosen)
+    assert 1 <= splits <= 64
+    assert splits == 1 or -(-count // chosen.block_p) // splits >= 4
 
 
 def test_few_input_channels_fold_their_taps() -> None:
     target = gpu.known_target(90)
-    for c1, form in ((1, "folded"), (3, "folded"), (7, "folded"), (8, "pointer"), (64, "descriptor")):
+    for c1, variant in ((1, "folded"), (3, "folded"), (7, "folded"), (8, "pointer"), (64, "descriptor")):
         shape = ConvShape(c1, 0, 64, 64, 64, config.aligned(c1, 64))
-        assert config.conv_config(shape, torch.bfloat16, target, allow_tf32=False).form == form
+        assert config.conv_config(shape, torch.bfloat16, target, allow_tf32=False).variant == variant
     with_up = ConvShape(3, 3, 64, 64, 64, aligned=False)
-    assert config.conv_config(with_up, torch.bfloat16, target, allow_tf32=False).form == config.POINTER
+    assert config.conv_config(with_up, torch.bfloat16, target, allow_tf32=False).variant == config.POINTER
 
 
 def test_deep_levels_get_smaller_tiles_than_wide_ones() -> None:
@@ -143,18 +146,6 @@ def test_importing_touches_neither_triton_nor_cuda() -> None:
         "assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@given(channels=st.integers(1, config_passes.MOST_CHANNELS), pixels=st.integers(1, 2**24))
-def test_pixel_config(channels: int, pixels: int) -> None:
-    chosen = config_passes.pixel_config(channels)
-    assert chosen.block_pixels * chosen.block_channels == 1024
-    assert channels <= chosen.block_channels < 2 * channels
-    assert chosen in config_passes.pixel_configs()
-    splits = config_passes.pixel_splits(pixels, chosen)
-    blocks = -(-pixels // chosen.block_pixels)
-    assert 1 <= splits <= 64
-    assert splits == 1 or blocks // splits >= 4
 
 
 # --- products at single pixels: conv_transpose2x2 and conv1x1 ---

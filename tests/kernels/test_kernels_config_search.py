@@ -33,13 +33,13 @@ def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) 
         pixels, sums = each.tile_h * each.tile_w, each.tile_h * each.tile_w * each.block_n
         stage = (pixels + each.block_n) * each.block_k * dtype.itemsize
         # A tile's two halves have the halo variant's warps each.
-        warps = 2 * each.num_warps if each.form == HALO else each.num_warps
-        if each.form != HALO:
+        warps = 2 * each.num_warps if each.variant == HALO else each.num_warps
+        if each.variant != HALO:
             assert each.num_stages * stage <= target.shared_memory
         assert sums / (32 * warps) <= 128
         assert each.tile_w == 8
-        assert each.form != DESCRIPTOR or target.capability >= 90
-        if each.form != FOLDED and shape.aligned:
+        assert each.variant != DESCRIPTOR or target.capability >= 90
+        if each.variant != FOLDED and shape.aligned:
             assert shape.c1 % each.block_k == shape.c2 % each.block_k == 0
         if derived.block_n >= max(shape.c_out, shape.c_out2):
             assert each.block_n >= shape.c_out, "a joined head needs all channels in one block"
@@ -47,16 +47,16 @@ def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) 
 
 def test_forms_and_their_order() -> None:
     shape = SHAPES[0]
-    forms = config_search.conv_forms(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    assert list(forms) == [DESCRIPTOR, HALO, POINTER]
-    assert forms[POINTER] == config.conv_config(shape, torch.bfloat16, gpu.known_target(89), allow_tf32=False)
-    assert list(config_search.conv_forms(shape, torch.bfloat16, AMPERE, allow_tf32=False)) == [POINTER]
-    assert list(config_search.conv_forms(SHAPES[3], torch.bfloat16, HOPPER, allow_tf32=False)) == [FOLDED]
+    variants = config_search.conv_variants(shape, torch.bfloat16, HOPPER, allow_tf32=False)
+    assert list(variants) == [DESCRIPTOR, HALO, POINTER]
+    assert variants[POINTER] == config.conv_config(shape, torch.bfloat16, gpu.known_target(89), allow_tf32=False)
+    assert list(config_search.conv_variants(shape, torch.bfloat16, AMPERE, allow_tf32=False)) == [POINTER]
+    assert list(config_search.conv_variants(SHAPES[3], torch.bfloat16, HOPPER, allow_tf32=False)) == [FOLDED]
     found = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    assert found[: len(forms)] == list(forms.values())
-    assert {each.form for each in found} == set(forms)
-    other = found[len(forms)]
-    changed = [name for name in vars(other) if getattr(other, name) != getattr(forms[other.form], name)]
+    assert found[: len(variants)] == list(variants.values())
+    assert {each.variant for each in found} == set(variants)
+    other = found[len(variants)]
+    changed = [name for name in vars(other) if getattr(other, name) != getattr(variants[other.variant], name)]
     assert len(changed) == 1
 
 
@@ -77,7 +77,7 @@ def test_weight_gradients(shape: ConvShape, target: gpu.Target) -> None:
     for each in found:
         stage = each.tile_h * each.tile_w * (each.block_out + each.block_in) * 2
         assert each.num_stages * stage <= target.shared_memory
-        assert each.form == derived.form
-        if each.form == DESCRIPTOR:
+        assert each.variant == derived.variant
+        if each.variant == DESCRIPTOR:
             assert (each.tile_h, each.tile_w) == (derived.tile_h, derived.tile_w)
             assert each.block_out >= 64

@@ -106,7 +106,7 @@ def test_the_transposed_convolution_writes_e4m3(hopper: None) -> None:
 
 def test_where_a_transposed_convolution_cannot_write_e4m3() -> None:
     x, weight = (random_input(shape, dtype=torch.float16, device=DEVICE) for shape in ((1, 32, 2, 2), (32, 24, 2, 2)))
-    with pytest.raises(ValueError, match="expected a shape and target of the descriptor form"):
+    with pytest.raises(ValueError, match="expected a shape and target of the descriptor variant"):
         conv_transpose2x2.conv_transpose2x2(x, weight, y_scale=torch.ones(1, device=DEVICE))
 
 
