@@ -6,7 +6,6 @@ programs run, so that the test costs as much as one image.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -150,13 +149,8 @@ def test_last_image_is_as_alone(call: str, launched: list[gpu.Launch], many: Cal
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of an image or two: the last is a short loop."""
-    choose = config_passes.norm_grad_config
     monkeypatch.setattr(config, "weight_grad_splits", lambda programs, tiles, target: max(1, tiles // 64))
-    monkeypatch.setattr(
-        config_passes,
-        "norm_grad_config",
-        lambda w, c, target: dataclasses.replace(choose(w, c, target), splits=max(1, w // 512)),
-    )
+    monkeypatch.setattr(config_passes, "norm_grad_splits", lambda windows, channels, target: max(1, windows // 512))
 
 
 @pytest.mark.usefixtures("short_parts")
