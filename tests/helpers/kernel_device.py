@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -39,3 +40,8 @@ def on(target: gpu.Target | None, kernels: Any) -> contextlib.AbstractContextMan
     if target is None or not INTERPRETED:
         return contextlib.nullcontext()
     return mock.patch.object(kernels.gpu, "target", return_value=target)
+
+
+def kernel_names(launches: Sequence[gpu.Launch]) -> list[str]:
+    """Return the names of the kernels that gpu.recording has seen, in order."""
+    return [launch.kernel.fn.__name__ for launch in launches]

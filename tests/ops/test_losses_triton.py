@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_device import DEVICE, MARK
+from fastunet.kernels import gpu
+from kernel_device import DEVICE, MARK, kernel_names
 from torch import Tensor
 
 import fastunet
@@ -46,10 +47,10 @@ def run(backend: str, loss: Any, logits: Tensor, target: Tensor) -> tuple[Tensor
 
 def assert_same(loss: Any, logits: Tensor, target: Tensor) -> None:
     """Triton's float32 against ATen's float64."""
-    ours, exact = run("triton", loss, logits, target), run("aten", loss, logits.double(), target)
-    for a, b in zip(ours, exact, strict=True):
+    actual, exact = run("triton", loss, logits, target), run("aten", loss, logits.double(), target)
+    for a, b in zip(actual, exact, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
-    assert ours[1].stride() == logits.stride()
+    assert actual[1].stride() == logits.stride()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -126,37 +127,22 @@ def test_opcheck(target: Tensor, softmax: bool, backend: str) -> None:
     with fastunet.backend(backend):
         torch.library.opcheck(sums, (logits.requires_grad_(), target, mask, softmax, True, True))
         grad = torch.randn(4 if softmax else 5, 1, 3, device=DEVICE)
-        wanted = [True, target.is_floating_point()]
+        mask_of_output = [True, target.is_floating_point()]
         backward = torch.ops.fastunet.segmentation_sums_backward.default
-        torch.library.opcheck(backward, (grad, logits.detach(), target, None, softmax, False, True, wanted))
+        torch.library.opcheck(backward, (grad, logits.detach(), target, None, softmax, False, True, mask_of_output))
 
 
-def test_more_channels_than_a_program_holds_run_on_aten(launched: list[str]) -> None:
+def test_more_channels_than_a_program_holds_run_on_aten() -> None:
     logits = torch.randn(1, 1025, 2, 1, device=DEVICE)
-    with fastunet.backend("triton"):
+    with fastunet.backend("triton"), gpu.recording() as launches:
         ops.segmentation_sums(logits, logits.sigmoid())
-        assert launched == []
+        assert launches == []
         ops.segmentation_sums(logits[:, :1024], logits[:, :1024].sigmoid())
-    assert launched == ["segmentation_sums_kernel", "sum_rows_kernel"]
-
-
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels launched since."""
-    from fastunet.kernels import gpu
-
-    names: list[str] = []
-    original = gpu.Launch.run
-
-    def record(self: gpu.Launch, device: torch.device) -> None:
-        names.append(self.kernel.fn.__name__)
-        original(self, device)
-
-    monkeypatch.setattr(gpu.Launch, "run", record)
-    return names
+    assert kernel_names(launches) == ["segmentation_sums_kernel", "sum_rows_kernel"]
 
 
 @pytest.mark.parametrize("loss", [DiceLoss(sigmoid=True), BCEDiceLoss(), CEDiceLoss()], ids=lambda m: type(m).__name__)
-def test_the_logits_are_read_once_each_way(loss: torch.nn.Module, launched: list[str]) -> None:
-    run("triton", loss, make_logits(2), make_target(2))
-    assert launched == ["segmentation_sums_kernel", "sum_rows_kernel", "segmentation_sums_grad_kernel"]
+def test_the_logits_are_read_once_each_way(loss: torch.nn.Module) -> None:
+    with gpu.recording() as launches:
+        run("triton", loss, make_logits(2), make_target(2))
+    assert kernel_names(launches) == ["segmentation_sums_kernel", "sum_rows_kernel", "segmentation_sums_grad_kernel"]

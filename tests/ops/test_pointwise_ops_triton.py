@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from fastunet.kernels import gpu
+from kernel_device import INTERPRETED, kernel_names
 from torch import Tensor
 
 import fastunet
-from fastunet import dispatch, ops
+from fastunet import ops
 from fastunet.reference import functional as reference
 from fastunet.testing import random_cotangent
 
 pytestmark = pytest.mark.interpreter
-if not dispatch.interpreting():
+if not INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1, set before triton is imported", allow_module_level=True)
 
 
@@ -55,24 +57,24 @@ def integers(*shape: int, low: int = -3, high: int = 4) -> Tensor:
     return torch.randint(low, high, shape).float()
 
 
-def run(op: Callable, case: Case, wanted: tuple[bool, ...], memory_format: torch.memory_format) -> list[Tensor]:
-    """The output, then the gradients of the inputs that are wanted."""
+def run(op: Callable, case: Case, needs_grad: tuple[bool, ...], memory_format: torch.memory_format) -> list[Tensor]:
+    """The output, then the gradients of the inputs that need them."""
     torch.manual_seed(0)
     tensors = [integers(*shape) for shape in case.shapes]
     tensors = [t.contiguous(memory_format=memory_format) if t.dim() == 4 else t for t in tensors]
-    for t, want in zip(tensors, wanted, strict=True):
+    for t, want in zip(tensors, needs_grad, strict=True):
         t.requires_grad_(want)
     y = op(*tensors, **case.options)
     leaves = [t for t in tensors if t.requires_grad]
     return [y, *(torch.autograd.grad(y, leaves, integers(*y.shape)) if leaves else ())]
 
 
-def assert_same(case: Case, wanted: tuple[bool, ...], memory_format: torch.memory_format) -> list[Tensor]:
-    ours = run(getattr(ops, case.op), case, wanted, memory_format)
-    theirs = run(getattr(reference, case.op), case, wanted, memory_format)
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+def assert_same(case: Case, needs_grad: tuple[bool, ...], memory_format: torch.memory_format) -> list[Tensor]:
+    actual = run(getattr(ops, case.op), case, needs_grad, memory_format)
+    expected = run(getattr(reference, case.op), case, needs_grad, memory_format)
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         torch.testing.assert_close(a, b, rtol=0, atol=case.tolerance, msg=lambda m, i=i: f"result {i}: {m}")
-    return ours
+    return actual
 
 
 @every_case
@@ -84,8 +86,8 @@ def test_values_and_gradients_are_the_references_in_the_inputs_format(case: Case
 
 @every_case
 def test_every_combination_of_requires_grad(case: Case) -> None:
-    for wanted in itertools.product((True, False), repeat=len(case.shapes)):
-        assert_same(case, wanted, torch.channels_last)
+    for needs_grad in itertools.product((True, False), repeat=len(case.shapes)):
+        assert_same(case, needs_grad, torch.channels_last)
 
 
 @every_format
@@ -110,37 +112,21 @@ KERNELS = {
 SUMS = ["pixel_weight_grad_kernel", "sum_rows_kernel"]
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels as they are launched."""
-    from fastunet.kernels import gpu
-
-    names: list[str] = []
-    original = gpu.Launch.run
-
-    def record(self: gpu.Launch, device: torch.device) -> None:
-        names.append(self.kernel.fn.__name__)
-        original(self, device)
-
-    monkeypatch.setattr(gpu.Launch, "run", record)
-    return names
-
-
 @every_case
-def test_the_kernels_that_are_needed_ran_and_no_others(case: Case, launched: list[str]) -> None:
+def test_the_kernels_that_are_needed_ran_and_no_others(case: Case) -> None:
     """The other tests would pass on ATen as well."""
     forward, backward = KERNELS[case.op]
     op, parameters = getattr(ops, case.op), len(case.shapes) - 1
     sums = [*SUMS, "sum_rows_kernel"] if parameters else []  # Of the weight and of the bias.
-    for wanted, expected in (
+    for needs_grad, expected in (
         ((True,) * (1 + parameters), [forward, backward, *sums]),
         ((True,) + (False,) * parameters, [forward, backward]),
         ((False,) * (1 + parameters), [forward]),
         ((False, True, False)[: 1 + parameters], [forward, *(SUMS if parameters else [])]),
     ):
-        launched.clear()
-        run(op, case, wanted, torch.channels_last)
-        assert launched == expected, wanted
+        with gpu.recording() as launches:
+            run(op, case, needs_grad, torch.channels_last)
+        assert kernel_names(launches) == expected, needs_grad
 
 
 @every_format
@@ -155,16 +141,16 @@ def test_empty_batch(case: Case, memory_format) -> None:
     assert not any(other.any() for other in others)
 
 
-def test_sixteen_bit_softmax_under_autocast_is_torchs(launched: list[str]) -> None:
+def test_sixteen_bit_softmax_under_autocast_is_torchs() -> None:
     x, weight = torch.randn(1, 3, 4, 4), torch.randn(4, 3, 1, 1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), gpu.recording() as launches:
         y = ops.conv1x1(x, weight, activation="softmax")
         expected = ops.conv1x1(x, weight).softmax(dim=1)
     assert torch.equal(y, expected)
-    assert launched == ["conv1x1_kernel"] * 2
+    assert kernel_names(launches) == ["conv1x1_kernel"] * 2
 
 
-def test_a_training_step_of_the_unet(launched: list[str]) -> None:
+def test_a_training_step_of_the_unet() -> None:
     torch.manual_seed(0)
     model = fastunet.UNet(1, 3, features=(3, 5), norm=None, head="softmax")
     rows = fastunet.explain(model, torch.zeros(2, 1, 5, 6)).rows
@@ -175,9 +161,10 @@ def test_a_training_step_of_the_unet(launched: list[str]) -> None:
     # Seven layers deep, each with an error of about 2^-24 of what it sums.
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     cotangent = random_cotangent(y)
-    y.backward(cotangent)
+    with gpu.recording() as launches:
+        y.backward(cotangent)
     expected.backward(cotangent.double())
-    assert {"conv_transpose2x2_input_grad_kernel", "conv1x1_input_grad_kernel", *SUMS} <= set(launched)
+    assert {"conv_transpose2x2_input_grad_kernel", "conv1x1_input_grad_kernel", *SUMS} <= {*kernel_names(launches)}
     for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
         error = (p.grad.double() - q.grad).norm() / q.grad.norm()
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
