@@ -48,7 +48,7 @@ test-gpu: $(VENV)/dev.stamp
 # Without torch's caching of memory, an access past the end of a tensor is one past the end of its allocation.
 test-gpu-memcheck: $(VENV)/dev.stamp
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-	  $(BIN)/python -m pytest -q -m gpu -k 'test_forward or test_gradients or test_statistics_of_a_convolution' \
+	  $(BIN)/python -m pytest -q -m gpu -k 'test_parity or test_statistics_of_a_convolution' \
 	  tests/kernels/test_kernels_conv3x3.py tests/kernels/test_kernels_norm.py
 
 static: $(VENV)/dev.stamp

@@ -185,7 +185,7 @@ def test_exit_code(limit: int, code: int) -> None:
     script = (
         "import sys, torch; from fastunet.benchmarks import static; "
         "from fastunet.benchmarks.__main__ import main; from fastunet.benchmarks.jobs import Job; "
-        "from fastunet.kernels import config; "
+        "from fastunet.kernels.conv3x3 import config; "
         "static.all_jobs = lambda: [Job('forward', torch.bfloat16, False, 90, "
         "config.ConvShape(64, 0, 64, 64, 64))]; "
         f"static.run_jobs = lambda jobs, n: (static.compile_job(j) for j in jobs); "
