@@ -21,7 +21,6 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,42 +46,12 @@ from fastunet.metrics import SegmentationMetrics
 from fastunet.train.checkpoint import load_run
 from fastunet.train.loop import TrainConfig, train
 
+from .dropin_models import PaddedUNet
 from .harness.environment import environment
 
 CLASSES = ["background", "foreground"]
 
 # --- the plain script ---
-
-
-def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for channels in (in_channels, out_channels):
-        layers += [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels)]
-        layers += [nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
-
-
-class PlainUNet(nn.Module):
-    def __init__(
-        self, in_channels: int = 1, out_channels: int = 1, features: Sequence[int] = (16, 32, 64, 128, 256)
-    ) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleList(
-            double_conv(a, b) for a, b in zip((in_channels, *features), features, strict=False)
-        )
-        pairs = list(zip(features[:0:-1], features[-2::-1], strict=True))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in pairs)
-        self.decoder = nn.ModuleList(double_conv(a, b) for a, b in pairs)
-        self.head = nn.Conv2d(features[0], out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips: list[Tensor] = []
-        for level in self.encoder:
-            x = level(F.max_pool2d(x, 2) if skips else x)
-            skips.append(x)
-        for up, level, skip in zip(self.up, self.decoder, reversed(skips[:-1]), strict=True):
-            x = level(torch.cat([skip, up(x)], dim=1))
-        return self.head(x)
 
 
 def bce_dice(logits: Tensor, target: Tensor) -> Tensor:
@@ -116,13 +85,13 @@ def train_plain(
     seed: int = 0,
     crop: int = 256,
     batch: int = 4,
-) -> tuple[PlainUNet, int, float]:
+) -> tuple[nn.Module, int, float]:
     """Train on images [N, 1, H, W] in 0..1 and masks of 0 and 1 for `steps` or `minutes`: (model, steps, seconds)."""
     if (steps is None) == (minutes is None):
         raise ValueError("give exactly one of steps and minutes")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = PlainUNet().train()
+    model = PaddedUNet(1, 1, (16, 32, 64, 128, 256)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     start, step, progress = time.perf_counter(), 0, 0.0
     while progress < 1:
@@ -139,7 +108,7 @@ def train_plain(
 
 
 @torch.no_grad()
-def predict_plain(model: PlainUNet, images: Tensor) -> Tensor:
+def predict_plain(model: nn.Module, images: Tensor) -> Tensor:
     """The mask (bool, [N, 1, H, W]) the plain model gives, one whole image at a time."""
     return torch.cat([model(image[None]).sigmoid() > 0.5 for image in images])
 
@@ -201,8 +170,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--steps", type=int, help="of training, for each of the two")
     what.add_argument("--quantised", type=Path, metavar="RUN", help="score this model in 8 bits instead")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON")
-    parser.add_argument("--keep", type=Path, help="folder to keep fastunet's run in")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration", type=int, default=4, help="images that tell the ranges of 8 bits")
 
 
@@ -228,11 +195,11 @@ def _quantised(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _trained(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     limit = {"max_minutes": options.minutes} if options.minutes is not None else {"steps": options.steps}
-    config = TrainConfig(seed=options.seed, device="cpu", **limit)
+    config = TrainConfig(device="cpu", **limit)
     plain = run_plain(options.data, config)
     print("plain:   ", json.dumps(plain["dice"]), plain["steps"], "steps", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        ours = train(options.data, options.keep or Path(folder) / "run", config)
+        ours = train(options.data, Path(folder) / "run", config)
     print("fastunet:", json.dumps(ours["dice"]), ours["steps"], "steps")
     margins = {name: ours["dice"][name] - plain["dice"][name] for name in CLASSES}
     print("margin:  ", json.dumps(margins))

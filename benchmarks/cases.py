@@ -7,15 +7,15 @@ output once. Eager, every op of the composition is a pass of its own, which read
     (y -> pooled) for a convolution; conv and bias for a transposed convolution and the head.
 
 Nothing is taken to stay in a cache from one pass to the next. Weights are read once a batch. The norm is inference's,
-by given statistics; instance norm takes its own, for which eager reads the sum once more. An index that pooling leaves
-for its gradient is not counted, nor is the padding of images whose sides 2**depth does not divide.
+by given statistics. An index that pooling leaves for its gradient is not counted, nor is the padding of images whose
+sides 2**depth does not divide.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,24 +23,27 @@ from torch import nn
 
 from fastunet import UNet
 
-# The op of a layer that doubles an image by interpolation: PyTorch's, under any backend.
-UPSAMPLE = "upsample_bilinear2x"
 # What layers and nets are timed in on a GPU.
 DTYPE = torch.bfloat16
 DIRECTIONS = ("forward", "backward")
 TASKS = ("inference", "training")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CONV = "conv3x3_bias_relu"
+CONV_HEAD = "conv3x3_relu_conv1x1"
+UP_CONV = "conv_transpose2x2_concat_conv3x3_relu"
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: UNet(in_channels, out_channels, features=features, norm=norm, upsample=upsample) in dtype on
-    `batch` images of size x size, on the device.
+    """What is measured: UNet(in_channels, out_channels, features=features, norm=norm) in dtype on `batch` images of
+    size x size, on the device.
 
     rounds: samples of each time, at most. seconds: after which a timing takes no further sample. steady_seconds: for
     which a net runs without a break. compiles: with torch.compile; thorough: with what takes minutes to compile, too.
-    layers: which of the net's, by name; None: all. table: the file of measured configurations that margins are measured
-    with, None for the one of the GPU.
+    layers: which of the net's, by name; None: all. table: the file of measured configurations that speedups are
+    measured with, None for the one of the GPU.
     """
 
     device: str = "cuda"
@@ -51,7 +54,6 @@ class Settings:
     in_channels: int = 3
     out_channels: int = 2
     norm: str | None = "batch"
-    upsample: str = "transpose"
     rounds: int = 50
     seconds: float = 3.0
     steady_seconds: float = 2.0
@@ -71,8 +73,8 @@ class Settings:
 
     def net_layers(self) -> list[Layer]:
         """Return the layers of the model, for its images."""
-        options: dict[str, Any] = {"norm": self.norm, "upsample": self.upsample}
-        model = meta_unet(self.in_channels, self.out_channels, self.features, **options)
+        norm: Any = self.norm
+        model = meta_unet(self.in_channels, self.out_channels, self.features, norm=norm)
         return unet_layers(model, self.batch, self.size, self.size)
 
 
@@ -86,29 +88,28 @@ class Layer:
 
     name: str
     op: str
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, Shape]
     flops: int
     input_has_grad: bool = True
 
     @property
-    def inputs(self) -> dict[str, tuple[int, ...]]:
+    def inputs(self) -> dict[str, Shape]:
         """The shapes of the images that the op reads."""
-        return {name: shape for name, shape in self.shapes.items() if name in ("x", "skip", "up")}
+        return {name: shape for name, shape in self.shapes.items() if name in ("x", "skip", "up", "low")}
 
     @property
-    def parameters(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of its weight and bias."""
+    def parameters(self) -> dict[str, Shape]:
+        """The shapes of its weights and biases."""
         return {name: shape for name, shape in self.shapes.items() if name not in self.inputs}
 
     @property
-    def outputs(self) -> dict[str, tuple[int, ...]]:
+    def outputs(self) -> dict[str, Shape]:
         """The shapes of what it returns: "y" and, of a pooling op, "pooled"."""
-        batch, channels, height, width = next(iter(self.inputs.values()))
-        if self.op in ("conv_transpose2x2", UPSAMPLE):
-            channels = channels if self.op == UPSAMPLE else self.shapes["weight"][1]
-            return {"y": (batch, channels, 2 * height, 2 * width)}
-        channels = self.shapes["weight"][0]
-        shapes: dict[str, tuple[int, ...]] = {"y": (batch, channels, height, width)}
+        batch, _, height, width = next(iter(self.inputs.values()))
+        if self.op == "conv_transpose2x2":
+            return {"y": (batch, self.shapes["weight"][1], 2 * height, 2 * width)}
+        channels = self.shapes.get("head_weight", self.shapes["weight"])[0]
+        shapes: dict[str, Shape] = {"y": (batch, channels, height, width)}
         if self.op.endswith("_pool"):
             shapes["pooled"] = (batch, channels, height // 2, width // 2)
         return shapes
@@ -120,34 +121,38 @@ class Layer:
 
 
 def unet_layers(model: UNet, batch: int, height: int, width: int) -> list[Layer]:
-    """The layers of a model, in the order they run, for images [batch, C, height, width].
+    """List the layers of a model of transposed convolutions, in the order they run, for images [batch, C, height,
+    width].
 
     A norm is taken as folded into the weight and bias before it, as for inference: what is left of a layer is
-    conv3x3_bias_relu. Pooling belongs to the convolution before it, concatenation to the one after it. Bilinear
-    up-sampling is a layer too, UPSAMPLE, though it is no op of fastunet.ops.
+    conv3x3_bias_relu. Pooling belongs to the convolution before it, concatenation to the one after it.
     """
     layers: list[Layer] = []
-    sizes = [(height >> level, width >> level) for level in range(model.depth + 1)]
-    blocks = [("inc", model.inc), *((f"down{i}", down.maxpool_conv[1]) for i, down in enumerate(model.downs, 1))]
-    for (name, block), size in zip(blocks, sizes, strict=True):
+
+    def add(name: str, op: str, conv: Any, level: int, skip: int = 0, *, input_has_grad: bool = True) -> None:
+        size = height >> level, width >> level
+        shapes: dict[str, Shape] = {"x": (batch, conv.in_channels, *size)}
+        if skip:
+            shapes = {"skip": (batch, skip, *size), "up": (batch, conv.in_channels - skip, *size)}
+        shapes |= {"weight": tuple(conv.weight.shape), "bias": (conv.out_channels,)}
+        # Each weight is multiplied, and its product added, once at every pixel of the input.
+        flops = 2 * batch * math.prod(size) * conv.weight.numel()
+        layers.append(Layer(name, op, shapes, flops, input_has_grad))
+
+    encoder = [("inc", model.inc), *((f"down{i}", down.maxpool_conv[1]) for i, down in enumerate(model.downs, 1))]
+    channels = []
+    for level, (name, block) in enumerate(encoder):
         first, second = _convolutions(block)
-        is_bottom = size is sizes[-1]
-        layers.append(_convolution(f"{name}.c1", "conv3x3_bias_relu", first, batch, size, image=name == "inc"))
-        layers.append(
-            _convolution(
-                f"{name}.c2", "conv3x3_bias_relu" if is_bottom else "conv3x3_bias_relu_pool", second, batch, size
-            )
-        )
-    for i, (up, low, size) in enumerate(zip(model.ups, sizes[:0:-1], sizes[-2::-1], strict=True), 1):
+        channels.append(second.out_channels)
+        add(f"{name}.c1", CONV, first, level, input_has_grad=level > 0)
+        add(f"{name}.c2", CONV if level == model.depth else f"{CONV}_pool", second, level)
+    for i, up in enumerate(model.ups, 1):
+        level = model.depth - i
         first, second = _convolutions(up.conv)
-        skip = _convolutions(blocks[-1 - i][1])[-1].out_channels
-        if isinstance(up.up, nn.ConvTranspose2d):
-            layers.append(_upsampling(f"up{i}.up", up.up, batch, low))
-        else:
-            layers.append(_interpolation(f"up{i}.up", first.in_channels - skip, batch, low))
-        layers.append(_convolution(f"up{i}.c1", "concat_conv3x3_bias_relu", first, batch, size, skip=skip))
-        layers.append(_convolution(f"up{i}.c2", "conv3x3_bias_relu", second, batch, size))
-    layers.append(_head("outc", model.outc.conv, batch, sizes[0]))
+        add(f"up{i}.up", "conv_transpose2x2", up.up, level + 1)
+        add(f"up{i}.c1", f"concat_{CONV}", first, level, channels[level])
+        add(f"up{i}.c2", CONV, second, level)
+    add("outc", "conv1x1", model.outc.conv, 0)
     return layers
 
 
@@ -155,39 +160,38 @@ def _convolutions(block: nn.Module) -> list[nn.Conv2d]:
     return [module for module in block.modules() if isinstance(module, nn.Conv2d)]
 
 
-def _convolution(
-    name: str, op: str, conv: nn.Conv2d, batch: int, size: tuple[int, int], *, skip: int = 0, image: bool = False
-) -> Layer:
-    shapes = {"x": (batch, conv.in_channels, *size)}
-    if skip:
-        shapes = {"skip": (batch, skip, *size), "up": (batch, conv.in_channels - skip, *size)}
-    return Layer(name, op, shapes | _parameters(conv), _flops(conv, batch, size), input_has_grad=not image)
+def up_convolutions(layers: Sequence[Layer]) -> list[Layer]:
+    """Each upsampling and the convolution after it as one op, by the convolution's name; its weights as the op has
+    them.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    found = []
+    for conv in layers:
+        if conv.op.startswith("concat"):
+            up = by_name[conv.name.replace(".c1", ".up")]
+            shapes = {"skip": conv.shapes["skip"], "low": up.shapes["x"]}
+            shapes |= {"up_weight": up.shapes["weight"], "up_bias": up.shapes["bias"]}
+            shapes |= conv.parameters
+            found.append(Layer(conv.name, UP_CONV, shapes, up.flops + conv.flops))
+    return found
 
 
-def _upsampling(name: str, conv: nn.ConvTranspose2d, batch: int, size: tuple[int, int]) -> Layer:
-    shapes = {"x": (batch, conv.in_channels, *size), **_parameters(conv)}
-    return Layer(name, "conv_transpose2x2", shapes, _flops(conv, batch, size))
+def joined_layers(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers as the kernels run them in inference on sm_90 and above: each upsampling composed with the convolution
+    after it, and the head in the last convolution's epilogue.
 
-
-def _interpolation(name: str, channels: int, batch: int, size: tuple[int, int]) -> Layer:
-    """Each value is the weighted mean of four: as many products, and three sums."""
-    shape = (batch, channels, *size)
-    return Layer(name, UPSAMPLE, {"x": shape}, 7 * 4 * math.prod(shape))
-
-
-def _head(name: str, conv: nn.Conv2d, batch: int, size: tuple[int, int]) -> Layer:
-    return Layer(
-        name, "conv1x1", {"x": (batch, conv.in_channels, *size), **_parameters(conv)}, _flops(conv, batch, size)
-    )
-
-
-def _parameters(conv: nn.Conv2d | nn.ConvTranspose2d) -> dict[str, tuple[int, ...]]:
-    return {"weight": tuple(conv.weight.shape), "bias": (conv.out_channels,)}
-
-
-def _flops(conv: nn.Conv2d | nn.ConvTranspose2d, batch: int, size: tuple[int, int]) -> int:
-    """Each weight is multiplied, and its product added, once at every pixel of the input."""
-    return 2 * batch * math.prod(size) * conv.weight.numel()
+    A composed layer is a 3x3 convolution of the skip and a transposed one of 4x4 taps, of which a pixel meets four.
+    """
+    replaced: dict[str, Layer] = {}
+    for conv in up_convolutions(layers):
+        out, (batch, skip, height, width), low = conv.shapes["bias"][0], conv.shapes["skip"], conv.shapes["low"][1]
+        shapes = conv.inputs | {"weight": (out, skip, 3, 3), "low_weight": (low, out, 4, 4), "bias": (out,)}
+        flops = 2 * batch * height * width * out * (9 * skip + 4 * low)
+        replaced[conv.name] = replace(conv, shapes=shapes, flops=flops)
+    *others, last, head = [layer for layer in layers if layer.op != "conv_transpose2x2"]
+    with_head = dict(last.shapes) | {f"head_{name}": shape for name, shape in head.parameters.items()}
+    joined = Layer(f"{last.name}+{head.name}", CONV_HEAD, with_head, last.flops + head.flops)
+    return [*(replaced.get(layer.name, layer) for layer in others), joined]
 
 
 def meta_unet(in_channels: int, out_channels: int, features: tuple[int, ...], **options: Any) -> UNet:
@@ -216,29 +220,23 @@ def fused_pass(layer: Layer, itemsize: int) -> Pass:
     (It holds for instance norm too, but nothing that computes each sum once can reach it: the sums must all be there
     before the first is normalised.)
     """
-    tensors = (*layer.inputs.values(), *layer.parameters.values(), *layer.outputs.values())
-    return Pass(layer.op, layer.flops, _bytes(tensors, itemsize))
+    return Pass(layer.op, layer.flops, _bytes((*layer.shapes.values(), *layer.outputs.values()), itemsize))
 
 
-def eager_passes(layer: Layer, itemsize: int, *, instance_norm: bool = False) -> list[Pass]:
+def eager_passes(layer: Layer, itemsize: int) -> list[Pass]:
     """The layer's ops, each a pass of its own, in the order they run."""
     inputs, y = _bytes(layer.inputs.values(), itemsize), _bytes([layer.outputs["y"]], itemsize)
-    if layer.op == UPSAMPLE:
-        return [fused_pass(layer, itemsize)]
     passes = []
     if "up" in layer.inputs:
         passes.append(Pass("cat", 0, 2 * inputs))
     passes.append(Pass("conv", layer.flops, inputs + _bytes(layer.parameters.values(), itemsize) + y))
-    is_conv3x3 = "conv3x3" in layer.op
-    if is_conv3x3 and instance_norm:
-        passes.append(Pass("statistics", 0, y))
     passes.append(Pass("bias or norm", 0, 2 * y))
-    if is_conv3x3:
+    if "conv3x3" in layer.op:
         passes.append(Pass("activation", 0, 2 * y))
     if "pooled" in layer.outputs:
         passes.append(Pass("pool", 0, y + _bytes([layer.outputs["pooled"]], itemsize)))
     return passes
 
 
-def _bytes(shapes: Iterable[tuple[int, ...]], itemsize: int) -> int:
+def _bytes(shapes: Iterable[Shape], itemsize: int) -> int:
     return itemsize * sum(math.prod(shape) for shape in shapes)

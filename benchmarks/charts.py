@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -22,6 +20,7 @@ from .unet import TITLES
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
 WINS, LOSES = "#0072B2", "#D55E00"
 MARKERS = "os^DvP*X"
+_BESIDE: dict[str, Any] = {"textcoords": "offset points"}
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -39,13 +38,13 @@ def draw(report: Row, path: str | Path) -> None:
     layers = [row for row in report["rows"] if row["kind"] == "layer" and row.get("ratios")]
     bars = sum(len(row["ratios"]) for row in nets)
     height = 2.2 + max(0.42 * bars + 0.9 * len(nets), 0.3 * len(layers), 2)
-    figure = Figure(figsize=(7.2 * (bool(nets) + bool(layers)) or 7.2, height), dpi=110, layout="constrained")
+    parts = [(draw_part, rows) for draw_part, rows in ((_draw_nets, nets), (_draw_layers, layers)) if rows]
+    figure = Figure(figsize=(7.2 * max(1, len(parts)), height), dpi=110, layout="constrained")
     figure.suptitle(f"How many times as long as {OURS} the others take\n{_conditions(report)}", fontsize=11)
-    if not nets and not layers:
+    if not parts:
         figure.text(0.5, 0.4, "Nothing was compared: see bench.json for the reasons.", ha="center")
-    columns = [part for part in ("nets" if nets else "", "layers" if layers else "") if part]
-    for part, axes in zip(columns, figure.subplots(1, len(columns), squeeze=False)[0] if columns else [], strict=True):
-        _draw_nets(axes, nets) if part == "nets" else _draw_layers(axes, layers)
+    for i, (draw_part, rows) in enumerate(parts, 1):
+        draw_part(figure.add_subplot(1, len(parts), i), rows)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
@@ -149,13 +148,12 @@ def _power_of_two(value: float, _: int) -> str:
 
 # --- the roofline ---
 
-# Okabe and Ito's colours; shape and filling tell the same as colour does.
-_STYLES = {
-    "faster": {"marker": "^", "color": "#009E73", "label": "{ours}: measured, faster than {others}"},
-    "slower": {"marker": "v", "color": "#D55E00", "label": "{ours}: measured, slower than {others}"},
-    "alone": {"marker": "s", "color": "#0072B2", "label": "{ours}: measured, nothing to compare with"},
+# Okabe and Ito's colours; shape tells the same as colour does.
+_STYLES: dict[str, dict[str, Any]] = {
+    "faster": {"marker": "^", "color": "#009E73", "label": "measured, faster than the others"},
+    "slower": {"marker": "v", "color": "#D55E00", "label": "measured, slower than another"},
+    "alone": {"marker": "s", "color": "#0072B2", "label": "measured, nothing to compare with"},
 }
-_LABEL_GAP = 0.024  # of the plot's width, between the labels' centres
 
 
 def verdict(point: Point) -> str:
@@ -166,129 +164,43 @@ def verdict(point: Point) -> str:
     return "faster" if ours < min(others) else "slower"
 
 
-def plot_roofline(points: Sequence[Point], roofs: Roofs, path: Path, *, title: str = "U-Net layers, forward") -> None:
+def plot_roofline(points: Sequence[Point], roofs: Roofs, path: Path) -> None:
     """Write the roofline as a PNG: FLOP/s against FLOP per byte of memory traffic, both logarithmic.
 
-    A layer's floor lies on the roof; below it, joined by a line, is what the first implementation of `measured`
-    reached, with a marker that tells whether another was faster. Raises ValueError without a point.
+    A layer's lower bound in time lies on the roof; below it, joined by a line, is what the first implementation of
+    `measured` reached, with a marker that tells whether another was faster. Raises ValueError without a point.
     """
     if not points:
         raise ValueError("expected at least one point to plot, got none")
     figure = Figure(figsize=(12, 7.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot(xscale="log", yscale="log")
-    axes.set_title(title)
+    axes.set_title("U-Net layers, forward")
     axes.set_xlabel("arithmetic intensity: FLOP per byte read from or written to GPU memory, at least")
     axes.set_ylabel("speed: TFLOP/s")
     axes.grid(which="major", alpha=0.25)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    intensities = [point.flops / point.bytes for point in points]
-    ridge = roofs.matmul_flops / roofs.copy_bytes
+    peak, ridge = roofs.matmul_flops / 1e12, roofs.matmul_flops / roofs.copy_bytes
+    intensities = [point.work.flops / point.work.bytes for point in points]
     left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
-    speeds = [point.flops / seconds / 1e12 for point in points for seconds in (point.floor, *_first(point))]
-    # The labels stand in the lowest quarter.
-    top, lowest = roofs.matmul_flops / 1e12 * 2.2, min(speeds)
-    axes.set_xlim(left, right)
-    axes.set_ylim(lowest / (top / lowest) ** 0.4, top)
-    _draw_roofs(axes, roofs, left, right)
-    _draw_points(axes, points)
-    _draw_labels(axes, points, intensities)
-    axes.legend(loc="upper left", framealpha=1)
+    axes.plot([left, ridge, right], [left * peak / ridge, peak, peak], color="black")
+    axes.annotate(f"memory: {roofs.copy_bytes / 1e12:.3g} TB/s", (ridge, peak), (-30, -40), ha="right", **_BESIDE)
+    axes.annotate(f"matrix products: {peak:.4g} TFLOP/s", (right, peak), (0, 5), ha="right", **_BESIDE)
+    speeds = [point.work.flops / point.floor / 1e12 for point in points]
+    axes.plot(intensities, speeds, "o", markerfacecolor="white", color="black", label="one fused pass at these rates")
+    for kind, style in _STYLES.items():
+        for point, x, top in zip(points, intensities, speeds, strict=True):
+            if point.measured and verdict(point) == kind:
+                reached = point.work.flops / next(iter(point.measured.values())) / 1e12
+                axes.plot([x, x], [reached, top], color="grey", linewidth=0.8, zorder=1)
+                axes.plot(x, reached, linestyle="", markersize=9, **style)
+    in_order = sorted(zip(intensities, speeds, points, strict=True), key=lambda found: found[0])
+    for i, (x, top, point) in enumerate(in_order):  # Side by side at the bottom, each led to its marker.
+        at, line = ((i + 0.5) / len(points), 0.02), {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
+        axes.annotate(point.name, (x, top), at, textcoords="axes fraction", rotation=90, ha="center", arrowprops=line)
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 20)
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))  # A line for each point has the same label.
+    axes.legend(once.values(), once.keys(), loc="upper left", framealpha=1)
     if roofs.source:
-        figure.supxlabel(f"roofs: {roofs.source}", fontsize=9, x=0.99, ha="right")
+        figure.supxlabel(f"rates: {roofs.source}", fontsize=9, x=0.99, ha="right")
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def _first(point: Point) -> list[float]:
-    return [*point.measured.values()][:1]
-
-
-def _draw_roofs(axes: Any, roofs: Roofs, left: float, right: float) -> None:
-    peak = roofs.matmul_flops / 1e12
-    slopes = [(roofs.copy_bytes, "-", "memory")]
-    if roofs.l2_bytes is not None:
-        slopes.append((roofs.l2_bytes, "--", "L2, for data that is there already"))
-    for rate, line, name in slopes:
-        ridge = roofs.matmul_flops / rate
-        # From the first intensity shown to the ridge, where arithmetic takes over.
-        axes.plot([left, ridge], [left * rate / 1e12, peak], color="black", linestyle=line, linewidth=1.5)
-        at = math.sqrt(max(left, ridge / 30) * ridge)
-        axes.annotate(
-            f"{name}: {rate / 1e12:.3g} TB/s", (at, at * rate / 1e12), (-6, 6), textcoords="offset points",
-            rotation=_slope_angle(axes), rotation_mode="anchor", ha="center", va="bottom",
-        )  # fmt: skip
-    axes.plot([min(roofs.matmul_flops / rate for rate, _, _ in slopes), right], [peak, peak], color="black")
-    axes.annotate(
-        f"matrix products: {peak:.4g} TFLOP/s", (right, peak), (-6, 5), textcoords="offset points", ha="right"
-    )
-
-
-def _slope_angle(axes: Any) -> float:
-    """Degrees at which proportionality rises in the axes as they are laid out by now."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    box = axes.get_position()
-    width, height = axes.figure.get_size_inches()
-    rise = height * box.height / math.log(top / bottom)
-    return math.degrees(math.atan2(rise, width * box.width / math.log(right / left)))
-
-
-def _draw_points(axes: Any, points: Sequence[Point]) -> None:
-    def place(group: Iterable[Point], seconds: Callable[[Point], float]) -> list[list[float]]:
-        group = list(group)
-        return [[p.flops / p.bytes for p in group], [p.flops / seconds(p) / 1e12 for p in group]]
-
-    axes.plot(
-        *place(points, lambda p: p.floor), linestyle="", marker="o", markerfacecolor="white", color="black",
-        markersize=6, label="floor: one fused pass at the roofs", zorder=3,
-    )  # fmt: skip
-    measured = [point for point in points if point.measured]
-    for point in measured:
-        speeds = [point.flops / seconds / 1e12 for seconds in (*_first(point), point.floor)]
-        at = point.flops / point.bytes
-        axes.plot([at, at], speeds, color="grey", linewidth=0.8, zorder=1)
-    for kind, style in _STYLES.items():
-        group = [point for point in measured if verdict(point) == kind]
-        if group:
-            label = style["label"].format(ours=_names(group, slice(0, 1)), others=_names(group, slice(1, None)))
-            x, y = place(group, lambda p: _first(p)[0])
-            axes.plot(
-                x, y, linestyle="", marker=style["marker"], color=style["color"], markersize=9, label=label, zorder=4
-            )
-
-
-def _names(group: Sequence[Point], which: slice) -> str:
-    return " and ".join(dict.fromkeys(name for point in group for name in [*point.measured][which]))
-
-
-def _draw_labels(axes: Any, points: Sequence[Point], intensities: Sequence[float]) -> None:
-    """Names side by side at the bottom, upright, each led to its lowest marker."""
-    (left, right), order = axes.get_xlim(), sorted(range(len(points)), key=lambda i: intensities[i])
-    wanted = [math.log(intensities[i] / left) / math.log(right / left) for i in order]
-    for i, x in zip(order, spread(wanted, _LABEL_GAP), strict=True):
-        point = points[i]
-        speed = point.flops / max(point.floor, *_first(point), 0) / 1e12
-        axes.annotate(
-            point.name, (intensities[i], speed), (x, 0.015), textcoords="axes fraction", rotation=90, ha="center",
-            va="bottom", fontsize=9, arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5, "shrinkB": 4},
-        )  # fmt: skip
-
-
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Ascending positions, each at least `gap` from the next and all as near to the ascending `wanted` as that allows
-    within 0 to 1 (least squares: runs that are too close share the room about their mean).
-    """
-    if len(wanted) * gap > 1:
-        gap = 1 / len(wanted)
-    # Isotonic regression of wanted[i] - i * gap, by pooling neighbours that are out of order.
-    pools: list[tuple[float, int]] = []
-    for i, x in enumerate(wanted):
-        total, count = x - i * gap, 1
-        while pools and pools[-1][0] / pools[-1][1] > total / count:
-            before, number = pools.pop()
-            total, count = total + before, count + number
-        pools.append((total, count))
-    offsets = [total / count for total, count in pools for _ in range(count)]
-    highest = 1 - gap / 2 - (len(wanted) - 1) * gap
-    return [min(max(offset, gap / 2), highest) + i * gap for i, offset in enumerate(offsets)]

@@ -5,7 +5,7 @@
 First every op is compared with float64 in both trees; then each layer and the whole net is timed in both, under the
 implementation that runs on the device, in alternating order; what is off in either tree gets no speed. `base/new` is
 the median of the rounds' ratios, with the 10th and 90th percentile: above 1, the working tree is faster. Benchmarks
-and tolerances are the working tree's on both sides (see commit_process). Ends with 1 if anything is off, with 2 if REV
+and tolerances (fastunet.testing) are the working tree's on both sides. Ends with 1 if anything is off, with 2 if REV
 cannot be measured. REV is checked out in a temporary `git worktree`, which is removed however this ends.
 """
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,26 +29,35 @@ import fastunet
 from fastunet import ops
 from fastunet.files import write_json
 from fastunet.testing import parity
-from fastunet.testing.parity import backends_for
+from fastunet.testing.parity import Case, backends_for
 
 from .cases import DIRECTIONS, DTYPE, TASKS, Settings
-from .commit_process import TreeError, TreeProcess
 from .gpu_steps import Step, describe, layer_of, parity_formats, run_step
 from .harness.environment import ROOT, environment
 from .harness.timing import Quantiles, clock_of, cudnn_benchmark
+from .harness.worker import Spawned
+from .providers import OURS, Run, our_net
 from .results import Row, failure
-from .runs import layer_sets, make_net, prepare_layer, prepare_net
+from .runs import (
+    NetCheck,
+    case_run,
+    check_backward,
+    check_gradients,
+    check_layer,
+    device_inputs,
+    images,
+    input_sets,
+    make_net,
+    target_for,
+    wanted_of,
+)
 
 # Seconds for what compiles, and for what is measured.
 _FIRST, _LATER = 300.0, 120.0
 
 
-class Caller(Protocol):
-    """What `verify` needs of a TreeProcess."""
-
-    label: str
-
-    def call(self, method: str, *arguments: Any, timeout: float) -> Any: ...
+class TreeError(Exception):
+    """A tree cannot be measured: it lacks something, or its process ended or hung."""
 
 
 @contextmanager
@@ -84,6 +93,143 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
+# --- one of the two sides: what runs in its process, on whatever fastunet is imported there ---
+
+
+@contextmanager
+def package_of(tree: Path, measuring: Path) -> Iterator[Path]:
+    """A folder with the package fastunet of `tree`, but what judges it of the tree that measures; links, in both cases.
+
+    Whatever is installed, and if in editable form: a process that looks there first finds no other.
+    """
+    parts = {path.name: path for path in (tree / "fastunet").iterdir()} | {"kernels": tree / "kernels"}
+    parts |= {"testing": measuring / "fastunet" / "testing", "benchmarks": measuring / "benchmarks"}
+    with tempfile.TemporaryDirectory(prefix="fastunet-verify-") as folder:
+        (Path(folder) / "fastunet").mkdir()
+        for name, path in parts.items():
+            (Path(folder) / "fastunet" / name).symlink_to(path)
+        yield Path(folder)
+
+
+class Caller(Protocol):
+    """What `verify` needs of a Tree."""
+
+    label: str
+
+    def call(self, method: str, *arguments: Any, timeout: float) -> Any: ...
+
+
+class Tree:
+    """Calls methods of a Side in a process whose fastunet is that of the folder. label: what errors call it."""
+
+    def __init__(self, label: str, folder: Path, settings: Settings) -> None:
+        self.label, self.process = label, Spawned(answer, settings, path=folder)
+
+    def call(self, method: str, *arguments: Any, timeout: float) -> Any:
+        """What the method returns. TreeError if it raises or takes over `timeout` seconds, or if the process dies."""
+        try:
+            found, error = self.process.ask((method, arguments), timeout)
+        except (TimeoutError, ChildProcessError) as reason:
+            raise TreeError(f"{self.label}: {reason}") from None
+        if error:
+            raise TreeError(f"{self.label}: {error}")
+        return found
+
+
+_sides: list[Side] = []
+
+
+def answer(settings: Settings, request: tuple[str, tuple[Any, ...]]) -> tuple[Any, str]:
+    """The result of a call of this process's Side, and the error it ended with, if any."""
+    if not _sides:
+        _sides.append(Side(settings))
+    method, arguments = request
+    try:
+        return getattr(_sides[0], method)(*arguments), ""
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+class Side:
+    """Answers one request after the other. Every answer is plain data."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._runs: list[Run] = []
+
+    def lacking(self) -> list[str]:
+        """What the measurements need and this fastunet has not."""
+        wanted = [(ops, case.op) for case in parity.cases()] + [(fastunet, "UNet"), (fastunet, "backend")]
+        return sorted({f"{module.__name__}.{name}" for module, name in wanted if not hasattr(module, name)})
+
+    def files(self) -> dict[str, str]:
+        """Where each module of fastunet that is imported here lies."""
+        found = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+        return {name: str(Path(file).resolve()) for name, file in found.items() if file and name.startswith("fastunet")}
+
+    def parity(self, case: str, variant: str) -> Row:
+        """The row of one op's comparison with float64."""
+        step = Step("parity", case, variant)
+        try:
+            return run_step(self._settings, step)
+        except Exception as error:
+            return describe(self._settings, step) | failure(error)
+
+    def prepare(self, step: Step) -> Row:
+        """Get a layer or a net ready for `round`: "status" and "reason", and the "implementation" that will run."""
+        self._runs = []
+        if self._settings.device == "cuda":
+            torch.cuda.empty_cache()
+        row: Row = {"implementation": "", "status": "ok", "reason": ""}
+        try:
+            op = "conv3x3_batch_norm_relu" if step.kind == "net" else layer_of(self._settings, step.name).op
+            (row["implementation"], *_), _ = backends_for(op, self._settings.torch_device, DTYPE)
+            with fastunet.backend(row["implementation"]), cudnn_benchmark():
+                prepared = self._net if step.kind == "net" else self._layer
+                self._runs = prepared(step, row["implementation"])
+                for run in self._settings.warmup * self._runs:
+                    run()
+        except Exception as error:
+            return row | failure(error)
+        return row
+
+    def _net(self, step: Step, backend: str) -> list[Run]:
+        settings, training = self._settings, step.name == "training"
+        model, x = make_net(settings), images(settings, settings.batch, settings.size)
+        target = target_for(settings, x)
+        if training:
+            check_gradients(settings, model)
+        ours = our_net(OURS, backend, DTYPE, training=training)
+        run = ours.prepare(model, x, target)
+        NetCheck(model, x, target, training=training).check(ours, run())
+        return [run]
+
+    def _layer(self, step: Step, backend: str) -> list[Run]:
+        layer = layer_of(self._settings, step.name)
+        sets = input_sets(device_inputs(layer, self._settings.torch_device), self._settings.torch_device)
+        runs = [case_run(Case(layer.op, layer.shapes), each, backend, step.variant, wanted_of(layer)) for each in sets]
+        if step.variant == "backward":
+            check_backward(layer, sets[0])
+        else:
+            check_layer(layer, sets[0], runs[0]())
+        return runs
+
+    def round(self) -> float:
+        """Seconds of one pass over all sets of inputs of what was prepared."""
+        clock, marks = clock_of(self._settings.torch_device), []
+        with cudnn_benchmark():
+            for run in self._runs:
+                clock.prepare()
+                begin = clock.mark()
+                run()
+                marks.append((begin, clock.mark()))
+            clock.wait()
+        return sum(clock.elapsed(begin, end) for begin, end in marks)
+
+
+# --- both sides ---
+
+
 def steps_to_compare(settings: Settings, only: Sequence[str] = ()) -> list[Step]:
     """Nets, then layers, forward and backward; of these the `only` names, where there are any.
 
@@ -91,28 +237,15 @@ def steps_to_compare(settings: Settings, only: Sequence[str] = ()) -> list[Step]
     """
     steps = [Step("net", task) for task in TASKS]
     steps += [Step("layer", layer.name, direction) for direction in DIRECTIONS for layer in settings.net_layers()]
-    unknown = set(only) - {step.name for step in steps}
-    if unknown:
-        raise ValueError(f"expected names among {', '.join(dict.fromkeys(s.name for s in steps))}, got {unknown}")
+    names = dict.fromkeys(step.name for step in steps)
+    if unknown := set(only) - set(names):
+        raise ValueError(f"--only: expected some of {', '.join(names)}, got {unknown}")
     return [step for step in steps if not only or step.name in only]
-
-
-def parity_rows(sides: Sequence[Caller], settings: Settings) -> list[Row]:
-    """Every op in every format, in each tree: rows with its "side"."""
-    rows = []
-    for variant in parity_formats(settings.device):
-        for number, case in enumerate(parity.cases()):
-            for side in sides:
-                row = side.call("parity", str(number), variant, timeout=_FIRST)
-                rows.append({"side": side.label, "op": case.op, **row})
-    return rows
 
 
 def compare(step: Step, base: Caller, new: Caller, settings: Settings, clock: Callable[[], float]) -> Row:
     """Time one step in both trees: a row with "ratio", or one that says which side is off."""
-    prepared = {
-        side.label: side.call("prepare", step.kind, step.name, step.variant, timeout=_FIRST) for side in (base, new)
-    }
+    prepared = {side.label: side.call("prepare", step, timeout=_FIRST) for side in (base, new)}
     row: Row = {**asdict(step), "implementation": {label: found["implementation"] for label, found in prepared.items()}}
     off = {label: found for label, found in prepared.items() if found["status"] != "ok"}
     if off:
@@ -140,18 +273,21 @@ def verify(
 ) -> None:
     """Report every op that is off, then every step's comparison. TreeError if a tree cannot be measured."""
     for side in (base, new):
-        lacking = side.call("lacking", timeout=_FIRST)
-        if lacking:
+        if lacking := side.call("lacking", timeout=_FIRST):
             raise TreeError(f"{side.label} has no {', '.join(lacking)}, which the benchmarks of this tree measure")
-    wrong = [row for row in parity_rows((base, new), settings) if row["status"] != "ok"]
-    for row in wrong:
-        report(row)
+    wrong: dict[str, set[str]] = {}  # By op, the sides in which it is off.
+    for variant in parity_formats(settings.device):
+        for number in range(len(parity.cases())):
+            for side in (base, new):
+                row = side.call("parity", str(number), variant, timeout=_FIRST)
+                if row["status"] != "ok":
+                    report({"side": side.label, **row})
+                    wrong.setdefault(row["op"], set()).add(side.label)
     for step in steps:
-        ops = {row["op"] for row in wrong}
-        off = ops if step.kind == "net" else ops & {layer_of(settings, step.name).op}
+        off = [op for op in sorted(wrong) if step.kind == "net" or op == layer_of(settings, step.name).op]
         if off:
-            sides = sorted({row["side"] for row in wrong if row["op"] in off})
-            reason = f"{', '.join(sorted(off))} in {' and '.join(sides)}"
+            sides = sorted(set().union(*(wrong[op] for op in off)))
+            reason = f"{', '.join(off)} in {' and '.join(sides)}"
             report({**asdict(step), "status": "parity failed", "reason": reason})
         else:
             report(compare(step, base, new, settings, clock))
@@ -168,79 +304,6 @@ def line(row: Row) -> str:
         f"{name:<28} base/new {ratio['median']:6.3f} [{ratio['p10']:.3f}, {ratio['p90']:.3f}]"
         f"  base {row['base_ms']:.3f} ms  new {row['new_ms']:.3f} ms  ({ratio['samples']} rounds)"
     )
-
-
-# --- one of the two sides: what runs in its process, on whatever fastunet is imported there ---
-
-_WARMUP = 3
-
-
-class Side:
-    """Answers one request after the other; `settings` is a Settings as a dict. Every answer is plain data."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._settings = Settings(**{**settings, "features": tuple(settings["features"])})
-        self._runs: list[Callable[[], Any]] = []
-
-    def lacking(self) -> list[str]:
-        """What the measurements need and this fastunet has not."""
-        wanted = [(ops, case.op) for case in parity.cases()] + [(fastunet, "UNet"), (fastunet, "backend")]
-        return sorted({f"{module.__name__}.{name}" for module, name in wanted if not hasattr(module, name)})
-
-    def files(self) -> dict[str, str]:
-        """Where each module of fastunet that is imported here lies."""
-        return {
-            name: str(module.__file__)
-            for name, module in sys.modules.items()
-            if name.partition(".")[0] == "fastunet" and getattr(module, "__file__", None)
-        }
-
-    def parity(self, case: str, variant: str) -> Row:
-        """The row of one op's comparison with float64."""
-        step = Step("parity", case, variant)
-        try:
-            return run_step(self._settings, step)
-        except Exception as error:
-            return describe(self._settings, step) | failure(error)
-
-    def prepare(self, kind: str, name: str, variant: str) -> Row:
-        """Get a layer or a net ready for `round`: "status" and "reason", and the "implementation" that will run."""
-        step = Step(kind, name, variant)
-        self._runs = []
-        device = torch.device(self._settings.device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        row: Row = {"implementation": "", "status": "ok", "reason": ""}
-        try:
-            row["implementation"], self._runs = self._prepared(step, device)
-            with cudnn_benchmark():
-                for run in _WARMUP * self._runs:
-                    run()
-        except Exception as error:
-            return row | failure(error)
-        return row
-
-    def _prepared(self, step: Step, device: torch.device) -> tuple[str, list[Callable[[], Any]]]:
-        if step.kind == "net":
-            (ours, *_), _ = backends_for("conv3x3_batch_norm_relu", device, DTYPE)
-            _, nets = prepare_net(self._settings, make_net(self._settings), [ours], training=step.name == "training")
-            return ours, [nets[ours]]
-        layer = layer_of(self._settings, step.name)
-        (ours, *_), _ = backends_for(layer.op, device, DTYPE)
-        runs = prepare_layer(layer, layer_sets(layer, device), [ours], backward=step.variant == "backward")
-        return ours, runs[ours]
-
-    def round(self) -> float:
-        """Seconds of one pass over all sets of inputs of what was prepared."""
-        clock, marks = clock_of(torch.device(self._settings.device)), []
-        with cudnn_benchmark():
-            for run in self._runs:
-                clock.prepare()
-                begin = clock.mark()
-                run()
-                marks.append((begin, clock.mark()))
-            clock.wait()
-        return sum(clock.elapsed(begin, end) for begin, end in marks)
 
 
 # --- the command ---
@@ -280,12 +343,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     # As Ctrl-C: contexts end processes and remove the worktree.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows: list[Row] = []
-    result = {
-        "base": options.base,
-        "environment": environment(settings.device),
-        "settings": asdict(settings),
-        "rows": rows,
-    }
+    machine = environment(settings.device)
+    result = {"base": options.base, "environment": machine, "settings": asdict(settings), "rows": rows}
 
     def report(row: Row) -> None:
         rows.append(row)
@@ -296,10 +355,12 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         with (
             checked_out(ROOT, options.base) as tree,
-            TreeProcess("base", tree, ROOT, asdict(settings)) as base,
-            TreeProcess("new", ROOT, ROOT, asdict(settings)) as new,
+            package_of(tree, ROOT) as base_package,
+            package_of(ROOT, ROOT) as new_package,
         ):
-            verify(base, new, settings, steps, report)
+            base, new = Tree("base", base_package, settings), Tree("new", new_package, settings)
+            with base.process, new.process:
+                verify(base, new, settings, steps, report)
     except TreeError as error:
         print(f"{options.base} and the working tree cannot be compared: {error}", file=sys.stderr)
         return 2

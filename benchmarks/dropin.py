@@ -10,7 +10,7 @@ import argparse
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,95 +20,72 @@ from torch import Tensor, nn
 import fastunet
 from fastunet.files import write_json
 
-from .cases import TASKS
+from .cases import TASKS, Settings
 from .dropin_models import MODELS, DropInModel
-from .harness import timing
 from .harness.environment import environment
+from .harness.timing import ratio
 from .providers import reason_of
+from .results import Row
+from .runs import samples_in_turn
 
 # As many runs of one model as there are, each compiled for each of its blocks.
 _MOST_COMPILES = 64
-Forward = Callable[[Tensor], Any]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Images [batch, channels, size, size], `width` channels in a model's first level; at most `rounds` samples each,
-    and no further one after `seconds`.
-    """
-
-    task: str
-    size: int = 256
-    batch: int = 1
-    width: int = 32
-    rounds: int = 15
-    seconds: float = 20.0
-    warmup: int = 3
-
-
-def _channels_last(model: nn.Module) -> nn.Module:
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-# By name, how a copy of the model is called.
-VARIANTS: dict[str, Callable[[nn.Module], Forward]] = {
-    "eager": lambda model: model,
-    "inductor": lambda model: torch.compile(model),
-    "inductor channels_last": lambda model: torch.compile(_channels_last(model)),
-    "fastunet": lambda model: torch.compile(model, backend="fastunet"),
-    "fastunet.compile": lambda model: fastunet.compile(model),
+# By name, torch.compile's backend and whether the copy of the model is channels_last; None: eager.
+VARIANTS: dict[str, tuple[str | None, bool]] = {
+    "eager": (None, False),
+    "inductor": ("inductor", False),
+    "inductor channels_last": ("inductor", True),
+    "fastunet": ("fastunet", False),
+    "fastunet.compile": ("fastunet.compile", False),
 }
 OURS = ("fastunet", "fastunet.compile")
 
 
-def measure(model: DropInModel, settings: Settings) -> dict[str, Any]:
-    """The row of a model: what is replaced, and seconds of each variant, or why it has none."""
+def measure(model: DropInModel, settings: Settings, task: str, width: int) -> Row:
+    """The row of a model, with `width` channels in its first level: what is replaced, and seconds of each variant, or
+    why it has none.
+    """
     torch.manual_seed(0)
-    net = model.build(settings.width).train(settings.task == "training")
+    net = model.build(width).train(task == "training")
     x = torch.randn(settings.batch, model.channels, settings.size, settings.size)
     row = {"name": model.name, "is_unet": model.is_unet, **explained(net, x)}
     torch._dynamo.reset()
     runs, failures = {}, {}
     with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILES):
         allowed, exact = _rounding(net), _exact(net, x)
-        for name, prepare in VARIANTS.items():
+        for name in VARIANTS:
             try:
-                runs[name] = _run(net, prepare, x, settings.task)
-                distance = _distance(flat(runs[name]()), exact)
+                run = _run(net, name, x, task)
+                distance = _distance(flat(run()), exact)
                 if not distance <= allowed:
                     raise AssertionError(f"relative distance from float64: expected at most {allowed}, got {distance}")
+                runs[name] = [run]
             except Exception as error:  # Whatever a compiler raises: the others are timed.
-                runs.pop(name, None)
                 failures[name] = reason_of(error)
-        samples = timing.interleaved_samples(
-            {name: [run] for name, run in runs.items()},
-            timing.CpuClock(),
-            rounds=settings.rounds,
-            warmup=settings.warmup,
-            seconds=settings.seconds,
-        )
-    return row | {"failures": failures, "samples": samples, "ratios": ratios(samples)}
+        samples = samples_in_turn(settings, runs)
+    ratios = {
+        ours: {other: asdict(ratio(samples, other, ours)) for other in samples if other not in OURS}
+        for ours in OURS
+        if ours in samples
+    }
+    return row | {"failures": failures, "samples": samples, "ratios": ratios}
 
 
-def explained(net: nn.Module, x: Tensor) -> dict[str, Any]:
+def explained(net: nn.Module, x: Tensor) -> Row:
     """How many patterns are found and replaced, and the reasons of those left with their number."""
     explanation = fastunet.explain(net, x)
     left = Counter(row.reason for row in explanation.rows if not row.replaced_by)
     return {"found": len(explanation.rows), "replaced": explanation.replaced, "left": dict(left.most_common())}
 
 
-def ratios(samples: dict[str, list[float]]) -> dict[str, Any]:
-    """Of each of ours to each of the others: how many times as long the other takes, by round."""
-    return {
-        ours: {other: asdict(timing.ratio(samples, other, ours)) for other in samples if other not in OURS}
-        for ours in OURS
-        if ours in samples
-    }
-
-
-def _run(net: nn.Module, prepare: Callable[[nn.Module], Forward], x: Tensor, task: str) -> Callable[[], Any]:
-    copied = copy.deepcopy(net)
-    forward = prepare(copied)
+def _run(net: nn.Module, variant: str, x: Tensor, task: str) -> Callable[[], Any]:
+    backend, channels_last = VARIANTS[variant]
+    copied: Any = copy.deepcopy(net)
+    forward = copied = copied.to(memory_format=torch.channels_last) if channels_last else copied
+    if backend is not None:
+        forward = fastunet.compile(copied) if backend == "fastunet.compile" else torch.compile(copied, backend=backend)
 
     def infer() -> Any:
         with torch.no_grad():
@@ -163,7 +140,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Time the models that are installed; the file is whole after each. Returns 0."""
     if options.rounds < 1 or options.size < 32 or options.width < 2:
         parser.error("expected --rounds from 1, --size from 32 and --width from 2")
-    settings = Settings(options.task, size=options.size, width=options.width, rounds=options.rounds)
+    settings = Settings("cpu", size=options.size, batch=1, rounds=options.rounds, seconds=20.0)
+    said = {"task": options.task, "width": options.width, "size": options.size, "batch": 1, "rounds": options.rounds}
+    said["threads"] = torch.get_num_threads()
     rows = []
     for model in MODELS:
         if options.only is not None and model.name not in options.only:
@@ -171,22 +150,18 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if not model.is_installed():
             print(f"{model.name}: {model.package} is not installed")
             continue
-        rows.append(measure(model, settings))
+        rows.append(measure(model, settings, options.task, options.width))
         print(line(rows[-1]), flush=True)
-        found = {
-            "environment": environment("cpu"),
-            "settings": {**asdict(settings), "threads": torch.get_num_threads()},
-        }
-        write_json(options.out, {**found, "rows": rows})
+        write_json(options.out, {"environment": environment("cpu"), "settings": said, "rows": rows})
     return 0
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """A row in a line of text."""
     times = (
-        f"{other} / {ours} {ratio['median']:.2f}"
+        f"{other} / {ours} {found['median']:.2f}"
         for ours, others in row["ratios"].items()
-        for other, ratio in others.items()
+        for other, found in others.items()
     )
     failed = (f"{name}: {reason.splitlines()[0]}" for name, reason in row["failures"].items())
     return "; ".join((f"{row['name']}: {row['replaced']} of {row['found']} replaced", *times, *failed))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from fastunet import ops
 from fastunet.dispatch import selected_backend
 from fastunet.files import write_json
 from fastunet.reference import functional as reference
-from fastunet.testing import parity, random_cotangent
+from fastunet.testing import parity
 
-from .cases import DIRECTIONS, DTYPES
+from .cases import DIRECTIONS, DTYPES, Settings
 from .harness.environment import environment
-from .harness.timing import clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
 from .providers import Run, dtype_name, our_backends, reason_of
-from .results import Row, markdown, ratio_text, timed, times_ms
+from .results import Row, markdown, ratio_text, times_ms
+from .runs import case_inputs, case_run, time_in_turn
 
 # n, c, h, w, c_out.
 SIZES = {"cpu": (2, 32, 64, 64, 32), "cuda": (4, 64, 256, 256, 64)}
@@ -60,35 +60,8 @@ class Work:
         # Torch's composition rounds after every step, as ours does where ATen runs it; the bounds are to know that.
         with fastunet.backend("aten" if self.implementation == TORCH else self.backend):
             parity.check(self.case, self.dtype, device, allow_tf32=device.type == "cuda", run=function)
-        inputs = {name: _nhwc(t) for name, t in parity.make_inputs(self.case.shapes, self.dtype, device).items()}
-        copies = sets_past_cache(list(inputs.values()), device)
-        sets = [inputs, *({name: t.clone() for name, t in inputs.items()} for _ in range(copies - 1))]
-        return [self._run(each, function) for each in sets]
-
-    def _run(self, inputs: dict[str, Tensor], function: Callable[..., Any]) -> Run:
-        case, device, backend = self.case, next(iter(inputs.values())).device, self.backend
-        buffers = {}
-        if case.buffers is not None:
-            zeros = torch.zeros(case.buffers, device=device)
-            buffers = {"running_mean": zeros, "running_var": torch.ones_like(zeros)}
-
-        def forward() -> Any:
-            with torch.no_grad(), fastunet.backend(backend):
-                return function(case.op, inputs, buffers, case.options)
-
-        if self.direction == "forward":
-            return forward
-        leaves = {name: t.requires_grad_() if name != "target" else t for name, t in inputs.items()}
-        wanted = [t for t in leaves.values() if t.requires_grad]
-        with fastunet.backend(backend):
-            outputs = parity.outputs_of(function(case.op, leaves, buffers, case.options))
-        cotangents = [random_cotangent(y, seed=i) for i, y in enumerate(outputs)]
-
-        def backward() -> Any:
-            with fastunet.backend(backend):
-                return torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True)
-
-        return backward
+        sets = case_inputs(self.case, self.dtype, device)
+        return [case_run(self.case, each, self.backend, self.direction, function=function) for each in sets]
 
 
 def works(device: torch.device, dtypes: list[torch.dtype] | None = None) -> Iterator[Work]:
@@ -118,10 +91,6 @@ def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, T
     return getattr(reference, op)(*inputs.values(), *buffers.values(), **options)
 
 
-def _nhwc(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-
-
 # --- the command ---
 
 
@@ -141,10 +110,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("torch finds no CUDA device here")
     device = torch.device(options.device)
     dtypes = None if options.dtype is None else [DTYPES[name] for name in options.dtype]
+    settings = Settings(options.device, rounds=options.rounds, seconds=options.seconds)
     rows: list[Row] = []
     for group, found in itertools.groupby(works(device, dtypes), key=lambda work: work.group):
         if options.only is None or group.split()[0].partition("-")[0] in options.only:
-            rows.append(compare(group, list(found), device, options.rounds, options.seconds))
+            rows.append(compare(group, list(found), settings))
     names = list(dict.fromkeys(name for row in rows for name in row.get("samples_ms", {})))
     print(markdown(["op", *(f"{name}, ms" for name in names), "torch / ours"], [_line(row, names) for row in rows]))
     if options.out is not None:
@@ -152,7 +122,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 1 if any(row["status"] == "parity failed" for row in rows) else 0
 
 
-def compare(group: str, found: list[Work], device: torch.device, rounds: int, seconds: float) -> Row:
+def compare(group: str, found: list[Work], settings: Settings) -> Row:
     """Time a group in turn: the row, without a time for what is not right or does not run."""
     row: Row = {"kind": "op", "name": group, "status": "ok", "missing": {}}
     runs: dict[str, list[Run]] = {}
@@ -161,14 +131,11 @@ def compare(group: str, found: list[Work], device: torch.device, rounds: int, se
             if work.unavailable:
                 row["missing"][work.implementation] = work.unavailable
             else:
-                runs[work.implementation] = work.prepare(device)
+                runs[work.implementation] = work.prepare(settings.torch_device)
         except Exception as error:
             row["missing"][work.implementation] = reason_of(error)
             row["status"] = "parity failed" if isinstance(error, AssertionError) else row["status"]
-    if not runs:
-        return row
-    with cudnn_benchmark():
-        return row | timed(interleaved_samples(runs, clock_of(device), rounds=rounds, seconds=seconds))
+    return row | time_in_turn(settings, runs) if runs else row
 
 
 def _line(row: Row, names: list[str]) -> list[str]:

@@ -11,9 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
-import shutil
-import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,9 +29,17 @@ from fastunet.testing import parity
 
 from . import cudnn_graph
 from .cases import Layer
+from .compiling import compile_unsupported, compiled, no_cuda
 from .results import failure
 
 Run = Callable[[], Any]
+# What torch.compile makes of a net, by the providers' names, and its mode.
+COMPILED_NETS = {
+    "compile": "default",
+    "compile max-autotune": "max-autotune-no-cudagraphs",
+    "compile CUDA graphs": "max-autotune",
+    "compile freezing": "freezing",
+}
 # The names under which ours are listed: under the backend in force, and with the Triton kernels forced.
 OURS, OURS_TRITON = "fastunet", "fastunet triton"
 
@@ -87,42 +92,32 @@ def _keeps_float32(device: torch.device, dtype: torch.dtype) -> bool:
 def layer_providers(
     layer: Layer, device: torch.device, dtype: torch.dtype, *, thorough: bool = False
 ) -> list[Provider]:
-    """Of one layer's forward pass on tensors of that dtype, as `layer_runs.device_inputs` makes them.
+    """Of one layer's forward pass on tensors of that dtype, as `runs.device_inputs` makes them.
 
     Each has the layer's shape: prepare one, and other sets of inputs cost nothing more. thorough: also, on a CPU, what
     takes minutes to prepare.
     """
-    composition = getattr(reference, layer.op)
-    library, kind = ("cudnn" if device.type == "cuda" else "onednn"), dtype_name(dtype)
-    providers = [
-        Provider(
-            name,
-            "NHWC",
-            kind,
-            functools.partial(_our_layer, layer.op, backend, _keeps_float32(device, dtype)),
-            unsupported,
-        )
-        for name, backend, unsupported in our_backends(device, dtype)
-    ]
-    providers += [
-        Provider(f"{library} eager", "NHWC", kind, functools.partial(_bound, composition)),
-        Provider(f"{library} eager NCHW", "NCHW", kind, functools.partial(_bound_contiguous, composition)),
-    ]
+    composition, kind = getattr(reference, layer.op), dtype_name(dtype)
+    library = "cudnn" if device.type == "cuda" else "onednn"
+    providers = []
+    for name, backend, unsupported in our_backends(device, dtype):
+        prepare = functools.partial(_our_layer, layer.op, backend, _keeps_float32(device, dtype))
+        providers.append(Provider(name, "NHWC", kind, prepare, unsupported))
+    providers.append(Provider(f"{library} eager", "NHWC", kind, functools.partial(_bound, composition)))
+    contiguous = functools.partial(_bound_contiguous, composition)
+    providers.append(Provider(f"{library} eager NCHW", "NCHW", kind, contiguous))
     for name, mode in (("compile", "default"), ("compile max-autotune", "max-autotune-no-cudagraphs")):
         unsupported = compile_unsupported(device, mode, thorough=thorough)
-        prepare = functools.partial(_compiled_layer, _once(functools.partial(compiled, composition, mode)))
-        providers.append(Provider(name, "NHWC", kind, prepare, unsupported))
-    unsupported = cudnn_graph.unsupported(device, dtype) or _without_graph(layer)
-    make = _once(functools.partial(_conv_graph, layer, device, dtype))
+        make = functools.cache(functools.partial(compiled, composition, mode))
+        providers.append(Provider(name, "NHWC", kind, functools.partial(_compiled_layer, make), unsupported))
+    unsupported = cudnn_graph.unsupported(device, dtype)
+    if "conv_transpose" in layer.op:
+        unsupported = unsupported or "the graph is of a convolution, this is a transposed one"
+    make = functools.cache(functools.partial(_conv_graph, layer, device, dtype))
     providers.append(
         Provider("cudnn graph", "NHWC", kind, functools.partial(_graph_layer, layer.op, make), unsupported)
     )
     return providers
-
-
-def _once(make: Callable[[], Any]) -> Callable[[], Any]:
-    """Makes it at the first call."""
-    return functools.cache(make)
 
 
 def _our_layer(op: str, backend: str, keeps_float32: bool, inputs: dict[str, Tensor]) -> Run:
@@ -153,67 +148,10 @@ def _compiled_layer(make: Callable[[], Callable[..., Any]], inputs: dict[str, Te
     return _bound(make(), inputs)
 
 
-# --- torch.compile: once for each function, for the shapes of its calls, in one graph or not at all ---
-
-
-def compile_unsupported(device: torch.device, mode: str, *, thorough: bool) -> str:
-    """Why torch.compile cannot run in that mode on that device, or "". thorough: let it take minutes on a CPU."""
-    if device.type != "cuda":
-        if mode == "max-autotune":
-            return f"CUDA graphs need CUDA, the device is {device.type}"
-        if mode == "max-autotune-no-cudagraphs" and not thorough:
-            return "max-autotune takes minutes on a CPU, and was not asked for"
-        compiler = os.environ.get("CXX", "g++")
-        return "" if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
-    if mode == "freezing":
-        return "freezing is the CPU's form of what CUDA graphs and max-autotune are on a GPU"
-    return dispatch.triton_unsupported(device, torch.float32) or ""
-
-
-def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
-    """The function compiled by inductor, at its first call, for exactly the shapes of that call.
-
-    mode: one of torch.compile's, or "freezing": the weights are constants, which inductor folds and lays out anew.
-    Raises at a call that torch.compile would leave uncompiled in part or, after too many compilations, entirely.
-    """
-    target = own_code(function)
-    if mode != "freezing":
-        return torch.compile(target, mode=mode, fullgraph=True, dynamic=False)
-    optimized, is_compiled = torch.compile(target, fullgraph=True, dynamic=False), False
-
-    def frozen(*arguments: Any) -> Any:
-        nonlocal is_compiled
-        if is_compiled:
-            return optimized(*arguments)
-        # Only the compilation looks at the setting, and other providers are to compile without it.
-        with torch._inductor.config.patch(freezing=True):
-            is_compiled, result = True, optimized(*arguments)
-        return result
-
-    return frozen
-
-
-def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls it, with a code object of its own.
-
-    torch.compile counts compilations by code object, and after eight leaves it uncompiled: functions made by the same
-    `def` would use them up together.
-    """
-
-    def call(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    return types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-
-
 # --- cuDNN's graph ---
 
 
-def _without_graph(layer: Layer) -> str:
-    return "" if "conv_transpose" not in layer.op else "the graph is of a convolution, this is a transposed one"
-
-
-def _conv_graph(layer: Layer, device: torch.device, dtype: torch.dtype) -> cudnn_graph.Conv:
+def _conv_graph(layer: Layer, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     images = [layer.shapes[name] for name in ("x", "skip", "up") if name in layer.shapes]
     n, _, h, w = images[0]
     x_shape = (n, sum(shape[1] for shape in images), h, w)
@@ -293,7 +231,7 @@ def net_providers(
     if not training:
         name, backend, unsupported = our_backends(device, dtype)[0]
         captured = plain(backend=backend, is_captured=True)
-        forms.append((f"{name} CUDA graph", captured, unsupported or _no_cuda(device)))
+        forms.append((f"{name} CUDA graph", captured, unsupported or no_cuda(device)))
     forms.append(("eager", _Form(torch.float32, torch.contiguous_format), ""))
     if dtype == torch.float32 or not training:
         forms.append(("eager channels_last", plain(), ""))
@@ -301,37 +239,23 @@ def net_providers(
         forms.append(("eager channels_last AMP", _Form(dtype, amp=True), ""))
     if not training:
         forms.append(("eager folded", plain(is_folded=True), ""))
-    modes = {
-        "compile": "default",
-        "compile max-autotune": "max-autotune-no-cudagraphs",
-        "compile CUDA graphs": "max-autotune",
-    }
-    if not training:
-        modes["compile freezing"] = "freezing"
-    forms += [
-        (name, plain(mode=mode), compile_unsupported(device, mode, thorough=thorough)) for name, mode in modes.items()
-    ]
-    prepare = _training_step if training else _inference
-    return [
-        Provider(
-            name,
-            "NHWC" if form.layout == torch.channels_last else "NCHW",
-            dtype_name(form.dtype),
-            functools.partial(prepare, form),
-            reason,
-        )
-        for name, form, reason in forms
-    ]
+    for name, mode in COMPILED_NETS.items():
+        if mode != "freezing" or not training:
+            forms.append((name, plain(mode=mode), compile_unsupported(device, mode, thorough=thorough)))
+    return [_provider(name, form, reason, training=training) for name, form, reason in forms]
 
 
-def our_net(backend: str, dtype: torch.dtype, *, training: bool) -> Callable[..., Run]:
-    """Return what prepares ours under a backend: inference with weights of dtype, a training step under autocast."""
-    form = _Form(dtype, amp=training and dtype != torch.float32, backend=backend)
-    return functools.partial(_training_step if training else _inference, form)
+def our_net(name: str, backend: str, dtype: torch.dtype, *, training: bool) -> Provider:
+    """Ours under a backend: inference with weights of dtype, a training step under autocast."""
+    return _provider(
+        name, _Form(dtype, amp=training and dtype != torch.float32, backend=backend), "", training=training
+    )
 
 
-def _no_cuda(device: torch.device) -> str:
-    return "" if device.type == "cuda" else f"CUDA graphs need CUDA, the device is {device.type}"
+def _provider(name: str, form: _Form, unavailable: str, *, training: bool) -> Provider:
+    layout = "NHWC" if form.layout == torch.channels_last else "NCHW"
+    prepare = functools.partial(_training_step if training else _inference, form)
+    return Provider(name, layout, dtype_name(form.dtype), prepare, unavailable)
 
 
 def fold(net: nn.Module) -> None:

@@ -62,14 +62,10 @@ def failure(error: Exception) -> Row:
     return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()}"[:2000]}
 
 
-def is_ours(implementation: str) -> bool:
-    """Whether a name among a row's times is of fastunet with its kernels."""
-    return implementation.startswith(("triton", "fastunet"))
-
-
 def speedup(row: Row) -> float | None:
     """Return the least ratio that another than fastunet has: below 1, that is faster. None where there is none."""
-    return min((found["ratio"] for name, found in row.get("ratios", {}).items() if not is_ours(name)), default=None)
+    others = [found["ratio"] for name, found in row.get("ratios", {}).items() if not name.startswith("fastunet")]
+    return min(others, default=None)
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -1,12 +1,12 @@
-"""How fast each layer of a U-Net could be on a GPU of given roofs, and how near to that it came.
+"""How fast each layer of a U-Net could be on a GPU of given peak rates, and how near to that it came.
 
     python -m benchmarks roofline --tflops 790 --tbps 3.0 [--features 64 128 ...] [--size 512] [--batch 16]
     python -m benchmarks roofline --tflops 790 --tbps 3.0 --report gpu_report.json --out roofline.png
 
-prints for every layer its floor, the least time in which the roofs let it run, and the least time of an eager net in
-which every op is a pass of its own (cases.py has the accounting); with --report, a file of `gpu`, the measured
-times and what share of them the floor is. --out draws the roofline. The roofs are to be measured on the same GPU: the
-FLOP/s of a large matrix product, and the bytes/s that a copy reads and writes. UNets of either upsampling are counted.
+prints for every layer its lower bound, the least time in which the rates let it run, and the least time of an eager net
+in which every op is a pass of its own (cases.py has the accounting); with --report, a file of `gpu`, the measured times
+and what share of them the bound is. --out draws the roofline. The rates are to be measured on the same GPU: the FLOP/s
+of a large matrix product, and the bytes/s that a copy reads and writes.
 """
 
 from __future__ import annotations
@@ -30,58 +30,59 @@ from .results import Row, markdown, times_ms
 class Roofs:
     """What a GPU was measured to reach.
 
-    matmul_flops: FLOP/s of a matrix product. copy_bytes: bytes/s that a copy reads and writes. l2_bytes: bytes/s read
-    from L2, None where not measured. source: who measured them, and on what.
+    matmul_flops: FLOP/s of a matrix product. copy_bytes: bytes/s that a copy reads and writes. source: who measured
+    them, and on what.
     """
 
     matmul_flops: float
     copy_bytes: float
-    l2_bytes: float | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("matmul_flops", "copy_bytes", "l2_bytes"):
+        for name in ("matmul_flops", "copy_bytes"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"expected {name} above 0 and finite, got {value}")
+
+    def seconds(self, work: Pass) -> float:
+        """Return the least time of a pass: arithmetic and memory traffic overlap, and the longer of the two decides."""
+        return max(work.flops / self.matmul_flops, work.bytes / self.copy_bytes)
 
 
 @dataclass(frozen=True)
 class Point:
     """A layer in the roofline plot.
 
-    flops, bytes: of its fused pass. floor: seconds. measured: seconds, by implementation ("triton" and "aten" in a
-    report); empty where nothing was measured.
+    work: its fused pass. floor: the seconds of that. measured: seconds, by implementation; empty where nothing was.
     """
 
     name: str
-    flops: int
-    bytes: int
+    work: Pass
     floor: float
     measured: Mapping[str, float]
 
 
-def pass_seconds(work: Pass, roofs: Roofs) -> float:
-    """The least time of one pass: arithmetic and memory traffic overlap, and the longer of the two decides."""
-    return max(work.flops / roofs.matmul_flops, work.bytes / roofs.copy_bytes)
-
-
 def floor_seconds(layer: Layer, roofs: Roofs, dtype: torch.dtype = DTYPE) -> float:
-    """The least time of the layer as one fused pass over tensors of dtype."""
-    return pass_seconds(fused_pass(layer, dtype.itemsize), roofs)
+    """Return the least time of the layer as one fused pass over tensors of dtype."""
+    return roofs.seconds(fused_pass(layer, dtype.itemsize))
 
 
-def eager_seconds(layer: Layer, roofs: Roofs, dtype: torch.dtype = DTYPE, *, instance_norm: bool = False) -> float:
-    """The least time of the layer where every op is a pass of its own."""
-    return sum(pass_seconds(work, roofs) for work in eager_passes(layer, dtype.itemsize, instance_norm=instance_norm))
+def eager_seconds(layer: Layer, roofs: Roofs, dtype: torch.dtype = DTYPE) -> float:
+    """Return the least time of the layer where every op is a pass of its own."""
+    return sum(map(roofs.seconds, eager_passes(layer, dtype.itemsize)))
 
 
 def point_of(
     layer: Layer, roofs: Roofs, measured: Mapping[str, float] | None = None, dtype: torch.dtype = DTYPE
 ) -> Point:
-    """The layer's place in the plot; measured: seconds by implementation."""
+    """Place the layer in the plot; measured: seconds by implementation."""
     work = fused_pass(layer, dtype.itemsize)
-    return Point(layer.name, work.flops, work.bytes, pass_seconds(work, roofs), measured or {})
+    return Point(layer.name, work, roofs.seconds(work), measured or {})
+
+
+def layer_of_row(row: Row) -> Layer:
+    """The layer that a row of a report is of."""
+    return Layer(row["name"], row["op"], {name: tuple(shape) for name, shape in row["shapes"].items()}, row["flops"])
 
 
 def points_of_report(report: Mapping[str, Any], roofs: Roofs) -> list[Point]:
@@ -89,14 +90,13 @@ def points_of_report(report: Mapping[str, Any], roofs: Roofs) -> list[Point]:
     points = []
     for row in report["rows"]:
         if row["kind"] == "layer" and row["variant"] == "forward" and "samples_ms" in row:
-            shapes = {name: tuple(shape) for name, shape in row["shapes"].items()}
             measured = {name: times.median / 1e3 for name, times in times_ms(row).items()}
-            points.append(point_of(Layer(row["name"], row["op"], shapes, row["flops"]), roofs, measured))
+            points.append(point_of(layer_of_row(row), roofs, measured))
     return points
 
 
-def roofline_table(layers: Sequence[Layer], eager: Callable[[Layer], float], points: Sequence[Point]) -> str:
-    """Markdown: each layer's work, its floor and eager's, in microseconds; what was measured, and their sums.
+def roofline_table(layers: Sequence[Layer], eager: Mapping[str, float], points: Sequence[Point]) -> str:
+    """Write Markdown: each layer's work, its lower bound and eager's, in microseconds; what was measured, and the sums.
 
     points: of those layers, by name. A measured total is shown only where every layer was measured.
     """
@@ -104,32 +104,19 @@ def roofline_table(layers: Sequence[Layer], eager: Callable[[Layer], float], poi
     names = list(dict.fromkeys(name for point in points for name in point.measured))
     header = ["layer", "GFLOP/img", "MB/img", "floor µs", "eager µs"]
     header += [part for name in names for part in (f"{name} µs", "floor is")]
-    lines = [_line(layer.name, layer.shapes, [by_name[layer.name]], eager(layer), names) for layer in layers]
-    lines.append(
-        _line("total", layers[0].shapes, [by_name[layer.name] for layer in layers], sum(map(eager, layers)), names)
-    )
+    batch = next(iter(layers[0].shapes.values()))[0]
+    lines = []
+    for name, part in [*((layer.name, [layer]) for layer in layers), ("total", layers)]:
+        found = [by_name[layer.name] for layer in part]
+        floor, slowest = sum(point.floor for point in found), sum(eager[layer.name] for layer in part)
+        flops, moved = (sum(getattr(point.work, what) for point in found) for what in ("flops", "bytes"))
+        cells = [name, f"{flops / batch / 1e9:.1f}", f"{moved / batch / 1e6:.1f}"]
+        cells += [f"{1e6 * floor:.0f}", f"{1e6 * slowest:.0f}"]
+        for implementation in names:
+            seconds = sum(point.measured.get(implementation, math.nan) for point in found)
+            cells += ["", ""] if math.isnan(seconds) else [f"{1e6 * seconds:.0f}", f"{floor / seconds:.0%}"]
+        lines.append(cells)
     return markdown(header, lines)
-
-
-def _line(
-    name: str, shapes: Mapping[str, tuple[int, ...]], points: Sequence[Point], eager: float, names: Sequence[str]
-) -> list[str]:
-    batch = next(iter(shapes.values()))[0]
-    flops, moved, floor = (sum(getattr(p, what) for p in points) for what in ("flops", "bytes", "floor"))
-    cells = [
-        name,
-        f"{flops / batch / 1e9:.1f}",
-        f"{moved / batch / 1e6:.1f}",
-        f"{1e6 * floor:.0f}",
-        f"{1e6 * eager:.0f}",
-    ]
-    for implementation in names:
-        if all(implementation in point.measured for point in points):
-            seconds = sum(point.measured[implementation] for point in points)
-            cells += [f"{1e6 * seconds:.0f}", f"{floor / seconds:.0%}"]
-        else:
-            cells += ["", ""]
-    return cells
 
 
 # --- the peak rates of a device, measured: what copying, multiplying and reading L2 reach there ---
@@ -147,7 +134,7 @@ extern "C" __global__ void read_l2(const float4* data, float* out, unsigned coun
     if (sum == 1.0e30f) out[0] = sum;
 }
 """
-_VECTOR = 16
+_VECTOR, _REPEATS = 16, 64
 
 
 @dataclass(frozen=True)
@@ -161,23 +148,18 @@ class Sizes:
     rounds: int = 20
     seconds: float = 2.0
 
-    @classmethod
-    def of(cls, device: torch.device) -> Sizes:
-        """Far past the caches, and products that fill the device."""
-        if device.type == "cuda":
-            return cls(1 << 30, 8192)
-        return cls(1 << 27, 1024, seconds=0.5)
-
 
 def measure_roofs(device: torch.device, sizes: Sizes | None = None, clock: Clock | None = None) -> Row:
-    """The row: "copy", "matmul" and "l2", each with its rate and how it was measured; of the last, None and a reason
+    """Measure "copy", "matmul" and "l2", each with its rate and how it was measured; of the last, None and a reason
     where it cannot be.
     """
-    sizes, clock = sizes or Sizes.of(device), clock or clock_of(device)
+    if sizes is None:  # Far past the caches, and products that fill the device.
+        sizes = Sizes(1 << 30, 8192) if device.type == "cuda" else Sizes(1 << 27, 1024, seconds=0.5)
+    clock = clock or clock_of(device)
     return {
         "copy": copy_rate(device, sizes, clock),
         "matmul": matmul_rate(device, sizes, clock),
-        "l2": l2_rate(device, clock),
+        "l2": l2_rate(device, sizes, clock),
     }
 
 
@@ -185,10 +167,9 @@ def copy_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
     """ "gb_per_s" (10^9 bytes), read and written, of one large Tensor.copy_."""
     source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).random_(0, 256)
     target = torch.empty_like(source)
-    samples = interleaved_samples({"copy": [lambda: target.copy_(source)]}, clock, rounds=sizes.rounds)
-    times = Quantiles.of(samples["copy"])
-    how = f"Tensor.copy_ of {sizes.copy_bytes} bytes, counted twice; median of {times.samples}"
-    return {"gb_per_s": 2 * sizes.copy_bytes / times.median / 1e9, "how": how, "seconds": asdict(times)}
+    return _rate(
+        "Tensor.copy_, counted twice,", lambda: target.copy_(source), 2 * sizes.copy_bytes, sizes.rounds, clock
+    )
 
 
 def matmul_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
@@ -201,67 +182,45 @@ def matmul_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
         f"torch.mm of {side} x {side} normal bfloat16; burst: median of the first {burst.samples} after a second of "
         f"rest; steady: of the last {steady.samples} of {sizes.seconds:g} s without a break"
     )
-
-    def tflops(times: Quantiles) -> float:
-        return 2 * side**3 / times.median / 1e12
-
-    return {
-        "burst_tflops": tflops(burst),
-        "steady_tflops": tflops(steady),
-        "how": how,
-        "seconds": {"burst": asdict(burst), "steady": asdict(steady)},
+    rates = {
+        f"{name}_tflops": 2 * side**3 / times.median / 1e12 for name, times in (("burst", burst), ("steady", steady))
     }
+    return {**rates, "how": how, "seconds": {"burst": asdict(burst), "steady": asdict(steady)}}
 
 
-@dataclass(frozen=True)
-class Reader:
-    """run reads `total_bytes` of a buffer of `buffer_bytes` that stays in L2."""
-
-    run: Callable[[], Any]
-    buffer_bytes: int
-    total_bytes: int
-
-
-def l2_rate(
-    device: torch.device, clock: Clock, make_reader: Callable[[torch.device], Reader] | None = None, rounds: int = 20
-) -> Row:
+def l2_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
     """ "gb_per_s" of reading what lies in L2; None and a "reason" where there is no CUDA, or no CuPy."""
-    if device.type != "cuda" and make_reader is None:
+    if device.type != "cuda":
         return {"gb_per_s": None, "reason": f"the device is {device.type}, not cuda"}
     try:
-        reader = (make_reader or cupy_reader)(device)
-        times = Quantiles.of(interleaved_samples({"read": [reader.run]}, clock, rounds=rounds)["read"])
-    except ImportError as error:
-        return {"gb_per_s": None, "reason": f"CuPy cannot be imported: {error}"}
+        run, size = _l2_reader(device)
+        return _rate("a kernel of 16-byte ld.global.cg", run, size * _REPEATS, sizes.rounds, clock)
     except Exception as error:  # CuPy's own, such as a compiler that it does not find: the other roofs still count.
         return {"gb_per_s": None, "reason": f"{type(error).__name__}: {error}"}
-    how = f"a kernel of 16-byte ld.global.cg over {reader.buffer_bytes} bytes; median of {times.samples}"
-    return {"gb_per_s": reader.total_bytes / times.median / 1e9, "how": how, "seconds": asdict(times)}
 
 
-def l2_buffer_bytes(cache: int) -> int:
-    """The largest power of two within a quarter of L2: half of a divided L2 is then enough for all of it."""
-    return 1 << int(math.log2(cache // 4))
+def _rate(what: str, run: Callable[[], Any], size: int, rounds: int, clock: Clock) -> Row:
+    times = Quantiles.of(interleaved_samples({"run": [run]}, clock, rounds=rounds)["run"])
+    how = f"{what} of {size} bytes; median of {times.samples}"
+    return {"gb_per_s": size / times.median / 1e9, "how": how, "seconds": asdict(times)}
 
 
-def cupy_reader(device: torch.device) -> Reader:
-    """The reader on the current stream, compiled by CuPy. ImportError without it."""
+def _l2_reader(device: torch.device) -> tuple[Callable[[], Any], int]:
+    """A reader on the current stream, compiled by CuPy, and the bytes it reads so many times."""
     import cupy
 
     properties = torch.cuda.get_device_properties(device)
-    size, repeats, threads = l2_buffer_bytes(properties.L2_cache_size), 64, 512
-    data = torch.randn(size // 4, device=device)
-    out = torch.zeros(1, device=device)
+    # The largest power of two within a quarter of L2: half of a divided L2 is then enough for all of it.
+    size = 1 << int(math.log2(properties.L2_cache_size // 4))
+    data, out = torch.randn(size // 4, device=device), torch.zeros(1, device=device)
     kernel = cupy.RawKernel(_READ_L2, "read_l2")
-    arrays = cupy.from_dlpack(data), cupy.from_dlpack(out)
-    counts = cupy.uint32(size // _VECTOR), cupy.uint32(repeats)
-    grid = 4 * properties.multi_processor_count
+    arguments = cupy.from_dlpack(data), cupy.from_dlpack(out), cupy.uint32(size // _VECTOR), cupy.uint32(_REPEATS)
 
     def run() -> None:
         with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream):
-            kernel((grid,), (threads,), (*arrays, *counts))
+            kernel((4 * properties.multi_processor_count,), (512,), arguments)
 
-    return Reader(run, size, size * repeats)
+    return run, size
 
 
 # --- the command ---
@@ -279,8 +238,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     floors = [point_of(layer, roofs, dtype=dtype) for layer in layers]
     measured = [] if report is None else points_of_report(report, roofs)
     points = [*{point.name: point for point in (*floors, *measured)}.values()]
-    is_instance = settings.norm == "instance"
-    print(roofline_table(layers, lambda layer: eager_seconds(layer, roofs, dtype, instance_norm=is_instance), points))
+    print(roofline_table(layers, {layer.name: eager_seconds(layer, roofs, dtype) for layer in layers}, points))
     if options.out is not None:
         from .charts import plot_roofline
 
@@ -292,14 +250,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     usual = Settings()
-    parser.add_argument("--tflops", type=float, required=True, help="measured roof of a matrix product, TFLOP/s")
-    parser.add_argument("--tbps", type=float, required=True, help="measured roof of a copy, read and written, TB/s")
+    parser.add_argument("--tflops", type=float, required=True, help="measured rate of a matrix product, TFLOP/s")
+    parser.add_argument("--tbps", type=float, required=True, help="measured rate of a copy, read and written, TB/s")
     parser.add_argument("--source", default="", help="where these come from, for the plot")
     parser.add_argument("--features", type=int, nargs="+", default=[*usual.features])
-    parser.add_argument("--in-channels", type=int, default=usual.in_channels)
-    parser.add_argument("--out-channels", type=int, default=usual.out_channels)
-    parser.add_argument("--norm", choices=("batch", "instance", "none"), default="batch")
-    parser.add_argument("--upsample", choices=("transpose", "bilinear"), default="transpose")
     parser.add_argument("--size", type=int, default=usual.size, help="side of the square images")
     parser.add_argument("--batch", type=int, default=usual.batch)
     parser.add_argument("--dtype", choices=[*DTYPES], default="bfloat16")
@@ -311,14 +265,9 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, dict[str, Any] | N
     """The net and its images, from the report if there is one, and the report."""
     if options.report is not None:
         report = json.loads(options.report.read_text())
-        found = report["settings"] | {"features": tuple(report["settings"]["features"])}
-        return Settings(**found), report
+        return Settings(**report["settings"] | {"features": tuple(report["settings"]["features"])}), report
     features = tuple(options.features)
-    if options.batch < 1 or options.size < 2 ** (len(features) - 1):
-        raise ValueError(
-            f"expected --batch from 1 and --size from {2 ** (len(features) - 1)}, got {options.batch}, {options.size}"
-        )
-    size = {"size": options.size, "batch": options.batch, "features": features}
-    net = {"in_channels": options.in_channels, "out_channels": options.out_channels, "upsample": options.upsample}
-    norm = None if options.norm == "none" else options.norm
-    return Settings(**size, **net, norm=norm, dtype=options.dtype), None
+    least = 2 ** (len(features) - 1)
+    if options.batch < 1 or options.size < least:
+        raise ValueError(f"expected --batch from 1 and --size from {least}, got {options.batch}, {options.size}")
+    return Settings(size=options.size, batch=options.batch, features=features, dtype=options.dtype), None

@@ -1,10 +1,14 @@
-"""Layers and nets ready to be timed: their tensors, their calls, and what must hold of a result before, by float64."""
+"""Ops, layers and nets ready to be timed: their tensors, their calls, and what must hold of a result before by float64.
+
+A comparison times its providers in turn in one run, the first of them ours; what is not right, or does not run, has no
+time, and is named with its reason.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,27 +16,34 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet.losses import BCEDiceLoss
-from fastunet.testing import UNIT_ROUNDOFF, parity
+from fastunet.testing import UNIT_ROUNDOFF, parity, random_cotangent
 from fastunet.testing.ops import Call
+from fastunet.testing.parity import Case
 
 from .cases import DTYPE, Layer, Settings
 from .harness.timing import clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
-from .providers import Provider, Run, bce_dice, our_net, reason_of
-from .results import Row, timed
+from .providers import Provider, Run, bce_dice, reason_of
+from .results import Row, timed, times_ms
 
 Inputs = dict[str, Tensor]
 Runs = dict[str, list[Run]]
-Around = Callable[[], AbstractContextManager[Any]]
 # A net in a dtype may be this many times as far from float64 as plain torch modules are in the same dtype.
 _TIMES_PLAIN = 2.0
-# Side of the images on which a net's own implementation is compared with float64.
+# Side of the images on which a net's gradients are compared with float64.
 _PARITY_SIDE = 64
+# The spread, p90 / p10, of the plainest provider's times, above which other work has disturbed the machine too much.
+STEADY = 1.15
+
+
+# --- comparisons ---
 
 
 def runs_or_reason(
     provider: Provider, prepare: Callable[[Provider], list[Run]], check: Callable[[Provider, Any], object]
 ) -> list[Run] | str:
-    """A provider's runs, the first of which was right; or why there are none."""
+    """Return a provider's runs, the first of which was right; or why there are none."""
+    if provider.unavailable:
+        return provider.unavailable
     try:
         with cudnn_benchmark():
             runs = prepare(provider)
@@ -43,60 +54,159 @@ def runs_or_reason(
     return runs
 
 
-def right_runs(
+def compare(
+    settings: Settings,
     providers: Sequence[Provider],
     prepare: Callable[[Provider], list[Run]],
     check: Callable[[Provider, Any], object],
     skip: Mapping[str, str] | None = None,
-) -> tuple[Runs, dict[str, str]]:
-    """The runs of each provider that is right, by name; and of the others why they have none. skip: reasons not to."""
+) -> tuple[Row, Runs]:
+    """Time the providers, the first of them ours: the row, and the runs that were timed. skip: reasons not to, by name.
+
+    "status" is "ok", or "parity failed" or "failed" where ours has no time; then nothing has.
+    """
+    forms = {each.name: {"layout": each.layout, "dtype": each.dtype} for each in providers}
+    row: Row = {"status": "ok", "reason": "", "missing": {}, "forms": forms}
     runs: Runs = {}
-    missing: dict[str, str] = {}
     for provider in providers:
-        found = provider.unavailable or (skip or {}).get(provider.name) or runs_or_reason(provider, prepare, check)
-        if isinstance(found, str):
-            missing[provider.name] = found
-        else:
+        found = (skip or {}).get(provider.name) or runs_or_reason(provider, prepare, check)
+        if not isinstance(found, str):
             runs[provider.name] = found
-    return runs, missing
+            continue
+        row["missing"][provider.name] = found
+        if provider is providers[0]:
+            row["status"] = "parity failed" if found.startswith("parity failed") else "failed"
+            return row | {"reason": found}, {}
+    row |= time_in_turn(settings, runs)
+    if "eager" in row["samples_ms"]:
+        times = times_ms(row)["eager"]
+        row["unsteady"] = times.p90 / times.p10 > STEADY
+    return row, runs
 
 
 def time_in_turn(settings: Settings, runs: Mapping[str, Sequence[Run]]) -> Row:
     """Time all in one run, the first of them ours: samples and ratios."""
+    return timed(samples_in_turn(settings, runs))
+
+
+def samples_in_turn(settings: Settings, runs: Mapping[str, Sequence[Run]]) -> dict[str, list[float]]:
+    """Seconds of each run, taken in turn in one run, within the settings' limits."""
+    limits: dict[str, Any] = {"rounds": settings.rounds, "warmup": settings.warmup, "seconds": settings.seconds}
     with cudnn_benchmark():
-        samples = interleaved_samples(
-            runs,
-            clock_of(settings.torch_device),
-            rounds=settings.rounds,
-            warmup=settings.warmup,
-            seconds=settings.seconds,
-        )
-    return timed(samples)
+        return interleaved_samples(runs, clock_of(settings.torch_device), **limits)
 
 
-# --- layers ---
-
-
-def prepare_layer(layer: Layer, sets: Sequence[Inputs], backends: Sequence[str], *, backward: bool) -> Runs:
-    """By backend, one call of the layer, or of its backward, for each set of inputs.
-
-    AssertionError unless the first backend's results are right.
+def compare_layer(
+    settings: Settings,
+    layer: Layer,
+    providers: Sequence[Provider],
+    skip: Mapping[str, str] | None = None,
+    *,
+    backward: bool = False,
+) -> Row:
+    """Time what the providers do of a layer, on inputs that have left the cache. backward: of which ours, the first, is
+    checked alone.
     """
-    with fastunet.backend(backends[0]):
-        check_last_image(layer, sets[0], backward=backward)
-    make = backward_run if backward else forward_run
-    return {backend: [make(layer, backend, each) for each in sets] for backend in backends}
+    inputs = device_inputs(layer, settings.torch_device, settings.torch_dtype)
+    sets = input_sets(inputs, settings.torch_device)
+
+    def prepare(provider: Provider) -> list[Run]:
+        if backward and provider is providers[0]:
+            check_backward(layer, inputs)
+        return [provider.prepare(each) for each in sets]
+
+    def check(provider: Provider, result: Any) -> None:
+        if not backward:
+            check_layer(layer, inputs, result, allow_tf32=settings.device == "cuda")
+
+    return compare(settings, providers, prepare, check, skip)[0]
 
 
-def layer_sets(layer: Layer, device: torch.device) -> list[Inputs]:
-    """Random inputs of the layer, in sets."""
-    return input_sets(device_inputs(layer, device), device)
+def compare_net(
+    settings: Settings,
+    model: fastunet.UNet,
+    task: str,
+    providers: Sequence[Provider],
+    skip: Mapping[str, str] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[Row, Runs]:
+    """Time the model's "inference" or "training" step. Ours trains only if its gradients are right."""
+    training = task == "training"
+    x = images(settings, settings.batch, settings.size)
+    target = target_for(settings, x)
+    net_check = NetCheck(model, x, target, training=training)
+
+    def prepare(provider: Provider) -> list[Run]:
+        progress(f"{task}: {provider.name}")
+        if training and provider is providers[0]:
+            check_gradients(settings, model)
+        return [provider.prepare(model, x, target if training else None)]
+
+    return compare(settings, providers, prepare, net_check.check, skip)
+
+
+# --- ops and layers ---
+
+
+def case_run(
+    case: Case,
+    inputs: Mapping[str, Tensor],
+    backend: str,
+    direction: str,
+    wanted: Sequence[str] | None = None,
+    function: Callable[..., Any] = parity.run_op,
+) -> Run:
+    """Bind one call of the op under a backend: "forward" without gradients, "backward" alone with the graph kept, or
+    "both"; backward for random cotangents, and the gradients of the `wanted` inputs (all but a target).
+
+    function: computes the op, with the arguments of `parity.run_op`.
+    """
+    buffers = {}
+    if case.buffers is not None:
+        zeros = torch.zeros(case.buffers, device=next(iter(inputs.values())).device)
+        buffers = {"running_mean": zeros, "running_var": torch.ones_like(zeros)}
+
+    def forward() -> Any:
+        with torch.no_grad(), fastunet.backend(backend):
+            return function(case.op, inputs, buffers, case.options)
+
+    if direction == "forward":
+        return forward
+    names = [name for name in inputs if name != "target"] if wanted is None else wanted
+    leaves = {name: t.detach().requires_grad_(name in names) for name, t in inputs.items()}
+
+    def outputs_now() -> tuple[Tensor, ...]:
+        return parity.outputs_of(function(case.op, leaves, buffers, case.options))
+
+    with fastunet.backend(backend):
+        outputs = outputs_now()
+    cotangents = [random_cotangent(y, seed=i) for i, y in enumerate(outputs)]
+    keeps = direction == "backward"
+
+    def backward() -> Any:
+        with fastunet.backend(backend):
+            taken = outputs if keeps else outputs_now()
+            return torch.autograd.grad(taken, [leaves[name] for name in names], cotangents, retain_graph=keeps)
+
+    return backward
+
+
+def wanted_of(layer: Layer) -> list[str]:
+    """The inputs of a layer whose gradients a training step takes."""
+    return [name for name in layer.shapes if layer.input_has_grad or name != "x"]
 
 
 def input_sets(inputs: Inputs, device: torch.device) -> list[Inputs]:
     """The inputs and as many copies as it takes for each to have left the cache before its next turn."""
     copies = sets_past_cache(list(inputs.values()), device)
     return [inputs, *({name: t.clone() for name, t in inputs.items()} for _ in range(copies - 1))]
+
+
+def case_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
+    """Random inputs of the case in sets, images and weights channels_last."""
+    inputs = parity.make_inputs(case.shapes, dtype, device)
+    images = {name: t.contiguous(memory_format=torch.channels_last) for name, t in inputs.items() if t.dim() == 4}
+    return input_sets(inputs | images, device)
 
 
 def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE) -> Inputs:
@@ -110,64 +220,6 @@ def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE
     return inputs
 
 
-def check_last_image(layer: Layer, inputs: Inputs, *, backward: bool, around: Around = nullcontext) -> None:
-    """AssertionError unless the last image of the batch comes out right, and the gradients of it alone.
-
-    Only its cotangents are not zero, so that the parameters' gradients are those of one image, whatever the batch.
-    around: a context for the direction that is checked, and that one alone.
-    """
-    leaves = _leaves(layer, inputs) if backward else inputs
-    with torch.set_grad_enabled(backward), nullcontext() if backward else around():
-        outputs = parity.outputs_of(parity.run_op(layer.op, leaves, {}, {}))
-    cotangents = [_last_only(torch.randn_like(y)) for y in outputs] if backward else []
-    with around() if backward else nullcontext():
-        actual = parity.results_of(outputs, leaves, cotangents)
-    last = _last_image(actual)
-    images = _last_image(inputs)
-    call = Call(layer.op, images, {}, {}, [g[-1:] for g in cotangents], **parity.how(layer.op, last))
-    parity.compare(last, call, without=[] if layer.input_has_grad else ["grad x"])
-
-
-def _last_image(tensors: Mapping[str, Tensor]) -> Inputs:
-    return {name: t if "weight" in name or "bias" in name else t[-1:] for name, t in tensors.items()}
-
-
-def _last_only(cotangent: Tensor) -> Tensor:
-    cotangent[:-1] = 0
-    return cotangent
-
-
-def _leaves(layer: Layer, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().requires_grad_(layer.input_has_grad or name != "x") for name, t in inputs.items()}
-
-
-def forward_run(layer: Layer, backend: str, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
-    """One call of the layer."""
-
-    def run() -> None:
-        with torch.no_grad(), fastunet.backend(backend):
-            parity.run_op(layer.op, inputs, {}, {})
-
-    return run
-
-
-def backward_run(
-    layer: Layer, backend: str, inputs: Mapping[str, Tensor], only: Sequence[str] = ()
-) -> Callable[[], Any]:
-    """One backward pass of the layer, with the graph kept, for random cotangents: all gradients, or `only` those."""
-    leaves = _leaves(layer, inputs)
-    with fastunet.backend(backend):
-        outputs = parity.outputs_of(parity.run_op(layer.op, leaves, {}, {}))
-    cotangents = [torch.randn_like(y) for y in outputs]
-    wanted = [t for name, t in leaves.items() if t.requires_grad and (not only or name in only)]
-
-    def run() -> None:
-        with fastunet.backend(backend):
-            torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True)
-
-    return run
-
-
 def check_layer(layer: Layer, inputs: Mapping[str, Tensor], result: Any, *, allow_tf32: bool = False) -> None:
     """AssertionError, naming the worst element, unless the last image of a layer's forward result is within bounds.
 
@@ -178,6 +230,26 @@ def check_layer(layer: Layer, inputs: Mapping[str, Tensor], result: Any, *, allo
     parity.compare(dict(zip(("y", "pooled"), outputs, strict=False)), call)
 
 
+def check_backward(layer: Layer, inputs: Inputs) -> None:
+    """AssertionError unless the gradients of the batch's last image come out right under the backend in force.
+
+    Only its cotangents are not zero, so that the parameters' gradients are those of one image, whatever the batch.
+    """
+    wanted = wanted_of(layer)
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
+    outputs = parity.outputs_of(parity.run_op(layer.op, leaves, {}, {}))
+    cotangents = [torch.randn_like(y) for y in outputs]
+    for cotangent in cotangents:
+        cotangent[:-1] = 0
+    last = _last_image(parity.results_of(outputs, leaves, cotangents))
+    call = Call(layer.op, _last_image(inputs), {}, {}, [g[-1:] for g in cotangents], **parity.how(layer.op, last))
+    parity.compare(last, call, without=[] if layer.input_has_grad else ["grad x"])
+
+
+def _last_image(tensors: Mapping[str, Tensor]) -> Inputs:
+    return {name: t if "weight" in name or "bias" in name else t[-1:] for name, t in tensors.items()}
+
+
 # --- nets ---
 
 
@@ -186,38 +258,6 @@ def make_net(settings: Settings) -> fastunet.UNet:
     torch.manual_seed(0)
     model = fastunet.UNet(settings.in_channels, settings.out_channels, features=settings.features)
     return model.to(settings.device)
-
-
-def prepare_net(
-    settings: Settings, model: fastunet.UNet, backends: Sequence[str], *, training: bool
-) -> tuple[Row, dict[str, Run]]:
-    """The distances to float64, and by backend one call of the net's inference, or one training step, on copies.
-
-    AssertionError unless the first backend's results are right. The kernels' runs are there also without what can be
-    left out: in training, outputs recomputed; in inference, upsampling fused with the convolution after it.
-    """
-    distances = check_net(settings, model, backends[0], training=training)
-    x = images(settings, settings.batch, settings.size)
-    target = target_for(settings, x)
-
-    def run_of(model: fastunet.UNet, backend: str) -> Run:
-        return our_net(backend, DTYPE, training=training)(model, x, target)
-
-    runs = {backend: run_of(model, backend) for backend in backends}
-    if backends[0] != "triton":
-        return distances, runs
-    if training:
-        recomputing = run_of(model, "triton")
-
-        def run_keeping() -> None:
-            with fastunet.recomputing(False):
-                recomputing()
-
-        return distances, {**runs, "triton, outputs kept": run_keeping}
-    apart = copy.deepcopy(model)
-    for up in apart.ups:
-        up.folds_upsampling = False
-    return distances, {**runs, "triton, steps up in two": run_of(apart, "triton")}
 
 
 def images(settings: Settings, batch: int, side: int) -> Tensor:
@@ -232,51 +272,32 @@ def target_for(settings: Settings, x: Tensor) -> Tensor:
     return torch.randint(0, 2, shape, device=x.device).float().contiguous(memory_format=torch.channels_last)
 
 
-def check_net(settings: Settings, model: fastunet.UNet, backend: str, *, training: bool) -> Row:
-    """AssertionError unless the net is at most twice as far from float64 as the same net in plain torch modules.
+def check_gradients(settings: Settings, model: fastunet.UNet) -> None:
+    """AssertionError unless the net's gradients, under the backend in force, are at most twice as far from float64 as
+    those of the same net in plain torch modules: relatively, in the 2-norm of all.
 
-    Distances are relative, in the 2-norm: of the outputs, in training of all gradients. Both nets round in the same
-    dtype; ours rounds no more often.
+    Both nets round in the settings' dtype; ours rounds no more often.
     """
     x = images(settings, 2, min(settings.size, _PARITY_SIDE))
     target = target_for(settings, x)
     reference = model.to_reference()
     with fastunet.backend("aten"):  # The loss is an op of ours in all three.
-        exact = _result(copy.deepcopy(reference).double(), x.double(), target.double(), training)
-        plain = _distance(_result(reference, x, target, training), exact)
-    with fastunet.backend(backend):
-        ours = _distance(_result(copy.deepcopy(model), x, target, training), exact)
-    assert ours <= 2 * plain, f"relative distance to float64: {ours:.2e}, of plain torch {plain:.2e}"
-    return {"ours": ours, "plain": plain}
+        exact = _gradients(copy.deepcopy(reference).double(), x.double(), target.double(), torch.float64)
+        plain = _distance(_gradients(reference, x, target, settings.torch_dtype), exact)
+    ours = _distance(_gradients(copy.deepcopy(model), x, target, settings.torch_dtype), exact)
+    allowed = _TIMES_PLAIN * plain
+    assert ours <= allowed, f"relative distance of the gradients to float64: {ours:.2e}, allowed {allowed:.2e}"
 
 
-def _result(net: nn.Module, x: Tensor, target: Tensor, training: bool) -> Tensor:
-    """Outputs, or gradients, in one row, in float64."""
-    exact = x.dtype == torch.float64
-    net.train(training)
-    if not training:
-        with torch.no_grad():
-            return (net(x) if exact else net.to(DTYPE)(x.to(DTYPE))).double().flatten()
-    with torch.autocast(x.device.type, DTYPE, enabled=not exact):
-        logits = net(x)
+def _gradients(net: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(x.device.type, dtype, enabled=dtype.itemsize == 2):
+        logits = net.train()(x)
     BCEDiceLoss()(logits, target).backward()
     return torch.cat([p.grad.double().flatten() for p in net.parameters() if p.grad is not None])
 
 
 def _distance(actual: Tensor, exact: Tensor) -> float:
     return float((actual - exact).norm() / exact.norm())
-
-
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Memory that one run takes beside what was allocated before it; None on a CPU, where nothing counts it."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 class NetCheck:
@@ -293,7 +314,7 @@ class NetCheck:
         self._allowed: dict[str, float] = {}
 
     def check(self, provider: Provider, result: Tensor) -> float:
-        """How far the result of the provider's first run is off: AssertionError if by more than is allowed.
+        """Return how far the result of the provider's first run is off: AssertionError if by more than is allowed.
 
         Outputs may be twice as far from float64, relatively and in the 2-norm, as plain modules of the provider's dtype
         are, or as far as roundings alone may take them; the loss, by what that can do to it (`loss_bound`).
@@ -355,3 +376,15 @@ def loss_bound(distance: float, logits: Tensor, target: Tensor) -> float:
     of_dice = float((pixels / (2 * target.sum((2, 3)))).max())
     roundings = (6 * pixels**0.5 + 16) * UNIT_ROUNDOFF[torch.float32]
     return e * (1 + of_dice) + roundings * (float(bce_dice(logits, target)) + 1)
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Memory that one run takes beside what was allocated before it; None on a CPU, where nothing counts it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -38,7 +38,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
 from fastunet.kernels import gpu
@@ -225,11 +224,6 @@ def compile_job(job: Job) -> Row:
         return Row(job, label, None, time.perf_counter() - start, [reason])
 
 
-def _serve(connection: Connection) -> None:
-    while True:
-        connection.send(compile_job(connection.recv()))
-
-
 def _row_of(job: Job, compiler: Spawned) -> Row:
     try:
         return compiler.ask(job, _TIMEOUT)
@@ -244,7 +238,7 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[Row]:
 
     def run(job: Job) -> Row:
         if not hasattr(local, "compiler"):
-            local.compiler = Spawned(_serve)
+            local.compiler = Spawned(compile_job)
             compilers.append(local.compiler)
         return _row_of(job, local.compiler)
 

@@ -17,9 +17,8 @@ at the bottom one has a single pixel, from which batch norm has no variance.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,27 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastunet
 from fastunet.checks import ConfigError
 from fastunet.dispatch import selected_backend
 from fastunet.files import write_json
 from fastunet.testing import random_cotangent
 
-from .cases import DTYPES, TASKS, Layer, Settings, unet_layers
+from .cases import DTYPES, TASKS, Layer, Settings
 from .harness.environment import environment
-from .providers import OURS, Provider, Run, dtype_name, layer_providers, net_providers
+from .providers import COMPILED_NETS, OURS, dtype_name, layer_providers, net_providers
 from .results import Row, markdown, ratio_text, times_ms
-from .runs import (
-    NetCheck,
-    check_layer,
-    device_inputs,
-    images,
-    input_sets,
-    make_net,
-    right_runs,
-    target_for,
-    time_in_turn,
-)
+from .runs import STEADY, compare_layer, compare_net, images, make_net, time_in_turn
 
 TITLES = {"inference": "Inference", "training": "Training step"}
 # The reference model as people run it.
@@ -56,7 +44,7 @@ PLAIN = "eager channels_last"
 HOST = Settings("cpu", "float32", size=16, batch=1, features=(4, 8, 8, 8, 8), rounds=400, seconds=60.0, warmup=30)
 
 # Providers that compile for each layer anew, which takes longer than the layers.
-_COMPILE_EACH_LAYER = ("compile", "compile max-autotune")
+_NOT_ASKED = dict.fromkeys(("compile", "compile max-autotune"), "compiling each layer was not asked for")
 # Layers of every kind, from both ends of the net.
 _FEW = ("inc.c1", "inc.c2", "down1.c1", "up1.up", "up1.c1", "outc")
 
@@ -89,98 +77,35 @@ def check_settings(settings: Settings) -> None:
 
 
 def compare(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
-    """A row for each task of the net, then for each layer, as they come; progress gets what is being done."""
+    """Yield a row for each task of the net, then for each layer, as they come; progress gets what is being done."""
     check_settings(settings)
-    model = make_net(settings)
-    layers = unet_layers(model, settings.batch, settings.size, settings.size)
-    flops = {
-        "inference": sum(layer.flops for layer in layers),
-        "training": sum(layer.flops + layer.backward_flops for layer in layers),
-    }
+    model, layers = make_net(settings), settings.net_layers()
     for task in TASKS:
-        yield compare_net(settings, model, task, flops[task], progress)
+        providers = net_providers(
+            settings.torch_device, settings.torch_dtype, training=task == "training", thorough=settings.thorough
+        )
+        skip = {each.name: "torch.compile was not asked for" for each in providers if each.name in COMPILED_NETS}
+        skip = {} if settings.compiles else skip
+        yield net_row(settings, task) | compare_net(settings, model, task, providers, skip, progress)[0]
     del model
     for layer in layers:
         if settings.layers is None or layer.name in settings.layers:
             progress(layer.name)
-            yield compare_layer(settings, layer)
+            found = layer_providers(layer, settings.torch_device, settings.torch_dtype, thorough=settings.thorough)
+            yield layer_row(layer) | compare_layer(settings, layer, found, {} if settings.thorough else _NOT_ASKED)
 
 
-def compare_net(
-    settings: Settings,
-    model: fastunet.UNet,
-    task: str,
-    flops: int,
-    progress: Callable[[str], None] = lambda text: None,
-) -> Row:
-    """The row of "inference" or "training" of the model; flops: of one run."""
-    device, training = settings.torch_device, task == "training"
-    x = images(settings, settings.batch, settings.size)
-    target = target_for(settings, x)
-    net_check = NetCheck(model, x, target, training=training)
-    providers = net_providers(device, settings.torch_dtype, training=training, thorough=settings.thorough)
-
-    def prepare(provider: Provider) -> list[Run]:
-        progress(f"{task}: {provider.name}")
-        return [provider.prepare(model, x, target if training else None)]
-
-    row = {"kind": "net", "name": task, "flops": flops, "images": settings.batch}
-    skip = {} if settings.compiles else {each.name: _NOT_ASKED for each in providers if each.name.startswith("compile")}
-    return row | run_comparison(settings, providers, prepare, net_check.check, skip)
+def net_row(settings: Settings, task: str) -> Row:
+    """What is known of a net's row beforehand."""
+    layers = settings.net_layers()
+    flops = sum(layer.flops + (layer.backward_flops if task == "training" else 0) for layer in layers)
+    return {"kind": "net", "name": task, "flops": flops, "images": settings.batch}
 
 
-_NOT_ASKED = "torch.compile was not asked for"
-
-
-def compare_layer(settings: Settings, layer: Layer) -> Row:
-    """The row of one layer's forward pass, on inputs that have left the cache."""
-    device = settings.torch_device
-    inputs = device_inputs(layer, device, settings.torch_dtype)
-    sets = input_sets(inputs, device)
-    providers = layer_providers(layer, device, settings.torch_dtype, thorough=settings.thorough)
-
-    def prepare(provider: Provider) -> list[Run]:
-        return [provider.prepare(each) for each in sets]
-
-    def check(provider: Provider, result: Any) -> None:
-        check_layer(layer, inputs, result, allow_tf32=device.type == "cuda")
-
-    row = {"kind": "layer", "name": layer.name, "op": layer.op, "flops": layer.flops}
-    row["shapes"] = {name: list(shape) for name, shape in layer.shapes.items()}
-    skip = {} if settings.thorough else dict.fromkeys(_COMPILE_EACH_LAYER, "compiling each layer was not asked for")
-    return row | run_comparison(settings, providers, prepare, check, skip)
-
-
-def run_comparison(
-    settings: Settings,
-    providers: Sequence[Provider],
-    prepare: Callable[[Provider], list[Run]],
-    check: Callable[[Provider, Any], object],
-    skip: Mapping[str, str],
-) -> Row:
-    """The row of a comparison, the first provider ours.
-
-    "status" is "ok", or "parity failed", or "failed" where ours has no time; then nothing has.
-    """
-    ours, *others = providers
-    runs, missing = right_runs([ours], prepare, check, skip)
-    if not runs:
-        status = "parity failed" if missing[OURS].startswith("parity failed") else "failed"
-        return {"status": status, "missing": missing, "forms": _forms(providers)}
-    found, missing = right_runs(others, prepare, check, skip)
-    row: Row = {"status": "ok", "missing": missing, "forms": _forms(providers), **time_in_turn(settings, runs | found)}
-    if "eager" in row["samples_ms"]:
-        times = times_ms(row)["eager"]
-        row["unsteady"] = times.p90 / times.p10 > STEADY
-    return row
-
-
-# The spread, p90 / p10, of the plainest provider's times, above which other work has disturbed the machine too much.
-STEADY = 1.15
-
-
-def _forms(providers: Sequence[Provider]) -> dict[str, Row]:
-    return {each.name: {"layout": each.layout, "dtype": each.dtype} for each in providers}
+def layer_row(layer: Layer) -> Row:
+    """What is known of a layer's row beforehand."""
+    shapes = {name: list(shape) for name, shape in layer.shapes.items()}
+    return {"kind": "layer", "name": layer.name, "op": layer.op, "flops": layer.flops, "shapes": shapes}
 
 
 def summarise(rows: Sequence[Row]) -> Row:
@@ -216,46 +141,39 @@ def report(settings: Settings, rows: Sequence[Row]) -> Row:
 
 def tables(report: Row) -> list[str]:
     """Write Markdown: a table for each task of the net, one of the layers, one of what was not measured, and why."""
-    nets = [row for row in report["rows"] if row["kind"] == "net" and "ratios" in row]
-    layers = [row for row in report["rows"] if row["kind"] == "layer" and "ratios" in row]
+    timed = [row for row in report["rows"] if "ratios" in row]
+    layers = [row for row in timed if row["kind"] == "layer"]
     found = []
-    for row in nets:
-        unsteady = f": unsteady, eager's p90 / p10 is above {STEADY}; repeat it on an idle machine"
-        forms = row.get("forms", {})
-        lines = [
-            [
-                name,
-                " ".join(forms.get(name, {}).values()),
-                f"{times.median:.2f} ({times.p10:.2f} to {times.p90:.2f})",
-                ratio_text(row["ratios"].get(name)),
-            ]
-            for name, times in times_ms(row).items()
-        ]
-        title = TITLES[row["name"]] + unsteady * bool(row.get("unsteady"))
-        found.append(f"{title}\n\n" + markdown(["", "form", "ms", "its time / ours"], lines))
+    for row in timed:
+        if row["kind"] == "net":
+            unsteady = f": unsteady, eager's p90 / p10 is above {STEADY}; repeat it on an idle machine"
+            forms, lines = row.get("forms", {}), []
+            for name, times in times_ms(row).items():
+                spread = f"{times.median:.2f} ({times.p10:.2f} to {times.p90:.2f})"
+                lines.append([name, " ".join(forms.get(name, {}).values()), spread, _ratio(row, name)])
+            title = TITLES[row["name"]] + unsteady * bool(row.get("unsteady"))
+            found.append(f"{title}\n\n" + markdown(["", "form", "ms", "its time / ours"], lines))
     if layers:
         names = list(dict.fromkeys(name for row in layers for name in row["ratios"]))
-        lines = [
-            [
-                row["name"],
-                f"{row['flops'] / 1e9:.2f}",
-                f"{times_ms(row)[OURS].median:.2f}",
-                *(ratio_text(row["ratios"].get(name)) for name in names),
-            ]
-            for row in layers
-        ]
+        lines = []
+        for row in layers:
+            ours = f"{times_ms(row)[OURS].median:.2f}"
+            lines.append([row["name"], f"{row['flops'] / 1e9:.2f}", ours, *(_ratio(row, name) for name in names)])
         found.append("Layers, forward: time / ours\n\n" + markdown(["layer", "GFLOP", f"{OURS} ms", *names], lines))
     where: dict[tuple[str, str], list[str]] = {}
     for row in report["rows"]:
         for name, reason in row["missing"].items():
             where.setdefault((name, reason.partition("\n")[0]), []).append(row["name"])
     if where:
-        lines = [
-            [name, ", ".join(places) if len(places) < 4 else f"{len(places)} comparisons", reason]
-            for (name, reason), places in where.items()
-        ]
+        lines = []
+        for (name, reason), places in where.items():
+            lines.append([name, ", ".join(places) if len(places) < 4 else f"{len(places)} comparisons", reason])
         found.append(markdown(["not measured", "in", "why"], lines))
     return [f"{table}\n" for table in found]
+
+
+def _ratio(row: Row, name: str) -> str:
+    return ratio_text(row["ratios"].get(name))
 
 
 # --- what the calls cost the host ---
@@ -278,44 +196,30 @@ def compare_host(settings: Settings) -> Row:
 
 
 def _host_row(settings: Settings, task: str) -> Row:
-    torch.manual_seed(0)
-    model = fastunet.UNet(settings.in_channels, settings.out_channels, features=settings.features)
+    model = make_net(settings)
     plain: Any = model.to_reference()
-    images = settings.batch if task == "inference" else max(2, settings.batch)
-    x = torch.randn(images, settings.in_channels, settings.size, settings.size)
-    x = x.contiguous(memory_format=torch.channels_last)
-    make = _host_inference if task == "inference" else _host_training_step
-    runs = {OURS: [make(model, x)], PLAIN: [make(plain.to(memory_format=torch.channels_last), x)]}
-    return {
-        "kind": "net",
-        "name": task,
-        "status": "ok",
-        "missing": {},
-        "images": images,
-        **time_in_turn(settings, runs),
-    }
+    batch = settings.batch if task == "inference" else max(2, settings.batch)
+    x = images(settings, batch, settings.size)
+    nets = {OURS: model, PLAIN: plain.to(memory_format=torch.channels_last)}
+    runs = {name: [_host_run(net.train(task == "training"), x)] for name, net in nets.items()}
+    row = {"kind": "net", "name": task, "status": "ok", "missing": {}, "images": batch}
+    return row | time_in_turn(settings, runs)
 
 
-def _host_inference(net: nn.Module, x: Tensor) -> Callable[[], Any]:
-    net = copy.deepcopy(net).eval()
-
-    def run() -> None:
-        with torch.no_grad():
-            net(x)
-
-    return run
-
-
-def _host_training_step(net: nn.Module, x: Tensor) -> Callable[[], Any]:
-    net = copy.deepcopy(net).train()
+def _host_run(net: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """A step of forward and backward in train mode, an inference in eval mode."""
     with torch.no_grad():
         cotangent = random_cotangent(net(x))
 
-    def run() -> None:
+    def infer() -> None:
+        with torch.no_grad():
+            net(x)
+
+    def train() -> None:
         net.zero_grad()
         net(x).backward(cotangent)
 
-    return run
+    return train if net.training else infer
 
 
 # --- the command ---

@@ -6,7 +6,6 @@ waits for Python, and events mark begin and end. A net whose launches take longe
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import time
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,17 +103,8 @@ class Quantiles:
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Quantiles:
         """Of at least one sample, interpolated between neighbours."""
-        ordered = sorted(seconds)
-        return cls(_quantile(ordered, 0.5), _quantile(ordered, 0.1), _quantile(ordered, 0.9), len(ordered))
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    if not ordered:
-        raise ValueError("expected at least one sample, got none")
-    position = share * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (position - below) * (ordered[above] - ordered[below])
+        p10, median, p90 = map(float, np.quantile(seconds, (0.1, 0.5, 0.9)))
+        return cls(median, p10, p90, len(seconds))
 
 
 def interleaved_samples(
@@ -199,32 +190,3 @@ def sets_past_cache(inputs: Sequence[Tensor], device: torch.device) -> int:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
     total = sum(t.numel() * t.element_size() for t in inputs)
     return max(1, min(_MOST_SETS, math.ceil(2 * cache / max(1, total)) + 1))
-
-
-def timing_cross_check(
-    run: Callable[[], Any],
-    *,
-    rounds: int = 30,
-    clock: Clock | None = None,
-    stream: Callable[[], int] = lambda: torch.cuda.current_stream().cuda_stream,
-) -> dict[str, Any]:
-    """Time a run by another timer too, CuPy's profiler, which has its own events and loop.
-
-    Medians "event_ms" (`CudaClock`) and "cupy_ms", and "ratio", CuPy's over ours.
-
-    CuPy waits for the GPU before each sample, so that a launch is part of its time, and not of ours: the ratio is 1 for
-    a run of milliseconds, and larger the shorter the run. Without CuPy: "event_ms", and the "reason" why there is no
-    more. stream: the address of torch's current stream, on which CuPy is to record its events.
-    """
-    event_ms = (
-        1e3 * Quantiles.of(interleaved_samples({"run": [run]}, clock or CudaClock(), rounds=rounds)["run"]).median
-    )
-    try:
-        cupy, profiler = importlib.import_module("cupy"), importlib.import_module("cupyx.profiler")
-    except ImportError as error:
-        return {"event_ms": event_ms, "reason": f"CuPy cannot be imported: {error}"}
-    with cupy.cuda.ExternalStream(stream()):
-        samples = profiler.benchmark(run, n_repeat=rounds, n_warmup=3).gpu_times
-    ordered = sorted(float(seconds) for seconds in samples.ravel())
-    cupy_ms = 1e3 * ordered[len(ordered) // 2]
-    return {"event_ms": event_ms, "cupy_ms": cupy_ms, "ratio": cupy_ms / event_ms}

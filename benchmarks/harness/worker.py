@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import signal
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 
 class Spawned:
-    """A process that answers one request after the other: serve(*arguments, connection), which receives and sends.
+    """A process that gives answer(*arguments, request) for one request after the other.
 
-    It is started at the first request, and anew at the next after each that ended it.
+    It is started at the first request, and anew at the next after each that ended it. path: where it looks for modules
+    first.
     """
 
-    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
-        self._serve, self._arguments = serve, arguments
+    def __init__(self, answer: Callable[..., Any], *arguments: Any, path: Path | None = None) -> None:
+        self._answer, self._arguments, self._path = answer, arguments, path
         self._process: Any = None
         self._connection: Any = None
 
@@ -43,12 +49,30 @@ class Spawned:
             self._connection.close()
             self._process = None
 
+    def __enter__(self) -> Spawned:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=self._serve, args=(*self._arguments, theirs), daemon=True)
-        self._process.start()
+        self._process = context.Process(target=_serve, args=(self._answer, self._arguments, theirs), daemon=True)
+        paths = sys.path
+        try:  # A spawned process takes over the paths.
+            sys.path = [*([] if self._path is None else [str(self._path)]), *paths]
+            self._process.start()
+        finally:
+            sys.path = paths
         theirs.close()  # So that the process's death ends our reading.
+
+
+def _serve(answer: Callable[..., Any], arguments: tuple[Any, ...], connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process.
+    with contextlib.suppress(EOFError):  # The parent is gone.
+        while True:
+            connection.send(answer(*arguments, connection.recv()))
 
 
 class Budget:

@@ -72,25 +72,9 @@ def test_pytest_writes_the_facts_of_each_benchmark(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     # As a worker of pytest-xdist it would run, and measure nothing.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "benchmarks/",
-        "--benchmark-only",
-        "-k",
-        "pool2x2",
-    ]
-    done = subprocess.run(
-        [*command, "--benchmark-only", f"--benchmark-json={out}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env=inherited,
-    )
+    options = ["-p", "no:cacheprovider", "benchmarks/", "-k", "pool2x2", "--benchmark-only", f"--benchmark-json={out}"]
+    command = [sys.executable, "-m", "pytest", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=inherited)
     assert done.returncode == 0, done.stdout
     found = json.loads(out.read_text())["benchmarks"]
     assert {each["extra_info"]["implementation"] for each in found} >= {"fastunet", "torch"}
@@ -105,6 +89,7 @@ def test_plain_pytest_leaves_the_benchmarks_alone() -> None:
     assert "bench_*.py" in settings["python_files"]
 
 
+@pytest.mark.slow  # Imports every test.
 def test_the_tests_are_found_without_the_extra_train() -> None:
     """A machine that is there for its GPU may have no more than the kernels need: one error would stop all tests."""
     pytest.importorskip("triton", reason="the kernels' tests are among them")

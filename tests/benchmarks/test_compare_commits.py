@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from fastunet.benchmarks import compare_commits
 from fastunet.benchmarks.cases import Settings
-from fastunet.benchmarks.commit_process import TreeError, TreeFinder, TreeProcess
+from fastunet.benchmarks.compare_commits import Tree, TreeError
 from fastunet.benchmarks.gpu_steps import Step
 
 from fastunet.testing import cpu_accumulates_in_float32
@@ -42,7 +41,7 @@ def replaced(path: Path, old: str, new: str) -> None:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This tree's sources, in a repository of their own with the tags slow, wrong and lacking."""
+    """This tree's sources, in a repository of their own with the tags slow and wrong."""
     root = tmp_path_factory.mktemp("repository")
     for folder in ("fastunet", "kernels", "benchmarks"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
@@ -60,9 +59,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     replaced(root / CONVOLUTION, "    import time\n\n    time.sleep(0.05)\n", "")
     replaced(root / CONVOLUTION, CALL, CALL + "    y = 1.5 * y\n")
     tagged("wrong")
-    git(root, "checkout", "--quiet", "same", "--", CONVOLUTION)
-    (root / "fastunet/ops/__init__.py").open("a").write("\ndel sigmoid_dice_loss\n")
-    tagged("lacking")
     git(root, "checkout", "--quiet", "same", "--", "fastunet")
     tagged("new")
     return root
@@ -78,32 +74,25 @@ def worktrees(repository: Path) -> int:
     return git(repository, "worktree", "list").count("\n")
 
 
-def test_each_side_imports_its_own_tree(repository: Path, tmp_path: Path) -> None:
+def test_each_side_imports_its_own_tree(repository: Path) -> None:
     """fastunet is installed from a third tree here, this one."""
-    with compare_commits.checked_out(repository, "wrong") as tree:
-        with TreeProcess("base", tree, repository, asdict(TINY)) as base:
-            assert base.call("prepare", "net", "inference", "", timeout=100)["status"] == "ok"
+    with (
+        compare_commits.checked_out(repository, "wrong") as tree,
+        compare_commits.package_of(tree, repository) as package,
+    ):
+        base = Tree("base", package, TINY)
+        with base.process:
+            assert base.call("lacking", timeout=100) == []
+            assert base.call("prepare", Step("net", "inference"), timeout=100)["status"] == "ok"
+            with pytest.raises(TreeError, match="base: AttributeError: 'Side' object has no attribute 'nothing'"):
+                base.call("nothing", timeout=100)
             files = base.call("files", timeout=100)
-        measuring = ("fastunet.benchmarks", "fastunet.testing")
         for name, file in files.items():
-            assert Path(file).is_relative_to(repository if name.startswith(measuring) else tree), name
-        assert {"fastunet", "fastunet.ops.conv3x3", "fastunet.testing.parity"} <= set(files)
+            measured = name.startswith(("fastunet.testing", "fastunet.benchmarks"))
+            assert Path(file).is_relative_to(repository if measured else tree), name
+    assert {"fastunet", "fastunet.ops.conv3x3", "fastunet.kernels.tuning", "fastunet.testing.parity"} <= set(files)
     assert not tree.exists()
     assert worktrees(repository) == 1
-
-
-def test_the_kernels_are_the_trees_own(tmp_path: Path) -> None:
-    """And what a tree has not is not taken from the installed fastunet."""
-    for folder in ("fastunet", "kernels"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "__init__.py").touch()
-    finder = TreeFinder(tmp_path, ROOT)
-    found = finder.find_spec("fastunet.kernels", [str(tmp_path / "fastunet")])
-    assert found.submodule_search_locations == [str(tmp_path / "kernels")]
-    assert finder.find_spec("fastunet.testing", []).origin == str(ROOT / "fastunet/testing/__init__.py")
-    with pytest.raises(ModuleNotFoundError, match=r"no fastunet\.ops in "):
-        finder.find_spec("fastunet.ops", [str(tmp_path / "fastunet")])
-    assert finder.find_spec("numpy", None) is None
 
 
 @pytest.mark.slow
@@ -137,19 +126,14 @@ def test_a_wrong_commit_has_no_speed_and_is_named(repository: Path) -> None:
     )
 
 
-def test_what_cannot_be_compared_gives_one_line(repository: Path) -> None:
-    for base, reason in (
-        ("lacking", "base has no fastunet.ops.sigmoid_dice_loss"),
-        ("nowhere", "git rev-parse --verify --quiet nowhere^{commit}: no such commit"),
-    ):
-        done = run(repository, base)
-        assert done.returncode == 2
-        assert reason in done.stderr
-        assert "Traceback" not in done.stderr
-    assert worktrees(repository) == 1
+def test_what_cannot_be_compared_is_named(repository: Path) -> None:
+    with pytest.raises(TreeError, match=r"nowhere.*no such commit"), compare_commits.checked_out(repository, "nowhere"):
+        pass
+    with pytest.raises(TreeError, match=r"old has no fastunet\.ops\.max_pool2x2, which"):
+        compare_commits.verify(FakeSide("old", [], [], lacking=["fastunet.ops.max_pool2x2"]), None, TINY, [], print)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_comparison_leaves_no_worktree(repository: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "benchmarks", "compare-commits", "--base", "same", "--device", "cpu"]
     process = subprocess.Popen(command, cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -169,10 +153,15 @@ def test_a_stopped_comparison_leaves_no_worktree(repository: Path, number: signa
 class FakeSide:
     """Rounds take what is given; the order of calls is noted."""
 
-    def __init__(self, label: str, log: list[str], seconds: Sequence[float], status: str = "ok") -> None:
+    def __init__(
+        self, label: str, log: list[str], seconds: Sequence[float], status: str = "ok", lacking: Sequence[str] = ()
+    ) -> None:
         self.label, self._log, self._seconds, self._status = label, log, list(seconds), status
+        self._lacking = lacking
 
     def call(self, method: str, *arguments: object, timeout: float) -> object:
+        if method == "lacking":
+            return self._lacking
         if method == "round":
             self._log.append(self.label)
             return self._seconds.pop(0)
@@ -194,15 +183,6 @@ def test_a_side_that_is_off_is_not_timed() -> None:
     row = compare_commits.compare(Step("net", "inference"), base, new, TINY, lambda: 0.0)
     assert (row["status"], row["reason"], log) == ("parity failed", "in new: y is off", [])
     assert "ratio" not in row
-
-
-def test_a_process_that_dies_or_hangs_is_an_error(tmp_path: Path) -> None:
-    with TreeProcess("base", tmp_path, tmp_path / "nowhere", {}) as base, pytest.raises(TreeError, match="exit code 2"):
-        base.call("lacking", timeout=100)
-    with TreeProcess("base", tmp_path, ROOT, {}) as base, pytest.raises(TreeError, match="there is no fastunet in"):
-        base.call("lacking", timeout=100)
-    with TreeProcess("base", ROOT, ROOT, asdict(TINY)) as base, pytest.raises(TreeError, match="no answer within 0 s"):
-        base.call("lacking", timeout=0.0)
 
 
 def test_unknown_names_are_refused() -> None:

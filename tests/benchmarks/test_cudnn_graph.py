@@ -1,16 +1,15 @@
-"""cuDNN's graph API as an provider, with a cuDNN that notes what it is told and computes with torch."""
+"""cuDNN's graph API as a provider, with a cuDNN that notes what it is told and computes with torch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fastunet.benchmarks import cudnn_graph
-from fastunet.benchmarks.cases import Layer, meta_unet, unet_layers
+from fastunet.benchmarks.cases import meta_unet, unet_layers
 from fastunet.benchmarks.providers import Provider, Unavailable, layer_providers
 from fastunet.benchmarks.runs import check_layer, device_inputs
 
@@ -18,61 +17,58 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYERS = {layer.name: layer for layer in unet_layers(meta_unet(3, 2, (8, 16)), 2, 12, 20)}
 
 
-def graph_baseline(layer: Layer) -> Provider:
-    return next(each for each in layer_providers(layer, CPU, torch.float16) if each.name == "cudnn graph")
+def provider_of(name: str) -> Provider:
+    return next(each for each in layer_providers(LAYERS[name], CPU, torch.float16) if each.name == "cudnn graph")
 
 
 class NotSupported(Exception):
     pass
 
 
-class FakeTensor:
-    def __init__(self, **given: Any) -> None:
-        self.given = given
+class FakeTensor(SimpleNamespace):
+    """Takes the setters of an output."""
 
-    def set_output(self, is_output: bool) -> FakeTensor:
-        self.given["is_output"] = is_output
-        return self
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("set_"):
+            raise AttributeError(name)
 
-    def set_data_type(self, kind: str) -> FakeTensor:
-        self.given["data_type"] = kind
-        return self
+        def setter(value: Any) -> FakeTensor:
+            setattr(self, name.removeprefix("set_"), value)
+            return self
 
-    def set_dim(self, dim: list[int]) -> FakeTensor:
-        self.given["dim"] = dim
-        return self
-
-    def set_stride(self, stride: list[int]) -> FakeTensor:
-        self.given["stride"] = stride
-        return self
+        return setter
 
 
 class FakeGraph:
     """Its plans are numbers; those in `failing` do not build. execute_plan_at_index computes with torch."""
 
-    def __init__(self, failing: tuple[int, ...] = (), count: int = 3, **options: Any) -> None:
+    def __init__(self, failing: tuple[int, ...], count: int, **options: Any) -> None:
         self.options, self.failing, self.count = options, failing, count
-        self.nodes: list[tuple[str, dict[str, Any]]] = []
+        self.nodes: dict[str, dict[str, Any]] = {}
         self.executed: list[int] = []
-        self.workspaces: list[int] = []
 
     def tensor(self, **given: Any) -> FakeTensor:
         return FakeTensor(**given)
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name in ("conv_fprop", "bias", "relu"):
+    def _node(self, name: str, given: dict[str, Any]) -> FakeTensor:
+        self.nodes[name] = given
+        return FakeTensor(name="y", of=name)
 
-            def node(**given: Any) -> FakeTensor:
-                self.nodes.append((name, given))
-                return FakeTensor(of=name)
+    def conv_fprop(self, **given: Any) -> FakeTensor:
+        return self._node("conv", given)
 
-            return node
-        if name in ("validate", "build_operation_graph", "check_support"):
-            return lambda: self.nodes.append((name, {}))
-        raise AttributeError(name)
+    def bias(self, **given: Any) -> FakeTensor:
+        return self._node("bias", given)
+
+    def relu(self, **given: Any) -> FakeTensor:
+        return self._node("relu", given)
+
+    def validate(self) -> None: ...
+
+    build_operation_graph = check_support = validate
 
     def create_execution_plans(self, modes: list[str]) -> None:
-        self.nodes.append(("create_execution_plans", {"modes": modes}))
+        assert modes == ["A", "B"]
 
     def get_execution_plan_count(self) -> int:
         return self.count
@@ -85,114 +81,91 @@ class FakeGraph:
         return 100 * index
 
     def execute_plan_at_index(self, pack: dict[Any, torch.Tensor], workspace: torch.Tensor, index: int, *, handle: Any):
+        assert (workspace.numel(), handle) == (max(1, 100 * (self.count - 1)), "handle")
         self.executed.append(index)
-        self.workspaces.append(workspace.numel())
-        named = {tensor.given.get("name", "y"): t for tensor, t in pack.items()}
+        named = {tensor.name: t for tensor, t in pack.items()}
         kernel = named["weight"].shape[2]
         y = torch.nn.functional.conv2d(named["x"], named["weight"], named["bias"].flatten(), padding=kernel // 2)
-        relu = any(name == "relu" for name, _ in self.nodes)
-        named["y"].copy_(y.relu() if relu else y)
+        named["y"].copy_(y.relu() if "relu" in self.nodes else y)
 
 
-def fake_cudnn(**options: Any) -> Any:
-    kinds = SimpleNamespace(BFLOAT16="bf16", HALF="half", FLOAT="float")
-    return SimpleNamespace(
-        data_type=kinds,
+FakeTensor.__hash__ = object.__hash__  # type: ignore[assignment]
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
+    """The graphs that are made: each of three plans, of which the middle one does not build."""
+    return install(monkeypatch)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...] = (1,), count: int = 3) -> list[FakeGraph]:
+    made: list[FakeGraph] = []
+
+    def pygraph(**options: Any) -> FakeGraph:
+        made.append(FakeGraph(failing, count, **options))
+        return made[-1]
+
+    cudnn = SimpleNamespace(
+        data_type=SimpleNamespace(BFLOAT16="bf16", HALF="half", FLOAT="float"),
         heur_mode=SimpleNamespace(A="A", B="B"),
         cudnnGraphNotSupportedError=NotSupported,
-        pygraph=lambda **given: FakeGraph(**options, **given),
+        create_handle=lambda: "handle",
+        pygraph=pygraph,
     )
+    monkeypatch.setitem(sys.modules, "cudnn", cudnn)  # type: ignore[arg-type]
+    return made
 
 
-def test_the_graph_is_conv_bias_relu_in_nhwc() -> None:
-    conv = cudnn_graph.describe(fake_cudnn(), "handle", (2, 8, 5, 7), (16, 8, 3, 3), torch.bfloat16, relu=True)
-    assert conv.graph.options == {
-        "handle": "handle",
-        "io_data_type": "bf16",
-        "intermediate_data_type": "float",
-        "compute_data_type": "float",
-    }
-    x, weight, bias = (conv.tensors[name].given for name in ("x", "weight", "bias"))
-    for given, shape in ((x, (2, 8, 5, 7)), (weight, (16, 8, 3, 3)), (bias, (1, 16, 1, 1))):
+def test_the_graph_is_conv_bias_relu_in_nhwc(graphs: list[FakeGraph]) -> None:
+    cudnn_graph.conv((2, 8, 5, 7), (16, 8, 3, 3), torch.bfloat16, CPU, relu=True)
+    cudnn_graph.conv((2, 8, 5, 7), (2, 8, 1, 1), torch.float16, CPU, relu=False)
+    graph, head = graphs
+    types = {"io_data_type": "bf16", "intermediate_data_type": "float", "compute_data_type": "float"}
+    assert graph.options == {"handle": "handle", **types}
+    conv, bias = graph.nodes["conv"], graph.nodes["bias"]
+    for tensor, shape in ((conv["image"], (2, 8, 5, 7)), (conv["weight"], (16, 8, 3, 3))):
         like = torch.empty(shape).contiguous(memory_format=torch.channels_last)
-        if shape[2] > 1:  # torch's strides of dimensions of one element mean nothing.
-            assert given["stride"] == list(like.stride())
-        assert (given["dim"], given["data_type"]) == (list(shape), "bf16")
-    assert bias["stride"] == [16, 1, 16, 16]
-    (conv_name, of_conv), (bias_name, of_bias), (relu_name, of_relu) = conv.graph.nodes
-    assert (conv_name, bias_name, relu_name) == ("conv_fprop", "bias", "relu")
-    assert (of_conv["image"].given, of_conv["weight"].given) == (x, weight)
-    assert (of_conv["padding"], of_conv["stride"], of_conv["dilation"]) == ([1, 1], [1, 1], [1, 1])
-    assert of_bias["input"].given == {"of": "conv_fprop"}
-    assert of_bias["bias"].given == bias
-    assert of_relu["input"].given == {"of": "bias"}
-    y = {"of": "relu", "is_output": True, "data_type": "bf16", "dim": [2, 16, 5, 7], "stride": [560, 1, 112, 16]}
-    assert conv.tensors["y"].given == y
-    head = cudnn_graph.describe(fake_cudnn(), None, (2, 8, 5, 7), (2, 8, 1, 1), torch.float16, relu=False)
-    assert [name for name, _ in head.graph.nodes] == ["conv_fprop", "bias"]
-    assert head.graph.nodes[0][1]["padding"] == [0, 0]
-    assert head.tensors["y"].given["data_type"] == "half"
+        assert (tensor.dim, tensor.stride, tensor.data_type) == (list(shape), list(like.stride()), "bf16")
+    assert (bias["bias"].dim, bias["bias"].stride) == ([1, 16, 1, 1], [16, 1, 16, 16])
+    assert (conv["padding"], conv["stride"], conv["dilation"]) == ([1, 1], [1, 1], [1, 1])
+    assert (bias["input"].of, graph.nodes["relu"]["input"].of) == ("conv", "bias")
+    assert (list(head.nodes), head.nodes["conv"]["padding"]) == (["conv", "bias"], [0, 0])
 
 
-def test_the_fastest_plan_that_builds_is_kept() -> None:
-    cudnn = fake_cudnn(failing=(1,), count=4)
-    conv = cudnn_graph.describe(cudnn, None, (2, 8, 5, 7), (16, 8, 3, 3), torch.float16, relu=True)
-    offered = []
+def test_the_fastest_plan_that_builds_is_kept(graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch) -> None:
+    def samples(runs: Any, clock: Any, *, rounds: int) -> dict[str, list[float]]:
+        assert list(runs) == ["0", "2"]
+        return {"0": [2.0], "2": [1.0]}
 
-    def choose(runs: Any) -> int:
-        offered.extend(runs)
-        return max(runs)
-
-    call = cudnn_graph.Conv(cudnn, conv, torch.float16, CPU, None, choose)
+    monkeypatch.setattr(cudnn_graph, "interleaved_samples", samples)
+    call = cudnn_graph.conv((2, 8, 5, 7), (16, 8, 3, 3), torch.float16, CPU, relu=True)
     x, weight, bias = (torch.randn(shape).half() for shape in ((2, 8, 5, 7), (16, 8, 3, 3), (16,)))
     for _ in range(2):
         y = call(x, weight, bias)
-    assert offered == [0, 2, 3]
-    assert conv.graph.executed == [3, 3]
-    assert set(conv.graph.workspaces) == {300}
-    assert ("create_execution_plans", {"modes": ["A", "B"]}) in conv.graph.nodes
+    assert graphs[0].executed == [2, 2]
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
     ("failing", "count", "reason"), [((0, 1), 2, "plan 1 does not build"), ((), 0, "propose none")]
 )
-def test_no_plan_is_a_reason(failing: tuple[int, ...], count: int, reason: str) -> None:
-    cudnn = fake_cudnn(failing=failing, count=count)
-    conv = cudnn_graph.describe(cudnn, None, (2, 8, 5, 7), (16, 8, 3, 3), torch.float16, relu=True)
-    with pytest.raises(cudnn_graph.NoPlan, match=reason):
-        cudnn_graph.plan(cudnn, conv)
+def test_no_plan_makes_the_provider_unavailable(
+    failing: tuple[int, ...], count: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, failing, count)
+    with pytest.raises(Unavailable, match=reason):
+        provider_of("inc.c1").prepare(device_inputs(LAYERS["inc.c1"], CPU, torch.float16))
 
 
 def test_where_there_is_no_graph_api(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not torch.float32" in cudnn_graph.unsupported(CUDA, torch.float32)
-    monkeypatch.setitem(sys.modules, "cudnn", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cudnn_graph.unsupported(CUDA, torch.float16) == "nvidia-cudnn-frontend is not installed"
 
 
-@pytest.mark.parametrize("name", ["inc.c2", "up1.c1", "outc", "down1.c1"])
-def test_the_graph_does_its_layers_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["inc.c2", "up1.c1", "outc"])
+@pytest.mark.usefixtures("graphs")
+def test_the_graph_does_its_layers_work(name: str) -> None:
     """Concatenation before and pooling after are the layer's, and counted."""
-    layer = LAYERS[name]
-    inputs = device_inputs(layer, CPU, torch.float16)
-
-    def conv(x_shape, weight_shape, dtype, device, *, relu):
-        cudnn = fake_cudnn()
-        graph = cudnn_graph.describe(cudnn, None, x_shape, weight_shape, dtype, relu=relu)
-        return cudnn_graph.Conv(cudnn, graph, dtype, device, None, min)
-
-    monkeypatch.setattr(cudnn_graph, "conv", conv)
-    provider = graph_baseline(layer)
-    check_layer(layer, inputs, provider.prepare(inputs)())
-
-
-def test_a_layer_that_cudnn_refuses_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise cudnn_graph.NoPlan("three channels")
-
-    monkeypatch.setattr(cudnn_graph, "conv", refuse)
-    layer: Layer = LAYERS["inc.c1"]
-    provider = graph_baseline(layer)
-    with pytest.raises(Unavailable, match="three channels"):
-        provider.prepare(device_inputs(layer, CPU, torch.float16))
+    inputs = device_inputs(LAYERS[name], CPU, torch.float16)
+    check_layer(LAYERS[name], inputs, provider_of(name).prepare(inputs)())

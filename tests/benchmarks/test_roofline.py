@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,11 @@ pytest.importorskip("matplotlib", reason="needs the extra train")
 import torch
 from fastunet.benchmarks import charts, roofline
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.cases import Layer, Settings, eager_passes, fused_pass, meta_unet, unet_layers
+from fastunet.benchmarks.cases import Layer, Settings, eager_passes, fused_pass, joined_layers, meta_unet, unet_layers
 from fastunet.benchmarks.gpu_steps import Step, describe
-from fastunet.benchmarks.roofline import Point, Roofs, eager_seconds, floor_seconds, point_of
+from fastunet.benchmarks.harness import timing
+from fastunet.benchmarks.roofline import Roofs, eager_seconds, floor_seconds, point_of
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-
-import fastunet
 
 H100 = Roofs(790e12, 3.0e12, source="assumed")
 CLASSIC = (64, 128, 256, 512, 1024)
@@ -66,19 +63,6 @@ def test_floor_and_eager_of_the_classic_net_to_the_printed_digit() -> None:
     assert [round(1e6 * sum(column)) for column in zip(*found.values(), strict=True)] == [8397, 16288]
 
 
-def test_bytes_of_the_classic_net() -> None:
-    """675 MB an image fused and 2141 eager, of which the weights, read once a batch, are 62 MB / 16."""
-    layers = classic()
-    fused = sum(fused_pass(layer, 2).bytes for layer in layers) / BATCH
-    eager = sum(work.bytes for layer in layers for work in eager_passes(layer, 2)) / BATCH
-    assert (math.floor(fused / 1e6), math.floor(eager / 1e6)) == (675, 2141)
-    assert round(sum(layer.flops for layer in layers) / BATCH / 1e9, 1) == 385.4
-    one = classic(batch=1)
-    # 31.0 million parameters of 2 bytes; the norms' are not among them.
-    weights = 2 * sum(p.numel() for name, p in meta_unet(3, 2, CLASSIC, norm=None).named_parameters())
-    assert sum(fused_pass(layer, 2).bytes for layer in one) - fused == pytest.approx(weights * (1 - 1 / BATCH))
-
-
 def test_bytes_of_a_small_net_by_hand() -> None:
     """UNet(1, 2, (4, 8)) without norm on two images of 8x6, float32."""
     layers = {layer.name: layer for layer in unet_layers(meta_unet(1, 2, (4, 8), norm=None), 2, 8, 6)}
@@ -107,63 +91,16 @@ def test_bytes_of_a_small_net_by_hand() -> None:
     assert [name for name, _ in eager["up1.up"]] == [name for name, _ in eager["outc"]] == ["conv", "bias or norm"]
 
 
-def test_instance_norm_reads_the_sum_once_more() -> None:
-    (layer, *_) = classic()
-    extra = eager_seconds(layer, H100, instance_norm=True) - eager_seconds(layer, H100)
-    assert extra == pytest.approx(2 * math.prod(layer.outputs["y"]) / 3.0e12)
-
-
-def test_bilinear_upsampling_is_a_pass_of_its_own() -> None:
-    layers = {layer.name: layer for layer in classic(upsample="bilinear")}
-    up = layers["up1.up"]
-    assert up.inputs == {"x": (16, 512, 32, 32)}  # Its net has half the channels on the lowest level.
-    assert up.outputs == {"y": (16, 512, 64, 64)}
-    assert layers["up1.c1"].inputs == {"skip": (16, 512, 64, 64), "up": (16, 512, 64, 64)}
-    work = fused_pass(up, 2)
-    assert work.bytes == 2 * 5 * math.prod(up.shapes["x"])
-    assert [each.bytes for each in eager_passes(up, 2)] == [work.bytes]
-    # Beside the interpolation, the FLOPs are those of the net's convolutions, as PyTorch counts them.
-    model = fastunet.UNet(3, 2, features=(8, 16, 32), upsample="bilinear").to_reference().eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(2, 3, 32, 16))
-    counted = [layer for layer in unet_layers(model, 2, 32, 16) if "weight" in layer.shapes]
-    assert sum(layer.flops for layer in counted) == counter.get_total_flops()
-
-
-def composed(up: Layer, conv: Layer) -> Layer:
-    """Both as one: a 3x3 convolution of the skip, and a 4x4 transposed one, of stride 2, of the lower level itself."""
-    (batch, skip, height, width), (_, low, _, _) = conv.shapes["skip"], up.shapes["x"]
-    out = conv.shapes["weight"][0]
-    shapes = {"skip": conv.shapes["skip"], "x": up.shapes["x"], "weight": (out, skip, 3, 3)}
-    shapes |= {"composed weight": (low, out, 4, 4), "bias": (out,)}
-    pixels = batch * height * width
-    return Layer(conv.name, conv.op, shapes, 2 * pixels * out * (9 * skip + 4 * low))  # Of 16 taps a pixel meets 4.
-
-
-def test_what_is_left_to_gain_by_composing_layers() -> None:
-    """Without the head's own pass, and with each up-convolution composed with the convolution that it feeds."""
-    layers = {layer.name: layer for layer in classic() if layer.name != "outc"}
-    joined = sum(floor_seconds(layer, H100) for layer in layers.values())
-    assert round(BATCH / joined) == 1948
-    for i in range(1, 5):
-        layers[f"up{i}.c1"] = composed(layers.pop(f"up{i}.up"), layers[f"up{i}.c1"])
-    assert round(1e6 * sum(floor_seconds(layer, H100) for layer in layers.values())) == 7462
-    flops = sum(layer.flops for layer in layers.values()) / sum(layer.flops for layer in classic())
+def test_what_is_left_to_gain_by_joining_layers() -> None:
+    """With each up-convolution composed with the convolution that it feeds, and without the head's own pass."""
+    layers = classic()
+    joined = joined_layers(layers)
+    assert round(BATCH / sum(floor_seconds(layer, H100) for layer in layers if layer.name != "outc")) == 1948
+    *others, last = joined
+    assert round(1e6 * sum(floor_seconds(each, H100) for each in (*others, layers[-2]))) == 7462
+    assert last.flops == layers[-2].flops + layers[-1].flops
+    flops = sum(layer.flops for layer in joined) / sum(layer.flops for layer in layers)
     assert round(1 - flops, 3) == 0.067
-
-
-def test_the_longer_of_arithmetic_and_traffic_is_the_floor() -> None:
-    layer = Layer("a", "conv1x1", {"x": (1, 4, 10, 10), "weight": (2, 4, 1, 1), "bias": (2,)}, flops=1600)
-    moved = 2 * (400 + 8 + 2 + 200)
-    assert floor_seconds(layer, Roofs(1600, moved * 10)) == 1.0
-    assert floor_seconds(layer, Roofs(16000, moved / 2)) == 2.0
-    assert floor_seconds(layer, Roofs(16000, moved / 2), torch.float32) == 4.0
-
-
-@pytest.mark.parametrize("bad", [{"matmul_flops": 0.0}, {"copy_bytes": math.nan}, {"l2_bytes": -1.0}])
-def test_a_roof_is_a_positive_number(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=f"expected {next(iter(bad))} above 0"):
-        Roofs(**{"matmul_flops": 1.0, "copy_bytes": 1.0, **bad})
 
 
 # --- what was measured ---
@@ -199,27 +136,15 @@ def test_points_are_the_reports_forward_layers() -> None:
 def test_the_table_gives_floor_and_share() -> None:
     layers = classic()[:2]
     points = [point_of(layers[0], H100, {"triton": 374.6e-6}), point_of(layers[1], H100)]
-    lines = roofline.roofline_table(layers, lambda layer: eager_seconds(layer, H100), points).splitlines()
+    eager = {layer.name: eager_seconds(layer, H100) for layer in layers}
+    lines = roofline.roofline_table(layers, eager, points).splitlines()
     assert lines[0] == "| layer | GFLOP/img | MB/img | floor µs | eager µs | triton µs | floor is |"
     assert lines[2] == "| inc.c1 | 0.9 | 35.1 | 187 | 903 | 375 | 50% |"
     assert lines[3] == "| inc.c2 | 19.3 | 75.5 | 403 | 1331 |  |  |"
     assert lines[4] == "| total | 20.2 | 110.6 | 590 | 2234 |  |  |"
 
 
-def test_labels_keep_their_distance_and_stay_inside() -> None:
-    wanted = [0.0, 0.5, 0.5, 0.51, 1.0]
-    placed = charts.spread(wanted, 0.1)
-    assert min(b - a for a, b in itertools.pairwise(placed)) >= 0.1 - 1e-12
-    assert placed[0] >= 0.05 - 1e-12
-    assert placed[-1] <= 0.95 + 1e-12
-    assert placed[2] == pytest.approx(sum(wanted[1:4]) / 3)  # Three that clash share the room about their mean.
-    crowded = charts.spread([1.0] * 30, 0.1)
-    assert crowded == sorted(crowded)
-    assert 0 < crowded[0] < crowded[-1] < 1
-
-
-def drawn_texts(monkeypatch: pytest.MonkeyPatch, points: list[Point], roofs: Roofs, path: Path) -> list[str]:
-    """What the plot says, while it is written."""
+def test_the_plot_names_rates_layers_and_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
@@ -231,35 +156,60 @@ def drawn_texts(monkeypatch: pytest.MonkeyPatch, points: list[Point], roofs: Roo
         texts.extend(text.get_text() for text in figure.findobj(Text))
 
     monkeypatch.setattr(Figure, "savefig", note)
-    charts.plot_roofline(points, roofs, path)
-    return texts
-
-
-def test_the_plot_names_roofs_layers_and_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = roofline.points_of_report(small_report(), H100)
-    roofs = Roofs(790e12, 3.0e12, l2_bytes=5.5e12, source="assumed")
-    texts = drawn_texts(monkeypatch, points, roofs, tmp_path / "roofline.png")
-    assert {"inc.c1", "inc.c2", "outc"} <= set(texts)
-    assert {"memory: 3 TB/s", "matrix products: 790 TFLOP/s", "L2, for data that is there already: 5.5 TB/s"} <= {
-        *texts
-    }
-    assert {"triton: measured, faster than aten", "triton: measured, slower than aten"} <= set(texts)
-    assert "triton: measured, nothing to compare with" in texts
-    assert "roofs: assumed" in texts
+    charts.plot_roofline(roofline.points_of_report(small_report(), H100), H100, tmp_path / "roofline.png")
+    assert {"inc.c1", "inc.c2", "outc", "memory: 3 TB/s", "matrix products: 790 TFLOP/s", "rates: assumed"} <= {*texts}
+    assert {style["label"] for style in charts._STYLES.values()} <= {*texts}
     with Image.open(tmp_path / "roofline.png") as image:
         assert image.format == "PNG"
-    markers = [style["marker"] for style in charts._STYLES.values()]
-    assert len(set(markers)) == len(markers)  # They differ without colour.
-
-
-def test_a_plot_without_measurements_has_floors_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = [point_of(layer, H100) for layer in classic()]
-    texts = drawn_texts(monkeypatch, points, H100, tmp_path / "roofline.png")
-    assert {layer.name for layer in classic()} <= set(texts)
-    assert not any("measured" in text or "L2" in text for text in texts)
     with pytest.raises(ValueError, match="at least one point"):
         charts.plot_roofline([], H100, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+# --- peak rates, measured ---
+
+
+class SteppedClock:
+    """Each mark is `step()` seconds after the one before."""
+
+    def __init__(self, step: Callable[[], float]) -> None:
+        self.time, self._step = 0.0, step
+
+    def prepare(self) -> None: ...
+
+    def mark(self) -> float:
+        self.time += self._step()
+        return self.time
+
+    def wait(self) -> None: ...
+
+    def elapsed(self, begin: float, end: float) -> float:
+        return end - begin
+
+
+def test_burst_is_the_beginning_and_steady_the_second_half() -> None:
+    """A device that slows down from 1 s to 2 s after 25 runs."""
+    done, rests = [], []
+    clock = SteppedClock(lambda: 1.0 if len(done) <= 25 + 3 else 2.0)
+    burst, steady = timing.burst_and_steady(
+        lambda: done.append(1), clock, seconds=100.0, now=lambda: clock.time, pause=rests.append
+    )
+    assert (burst.median, burst.p90, steady.p10, steady.median) == (1.0, 1.0, 2.0, 2.0)
+    assert (rests, burst.samples, steady.samples) == ([1.0], 10, (len(done) - 3) // 2)
+
+
+def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    sizes, clock = roofline.Sizes(1 << 20, 16, seconds=0.0), SteppedClock(lambda: 0.5)
+    found = json.loads(json.dumps(roofline.measure_roofs(cpu, sizes, clock)))
+    assert found["copy"]["gb_per_s"] == pytest.approx(2 * (1 << 20) / 0.5 / 1e9)
+    matmul = found["matmul"]
+    assert matmul["burst_tflops"] == matmul["steady_tflops"] == pytest.approx(2 * 16**3 / 0.5 / 1e12)
+    assert found["l2"] == {"gb_per_s": None, "reason": "the device is cpu, not cuda"}
+    monkeypatch.setattr(roofline, "_l2_reader", lambda device: (lambda: None, 1 << 20))
+    assert roofline.l2_rate(cuda, sizes, clock)["gb_per_s"] == pytest.approx((1 << 26) / 0.5 / 1e9)
+    monkeypatch.setattr(roofline, "_l2_reader", lambda device: {}["no compiler"])
+    assert roofline.l2_rate(cuda, sizes, clock) == {"gb_per_s": None, "reason": "KeyError: 'no compiler'"}
 
 
 # --- the command ---

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from fake_clock import FakeClock
-from fastunet.benchmarks import search, tune
+from fastunet.benchmarks import tune
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.gpu_steps import layer_of
+from fastunet.benchmarks.harness.timing import interleaved_samples
 from fastunet.kernels import gpu, tuning
 from fastunet.kernels.conv3x3 import config
 
@@ -22,6 +23,7 @@ SETTINGS = Settings(device="cpu", rounds=5)
 DERIVED = config.ConvConfig(16, 8, 64, 32, 4, 2, config.POINTER)
 OTHERS = [replace(DERIVED, tile_h=8), replace(DERIVED, num_warps=8)]
 CANDIDATES = [DERIVED, *OTHERS]
+PREPARING = 20  # Seconds.
 
 
 def choose(seconds: list[float | Exception], aten: float) -> dict:
@@ -31,9 +33,13 @@ def choose(seconds: list[float | Exception], aten: float) -> dict:
         found = seconds[CANDIDATES.index(candidate)]
         if isinstance(found, Exception):
             raise found
+        clock.time += PREPARING
         return [clock.run("candidate", found)]
 
-    return search.choose(CANDIDATES, prepare, [clock.run("aten", aten)], clock, SETTINGS)
+    def timer(settings: Settings, runs: dict) -> dict[str, list[float]]:
+        return interleaved_samples(runs, clock, rounds=settings.rounds)
+
+    return tune.choose(CANDIDATES, prepare, [clock.run("aten", aten)], SETTINGS, lambda: clock.time, timer)
 
 
 def test_the_fastest_wins_with_its_margins() -> None:
@@ -63,27 +69,22 @@ def test_what_is_wrong_or_does_not_run_is_dropped_however_fast() -> None:
         choose([AssertionError("y is off")] * 3, aten=1.0)
 
 
-def test_preparing_ends_in_time_but_not_before_the_first() -> None:
-    clock, seen = FakeClock(), []
-
-    def prepare(candidate: config.ConvConfig) -> list[Callable[[], None]]:
-        seen.append(candidate)
-        clock.time += 30
-        return [clock.run("run", 1.0)]
-
-    search.choose(CANDIDATES, prepare, [clock.run("run", 1.0)], clock, SETTINGS, now=lambda: clock.time)
-    assert seen == CANDIDATES[:2]
+@pytest.mark.parametrize(("limit", "tried"), [(1, 1), (30, 2), (50, 3)])
+def test_preparing_ends_in_time_but_not_before_the_first(
+    limit: int, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "_PREPARING", limit)
+    assert choose([4.0, 2.0, 1.0], aten=1.0)["tried"] == tried
 
 
 def test_every_shape_is_searched_once() -> None:
-    steps = search.tune_steps(Settings())
-    order = ["forward", search.STEP_UP, *search.KINDS[1:]]
-    assert [step.variant for step in steps] == sorted((step.variant for step in steps), key=order.index)
-    assert [step.name for step in steps if step.variant == search.STEP_UP] == [f"up{i}.c1" for i in (4, 3, 2, 1)]
-    forward = {step.name for step in steps if step.variant == "forward"}
+    steps = tune.tune_steps(Settings())
+    assert [step.variant for step in steps] == sorted((step.variant for step in steps), key=tune.KERNELS.index)
+    assert {step.name for step in steps if step.variant == config.COMPOSED} == {f"up{i}.c1" for i in (1, 2, 3, 4)}
+    forward = {step.name for step in steps if step.variant == config.CONV3X3}
     assert {"inc.c1", "inc.c2", "up4.c1", "down4.c2"} <= forward
     assert not {"up4.c2", "outc", "up1.up"} & forward, "up4.c2 has inc.c2's shape; the others are no 3x3 convolutions"
-    assert "inc.c1" not in {step.name for step in steps if step.variant == "input_grad"}
+    assert "inc.c1" not in {step.name for step in steps if step.variant == config.INPUT_GRAD}
 
 
 def meta(*sizes: int) -> torch.Tensor:
@@ -94,25 +95,26 @@ def test_a_composed_launch_takes_what_the_table_says(tmp_path: Path) -> None:
     kernels = pytest.importorskip("fastunet.kernels.conv_transpose2x2_concat_conv3x3", reason="needs triton")
     from fastunet.kernels.epilogue import Epilogue
 
-    case = search.step_up_cases(Settings(batch=2).net_layers())["up4.c1"]
-    subject = search.step_up_subject(case, HOPPER)
-    assert all(64 % candidate.block_n == 0 for candidate in subject.candidates)
-    winner = subject.candidates[-1]
-    row = {"name": "up4.c1", "entry": tuning.as_row(subject.op, subject.shape, torch.bfloat16, False, winner)}
+    (layer,) = (each for each in tune._layers_of(Settings(batch=2), config.COMPOSED) if each.name == "up4.c1")
+    shape = tune.conv_shape(layer.shapes, config.COMPOSED)
+    candidates = tune.candidates_of(config.COMPOSED, shape, HOPPER)
+    assert all(64 % candidate.block_n == 0 for candidate in candidates)
+    winner = candidates[-1]
+    row = {"name": "up4.c1", "entry": tuning.as_row(config.COMPOSED, shape, torch.bfloat16, False, winner)}
     path = tmp_path / "table.json"
     path.write_text(json.dumps(tune.table([row], HOPPER.name, {})))
     images = meta(2, 64, 512, 512), meta(2, 128, 256, 256)
     weights = kernels.Composed(meta(64, 9 * 64, 1, 1)[:, :, 0, 0], meta(4 * 64, 4 * 128, 1, 1)[:, :, 0, 0], None)
     with tuning.reading(path):
-        chosen = config.composed_config(subject.shape, torch.bfloat16, HOPPER)
+        chosen = config.composed_config(shape, torch.bfloat16, HOPPER)
     launch = kernels.launch(*images, weights, chosen, Epilogue(meta(2, 64, 512, 512)))
-    assert chosen == winner != subject.candidates[0]
+    assert chosen == winner != candidates[0]
     assert (launch.num_warps, launch.arguments["TILE_H"]) == (winner.num_warps, winner.tile_h)
     assert launch.arguments["BLOCK_K"] == winner.block_k
 
 
 @pytest.mark.parametrize("name", ["inc.c1", "inc.c2", "up4.c1"])
-@pytest.mark.parametrize("kind", search.KINDS)
+@pytest.mark.parametrize("kind", [kernel for kernel in tune.KERNELS if kernel != config.COMPOSED])
 def test_the_launchers_take_what_the_table_says(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,19 +123,19 @@ def test_the_launchers_take_what_the_table_says(
     from fastunet.kernels.conv3x3 import pointer
 
     layer = layer_of(Settings(batch=2), name)
-    subject = search.subject_of(layer, kind, HOPPER)
-    winner = subject.candidates[-1]
-    row = {"name": name, "entry": tuning.as_row(subject.op, subject.shape, torch.bfloat16, False, winner)}
+    shape = tune.conv_shape(layer.shapes, kind)
+    winner = tune.candidates_of(kind, shape, HOPPER)[-1]
+    row = {"name": name, "entry": tuning.as_row(kind, shape, torch.bfloat16, False, winner)}
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
     tuning._table_of.cache_clear()
     tuning.table_path(HOPPER.name).write_text(json.dumps(tune.table([row], HOPPER.name, {"commit": "abc"})))
     tensors = [meta(*layer.shapes[each]) for each in ("x", "skip", "up") if each in layer.shapes]
     x, up = (*tensors, None)[:2]
     weight, y = meta(*layer.shapes["weight"]), meta(2, layer.shapes["weight"][0], *x.shape[2:])
-    if kind == "forward":
+    if kind == config.CONV3X3:
         assert pointer.choose(x, up, weight, HOPPER, allow_tf32=False) == winner
         chosen = None
-    elif kind == "weight_grad":
+    elif kind == tune.WEIGHT_GRAD:
         chosen = kernels.weight_grad_launches(y, x, weight, None, allow_tf32=False, target=HOPPER)[0]
     else:
         chosen = kernels.input_grad_launch(y, weight, (x, up), None, None, allow_tf32=False, target=HOPPER)
