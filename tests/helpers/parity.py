@@ -121,23 +121,6 @@ def assert_same(module: nn.Module, *inputs: Tensor, atol: float = 1e-11) -> Patt
     return patterns
 
 
-def assert_trains_same(module: nn.Module, x: Tensor, *, steps: int = 3, atol: float = 1e-9) -> None:
-    """Parameters and buffers after some steps of SGD on random targets, as assert_same."""
-    plain, replaced, _ = _pair(module.train())
-    for net in (plain, replaced):
-        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.01)
-        for _ in range(steps):
-            outputs = flat(_seeded(net, x.double()))
-            torch.autograd.backward(outputs, [c / c.numel() ** 0.5 for c in _cotangents(outputs)])
-            optimizer.step()
-            optimizer.zero_grad()
-    before = dict(module.double().named_parameters())
-    moved = max(float((p.detach() - before[name].detach()).abs().max()) for name, p in plain.named_parameters())
-    assert moved > 1e-3
-    for a, b in ((plain.parameters(), replaced.parameters()), (plain.buffers(), replaced.buffers())):
-        compare(list(a), list(b), atol * max(1.0, moved))
-
-
 def _pair(module: nn.Module) -> tuple[nn.Module, Any, Patterns]:
     """A copy of the module, one with its patterns replaced, and their account."""
     torch._dynamo.reset()
