@@ -11,10 +11,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_ops import CASES, SUMMED, Case, call, grads_of, make_buffers, make_tensors
+from test_ops import (
+    CASES,
+    EACH_OP,
+    SUMMED,
+    Case,
+    Dispatched,
+    call,
+    grads_of,
+    make_buffers,
+    make_leaves,
+    make_tensors,
+)
 from test_transforms import INFERENCE
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastunet
 from fastunet import ops
@@ -26,13 +36,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     BACKENDS = ["triton"]
 else:
     BACKENDS = ["auto", "aten"]
-
-
-class Dispatched(TorchDispatchMode):
-    """Has every call go through the dispatcher, to the registered op and its own gradient."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 def beside(t: Tensor) -> Tensor:
@@ -51,12 +54,10 @@ def expanded(t: Tensor) -> Tensor:
     return t[:1].clone().expand_as(t)
 
 
-LAYOUTS = (beside, every_third, offset, expanded)
-VECTORS = [case for case in (*CASES, *INFERENCE) if case.buffers or any(s and len(s) == 1 for s in case.shapes)]
-EMPTY = CASES
-if BACKENDS == ["triton"]:  # The interpreter is slow, and layouts are put right before the kernels: one of each op.
-    LAYOUTS = (beside,)
-    VECTORS, EMPTY = ([*{case.op: case for case in cases}.values()] for cases in (VECTORS, EMPTY))
+# The interpreter is slow, and layouts are put right before the kernels.
+LAYOUTS = (beside,) if BACKENDS == ["triton"] else (beside, every_third, offset, expanded)
+_WITH_VECTORS = (c for c in (*CASES, *INFERENCE) if c.buffers or any(s and len(s) == 1 for s in c.shapes))
+VECTORS = [*{case.op: case for case in _WITH_VECTORS}.values()]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -99,17 +100,14 @@ def test_a_vector_counts_by_its_values(case: Case, layout) -> None:
 
 
 @pytest.mark.parametrize("dispatched", [True, False])
-@pytest.mark.parametrize("case", EMPTY, ids=str)
+@pytest.mark.parametrize("case", EACH_OP, ids=str)
 def test_an_empty_batch_has_empty_results_and_zero_gradients(case: Case, dispatched: bool) -> None:
     found = []
     for op in (getattr(ops, case.op), getattr(reference, case.op)):
-        tensors = make_tensors(case, DTYPE, torch.channels_last)
-        images = len(tensors) if case.op in SUMMED else 2 if "concat" in case.op else 1
-        tensors = [t[:0] if t is not None and i < images else t for i, t in enumerate(tensors)]
+        images = len(case.shapes) if case.op in SUMMED else 2 if "concat" in case.op else 1
+        shapes = [(0, *shape[1:]) if shape and i < images else shape for i, shape in enumerate(case.shapes)]
+        tensors = make_leaves(Case(case.op, tuple(shapes), case.options), DTYPE, torch.channels_last)
         buffers = make_buffers(case, DTYPE)
-        for t in tensors:
-            if t is not None:
-                t.requires_grad_()
         if op is getattr(reference, case.op) and "instance_norm" in case.op:
             found.append(empty_instance_norm(case, tensors))
             continue
