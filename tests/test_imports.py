@@ -118,7 +118,7 @@ sys.meta_path.insert(0, Block())
 
 
 def test_what_an_import_needs() -> None:
-    """No triton and no CUDA but for kernels; torch, safetensors, kornia, MONAI and the benchmarks where they are used."""
+    """No CUDA, no triton but for kernels; torch, safetensors, kornia, MONAI and benchmarks where they are used."""
     pytest.importorskip("kornia", reason="needs the extra train")
     result = run_python(
         BLOCK_TRITON

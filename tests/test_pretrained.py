@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import resource
@@ -125,10 +124,10 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-def assert_equal_outputs(ours: UNet, theirs: nn.Module, channels: int) -> None:
+def assert_equal_outputs(loaded: UNet, source: nn.Module, channels: int) -> None:
     x = torch.randn(2, channels, 32, 48, dtype=torch.float64)
     with torch.no_grad():
-        expected, actual = theirs(x), ours(x)
+        expected, actual = source(x), loaded(x)
     assert expected.std() > 1e-3
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
@@ -139,10 +138,10 @@ def _seed() -> None:
 
 
 MILESIAL = [
-    (channels, classes, widths, bilinear, bias)
-    for (channels, classes, widths), bilinear, bias in itertools.product(
-        ((3, 1, (6, 12, 24, 48, 96)), (1, 4, (5, 10, 20))), (False, True), (False, True)
-    )
+    (3, 1, (6, 12, 24, 48, 96), False, False),
+    (1, 4, (5, 10, 20), False, True),
+    (3, 1, (6, 12, 24), True, True),
+    (1, 4, (5, 10, 20, 40), True, False),
 ]
 
 
@@ -150,12 +149,12 @@ MILESIAL = [
 def test_milesials_outputs(
     channels: int, classes: int, widths: tuple[int, ...], bilinear: bool, bias: bool, tmp_path: Path
 ) -> None:
-    theirs = randomised(Milesial(channels, classes, widths, bilinear=bilinear, bias=bias))
+    source = randomised(Milesial(channels, classes, widths, bilinear=bilinear, bias=bias))
     file = tmp_path / "checkpoint_epoch5.pth"
-    torch.save({**theirs.state_dict(), "mask_values": [0, 255]}, file)
-    ours = UNet.from_pretrained(file)
-    assert not ours.training
-    assert ours.config == {
+    torch.save({**source.state_dict(), "mask_values": [0, 255]}, file)
+    loaded = UNet.from_pretrained(file)
+    assert not loaded.training
+    assert loaded.config == {
         "in_channels": channels,
         "out_channels": classes,
         "features": widths,
@@ -164,27 +163,27 @@ def test_milesials_outputs(
         "activation": "relu",
         "head": None,
     }
-    assert_equal_outputs(ours, theirs, channels)
+    assert_equal_outputs(loaded, source, channels)
     # In training the batch's mean takes any bias off: the same outputs, and the same running variance after them.
     x = torch.randn(2, channels, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(ours.train()(x), theirs.train()(x), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(loaded.train()(x), source.train()(x), rtol=1e-8, atol=1e-8)
     index = "inc.double_conv.1.running_var"
-    torch.testing.assert_close(ours.state_dict()[index], theirs.state_dict()[index], rtol=1e-10, atol=0)
+    torch.testing.assert_close(loaded.state_dict()[index], source.state_dict()[index], rtol=1e-10, atol=0)
 
 
 def test_the_bias_before_a_norm_matters() -> None:
-    theirs = randomised(Milesial(1, 2, SMALL, bilinear=False, bias=True))
-    without = {name: t for name, t in theirs.state_dict().items() if ".double_conv.0.bias" not in name}
+    source = randomised(Milesial(1, 2, SMALL, bilinear=False, bias=True))
+    without = {name: t for name, t in source.state_dict().items() if ".double_conv.0.bias" not in name}
     with pytest.raises(AssertionError, match="not close"):
-        assert_equal_outputs(UNet.from_pretrained(without), theirs, 1)
+        assert_equal_outputs(UNet.from_pretrained(without), source, 1)
 
 
 @pytest.mark.parametrize(("channels", "classes"), [(3, 1), (1, 4)])
 def test_brain_segmentations_outputs(channels: int, classes: int, tmp_path: Path) -> None:
-    theirs = randomised(BrainSegmentation(channels, classes, 8))
-    torch.save(theirs.state_dict(), tmp_path / "unet.pt")
-    ours = UNet.from_pretrained(tmp_path / "unet.pt")
-    assert ours.config == {
+    source = randomised(BrainSegmentation(channels, classes, 8))
+    torch.save(source.state_dict(), tmp_path / "unet.pt")
+    loaded = UNet.from_pretrained(tmp_path / "unet.pt")
+    assert loaded.config == {
         "in_channels": channels,
         "out_channels": classes,
         "features": (8, 16, 32, 64, 128),
@@ -193,44 +192,52 @@ def test_brain_segmentations_outputs(channels: int, classes: int, tmp_path: Path
         "activation": "relu",
         "head": "sigmoid",
     }
-    assert_equal_outputs(ours, theirs, channels)
-    logits = UNet.from_pretrained(theirs.state_dict(), head=None)
-    assert_equal_outputs(nn.Sequential(logits, nn.Sigmoid()), theirs, channels)
+    assert_equal_outputs(loaded, source, channels)
+    logits = UNet.from_pretrained(source.state_dict(), head=None)
+    assert_equal_outputs(nn.Sequential(logits, nn.Sigmoid()), source, channels)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
 def test_the_joining_order_matters_at_every_level(level: int) -> None:
-    theirs = randomised(BrainSegmentation(2, 2, 4))
-    ours = UNet.from_pretrained(theirs.state_dict())
-    weight = ours.get_submodule(f"up{level}").conv.double_conv[0].weight
+    source = randomised(BrainSegmentation(2, 2, 4))
+    loaded = UNet.from_pretrained(source.state_dict())
+    weight = loaded.get_submodule(f"up{level}").conv.double_conv[0].weight
     weight.data = weight.data.roll(weight.shape[1] // 2, dims=1)
     with pytest.raises(AssertionError, match="not close"):
-        assert_equal_outputs(ours, theirs, 2)
+        assert_equal_outputs(loaded, source, 2)
 
 
 def milesial() -> nn.Module:
     return randomised(Milesial(1, 2, SMALL, bilinear=False, bias=False))
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "model."])
-@pytest.mark.parametrize("nest", [None, "state_dict", "model", "model_state_dict", "net"])
+@pytest.mark.parametrize(
+    ("prefix", "nest"),
+    [
+        ("module.", None),
+        ("_orig_mod.", "state_dict"),
+        ("_orig_mod.module.", "model"),
+        ("model.", "model_state_dict"),
+        ("", "net"),
+    ],
+)
 def test_wrappers_and_nests(prefix: str, nest: str | None, tmp_path: Path) -> None:
-    theirs = milesial()
-    state = {**{prefix + name: t for name, t in theirs.state_dict().items()}, "mask_values": [0, 1]}
+    source = milesial()
+    state = {**{prefix + name: t for name, t in source.state_dict().items()}, "mask_values": [0, 1]}
     torch.save(state if nest is None else {nest: state, "epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "c.pth")
-    assert_equal_outputs(UNet.from_pretrained(tmp_path / "c.pth"), theirs, 1)
+    assert_equal_outputs(UNet.from_pretrained(tmp_path / "c.pth"), source, 1)
 
 
 @pytest.mark.parametrize("model", [milesial, lambda: randomised(BrainSegmentation(1, 1, 2))])
 def test_missing_batch_counts_are_zero(model) -> None:
-    theirs = model()
-    state = {name: t for name, t in theirs.state_dict().items() if "num_batches_tracked" not in name}
-    ours = UNet.from_pretrained(state)
-    assert_equal_outputs(ours, theirs, 1)
-    counts = [t for name, t in ours.state_dict().items() if "num_batches_tracked" in name]
+    source = model()
+    state = {name: t for name, t in source.state_dict().items() if "num_batches_tracked" not in name}
+    loaded = UNet.from_pretrained(state)
+    assert_equal_outputs(loaded, source, 1)
+    counts = [t for name, t in loaded.state_dict().items() if "num_batches_tracked" in name]
     assert counts
     assert all(t == 0 and t.dtype == torch.int64 for t in counts)
-    assert UNet.from_pretrained(theirs.state_dict()).inc.double_conv[1].num_batches_tracked == 7
+    assert UNet.from_pretrained(source.state_dict()).inc.double_conv[1].num_batches_tracked == 7
 
 
 # --- our own ---
@@ -238,8 +245,13 @@ def test_missing_batch_counts_are_zero(model) -> None:
 
 OWN = [
     dict(zip(("norm", "upsample", "activation", "head"), values, strict=True))
-    for values in itertools.product(
-        ("batch", "instance", None), ("transpose", "bilinear"), ("relu", "leaky_relu"), (None, "sigmoid", "softmax")
+    for values in (
+        ("batch", "transpose", "relu", None),
+        ("batch", "bilinear", "leaky_relu", "sigmoid"),
+        ("instance", "transpose", "leaky_relu", "softmax"),
+        ("instance", "bilinear", "relu", None),
+        (None, "transpose", "relu", "sigmoid"),
+        (None, "bilinear", "leaky_relu", "softmax"),
     )
 ]
 
@@ -248,9 +260,9 @@ def bits(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
-def assert_identical(ours: UNet, model: UNet) -> None:
-    assert ours.config == model.config
-    expected, actual = model.state_dict(), ours.state_dict()
+def assert_identical(loaded: UNet, model: UNet) -> None:
+    assert loaded.config == model.config
+    expected, actual = model.state_dict(), loaded.state_dict()
     assert list(actual) == list(expected)
     for name, t in expected.items():
         assert actual[name].dtype == t.dtype, name
@@ -487,8 +499,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ""])
-@pytest.mark.parametrize("force", [None, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+@pytest.mark.parametrize(("suffix", "force"), [(".pt", None), ("", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")])
 def test_no_pickle_is_run(suffix: str, force: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if force is not None:
         monkeypatch.setenv(force, "1")

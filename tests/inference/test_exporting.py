@@ -18,12 +18,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "instance, bilinear": {"norm": "instance", "upsample": "bilinear", "head": "softmax"},
     "none": {"norm": None, "activation": "leaky_relu", "head": "sigmoid"},
 }
-EXAMPLE, OTHERS = (2, 1, 32, 32), [(3, 1, 51, 45), (1, 1, 64, 33), (2, 1, 18, 70)]
+EXAMPLE, OTHERS = (2, 1, 16, 16), [(3, 1, 25, 21), (1, 1, 32, 17)]
 
 
 def net(options: str) -> fastunet.UNet:
     torch.manual_seed(0)
-    return fastunet.UNet(1, 2, features=(4, 8, 16), **OPTIONS[options]).double().eval()
+    return fastunet.UNet(1, 2, features=(2, 4, 8), **OPTIONS[options]).double().eval()
 
 
 def assert_as_reference(program: Any, model: fastunet.UNet) -> None:
@@ -40,7 +40,11 @@ def example() -> Tensor:
 
 @pytest.mark.parametrize(
     ("options", "grad", "strict"),
-    [("batch", True, False), ("batch", False, True), ("instance, bilinear", False, False), ("none", True, True)],
+    [
+        ("batch", False, True),
+        ("instance, bilinear", True, False),
+        pytest.param("none", True, True, marks=pytest.mark.slow),
+    ],
 )
 def test_exports_with_free_sizes(options: str, grad: bool, strict: bool) -> None:
     model, free = net(options), torch.export.Dim.DYNAMIC
@@ -51,7 +55,7 @@ def test_exports_with_free_sizes(options: str, grad: bool, strict: bool) -> None
     assert_as_reference(program.module(), model)
 
 
-@pytest.mark.parametrize(("options", "grad"), [("batch", True), ("batch", False), ("instance, bilinear", False)])
+@pytest.mark.parametrize(("options", "grad"), [("batch", True), ("instance, bilinear", False)])
 def test_traces_with_free_sizes(options: str, grad: bool) -> None:
     model = net(options)
     with torch.set_grad_enabled(grad):

@@ -111,10 +111,10 @@ def test_a_time_limit_ends_the_schedule(data: Path, tmp_path: Path) -> None:
     metrics = train(
         data,
         tmp_path / "run",
-        replace(TINY, steps=10**9, max_minutes=0.05),
+        replace(TINY, steps=10**9, max_minutes=0.02),
         on_step=lambda progress: rates.append(rate_at(progress.fraction)),
     )
-    assert 3 <= metrics["seconds"] < 3 + (time.perf_counter() - start)
+    assert 1.2 <= metrics["seconds"] < 1.2 + (time.perf_counter() - start)
     assert metrics["steps"] == len(rates)
     assert rates[-1] == pytest.approx(0, abs=1e-9)
 
@@ -129,14 +129,13 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
-@pytest.mark.parametrize("channels", [3])
-def test_multi_class_and_colour(channels: int, tmp_path: Path) -> None:
+def test_multi_class_and_colour(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for name in ("images", "masks"):
         (tmp_path / "data" / name).mkdir(parents=True)
     for i in range(4):
         labels = generator.integers(0, 3, (8, 8)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
-        image = np.stack([labels * 80 + generator.integers(0, 40, labels.shape) for _ in range(channels)], -1)
+        image = np.stack([labels * 80 + generator.integers(0, 40, labels.shape) for _ in range(3)], -1)
         Image.fromarray(image.astype(np.uint8)).save(tmp_path / "data/images" / f"{i}.png")
         Image.fromarray(labels).save(tmp_path / "data/masks" / f"{i}.png")
     metrics = train(tmp_path / "data", tmp_path / "run", replace(TINY, steps=60, lr=1e-2))
@@ -182,7 +181,7 @@ def losses_of(data: Path | None, out: Path, config: TrainConfig | None, **option
     return losses
 
 
-@pytest.mark.parametrize(("norm", "workers", "stop"), [("batch", 0, "kill"), ("instance", 2, "Ctrl-C")])
+@pytest.mark.parametrize(("norm", "workers", "stop"), [("batch", 0, "kill"), ("instance", 1, "Ctrl-C")])
 def test_resuming_is_exact(norm: str, workers: int, stop: str, data: Path, tmp_path: Path) -> None:
     """Across the end of an epoch, of 100 steps, from a checkpoint within one: losses and weights to the bit."""
     config = replace(TINY, steps=110, norm=norm, workers=workers, crop=16, device="cpu")
@@ -305,8 +304,16 @@ class Loaded:
         self.folder = folder
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["optimizer.bin", "progress.json", "model.safetensors", "SHA256SUMS"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("optimizer.bin", "missing"),
+        ("progress.json", "half"),
+        ("model.safetensors", "one bit"),
+        ("SHA256SUMS", "empty"),
+        ("SHA256SUMS", "missing"),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     name: str, damage: str, data: Path, stopped: Path, tmp_path: Path
 ) -> None:
@@ -428,15 +435,15 @@ def test_images_smaller_than_the_net_takes(data: Path, tmp_path: Path) -> None:
         train(data, tmp_path / "run", replace(TINY, features=(1,) * 8, crop=128))
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors", "metrics.json", "history.csv", "report.png", "checkpoint-000500"]
 )
-def test_files_that_are_not_a_runs_stay(name: str, overwrite: bool, data: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_a_runs_stay(name: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=f"expected a folder without files of a run's names, got {name}"):
-        train(data, tmp_path, TINY, overwrite=overwrite)
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=f"expected a folder without files of a run's names, got {name}"):
+            train(data, tmp_path, TINY, overwrite=overwrite)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "{}", "notes.txt": "mine"}
 
 
