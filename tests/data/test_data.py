@@ -176,32 +176,23 @@ def test_normalising_takes_little_memory(dtype: str, channels: int) -> None:
     np.testing.assert_allclose(normalised, expected, rtol=0, atol=4 * 4 * 2**-24)
 
 
-def test_sizes_that_differ_in_a_pair_are_named(tmp_path: Path) -> None:
+MISFITS = {
+    "masks/c.png": (np.zeros((10, 12), np.uint8), r"expected height x width 12 x 10 as of c\.png, got 10 x 12"),
+    "images/b.png": (noise((12, 10, 3)), r"expected 1 channels as in a\.png, got 3"),
+    "images/d.png": (noise((12, 10), "uint16"), r"expected uint8 as in a\.png, got uint16"),
+    "masks/b.png": (None, "expected a readable image"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_file_that_does_not_fit_the_others_is_named(tmp_path: Path, name: str) -> None:
     make_data(tmp_path)
-    save(tmp_path / "masks" / "c.png", np.zeros((10, 12), np.uint8))
-    with pytest.raises(DataError, match=r"masks/c\.png: expected height x width 12 x 10 as of c\.png, got 10 x 12"):
-        inspect(find_pairs(tmp_path))
-
-
-def test_channels_that_differ_between_images_are_named(tmp_path: Path) -> None:
-    make_data(tmp_path)
-    save(tmp_path / "images" / "b.png", noise((12, 10, 3)))
-    with pytest.raises(DataError, match=r"images/b\.png: expected 1 channels as in a\.png, got 3"):
-        inspect(find_pairs(tmp_path))
-
-
-def test_dtypes_that_differ_between_images_are_named(tmp_path: Path) -> None:
-    make_data(tmp_path)
-    save(tmp_path / "images" / "d.png", noise((12, 10), "uint16"))
-    with pytest.raises(DataError, match=r"images/d\.png: expected uint8 as in a\.png, got uint16"):
-        inspect(find_pairs(tmp_path))
-
-
-def test_an_unreadable_file_among_many_is_named(tmp_path: Path) -> None:
-    make_data(tmp_path)
-    path = tmp_path / "masks" / "c.png"
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(DataError, match=r"masks/c\.png: expected a readable image"):
+    pixels, message = MISFITS[name]
+    if pixels is None:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
+    else:
+        save(tmp_path / name, pixels)
+    with pytest.raises(DataError, match=rf"{name}: {message}"):
         inspect(find_pairs(tmp_path))
 
 
@@ -384,14 +375,6 @@ def test_samples_repeat_by_seed_epoch_and_index_only(tmp_path: Path) -> None:
     assert len(torch.unique(first.flatten(1), dim=0)) == 9
     for other in (draw(0, 2, range(9)), draw(1, 1, range(9))):
         assert not torch.equal(torch.stack(other), first)
-
-
-def test_a_single_image_gives_new_crops_each_epoch(tmp_path: Path) -> None:
-    pairs = make_coded_data(tmp_path, 1, (30, 30))
-    dataset = SegmentationDataset(pairs, inspect(pairs), crop=8, length=4)
-    first = torch.stack([image for image, _ in dataset])
-    dataset.set_epoch(1)
-    assert not torch.equal(torch.stack([image for image, _ in dataset]), first)
 
 
 def test_an_epoch_visits_every_image_equally_often(tmp_path: Path) -> None:

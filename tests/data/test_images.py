@@ -168,11 +168,8 @@ def test_opaque_alpha_is_dropped_and_any_other_refused(
         read_image(write())
 
 
-@pytest.mark.parametrize("bits", [2, 8, 16])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("bits", "channels"), [(2, 1), (8, 1), (8, 3), (16, 1), (16, 3)])
 def test_a_transparent_colour_counts_as_alpha_where_it_occurs(tmp_path: Path, bits: int, channels: int) -> None:
-    if bits == 2 and channels == 3:
-        pytest.skip("PNG has no such pixels")
     pixels = noise((5, 7, channels), "uint8" if bits <= 8 else "uint16") % (2**bits - 1)
     colours = pixels[2, 3], np.full(channels, 2**bits - 1)  # the second is nowhere
     present, absent = (struct.pack(f">{channels}H", *colour.tolist()) for colour in colours)
@@ -233,8 +230,7 @@ def test_what_is_not_a_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["[red]", "n" * 251, os.fsdecode(b"\xff"), "\u00e9 %s {0}"])
-@pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(("suffix", "bits"), [("png", 8), ("png", 16), ("tif", 16)])
 def test_names_of_any_kind_are_read(tmp_path: Path, name: str, suffix: str, bits: int) -> None:
     pixels = noise((5, 7, 1), f"uint{bits}")
     write = {"png": save_png, "tif": lambda path, pixels, _: save_tiff(path, pixels)}[suffix]
