@@ -171,6 +171,7 @@ def test_every_change_of_the_model_is_seen() -> None:
 
     changes: list[Callable[[], object]] = [
         lambda: None,
+        lambda: setattr(model.down1.maxpool_conv[1].double_conv[1], "eps", 0.1),
         lambda: model.up1.up.weight.data.mul_(-1),
         lambda: model.up1.up.bias.data.add_(1),
         lambda: model.inc.double_conv[1].running_mean.add_(1),
@@ -178,7 +179,6 @@ def test_every_change_of_the_model_is_seen() -> None:
         lambda: model.load_state_dict({k: v * 0.9 for k, v in model.state_dict().items()}),
         lambda: model.train()(x).square().mean().backward(),
         lambda: torch.optim.SGD(model.eval().parameters(), lr=0.1).step(),
-        lambda: setattr(model.down1.maxpool_conv[1].double_conv[1], "eps", 0.1),
     ]
     for change in changes:
         change()

@@ -1,4 +1,7 @@
-"""FlopCounterMode counts a UNet as it counts its reference."""
+"""FlopCounterMode counts an op as the torch functions it stands for.
+
+Of a model it counts torch's own functions: it hooks all modules, which are then called one by one.
+"""
 
 from __future__ import annotations
 
@@ -8,50 +11,45 @@ from typing import Any
 
 import pytest
 import torch
+from test_ops import EACH_OP, SUMMED, Case, call, grads_of, make_buffers, make_tensors
+from test_transforms import INFERENCE
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastunet
+from fastunet import ops
+from fastunet.reference import functional as reference
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "batch": {},
-    "instance": {"norm": "instance", "head": "softmax"},
-    "none": {"norm": None, "head": "sigmoid"},
-    "bilinear": {"upsample": "bilinear"},
-}
+CONVOLUTIONS = [case for case in (*EACH_OP, *INFERENCE) if case.op not in (*SUMMED, "max_pool2x2")]
 
 
-def counted(model: torch.nn.Module, shape: tuple[int, ...], step: str) -> int:
-    x = torch.randn(shape)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(step != "inference"):
-        y = model(x)
-        if step == "training":
-            y.backward(torch.randn_like(y))
+def counted(namespace: Any, case: Case, needs_grad: Any) -> int:
+    """Operations of a call and of the gradients of the tensors at those places."""
+    tensors = make_tensors(case, torch.float64, torch.channels_last)
+    for i in needs_grad:
+        tensors[i].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        outputs = call(getattr(namespace, case.op), case, tensors, make_buffers(case, torch.float64))
+        if needs_grad:
+            grads_of(outputs, tensors)
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("step", ["inference", "forward", "training", "frozen"])
-@pytest.mark.parametrize("options", OPTIONS)
-def test_as_the_reference(options: str, step: str) -> None:
-    shape = (2, 3, 21, 18)
-    model = fastunet.UNet(3, 2, features=(4, 8, 16), **OPTIONS[options]).train(step != "inference")
-    reference = model.to_reference()
-    if step == "frozen":
-        step = "training"
-        for part in (net.get_submodule(name) for net in (model, reference) for name in ("inc", "down2", "up1.conv")):
-            part.requires_grad_(False)
-    expected = counted(reference, shape, step)
-    assert expected > 0
-    assert counted(model, shape, step) == expected
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_as_the_composition(case: Case) -> None:
+    weight = 2 if "concat" in case.op else 1
+    for needs_grad in ((),) if case in INFERENCE else ((), (0,), (weight,), (*range(weight + 1),)):
+        expected = counted(reference, case, needs_grad)
+        assert expected > 0
+        assert counted(ops, case, needs_grad) == expected, needs_grad
 
 
 def test_also_where_the_counter_is_imported_later() -> None:
-    lines = (
-        "import sys, torch, fastunet",
-        "model = fastunet.UNet(1, 1, features=(2, 4)).eval()",
-        "assert 'torch.utils.flop_counter' not in sys.modules",
-        "from torch.utils.flop_counter import FlopCounterMode",
-        "with FlopCounterMode(display=False) as counter, torch.no_grad(): model(torch.zeros(1, 1, 4, 4))",
-        "print(counter.get_total_flops())",
-    )
-    found = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
-    assert int(found.stdout) == counted(fastunet.UNet(1, 1, features=(2, 4)).eval(), (1, 1, 4, 4), "inference")
+    script = """
+import sys, torch
+from fastunet import ops
+assert "torch.utils.flop_counter" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    ops.conv1x1(torch.zeros(1, 2, 3, 3), torch.zeros(4, 2, 1, 1))
+assert counter.get_total_flops() == 2 * 4 * 2 * 9
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
