@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
@@ -258,7 +259,9 @@ def _pooled(op: Callable[P, Tensor]) -> Callable[P, tuple[Tensor, Tensor]]:
     def pooled(*args: P.args, **options: P.kwargs) -> tuple[Tensor, Tensor]:
         return conv3x3(name, arguments(*args, **options)._replace(pool=True))
 
-    return _documented(pooled, name, f"Return (y, F.max_pool2d(y, 2)) of y = {op.__name__}(...); H and W >= 2.")
+    doc = f"Return (y, F.max_pool2d(y, 2)) of y = {op.__name__}(...); H and W >= 2."
+    of_pooled = inspect.signature(arguments).replace(return_annotation="tuple[Tensor, Tensor]")
+    return _documented(pooled, name, doc, of_pooled)
 
 
 def _concatenated(op: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, Tensor, P], Tensor]:
@@ -272,11 +275,13 @@ def _concatenated(op: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Conc
 
     skip [N, C1, H, W], up [N, C2, H, W], weight [Cout, C1 + C2, 3, 3]; otherwise as {op.__name__}.
     """
-    return _documented(concatenated, name, doc)
+    x, *others = inspect.signature(arguments).parameters.values()
+    parameters = [x.replace(name="skip"), x.replace(name="up"), *others]
+    return _documented(concatenated, name, doc, inspect.signature(arguments).replace(parameters=parameters))
 
 
-def _documented(op: Any, name: str, doc: str) -> Any:
-    op.__name__, op.__qualname__, op.__doc__ = name, name, doc
+def _documented(op: Any, name: str, doc: str, signature: inspect.Signature) -> Any:
+    op.__name__, op.__qualname__, op.__doc__, op.__signature__ = name, name, doc, signature
     return op
 
 

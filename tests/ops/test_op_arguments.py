@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -28,6 +30,17 @@ GOOD = {"x": torch.zeros(1, 2, 4, 4), "weight": torch.zeros(3, 2, 3, 3), "bias":
 def test_bad_arguments_raise_before_any_work(change: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         ops.conv3x3_bias_relu(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize("norm", ["bias", "batch_norm", "instance_norm"])
+def test_ops_made_of_another_show_its_arguments(norm: str) -> None:
+    plain, pooled, concatenated = (
+        inspect.signature(getattr(ops, name.format(norm)))
+        for name in ("conv3x3_{}_relu", "conv3x3_{}_relu_pool", "concat_conv3x3_{}_relu")
+    )
+    assert [*pooled.parameters.values()] == [*plain.parameters.values()]
+    assert [*concatenated.parameters] == ["skip", "up", *[*plain.parameters][1:]]
+    assert (plain.return_annotation, pooled.return_annotation) == ("Tensor", "tuple[Tensor, Tensor]")
 
 
 def test_more_bad_arguments() -> None:
