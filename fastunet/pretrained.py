@@ -366,14 +366,14 @@ def _in_one_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None, where:
     """Return the weights in `dtype`, or as they are where None, if they are of one."""
     counts = {name for name in state if name.endswith("num_batches_tracked")}
     found = {tensor.dtype for name, tensor in state.items() if name not in counts}
-    wanted = found if dtype is None else {dtype}
-    for kind in found | wanted:
+    dtypes = found if dtype is None else {dtype}
+    for kind in found | dtypes:
         if kind not in DTYPES:
             raise DtypeError(f"{where}: expected weights in {', '.join(map(str, DTYPES))}, got {kind}")
-    if len(wanted) > 1:
+    if len(dtypes) > 1:
         names = ", ".join(sorted(map(str, found)))
         raise DtypeError(f"{where}: expected weights of one dtype, or from_pretrained(dtype=), got {names}")
-    (kind,) = wanted
+    (kind,) = dtypes
     return {name: tensor.to(torch.int64 if name in counts else kind) for name, tensor in state.items()}
 
 

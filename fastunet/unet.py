@@ -76,13 +76,13 @@ class UNet(ReferenceUNet):
         n_classes: int | None = None,
         bilinear: bool | None = None,
     ) -> None:
-        theirs = None if bilinear is None else "bilinear" if bilinear else "transpose"
+        spelled = None if bilinear is None else "bilinear" if bilinear else "transpose"
         super().__init__(
             _either("in_channels", in_channels, "n_channels", n_channels),
             _either("out_channels", out_channels, "n_classes", n_classes),
             features=features,
             norm=norm,
-            upsample=_either("upsample", upsample, "bilinear", theirs, default="transpose"),
+            upsample=_either("upsample", upsample, "bilinear", spelled, default="transpose"),
             activation=activation,
             head=head,
         )
@@ -259,9 +259,9 @@ class UNet(ReferenceUNet):
         with torch.device("meta"):
             plain = type(self)(**self.config)
         # SyncBatchNorm has batch norm's weights and means the same.
-        for ours, theirs in zip(str(self).splitlines(), str(plain).splitlines(), strict=False):
-            if ours.replace("SyncBatchNorm", "BatchNorm2d") != theirs:
-                raise ConfigError(f"save_pretrained: expected UNet as built, {theirs.strip()}, got {ours.strip()}")
+        for now, built in zip(str(self).splitlines(), str(plain).splitlines(), strict=False):
+            if now.replace("SyncBatchNorm", "BatchNorm2d") != built:
+                raise ConfigError(f"save_pretrained: expected UNet as built, {built.strip()}, got {now.strip()}")
         pretrained.save(folder, self.config, self.state_dict())
 
     def to_reference(self) -> ReferenceUNet:

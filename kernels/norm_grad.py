@@ -190,13 +190,13 @@ def norm_grad(
     negative_slope: float | None,
     *,
     statistics_given: bool,
-    wants_raw: bool = True,
-    wants_affine: bool = True,
+    needs_raw: bool = True,
+    needs_affine: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return gradients of raw [N, C, H, W], gamma and beta [C] from those of normalise's outputs, None for zero but not
     both.
 
-    statistics_given: they were no function of raw, as in inference. What is not wanted is None. The gradient of raw is
+    statistics_given: they were no function of raw, as in inference. What is not needed is None. The gradient of raw is
     channels_last and of its dtype; the others are float32.
     """
     out = empty_packed(raw, *raw.shape[1:])
@@ -213,14 +213,14 @@ def norm_grad(
         statistics_given=statistics_given,
         target=gpu.target(raw.device),
     )
-    if wants_affine or not statistics_given:
+    if needs_affine or not statistics_given:
         first.run(raw.device)
         second.run(raw.device)
-    if wants_raw:
+    if needs_raw:
         last.run(raw.device)
     total = sums.sum(0) if groups > 1 else sums[0]
     return (
-        out if wants_raw else None,
-        total[1] if wants_affine else None,
-        total[0] if wants_affine else None,
+        out if needs_raw else None,
+        total[1] if needs_affine else None,
+        total[0] if needs_affine else None,
     )

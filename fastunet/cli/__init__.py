@@ -24,8 +24,8 @@ for command in (train.train, predict.predict, evaluate.evaluate, bench.bench, do
     app.command()(command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
         print(f"fastunet {__version__}")
         raise typer.Exit
 

@@ -260,17 +260,22 @@ def convolve_transformed(inputs: Sequence[Tensor], factors: Sequence[Tensor], bi
 
 
 def gradients(
-    grad: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor], m: int, mask: Sequence[bool], weight_mask: bool
+    grad: Tensor,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    m: int,
+    output_mask: Sequence[bool],
+    needs_weight: bool,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """From that of convolve(inputs, weights, m) the gradients of the inputs that mask asks for and, with weight_mask,
-    of all weights; the others are None. Channels_last.
+    """Return, from that of convolve(inputs, weights, m), the gradients of the inputs in output_mask and, with
+    needs_weight, of all weights; the others are None. Channels_last.
     """
     grad_images, channels_out = grad.permute(0, 2, 3, 1), grad.shape[1]
     grid = _Grid(grad, m, max(channels_out, *(x.shape[1] for x in inputs)))
-    asked = [i for i, wanted in enumerate(mask) if wanted]
-    factors = {i: _transformed_weight(weights[i], m, f"weight {i}") for i in asked}
-    grads = {i: _empty_images(grid.n, grid.h, grid.w, inputs[i].shape[1]) for i in asked}
-    weight_inputs = dict(enumerate(inputs)) if weight_mask else {}
+    needed_inputs = [i for i, needed in enumerate(output_mask) if needed]
+    factors = {i: _transformed_weight(weights[i], m, f"weight {i}") for i in needed_inputs}
+    grads = {i: _empty_images(grid.n, grid.h, grid.w, inputs[i].shape[1]) for i in needed_inputs}
+    weight_inputs = dict(enumerate(inputs)) if needs_weight else {}
     sums = {
         i: _workspace.empty(f"weight grad {i}", (m + 2) ** 2, channels_out, x.shape[1]).zero_()
         for i, x in weight_inputs.items()
@@ -280,7 +285,7 @@ def gradients(
         if not grid.is_whole:
             image[:, : grid.h, : grid.w].copy_(grad_images[batch])
         images = {i: grid.padded(f"input {i}", batch, x) for i, x in weight_inputs.items()}
-        totals = {i: grid.inputs(f"input grad {i}", batch, inputs[i].shape[1]) for i in asked}
+        totals = {i: grid.inputs(f"input grad {i}", batch, inputs[i].shape[1]) for i in needed_inputs}
         for first, tiles in grid.passes(batch):
             products = tiles.output_grads(image, first)
             for i, x in images.items():

@@ -40,14 +40,14 @@ class HeadArgs(NamedTuple):
 
 
 class HeadGradArgs(NamedTuple):
-    """Gradients of x, weight and bias, those that mask asks for."""
+    """Gradients of x, weight and bias, those that output_mask asks for."""
 
     grad: Tensor
     x: Tensor
     weight: Tensor
     y: Tensor | None
     activation: str | None
-    mask: list[bool]
+    output_mask: list[bool]
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
@@ -103,27 +103,27 @@ def _composition(args: HeadArgs) -> Tensor:
 
 
 def _backward(args: HeadGradArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ...]:
-    grad, x, weight, y, activation, mask = args
+    grad, x, weight, y, activation, output_mask = args
     if choice.implementation == "triton":
         return _backward_triton(args)
     if activation == "sigmoid":
         grad = aten.sigmoid_backward(grad, y)
     elif activation == "softmax":
         grad = aten._softmax_backward_data(grad, y, 1, x.dtype)
-    return convolution_grads(grad, x, weight, mask)
+    return convolution_grads(grad, x, weight, output_mask)
 
 
 def _backward_triton(args: HeadGradArgs) -> tuple[Tensor | None, ...]:
     from fastunet.kernels import conv1x1 as kernels
 
-    grad, x, weight, y, activation, mask = args
+    grad, x, weight, y, activation, output_mask = args
     options: dict[str, Any] = {"activation": activation, "allow_tf32": dispatch.tf32_allowed()}
     grad_x = grad_weight = grad_bias = None
-    if mask[0]:
+    if output_mask[0]:
         grad_x = strided_like(kernels.conv1x1_input_grad(grad, weight, y, **options), x)
-    if mask[1] or mask[2]:
-        grad_weight, grad_bias = kernels.conv1x1_weight_grad(grad, x, y, with_bias=mask[2], **options)
-        grad_weight = strided_like(grad_weight, weight) if mask[1] else None
+    if output_mask[1] or output_mask[2]:
+        grad_weight, grad_bias = kernels.conv1x1_weight_grad(grad, x, y, with_bias=output_mask[2], **options)
+        grad_weight = strided_like(grad_weight, weight) if output_mask[1] else None
     return grad_x, grad_weight, grad_bias
 
 
@@ -137,9 +137,9 @@ class Conv1x1(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[:3])
-        grads = _backward_op(grad, *recompute.saved(ctx, reads_values=mask[1]), ctx.activation, mask)
-        return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
+        output_mask = list(ctx.needs_input_grad[:3])
+        grads = _backward_op(grad, *recompute.saved(ctx, reads_values=output_mask[1]), ctx.activation, output_mask)
+        return *(g if needed else None for g, needed in zip(grads, output_mask, strict=True)), None
 
 
 def _softmax_rule(args: HeadArgs) -> Tensor | None:

@@ -54,18 +54,20 @@ class ConvArgs(NamedTuple):
     pool: bool = False
     input_slope: float | None = None  # x is the output of such an activation, which leaves its backward to this op
     grad_is_ready: bool = False  # y's gradient comes from such an op, already carried through this one's activation
-    keep: bool = False  # there will be a backward
+    needs_backward: bool = False  # there will be a backward
 
     @property
     def name(self) -> str:
         return NAMES[self.norm]
 
     def choice(self, *, training: bool = False) -> dispatch.Choice:
-        return dispatch.choose(self.name, self.x, self.weight, training=training or self.keep or self.training)
+        return dispatch.choose(
+            self.name, self.x, self.weight, training=training or self.needs_backward or self.training
+        )
 
 
 class ConvGradArgs(NamedTuple):
-    """Gradients of x, up, weight, bias and gamma, those that mask asks for; the rest as in ConvArgs.
+    """Gradients of x, up, weight, bias and gamma, those that output_mask asks for; the rest as in ConvArgs.
 
     raw is the convolution's output, mean and invstd [Cout] or [N, Cout] its statistics, y the op's output where it was
     kept.
@@ -89,7 +91,7 @@ class ConvGradArgs(NamedTuple):
     eps: float
     slope: float | None
     input_slope: float | None
-    mask: list[bool]
+    output_mask: list[bool]
 
 
 # --- forward ---
@@ -110,7 +112,7 @@ def _forward_fake(args: ConvArgs) -> tuple[Tensor | None, ...]:
     (n, _, h, w), channels = x.shape, weight.shape[0]
     y = empty_in(format, x, n, channels, h, w)
     pooled = empty_in(format, x, n, channels, h // 2, w // 2) if args.pool else None
-    if not args.keep or args.norm == "none":
+    if not args.needs_backward or args.norm == "none":
         return y, pooled, None, None, None
     shape = (n, channels) if args.norm == "instance" else (channels,)
     if args.norm == "batch" and not args.training:
@@ -150,7 +152,7 @@ class Conv3x3(Function):
     @staticmethod
     def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
         args = ConvArgs(*values)
-        y, pooled, raw, mean, invstd = below_autograd(_op, *args._replace(keep=True))
+        y, pooled, raw, mean, invstd = below_autograd(_op, *args._replace(needs_backward=True))
         on_triton = args.choice(training=True).implementation == "triton"
         slope = None if args.grad_is_ready else args.slope
         # Our kernels find y again from raw, in registers.
@@ -172,10 +174,10 @@ class Conv3x3(Function):
         grads: dict[str, Tensor] = {}
         if grad_y is not None or grad_pooled is not None:
             needed = dict(zip(ConvArgs._fields, ctx.needs_input_grad, strict=True))
-            mask = [needed[name] for name in _DIFFERENTIABLE]
+            output_mask = [needed[name] for name in _DIFFERENTIABLE]
             *_, input_slope = ctx.options
             saved = recompute.saved(ctx, reads_values=needed["weight"] or input_slope is not None)
-            found = _backward_op(grad_y, grad_pooled if ctx.pool else None, *saved, *ctx.options, mask)
+            found = _backward_op(grad_y, grad_pooled if ctx.pool else None, *saved, *ctx.options, output_mask)
             grads = {name: grad for name, grad in zip(_DIFFERENTIABLE, found, strict=True) if needed[name]}
         return tuple(grads.get(name) for name in ConvArgs._fields)
 

@@ -40,12 +40,12 @@ def forward(args: ConvArgs, implementation: str) -> tuple[Tensor | None, ...]:
         y = activate_(y.contiguous(memory_format=format), args.slope)
     y = y.contiguous(memory_format=format)
     pooled = F.max_pool2d(y, 2).contiguous(memory_format=format) if args.pool else None
-    return (y, pooled, raw, mean, invstd) if args.keep else (y, pooled, None, None, None)
+    return (y, pooled, raw, mean, invstd) if args.needs_backward else (y, pooled, None, None, None)
 
 
 def _batch_norm(raw: Tensor, args: ConvArgs) -> tuple[Tensor, Tensor | None, Tensor | None]:
     parameters = (args.gamma, args.bias, args.running_mean, args.running_var)
-    if args.keep and args.training:
+    if args.needs_backward and args.training:
         y, mean, invstd = aten.native_batch_norm(raw, *parameters, True, args.momentum, args.eps)
         dtype = statistics_dtype(args.gamma, raw)
         return y, mean.to(dtype), invstd.to(dtype)
@@ -92,18 +92,18 @@ def backward(args: ConvGradArgs, implementation: str) -> tuple[Tensor | None, ..
     if args.norm != "none" and y is None and (args.slope is not None or args.grad_pooled is not None):
         y = activate_(_normalised(args), args.slope)  # Our kernels ran forward and did not keep it.
     grad = epilogue_grad(args.grad_y, args.grad_pooled, y, args.slope)
-    *wants, wants_bias, wants_gamma = args.mask
+    *needs_inputs, needs_bias, needs_gamma = args.output_mask
     if args.norm == "none":
-        grad_x, *grads = _conv_backward(grad, args, [*wants, wants_bias], implementation)
+        grad_x, *grads = _conv_backward(grad, args, [*needs_inputs, needs_bias], implementation)
         if args.input_slope is not None and grad_x is not None:
             grad_x = strided_like(epilogue_grad(grad_x, None, args.x, args.input_slope), args.x)
         return grad_x, *grads, None
     of_norm = _batch_norm_backward if args.norm == "batch" else _instance_norm_backward
     grad_raw, grad_gamma, grad_beta = of_norm(grad, args)
     grads = [None] * 3
-    if any(wants):
-        *grads, _ = _conv_backward(grad_raw, args, [*wants, False], implementation)
-    return *grads, grad_beta if wants_bias else None, grad_gamma if wants_gamma else None
+    if any(needs_inputs):
+        *grads, _ = _conv_backward(grad_raw, args, [*needs_inputs, False], implementation)
+    return *grads, grad_beta if needs_bias else None, grad_gamma if needs_gamma else None
 
 
 def _normalised(args: ConvGradArgs) -> Tensor:
@@ -136,9 +136,9 @@ def _batch_norm_backward(grad: Tensor, args: ConvGradArgs) -> tuple[Tensor, Tens
         parameter = args.gamma if args.gamma is not None else args.running_mean
         stored = raw.dtype if parameter is None else parameter.dtype
         mean, invstd = (None if t is None else t.to(stored) for t in (mean, invstd))
-    *wants, wants_bias, wants_gamma = args.mask
+    *needs_inputs, needs_bias, needs_gamma = args.output_mask
     running = (args.running_mean, args.running_var)
-    options = (args.training, args.eps, [any(wants), wants_gamma, wants_bias])
+    options = (args.training, args.eps, [any(needs_inputs), needs_gamma, needs_bias])
     return aten.native_batch_norm_backward(grad, raw, args.gamma, *running, mean, invstd, *options)
 
 
@@ -159,38 +159,38 @@ def _instance_norm_backward(grad: Tensor, args: ConvGradArgs) -> tuple[Tensor, T
 
 
 def _conv_backward(
-    grad: Tensor, args: ConvGradArgs, mask: list[bool], implementation: str
+    grad: Tensor, args: ConvGradArgs, output_mask: list[bool], implementation: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, up, weight and bias from that of conv2d([x, up], weight, bias); mask says which are wanted."""
+    """Gradients of x, up, weight and bias from that of conv2d([x, up], weight, bias); output_mask says which."""
     x, up, weight = args.x, args.up, args.weight
     if implementation == "winograd":
-        return _winograd_backward(grad, x, up, weight, mask)
-    wants_x, wants_up, wants_weight, wants_bias = mask
+        return _winograd_backward(grad, x, up, weight, output_mask)
+    needs_x, needs_up, needs_weight, needs_bias = output_mask
     _, shares = _by_input(x, up, weight)
     # Each input with its share of the weight: nothing is joined, and no gradient is copied out of a joint one.
     grad_x, grad_weight, grad_bias = convolution_grads(
-        grad, x, shares[0], [wants_x, wants_weight, wants_bias], padding=1
+        grad, x, shares[0], [needs_x, needs_weight, needs_bias], padding=1
     )
     if up is None:
         return grad_x, None, grad_weight, grad_bias
-    grad_up, grad_share, _ = convolution_grads(grad, up, shares[1], [wants_up, wants_weight, False], padding=1)
+    grad_up, grad_share, _ = convolution_grads(grad, up, shares[1], [needs_up, needs_weight, False], padding=1)
     if grad_weight is not None and grad_share is not None:
         grad_weight = strided_like(torch.cat([grad_weight, grad_share], dim=1), weight)
     return grad_x, grad_up, grad_weight, grad_bias
 
 
 def _winograd_backward(
-    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, mask: list[bool]
+    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     inputs, shares = _by_input(x, up, weight)
     side = winograd.side_of_tiles(x, weight)
-    grads, share_grads = winograd.gradients(grad, inputs, shares, side, mask[: len(inputs)], mask[2])
+    grads, share_grads = winograd.gradients(grad, inputs, shares, side, output_mask[: len(inputs)], output_mask[2])
     of_images = [None if g is None else strided_like(g, t) for g, t in zip(grads, inputs, strict=True)]
     grad_weight = None
-    if mask[2]:
+    if output_mask[2]:
         grad_weight = strided_like(torch.cat([g for g in share_grads if g is not None], dim=1), weight)
     grad_up = None if up is None else of_images[1]
-    return of_images[0], grad_up, grad_weight, grad.sum((0, 2, 3)) if mask[3] else None
+    return of_images[0], grad_up, grad_weight, grad.sum((0, 2, 3)) if output_mask[3] else None
 
 
 def _by_input(x: Tensor, up: Tensor | None, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:

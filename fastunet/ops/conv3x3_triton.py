@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def forward(args: ConvArgs) -> tuple[Tensor | None, ...]:
     """Return (y, pooled, raw, mean, invstd), the last three None unless a backward needs them."""
     x, up = args.x, args.up
-    weight = kernel_weight(args.weight, x, training=args.keep or args.training)
+    weight = kernel_weight(args.weight, x, training=args.needs_backward or args.training)
     raw = mean = invstd = None
     tf32 = dispatch.tf32_allowed()
-    is_pass = args.norm == "instance" or args.training or (args.norm == "batch" and args.keep)
+    is_pass = args.norm == "instance" or args.training or (args.norm == "batch" and args.needs_backward)
     if not is_pass:
         norm = None
         if args.running_mean is not None and args.running_var is not None:
@@ -42,7 +42,7 @@ def forward(args: ConvArgs) -> tuple[Tensor | None, ...]:
             mean, invstd = statistics[0][0], statistics[1][0]
     format = memory_format(x, up, args.weight)
     y, pooled, raw = (None if t is None else t.contiguous(memory_format=format) for t in (y, pooled, raw))
-    return (y, pooled, raw, mean, invstd) if args.keep else (y, pooled, None, None, None)
+    return (y, pooled, raw, mean, invstd) if args.needs_backward else (y, pooled, None, None, None)
 
 
 def _convolved(args: ConvArgs, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -77,11 +77,11 @@ def backward(args: ConvGradArgs) -> tuple[Tensor | None, ...]:
     else:
         assert args.y is not None
         grad = activation_grad(args.y, args.grad_y, args.grad_pooled, args.slope)
-    return *_conv_backward(grad, args, args.mask[:4]), None
+    return *_conv_backward(grad, args, args.output_mask[:4]), None
 
 
 def _norm_backward(args: ConvGradArgs) -> tuple[Tensor | None, ...]:
-    *wants, wants_bias, wants_gamma = args.mask
+    *needs_inputs, needs_bias, needs_gamma = args.output_mask
     raw, mean, invstd = args.raw, args.mean, args.invstd
     assert raw is not None
     statistics_given = args.norm == "batch" and not args.training
@@ -90,43 +90,43 @@ def _norm_backward(args: ConvGradArgs) -> tuple[Tensor | None, ...]:
     assert mean is not None
     assert invstd is not None
     affine = Affine(mean.view(-1, raw.shape[1]), invstd.view(-1, raw.shape[1]), args.gamma, args.bias)
-    options = {"wants_raw": any(wants), "wants_affine": wants_bias or wants_gamma}
+    options = {"needs_raw": any(needs_inputs), "needs_affine": needs_bias or needs_gamma}
     grad_raw, grad_gamma, grad_beta = norm_grad(
         *(raw, args.grad_y, args.grad_pooled, affine, args.slope), statistics_given=statistics_given, **options
     )
-    grads = (None,) * 3 if grad_raw is None else _conv_backward(grad_raw, args, [*wants, False])[:3]
+    grads = (None,) * 3 if grad_raw is None else _conv_backward(grad_raw, args, [*needs_inputs, False])[:3]
     of_affine = (
-        None if grad is None or parameter is None or not wanted else grad.to(parameter.dtype)
-        for grad, parameter, wanted in (
-            (grad_beta, args.bias, wants_bias),
-            (grad_gamma, args.gamma, wants_gamma),
+        None if grad is None or parameter is None or not is_needed else grad.to(parameter.dtype)
+        for grad, parameter, is_needed in (
+            (grad_beta, args.bias, needs_bias),
+            (grad_gamma, args.gamma, needs_gamma),
         )
     )
     return *grads, *of_affine
 
 
-def _conv_backward(grad: Tensor, args: ConvGradArgs, mask: list[bool]) -> tuple[Tensor | None, ...]:
-    """Return gradients of x, up, weight and bias from that of the convolution's output; mask says which are wanted."""
+def _conv_backward(grad: Tensor, args: ConvGradArgs, output_mask: list[bool]) -> tuple[Tensor | None, ...]:
+    """Return gradients of x, up, weight and bias from that of the convolution's output; output_mask says which."""
     x, up, weight = args.x, args.up, args.weight
     tf32 = dispatch.tf32_allowed()
     split = x.shape[1]
     grad_x = grad_up = grad_weight = grad_bias = None
-    packed = kernel_weight(weight, x, training=True) if mask[0] or mask[1] else weight
-    if mask[0] and up is not None and mask[1]:
+    packed = kernel_weight(weight, x, training=True) if output_mask[0] or output_mask[1] else weight
+    if output_mask[0] and up is not None and output_mask[1]:
         grad_x, grad_up = conv3x3_grad.conv3x3_two_input_grads(grad, packed, split, allow_tf32=tf32)
-    elif mask[0]:
+    elif output_mask[0]:
         activated = {} if args.input_slope is None else {"x": x, "negative_slope": args.input_slope}
         grad_x = conv3x3_grad.conv3x3_input_grad(grad, packed[:, :split], allow_tf32=tf32, **activated)
-    elif up is not None and mask[1]:
+    elif up is not None and output_mask[1]:
         grad_up = conv3x3_grad.conv3x3_input_grad(grad, packed[:, split:], allow_tf32=tf32)
-    if mask[2] or mask[3]:
-        grad_weight, grad_bias = conv3x3_grad.conv3x3_weight_grad(grad, x, with_bias=mask[3], allow_tf32=tf32)
-        if up is not None and mask[2]:
+    if output_mask[2] or output_mask[3]:
+        grad_weight, grad_bias = conv3x3_grad.conv3x3_weight_grad(grad, x, with_bias=output_mask[3], allow_tf32=tf32)
+        if up is not None and output_mask[2]:
             of_up, _ = conv3x3_grad.conv3x3_weight_grad(grad, up, allow_tf32=tf32)
             grad_weight = torch.cat([grad_weight, of_up], dim=1)
     return (
         None if grad_x is None else strided_like(grad_x, x),
         None if grad_up is None or up is None else strided_like(grad_up, up),
-        strided_like(grad_weight, weight) if mask[2] and grad_weight is not None else None,
+        strided_like(grad_weight, weight) if output_mask[2] and grad_weight is not None else None,
         grad_bias,
     )

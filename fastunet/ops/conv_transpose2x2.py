@@ -31,19 +31,19 @@ class UpArgs(NamedTuple):
     x: Tensor  # [N, Cin, H, W]
     weight: Tensor  # [Cin, Cout, 2, 2]
     bias: Tensor | None = None  # [Cout]
-    keep: bool = False  # there will be a backward
+    needs_backward: bool = False  # there will be a backward
 
     def choice(self, *, training: bool = False) -> dispatch.Choice:
-        return dispatch.choose(NAME, self.x, self.weight, training=training or self.keep)
+        return dispatch.choose(NAME, self.x, self.weight, training=training or self.needs_backward)
 
 
 class UpGradArgs(NamedTuple):
-    """Gradients of x, weight and bias, those that mask asks for."""
+    """Gradients of x, weight and bias, those that output_mask asks for."""
 
     grad: Tensor
     x: Tensor
     weight: Tensor
-    mask: list[bool]
+    output_mask: list[bool]
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,11 +59,11 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _forward(args: UpArgs, choice: dispatch.Choice) -> Tensor:
-    x, weight, bias, keep = args
+    x, weight, bias, needs_backward = args
     if choice.implementation == "triton":
         from fastunet.kernels import conv_transpose2x2 as kernels
 
-        packed = kernel_weight(weight, x, training=keep)
+        packed = kernel_weight(weight, x, training=needs_backward)
         y = kernels.conv_transpose2x2(x, packed, bias, allow_tf32=dispatch.tf32_allowed())
     elif choice.implementation == "onednn":
         y = onednn.conv_transpose2x2(x, weight, bias)
@@ -86,29 +86,31 @@ def _backward(args: UpGradArgs, choice: dispatch.Choice) -> tuple[Tensor | None,
 def _backward_triton(args: UpGradArgs) -> tuple[Tensor | None, ...]:
     from fastunet.kernels import conv_transpose2x2 as kernels
 
-    grad, x, weight, mask = args
+    grad, x, weight, output_mask = args
     tf32 = dispatch.tf32_allowed()
     grad_x = grad_weight = grad_bias = None
-    if mask[0]:
+    if output_mask[0]:
         packed = kernel_weight(weight, x, training=True)
         grad_x = strided_like(kernels.conv_transpose2x2_input_grad(grad, packed, allow_tf32=tf32), x)
-    if mask[1] or mask[2]:
-        grad_weight, grad_bias = kernels.conv_transpose2x2_weight_grad(grad, x, with_bias=mask[2], allow_tf32=tf32)
-        grad_weight = strided_like(grad_weight, weight) if mask[1] else None
+    if output_mask[1] or output_mask[2]:
+        grad_weight, grad_bias = kernels.conv_transpose2x2_weight_grad(
+            grad, x, with_bias=output_mask[2], allow_tf32=tf32
+        )
+        grad_weight = strided_like(grad_weight, weight) if output_mask[1] else None
     return grad_x, grad_weight, grad_bias
 
 
 class ConvTranspose2x2(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, needs_backward: bool) -> Tensor:
         recompute.save(ctx, x, weight)
         return below_autograd(_op, x, weight, bias, True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask = list(ctx.needs_input_grad[:3])
-        grads = _backward_op(grad, *recompute.saved(ctx, reads_values=mask[1]), mask)
-        return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None
+        output_mask = list(ctx.needs_input_grad[:3])
+        grads = _backward_op(grad, *recompute.saved(ctx, reads_values=output_mask[1]), output_mask)
+        return *(g if needed else None for g, needed in zip(grads, output_mask, strict=True)), None
 
 
 _op = define(

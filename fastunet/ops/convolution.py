@@ -75,34 +75,36 @@ def convolution_grads(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    mask: list[bool],
+    output_mask: list[bool],
     *,
     stride: int = 1,
     padding: int = 0,
     transposed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return gradients of x, weight and bias, those that mask asks for, each with the strides of its tensor."""
-    if mask[1] and padding == 1 and dispatch.aten_is_slow(x, weight):
-        grad_x, _, grad_bias = convolution_grads(grad, x, weight, [mask[0], False, mask[2]], padding=padding)
+    """Return gradients of x, weight and bias, those that output_mask asks for, each with the strides of its tensor."""
+    if output_mask[1] and padding == 1 and dispatch.aten_is_slow(x, weight):
+        grad_x, _, grad_bias = convolution_grads(
+            grad, x, weight, [output_mask[0], False, output_mask[2]], padding=padding
+        )
         return grad_x, strided_like(_weight_grad_by_matmul(grad, x), weight), grad_bias
     out_channels = weight.shape[1 if transposed else 0]
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad,
         x,
         weight,
-        [out_channels] if mask[2] else None,
+        [out_channels] if output_mask[2] else None,
         [stride, stride],
         [padding, padding],
         [1, 1],
         transposed,
         [0, 0],
         1,
-        mask,
+        output_mask,
     )
     return (
-        strided_like(grad_x, x) if mask[0] else None,
-        strided_like(grad_weight, weight) if mask[1] else None,
-        grad_bias if mask[2] else None,
+        strided_like(grad_x, x) if output_mask[0] else None,
+        strided_like(grad_weight, weight) if output_mask[1] else None,
+        grad_bias if output_mask[2] else None,
     )
 
 

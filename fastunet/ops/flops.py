@@ -55,8 +55,8 @@ def _formula(names: Sequence[str]) -> Callable[..., int]:
         """Count those of an op's arguments, each tensor as its shape."""
         given = dict(zip(names, args, strict=True))
         total = _flops(given["x" if "x" in given else "skip"], given["weight"])
-        if "mask" in given:  # Of x, up where there is one, and weight, in this order; then of others.
-            *of_images, of_weight = given["mask"][: names.index("weight") - names.index("x") + 1]
+        if "output_mask" in given:  # Of x, up where there is one, and weight, in this order; then of others.
+            *of_images, of_weight = given["output_mask"][: names.index("weight") - names.index("x") + 1]
             total *= any(of_images) + of_weight
         if "head_weight" in given:
             total += _flops(given["x"], given["head_weight"])

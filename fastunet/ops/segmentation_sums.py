@@ -180,19 +180,19 @@ def _composition(args: SumsArgs) -> Tensor:
 
 
 def _backward(args: SumsGradArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ...]:
-    grad, logits, target, mask, softmax, squared, _, (wants_logits, wants_target) = args
+    grad, logits, target, mask, softmax, squared, _, (needs_logits, needs_target) = args
     grad_logits = grad_target = None
-    if wants_logits and choice.implementation == "triton":
+    if needs_logits and choice.implementation == "triton":
         from fastunet.kernels.segmentation_loss import segmentation_sums_grad as launch
 
         found = launch(grad, logits, target, mask, softmax=softmax, squared=squared)
         grad_logits = strided_like(found, torch.empty_like(logits))
-    elif wants_logits:
+    elif needs_logits:
         grad_logits = torch.empty_like(logits)
         for part in _chunks(logits):
             images = grad[:, part], logits[part], target[part], _part(mask, part)
             grad_logits[part] = _grad_logits(*images, softmax, squared)
-    if wants_target:
+    if needs_target:
         grad_target = torch.empty_like(target).copy_(_grad_target(grad, logits, target, mask, softmax, squared))
     return grad_logits, grad_target
 
@@ -257,9 +257,9 @@ class SegmentationSums(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, mask = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not holds_indices(logits, target)]
-        grads = _backward_op(grad, logits, target, mask, *ctx.options, wanted)
-        return *(g if wants else None for g, wants in zip(grads, wanted, strict=True)), None, None, None, None
+        output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and not holds_indices(logits, target)]
+        grads = _backward_op(grad, logits, target, mask, *ctx.options, output_mask)
+        return *(g if needed else None for g, needed in zip(grads, output_mask, strict=True)), None, None, None, None
 
 
 _op = define(

@@ -146,8 +146,8 @@ def check(
         buffers = {name: random_input(case.buffers, seed=i, device=device) for i, name in enumerate(names, 10)}
         buffers["running_var"] = buffers["running_var"].abs() + 0.5
     before = {name: t.clone() for name, t in buffers.items()}
-    wanted = [name for name in inputs if name != "target"] if case.backward else []
-    for name in wanted:
+    differentiable = [name for name in inputs if name != "target"] if case.backward else []
+    for name in differentiable:
         inputs[name].requires_grad_()
     outputs = outputs_of((run or run_op)(case.op, inputs, buffers, case.options))
     cotangents = [random_cotangent(y, seed=20 + i) for i, y in enumerate(outputs)] if case.backward else []

@@ -185,10 +185,10 @@ def test_gradients_that_nobody_wants_are_none() -> None:
         affine_ = KERNELS.norm.Affine(**affine)
         return KERNELS.norm_grad.norm_grad(raw, raw, None, affine_, 0.0, statistics_given=False, **wants)
 
-    grad_raw, grad_gamma, grad_beta = grads(wants_affine=False)
+    grad_raw, grad_gamma, grad_beta = grads(needs_affine=False)
     assert grad_gamma is grad_beta is None
     assert torch.equal(grad_raw, grads()[0])
-    assert grads(wants_raw=False)[0] is None
+    assert grads(needs_raw=False)[0] is None
 
 
 def test_the_same_bits_again_and_for_an_image_alone() -> None:

@@ -127,7 +127,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Callable[[], Tensor], ...]]] = 
     "transpose": (lambda x: conv_transpose2x2.conv_transpose2x2(x, weight()[:, :, :2, :2]), (image,)),
     "normalise": (lambda x: norm.normalise(x, parameters(), 0.0, pool=True), (image,)),
     "norm_grad": (
-        lambda x, p: norm_grad.norm_grad(x, x, p, parameters(), 0.0, statistics_given=True, wants_affine=False)[0],
+        lambda x, p: norm_grad.norm_grad(x, x, p, parameters(), 0.0, statistics_given=True, needs_affine=False)[0],
         (image, pooled_grad),
     ),
 }
@@ -173,7 +173,7 @@ def test_partial_norm_sums_of_the_last_images(launched: list[gpu.Launch], many: 
     partials = []
     for images in (x, many(x)):
         launched.clear()
-        norm_grad.norm_grad(images, images, None, parameters(), None, statistics_given=False, wants_raw=False)
+        norm_grad.norm_grad(images, images, None, parameters(), None, statistics_given=False, needs_raw=False)
         partials.append(launched[0].arguments["partial_ptr"][-1])
     assert partials[0].count_nonzero() == 2 * CHANNELS
     assert torch.equal(*partials)
