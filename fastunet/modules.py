@@ -7,19 +7,18 @@ patched or exchanged for what no op computes, the reference's forward runs, modu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import dispatch, ops, reference
-from fastunet.cpu import folding, onednn
+from fastunet.cpu.folded_layers import FoldedLayer, run_layer, statistics_of
 from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.reference.unet import HEADS, padding_to
 from fastunet.torch_private import has_hooks, in_transform
-from fastunet.weight_cache import prepared
 
 
 class DoubleConv(reference.DoubleConv):
@@ -48,7 +47,7 @@ class DoubleConv(reference.DoubleConv):
         if folded is None:
             x = act1.forward(norm1.forward(conv1.forward(x)))
             return act2.forward(norm2.forward(conv2.forward(x)))
-        return _folded(norm2, act2, _folded(norm1, act1, x, folded), folded)
+        return run_layer(norm2, act2, run_layer(norm1, act1, x, folded), folded)
 
     def layered_pool(self, x: Tensor, folded: Iterator[FoldedLayer] | None) -> tuple[Tensor, Tensor]:
         """(y, max_pool2x2(y)) of y = layered(x)."""
@@ -207,67 +206,6 @@ def conv_norm_activation(
     return (ops.conv3x3_bias_relu_pool if pool else ops.conv3x3_bias_relu)(x, conv.weight, conv.bias, **activation)
 
 
-class FoldedLayer(NamedTuple):
-    """What ATen's convolution takes in inference, and whether a norm comes after it that is not in the weight."""
-
-    weight: Tensor
-    bias: Tensor | None
-    needs_norm: bool
-
-
-class Folding:
-    """The layers of a net, (conv, norm) each, for inference; as long as its modules stay as they are."""
-
-    def __init__(self, layers: Sequence[tuple[Any, Any]]) -> None:
-        self.layers = layers
-        self._sources = [t for conv, norm in layers for t in (conv.weight, conv.bias, *(_statistics(norm) or ()))]
-        # With everything that the folded layers are made of beside the sources.
-        self._kind = ("folded layers", *(_needs_norm(norm) or getattr(norm, "eps", None) for _, norm in layers))
-
-    def folded(self) -> Iterator[FoldedLayer]:
-        """Yield them as they are now, kept until a parameter changes: to ask for all at once costs the host least."""
-        return iter(prepared(self._kind, self._sources, self._fold))
-
-    def _fold(self) -> list[FoldedLayer]:
-        return [_fold(conv, norm) for conv, norm in self.layers]
-
-
-def _fold(conv: Any, norm: Any) -> FoldedLayer:
-    weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach().clone()
-    statistics = _statistics(norm)
-    if statistics is not None:
-        weight, bias = folding.fold_batch_norm(weight, *statistics, norm.eps)
-    return FoldedLayer(weight.clone(memory_format=torch.channels_last), bias, _needs_norm(norm))
-
-
-def _needs_norm(norm: Any) -> bool:
-    return _statistics(norm) is None and not isinstance(norm, nn.Identity)
-
-
-def _statistics(norm: Any) -> tuple[Any, Any, Any, Any] | None:
-    """Mean, variance, gamma and beta of a batch norm by running statistics, None of another norm."""
-    if type(norm) is not nn.BatchNorm2d or norm.training or norm.running_mean is None:
-        return None
-    return norm.running_mean, norm.running_var, norm.weight, norm.bias
-
-
-# Of few channels ATen's convolution is its own loop, which loses to oneDNN from so many pixels on.
-_FEW_CHANNELS, _FEW_PIXELS = 4, 1024
-
-
-def _folded(norm: Any, act: Any, x: Tensor, folded: Iterator[FoldedLayer]) -> Tensor:
-    weight, bias, needs_norm = next(folded)
-    if x.shape[1] <= _FEW_CHANNELS and x.shape[2] * x.shape[3] > _FEW_PIXELS and dispatch.has_onednn():
-        y = onednn.convolve(x, weight, bias)
-    else:
-        y = F.conv2d(x, weight, bias, padding=1)
-    if needs_norm and isinstance(norm, nn.InstanceNorm2d):  # As a group norm of single channels it stays channels_last.
-        y = F.group_norm(y, y.shape[1], norm.weight, norm.bias, norm.eps)
-    elif needs_norm:
-        y = norm.forward(y)
-    return torch.relu_(y) if type(act) is nn.ReLU else act.forward(y)
-
-
 def is_left_to_aten(conv: Any, norm: Any, image: Tensor) -> bool:
     """Return whether the op of these two is torch's own anyway, on an image like this one whatever its channels."""
     if isinstance(norm, nn.InstanceNorm2d):  # Torch's answers contiguous for any format, and is slower.
@@ -281,7 +219,7 @@ def is_left_to_aten(conv: Any, norm: Any, image: Tensor) -> bool:
 
 def _is_inference(norm: Any) -> bool:
     """Whether norm is none, or batch norm by running statistics, and no gradient will be asked for."""
-    return not torch.is_grad_enabled() and (_statistics(norm) is not None or isinstance(norm, nn.Identity))
+    return not torch.is_grad_enabled() and (statistics_of(norm) is not None or isinstance(norm, nn.Identity))
 
 
 def _conv_norm_head(conv: Any, norm: Any, act: Any, x: Tensor, head: OutConv) -> Tensor:

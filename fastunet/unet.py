@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastunet import dispatch, modules, pretrained, reference
 from fastunet.checks import ConfigError, ShapeError, check_activation, check_together
+from fastunet.cpu.folded_layers import FoldedLayer, Folding
 from fastunet.model_state import Memo
 from fastunet.ops.registration import is_plain_call
 from fastunet.reference import ReferenceUNet
@@ -112,7 +113,7 @@ class UNet(ReferenceUNet):
             x = block.fused(x, skips.pop())
         return last.fused(x, skips.pop(), head=self.head)
 
-    def _by_layers(self, x: Tensor, folded: Iterator[modules.FoldedLayer] | None) -> Tensor:
+    def _by_layers(self, x: Tensor, folded: Iterator[FoldedLayer] | None) -> Tensor:
         skips = []
         for block in self.encoder:
             skip, x = block.layered_pool(x, folded)
@@ -142,7 +143,7 @@ class UNet(ReferenceUNet):
 
     def is_small(self, x: Tensor) -> bool:
         """Return whether on images like x ATen's layers, one after the other, compute the net in inference."""
-        return isinstance(self._way(x.new_empty(1, device="cpu").expand(x.shape)), modules.Folding)
+        return isinstance(self._way(x.new_empty(1, device="cpu").expand(x.shape)), Folding)
 
     def _way_by_size(self, x: Tensor) -> Any:
         levels = [torch.Size(side >> level for side in x.shape[2:]) for level in range(self.depth + 1)]
@@ -151,7 +152,7 @@ class UNet(ReferenceUNet):
         layers = [*zip(self._convolutions(), images, strict=True)]
         is_inference = not torch.is_grad_enabled() and not any(norm.training for (_, norm), _ in layers)
         if is_inference and dispatch.is_small([(image, conv.weight) for (conv, _), image in layers]):
-            return modules.Folding(self._convolutions())
+            return Folding(self._convolutions())
         is_left = all(modules.is_left_to_aten(conv, norm, image) for (conv, norm), image in layers)
         return LAYERS if is_left else OPS
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastunet
 from fastunet import dispatch
@@ -224,3 +226,17 @@ def test_an_image_of_another_dtype_or_device_is_one_clear_error(training: bool) 
             model(torch.zeros(1, 1, 8, 8, dtype=torch.float64))
         with pytest.raises(fastunet.checks.DeviceError, match=r"expected device meta .* got cpu"):
             model(torch.zeros(1, 1, 8, 8, device="meta"))
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:1].clone(), Tensor.double], ids=["one value", "float64"])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_small_net_refuses_what_torchs_batch_norm_refuses(name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Though it folds the norm into the convolution's weight, which any numbers could be multiplied with."""
+    model, x = fastunet.UNet(1, 2, features=(2, 4)).eval(), torch.zeros(1, 1, 8, 8)
+    with torch.no_grad():
+        model(x)
+        parameter = getattr(model.inc.double_conv[1], name)
+        parameter.data = change(parameter.data)
+        for net in (model.to_reference(), model):
+            with pytest.raises(RuntimeError):
+                net(x)
