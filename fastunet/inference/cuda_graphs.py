@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastunet import dispatch
 from fastunet.checks import ConfigError, DeviceError
 from fastunet.model_state import ModelState, autocast_dtype
 from fastunet.ops.registration import check_untransformed
@@ -75,7 +77,12 @@ class GraphedModel(nn.Module):
         if self._state is None or self._state[0] is not self.model or not self._state[1].holds():
             self._graphs.clear()
             self._state = self.model, ModelState(self.model, addresses=True)
-        key = (tuple(x.shape), x.dtype, x.device, autocast_dtype(x.device.type))
+        # A graph is recorded on the current GPU, which need not be the image's.
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            return self._replayed(x)
+
+    def _replayed(self, x: Tensor) -> Tensor:
+        key = (tuple(x.shape), x.dtype, x.device, autocast_dtype(x.device.type), dispatch.settings(x.device))
         graph = self._graphs.get(key)
         if graph is None or not graph.holds:
             graph = self._recorded(x)

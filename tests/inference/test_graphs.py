@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastunet
 from fastunet.checks import ConfigError, DeviceError
@@ -53,6 +55,29 @@ def test_results_are_the_models_and_stay(net: fastunet.UNet) -> None:
     torch.testing.assert_close(second, net(other))
     assert not torch.equal(first, second)
     assert (recorder.recorded, recorder.replayed) == (1, 2)
+
+
+@torch.no_grad()
+def test_all_is_done_on_the_images_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is current: a graph is recorded on the current GPU's stream."""
+    current, seen = ["cuda:0"], []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(str(chosen))
+        yield
+        current.pop()
+
+    def replayed(self: GraphedModel, x: Tensor) -> Tensor:
+        seen.append(current[-1])
+        return x
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(GraphedModel, "_replayed", replayed)
+    with FakeTensorMode():  # A tensor of a GPU that is not here.
+        graphed(nn.Identity().eval())(torch.empty_strided((1, 1, 8, 8), (64, 64, 8, 1), device="cuda:1"))
+    assert seen == ["cuda:1"]
+    assert current == ["cuda:0"]
 
 
 @torch.no_grad()
