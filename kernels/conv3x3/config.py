@@ -367,13 +367,28 @@ def weight_grad_programs(chosen: WeightGradConfig, c_in: int, c_out: int) -> int
     return taps_and_inputs * cdiv(c_out, chosen.block_out)
 
 
+# Waves of programs that are looked at; what a program costs beside its steps, in steps; and what fewer parts may cost,
+# since then fewer sums are written and read. Unmeasured.
+_MOST_WAVES, _STEPS_OF_ENDS, _FOR_FEWER_PARTS = 4, 2, 1.02
+
+
+@functools.lru_cache(_REMEMBERED)
 def weight_grad_splits(programs: int, tiles: int, target: Target) -> int:
     """Return how many parts the pixel tiles fall into, each summed by `programs` of its own.
 
-    Two programs for every multiprocessor, but at least eight tiles to a part, so that the partial sums, which are
-    written and read again, stay small beside the input. Unmeasured.
+    Two programs run on a multiprocessor at a time, and their waves are to be full. Of the numbers of parts of at least
+    eight tiles, whose sums are written and read again, that is taken by which the last wave ends first.
     """
-    return max(1, min(cdiv(2 * target.multiprocessors, programs), tiles // 8))
+    slots = 2 * target.multiprocessors
+
+    def steps(splits: int) -> int:
+        per_split = cdiv(tiles, splits)
+        return cdiv(programs * cdiv(tiles, per_split), slots) * (per_split + _STEPS_OF_ENDS)
+
+    most = min(tiles // 8, max(1, _MOST_WAVES * slots // programs))
+    candidates = range(1, max(1, most) + 1)
+    limit = _FOR_FEWER_PARTS * min(map(steps, candidates))
+    return next(splits for splits in candidates if steps(splits) <= limit)
 
 
 def conv_configs(dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[tuple[ConvConfig, bool], ConvShape]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import subprocess
 import sys
 
@@ -84,6 +86,17 @@ def test_weight_grad_config(
     assert 1 <= splits <= max(1, tiles // 8)
     reachable = config.weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
     assert (chosen, shape.aligned or chosen.variant == config.DESCRIPTOR) in reachable
+
+
+@pytest.mark.parametrize("multiprocessors", [108, 132, 148])
+@pytest.mark.parametrize("programs", [1, 9, 18, 36, 72, 144])
+def test_programs_of_a_weight_gradient_fill_their_waves(programs: int, multiprocessors: int) -> None:
+    """The last wave ends at most a tenth later than if the work could be divided at will."""
+    target = dataclasses.replace(gpu.known_target(90), multiprocessors=multiprocessors)
+    for tiles in (1024, 4096, 65536):
+        splits, slots = config.weight_grad_splits(programs, tiles, target), 2 * multiprocessors
+        steps = math.ceil(programs * splits / slots) * math.ceil(tiles / splits)
+        assert steps <= 1.1 * max(programs * tiles / slots, 8 + 1)
 
 
 @given(channels=st.integers(1, config_passes.MOST_CHANNELS))
