@@ -337,15 +337,16 @@ def derived_weight_grad_config(
 
 
 def _run_of_pixels(height: int, width: int) -> tuple[int, int] | None:
-    """Return height and width of tiles whose 64 pixels are neighbours in memory and which fill the image, None if none
-    do.
+    """Return height and width of tiles whose 64, 32 or 16 pixels are neighbours in memory and which fill the image, or
+    None.
 
     A tile past the image's edge would be filled with zeros, which beside an infinite neighbour make NaN.
     """
-    tile_w = 64 if width % 64 == 0 else width
-    if tile_w not in (8, 16, 32, 64) or height % (64 // tile_w):
-        return None
-    return 64 // tile_w, tile_w
+    for pixels in (64, 32, 16):
+        tile_w = pixels if width % pixels == 0 else width
+        if tile_w in (8, 16, 32, 64) and tile_w <= pixels and height % (pixels // tile_w) == 0:
+            return pixels // tile_w, tile_w
+    return None
 
 
 def _descriptor_weight_grad_config(
@@ -353,7 +354,7 @@ def _descriptor_weight_grad_config(
 ) -> WeightGradConfig:
     block_out = channel_block(c_out, 128)
     block_in = cover(c_in, 16, 128 if block_out == 128 else 64)
-    num_stages = stages(64 * (block_out + block_in) * dtype.itemsize, target)
+    num_stages = stages(tile[0] * tile[1] * (block_out + block_in) * dtype.itemsize, target)
     warps = 8 if block_out == block_in == 128 else 4
     limit = ALL_REGISTERS if target.capability >= 100 else None
     return WeightGradConfig(*tile, block_out, block_in, warps, num_stages, DESCRIPTOR, limit)
@@ -409,10 +410,10 @@ def weight_grad_configs(
 ) -> dict[tuple[WeightGradConfig, bool], ConvShape]:
     """Return every config that weight_grad_config can choose, aligned or not, each with a shape that leads to it."""
     found: dict[tuple[WeightGradConfig, bool], ConvShape] = {}
-    for c_in, c_out, side in itertools.product(
-        (3, 7, 17, 33, 16, 32, 64, 128), (17, 33, 32, 64, 128), (64, 32, 16, 8, 63)
-    ):
-        shape = ConvShape(c_in, 0, c_out, side, side, aligned(c_in, c_out))
+    # They lead to the runs of pixels, whole and cut; the last to none.
+    images = ((64, 64), (2, 32), (4, 16), (8, 8), (1, 32), (2, 16), (4, 8), (1, 16), (2, 8), (63, 63))
+    for c_in, c_out, image in itertools.product((3, 7, 17, 33, 16, 32, 64, 128), (17, 33, 32, 64, 128), images):
+        shape = ConvShape(c_in, 0, c_out, *image, aligned(c_in, c_out))
         chosen = weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
         found.setdefault((chosen, shape.aligned or chosen.variant == DESCRIPTOR), shape)
     return found

@@ -91,12 +91,14 @@ CASES = [
     ((2, 33, 0, 5, 1, 1), torch.float32, None),
     ((0, 3, 0, 4, 4, 4), torch.float32, None),
     ((2, 16, 0, 16, 16, 17), BFLOAT, MANY_SPLITS),
-    # Boxes: channels that do not fill a block, tiles cut by every edge, whole tiles; runs of pixels in the last two.
+    # Boxes: channels that do not fill a block, tiles cut by every edge, whole tiles; runs of 64 pixels, 32 and 16.
     ((2, 48, 0, 72, 9, 7), HALF, HOPPER),
     ((1, 16, 16, 136, 1, 10), BFLOAT, HOPPER),
     ((1, 64, 16, 64, 33, 9), BFLOAT, HOPPER),
     ((1, 32, 16, 40, 8, 8), HALF, HOPPER),
     ((1, 16, 0, 40, 1, 64), BFLOAT, HOPPER),
+    ((2, 16, 0, 40, 1, 96), BFLOAT, HOPPER),
+    ((1, 16, 0, 40, 3, 48), HALF, HOPPER),
     ((0, 16, 0, 40, 4, 4), HALF, HOPPER),
 ]
 
@@ -123,9 +125,12 @@ def test_which_variants_these_are() -> None:
         shape = config.ConvShape(c1, c2, c_out, h, w, config.aligned(c1, c2, c_out))
         chosen = config.conv_config(shape, dtype, target or gpu.INTERPRETER, allow_tf32=False)
         assert (chosen.variant == config.DESCRIPTOR) == (target is HOPPER)
-    whole, cut = (config.ConvShape(48, 0, 40, side, 8) for side in (8, 9))
-    variants = [config.weight_grad_config(s, HALF, HOPPER, allow_tf32=False).variant for s in (whole, cut)]
-    assert variants == [config.DESCRIPTOR, config.POINTER]
+    of_weight = [
+        config.weight_grad_config(config.ConvShape(48, 0, 40, *image), HALF, HOPPER, allow_tf32=False)
+        for image in ((8, 8), (1, 96), (3, 48), (9, 8))
+    ]
+    assert [each.tile_h * each.tile_w for each in of_weight if each.variant == config.DESCRIPTOR] == [64, 32, 16]
+    assert of_weight[-1].variant == config.POINTER
     chosen = config.weight_grad_config(config.ConvShape(16, 0, 16, 16, 17), BFLOAT, MANY_SPLITS, allow_tf32=False)
     tiles = 2 * config.tiles_per_image(chosen, 16, 17)
     assert config.weight_grad_splits(config.weight_grad_programs(chosen, 16, 16), tiles, MANY_SPLITS) > 2
