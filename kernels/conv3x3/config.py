@@ -35,6 +35,8 @@ TILE_W = 8
 # Left to itself, ptxas holds some kernels to 80, 128 or 168 registers, for occupancy, and spills a few values: these
 # are allowed all there are. The others do not spill, and might lose occupancy. Unmeasured.
 ALL_REGISTERS = 255
+# With eight warps, two programs run on a multiprocessor instead of one. Unmeasured.
+TWO_PROGRAMS = 128
 
 # Configurations remembered of each kind: they are pure functions of a shape, asked for at every launch.
 _REMEMBERED = 4096
@@ -158,7 +160,8 @@ def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, al
         return _descriptor_conv_config(shape, dtype, target)
     if shape.c2 == 0 and shape.c1 < FOLDED_BELOW:
         block_k = cover(9 * shape.c1, 16, 32) if tensor_cores else 16
-        return ConvConfig(tile_h, TILE_W, 64, block_k, 8, num_stages=1, variant=FOLDED, max_registers=ALL_REGISTERS)
+        registers = TWO_PROGRAMS if half and target.capability < 100 else ALL_REGISTERS
+        return ConvConfig(tile_h, TILE_W, 64, block_k, 8, num_stages=1, variant=FOLDED, max_registers=registers)
     if not shape.aligned:  # Loads go element by element: small steps and many threads hold the addresses.
         block_n = cover(shape.c_out, 32, 64)
         return ConvConfig(tile_h, TILE_W, block_n, 16, 8, num_stages=2, variant=POINTER, max_registers=ALL_REGISTERS)
@@ -172,6 +175,8 @@ def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, al
     wide = block_n == (128 if half else 64)
     num_stages = stages((tile_h * TILE_W + block_n) * block_k * dtype.itemsize, target)
     limit = None if half and block_n > 32 else ALL_REGISTERS
+    if half and wide and target.capability < 90:  # With a fourth stage's addresses two inputs would spill.
+        num_stages, limit = min(num_stages, 3), TWO_PROGRAMS
     return ConvConfig(tile_h, TILE_W, block_n, block_k, 8 if wide else 4, num_stages, POINTER, limit)
 
 

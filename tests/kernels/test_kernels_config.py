@@ -137,6 +137,14 @@ def test_few_input_channels_fold_their_taps() -> None:
     assert config.conv_config(with_up, torch.bfloat16, target, allow_tf32=False).variant == config.POINTER
 
 
+@pytest.mark.parametrize(("capability", "c_in"), [(80, 1), (90, 3), (80, 128), (86, 64), (89, 128)])
+def test_two_programs_of_eight_warps_share_the_registers(capability: int, c_in: int) -> None:
+    shape = ConvShape(c_in, 0, 128, 256, 256, config.aligned(c_in, 128))
+    chosen = config.conv_config(shape, torch.bfloat16, gpu.known_target(capability), allow_tf32=False)
+    assert chosen.num_warps == 8
+    assert 2 * 32 * chosen.num_warps * (chosen.max_registers or 255) <= 65536
+
+
 def test_deep_levels_get_smaller_tiles_than_wide_ones() -> None:
     target = gpu.known_target(90)
     deep, wide = (
