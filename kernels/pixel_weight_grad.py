@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config_pixels, gpu
-from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3 import config_grad
 from fastunet.kernels.epilogue import precision
 from fastunet.kernels.layout import packed
 from fastunet.kernels.pixels import (
@@ -120,7 +120,7 @@ def pixel_weight_grad_launches(
     programs = config_pixels.pixel_weight_grad_programs(chosen, channels, channels_out, subpixels)
     pixels = batch * height * width
     blocks = gpu.cdiv(pixels, chosen.block_p)
-    per_split = gpu.cdiv(blocks, config.weight_grad_splits(programs, blocks, target))
+    per_split = gpu.cdiv(blocks, config_grad.weight_grad_splits(programs, blocks, target))
     splits = gpu.cdiv(blocks, per_split)
     partial = torch.empty((splits, grad_weight.numel()), dtype=torch.float32, device=x.device)
     bias_partial = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fastunet.kernels import config_passes, config_pixels, gpu
-from fastunet.kernels.conv3x3 import config, config_hopper, config_search
+from fastunet.kernels.conv3x3 import config, config_grad, config_hopper, config_search
 from fastunet.kernels.conv3x3.config import ConvShape
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def _all_plain_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) ->
                 yield make("contiguous_weight", shape=shape)
         if shape.c_out <= chosen.block_n:
             yield make("head", shape=shape)
-    for shape in config.weight_grad_configs(dtype, target, allow_tf32=allow_tf32).values():
+    for shape in config_grad.weight_grad_configs(dtype, target, allow_tf32=allow_tf32).values():
         yield make("bias_grad", shape=shape)
     widest = max(
         (shape for (_, aligned), shape in shapes.items() if aligned), key=lambda shape: (shape.c1, shape.c_out)

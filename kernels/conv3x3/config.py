@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from fastunet.kernels import tuning
@@ -39,7 +40,7 @@ ALL_REGISTERS = 255
 TWO_PROGRAMS = 128
 
 # Configurations remembered of each kind: they are pure functions of a shape, asked for at every launch.
-_REMEMBERED = 4096
+REMEMBERED = 4096
 
 
 @dataclass(frozen=True)
@@ -88,28 +89,6 @@ class ConvConfig(Config):
         return self.block_n if self.variant == DESCRIPTOR else self.tile_h * self.tile_w
 
 
-@dataclass(frozen=True)
-class WeightGradConfig(Config):
-    """Blocks of the weight gradient.
-
-    tile_h, tile_w: pixels of one step, its K dimension. block_out: output channels. block_in: input channels, or all
-    9*C values where folded. variant: as in ConvConfig.
-    """
-
-    tile_h: int
-    tile_w: int
-    block_out: int
-    block_in: int
-    num_warps: int
-    num_stages: int
-    variant: str
-    max_registers: int | None = None
-
-    @property
-    def product_rows(self) -> int:
-        return self.block_out
-
-
 def stages(bytes_per_stage: int, target: Target, *, programs: int = 2) -> int:
     """Return pipeline stages, 2 to 4, such that `programs` of them fit one multiprocessor's shared memory together."""
     return max(2, min(4, target.shared_memory // programs // bytes_per_stage))
@@ -149,7 +128,7 @@ def conv_config(
     return override or derived_conv_config(shape, dtype, target, allow_tf32)
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool) -> ConvConfig:
     """Return conv_config, whatever was measured."""
     half = dtype.itemsize == 2
@@ -214,7 +193,7 @@ def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> Con
     return override or derived_composed_config(shape, dtype, target)
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def derived_composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
     """As composed_config, whatever was measured."""
     # There is a program for each of four sub-pixels: as many as of an image of twice the size.
@@ -252,7 +231,7 @@ def fits_fp8(inputs: tuple[int, ...], c_out: int) -> bool:
     return all(c % 32 == 0 for c in inputs) and c_out % 8 == 0 and c_out > 32
 
 
-@functools.lru_cache(_REMEMBERED)
+@functools.lru_cache(REMEMBERED)
 def fp8_config(shape: ConvShape, target: Target) -> ConvConfig:
     """Return the descriptor variant's blocks for e4m3, where `fits_fp8`: its steps have twice as many channels.
     Unmeasured.
@@ -286,8 +265,8 @@ def with_head(chosen: ConvConfig) -> ConvConfig:
     return replace(chosen, tile_h=min(chosen.tile_h, 16))
 
 
-def tiles_per_image(chosen: ConvConfig | WeightGradConfig, height: int, width: int) -> int:
-    """Return the pixel tiles that cover an image."""
+def tiles_per_image(chosen: Any, height: int, width: int) -> int:
+    """Return the tiles, tile_h x tile_w pixels as the config has them, that cover an image."""
     return cdiv(height, chosen.tile_h) * cdiv(width, chosen.tile_w)
 
 
@@ -310,93 +289,6 @@ def conv_steps(chosen: ConvConfig, channels: int) -> int:
     return cdiv(9 * channels, chosen.block_k) if chosen.variant == FOLDED else 9 * cdiv(channels, chosen.block_k)
 
 
-def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> WeightGradConfig:
-    """Return the blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""
-    override = tuning.override("conv3x3_weight_grad", shape, dtype, allow_tf32, target.name, WeightGradConfig)
-    return override or derived_weight_grad_config(shape, dtype, target, allow_tf32)
-
-
-@functools.lru_cache(_REMEMBERED)
-def derived_weight_grad_config(
-    shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool
-) -> WeightGradConfig:
-    """As weight_grad_config, whatever was measured."""
-    half = dtype.itemsize == 2
-    c_in, c_out = shape.c1, shape.c_out
-    tile = _run_of_pixels(shape.height, shape.width)
-    if tile is not None and fits_descriptors(dtype, target, (c_in,), (c_out,)):
-        return _descriptor_weight_grad_config(c_in, c_out, tile, dtype, target)
-    tile_h, widest = (4, 64) if half or allow_tf32 else (2, 32)
-    if c_in < FOLDED_BELOW:
-        return WeightGradConfig(tile_h, TILE_W, widest, cover(9 * c_in, 32, 64), 8, 2, FOLDED, ALL_REGISTERS)
-    if not aligned(c_in, c_out):
-        block_out, block_in = cover(c_out, 32, widest), cover(c_in, 32, 64)
-        return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8, 2, POINTER, ALL_REGISTERS)
-    block_out = channel_block(c_out, 128 if half else 64)
-    block_in = channel_block(c_in, 128 if block_out == 128 else 64)
-    tile_h = 8 if half and target.capability >= 90 else 4
-    wide = block_out == 128 or (not half and not allow_tf32 and block_out == block_in == 64)
-    num_stages = stages(tile_h * TILE_W * (block_out + block_in) * dtype.itemsize, target)
-    limit = None if half else ALL_REGISTERS
-    return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8 if wide else 4, num_stages, POINTER, limit)
-
-
-def _run_of_pixels(height: int, width: int) -> tuple[int, int] | None:
-    """Return height and width of tiles whose 64, 32 or 16 pixels are neighbours in memory and which fill the image, or
-    None.
-
-    A tile past the image's edge would be filled with zeros, which beside an infinite neighbour make NaN.
-    """
-    for pixels in (64, 32, 16):
-        tile_w = pixels if width % pixels == 0 else width
-        if tile_w in (8, 16, 32, 64) and tile_w <= pixels and height % (pixels // tile_w) == 0:
-            return pixels // tile_w, tile_w
-    return None
-
-
-def _descriptor_weight_grad_config(
-    c_in: int, c_out: int, tile: tuple[int, int], dtype: torch.dtype, target: Target
-) -> WeightGradConfig:
-    block_out = channel_block(c_out, 128)
-    block_in = cover(c_in, 16, 128 if block_out == 128 else 64)
-    num_stages = stages(tile[0] * tile[1] * (block_out + block_in) * dtype.itemsize, target)
-    warps = 8 if block_out == block_in == 128 else 4
-    limit = ALL_REGISTERS if target.capability >= 100 else None
-    return WeightGradConfig(*tile, block_out, block_in, warps, num_stages, DESCRIPTOR, limit)
-
-
-def weight_grad_programs(chosen: WeightGradConfig, c_in: int, c_out: int) -> int:
-    """Return the programs that together cover one weight gradient: channel blocks, times the taps unless they are
-    folded.
-    """
-    taps_and_inputs = 1 if chosen.variant == FOLDED else 9 * cdiv(c_in, chosen.block_in)
-    return taps_and_inputs * cdiv(c_out, chosen.block_out)
-
-
-# Waves of programs that are looked at; what a program costs beside its steps, in steps; and what fewer parts may cost,
-# since then fewer sums are written and read. Unmeasured.
-_MOST_WAVES, _STEPS_OF_ENDS, _FOR_FEWER_PARTS = 4, 2, 1.02
-
-
-@functools.lru_cache(_REMEMBERED)
-def weight_grad_splits(programs: int, tiles: int, target: Target) -> int:
-    """Return how many parts the pixel tiles fall into, each summed by `programs` of its own.
-
-    Two programs run on a multiprocessor at a time, and their waves are to be full. Of the numbers of parts of at least
-    eight tiles, whose sums are written and read again, that is taken by which the last wave ends first.
-    """
-    slots = 2 * target.multiprocessors
-
-    def steps(splits: int) -> int:
-        per_split = cdiv(tiles, splits)
-        return cdiv(programs * cdiv(tiles, per_split), slots) * (per_split + _STEPS_OF_ENDS)
-
-    most = min(tiles // 8, max(1, _MOST_WAVES * slots // programs))
-    candidates = range(1, max(1, most) + 1)
-    limit = _FOR_FEWER_PARTS * min(map(steps, candidates))
-    return next(splits for splits in candidates if steps(splits) <= limit)
-
-
 def conv_configs(dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[tuple[ConvConfig, bool], ConvShape]:
     """Return every config that conv_config can choose for aligned and unaligned shapes, each with a shape that leads to
     it.
@@ -406,19 +298,5 @@ def conv_configs(dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dic
     for c1, c_out, (height, width) in itertools.product((1, 3, 17, 16, 32, 64), (32, 64, 128, 33), images):
         shape = ConvShape(c1, 0, c_out, height, width, aligned(c1, c_out))
         chosen = conv_config(shape, dtype, target, allow_tf32=allow_tf32)
-        found.setdefault((chosen, shape.aligned or chosen.variant == DESCRIPTOR), shape)
-    return found
-
-
-def weight_grad_configs(
-    dtype: torch.dtype, target: Target, *, allow_tf32: bool
-) -> dict[tuple[WeightGradConfig, bool], ConvShape]:
-    """Return every config that weight_grad_config can choose, aligned or not, each with a shape that leads to it."""
-    found: dict[tuple[WeightGradConfig, bool], ConvShape] = {}
-    # They lead to the runs of pixels, whole and cut; the last to none.
-    images = ((64, 64), (2, 32), (4, 16), (8, 8), (1, 32), (2, 16), (4, 8), (1, 16), (2, 8), (63, 63))
-    for c_in, c_out, image in itertools.product((3, 7, 17, 33, 16, 32, 64, 128), (17, 33, 32, 64, 128), images):
-        shape = ConvShape(c_in, 0, c_out, *image, aligned(c_in, c_out))
-        chosen = weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
         found.setdefault((chosen, shape.aligned or chosen.variant == DESCRIPTOR), shape)
     return found

@@ -14,7 +14,7 @@ from dataclasses import astuple, replace
 from typing import TypeVar
 
 import torch
-from fastunet.kernels.conv3x3 import config, config_hopper
+from fastunet.kernels.conv3x3 import config, config_grad, config_hopper
 from fastunet.kernels.conv3x3.config import (
     ALL_REGISTERS,
     DESCRIPTOR,
@@ -24,7 +24,6 @@ from fastunet.kernels.conv3x3.config import (
     TILE_W,
     ConvConfig,
     ConvShape,
-    WeightGradConfig,
 )
 from fastunet.kernels.gpu import Target
 
@@ -33,7 +32,7 @@ _MOST_SUMS = 128
 _WARPS = (4, 8)
 _STAGES = (2, 3, 4)
 
-T = TypeVar("T", ConvConfig, WeightGradConfig)
+T = TypeVar("T", ConvConfig, config_grad.WeightGradConfig)
 
 
 def conv_variants(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[str, ConvConfig]:
@@ -129,9 +128,9 @@ def _register_limit(variant: str, block_n: int, dtype: torch.dtype, target: Targ
 
 def feasible_weight_grad_configs(
     shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool
-) -> list[WeightGradConfig]:
+) -> list[config_grad.WeightGradConfig]:
     """Return configs for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32."""
-    derived = config.derived_weight_grad_config(shape, dtype, target, allow_tf32)
+    derived = config_grad.derived_weight_grad_config(shape, dtype, target, allow_tf32)
     # The descriptor variant's tile is a run of neighbours in memory; the folded variant's block holds all taps.
     heights = (derived.tile_h,) if derived.variant == DESCRIPTOR else (2, 4, 8)
     blocks_out = [n for n in (32, 64, 128) if n <= config.cover(shape.c_out, 32, 128)]

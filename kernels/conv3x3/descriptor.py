@@ -12,7 +12,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3 import config, config_grad
 from fastunet.kernels.epilogue import finish_sums, scale_to_e4m3, store_head, store_statistics
 from fastunet.kernels.layout import weight_matrix
 from fastunet.kernels.tiles import activate_grad, pixel_offsets, pool2x2_columns, tile_origin, tile_pixels
@@ -235,7 +235,7 @@ def input_grad_operands(
     }
 
 
-def weight_grad_operands(grad: Tensor, x: Tensor, chosen: config.WeightGradConfig) -> dict[str, Any]:
+def weight_grad_operands(grad: Tensor, x: Tensor, chosen: config_grad.WeightGradConfig) -> dict[str, Any]:
     """Return what the weight gradient reads."""
     n, c, h, w = grad.shape
     pixels = chosen.tile_h * chosen.tile_w

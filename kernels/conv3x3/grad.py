@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import gpu
-from fastunet.kernels.conv3x3 import config, descriptor, pointer
+from fastunet.kernels.conv3x3 import config, config_grad, descriptor, pointer
 from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, conv3x3_launch, halo_runs, weight_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
 from fastunet.kernels.layout import empty_packed, packed
@@ -261,10 +261,10 @@ def weight_grad_launches(
     batch, channels, height, width = x.shape
     channels_out = grad.shape[1]
     shape = config.ConvShape(channels, 0, channels_out, height, width)
-    chosen = config.weight_grad_config(shape, x.dtype, target, allow_tf32=allow_tf32)
-    programs = config.weight_grad_programs(chosen, channels, channels_out)
+    chosen = config_grad.weight_grad_config(shape, x.dtype, target, allow_tf32=allow_tf32)
+    programs = config_grad.weight_grad_programs(chosen, channels, channels_out)
     tiles = batch * config.tiles_per_image(chosen, height, width)
-    per_split = gpu.cdiv(tiles, config.weight_grad_splits(programs, tiles, target))
+    per_split = gpu.cdiv(tiles, config_grad.weight_grad_splits(programs, tiles, target))
     splits = gpu.cdiv(tiles, per_split)
     total = channels_out * (9 * channels + (0 if grad_bias is None else 1))
     partial = torch.empty((splits, total), dtype=torch.float32, device=x.device)

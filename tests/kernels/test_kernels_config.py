@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from fastunet.kernels import config_passes, config_pixels, gpu
-from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3 import config, config_grad
 from fastunet.kernels.conv3x3.config import ConvShape
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,16 +75,16 @@ def test_weight_grad_config(
 ) -> None:
     dtype, allow_tf32 = format
     shape = ConvShape(c_in, 0, c_out, h, w, config.aligned(c_in, c_out))
-    chosen = config.weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
+    chosen = config_grad.weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
     pixels = chosen.tile_h * chosen.tile_w
     assert min(pixels, chosen.block_out, chosen.block_in) >= 16
     stage = pixels * (chosen.block_out + chosen.block_in) * dtype.itemsize
     assert chosen.num_stages * stage <= target.shared_memory
     if chosen.variant == config.FOLDED:
         assert chosen.block_in >= 9 * c_in
-    splits = config.weight_grad_splits(config.weight_grad_programs(chosen, c_in, c_out), tiles, target)
+    splits = config_grad.weight_grad_splits(config_grad.weight_grad_programs(chosen, c_in, c_out), tiles, target)
     assert 1 <= splits <= max(1, tiles // 8)
-    reachable = config.weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
+    reachable = config_grad.weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
     assert (chosen, shape.aligned or chosen.variant == config.DESCRIPTOR) in reachable
 
 
@@ -94,7 +94,7 @@ def test_programs_of_a_weight_gradient_fill_their_waves(programs: int, multiproc
     """The last wave ends at most a tenth later than if the work could be divided at will."""
     target = dataclasses.replace(gpu.known_target(90), multiprocessors=multiprocessors)
     for tiles in (1024, 4096, 65536):
-        splits, slots = config.weight_grad_splits(programs, tiles, target), 2 * multiprocessors
+        splits, slots = config_grad.weight_grad_splits(programs, tiles, target), 2 * multiprocessors
         steps = math.ceil(programs * splits / slots) * math.ceil(tiles / splits)
         assert steps <= 1.1 * max(programs * tiles / slots, 8 + 1)
 
@@ -207,7 +207,7 @@ def test_pixel_weight_grad_configs(
         assert chosen.num_stages * stage <= target.shared_memory
         programs = config_pixels.pixel_weight_grad_programs(chosen, c_in, c_out, subpixels)
         assert programs * chosen.block_in * chosen.block_out >= subpixels * c_in * c_out
-        assert 1 <= config.weight_grad_splits(programs, blocks, target) <= max(1, blocks // 8)
+        assert 1 <= config_grad.weight_grad_splits(programs, blocks, target) <= max(1, blocks // 8)
     assert transpose in config_pixels.pixel_weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fastunet.kernels import gpu
-from fastunet.kernels.conv3x3 import config, config_search
+from fastunet.kernels.conv3x3 import config, config_grad, config_search
 from fastunet.kernels.conv3x3.config import DESCRIPTOR, FOLDED, HALO, POINTER, ConvShape
 
 AMPERE, HOPPER = gpu.known_target(80), gpu.known_target(90)
@@ -71,7 +71,7 @@ def test_a_measured_table_does_not_move_the_search(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], ConvShape(512, 0, 1024, 32, 32)], ids=str)
 def test_weight_gradients(shape: ConvShape, target: gpu.Target) -> None:
     found = config_search.feasible_weight_grad_configs(shape, torch.bfloat16, target, allow_tf32=False)
-    derived = config.weight_grad_config(shape, torch.bfloat16, target, allow_tf32=False)
+    derived = config_grad.weight_grad_config(shape, torch.bfloat16, target, allow_tf32=False)
     assert found[0] == derived
     assert len(set(found)) == len(found) > 1
     for each in found:

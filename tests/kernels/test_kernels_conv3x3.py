@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastunet.kernels import gpu
-from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3 import config, config_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injected_faults import check_tests, load
@@ -126,14 +126,14 @@ def test_which_variants_these_are() -> None:
         chosen = config.conv_config(shape, dtype, target or gpu.INTERPRETER, allow_tf32=False)
         assert (chosen.variant == config.DESCRIPTOR) == (target is HOPPER)
     of_weight = [
-        config.weight_grad_config(config.ConvShape(48, 0, 40, *image), HALF, HOPPER, allow_tf32=False)
+        config_grad.weight_grad_config(config.ConvShape(48, 0, 40, *image), HALF, HOPPER, allow_tf32=False)
         for image in ((8, 8), (1, 96), (3, 48), (9, 8))
     ]
     assert [each.tile_h * each.tile_w for each in of_weight if each.variant == config.DESCRIPTOR] == [64, 32, 16]
     assert of_weight[-1].variant == config.POINTER
-    chosen = config.weight_grad_config(config.ConvShape(16, 0, 16, 16, 17), BFLOAT, MANY_SPLITS, allow_tf32=False)
+    chosen = config_grad.weight_grad_config(config.ConvShape(16, 0, 16, 16, 17), BFLOAT, MANY_SPLITS, allow_tf32=False)
     tiles = 2 * config.tiles_per_image(chosen, 16, 17)
-    assert config.weight_grad_splits(config.weight_grad_programs(chosen, 16, 16), tiles, MANY_SPLITS) > 2
+    assert config_grad.weight_grad_splits(config_grad.weight_grad_programs(chosen, 16, 16), tiles, MANY_SPLITS) > 2
 
 
 @pytest.mark.parametrize("slope", [None, 0.1, 1.5])

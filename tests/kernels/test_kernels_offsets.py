@@ -26,7 +26,7 @@ from fastunet.kernels import (
     norm_grad,
     reduction,
 )
-from fastunet.kernels.conv3x3 import config, grad, pointer
+from fastunet.kernels.conv3x3 import config_grad, grad, pointer
 from fastunet.kernels.epilogue import Head
 from kernel_device import INTERPRETED, MARK
 from torch import Tensor
@@ -149,7 +149,7 @@ def test_last_image_is_as_alone(call: str, launched: list[gpu.Launch], many: Cal
 @pytest.fixture
 def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of an image or two: the last is a short loop."""
-    monkeypatch.setattr(config, "weight_grad_splits", lambda programs, tiles, target: max(1, tiles // 64))
+    monkeypatch.setattr(config_grad, "weight_grad_splits", lambda programs, tiles, target: max(1, tiles // 64))
     monkeypatch.setattr(config_passes, "norm_grad_splits", lambda windows, channels, target: max(1, windows // 512))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastunet.kernels import config_pixels, gpu
-from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3 import config_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injected_faults import check_tests, load
@@ -183,7 +183,7 @@ def test_which_configurations_these_are() -> None:
         assert (by_boxes is not None) == (target is HOPPER)
     chosen = config_pixels.pixel_weight_grad_config(16, 16, BFLOAT, MANY_SPLITS, allow_tf32=False)
     programs = config_pixels.pixel_weight_grad_programs(chosen, 16, 16, 4)
-    assert config.weight_grad_splits(programs, 2 * 19 * 17 // chosen.block_p, MANY_SPLITS) > 1
+    assert config_grad.weight_grad_splits(programs, 2 * 19 * 17 // chosen.block_p, MANY_SPLITS) > 1
 
 
 channels = st.one_of(st.sampled_from([1, 3, 5, 17]), st.integers(1, 40))

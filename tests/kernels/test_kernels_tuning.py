@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastunet.kernels import gpu, tuning
-from fastunet.kernels.conv3x3 import config
+from fastunet.kernels.conv3x3 import config, config_grad
 from fastunet.kernels.conv3x3.config import ConvShape
 
 HOPPER = gpu.known_target(90)
@@ -43,14 +43,14 @@ def test_a_row_overrides_its_own_shape_dtype_and_gpu_alone(table: Path) -> None:
 
 
 def test_rows_of_the_weight_gradient(table: Path) -> None:
-    derived = config.weight_grad_config(SHAPE, torch.float32, HOPPER, allow_tf32=True)
+    derived = config_grad.weight_grad_config(SHAPE, torch.float32, HOPPER, allow_tf32=True)
     winner = dataclasses.replace(derived, num_stages=2 if derived.num_stages != 2 else 3)
     table.write_text(
         json.dumps({"configs": [tuning.as_row("conv3x3_weight_grad", SHAPE, torch.float32, True, winner)]})
     )
     tuning._table_of.cache_clear()
-    assert config.weight_grad_config(SHAPE, torch.float32, HOPPER, allow_tf32=True) == winner
-    assert config.weight_grad_config(SHAPE, torch.float32, HOPPER, allow_tf32=False) != winner
+    assert config_grad.weight_grad_config(SHAPE, torch.float32, HOPPER, allow_tf32=True) == winner
+    assert config_grad.weight_grad_config(SHAPE, torch.float32, HOPPER, allow_tf32=False) != winner
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"configs": [{"op": "conv3x3"}]}'])
