@@ -21,12 +21,12 @@ from fastunet.testing import cpu_accumulates_in_float32, float32_precision, pari
 from fastunet.testing.parity import backends_for
 
 from .cases import DIRECTIONS, DTYPE, TASKS, Layer, Settings
-from .harness.timing import burst_and_steady, clock_of, cudnn_benchmark
+from .harness.timing import burst_and_steady, clock_of, cudnn_benchmark, second_clock
 from .harness.worker import Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, our_net
 from .results import Row, failure
 from .roofline import measure_roofs
-from .runs import case_run, compare_layer, compare_net, make_net, peak_bytes, wanted_of
+from .runs import case_run, compare_layer, compare_net, device_inputs, make_net, peak_bytes, wanted_of
 from .unet import layer_row, net_row
 
 # Seconds that one step may take: most go to Triton's and ptxas's first compilation, and none should take half of this.
@@ -46,7 +46,8 @@ class Step:
 
     "parity": name is the case's number, variant the number format. "layer": the layer; the direction, or COMPILED for
     forward beside what torch.compile makes of it. "net": the task; variant empty or one of COMPILED_NETS, which take a
-    minute each. "roofs": the device's. "tune", "speedup": see tune.
+    minute each. "roofs": the device's. "clock": the layer that is timed by another timer too. "tune", "speedup": see
+    tune.
     """
 
     kind: str
@@ -66,6 +67,7 @@ def all_steps(settings: Settings) -> list[Step]:
     steps += [Step("roofs", "copy, matmul, L2")]
     steps += [Step("layer", name, DIRECTIONS[0]) for name in layers]
     steps += [Step("net", task) for task in TASKS]
+    steps += [Step("clock", layers[1])] if settings.device == "cuda" else []
     steps += [Step("layer", name, DIRECTIONS[1]) for name in layers]
     steps += [Step("net", task, name) for name in COMPILED_NETS for task in TASKS]
     steps += [Step("parity", case, name) for name in formats[1:] for case in cases]
@@ -89,7 +91,7 @@ def describe(settings: Settings, step: Step) -> Row:
     if step.kind == "parity":
         case = parity.cases()[int(step.name)]
         row |= {"name": str(case), "op": case.op}
-    if step.kind == "layer":
+    if step.kind in ("layer", "clock"):
         layer = layer_of(settings, step.name)
         row |= layer_row(layer) | ({"flops": layer.backward_flops} if step.variant == "backward" else {})
     return row | net_row(settings, step.name) if step.kind == "net" else row
@@ -125,7 +127,7 @@ def _measured(settings: Settings, step: Step, row: Row) -> Row:
     dtype = parity.FORMATS[step.variant][0] if step.kind == "parity" else DTYPE
     backends, row["why_no_triton"] = backends_for(op, settings.torch_device, dtype)
     row["implementation"] = backends[0]
-    measure = {"parity": _parity, "layer": _layer, "net": _net}[step.kind]
+    measure = {"parity": _parity, "layer": _layer, "clock": _clock, "net": _net}[step.kind]
     with fastunet.backend(backends[0]):
         return measure(settings, step, backends)
 
@@ -150,6 +152,13 @@ def _layer(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
     if step.variant == "forward" and backends[0] == "triton":
         chosen += variants_of(layer, device)
     return compare_layer(settings, layer, chosen + _others(others, compiled=step.variant == COMPILED))
+
+
+def _clock(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
+    """Ours by two timers: that they agree is what all other times rest on."""
+    layer, device = layer_of(settings, step.name), settings.torch_device
+    ours, *_ = layer_providers(layer, device, DTYPE)
+    return second_clock(ours.prepare(device_inputs(layer, device)), clock_of(device))
 
 
 def _gradients(layer: Layer, name: str, backend: str) -> Provider:

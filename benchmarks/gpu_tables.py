@@ -48,6 +48,7 @@ def render(report: Report) -> str:
         "Layers, backward": _layers_table(by_kind.get("layer backward", [])),
         "Layers, forward, beside torch.compile": _layers_table(by_kind.get(f"layer {COMPILED}", [])),
         "Whole net": _nets_table(by_kind.get("net", [])),
+        "The timer beside CuPy's": _clock_table(by_kind.get("clock", [])),
         "Parity with float64": _parity_table(by_kind.get("parity", [])),
         "Configurations measured": tune_table(by_kind.get("tune", []) + by_kind.get("speedup", [])),
     }
@@ -123,6 +124,14 @@ def tune_table(rows: Sequence[Row]) -> str:
         dropped = "; ".join(_shortened(each["reason"]) for each in row.get("dropped", ()))
         lines.append([row["name"], row["variant"], config, *found, _note(row) or dropped])
     return markdown(["layer", "what", "config", "heuristic / it", "aten / it", "note"], lines)
+
+
+def _clock_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        figures = [f"{row[name]:.3g}" if name in row else "" for name in ("event_ms", "cupy_ms", "ratio")]
+        lines.append([row["name"], *figures, row.get("reason", "")])
+    return markdown(["layer", "fastunet's clock, ms", "CuPy's, ms", "ratio", "note"], lines)
 
 
 def _parity_table(rows: Sequence[Row]) -> str:
