@@ -100,18 +100,23 @@ class Expected:
         largest = ((self.value - self.tolerance).clamp(min=0) + eps).rsqrt()
         return Expected(value, largest - value).rounded(_SPECIAL)
 
-    def sigmoid(self) -> Expected:
-        """Compute s = 1/(1 + exp(-z)) of logits z that are off by E; below 0 it may be exp(z)/(1 + exp(z)).
+    def sigmoid(self, *, two_sided: bool = False) -> Expected:
+        """Compute s = 1/(1 + exp(-z)) of logits z that are off by E; two_sided: exp(z)/(1 + exp(z)) below 0.
 
         With u the unit roundoff of float32: exp(t) is off by (2|t| + 4) u relatively, since exp2(t * log2(e)) rounds
         its constant and its product, and GPUs' exp2 is good to 2^-22. A division is good to 2 ulp, 4u. What is below
         2^-126 may be lost. The slope is s(1 - s), and within E of z at most exp(E) times that; exp(-z) weighs 1 - s in
-        the sum, which is rounded once, and exp(z) s, beside the 1 that it has as a factor, and one product more:
-            error = E exp(E) s(1 - s) + s ((1 - s or 1 + s)(2|z| + 4) + 6) u + 2^-126
+        the sum, which is rounded once:
+            error = E exp(E) s(1 - s) + s ((1 - s)(2|z| + 4) + 5) u + 2^-126
+        Below 0 of two sides exp(z) weighs s in the sum beside the 1 that it has as a factor, and a product is rounded
+        more: (1 + s)(2|z| + 4) + 6.
         """
         z, error = self
         value, other = z.sigmoid(), (-z).sigmoid()
-        own = value * (torch.where(z < 0, 1 + value, other) * (2 * z.abs() + 4) + 6) * _U + FP32_SMALLEST
+        of_exp, others = other, torch.full_like(z, 5)
+        if two_sided:
+            of_exp, others = torch.where(z < 0, 1 + value, other), torch.where(z < 0, 6.0, others)
+        own = value * (of_exp * (2 * z.abs() + 4) + others) * _U + FP32_SMALLEST
         return Expected(value, error * error.exp() * value * other + own)
 
     def softmax(self) -> Expected:

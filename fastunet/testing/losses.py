@@ -30,7 +30,7 @@ def _activated(x: Tensor, softmax: bool) -> tuple[Expected, Expected, list[Expec
         own = Expected.softmax_sum_error(p.value, distance)
         return p, Expected.exact(torch.ones_like(p.value)) - p, [Expected(minus_log, own).rounded(4)]
     logs = [Expected.exact(-F.logsigmoid(z)).rounded(4 * z.abs() + 18) for z in (x.double(), -x.double())]
-    return logits.sigmoid(), Expected.exact(-x).sigmoid(), logs
+    return logits.sigmoid(two_sided=True), Expected.exact(-x).sigmoid(two_sided=True), logs
 
 
 def _target_and_mask(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Expected, Expected]:
