@@ -34,7 +34,20 @@ _HOMES: dict[str, str | None] = {
     "recomputing": "ops.recompute",
     "reference": None,
 }
-__all__ = [*_HOMES]
+__all__ = [
+    "FastUNetError",
+    "UNet",
+    "backend",
+    "compile",
+    "explain",
+    "graphed",
+    "losses",
+    "ops",
+    "predict",
+    "quantize",
+    "recomputing",
+    "reference",
+]
 
 
 def __getattr__(name: str) -> Any:
