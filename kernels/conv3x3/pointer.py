@@ -2,7 +2,7 @@
 
 An implicit GEMM on packed NHWC activations: a program owns a tile of P pixels and BLOCK_N output channels, and steps
 through the taps and the input channels. Here it gathers its [P, BLOCK_K] operand from shifted pixels, on any GPU;
-`conv3x3_descriptor` has the variant for those that copy whole boxes. Two inputs stand for their concatenation along the
+`descriptor` has the variant for those that copy whole boxes. Two inputs stand for their concatenation along the
 channels, which is never written.
 """
 
