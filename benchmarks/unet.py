@@ -200,8 +200,11 @@ def _host_row(settings: Settings, task: str) -> Row:
     plain: Any = model.to_reference()
     batch = settings.batch if task == "inference" else max(2, settings.batch)
     x = images(settings, batch, settings.size)
-    nets = {OURS: model, PLAIN: plain.to(memory_format=torch.channels_last)}
-    runs = {name: [_host_run(net.train(task == "training"), x)] for name, net in nets.items()}
+    nets = {OURS: model, PLAIN: plain}
+    runs = {}
+    for name, net in nets.items():
+        net = net.to(memory_format=torch.channels_last).train(task == "training")
+        runs[name] = [_host_run(net, x)]
     row = {"kind": "net", "name": task, "status": "ok", "missing": {}, "images": batch}
     return row | time_in_turn(settings, runs)
 

@@ -191,6 +191,8 @@ class _Loop:
         self.dataset = SegmentationDataset(pairs, run.data, crop=config.crop, length=length, seed=config.seed)
         # Its own generator: the loader would draw from that of the augmentation, once more after a resumption.
         self.loading = {"num_workers": workers, "pin_memory": gpu, "generator": torch.Generator()}
+        # As the images are: convolutions would rearrange contiguous weights, and their gradients, at every step.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # fused: one pass over the weights instead of a dozen.
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
