@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastunet import dispatch, ops, reference
 from fastunet.cpu.folded_layers import FoldedLayer, run_layer, statistics_of
-from fastunet.ops.conv3x3 import ConvArgs
+from fastunet.ops.conv3x3 import ConvArgs, conv3x3
 from fastunet.reference.unet import HEADS, padding_to
 from fastunet.torch_private import has_hooks, in_transform
 
@@ -56,20 +56,28 @@ class DoubleConv(reference.DoubleConv):
 
     def fused(self, x: Tensor, up: Tensor | None = None, *, head: OutConv | None = None) -> Tensor:
         """forward of x, or of [x, up] without joining them; with head, head(forward(...))."""
-        conv1, norm1, act1, conv2, norm2, act2 = self.double_conv
-        if _are_one_op(norm1, act1, norm2, act2) and not (head is not None and self._fuses(head)):
-            weights, biases = (conv1.weight, conv2.weight), (conv1.bias, conv2.bias)
-            y = ops.double_conv3x3_bias_relu(x, up, weights, biases, negative_slope=_slope(act1))
+        if self._is_one_op() and not (head is not None and self._fuses(head)):
+            y = self._as_one_op(x, up)
             return y if head is None else head.fused(y)
+        conv1, norm1, act1, *_ = self.double_conv
         return self.fused_second(conv_norm_activation(conv1, norm1, act1, x, up), head=head)
 
     def fused_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(y, max_pool2x2(y)) of y = forward(x)."""
+        if self._is_one_op():
+            return self._as_one_op(x, pool=True)
         conv1, norm1, act1, conv2, norm2, act2 = self.double_conv
-        if _are_one_op(norm1, act1, norm2, act2):
-            weights, biases = (conv1.weight, conv2.weight), (conv1.bias, conv2.bias)
-            return ops.double_conv3x3_bias_relu(x, None, weights, biases, negative_slope=_slope(act1), pool=True)
         return conv_norm_activation(conv2, norm2, act2, conv_norm_activation(conv1, norm1, act1, x), pool=True)
+
+    def _is_one_op(self) -> bool:
+        """Whether the two are without norm and of the same activation, and none sees what is between."""
+        _, norm1, act1, _, norm2, act2 = self.double_conv
+        return type(norm1) is nn.Identity and type(norm2) is nn.Identity and _slope(act1) == _slope(act2)
+
+    def _as_one_op(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
+        conv1, _, act, conv2, _, _ = self.double_conv
+        weights, biases = (conv1.weight, conv2.weight), (conv1.bias, conv2.bias)
+        return ops.double_conv3x3_bias_relu(x, up, weights, biases, negative_slope=_slope(act), pool=pool)
 
     def fused_second(self, x: Tensor, *, head: OutConv | None = None) -> Tensor:
         """The rest of `fused`, from the output of the first three on."""
@@ -192,18 +200,28 @@ def conv_norm_activation(
     conv: Any, norm: Any, act: Any, x: Tensor, up: Tensor | None = None, *, pool: bool = False
 ) -> Any:
     """act(norm(conv(x))) of three that are fusable, as one op; x, or [x, up]. With pool, (y, max_pool2x2(y))."""
-    activation: dict[str, Any] = {"negative_slope": _slope(act)}
-    if isinstance(norm, nn.BatchNorm2d):
-        return _batch_norm(conv, norm, x, up, pool, activation)
-    if isinstance(norm, nn.InstanceNorm2d):
-        parameters = (conv.weight, norm.weight, norm.bias)
-        if up is not None:
-            return ops.concat_conv3x3_instance_norm_relu(x, up, *parameters, eps=norm.eps, **activation)
-        op = ops.conv3x3_instance_norm_relu_pool if pool else ops.conv3x3_instance_norm_relu
-        return op(x, *parameters, eps=norm.eps, **activation)
-    if up is not None:
-        return ops.concat_conv3x3_bias_relu(x, up, conv.weight, conv.bias, **activation)
-    return (ops.conv3x3_bias_relu_pool if pool else ops.conv3x3_bias_relu)(x, conv.weight, conv.bias, **activation)
+    if isinstance(norm, nn.Identity):
+        args = ConvArgs(x, up, conv.weight, conv.bias, slope=_slope(act), pool=pool)
+    else:
+        kind, given = ("batch", _statistics(norm)) if isinstance(norm, nn.BatchNorm2d) else ("instance", {})
+        parameters = (conv.weight, norm.bias, kind, norm.weight)
+        args = ConvArgs(x, up, *parameters, eps=norm.eps, slope=_slope(act), pool=pool, **given)
+    y, pooled = conv3x3(args.name, args)
+    return (y, pooled) if pool else y
+
+
+def _statistics(norm: Any) -> dict[str, Any]:
+    """As nn.BatchNorm2d.forward: which statistics, and how far the running ones move."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    use_batch = norm.training or norm.running_mean is None
+    mean, variance = norm.running_mean, norm.running_var
+    if norm.training and not norm.track_running_stats:
+        mean = variance = None
+    return {"running_mean": mean, "running_var": variance, "training": use_batch, "momentum": momentum}
 
 
 def is_left_to_aten(conv: Any, norm: Any, image: Tensor) -> bool:
@@ -250,11 +268,6 @@ def is_fusable(conv: Any, norm: Any, act: Any) -> bool:
         and _is_activation(act)
         and (conv.bias is None or type(norm) is nn.Identity)
     )
-
-
-def _are_one_op(norm1: Any, act1: Any, norm2: Any, act2: Any) -> bool:
-    """Whether two blocks without norm follow each other with the same activation, and none sees what is between."""
-    return type(norm1) is nn.Identity and type(norm2) is nn.Identity and _slope(act1) == _slope(act2)
 
 
 def _is_convolution(conv: Any, size: int) -> bool:
@@ -352,19 +365,3 @@ _FORWARDS: dict[type[nn.Module], Any] = {
         *(nn.MaxPool2d, nn.Upsample, nn.Sequential, DoubleConv, Down, Up, OutConv),
     )
 }
-
-
-def _batch_norm(conv: Any, norm: Any, x: Tensor, up: Tensor | None, pool: bool, activation: dict[str, Any]) -> Any:
-    """As nn.BatchNorm2d.forward: which statistics, and how far the running ones move."""
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    use_batch = norm.training or norm.running_mean is None
-    running = (norm.running_mean, norm.running_var) if not norm.training or norm.track_running_stats else (None, None)
-    parameters = (conv.weight, norm.weight, norm.bias, *running)
-    options: dict[str, Any] = {"training": use_batch, "momentum": momentum, "eps": norm.eps, **activation}
-    if up is not None:
-        return ops.concat_conv3x3_batch_norm_relu(x, up, *parameters, **options)
-    return (ops.conv3x3_batch_norm_relu_pool if pool else ops.conv3x3_batch_norm_relu)(x, *parameters, **options)
