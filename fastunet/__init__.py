@@ -6,16 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastunet import losses, ops, reference
-    from fastunet.checks import FastUNetError
-    from fastunet.compiler.backend import compile
-    from fastunet.dispatch import backend
-    from fastunet.explanation import explain
-    from fastunet.inference.cuda_graphs import graphed
-    from fastunet.inference.predict import predict
-    from fastunet.inference.quantization import quantize
-    from fastunet.ops.recompute import recomputing
-    from fastunet.unet import UNet
+    from fastunet import losses as losses
+    from fastunet import ops as ops
+    from fastunet import reference as reference
+    from fastunet.checks import FastUNetError as FastUNetError
+    from fastunet.compiler.backend import compile as compile
+    from fastunet.dispatch import backend as backend
+    from fastunet.explanation import explain as explain
+    from fastunet.inference.cuda_graphs import graphed as graphed
+    from fastunet.inference.predict import predict as predict
+    from fastunet.inference.quantization import quantize as quantize
+    from fastunet.ops.recompute import recomputing as recomputing
+    from fastunet.unet import UNet as UNet
 
 __version__ = "0.1.0"
 
@@ -34,20 +36,7 @@ _HOMES: dict[str, str | None] = {
     "recomputing": "ops.recompute",
     "reference": None,
 }
-__all__ = [
-    "FastUNetError",
-    "UNet",
-    "backend",
-    "compile",
-    "explain",
-    "graphed",
-    "losses",
-    "ops",
-    "predict",
-    "quantize",
-    "recomputing",
-    "reference",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,69 +11,33 @@ The first term is the random-walk growth of K rounding errors with a margin of s
 it has 6 sqrt(K). References are computed in float64 from the inputs as they are, already rounded to their dtype.
 """
 
-from .bounds import Expected
-from .budget import (
-    LAYOUTS,
-    UNIT_ROUNDOFF,
-    assert_within,
-    conv_tolerance,
-    cpu_accumulates_in_float32,
-    float32_precision,
-    in_layout,
-    random_cotangent,
-    random_input,
-    random_integers,
-    stored,
-)
-from .convolutions import (
-    bias_grad_expected,
-    composed_sums_expected,
-    conv1x1_bias_grad_expected,
-    conv1x1_expected,
-    conv1x1_input_grad_expected,
-    conv1x1_weight_grad_expected,
-    conv3x3_activation_grad_expected,
-    conv3x3_expected,
-    conv3x3_input_grad_expected,
-    conv3x3_weight_grad_expected,
-    conv_transpose2x2_expected,
-    conv_transpose2x2_input_grad_expected,
-    conv_transpose2x2_weight_grad_expected,
-    e4m3_sums_expected,
-    max_pool2x2_grad_expected,
-    pooled_expected,
-)
-from .losses import segmentation_sums_expected, segmentation_sums_grad_expected
-
-__all__ = [
-    "LAYOUTS",
-    "UNIT_ROUNDOFF",
-    "Expected",
-    "assert_within",
-    "bias_grad_expected",
-    "composed_sums_expected",
-    "conv1x1_bias_grad_expected",
-    "conv1x1_expected",
-    "conv1x1_input_grad_expected",
-    "conv1x1_weight_grad_expected",
-    "conv3x3_activation_grad_expected",
-    "conv3x3_expected",
-    "conv3x3_input_grad_expected",
-    "conv3x3_weight_grad_expected",
-    "conv_tolerance",
-    "conv_transpose2x2_expected",
-    "conv_transpose2x2_input_grad_expected",
-    "conv_transpose2x2_weight_grad_expected",
-    "cpu_accumulates_in_float32",
-    "e4m3_sums_expected",
-    "float32_precision",
-    "in_layout",
-    "max_pool2x2_grad_expected",
-    "pooled_expected",
-    "random_cotangent",
-    "random_input",
-    "random_integers",
-    "segmentation_sums_expected",
-    "segmentation_sums_grad_expected",
-    "stored",
-]
+from .bounds import Expected as Expected
+from .budget import LAYOUTS as LAYOUTS
+from .budget import UNIT_ROUNDOFF as UNIT_ROUNDOFF
+from .budget import assert_within as assert_within
+from .budget import conv_tolerance as conv_tolerance
+from .budget import cpu_accumulates_in_float32 as cpu_accumulates_in_float32
+from .budget import float32_precision as float32_precision
+from .budget import in_layout as in_layout
+from .budget import random_cotangent as random_cotangent
+from .budget import random_input as random_input
+from .budget import random_integers as random_integers
+from .budget import stored as stored
+from .convolutions import bias_grad_expected as bias_grad_expected
+from .convolutions import composed_sums_expected as composed_sums_expected
+from .convolutions import conv1x1_bias_grad_expected as conv1x1_bias_grad_expected
+from .convolutions import conv1x1_expected as conv1x1_expected
+from .convolutions import conv1x1_input_grad_expected as conv1x1_input_grad_expected
+from .convolutions import conv1x1_weight_grad_expected as conv1x1_weight_grad_expected
+from .convolutions import conv3x3_activation_grad_expected as conv3x3_activation_grad_expected
+from .convolutions import conv3x3_expected as conv3x3_expected
+from .convolutions import conv3x3_input_grad_expected as conv3x3_input_grad_expected
+from .convolutions import conv3x3_weight_grad_expected as conv3x3_weight_grad_expected
+from .convolutions import conv_transpose2x2_expected as conv_transpose2x2_expected
+from .convolutions import conv_transpose2x2_input_grad_expected as conv_transpose2x2_input_grad_expected
+from .convolutions import conv_transpose2x2_weight_grad_expected as conv_transpose2x2_weight_grad_expected
+from .convolutions import e4m3_sums_expected as e4m3_sums_expected
+from .convolutions import max_pool2x2_grad_expected as max_pool2x2_grad_expected
+from .convolutions import pooled_expected as pooled_expected
+from .losses import segmentation_sums_expected as segmentation_sums_expected
+from .losses import segmentation_sums_grad_expected as segmentation_sums_grad_expected
