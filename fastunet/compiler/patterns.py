@@ -18,17 +18,12 @@ _ANCHORS = (
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("max_pool2d", "interpolate"),
 )
-# By kernel and kind: the op's part in a description, and the geometry that it stands for.
+# By kind and kernel, the geometry that an op stands for.
+_PLAIN: dict[str, Any] = {"dilation": (1, 1), "groups": 1}
 _GEOMETRY: dict[tuple[str, int], dict[str, Any]] = {
-    ("conv2d", 3): {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1},
-    ("conv2d", 1): {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1},
-    ("conv_transpose2d", 2): {
-        "stride": (2, 2),
-        "padding": (0, 0),
-        "output_padding": (0, 0),
-        "dilation": (1, 1),
-        "groups": 1,
-    },
+    ("conv2d", 3): {"stride": (1, 1), "padding": (1, 1), **_PLAIN},
+    ("conv2d", 1): {"stride": (1, 1), "padding": (0, 0), **_PLAIN},
+    ("conv_transpose2d", 2): {"stride": (2, 2), "padding": (0, 0), "output_padding": (0, 0), **_PLAIN},
 }
 _WINDOW = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
 
@@ -79,10 +74,6 @@ class Pattern:
         """Return all nodes it takes the place of."""
         return [*self.parts, *self.idle]
 
-    def describe(self) -> None:
-        """Keep the layer and the description, while the graph still has the nodes."""
-        self.layer, self.description = layer_of(self.anchor), " + ".join(map(_described, self.parts))
-
 
 def find(graph_module: GraphModule, *, force: bool = False, device: torch.device | None = None) -> list[Pattern]:
     """Return the patterns of a graph from Dynamo, in its order; not those of graphs within it.
@@ -95,7 +86,7 @@ def find(graph_module: GraphModule, *, force: bool = False, device: torch.device
     for node in graph_module.graph.nodes:
         if name_of(node) in _ANCHORS and node not in search.covered:
             search.add(node)
-    return [pattern for pattern in search.patterns if pattern.anchor not in search.absorbed]
+    return search.patterns
 
 
 class _Search:
@@ -104,7 +95,6 @@ class _Search:
         self.force, self.device = force, device
         self.patterns: list[Pattern] = []
         self.covered: set[Node] = set()
-        self.absorbed: set[Node] = set()
 
     def add(self, node: Node) -> None:
         pattern = Pattern(node, result=node)
@@ -121,17 +111,15 @@ class _Search:
         else:
             self._grow(pattern)
         if pattern.op is not None:
-            self._choose(pattern)
-        pattern.describe()
+            choice = self._choice(pattern.op, pattern)
+            pattern.runs_on, pattern.reason = choice.implementation, choice.reason
+            pattern.is_replaced = self.force or choice.implementation != "aten"
+            if not pattern.is_replaced:
+                pattern.reason = f"the op would run on ATen here: {choice.reason}"
+        # While the graph still has the nodes.
+        pattern.layer, pattern.description = layer_of(node), " + ".join(map(_described, pattern.parts))
         self.patterns.append(pattern)
         self.covered.update(pattern.nodes)
-
-    def _choose(self, pattern: Pattern) -> None:
-        choice = self._choice(pattern.op, pattern)
-        pattern.runs_on, pattern.reason = choice.implementation, choice.reason
-        pattern.is_replaced = self.force or choice.implementation != "aten"
-        if not pattern.is_replaced:
-            pattern.reason = f"the op would run on ATen here: {choice.reason}"
 
     def _choice(self, op: Any, pattern: Pattern) -> dispatch.Choice:
         """Return what dispatch chooses for the anchor's image, in the dtype of its result, which is that autocast
@@ -161,12 +149,14 @@ class _Search:
         pattern.op = "conv3x3_bias_relu"
         self._take_norm(pattern)
         user = self._take_idle(pattern)
-        if user is not None and _slope(user) is not None:
+        if user is not None and slope_of(user) is not None:
             self._take(pattern, activation=user)
         joined = arguments(pattern.anchor)["input"]
         if _is_plain_cat(joined) and only_user(joined) is not None:
             self._take(pattern, cat=joined)
-        is_foldable = not _has_gradient(pattern) and _can_be_folded(pattern)
+        norm = pattern.norm
+        by_running = norm is not None and name_of(norm) == "batch_norm" and arguments(norm)["training"] is False
+        is_foldable = not _has_gradient(pattern) and (norm is None or by_running)
         if is_foldable and (self._take_upsampling(pattern) or self._take_head(pattern)):
             return
         for user in pattern.result.users:
@@ -185,16 +175,14 @@ class _Search:
     def _take_norm(self, pattern: Pattern) -> None:
         user = self._take_idle(pattern)
         kind = None if user is None else _norm_kind(user)
-        if user is None or kind is None or not (self.force or self._gains(pattern, user, kind)):
+        if user is None or kind is None:
             return
-        if self._take(pattern, norm=user):
-            pattern.op = f"conv3x3_{kind}_relu"
-
-    def _gains(self, pattern: Pattern, norm: Node, kind: str) -> bool:
-        """Whether the op is better with the norm than without. Inference on the CPU folds batch norm away; instance
-        norm it computes as ATen does, where another backend makes one pass of it and of all that follows.
-        """
-        return kind != "instance_norm" or self._choice(f"conv3x3_{kind}_relu", pattern).implementation != "onednn"
+        op = f"conv3x3_{kind}_relu"
+        # Inference on the CPU folds batch norm away; instance norm it computes as ATen does, where another backend
+        # makes one pass of it and of all that follows.
+        is_better = kind != "instance_norm" or self._choice(op, pattern).implementation != "onednn"
+        if (self.force or is_better) and self._take(pattern, norm=user):
+            pattern.op = op
 
     def _take_upsampling(self, pattern: Pattern) -> bool:
         """Take the transposed convolution that gives the second of the concatenated inputs, where one op has both."""
@@ -208,7 +196,7 @@ class _Search:
         nodes = {"up": transposed} if pad is None else {"up": transposed, "pad": pad}
         if any(only_user(node) is None for node in nodes.values()) or not self._take(pattern, **nodes):
             return False
-        self.absorbed.add(transposed)
+        self.patterns = [found for found in self.patterns if found.anchor is not transposed]
         pattern.op = WITH_UPSAMPLING
         return True
 
@@ -250,14 +238,11 @@ def _unsupported(node: Node) -> str | None:
         return f"{name}: the ops are for images [N, C, H, W]"
     if not is_image(node) or not is_image(given["input"]):
         value = value_of(node)
-        return f"expected floating-point images [N, C, H, W], got {_typed(value)}"
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        return f"expected floating-point images [N, C, H, W], got {got}"
     if name == "max_pool2d":
         return _pool_unsupported(given)
     return _weight_unsupported(node) or _geometry_unsupported(node)
-
-
-def _typed(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _pool_unsupported(given: dict[str, Any]) -> str | None:
@@ -309,18 +294,14 @@ def _is_idle(node: Node) -> bool:
     return name_of(node) == "dropout" and (not arguments(node)["training"] or arguments(node)["p"] == 0)
 
 
-def _slope(node: Node) -> float | None:
-    """Of a ReLU 0.0, of a LeakyReLU its slope, else None."""
-    if name_of(node) == "relu":
-        return 0.0
-    if name_of(node) == "leaky_relu" and isinstance(slope := arguments(node)["negative_slope"], float | int):
-        return float(slope) if slope >= 0 else None
-    return None
-
-
 def slope_of(activation: Node | None) -> float | None:
-    """Return the ops' `slope` argument for an activation that a pattern took in."""
-    return None if activation is None else _slope(activation)
+    """Return the ops' `slope` argument for an activation: 0.0 of a ReLU, its own of a LeakyReLU, else None."""
+    if name_of(activation) == "relu":
+        return 0.0
+    if activation is None or name_of(activation) != "leaky_relu":
+        return None
+    slope = arguments(activation)["negative_slope"]
+    return float(slope) if isinstance(slope, float | int) and slope >= 0 else None
 
 
 def _norm_kind(node: Node) -> str | None:
@@ -354,13 +335,6 @@ def _is_plain_cat(node: Any) -> bool:
 
 def _has_gradient(pattern: Pattern) -> bool:
     return value_of(pattern.result).requires_grad
-
-
-def _can_be_folded(pattern: Pattern) -> bool:
-    """Whether it has no norm, or batch norm by running statistics."""
-    return pattern.norm is None or (
-        name_of(pattern.norm) == "batch_norm" and arguments(pattern.norm)["training"] is False
-    )
 
 
 def _doubles_to_skip(up: Any, pad: Node | None, skip: Any) -> bool:

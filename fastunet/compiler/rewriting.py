@@ -47,19 +47,17 @@ def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
         images = {name: _channels_last(graph, image) for name, image in images.items()}
         call = graph.call_function(op.overload, tuple(op.arguments(**images, **rest)))
         call.meta.update({key: result.meta[key] for key in ("nn_module_stack", "stack_trace") if key in result.meta})
-        several = op.results > 1
-        y = graph.call_function(operator.getitem, (call, 0)) if several else call
-        results = [(result, y)]
+        results = {result: call if op.results == 1 else graph.call_function(operator.getitem, (call, 0))}
         if pattern.pool is not None:
-            results.append((pattern.pool, graph.call_function(operator.getitem, (call, 1))))
+            results[pattern.pool] = graph.call_function(operator.getitem, (call, 1))
         if pattern.norm is not None:
             _shift_running_mean(graph, pattern)
-    for old, new in results:
+    for old, new in results.items():
         new.meta["example_value"] = value_of(old)
         old.replace_all_uses_with(new)
     for node in reversed(removed):
         graph.erase_node(node)
-    return {new for _, new in results}
+    return {*results.values()}
 
 
 def _channels_last(graph: Any, image: Node | None) -> Node | None:
