@@ -143,9 +143,9 @@ class SplitDoubleConv(nn.Module):
         return self.second(self.first(x, up), None, pool=pool)
 
 
-class _Chained(nn.Module):
-    """A layer whose result may be for a quantised convolution alone. y_scale stays in float32, whatever the model is
-    cast to.
+class _Scaled(nn.Module):
+    """A layer whose own buffers stay in their dtype, whatever the model is cast to. y_scale: its result is for a
+    quantised convolution alone, and on tensor cores is divided by this and in e4m3.
     """
 
     y_scale: Tensor | None
@@ -155,19 +155,15 @@ class _Chained(nn.Module):
         self.register_buffer("y_scale", y_scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        scale = self.y_scale
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if scale is not None and self.y_scale is not None:
-            self.y_scale = scale.to(self.y_scale.device)
+        for name, t in kept.items():
+            setattr(self, name, t.to(getattr(self, name).device))
         return self
 
 
-class Conv3x3(_Chained):
-    """A convolution with what follows it, as in the float model.
-
-    y_scale: its result is for a quantised convolution alone: of the first convolution on tensor cores it is divided by
-    this and in e4m3.
-    """
+class Conv3x3(_Scaled):
+    """A convolution with what follows it, as in the float model."""
 
     def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module) -> None:
         super().__init__()
@@ -198,10 +194,8 @@ class Conv3x3(_Chained):
         return y
 
 
-class ChainedConvTranspose2x2(_Chained):
-    """A 2x2 transposed convolution whose result is for a quantised one alone: on tensor cores it is divided by y_scale
-    and in e4m3.
-    """
+class ChainedConvTranspose2x2(_Scaled):
+    """A 2x2 transposed convolution whose result is for a quantised one alone."""
 
     up: Any
 
@@ -274,7 +268,7 @@ def _quantised(name: str, half: Any) -> nn.Module:
     return QuantizedConv3x3(half.conv, half.norm, half.act, largest)
 
 
-class QuantizedConv3x3(nn.Module):
+class QuantizedConv3x3(_Scaled):
     """activation(norm(conv2d(x, weight, padding=1))) of images [N, C, H, W] and weights in e4m3, for inference.
 
     Images come in the model's dtype, or divided by scale and in e4m3, as another such module has left them. Results are
@@ -291,10 +285,7 @@ class QuantizedConv3x3(nn.Module):
     variance: Tensor
     gamma: Tensor
     bias: Tensor
-    eps: float
-    y_scale: Tensor | None
     pooled_scale: Tensor | None
-    _like: Tensor
 
     def __init__(self, conv: Any, norm: Any, act: Any, largest: float) -> None:
         super().__init__()
@@ -311,17 +302,13 @@ class QuantizedConv3x3(nn.Module):
         self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32, device=weight.device))
         for key, value in (("mean", mean / scales), ("variance", variance), ("gamma", gamma * scales), ("bias", bias)):
             self.register_buffer(key, value)
-        self.register_buffer("y_scale", None)
         self.register_buffer("pooled_scale", None)
         # No values, but the model's dtype, which an image in e4m3 does not tell.
-        self.register_buffer("_like", conv.weight.detach().new_empty(0), persistent=False)
+        self._like = conv.weight.detach().new_empty(0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move to another device, but to no other dtype: the buffers have the one they need."""
-        like = fn(self._like)
-        super()._apply(lambda t: t.to(like.device), recurse)
-        self._like = like
-        return self
+        self._like = fn(self._like)
+        return super()._apply(fn, recurse)
 
     @untraced
     @torch.no_grad()
@@ -338,19 +325,17 @@ class QuantizedConv3x3(nn.Module):
 
     def choose(self, x: Tensor, up: Tensor | None) -> dispatch.Choice:
         """Return what runs this layer on inputs like these, and why."""
-        return EMULATED if self._is_emulated(x, up) else ON_TENSOR_CORES
+        if _has_tensor_cores(x, self._dtype(x, up)):
+            from fastunet.kernels.conv3x3 import config
+
+            if config.fits_fp8((x.shape[1], 0 if up is None else up.shape[1]), self.weight.shape[0]):
+                return ON_TENSOR_CORES
+        return EMULATED
 
     def _dtype(self, x: Tensor, up: Tensor | None) -> torch.dtype:
         """Of results that are not in e4m3."""
         images = (t.dtype for t in (x, up) if t is not None and t.dtype != E4M3)
         return autocast_dtype(x.device.type) or next(images, self._like.dtype)
-
-    def _is_emulated(self, x: Tensor, up: Tensor | None) -> bool:
-        if not _has_tensor_cores(x, self._dtype(x, up)):
-            return True
-        from fastunet.kernels.conv3x3 import config
-
-        return not config.fits_fp8((x.shape[1], 0 if up is None else up.shape[1]), self.weight.shape[0])
 
     def _on_tensor_cores(self, x: Tensor, up: Tensor | None, pool: bool) -> tuple[Tensor, Tensor | None]:
         from fastunet.kernels.conv3x3.fp8 import conv3x3_fp8
