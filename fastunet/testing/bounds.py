@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -171,12 +172,11 @@ def bilinear(
     *,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    allow_tf32: bool = False,
-    tensor_cores: bool | None = None,
     is_stored: bool = True,
+    **rounds: Any,
 ) -> Expected:
     """Compute product(a, b), sums of `terms` products each, plus a bias [C]; is_stored: as dtype, by default the
-    tensors'.
+    tensors'. rounds: allow_tf32 and tensor_cores, as `sum_error` takes them.
     """
     if dtype is None:
         dtype = next(t.dtype for t in (a, b) if isinstance(t, Tensor))
@@ -184,7 +184,7 @@ def bilinear(
     value, magnitude = product(a.value, b.value), product(a.size, b.size)
     if bias is not None:
         value, magnitude = value + bias.double()[:, None, None], magnitude + bias.double().abs()[:, None, None]
-    error = sum_error(magnitude, terms + 1, dtype, allow_tf32=allow_tf32, tensor_cores=tensor_cores)
+    error = sum_error(magnitude, terms + 1, dtype, **rounds)
     if bool(a.tolerance.any()):
         error = error + product(a.tolerance, b.size)
     if bool(b.tolerance.any()):

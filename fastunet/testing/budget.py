@@ -109,22 +109,9 @@ def cpu_accumulates_in_float32(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
 
 
-def conv_tolerance(
-    reference: Tensor,
-    magnitude: Tensor,
-    terms: int,
-    dtype: torch.dtype,
-    *,
-    allow_tf32: bool = False,
-    tensor_cores: bool | None = None,
-) -> Tensor:
-    """Return how far a sum of `terms` products may lie from `reference`, stored as `dtype`; `magnitude` is S above.
-
-    tensor_cores: whether the accumulation runs on them; by default where `reference` is on a GPU and the inputs are
-    16 bits wide or TF32. All float64, of reference's shape.
-    """
-    error = sum_error(magnitude, terms, dtype, allow_tf32=allow_tf32, tensor_cores=tensor_cores)
-    return stored(reference, error, dtype)
+def conv_tolerance(reference: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype, **rounds: Any) -> Tensor:
+    """Return how far a sum of `terms` products may lie from `reference`, stored as `dtype`; the rest as `sum_error`."""
+    return stored(reference, sum_error(magnitude, terms, dtype, **rounds), dtype)
 
 
 def sum_error(
@@ -135,7 +122,11 @@ def sum_error(
     allow_tf32: bool = False,
     tensor_cores: bool | None = None,
 ) -> Tensor:
-    """Return the error E of a sum before it is stored."""
+    """Return the error E of a sum of `terms` products before it is stored as `dtype`; `magnitude` is S above.
+
+    tensor_cores: whether the accumulation runs on them; by default where `magnitude` is on a GPU and the inputs are
+    16 bits wide or TF32. All float64, of magnitude's shape.
+    """
     tf32 = allow_tf32 and dtype == torch.float32
     if tensor_cores is None:
         tensor_cores = magnitude.is_cuda and (dtype.itemsize == 2 or tf32)

@@ -6,6 +6,7 @@ gradient on its way to a convolution, may be stored in the tensors' dtype; with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,10 +83,6 @@ def expected(call: Call) -> Results:
 # --- 3x3 convolutions ---
 
 
-def _convolve(call: Call, x: Expected, weight: Tensor, bias: Tensor | None = None) -> Expected:
-    return conv3x3_expected(x, weight, bias, **call.rounds)
-
-
 def _convolve_grads(call: Call, grad: Expected, x: Expected, weight: Tensor) -> tuple[Expected, Expected]:
     """Return gradients of input and weight."""
     of_input = conv3x3_input_grad_expected(grad, weight, **call.rounds)
@@ -138,7 +135,7 @@ def _bias_grad(call: Call, grad: Expected) -> Expected:
 
 def _conv3x3_bias_relu(call: Call) -> Results:
     x, weight, bias = _joined(call), call.inputs["weight"], call.inputs.get("bias")
-    before = _convolve(call, x, weight, bias)
+    before = conv3x3_expected(x, weight, bias, **call.rounds)
     y, results = _finish(call, before)
     if call.cotangents:
         grad = _finish_grad(call, y, before, stored=True)
@@ -152,9 +149,9 @@ def _conv3x3_bias_relu(call: Call) -> Results:
 def _double_conv3x3_bias_relu(call: Call) -> Results:
     (weight1, bias1, weight2, bias2) = (call.inputs[n] for n in ("weight1", "bias1", "weight2", "bias2"))
     x = _joined(call)
-    before1 = _convolve(call, x, weight1, bias1)
+    before1 = conv3x3_expected(x, weight1, bias1, **call.rounds)
     middle = _activated(call, before1)
-    before2 = _convolve(call, middle, weight2, bias2)
+    before2 = conv3x3_expected(middle, weight2, bias2, **call.rounds)
     y, results = _finish(call, before2)
     if call.cotangents:
         grad = _finish_grad(call, y, before2, stored=True)
@@ -170,66 +167,36 @@ def _double_conv3x3_bias_relu(call: Call) -> Results:
 # --- 3x3 convolutions with a norm ---
 
 
-@dataclass(frozen=True)
-class _Normal:
-    """(raw - mean) * invstd, its parts, and the number of values each statistic is of (0: it was given)."""
-
-    value: Expected
-    mean: Expected
-    variance: Expected
-    invstd: Expected
-    dims: tuple[int, ...]
-    count: int
-
-
-def _normalise(call: Call, raw: Expected) -> _Normal:
-    eps = call.options["eps"]
+def _conv3x3_norm_relu(call: Call) -> Results:
+    x, weight, eps = _joined(call), call.inputs["weight"], call.options["eps"]
+    gamma, beta = (Expected.exact(call.inputs[name])[None, :, None, None] for name in ("gamma", "beta"))
+    raw = conv3x3_expected(x, weight, **call.rounds)
     dims = (2, 3) if "instance" in call.op else (0, 2, 3)
-    count = 0
-    if call.buffers and not call.options["training"]:
+    uses_running = bool(call.buffers) and not call.options["training"]
+    count = math.prod(raw.value.shape[d] for d in dims)
+    if uses_running:
         mean, variance = (Expected.exact(t)[None, :, None, None] for t in call.buffers.values())
         centred = raw - mean
     else:
-        count = raw.value.numel() // (raw.value.shape[1] * (raw.value.shape[0] if dims == (2, 3) else 1))
         mean = raw.sum(dims, keepdim=True, merging=_MERGING).scaled(1 / count)
         centred = raw - mean
         variance = (centred * centred).sum(dims, keepdim=True, merging=_MERGING).scaled(1 / count)
     invstd = variance.inverse_root(eps)
-    return _Normal(centred * invstd, mean, variance, invstd, dims, count)
-
-
-def _moved_buffers(call: Call, normal: _Normal) -> Results:
-    """Return the running statistics afterwards, the variance unbiased."""
-    momentum = call.options["momentum"]
-    new = (normal.mean, normal.variance.scaled(normal.count / (normal.count - 1)))
-    return {
-        name: Expected.exact(old).scaled(1 - momentum) + batch[0, :, 0, 0].scaled(momentum)
-        for (name, old), batch in zip(call.buffers.items(), new, strict=True)
-    }
-
-
-def _norm_grad(call: Call, grad: Expected, normal: _Normal, gamma: Expected) -> tuple[Expected, Expected, Expected]:
-    """Return gradients of the convolution's output, gamma and beta (Ioffe and Szegedy 2015, section 3)."""
-    of_normal = grad * normal.value
-    scale = gamma * normal.invstd
-    inner = grad
-    if normal.count:
-        total, dot = (t.sum(normal.dims, keepdim=True, merging=_MERGING) for t in (grad, of_normal))
-        inner = grad - (total + normal.value * dot).scaled(1 / normal.count)
-    return (inner * scale).stored(call.dtype), of_normal.sum((0, 2, 3)), grad.sum((0, 2, 3))
-
-
-def _conv3x3_norm_relu(call: Call) -> Results:
-    x, weight = _joined(call), call.inputs["weight"]
-    normal = _normalise(call, _convolve(call, x, weight))
-    gamma, beta = (Expected.exact(call.inputs[name])[None, :, None, None] for name in ("gamma", "beta"))
-    before = (normal.value * gamma + beta).stored(call.dtype)
+    normal = centred * invstd
+    before = (normal * gamma + beta).stored(call.dtype)
     y, results = _finish(call, before)
-    if call.buffers and call.options["training"]:
-        results |= _moved_buffers(call, normal)
-    if call.cotangents:
+    if call.buffers and not uses_running:
+        momentum = call.options["momentum"]
+        for (name, old), new in zip(call.buffers.items(), (mean, variance.scaled(count / (count - 1))), strict=True):
+            results[name] = Expected.exact(old).scaled(1 - momentum) + new[0, :, 0, 0].scaled(momentum)
+    if call.cotangents:  # Ioffe and Szegedy 2015, section 3.
         grad = _finish_grad(call, y, before, stored=False)
-        grad_raw, results["grad gamma"], results["grad beta"] = _norm_grad(call, grad, normal, gamma)
+        of_normal = grad * normal
+        results["grad gamma"], results["grad beta"] = of_normal.sum((0, 2, 3)), grad.sum((0, 2, 3))
+        if not uses_running:
+            total, dot = (t.sum(dims, keepdim=True, merging=_MERGING) for t in (grad, of_normal))
+            grad = grad - (total + normal * dot).scaled(1 / count)
+        grad_raw = (grad * (gamma * invstd)).stored(call.dtype)
         grad_x, results["grad weight"] = _convolve_grads(call, grad_raw, x, weight)
         results |= _input_grads(call, grad_x)
     return results
@@ -269,7 +236,8 @@ def _conv_transpose2x2_concat_conv3x3_relu(call: Call) -> Results:
     up = conv_transpose2x2_expected(inputs["low"], inputs["up_weight"], inputs.get("up_bias"), **call.rounds)
     sides = [size % 2 for size in inputs["skip"].shape[2:]]
     padded = Expected(*(F.pad(t, [0, sides[1], 0, sides[0]]) for t in (up.value, up.tolerance)))
-    before = _convolve(call, join(Expected.exact(inputs["skip"]), padded), inputs["weight"], inputs["bias"])
+    joined = join(Expected.exact(inputs["skip"]), padded)
+    before = conv3x3_expected(joined, inputs["weight"], inputs["bias"], **call.rounds)
     return {"y": _activated(call, before)}
 
 
@@ -297,7 +265,7 @@ def _head(call: Call, x: Expected, weight: Tensor, bias: Tensor | None, activati
 
 def _conv3x3_relu_conv1x1(call: Call) -> Results:
     inputs = call.inputs
-    before = _convolve(call, Expected.exact(inputs["x"]), inputs["weight"], inputs["bias"])
+    before = conv3x3_expected(inputs["x"], inputs["weight"], inputs["bias"], **call.rounds)
     middle = _activated(call, before)
     activation = "sigmoid" if call.options.get("sigmoid") else None
     return {"y": _head(call, middle, inputs["head_weight"], inputs["head_bias"], activation)}
@@ -306,30 +274,19 @@ def _conv3x3_relu_conv1x1(call: Call) -> Results:
 # --- losses ---
 
 
-def _sums_options(call: Call) -> dict[str, bool]:
-    return {
-        "softmax": call.options.get("activation") == "softmax",
-        "squared": call.options.get("squared", False),
-    }
-
-
-def _sums(call: Call) -> Expected:
-    logits, target = call.inputs["logits"], call.inputs["target"]
-    entropy = call.options.get("entropy", False)
-    return segmentation_sums_expected(logits, target, None, entropy=entropy, **_sums_options(call))
-
-
-def _sums_grad(call: Call, grad: Operand) -> Expected:
-    """Return the gradient of the logits."""
-    return segmentation_sums_grad_expected(
-        grad, call.inputs["logits"], call.inputs["target"], None, **_sums_options(call)
-    )
+def _sums(call: Call, grad: Operand | None = None) -> Expected:
+    """Return the sums or, given their gradient, that of the logits."""
+    options = {"softmax": call.options.get("activation") == "softmax", "squared": call.options.get("squared", False)}
+    pixels = (call.inputs["logits"], call.inputs["target"], None)
+    if grad is not None:
+        return segmentation_sums_grad_expected(grad, *pixels, **options)
+    return segmentation_sums_expected(*pixels, entropy=call.options.get("entropy", False), **options)
 
 
 def _segmentation_sums(call: Call) -> Results:
     results = {"y": _sums(call)}
     if call.cotangents:
-        results["grad logits"] = _sums_grad(call, call.cotangents[0])
+        results["grad logits"] = _sums(call, call.cotangents[0])
     return results
 
 
@@ -349,7 +306,7 @@ def _sigmoid_dice_loss(call: Call) -> Results:
         of_sizes = factor * ratio / below
         grad = torch.stack([of_overlap.value, of_sizes.value, of_sizes.value])
         error = torch.stack([of_overlap.tolerance, of_sizes.tolerance, of_sizes.tolerance])
-        results["grad logits"] = _sums_grad(call, Expected(grad, error))
+        results["grad logits"] = _sums(call, Expected(grad, error))
     return results
 
 
