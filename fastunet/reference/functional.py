@@ -1,7 +1,7 @@
 """The ops of `fastunet.ops`, each as the composition of torch functions it stands for.
 
 Same names and arguments as `fastunet.ops`; activations are [N, C, H, W] in any float dtype, and autograd is torch's
-own.
+own. **activation are the arguments of `activate`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 P = ParamSpec("P")
+Norm = tuple[Tensor, Tensor, Tensor | None, float]  # running_mean, running_var, gamma, eps
 
 
 def activate(x: Tensor, *, relu: bool = True, negative_slope: float = 0.0) -> Tensor:
@@ -28,11 +29,9 @@ def max_pool2x2(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 2)
 
 
-def conv3x3_bias_relu(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
-) -> Tensor:
+def conv3x3_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, **activation: Any) -> Tensor:
     """Compute activate(conv2d(x, weight, bias)), zeros around the image."""
-    return activate(F.conv2d(x, weight, bias, padding=1), relu=relu, negative_slope=negative_slope)
+    return activate(F.conv2d(x, weight, bias, padding=1), **activation)
 
 
 def conv3x3_batch_norm_relu(
@@ -46,15 +45,13 @@ def conv3x3_batch_norm_relu(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    relu: bool = True,
-    negative_slope: float = 0.0,
+    **activation: Any,
 ) -> Tensor:
     """Compute activate(batch_norm(conv2d(x, weight))); in training the running statistics are updated in place, as
     torch does.
     """
     y = F.conv2d(x, weight, padding=1)
-    y = F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps)
-    return activate(y, relu=relu, negative_slope=negative_slope)
+    return activate(F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps), **activation)
 
 
 def conv3x3_instance_norm_relu(
@@ -64,12 +61,11 @@ def conv3x3_instance_norm_relu(
     beta: Tensor | None = None,
     *,
     eps: float = 1e-5,
-    relu: bool = True,
-    negative_slope: float = 0.0,
+    **activation: Any,
 ) -> Tensor:
     """Compute activate(instance_norm(conv2d(x, weight))), statistics of each image and channel."""
-    y = F.instance_norm(F.conv2d(x, weight, padding=1), weight=gamma, bias=beta, eps=eps)
-    return activate(y, relu=relu, negative_slope=negative_slope)
+    y = F.conv2d(x, weight, padding=1)
+    return activate(F.instance_norm(y, weight=gamma, bias=beta, eps=eps), **activation)
 
 
 def pooled(op: Callable[P, Tensor]) -> Callable[P, tuple[Tensor, Tensor]]:
@@ -121,15 +117,14 @@ def conv3x3_relu_conv1x1(
     head_weight: Tensor,
     head_bias: Tensor | None = None,
     *,
-    norm: tuple[Tensor, Tensor, Tensor | None, float] | None = None,
+    norm: Norm | None = None,
     sigmoid: bool = False,
-    relu: bool = True,
-    negative_slope: float = 0.0,
+    **activation: Any,
 ) -> Tensor:
     """Compute conv1x1 of conv3x3_bias_relu, or of conv3x3_batch_norm_relu by norm = (running_mean, running_var, gamma,
     eps), whose beta the bias is.
     """
-    y = _conv3x3_in_inference(x, weight, bias, norm, relu=relu, negative_slope=negative_slope)
+    y = _conv3x3_in_inference(x, weight, bias, norm, **activation)
     return conv1x1(y, head_weight, head_bias, activation="sigmoid" if sigmoid else None)
 
 
@@ -141,25 +136,19 @@ def conv_transpose2x2_concat_conv3x3_relu(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    norm: tuple[Tensor, Tensor, Tensor | None, float] | None = None,
-    relu: bool = True,
-    negative_slope: float = 0.0,
+    norm: Norm | None = None,
+    **activation: Any,
 ) -> Tensor:
     """Return the convolution of conv3x3_relu_conv1x1, of [skip, conv_transpose2x2(low)], with zeros below and right
     where skip is one larger.
     """
     up = conv_transpose2x2(low, up_weight, up_bias)
     up = F.pad(up, [0, skip.shape[3] - up.shape[3], 0, skip.shape[2] - up.shape[2]])
-    x = torch.cat([skip, up], dim=1)
-    return _conv3x3_in_inference(x, weight, bias, norm, relu=relu, negative_slope=negative_slope)
+    return _conv3x3_in_inference(torch.cat([skip, up], dim=1), weight, bias, norm, **activation)
 
 
 def _conv3x3_in_inference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: tuple[Tensor, Tensor, Tensor | None, float] | None,
-    **activation: Any,
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, **activation: Any
 ) -> Tensor:
     if norm is None:
         return conv3x3_bias_relu(x, weight, bias, **activation)
