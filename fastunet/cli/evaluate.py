@@ -18,7 +18,6 @@ from .shared import (
     TileOption,
     TtaOption,
     check_like_training,
-    check_tile,
     console,
     load,
     print_scores,
@@ -46,13 +45,11 @@ def evaluate(
         check_folder(out.parent)
         check_apart(out.parent, [file for pair in pairs for file in (pair.image, pair.mask)])
         check_replaceable(out, overwrite, lambda path: is_our_json(path, SCORES))
-    model, config = load(run, device)
-    check_tile(tile, config)
+    model, config, use_tta = load(run, device, tile, tta)
     summary = inspect(pairs, config.data.classes)
     for pair in pairs:
         check_like_training(pair.image, read_image(pair.image), config)
     dataset = SegmentationDataset(pairs, summary)
-    use_tta = config.training["tta"] if tta is None else tta
     scores, _ = scores_of(model, track(dataset, "evaluating"), config.class_names, tile=tile, tta=use_tta)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

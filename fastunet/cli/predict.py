@@ -18,7 +18,6 @@ from .shared import (
     TileOption,
     TtaOption,
     check_like_training,
-    check_tile,
     console,
     load,
     track,
@@ -45,12 +44,10 @@ def predict(
     targets = [out / f"{file.stem}.png" for file in files]
     for target in targets:
         check_replaceable(target, overwrite, is_our_png)
-    model, config = load(run, device)
-    check_tile(tile, config)
+    model, config, use_tta = load(run, device, tile, tta)
     for file in track(files, "checking"):
         check_like_training(file, read_image(file), config)
     out.mkdir(parents=True, exist_ok=True)
-    use_tta = config.training["tta"] if tta is None else tta
     on = next(model.parameters()).device
     written: set[tuple[int, int]] = set()
     for file, target in track(list(zip(files, targets, strict=True)), "predicting"):

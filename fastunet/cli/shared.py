@@ -41,12 +41,18 @@ def chosen_device(name: str) -> str:
     return "cuda" if has_cuda and name != "cpu" else "cpu"
 
 
-def load(run: Path, device: str) -> tuple[Any, Any]:
+def load(run: Path, device: str, tile: int, tta: bool | None) -> tuple[Any, Any, bool]:
+    """Return the trained model on the device, its config, and whether it averages eight views: as trained for None.
+
+    Raises ConfigError on tiles too small for it.
+    """
     from fastunet.train.checkpoint import load_run
 
     target = chosen_device(device)
     model, config = load_run(run)
-    return model.to(target), config
+    if reason := too_small(tile, tile, len(config.model["features"]), config.model["norm"]):
+        raise ConfigError(f"tile: {reason}")
+    return model.to(target), config, config.training["tta"] if tta is None else tta
 
 
 def check_like_training(file: Path, pixels: Any, config: Any) -> None:
@@ -58,11 +64,6 @@ def check_like_training(file: Path, pixels: Any, config: Any) -> None:
         raise DataError(f"{file}: expected {config.data.dtype}, as in training, got {pixels.dtype.name}")
     if reason := too_small(height, width, len(config.model["features"]), config.model["norm"]):
         raise DataError(f"{file}: {reason}")
-
-
-def check_tile(tile: int, config: Any) -> None:
-    if reason := too_small(tile, tile, len(config.model["features"]), config.model["norm"]):
-        raise ConfigError(f"tile: {reason}")
 
 
 def track(items: Any, text: str) -> Any:
