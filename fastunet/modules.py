@@ -49,11 +49,6 @@ class DoubleConv(reference.DoubleConv):
             return act2.forward(norm2.forward(conv2.forward(x)))
         return run_layer(norm2, act2, run_layer(norm1, act1, x, folded), folded)
 
-    def layered_pool(self, x: Tensor, folded: Iterator[FoldedLayer] | None) -> tuple[Tensor, Tensor]:
-        """(y, max_pool2x2(y)) of y = layered(x)."""
-        y = self.layered(x, folded)
-        return y, F.max_pool2d(y, 2)
-
     def fused(self, x: Tensor, up: Tensor | None = None, *, head: OutConv | None = None) -> Tensor:
         """forward of x, or of [x, up] without joining them; with head, head(forward(...))."""
         if self._is_one_op() and not (head is not None and self._fuses(head)):
@@ -83,7 +78,10 @@ class DoubleConv(reference.DoubleConv):
         """The rest of `fused`, from the output of the first three on."""
         _, _, _, conv2, norm2, act2 = self.double_conv
         if head is not None and self._fuses(head):
-            return _conv_norm_head(conv2, norm2, act2, x, head)
+            bias, given = _bias_and_norm(conv2, norm2)
+            parameters = (conv2.weight, bias, head.conv.weight, head.conv.bias)
+            options: dict[str, Any] = {"sigmoid": head.head == "sigmoid", "negative_slope": _slope(act2)}
+            return ops.conv3x3_relu_conv1x1(x, *parameters, norm=given, **options)
         y = conv_norm_activation(conv2, norm2, act2, x)
         return y if head is None else head.fused(y)
 
@@ -146,7 +144,12 @@ class Up(reference.Up):
     def fused(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
         """forward(low, skip); with head, head(forward(low, skip))."""
         if self._composes(low, skip):
-            return self.conv.fused_second(self._composed(low, skip), head=head)
+            conv, norm, act, *_ = self.conv.double_conv
+            bias, given = _bias_and_norm(conv, norm)
+            parameters = (self.up.weight, self.up.bias, conv.weight, bias)
+            options = {"norm": given, "negative_slope": _slope(act)}
+            x = ops.conv_transpose2x2_concat_conv3x3_relu(skip, low, *parameters, **options)
+            return self.conv.fused_second(x, head=head)
         return self.conv.fused(skip, padded_to(upsample(self.up, low), skip), head=head)
 
     def _composes(self, low: Tensor, skip: Tensor) -> bool:
@@ -159,13 +162,6 @@ class Up(reference.Up):
             and all(s // 2 == n for s, n in zip(skip.shape[2:], low.shape[2:], strict=True))
             # A graph may be traced through here, but not through the question; the op asks at every call.
             and (torch.compiler.is_compiling() or dispatch.choose(JOINED_UP, skip, conv.weight).prepares)
-        )
-
-    def _composed(self, low: Tensor, skip: Tensor) -> Tensor:
-        conv, norm, act, *_ = self.conv.double_conv
-        bias, given = _bias_and_norm(conv, norm)
-        return ops.conv_transpose2x2_concat_conv3x3_relu(
-            skip, low, self.up.weight, self.up.bias, conv.weight, bias, norm=given, negative_slope=_slope(act)
         )
 
 
@@ -240,12 +236,6 @@ def _is_inference(norm: Any) -> bool:
     return not torch.is_grad_enabled() and (statistics_of(norm) is not None or isinstance(norm, nn.Identity))
 
 
-def _conv_norm_head(conv: Any, norm: Any, act: Any, x: Tensor, head: OutConv) -> Tensor:
-    bias, given = _bias_and_norm(conv, norm)
-    options: dict[str, Any] = {"sigmoid": head.head == "sigmoid", "negative_slope": _slope(act)}
-    return ops.conv3x3_relu_conv1x1(x, conv.weight, bias, head.conv.weight, head.conv.bias, norm=given, **options)
-
-
 def _bias_and_norm(conv: Any, norm: Any) -> tuple[Any, Any]:
     """The arguments `bias` and `norm` of the ops for inference."""
     if isinstance(norm, nn.Identity):
@@ -262,12 +252,13 @@ JOINED_UP = "conv_transpose2x2_concat_conv3x3_relu"
 
 def is_fusable(conv: Any, norm: Any, act: Any) -> bool:
     """Whether the three are what one of the ops computes: as built, or changed by the user into something else."""
-    return (
-        _is_convolution(conv, 3)
-        and _is_norm(norm)
-        and _is_activation(act)
-        and (conv.bias is None or type(norm) is nn.Identity)
-    )
+    if is_plain(norm, nn.InstanceNorm2d):
+        has_op = not norm.track_running_stats and norm.running_mean is None
+    else:
+        has_op = is_plain(norm, nn.BatchNorm2d) or is_plain(norm, nn.Identity)
+    # Of a slope that leaves the sign: the ops tell the gradient by the sign of the output.
+    activates = is_plain(act, nn.ReLU) or (is_plain(act, nn.LeakyReLU) and 0 < act.negative_slope < float("inf"))
+    return _is_convolution(conv, 3) and has_op and activates and (conv.bias is None or type(norm) is nn.Identity)
 
 
 def _is_convolution(conv: Any, size: int) -> bool:
@@ -293,18 +284,6 @@ def _is_conv_transpose2x2(up: Any) -> bool:
         and up.dilation == (1, 1)
         and up.groups == 1
     )
-
-
-def _is_norm(norm: Any) -> bool:
-    """Batch norm, instance norm without running statistics, or none."""
-    if is_plain(norm, nn.InstanceNorm2d):
-        return not norm.track_running_stats and norm.running_mean is None
-    return is_plain(norm, nn.BatchNorm2d) or is_plain(norm, nn.Identity)
-
-
-def _is_activation(act: Any) -> bool:
-    """ReLU, or LeakyReLU of a slope that leaves the sign: the ops tell the gradient by the sign of the output."""
-    return is_plain(act, nn.ReLU) or (is_plain(act, nn.LeakyReLU) and 0 < act.negative_slope < float("inf"))
 
 
 def _is_max_pool2x2(pool: Any) -> bool:

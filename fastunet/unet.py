@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import dispatch, modules, pretrained, reference
@@ -116,8 +117,8 @@ class UNet(ReferenceUNet):
     def _by_layers(self, x: Tensor, folded: Iterator[FoldedLayer] | None) -> Tensor:
         skips = []
         for block in self.encoder:
-            skip, x = block.layered_pool(x, folded)
-            skips.append(skip)
+            skips.append(block.layered(x, folded))
+            x = F.max_pool2d(skips[-1], 2)
         x = self.bottleneck.layered(x, folded)
         for block in self.decoder:
             x = block.layered(x, skips.pop(), folded)
@@ -202,14 +203,12 @@ class UNet(ReferenceUNet):
         height, width = x.shape[2:]
         if height < least or width < least:
             raise ShapeError(f"UNet: expected height and width >= {least} (2**depth), got {height}x{width}")
-        if height < 2 * least and width < 2 * least and self._has_instance_norm_at_the_bottom():
+        ends_in_a_pixel = height < 2 * least and width < 2 * least
+        if ends_in_a_pixel and any(isinstance(layer, nn.InstanceNorm2d) for layer in self.bottleneck.modules()):
             raise ShapeError(
                 f"UNet: instance norm needs more than one pixel at the bottom: "
                 f"expected height or width >= {2 * least} (2**(depth + 1)), got {height}x{width}"
             )
-
-    def _has_instance_norm_at_the_bottom(self) -> bool:
-        return any(isinstance(layer, nn.InstanceNorm2d) for layer in self.bottleneck.modules())
 
     @classmethod
     def from_pretrained(
