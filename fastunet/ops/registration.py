@@ -101,29 +101,26 @@ def define(
     implementation = _with_plain_arguments(arguments, implementation, fake)
     op = _OPS[overload] = Op(name, arguments, results, overload, implementation, composition, is_torchs)
 
-    def run(*args: Any) -> Any:
-        given = arguments(*args)
-        return _without_none(implementation(given, choose(given)), args)
+    def computed(compute: Callable[[Any], Any]) -> Callable[..., Any]:
+        return lambda *args: _without_none(compute(arguments(*args)), args)
 
-    def run_fake(*args: Any) -> Any:
-        return _without_none(fake(arguments(*args)), args)
-
-    def compose(*args: Any) -> Any:
-        assert composition is not None
-        return _without_none(composition(arguments(*args)), args)
-
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", run_fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, computed(lambda given: implementation(given, choose(given))), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", computed(fake), lib=_LIBRARY)
     function = autograd or _not_differentiable(name, op, is_backward=composition is None)
-    if composition is not None:
+    compose = None if composition is None else computed(composition)
+    if compose is not None:
         # The key above all others, Autocast's too, which is in force within transforms of torch.func alone.
         _LIBRARY.impl(name, compose, "FuncTorchDynamicLayerFrontMode")
 
     def kernel(*args: Any) -> Any:
         if in_forward_mode():
-            if composition is not None:
+            if compose is not None:
                 return compose(*args)
-            _refuse_tangents(name, args)
+            if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+                raise RuntimeError(
+                    f"{NAMESPACE}::{name} has no forward-mode derivative: run the op's forward within the same dual "
+                    "level as its backward, or use torch.func"
+                )
         # A Function below means that a gradient will be asked for: only then is anything kept for it.
         return function.apply(*args) if _is_recorded(args) else below_autograd(op, *args)
 
@@ -272,14 +269,6 @@ def check_untransformed(what: str) -> None:
         raise checks.ConfigError(
             f"{what} is for inference: expected a call outside of torch.func and forward-mode AD, which take the model "
             "it was made of"
-        )
-
-
-def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
-    if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
-        raise RuntimeError(
-            f"{NAMESPACE}::{name} has no forward-mode derivative: run the op's forward within the same dual level as "
-            "its backward, or use torch.func"
         )
 
 
