@@ -63,8 +63,13 @@ def write_report(
         ShapeError: a sample's image and labels differ in size.
     """
     for sample in samples:
-        _check_sizes(sample)
-    pictures_height = (WIDTH / 4 * _mean_aspect(samples) + 0.3) * len(samples) + LEGEND_HEIGHT if samples else 0.0
+        size = sample.image.shape[:2]
+        for name, labels in (("truth", sample.truth), ("prediction", sample.prediction)):
+            if labels.shape != size:
+                raise ShapeError(f"{sample.name}: expected {name} of the image's size {size}, got {labels.shape}")
+    # Height / width of each, within what still makes a readable page.
+    ratios = [np.clip(sample.truth.shape[0] / sample.truth.shape[1], 0.25, 2.0) for sample in samples]
+    pictures_height = (WIDTH / 4 * float(np.mean(ratios)) + 0.3) * len(samples) + LEGEND_HEIGHT if samples else 0.0
     figure = Figure(figsize=(WIDTH, CURVES_HEIGHT + pictures_height), dpi=DPI, layout="constrained")
     if samples:
         heights = [CURVES_HEIGHT, pictures_height]
@@ -173,16 +178,3 @@ def _dice(sample: Sample, class_names: Sequence[str]) -> float:
     labels = (torch.from_numpy(array.astype(np.int64))[None] for array in (sample.prediction, sample.truth))
     metrics.update(*labels)
     return metrics.compute()["mean_dice"]
-
-
-def _check_sizes(sample: Sample) -> None:
-    size = sample.image.shape[:2]
-    for name, labels in (("truth", sample.truth), ("prediction", sample.prediction)):
-        if labels.shape != size:
-            raise ShapeError(f"{sample.name}: expected {name} of the image's size {size}, got {labels.shape}")
-
-
-def _mean_aspect(samples: Sequence[Sample]) -> float:
-    """Mean height / width, within what still makes a readable page."""
-    ratios = [np.clip(sample.truth.shape[0] / sample.truth.shape[1], 0.25, 2.0) for sample in samples]
-    return float(np.mean(ratios)) if ratios else 1.0
