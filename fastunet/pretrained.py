@@ -153,16 +153,12 @@ def _read(source: Any) -> tuple[Mapping[str, Any], dict[str, Any], str]:
     config = weights.with_name(CONFIG)
     saved = _read_config(config) if weights.name == WEIGHTS and config.is_file() else {}
     content = read_weights(weights)
-    _check_expansion(content, weights)
-    return content, saved, str(weights)
-
-
-def _check_expansion(content: Mapping[str, Any], path: Path) -> None:
-    """Raise DataError where tensors, expanded from few values by strides of 0, are larger than the file they are in."""
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content, str(path)).values())
-    held = path.stat().st_size
+    # Tensors may be expanded from few values by strides of 0.
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content, str(weights)).values())
+    held = weights.stat().st_size
     if claimed > 2 * held + 2**20:
-        raise DataError(f"{path}: expected tensors within the {held} bytes of the file, got some of {claimed} bytes")
+        raise DataError(f"{weights}: expected tensors within the {held} bytes of the file, got some of {claimed} bytes")
+    return content, saved, str(weights)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -349,17 +345,13 @@ def _structure(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 def _agreed(found: dict[str, Any], given: Mapping[str, Any], error: type[FastUNetError], place: str) -> dict[str, Any]:
     """Return what was found, overridden by what is given. Raises `error` where the weights contradict."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    same = dict(found)
+    if found["upsample"] == "bilinear" and isinstance(values.get("features"), tuple):
+        same["features"] = (*found["features"][:-1], *values["features"][-1:])  # No weight depends on the last.
     for name in STRUCTURE:
-        if name in values and not _agree(name, found, values[name]):
+        if name in values and values[name] != same[name]:
             raise error(f"{place}: {name}: expected {found[name]!r}, as the weights have it, got {values[name]!r}")
     return found | values
-
-
-def _agree(name: str, found: dict[str, Any], value: Any) -> bool:
-    expected = found[name]
-    if name == "features" and found["upsample"] == "bilinear" and isinstance(value, tuple):
-        return len(value) == len(expected) and value[:-1] == expected[:-1]
-    return value == expected
 
 
 def _in_one_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None, where: str) -> dict[str, Tensor]:
