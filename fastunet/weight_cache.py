@@ -181,7 +181,7 @@ def _number(t: Tensor | None) -> int | None:
     writes = storage.writes
     if record.writes != writes:
         checksum = _checksum(t.detach())
-        if not _equal(record.checksum, checksum):
+        if not (record.checksum and all(map(torch.equal, record.checksum, checksum))):
             record.number, record.checksum = next(_numbers), checksum
         record.writes = writes
     return record.number
@@ -204,9 +204,3 @@ def _checksum(t: Tensor) -> tuple[Tensor, ...]:
     row = _COLUMNS * 8 // values.element_size()
     inside = values.numel() // row * row
     return values[:inside].view(torch.int64).view(-1, _COLUMNS).sum(0), values[inside:].clone()
-
-
-def _equal(before: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> bool:
-    return len(before) == len(now) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, now, strict=True)
-    )

@@ -37,25 +37,19 @@ class Folding:
 
     def folded(self) -> Iterator[FoldedLayer]:
         """Return them as they are now, in order. They are kept until a parameter changes, and all asked for at once."""
-        return iter(prepared(self._kind, self._sources, self._fold))
-
-    def _fold(self) -> list[FoldedLayer]:
-        return [_fold(conv, norm) for conv, norm in self.layers]
+        return iter(prepared(self._kind, self._sources, lambda: [_fold(*layer) for layer in self.layers]))
 
 
 def _fold(conv: Any, norm: Any) -> FoldedLayer:
     weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach().clone()
     needs_norm, statistics = _needs_norm(norm), statistics_of(norm)
-    # What torch's batch norm refuses is left to it.
-    if statistics is not None and not all(t is None or _are_alike(t, weight) for t in statistics):
-        needs_norm = True
-    elif statistics is not None:
-        weight, bias = folding.fold_batch_norm(weight, *statistics, norm.eps)
+    if statistics is not None:
+        expected = (weight.shape[:1], weight.dtype, weight.device)
+        # What torch's batch norm refuses is left to it.
+        needs_norm = any(t is not None and (t.shape, t.dtype, t.device) != expected for t in statistics)
+        if not needs_norm:
+            weight, bias = folding.fold_batch_norm(weight, *statistics, norm.eps)
     return FoldedLayer(weight.clone(memory_format=torch.channels_last), bias, needs_norm)
-
-
-def _are_alike(t: Tensor, weight: Tensor) -> bool:
-    return t.shape == weight.shape[:1] and t.dtype == weight.dtype and t.device == weight.device
 
 
 def _needs_norm(norm: Any) -> bool:
