@@ -163,14 +163,19 @@ class DiceLoss(nn.Module):
         channels = input.shape[1]
         activation = self.activation
         if channels == 1:
-            self._warn_single_channel()
+            unused = {
+                "softmax=True": activation == "softmax",
+                "to_onehot_y=True": self.to_onehot_y,
+                "include_background=False": not self.include_background,
+            }
+            for option in (name for name, given in unused.items() if given):
+                warnings.warn(f"{option} has no meaning for one channel and is ignored", stacklevel=3)
             activation = "none" if activation == "softmax" else activation
         one_hot = self.to_onehot_y and target.shape[1] == 1 < channels
         expected = (len(input), 1 if one_hot else channels, *input.shape[2:])
         if tuple(target.shape) != expected:
             raise ShapeError(f"target: expected shape {expected} as the input's, got {tuple(target.shape)}")
-        mask = _ignore_mask(target, self.ignore_index)
-        squared = self.squared_pred
+        mask, squared = _ignore_mask(target, self.ignore_index), self.squared_pred
         if activation != "none" and (squared or not self.soft_label):
             return _fused_sums(input, target, mask, activation, squared=squared, entropy=entropy)
         probability = _at_least_fp32(input)
@@ -178,7 +183,10 @@ class DiceLoss(nn.Module):
             probability = self.other_act(probability)
         elif activation != "none":
             probability = probability.sigmoid() if activation == "sigmoid" else probability.softmax(1)
-        values = _one_hot(target, channels, mask) if one_hot else target
+        values = target
+        if one_hot:  # One that does not count gets class 0. In place `scatter` would be no batch for vmap.
+            index = target.long() if mask is None else target.long().masked_fill(~mask, 0)
+            values = torch.zeros(input.shape, device=target.device).scatter(1, index, 1.0)
         sums = dice_sums(probability, values, squared=squared, soft_label=self.soft_label, mask=mask)
         if not entropy:
             return sums
@@ -201,16 +209,6 @@ class DiceLoss(nn.Module):
         if self.reduction == "sum":
             return loss.sum()
         return loss.reshape(*loss.shape, *[1] * spatial_dims)
-
-    def _warn_single_channel(self) -> None:
-        """Say which options have no meaning for one channel."""
-        unused = {
-            "softmax=True": self.activation == "softmax",
-            "to_onehot_y=True": self.to_onehot_y,
-            "include_background=False": not self.include_background,
-        }
-        for option in (name for name, given in unused.items() if given):
-            warnings.warn(f"{option} has no meaning for one channel and is ignored", stacklevel=4)
 
 
 class BCEDiceLoss(nn.Module):
@@ -362,13 +360,6 @@ def _fused_sums(
 def _at_least_fp32(input: Tensor) -> Tensor:
     """Widen fp16 and bf16: a sum over 512 x 512 pixels passes fp16's largest value, 65504."""
     return input if input.dtype == torch.float64 else input.float()
-
-
-def _one_hot(labels: Tensor, classes: int, mask: Tensor | None) -> Tensor:
-    """Spread class indices [N, 1, *spatial] over `classes` channels in fp32; one that does not count gets class 0."""
-    index = labels.long() if mask is None else labels.long().masked_fill(~mask, 0)
-    shape = (len(index), classes, *index.shape[2:])
-    return torch.zeros(shape, device=labels.device).scatter(1, index, 1.0)  # In place it would be no batch for vmap.
 
 
 def _ignore_mask(target: Tensor, ignore_index: int | None) -> Tensor | None:
