@@ -22,16 +22,6 @@ HEADS = (None, "sigmoid", "softmax")
 LEAKY_SLOPE = 0.01
 
 
-def make_norm(norm: str | None, channels: int) -> nn.Module:
-    if norm == "batch":
-        return nn.BatchNorm2d(channels)
-    return nn.InstanceNorm2d(channels, affine=True) if norm == "instance" else nn.Identity()
-
-
-def make_activation(activation: str) -> nn.Module:
-    return nn.ReLU() if activation == "relu" else nn.LeakyReLU(LEAKY_SLOPE)
-
-
 class DoubleConv(nn.Module):
     """Twice conv3x3, norm, activation: [N, in, H, W] to [N, out, H, W]. A convolution has a bias where no norm
     follows.
@@ -43,11 +33,12 @@ class DoubleConv(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for a, b in ((in_channels, mid_channels), (mid_channels, out_channels)):
-            layers += [
-                nn.Conv2d(a, b, 3, padding=1, bias=norm is None),
-                make_norm(norm, b),
-                make_activation(activation),
-            ]
+            layers.append(nn.Conv2d(a, b, 3, padding=1, bias=norm is None))
+            if norm == "batch":
+                layers.append(nn.BatchNorm2d(b))
+            else:
+                layers.append(nn.InstanceNorm2d(b, affine=True) if norm == "instance" else nn.Identity())
+            layers.append(nn.ReLU() if activation == "relu" else nn.LeakyReLU(LEAKY_SLOPE))
         self.double_conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
