@@ -51,7 +51,11 @@ def fastunet_backend(
     """
     fallback, force, rest = _read(mode, options)
     replace_patterns(graph_module, force=force)
-    return _compile_rest(graph_module, example_inputs, fallback, mode, rest)
+    if fallback != "inductor":
+        return run_backend(fallback, graph_module, example_inputs)
+    rewriting.replace_replicate_pads(graph_module)
+    settings = {**(options_of_mode(mode) if mode not in (None, "default") else {}), **rest}
+    return run_backend(fallback, graph_module, example_inputs, config_patches=settings or None)
 
 
 def find_patterns(graph_module: GraphModule, **options: Any) -> list[tuple[GraphModule, list[Pattern]]]:
@@ -94,13 +98,3 @@ def default_fallback() -> str:
         )
         return "eager"
     return "inductor"
-
-
-def _compile_rest(
-    graph_module: GraphModule, inputs: list[Any], fallback: str, mode: str | None, options: dict[str, Any]
-) -> Any:
-    if fallback != "inductor":
-        return run_backend(fallback, graph_module, inputs)
-    rewriting.replace_replicate_pads(graph_module)
-    settings = {**(options_of_mode(mode) if mode not in (None, "default") else {}), **options}
-    return run_backend(fallback, graph_module, inputs, config_patches=settings or None)

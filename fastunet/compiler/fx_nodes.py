@@ -125,7 +125,8 @@ class Order:
         """
         members = set(nodes)
         inside = [self._index[node] for node in members]
-        statistics = {s for node in members for s in _moved_statistics(node)}
+        norms = [arguments(n) for n in members if name_of(n) == "batch_norm" and arguments(n)["training"]]
+        statistics = {norm[key] for norm in norms for key in ("running_mean", "running_var")}
         return not any(
             has_effect(node) or statistics.intersection(node.all_input_nodes)
             for node in self._nodes[min(inside) : max(inside)]
@@ -133,17 +134,13 @@ class Order:
         )
 
 
-def _moved_statistics(node: Node) -> list[Node]:
-    if name_of(node) != "batch_norm" or not arguments(node)["training"]:
-        return []
-    return [s for s in (arguments(node)[key] for key in ("running_mean", "running_var")) if isinstance(s, Node)]
-
-
 def has_effect(node: Node) -> bool:
     """Whether a node may change anything but its own result. What is not known to be pure may."""
     if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") or name.startswith("__i")) and not _counts_batches(node)
+        name, value = str(node.target), value_of(node.args[0])
+        # num_batches_tracked.add_(1): no op of ours reads it.
+        counts = name == "add_" and isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0
+        return (name.endswith("_") or name.startswith("__i")) and not counts
     if node.op != "call_function":
         return node.op not in ("placeholder", "get_attr")
     return (
@@ -167,9 +164,3 @@ def is_in_place(node: Node) -> bool:
         or node.kwargs.get("out") is not None
         or any(a is True for a in node.args)  # `inplace` by position, as far as one can tell.
     )
-
-
-def _counts_batches(node: Node) -> bool:
-    """num_batches_tracked.add_(1): no op of ours reads it."""
-    value = value_of(node.args[0])
-    return node.target == "add_" and isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0

@@ -44,7 +44,11 @@ def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
     result, removed = pattern.result, [node for node in graph.nodes if node in pattern.nodes]
     with graph.inserting_before(result):
         op, images, rest = _arguments(graph, pattern)
-        images = {name: _channels_last(graph, image) for name, image in images.items()}
+        for name, image in images.items():
+            if image is not None:
+                # Unlike `contiguous`, `to` gives an image of one channel the strides of channels_last.
+                images[name] = made = graph.call_method("to", (image,), {"memory_format": torch.channels_last})
+                made.meta[_OWN] = True
         call = graph.call_function(op.overload, tuple(op.arguments(**images, **rest)))
         call.meta.update({key: result.meta[key] for key in ("nn_module_stack", "stack_trace") if key in result.meta})
         results = {result: call if op.results == 1 else graph.call_function(operator.getitem, (call, 0))}
@@ -58,15 +62,6 @@ def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
     for node in reversed(removed):
         graph.erase_node(node)
     return {*results.values()}
-
-
-def _channels_last(graph: Any, image: Node | None) -> Node | None:
-    if image is None:
-        return None
-    # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
-    node = graph.call_method("to", (image,), {"memory_format": torch.channels_last})
-    node.meta[_OWN] = True
-    return node
 
 
 # --- arguments of the ops ---
