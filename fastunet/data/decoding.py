@@ -142,22 +142,18 @@ def _room_for(path: Path, shape: tuple[int, ...], bits: int, claimed: int, expan
         )
     needed = math.prod(shape) * -(-bits // 8) * COPIES
     with _one_large if needed > LARGE else nullcontext():
-        free = _free_memory()
+        # Of the machine, or of its container.
+        bounds = [psutil.virtual_memory().available]
+        for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                bounds.append(int(Path(limit).read_text()) - psutil.Process().memory_info().rss)
+        free = min(bounds)
         if needed > free:
             raise DataError(
                 f"{path}: expected an image that takes at most {free / 2**30:.1f} GiB of memory to decode, "
                 f"got {described} ({needed / 2**30:.1f} GiB): cut it into parts"
             )
         yield
-
-
-def _free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its container."""
-    free = [psutil.virtual_memory().available]
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            free.append(int(Path(limit).read_text()) - psutil.Process().memory_info().rss)
-    return min(free)
 
 
 def _upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
@@ -191,14 +187,12 @@ def _decode_pillow(path: Path, opener: Callable[..., Any], head: bytes) -> Pictu
             frames = getattr(image, "n_frames", 1)
             if frames > 1:
                 raise DataError(f"{path}: expected one image, got {frames} frames")
-            picture = _png16(path) if bits == 16 else _loaded(image, bits)
+            if bits == 16:  # of which Pillow keeps only the upper 8 if they have colour
+                pixels = np.atleast_3d(imagecodecs.png_decode(path.read_bytes()))
+                picture = Picture(pixels, 16, alpha=pixels.shape[2] - 1 if pixels.shape[2] in (2, 4) else None)
+            else:
+                picture = _loaded(image, bits)
             return replace(picture, pixels=_upright(picture.pixels, image.getexif().get(274)))
-
-
-def _png16(path: Path) -> Picture:
-    """Decode a PNG of 16 bits, of which Pillow keeps only the upper 8 if it has colour."""
-    pixels = np.atleast_3d(imagecodecs.png_decode(path.read_bytes()))
-    return Picture(pixels, 16, alpha=pixels.shape[2] - 1 if pixels.shape[2] in (2, 4) else None)
 
 
 def _loaded(image: Image.Image, bits: int) -> Picture:

@@ -67,7 +67,9 @@ def _micrograph(size: int, generator: np.random.Generator) -> tuple[np.ndarray, 
         (size**2 // 4500, (0.8, 2.2), (0.25, 0.9)),  # debris
     ):
         for _ in range(number):
-            light += _spot(size, generator.uniform(*sigmas), generator) * generator.uniform(*amplitudes)
+            sigma, center = generator.uniform(*sigmas), generator.uniform(0, size, 2)
+            rows, columns = np.exp(-(((np.arange(size) - center[:, None]) / sigma) ** 2) / 2)
+            light += np.outer(rows, columns) * generator.uniform(*amplitudes)
     illumination = 1 + 0.22 * _smooth_noise(size, size / 5, generator)
     scene = _blur((light + 0.04) * np.clip(illumination, 0.4, 1.6), BLUR)
     # The transform's rounding may leave a tiny negative, which Poisson refuses.
@@ -113,13 +115,6 @@ def _add_cell(
     shade = 0.6 + nucleus + membrane + 0.13 * texture[window]
     light[window] += body * generator.uniform(*BRIGHTNESS) * np.clip(shade, 0.1, None)
     inside[window] |= body
-
-
-def _spot(size: int, sigma: float, generator: np.random.Generator) -> np.ndarray:
-    """A Gaussian of height 1 somewhere in the field."""
-    center = generator.uniform(0, size, 2)
-    rows, columns = np.exp(-(((np.arange(size) - center[:, None]) / sigma) ** 2) / 2)
-    return np.outer(rows, columns)
 
 
 def _smooth_noise(size: int, sigma: float, generator: np.random.Generator) -> np.ndarray:
