@@ -78,13 +78,10 @@ def load_config(run: str | Path) -> RunConfig:
         raise DataError(f"{path}: expected the config.json of a training run, got no such file")
     try:
         raw = json.loads(path.read_text())
-        return RunConfig(**{**raw, "data": DataSummary(**_tuples(raw["data"]))})
+        data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["data"].items()}
+        return RunConfig(**{**raw, "data": DataSummary(**data)})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: expected the config.json of a training run, got {error!r}") from error
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def save_weights(run: Path, model: UNet) -> None:

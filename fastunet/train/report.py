@@ -120,11 +120,12 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
     """A row of four pictures per sample, and the legends below."""
     rows = figure.subplots(len(samples), 4, squeeze=False)
     for row, sample in zip(rows, samples, strict=True):
-        grey = _displayable(sample.image)
+        grey, metrics = _displayable(sample.image), SegmentationMetrics(class_names)
+        metrics.update(*(torch.from_numpy(t.astype(np.int64))[None] for t in (sample.prediction, sample.truth)))
         pictures = {
             sample.name[:NAME_LENGTH].encode(errors="replace").decode(): grey,
             "truth": _colour_labels(sample.truth),
-            f"prediction: Dice {_dice(sample, class_names):.3f}": _colour_labels(sample.prediction),
+            f"prediction: Dice {metrics.compute()['mean_dice']:.3f}": _colour_labels(sample.prediction),
             "errors": _overlay_errors(grey, sample),
         }
         for axes, (title, picture) in zip(row, pictures.items(), strict=True):
@@ -170,11 +171,3 @@ def _overlay_errors(image: np.ndarray, sample: Sample) -> np.ndarray:
     for area, (colour, opacity) in zip(areas, ERROR_COLOURS.values(), strict=True):
         picture[area] = (1 - opacity) * picture[area] + opacity * np.array(to_rgb(colour))
     return picture
-
-
-def _dice(sample: Sample, class_names: Sequence[str]) -> float:
-    """Dice of the foreground, or the mean over its classes."""
-    metrics = SegmentationMetrics(class_names)
-    labels = (torch.from_numpy(array.astype(np.int64))[None] for array in (sample.prediction, sample.truth))
-    metrics.update(*labels)
-    return metrics.compute()["mean_dice"]
