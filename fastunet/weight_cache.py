@@ -175,7 +175,9 @@ def _number(t: Tensor | None) -> int | None:
     storage, record = _known(t)
     if not is_marked(t):
         storage.writes += 1
-        if not _resizes_storages():
+        # FSDP frees and fills the storages of weights again, at which torch fails where they are marked
+        # ("ctx != nullptr INTERNAL ASSERT FAILED").
+        if "torch.distributed.fsdp" not in sys.modules or not torch.distributed.is_initialized():
             with suppress(RuntimeError):  # Of memory that is not torch's own: it stays unmarked.
                 torch_private.mark(t.detach())
     writes = storage.writes
@@ -185,13 +187,6 @@ def _number(t: Tensor | None) -> int | None:
             record.number, record.checksum = next(_numbers), checksum
         record.writes = writes
     return record.number
-
-
-def _resizes_storages() -> bool:
-    """Whether FSDP may be at work, which frees and fills the storages of weights again: torch then fails on marked ones
-    ("ctx != nullptr INTERNAL ASSERT FAILED").
-    """
-    return "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
 
 
 def _checksum(t: Tensor) -> tuple[Tensor, ...]:
