@@ -263,39 +263,23 @@ def is_fusable(conv: Any, norm: Any, act: Any) -> bool:
 
 def _is_convolution(conv: Any, size: int) -> bool:
     """A plain 'same' convolution of this kernel size. The weight tells it: the size set beside it is not looked at."""
-    return (
-        is_plain(conv, nn.Conv2d)
-        and conv.weight.shape[2:] == (size, size)
-        and conv.stride == (1, 1)
-        and conv.padding == (size // 2, size // 2)
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-    )
+    is_right = is_plain(conv, nn.Conv2d) and conv.weight.shape[2:] == (size, size)
+    return is_right and _is_set(conv, stride=1, padding=size // 2, dilation=1, groups=1, padding_mode="zeros")
 
 
 def _is_conv_transpose2x2(up: Any) -> bool:
-    return (
-        is_plain(up, nn.ConvTranspose2d)
-        and up.weight.shape[2:] == (2, 2)
-        and up.stride == (2, 2)
-        and up.padding == (0, 0)
-        and up.output_padding == (0, 0)
-        and up.dilation == (1, 1)
-        and up.groups == 1
-    )
+    is_right = is_plain(up, nn.ConvTranspose2d) and up.weight.shape[2:] == (2, 2)
+    return is_right and _is_set(up, stride=2, padding=0, output_padding=0, dilation=1, groups=1)
 
 
 def _is_max_pool2x2(pool: Any) -> bool:
-    return (
-        is_plain(pool, nn.MaxPool2d)
-        and pool.kernel_size in (2, (2, 2))
-        and pool.stride in (2, (2, 2))
-        and pool.padding in (0, (0, 0))
-        and pool.dilation in (1, (1, 1))
-        and not pool.ceil_mode
-        and not pool.return_indices
-    )
+    windows = {"kernel_size": 2, "stride": 2, "padding": 0, "dilation": 1}
+    return is_plain(pool, nn.MaxPool2d) and _is_set(pool, **windows, ceil_mode=False, return_indices=False)
+
+
+def _is_set(module: Any, **settings: Any) -> bool:
+    """Whether the module is set so; a number stands for two of it as well."""
+    return all(getattr(module, name) in (value, (value, value)) for name, value in settings.items())
 
 
 def is_plain_block(block: Any, kind: type[DoubleConv] | type[Down] | type[Up] | type[OutConv]) -> bool:
