@@ -170,20 +170,10 @@ class Conv3x3(_Scaled):
         self.conv, self.norm, self.act = conv, norm, act
 
     @untraced
-    def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
-        if self.y_scale is not None and up is None and not pool and self._chains(x):
-            return self._chained(x)
-        return modules.conv_norm_activation(self.conv, self.norm, self.act, x, up, pool=pool)
-
-    def _chains(self, x: Tensor) -> bool:
-        if not _has_tensor_cores(x, _dtype_of(x)):
-            return False
-        from fastunet.kernels.conv3x3 import config
-
-        return x.shape[1] < config.FOLDED_BELOW
-
     @torch.no_grad()
-    def _chained(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, up: Tensor | None = None, *, pool: bool = False) -> Any:
+        if self.y_scale is None or up is not None or pool or not self._chains(x):
+            return modules.conv_norm_activation(self.conv, self.norm, self.act, x, up, pool=pool)
         from fastunet.kernels.conv3x3.pointer import conv3x3
         from fastunet.kernels.epilogue import Normalisation
 
@@ -192,6 +182,13 @@ class Conv3x3(_Scaled):
         options = {"norm": None if given is None else Normalisation(*given), "negative_slope": modules._slope(self.act)}
         y, _ = conv3x3(x.to(dtype), self.conv.weight.to(dtype), bias, y_scale=self.y_scale, **options)
         return y
+
+    def _chains(self, x: Tensor) -> bool:
+        if not _has_tensor_cores(x, _dtype_of(x)):
+            return False
+        from fastunet.kernels.conv3x3 import config
+
+        return x.shape[1] < config.FOLDED_BELOW
 
 
 class ChainedConvTranspose2x2(_Scaled):
