@@ -31,11 +31,7 @@ def forward(args: ConvArgs, implementation: str) -> tuple[Tensor | None, ...]:
     elif args.norm == "none":
         y = activate_(convolve(x, up, weight, bias, implementation), args.slope)
     else:
-        if implementation == "onednn":
-            raw = onednn.conv3x3(x, up, weight, None, None, None)
-        else:
-            raw = convolve(x, up, weight, None, implementation)
-        raw = raw.contiguous(memory_format=format)
+        raw = convolve(x, up, weight, None, implementation).contiguous(memory_format=format)
         y, mean, invstd = (_batch_norm if args.norm == "batch" else _instance_norm)(raw, args)
         y = activate_(y.contiguous(memory_format=format), args.slope)
     y = y.contiguous(memory_format=format)
@@ -74,9 +70,11 @@ def statistics_dtype(gamma: Tensor | None, raw: Tensor) -> torch.dtype:
 
 
 def convolve(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
-    """conv2d([x, up], weight, bias, padding=1), by "winograd" or ATen, in x's dtype: a compiled graph may have left the
-    casts of autocast to an implementation that does not run.
+    """conv2d([x, up], weight, bias, padding=1), by "onednn", "winograd" or ATen, in x's dtype: a compiled graph may
+    have left the casts of autocast to an implementation that does not run.
     """
+    if implementation == "onednn":
+        return onednn.conv3x3(x, up, weight, bias, None, None)
     if implementation == "winograd":
         return winograd.convolve(*_by_input(x, up, weight), bias, winograd.side_of_tiles(x, weight))
     joined = x if up is None else torch.cat([x, up], dim=1)
