@@ -46,3 +46,11 @@ def ieee() -> Iterator[None]:
     """float32 is float32, in torch's operations and ours: ops ask torch whether TF32 is allowed."""
     with float32_precision("ieee"):
         yield
+
+
+@pytest.fixture
+def undrawn_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings leave an empty report, which would take longer to draw than they do."""
+    from fastunet.train import loop
+
+    monkeypatch.setattr(loop, "write_report", lambda path, *_: path.write_bytes(b""))

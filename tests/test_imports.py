@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def sources() -> list[Path]:
     return sorted(p for folder in ("fastunet", "kernels", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py"))
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """Absolute names of all modules a file imports, wherever in the file."""
     package = list(path.relative_to(ROOT).parent.parts)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastunet
+from fastunet.compiler import backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +78,10 @@ def test_the_python_example_runs() -> None:
     assert names["loss"].isfinite()
 
 
-def test_the_example_of_one_line_runs() -> None:
+def test_the_example_of_one_line_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        backend, "default_fallback", lambda: "eager"
+    )  # Inductor's compiling takes longer than all else.
     names: dict = {"torch": torch, "fastunet": fastunet, "x": torch.randn(1, 3, 9, 8)}
     names["your_model"] = torch.nn.Conv2d(3, 4, 3, padding=1)
     exec(python_example("torch.compile(your_model"), names)

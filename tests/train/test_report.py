@@ -39,15 +39,9 @@ def make_sample(shape: tuple[int, ...] = (24, 32, 1), classes: int = 2, dtype: s
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved, in order."""
+    """The figures that are saved, in order, which are not drawn."""
     seen: list[Figure] = []
-    original = Figure.savefig
-
-    def savefig(self: Figure, *args: Any, **options: Any) -> None:
-        seen.append(self)
-        original(self, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: seen.append(self))
     return seen
 
 
@@ -75,7 +69,6 @@ def test_curves_show_what_was_recorded(tmp_path: Path, figures: list[Figure]) ->
 def test_a_history_of_no_or_one_row_is_drawn(tmp_path: Path, figures: list[Figure], rows: int) -> None:
     write_report(tmp_path / "report.png", HISTORY[:rows], [])
     assert texts(figures[0]).count("nothing recorded") == 2 - rows
-    assert Image.open(tmp_path / "report.png").size[0] == 1320
 
 
 def test_pictures_show_truth_prediction_and_each_kind_of_error(tmp_path: Path, figures: list[Figure]) -> None:
@@ -107,23 +100,19 @@ def test_several_classes_get_colours_names_and_a_colour_for_confusion(tmp_path: 
     assert {"sky", "tree", "bird", "wrong class"} <= set(texts(figures[0]))
 
 
-@pytest.mark.parametrize(
-    "sample",
-    [
-        make_sample((24, 32, 3)),
-        make_sample((24, 32, 5), dtype="uint16"),
-        make_sample((200, 20, 1), dtype="float32"),
-        make_sample((20, 300, 2)),
-        make_sample(classes=12),
-    ],
-    ids=["rgb", "5_channels", "tall", "wide", "12_classes"],
-)
-def test_any_image_can_be_shown(tmp_path: Path, sample: Sample) -> None:
-    names = [f"class {label}" for label in range(int(max(sample.truth.max(), sample.prediction.max())) + 1)]
-    write_report(tmp_path / "report.png", HISTORY, [sample, sample], names)
+def test_any_image_can_be_shown(tmp_path: Path) -> None:
+    """RGB, many channels, very tall and very wide ones, and more classes than colours; nothing of pyplot's changes."""
+    figures, settings = plt.get_fignums(), dict(matplotlib.rcParams)
+    rgb, many = make_sample((24, 32, 3)), make_sample((24, 32, 5), dtype="uint16")
+    tall, wide = make_sample((200, 20, 1), dtype="float32"), make_sample((20, 300, 2))
+    names = [f"class {label}" for label in range(12)]
+    write_report(tmp_path / "report.png", HISTORY, [rgb, many, tall, wide, make_sample(classes=12)], names)
     with Image.open(tmp_path / "report.png") as picture:
         assert picture.format == "PNG"
-        assert picture.size[1] > 500
+        assert picture.size[0] == 1320
+        assert 500 < picture.size[1] < 3000
+    assert plt.get_fignums() == figures
+    assert dict(matplotlib.rcParams) == settings
 
 
 def test_images_are_stretched_to_their_own_range() -> None:
@@ -152,25 +141,7 @@ def test_a_failing_write_leaves_the_old_report_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_new_report_replaces_the_old_one_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "report.png"
-    path.write_bytes(b"the last report")
-    with path.open("rb") as reader:
-        write_report(path, HISTORY, [])
-        assert reader.read() == b"the last report"  # who has it open sees no half-written file
-    assert list(tmp_path.iterdir()) == [path]
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-
-
 def test_sizes_that_differ_are_named(tmp_path: Path) -> None:
     sample = Sample("a.png", np.zeros((4, 4, 1), np.uint8), np.zeros((4, 4), int), np.zeros((4, 5), int))
     with pytest.raises(ShapeError, match=r"a\.png: expected prediction of the image's size \(4, 4\), got \(4, 5\)"):
         write_report(tmp_path / "report.png", HISTORY, [sample])
-
-
-def test_no_figure_is_left_to_pyplot_and_no_setting_changed(tmp_path: Path) -> None:
-    figures, settings = plt.get_fignums(), dict(matplotlib.rcParams)
-    write_report(tmp_path / "report.png", HISTORY, [make_sample()])
-    assert plt.get_fignums() == figures
-    assert dict(matplotlib.rcParams) == settings

@@ -1,4 +1,4 @@
-"""Training on a folder: what a run leaves, interruption at any moment, resuming, and errors before any work."""
+"""Training on a folder: what a run leaves, interruption at any moment, and resuming."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,31 +25,17 @@ from accelerate import Accelerator
 from killed_training import kill_runs
 from PIL import Image
 from safetensors.torch import load_file
+from stopped_training import TINY, Killed, killed, losses_of, stop_at
 
 from fastunet import UNet
-from fastunet.checks import ConfigError, DataError, FastUNetError, Interrupted
-from fastunet.data.synthetic import write_dataset
+from fastunet.checks import ConfigError, DataError
 from fastunet.files import written_whole
 from fastunet.inference.predict import evaluate
 from fastunet.train import checkpoint, loop
 from fastunet.train.checkpoint import checkpoints, read_progress
-from fastunet.train.loop import TrainConfig, rate_at, train
+from fastunet.train.loop import rate_at, train
 
-TINY = TrainConfig(steps=10, features=(4, 8), crop=32, batch_size=2, val_fraction=0.25, tta=False, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_dataset(root, 8, size=64)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    train(data, out, TINY)
-    return out
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 
 def test_what_a_run_leaves(run: Path) -> None:
@@ -89,20 +74,17 @@ def test_training_learns(data: Path, tmp_path: Path) -> None:
     assert metrics["dice"]["foreground"] > 0.75
 
 
-def test_the_same_seed_gives_the_same_weights(data: Path, run: Path, tmp_path: Path) -> None:
-    train(data, tmp_path / "again", TINY)
-    train(data, tmp_path / "other", replace(TINY, seed=1))
-    first, again, other = (
-        load_file(folder / "model.safetensors") for folder in (run, tmp_path / "again", tmp_path / "other")
-    )
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["outc.conv.weight"], other["outc.conv.weight"])
-
-
-def test_two_trainings_in_one_process_may_differ_in_precision(data: Path, tmp_path: Path) -> None:
-    for precision in ("bf16", "fp32"):
-        metrics = train(data, tmp_path / precision, replace(TINY, steps=1, precision=precision))
+def test_trainings_in_one_process_may_differ_in_precision_and_seed(data: Path, tmp_path: Path) -> None:
+    weights = []
+    for i, (precision, seed) in enumerate((("bf16", 0), ("fp32", 0), ("fp32", 1))):
+        config = replace(TINY, steps=1, val_fraction=0.0, precision=precision, seed=seed)
+        metrics = train(data, tmp_path / str(i), config)
         assert metrics["precision"] == precision
+        assert metrics["images"] == []
+        assert "dice" not in metrics
+        assert (tmp_path / str(i) / "report.png").is_file()
+        weights.append(load_file(tmp_path / str(i) / "model.safetensors")["outc.conv.weight"])
+    assert not torch.equal(weights[1], weights[2])
 
 
 def test_a_time_limit_ends_the_schedule(data: Path, tmp_path: Path) -> None:
@@ -111,10 +93,10 @@ def test_a_time_limit_ends_the_schedule(data: Path, tmp_path: Path) -> None:
     metrics = train(
         data,
         tmp_path / "run",
-        replace(TINY, steps=10**9, max_minutes=0.02),
+        replace(TINY, steps=10**9, max_minutes=0.01),
         on_step=lambda progress: rates.append(rate_at(progress.fraction)),
     )
-    assert 1.2 <= metrics["seconds"] < 1.2 + (time.perf_counter() - start)
+    assert 0.6 <= metrics["seconds"] < 0.6 + (time.perf_counter() - start)
     assert metrics["steps"] == len(rates)
     assert rates[-1] == pytest.approx(0, abs=1e-9)
 
@@ -145,55 +127,29 @@ def test_multi_class_and_colour(tmp_path: Path) -> None:
     assert (model.config["in_channels"], model.config["out_channels"]) == (3, 3)
 
 
-def test_no_image_kept_out(data: Path, tmp_path: Path) -> None:
-    metrics = train(data, tmp_path / "run", replace(TINY, val_fraction=0.0, steps=2))
-    assert metrics["images"] == []
-    assert "dice" not in metrics
-    assert (tmp_path / "run/report.png").is_file()
-
-
 # --- stopped at any moment, and resumed ---
 
 
-class Killed(BaseException):
-    """As if the process ended there: nothing catches it."""
-
-
-def killed(*args: Any, **options: Any) -> None:
-    raise Killed
-
-
-def stop_at(step: int, how: Callable[[], None]) -> Callable[[loop.Progress], None]:
-    return lambda progress: how() if progress.step == step else None
-
-
-def losses_of(data: Path | None, out: Path, config: TrainConfig | None, **options: Any) -> dict[int, float]:
-    """The loss of each step of a training, however it ends."""
-    losses: dict[int, float] = {}
-    stop = options.pop("stop", lambda progress: None)
-
-    def note(progress: loop.Progress) -> None:
-        losses[progress.step] = progress.loss
-        stop(progress)
-
-    with suppress(Killed, Interrupted):
-        train(data, out, config, on_step=note, **options)
-    return losses
-
-
-@pytest.mark.parametrize(("norm", "workers", "stop"), [("batch", 0, "kill"), ("instance", 1, "Ctrl-C")])
-def test_resuming_is_exact(norm: str, workers: int, stop: str, data: Path, tmp_path: Path) -> None:
-    """Across the end of an epoch, of 100 steps, from a checkpoint within one: losses and weights to the bit."""
-    config = replace(TINY, steps=110, norm=norm, workers=workers, crop=16, device="cpu")
+@pytest.mark.parametrize(
+    ("norm", "workers", "steps", "stop", "kept"),
+    [
+        # Across the end of an epoch, of 100 steps, from a checkpoint within one.
+        pytest.param("batch", 0, 110, (97, killed), 88, id="killed"),
+        pytest.param("instance", 1, 20, (10, lambda: os.kill(os.getpid(), signal.SIGINT)), 11, id="Ctrl-C"),
+    ],
+)
+def test_resuming_is_exact(
+    norm: str, workers: int, steps: int, stop: tuple[int, Any], kept: int, data: Path, tmp_path: Path
+) -> None:
+    """Losses and weights to the bit."""
+    config = replace(TINY, steps=steps, norm=norm, workers=workers, crop=16, device="cpu")
     whole = losses_of(data, tmp_path / "whole", config)
-    how = killed if stop == "kill" else lambda: os.kill(os.getpid(), signal.SIGINT)
-    first = losses_of(data, tmp_path / "run", config, stop=stop_at(97, how))
-    kept = read_progress(checkpoints(tmp_path / "run")[-1])["step"]
-    assert kept == (88 if stop == "kill" else 98)
+    first = losses_of(data, tmp_path / "run", config, stop=stop_at(*stop))
+    assert read_progress(checkpoints(tmp_path / "run")[-1])["step"] == kept
     rest = losses_of(None, tmp_path / "run", None, resume=True)
-    assert list(rest) == list(range(kept + 1, 111))
+    assert list(rest) == list(range(kept + 1, steps + 1))
     assert first | rest == whole
-    for name in ("model.safetensors", "checkpoint-000110/model.safetensors"):
+    for name in ("model.safetensors", f"checkpoint-{steps:06d}/model.safetensors"):
         weights, expected = load_file(tmp_path / "run" / name), load_file(tmp_path / "whole" / name)
         assert all(torch.equal(weights[key], expected[key]) for key in expected)
     history, expected_history = (
@@ -203,17 +159,23 @@ def test_resuming_is_exact(norm: str, workers: int, stop: str, data: Path, tmp_p
     assert history == expected_history
 
 
-@pytest.mark.parametrize("moment", ["save_config", "save_checkpoint", "save_weights", "write_report"])
-@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(
+    ("moment", "resume"),
+    [
+        *(("save_config", False), ("save_checkpoint", True), ("save_checkpoint", False)),
+        *(("save_weights", True), ("write_report", True), ("write_report", False)),
+    ],
+)
 def test_a_kill_at_any_moment_is_no_dead_end(
     moment: str, resume: bool, data: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor does it change what comes of the training."""
     with monkeypatch.context() as patch:
         patch.setattr(loop, moment, killed)
         losses_of(data, tmp_path / "run", TINY)
-    if resume and moment != "save_config":
+    if resume:
         train(None, tmp_path / "run", resume=True)
-    elif moment in ("save_weights", "write_report"):
+    elif moment == "write_report":
         with pytest.raises(DataError, match=r"--resume continues it, --overwrite begins anew"):
             train(data, tmp_path / "run", TINY)
         train(data, tmp_path / "run", TINY, overwrite=True)
@@ -263,7 +225,7 @@ def test_a_finished_run_goes_on_with_more_steps(data: Path, run: Path, tmp_path:
 
 
 def test_a_limit_of_time_that_is_used_up(data: Path, tmp_path: Path) -> None:
-    config = replace(TINY, steps=10**6, max_minutes=0.005)
+    config = replace(TINY, steps=10**6, max_minutes=0.004)
     done = len(losses_of(data, tmp_path / "run", config))
     assert losses_of(None, tmp_path / "run", config, resume=True) == {}
     with pytest.raises(ConfigError, match=r"max_minutes: expected more than the 0\.0\d done, got 0\.001"):
@@ -284,7 +246,7 @@ def test_a_second_training_in_the_folder_is_refused(data: Path, tmp_path: Path) 
         with pytest.raises(DataError, match="still running"):
             train(None, tmp_path / "run", resume=True)
 
-    assert list(losses_of(data, tmp_path / "run", TINY, stop=stop_at(5, second))) == list(range(1, 11))
+    assert list(losses_of(data, tmp_path / "run", replace(TINY, steps=2), stop=stop_at(1, second))) == [1, 2]
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
@@ -338,14 +300,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
         train(data, out, resume=True)
 
 
-@pytest.fixture(scope="module")
-def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after its third checkpoint."""
-    out = tmp_path_factory.mktemp("runs") / "stopped"
-    losses_of(data, out, TINY, stop=stop_at(3, killed))
-    return out
-
-
 def test_a_disk_that_is_full_costs_no_checkpoint(data: Path, stopped: Path, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for the disk: it refuses files of more than that."""
     out = tmp_path / "run"
@@ -386,121 +340,3 @@ def test_the_weights_are_the_best_by_validation(data: Path, tmp_path: Path, monk
     assert list(states) == [1, 2, 3]
     kept = load_file(tmp_path / "run/model.safetensors")
     assert all(torch.equal(kept[name], states[3][name]) for name in kept)
-
-
-# --- errors before any work ---
-
-NAN, INFINITE = float("nan"), float("inf")
-BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    *(({name: 0}, f"{name}: expected 1 to") for name in ("steps", "batch_size")),
-    *(({"crop": value}, f"crop: expected 3 to 65536, got {value}") for value in (-1, 2, 10**9)),
-    *(({name: value}, f"{name}: expected ") for name in ("lr", "max_minutes") for value in (NAN, -1.0, 0.0)),
-    *(({name: INFINITE}, f"{name}: expected a finite number from 0, got inf") for name in ("lr", "weight_decay")),
-    *(({"weight_decay": value}, "weight_decay: expected ") for value in (NAN, -1.0)),
-    *(({"val_fraction": value}, "val_fraction: expected 0 <= fraction < 1") for value in (NAN, -0.1, 1.0)),
-    *(({"seed": value}, f"seed: expected 0 to 4294967295, got {value}") for value in (-1, 2**32)),
-    *(({"workers": value}, f"workers: expected 0 to 256, got {value}") for value in (-1, 10**6)),
-    *(({"classes": value}, f"classes: expected 1 to 256, got {value}") for value in (0, 257)),
-    *(({"features": value}, "features: expected 2 to 16 numbers from 1 ") for value in ((16,), (), (0, 8), (-4, 8))),
-    *(({"features": value}, "features: expected 2 to 16 numbers from 1 ") for value in ((8, 2**17), 17 * (1,))),
-    ({"crop": 3, "features": (4, 4, 4)}, "crop: expected at least 4x4 pixels for 3 levels, got 3x3"),
-    ({"crop": 3, "norm": "instance"}, "crop: expected at least 2x4 pixels .* with instance norm, got 3x3"),
-    (
-        {"crop": 3, "batch_size": 1},
-        "batch_size, crop: expected more than one value per channel .* batch of 2, or crops of 4",
-    ),
-    *(({name: "odd"}, f"{name}: expected one of .*, got 'odd'") for name in ("precision", "split", "norm", "device")),
-]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"), BAD_SETTINGS, ids=lambda value: str(value) if isinstance(value, dict) else ""
-)
-def test_bad_settings(change: dict[str, Any], message: str, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        train(data, tmp_path / "run", replace(TINY, **change))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "change", [{"crop": 3, "batch_size": 2}, {"crop": 4, "batch_size": 1}, {"crop": 4, "norm": "instance"}]
-)
-def test_the_smallest_crops_train(change: dict[str, Any], data: Path, tmp_path: Path) -> None:
-    """What the settings let through, the norms can take statistics of."""
-    train(data, tmp_path / "run", replace(TINY, steps=1, val_fraction=0.0, **change))
-
-
-def test_images_smaller_than_the_net_takes(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cell_000.png: expected at least 128x128 pixels for 8 levels, got 64x64"):
-        train(data, tmp_path / "run", replace(TINY, features=(1,) * 8, crop=128))
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "metrics.json", "history.csv", "report.png", "checkpoint-000500"]
-)
-def test_files_that_are_not_a_runs_stay(name: str, data: Path, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("{}")
-    (tmp_path / "notes.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(DataError, match=f"expected a folder without files of a run's names, got {name}"):
-            train(data, tmp_path, TINY, overwrite=overwrite)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "{}", "notes.txt": "mine"}
-
-
-def test_a_run_is_begun_anew_only_when_asked_and_what_is_beside_it_stays(
-    data: Path, stopped: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(stopped, out)
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"expected a folder without a run, got one that holds config.json"):
-        train(data, out, TINY)
-    assert list(losses_of(data, out, replace(TINY, steps=2), overwrite=True)) == [1, 2]
-    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-000002"]
-    assert (out / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("folder", ["images", "masks"])
-def test_the_folders_of_the_data_are_no_place_for_a_run(folder: str, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(data / folder)
-    before = sorted((data / folder).iterdir())
-    with pytest.raises(DataError, match="expected a folder apart from the images and masks"):
-        train(data, tmp_path / "link", TINY)
-    assert sorted((data / folder).iterdir()) == before
-
-
-def test_resume_wants_the_same_settings_and_images(data: Path, stopped: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"expected a run to resume, got no config.json"):
-        train(data, tmp_path / "none", TINY, resume=True)
-    with pytest.raises(ConfigError, match=r"crop: expected 32, with which .* was begun, got 64"):
-        train(data, stopped, replace(TINY, crop=64), resume=True)
-    with pytest.raises(ConfigError, match=r"steps: expected at least the 3 that are done, got 2"):
-        train(data, stopped, replace(TINY, steps=2), resume=True)
-    write_dataset(tmp_path / "other", 12, size=64)
-    with pytest.raises(DataError, match="expected the 6 training images the run was begun with, got 9"):
-        train(tmp_path / "other", stopped, TINY, resume=True)
-    write_dataset(tmp_path / "larger", 8, size=80)
-    with pytest.raises(DataError, match=r"expected size_min \(64, 64\) of the images .* got \(80, 80\)"):
-        train(tmp_path / "larger", stopped, TINY, resume=True)
-    assert [folder.name for folder in checkpoints(stopped)] == ["checkpoint-000002", "checkpoint-000003"]
-
-
-def test_a_loss_that_is_not_finite_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop._Loop, "_loss_of", lambda self, logits, labels: logits.sum() * float("nan"))
-    with pytest.raises(FastUNetError, match="step 1: expected a finite loss, got nan"):
-        train(data, tmp_path / "run", TINY)
-
-
-def test_broken_runs_are_named(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"config.json: expected the config.json of a training run, got no such file"):
-        checkpoint.load_run(tmp_path)
-    config, weights = run / "config.json", run / "model.safetensors"
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(DataError, match=r"expected the config.json of a training run, got JSONDecodeError"):
-        checkpoint.load_run(tmp_path)
-    (tmp_path / "config.json").write_bytes(config.read_bytes())
-    with pytest.raises(DataError, match="expected the weights of a finished run, got no such file"):
-        checkpoint.load_run(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(DataError, match="expected a whole safetensors file"):
-        checkpoint.load_run(tmp_path)
