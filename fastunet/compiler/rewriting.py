@@ -16,11 +16,6 @@ from fastunet.cpu import folding
 from fastunet.ops.conv3x3 import NAMES
 from fastunet.ops.registration import Op, op_named
 
-# Functions that take images in either memory format and answer in the one they get.
-_FOLLOWS_FORMAT = (
-    *("batch_norm", "cat", "conv2d", "conv_transpose2d", "dropout", "instance_norm", "interpolate", "leaky_relu"),
-    *("max_pool2d", "pad", "prelu", "relu", "sigmoid", "silu", "softmax"),
-)
 _ELEMENTWISE = (
     *(operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul),
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv),
@@ -220,7 +215,8 @@ def _is_ours(node: Node) -> bool:
 def _follows_format(node: Node) -> bool:
     tensors = [value for value in map(value_of, node.args) if isinstance(value, Tensor)]
     elementwise = node.target in _ELEMENTWISE and all(t.dim() == 4 for t in tensors)
-    return _is_ours(node) or elementwise or name_of(node) in _FOLLOWS_FORMAT
+    # Functions of images answer in the memory format they get.
+    return _is_ours(node) or elementwise or (name_of(node) != "" and not name_of(node).endswith(("1d", "3d")))
 
 
 def _was_contiguous(node: Node) -> bool:
