@@ -60,7 +60,10 @@ def predict(
     with in_eval_mode(model):
         total = _probabilities(run, batch, tile, overlap)
         for view in range(1, VIEWS) if tta else ():
-            total += _look_back(_probabilities(run, _look(batch, view), tile, overlap), view)
+            # So many quarter turns, mirrored from 4 on; and back.
+            turned = batch.rot90(view % 4, (-2, -1))
+            seen = _probabilities(run, turned.flip(-1) if view >= 4 else turned, tile, overlap)
+            total += (seen.flip(-1) if view >= 4 else seen).rot90(-(view % 4), (-2, -1))
     result = total / VIEWS if tta else total
     return result if image.dim() == 4 else result[0]
 
@@ -72,18 +75,6 @@ def _probabilities(run: Callable[[Tensor], Tensor], batch: Tensor, tile: int | N
 
     window = tuple(min(tile, size) for size in batch.shape[-2:])
     return sliding_window_inference(batch, window, 1, run, overlap=overlap, mode="gaussian")
-
-
-def _look(x: Tensor, view: int) -> Tensor:
-    """View 0..7 of a batch: view % 4 quarter turns, mirrored from 4 on."""
-    x = x.rot90(view % 4, (-2, -1))
-    return x.flip(-1) if view >= 4 else x
-
-
-def _look_back(x: Tensor, view: int) -> Tensor:
-    """Undo _look."""
-    x = x.flip(-1) if view >= 4 else x
-    return x.rot90(-(view % 4), (-2, -1))
 
 
 def labels_of(probabilities: Tensor) -> Tensor:
