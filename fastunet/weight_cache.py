@@ -154,7 +154,10 @@ def _prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[
     _, record = _known(sources[0])
     found = record.results.get(kind)
     if found is None or not found[0].holds(sources):
-        found = record.results[kind] = (_State(sources), make())
+        found = (_State(sources), make())
+        if sources[0].is_cuda:  # The next call may be on another stream.
+            torch.cuda.current_stream(sources[0].device).synchronize()
+        record.results[kind] = found
     return found
 
 

@@ -122,10 +122,7 @@ def _by_kernel(args: FusedUpArgs) -> Tensor:
         of_up = of_up.double()
         composed = folding.compose_upsampling(up_weight.detach().double(), of_up)
         border = None if up_bias is None else folding.upsampled_bias(up_bias.detach().double(), of_up)
-        weights = kernels.arranged(of_skip, composed, border, skip.dtype)
-        if skip.is_cuda:  # The next call may be on another stream.
-            torch.cuda.current_stream(skip.device).synchronize()
-        return weights
+        return kernels.arranged(of_skip, composed, border, skip.dtype)
 
     weights = prepared((NAME, skip.dtype), [weight, up_weight, up_bias], make)
     norm = None if mean is None or variance is None else Normalisation(mean, variance, gamma, eps)

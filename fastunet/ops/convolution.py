@@ -62,13 +62,7 @@ def kernel_weight(weight: Tensor, x: Tensor, *, training: bool) -> Tensor:
     if training:
         return weight.contiguous(memory_format=torch.channels_last)
 
-    def make() -> Tensor:
-        packed = weight.detach().contiguous(memory_format=torch.channels_last)
-        if packed.is_cuda:  # The next call may be on another stream.
-            torch.cuda.current_stream(packed.device).synchronize()
-        return packed
-
-    return prepared("channels_last", [weight], make)
+    return prepared("channels_last", [weight], lambda: weight.detach().contiguous(memory_format=torch.channels_last))
 
 
 def convolution_grads(
