@@ -186,7 +186,7 @@ def test_is_channels_last_inside() -> None:
 @pytest.mark.parametrize("norm", ["batch", pytest.param("instance", marks=pytest.mark.slow), None])
 def test_compiles_in_one_graph(norm: str | None) -> None:
     torch._dynamo.reset()
-    model = fastunet.UNet(1, 2, features=SMALL, norm=norm)
+    model = fastunet.UNet(1, 2, features=(2, 4), norm=norm)
     x = torch.randn(2, 1, 17, 16)
     cotangent = torch.randn(2, 2, 17, 16)
     model(x).backward(cotangent)
@@ -197,12 +197,12 @@ def test_compiles_in_one_graph(norm: str | None) -> None:
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.float64, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.float64, False)])
 @pytest.mark.usefixtures("layers_of_any_size")
 def test_inference_compiles_in_one_graph(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does the graph hold what dispatch would answer: it would be traced through a question to a GPU or a file."""
     torch._dynamo.reset()
-    model, x = fastunet.UNet(1, 2, features=SMALL).to(dtype).eval(), torch.randn(2, 1, 17, 16, dtype=dtype)
+    model, x = fastunet.UNet(1, 2, features=(2, 4)).to(dtype).eval(), torch.randn(2, 1, 17, 16, dtype=dtype)
     choose = dispatch.choose
 
     def asked(*args: Any, **options: Any) -> dispatch.Choice:

@@ -21,7 +21,7 @@ ROUNDOFFS = 2**12
 def pair(change: Callable[[Any], Any] | None = None, **options: Any) -> tuple[Any, Any]:
     """The model and its reference, both changed by the same function, with other statistics than a new model's."""
     torch.manual_seed(0)
-    model = fastunet.UNet(2, 3, features=FEATURES, **options).to(memory_format=torch.contiguous_format)
+    model = fastunet.UNet(2, 3, **{"features": FEATURES, **options}).to(memory_format=torch.contiguous_format)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
@@ -113,5 +113,6 @@ def modules_of(net: nn.Module) -> list[str]:
     return [name for name, _ in net.named_modules() if name]
 
 
-def called(norm: str | None) -> list[str]:
-    return modules_of(fastunet.UNet(1, 1, features=FEATURES, norm=norm))
+def called(**options: Any) -> list[str]:
+    """The modules of such a model, each of which runs when it is called."""
+    return modules_of(fastunet.UNet(1, 1, **{"features": FEATURES, **options}))

@@ -23,7 +23,7 @@ EXAMPLE, OTHERS = (2, 1, 16, 16), [(3, 1, 25, 21), (1, 1, 32, 17)]
 
 def net(options: str) -> fastunet.UNet:
     torch.manual_seed(0)
-    return fastunet.UNet(1, 2, features=(2, 4, 8), **OPTIONS[options]).double().eval()
+    return fastunet.UNet(1, 2, features=(2, 4), **OPTIONS[options]).double().eval()
 
 
 def assert_as_reference(program: Any, model: fastunet.UNet) -> None:
