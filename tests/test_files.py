@@ -19,12 +19,6 @@ def test_a_name_may_be_as_long_as_the_system_allows(tmp_path: Path, name: str) -
     assert os.listdir(tmp_path) == [name]
 
 
-def test_writers_see_the_suffix(tmp_path: Path) -> None:
-    with written_whole(tmp_path / "x.png") as temporary:
-        assert temporary.suffix == ".png"
-        temporary.write_bytes(b"")
-
-
 @pytest.mark.parametrize("chosen", [0o600, 0o777])
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_the_permissions_are_those_of_any_new_file(tmp_path: Path, chosen: int, umask: int) -> None:
@@ -55,9 +49,10 @@ def test_the_content_is_on_the_disk_before_it_has_the_name(tmp_path: Path, monke
     assert synced == [False]
 
 
-def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
-    path = tmp_path / "x"
+def test_two_at_once_do_not_meet_and_writers_see_the_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
     with written_whole(path) as first, written_whole(path) as second:
+        assert first.suffix == ".png"
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first"
