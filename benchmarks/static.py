@@ -57,6 +57,8 @@ _TIMEOUT = 300.0
 class Compiled:
     """What a compilation gave: registers, spills and warnings as ptxas reports them, instruction counts of the PTX; of
     kernels in Gluon also those of the machine code.
+
+    product_rows: of the matrix products' results, which decide the tensor-core instruction; 0 where there are none.
     """
 
     registers: int
@@ -68,6 +70,7 @@ class Compiled:
     tcgen05: int
     warnings: tuple[str, ...]
     ptx: str
+    product_rows: int
     loads_between_products: int = 0
 
 
@@ -112,8 +115,14 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
         tcgen05=ptx.count("tcgen05.mma."),
         warnings=tuple(re.findall(r"\(C75\d\d\).*", report)),
         ptx=ptx,
+        # Gluon's have no other form than warpgroups'.
+        product_rows=_WARPGROUP_ROWS if is_gluon else _product_rows(built.asm["ttir"]),
         loads_between_products=loads_between_products(_disassembled(built.asm["cubin"])) if is_gluon else 0,
     )
+
+
+def _product_rows(ttir: str) -> int:
+    return min(map(int, re.findall(r"tt\.dot\b.* -> tensor<(\d+)x", ttir)), default=0)
 
 
 def _disassembled(cubin: bytes) -> str:
@@ -199,13 +208,16 @@ def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_me
 
 def _tensor_core_breaches(compiled: Compiled, job: Job, launch: gpu.Launch) -> list[str]:
     used = {"mma": compiled.mma, "wgmma": compiled.wgmma, "tcgen05": compiled.tcgen05}
-    if not launch.product_rows or job.math == "fp32":
+    rows = compiled.product_rows
+    if not rows or job.math == "fp32":
         return [f"{name} in float32 arithmetic" for name, count in used.items() if count]
     wanted = "mma"
-    if launch.product_rows >= _WARPGROUP_ROWS and job.capability >= 90:
+    if rows >= _WARPGROUP_ROWS and job.capability >= 90:
         wanted = "wgmma" if job.capability < 100 else "tcgen05"
     found = [] if used[wanted] else [f"no {wanted} instruction"]
-    if compiled.wgmma_from_registers and not launch.computes_operand and job.math in ("bf16", "fp16"):
+    # The gradient of conv1x1's input goes through the activation where it is loaded.
+    computes_operand = job.op == "conv1x1_grad" and launch.arguments["y_ptr"] is not None
+    if compiled.wgmma_from_registers and not computes_operand and job.math in ("bf16", "fp16"):
         found.append(f"{compiled.wgmma_from_registers} wgmma with an operand from registers")
     return found
 

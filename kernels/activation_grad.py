@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastunet.kernels import gpu
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.tiles import activate_grad
-from fastunet.kernels.windows import pixel_at, pooled_at, window_origin, windows_launch, winner_of
+from fastunet.kernels.windows import pixel_at, pooled_at, run_on_windows, window_origin, winner_of
 from torch import Tensor
 
 
@@ -63,14 +62,6 @@ def activation_grad_kernel(
 # fmt: on
 
 
-def activation_grad_launch(
-    y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, out: Tensor, negative_slope: float | None
-) -> gpu.Launch:
-    """Return the launch that fills out from packed tensors: see activation_grad."""
-    tensors = {"y_ptr": y, "grad_y_ptr": grad_y, "grad_pooled_ptr": grad_pooled, "out_ptr": out}
-    return windows_launch(activation_grad_kernel, y.shape, tensors, negative_slope)
-
-
 def activation_grad(
     y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, negative_slope: float | None
 ) -> Tensor:
@@ -81,5 +72,6 @@ def activation_grad(
     NaN; the activation's slope follows from y's sign. Returns a channels_last tensor of y's dtype.
     """
     out = empty_packed(y, *y.shape[1:])
-    activation_grad_launch(packed(y), packed(grad_y), packed(grad_pooled), out, negative_slope).run(y.device)
+    grads = {"grad_y_ptr": packed(grad_y), "grad_pooled_ptr": packed(grad_pooled)}
+    run_on_windows(activation_grad_kernel, y, {"y_ptr": packed(y), **grads, "out_ptr": out}, negative_slope)
     return out

@@ -34,10 +34,6 @@ class PixelProductConfig(Config):
     num_stages: int
     max_registers: int | None = None
 
-    @property
-    def product_rows(self) -> int:
-        return self.block_p
-
 
 @dataclass(frozen=True)
 class PixelWeightGradConfig(Config):
@@ -49,10 +45,6 @@ class PixelWeightGradConfig(Config):
     num_warps: int
     num_stages: int
     max_registers: int | None = None
-
-    @property
-    def product_rows(self) -> int:
-        return self.block_in
 
 
 # The most channels that a block of softmax holds; of more, a program's sums and exponentials would not fit registers.

@@ -17,7 +17,7 @@ from fastunet.kernels.pixels import (
     accumulate_rows,
     load_grad,
     pixel_rows,
-    product_launch,
+    run_product,
     softmax_dots,
 )
 from fastunet.kernels.tiles import nan_max
@@ -94,35 +94,6 @@ def conv1x1_input_grad_kernel(
 # fmt: on
 
 
-def conv1x1_launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    *,
-    activation: str | None,
-    allow_tf32: bool,
-    target: gpu.Target,
-) -> gpu.Launch:
-    """Return the launch that fills packed y from packed x."""
-    (channels_out, channels), options = weight.shape[:2], {"allow_tf32": allow_tf32, "softmax": activation == "softmax"}
-    chosen = config_pixels.head_config(channels, channels_out, x.dtype, target, **options)
-    bias = dense(bias)
-    arguments = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y, "ACTIVATION": ACTIVATIONS[activation]}
-    weight, programs = on_boundary(weight).transpose(0, 1), gpu.cdiv(channels_out, chosen.block_n)
-    return product_launch(conv1x1_kernel, arguments, weight, y, programs, chosen, allow_tf32=allow_tf32)
-
-
-def input_grad_launch(
-    grad: Tensor, y: Tensor | None, weight: Tensor, out: Tensor, *, activation: str | None, allow_tf32: bool
-) -> gpu.Launch:
-    """Return the launch that fills packed out, the gradient of the input, from packed grad and y."""
-    chosen = config_pixels.head_input_grad_config(grad.dtype, allow_tf32=allow_tf32)
-    arguments = {"grad_ptr": grad, "y_ptr": y, "out_ptr": out, "ACTIVATION": ACTIVATIONS[activation]}
-    weight, programs = on_boundary(weight).transpose(0, 1), gpu.cdiv(out.shape[1], chosen.block_n)
-    return product_launch(conv1x1_input_grad_kernel, arguments, weight, out, programs, chosen, allow_tf32=allow_tf32)
-
-
 def conv1x1(
     x: Tensor,
     weight: Tensor,
@@ -139,9 +110,11 @@ def conv1x1(
     rounded to TF32 on tensor cores.
     """
     y = empty_packed(x, weight.shape[0], *x.shape[2:])
-    target = gpu.target(x.device)
-    launch = conv1x1_launch(packed(x), weight, bias, y, activation=activation, allow_tf32=allow_tf32, target=target)
-    launch.run(x.device)
+    (channels_out, channels), options = weight.shape[:2], {"allow_tf32": allow_tf32, "softmax": activation == "softmax"}
+    chosen = config_pixels.head_config(channels, channels_out, x.dtype, gpu.target(x.device), **options)
+    arguments = {"x_ptr": packed(x), "bias_ptr": dense(bias), "y_ptr": y, "ACTIVATION": ACTIVATIONS[activation]}
+    weight, programs = on_boundary(weight).transpose(0, 1), gpu.cdiv(channels_out, chosen.block_n)
+    run_product(conv1x1_kernel, arguments, weight, y, programs, chosen, allow_tf32=allow_tf32)
     return y
 
 
@@ -159,8 +132,10 @@ def conv1x1_input_grad(
     rounded to grad's dtype, as torch stores it. Returns a channels_last tensor of grad's dtype.
     """
     out = empty_packed(grad, weight.shape[1], *grad.shape[2:])
-    launch = input_grad_launch(packed(grad), packed(y), weight, out, activation=activation, allow_tf32=allow_tf32)
-    launch.run(grad.device)
+    chosen = config_pixels.head_input_grad_config(grad.dtype, allow_tf32=allow_tf32)
+    arguments = {"grad_ptr": packed(grad), "y_ptr": packed(y), "out_ptr": out, "ACTIVATION": ACTIVATIONS[activation]}
+    weight, programs = on_boundary(weight).transpose(0, 1), gpu.cdiv(out.shape[1], chosen.block_n)
+    run_product(conv1x1_input_grad_kernel, arguments, weight, out, programs, chosen, allow_tf32=allow_tf32)
     return out
 
 

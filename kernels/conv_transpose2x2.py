@@ -13,7 +13,7 @@ from fastunet.kernels.conv3x3.config import ConvConfig, tiles_per_image
 from fastunet.kernels.epilogue import E4M3, scale_to_e4m3
 from fastunet.kernels.layout import dense, empty_packed, on_boundary, packed
 from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
-from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, product_launch, subpixel_step
+from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, run_product, subpixel_step
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -119,15 +119,10 @@ def _weight_matrix(weight: Tensor) -> Tensor:
     return weight.permute(2, 3, 1, 0).contiguous().view(SUBPIXELS * weight.shape[1], weight.shape[0])
 
 
-def _descriptor_launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    chosen: ConvConfig,
-    y_scale: Tensor | None,
-) -> gpu.Launch:
-    """Return the launch of the descriptor variant."""
+def _run_descriptors(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, chosen: ConvConfig, y_scale: Tensor | None
+) -> None:
+    """Launch the descriptor variant."""
     batch, channels, height, width = x.shape
     channels_out, rows = weight.shape[1], batch * height
     tile_h, tile_w, block_n, block_k = chosen.tile_h, chosen.tile_w, chosen.block_n, chosen.block_k
@@ -146,45 +141,7 @@ def _descriptor_launch(
         "steps": gpu.cdiv(channels, block_k),
     }
     grid = tiles_per_image(chosen, rows, width) * SUBPIXELS * gpu.cdiv(channels_out, block_n)
-    return gpu.launch(conv_transpose2x2_descriptor_kernel, grid, arguments, chosen)
-
-
-def conv_transpose2x2_launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    *,
-    allow_tf32: bool,
-    target: gpu.Target,
-    y_scale: Tensor | None = None,
-) -> gpu.Launch:
-    """Return the launch of either variant that fills packed y from packed x, which is not empty.
-
-    ValueError for a y_scale where the descriptor variant does not run.
-    """
-    channels_out = weight.shape[1]
-    bias = dense(bias)
-    tiles = config_pixels.subpixel_tile_config(x.shape[1], channels_out, x.dtype, target)
-    if tiles is not None:
-        return _descriptor_launch(x, weight, bias, y, tiles, y_scale)
-    if y_scale is not None:
-        raise ValueError("y_scale: expected a shape and target of the descriptor variant, got others")
-    chosen = config_pixels.pixel_product_config(x.shape[1], channels_out, x.dtype, target, allow_tf32=allow_tf32)
-    tensors = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}
-    products = SUBPIXELS * gpu.cdiv(channels_out, chosen.block_n)
-    return product_launch(
-        conv_transpose2x2_kernel, tensors, _one_run(weight), x, products, chosen, allow_tf32=allow_tf32
-    )
-
-
-def input_grad_launch(grad: Tensor, weight: Tensor, out: Tensor, *, allow_tf32: bool, target: gpu.Target) -> gpu.Launch:
-    """Return the launch that fills packed out, the gradient of the input, from packed grad."""
-    channels = out.shape[1]
-    chosen = config_pixels.pixel_product_config(weight.shape[1], channels, grad.dtype, target, allow_tf32=allow_tf32)
-    tensors, kernel = {"grad_ptr": grad, "out_ptr": out}, conv_transpose2x2_input_grad_kernel
-    products = gpu.cdiv(channels, chosen.block_n)
-    return product_launch(kernel, tensors, _one_run(weight), out, products, chosen, allow_tf32=allow_tf32)
+    gpu.launch(conv_transpose2x2_descriptor_kernel, grid, arguments, chosen).run(x.device)
 
 
 def conv_transpose2x2(
@@ -200,14 +157,22 @@ def conv_transpose2x2(
     x [N, C, H, W], weight [C, Cout, 2, 2] in any layout, bias [Cout] or None; all of one dtype and device, which the
     caller has checked. Returns [N, Cout, 2H, 2W], channels_last. float32 sums; allow_tf32 lets float32 inputs be
     rounded to TF32 on tensor cores. y_scale: one float32, by which the result is divided, in e4m3; where
-    `config_pixels.writes_e4m3`.
+    `config_pixels.writes_e4m3`, else ValueError.
     """
-    dtype = None if y_scale is None else E4M3
-    y = empty_packed(x, weight.shape[1], 2 * x.shape[2], 2 * x.shape[3], dtype)
-    if y.numel():  # A descriptor cannot describe an empty tensor.
-        target = gpu.target(x.device)
-        options = {"allow_tf32": allow_tf32, "target": target, "y_scale": y_scale}
-        conv_transpose2x2_launch(packed(x), weight, bias, y, **options).run(x.device)
+    (channels, channels_out), target = weight.shape[:2], gpu.target(x.device)
+    y = empty_packed(x, channels_out, 2 * x.shape[2], 2 * x.shape[3], None if y_scale is None else E4M3)
+    if y.numel() == 0:  # A descriptor cannot describe an empty tensor.
+        return y
+    x, bias = packed(x), dense(bias)
+    tiles = config_pixels.subpixel_tile_config(channels, channels_out, x.dtype, target)
+    if tiles is not None:
+        _run_descriptors(x, weight, bias, y, tiles, y_scale)
+        return y
+    if y_scale is not None:
+        raise ValueError("y_scale: expected a shape and target of the descriptor variant, got others")
+    chosen = config_pixels.pixel_product_config(channels, channels_out, x.dtype, target, allow_tf32=allow_tf32)
+    tensors, products = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}, SUBPIXELS * gpu.cdiv(channels_out, chosen.block_n)
+    run_product(conv_transpose2x2_kernel, tensors, _one_run(weight), x, products, chosen, allow_tf32=allow_tf32)
     return y
 
 
@@ -217,8 +182,11 @@ def conv_transpose2x2_input_grad(grad: Tensor, weight: Tensor, *, allow_tf32: bo
     It is F.conv2d(grad, weight, stride=2). Returns a channels_last tensor of grad's dtype.
     """
     out = empty_packed(grad, weight.shape[0], grad.shape[2] // 2, grad.shape[3] // 2)
-    target = gpu.target(grad.device)
-    input_grad_launch(packed(grad), weight, out, allow_tf32=allow_tf32, target=target).run(grad.device)
+    (channels, channels_out), target = weight.shape[:2], gpu.target(grad.device)
+    chosen = config_pixels.pixel_product_config(channels_out, channels, grad.dtype, target, allow_tf32=allow_tf32)
+    tensors, products = {"grad_ptr": packed(grad), "out_ptr": out}, gpu.cdiv(channels, chosen.block_n)
+    kernel = conv_transpose2x2_input_grad_kernel
+    run_product(kernel, tensors, _one_run(weight), out, products, chosen, allow_tf32=allow_tf32)
     return out
 
 

@@ -206,35 +206,6 @@ def _parities(name: str, x: Tensor, chosen: config.ConvConfig, channels: int) ->
     return found
 
 
-def launch(skip: Tensor, low: Tensor, weights: Composed, chosen: config.ConvConfig, epilogue: Epilogue) -> gpu.Launch:
-    """Return the launch that fills the epilogue's y from packed skip and low, which are not empty."""
-    assert epilogue.y is not None
-    (batch, channels_low, height, width), channels = low.shape, skip.shape[1]
-    odd_height, odd_width = (size % 2 for size in skip.shape[2:])
-    channels_out, block_n, block_k = epilogue.y.shape[1], chosen.block_n, chosen.block_k
-    arguments: dict[str, Any] = {
-        **_parities("skip", skip, chosen, block_k),
-        "low_desc": boxes(low, chosen.tile_h, chosen.tile_w, block_k),
-        "skip_weight_desc": TensorDescriptor.from_tensor(weights.of_skip, [block_n, block_k]),
-        "low_weight_desc": TensorDescriptor.from_tensor(weights.of_low, [block_n, block_k]),
-        "border_ptr": weights.border,
-        **_parities("y", epilogue.y, chosen, block_n),
-        "H": height,
-        "W": width,
-        "C1": channels,
-        "CL": channels_low,
-        "COUT": channels_out,
-        "steps1": 9 * (channels // block_k),
-        "steps2": 4 * (channels_low // block_k),
-        **epilogue.arguments(),
-        "ODD_H": odd_height,
-        "ODD_W": odd_width,
-    }
-    tiles = batch * config.tiles_per_image(chosen, height + odd_height, width + odd_width)
-    grid = tiles * SUBPIXELS * gpu.cdiv(channels_out, block_n)
-    return gpu.launch(conv_transpose2x2_concat_conv3x3_kernel, grid, arguments, chosen)
-
-
 def conv_transpose2x2_concat_conv3x3(
     skip: Tensor,
     low: Tensor,
@@ -252,10 +223,33 @@ def conv_transpose2x2_concat_conv3x3(
     """
     channels_out = weights.of_skip.shape[0]
     y = empty_packed(skip, channels_out, *skip.shape[2:])
-    if y.numel():  # A descriptor cannot describe an empty tensor.
-        skip, low = packed(skip), packed(low)
-        shape = config.ConvShape(skip.shape[1], low.shape[1], channels_out, *low.shape[2:])
-        chosen = config.composed_config(shape, skip.dtype, gpu.target(skip.device))
-        epilogue = Epilogue(y, bias, norm, negative_slope)
-        launch(skip, low, weights, chosen, epilogue).run(skip.device)
+    if y.numel() == 0:  # A descriptor cannot describe an empty tensor.
+        return y
+    skip, low = packed(skip), packed(low)
+    (batch, channels_low, height, width), channels = low.shape, skip.shape[1]
+    odd_height, odd_width = (size % 2 for size in skip.shape[2:])
+    shape = config.ConvShape(channels, channels_low, channels_out, height, width)
+    chosen = config.composed_config(shape, skip.dtype, gpu.target(skip.device))
+    block_n, block_k = chosen.block_n, chosen.block_k
+    arguments: dict[str, Any] = {
+        **_parities("skip", skip, chosen, block_k),
+        "low_desc": boxes(low, chosen.tile_h, chosen.tile_w, block_k),
+        "skip_weight_desc": TensorDescriptor.from_tensor(weights.of_skip, [block_n, block_k]),
+        "low_weight_desc": TensorDescriptor.from_tensor(weights.of_low, [block_n, block_k]),
+        "border_ptr": weights.border,
+        **_parities("y", y, chosen, block_n),
+        "H": height,
+        "W": width,
+        "C1": channels,
+        "CL": channels_low,
+        "COUT": channels_out,
+        "steps1": 9 * (channels // block_k),
+        "steps2": 4 * (channels_low // block_k),
+        **Epilogue(y, bias, norm, negative_slope).arguments(),
+        "ODD_H": odd_height,
+        "ODD_W": odd_width,
+    }
+    tiles = batch * config.tiles_per_image(chosen, height + odd_height, width + odd_width)
+    grid = tiles * SUBPIXELS * gpu.cdiv(channels_out, block_n)
+    gpu.launch(conv_transpose2x2_concat_conv3x3_kernel, grid, arguments, chosen).run(skip.device)
     return y

@@ -67,7 +67,11 @@ def _cuda_target(index: int) -> Target:
 
 
 def target(device: torch.device) -> Target:
-    """Return the numbers of `device`: of the GPU for a CUDA device (cached), of the interpreter for any other."""
+    """Return the numbers of `device`: of the GPU for a CUDA device (cached), of the interpreter for any other, unless
+    `recording` has another.
+    """
+    if _recorder.target is not None:
+        return _recorder.target
     if device.type != "cuda":
         return INTERPRETER
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
@@ -88,33 +92,33 @@ class Config:
     num_stages: int
     max_registers: int | None
 
-    @property
-    def product_rows(self) -> int:
-        """Return rows of the matrix products' result, which decide the tensor-core instruction; 0 without any."""
-        return 0
-
     def constants(self) -> dict[str, int]:
         """Return the kernel's constants, by their names in capitals."""
         return {name.upper(): value for name, value in vars(self).items() if name.startswith(("tile_", "block_"))}
 
 
 class _Recorder(threading.local):
-    """The launches that this thread records, or None."""
+    """The launches that this thread records, or None, and the target they are made for if it is not their device."""
 
     launches: list[Launch] | None = None
+    target: Target | None = None
 
 
 _recorder = _Recorder()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Record this thread's launches within the block, for benchmarks and tests that look at them."""
-    before, _recorder.launches = _recorder.launches, []
+def recording(target: Target | None = None) -> Iterator[list[Launch]]:
+    """Record this thread's launches within the block, for benchmarks and tests that look at them.
+
+    target: what the launches are made for, in place of the tensors' device; then they do not run.
+    """
+    before = _recorder.launches, _recorder.target
+    _recorder.launches, _recorder.target = [], target
     try:
         yield _recorder.launches
     finally:
-        _recorder.launches = before
+        _recorder.launches, _recorder.target = before
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,6 @@ class Launch:
 
     grid: number of programs, one-dimensional because only x may exceed 65535. arguments: by the kernel's parameter
     names, constexprs included; a None pointer is compiled away. max_registers: per thread, None leaves it to ptxas.
-    product_rows: rows of its matrix products' result, which decide the tensor-core instruction; 0 where it has none.
-    computes_operand: the products' first operand is computed, and so comes from registers.
     """
 
     kernel: Any
@@ -133,8 +135,6 @@ class Launch:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
-    product_rows: int = 0
-    computes_operand: bool = False
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -147,19 +147,18 @@ class Launch:
             return
         if _recorder.launches is not None:
             _recorder.launches.append(self)
+        if _recorder.target is not None:
+            return
         with current(device):
             # Triton takes arguments by position in less host time than by name.
             self.kernel[(self.grid,)](*(self.arguments[name] for name in self.kernel.arg_names), **self.options)
 
 
-def launch(
-    kernel: Any, grid: int, arguments: Mapping[str, Any], chosen: Config, *, computes_operand: bool = False
-) -> Launch:
+def launch(kernel: Any, grid: int, arguments: Mapping[str, Any], chosen: Config) -> Launch:
     """Return the launch of a kernel with what it takes of the arguments, and of its config's constants."""
     found = {**arguments, **chosen.constants()}
     found = {name: found[name] for name in kernel.arg_names}
-    options = chosen.num_warps, chosen.num_stages, chosen.max_registers
-    return Launch(kernel, grid, found, *options, chosen.product_rows, computes_operand)
+    return Launch(kernel, grid, found, chosen.num_warps, chosen.num_stages, chosen.max_registers)
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -36,21 +36,16 @@ def max_pool2x2_kernel(x_ptr, y_ptr, windows, H, W, C, BLOCK_P: tl.constexpr, BL
 # fmt: on
 
 
-def max_pool2x2_launch(x: Tensor, y: Tensor) -> gpu.Launch:
-    """Return the launch that fills packed y from packed x."""
-    batch, channels, height, width = x.shape
-    chosen = config_passes.pointwise_config(channels)
-    windows = batch * (height // 2) * (width // 2)
-    arguments = {"x_ptr": x, "y_ptr": y, "windows": windows, "H": height, "W": width, "C": channels}
-    grid = gpu.cdiv(windows, chosen.block_p) * gpu.cdiv(channels, chosen.block_c)
-    return gpu.launch(max_pool2x2_kernel, grid, arguments, chosen)
-
-
 def max_pool2x2(x: Tensor) -> Tensor:
     """Return F.max_pool2d(x, 2) of x [N, C, H, W], H and W >= 2, any layout: [N, C, H // 2, W // 2], channels_last.
 
     An odd last row or column is dropped; NaN wins.
     """
-    y = empty_packed(x, x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
-    max_pool2x2_launch(packed(x), y).run(x.device)
+    batch, channels, height, width = x.shape
+    y = empty_packed(x, channels, height // 2, width // 2)
+    chosen = config_passes.pointwise_config(channels)
+    windows = batch * (height // 2) * (width // 2)
+    arguments = {"x_ptr": packed(x), "y_ptr": y, "windows": windows, "H": height, "W": width, "C": channels}
+    grid = gpu.cdiv(windows, chosen.block_p) * gpu.cdiv(channels, chosen.block_c)
+    gpu.launch(max_pool2x2_kernel, grid, arguments, chosen).run(x.device)
     return y

@@ -20,7 +20,7 @@ from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.epilogue import Statistics
 from fastunet.kernels.layout import dense, empty_packed, packed
 from fastunet.kernels.tiles import activate, nan_max
-from fastunet.kernels.windows import pixel_at, pooled_at, window_origin, windows_launch
+from fastunet.kernels.windows import pixel_at, pooled_at, run_on_windows, window_origin
 from torch import Tensor
 
 
@@ -166,58 +166,6 @@ def normalise_kernel(
 # fmt: on
 
 
-def merge_launches(
-    statistics: Statistics,
-    groups: int,
-    mean: Tensor,
-    invstd: Tensor,
-    running: tuple[Tensor, Tensor] | None,
-    eps: float,
-    momentum: float,
-) -> list[gpu.Launch]:
-    """Return launches that turn the statistics of tiles into mean and invstd [groups, C], and move the running ones."""
-    launches = []
-    _, rows, channels = statistics.partial.shape
-    chosen = config_passes.statistics_config(channels)
-    blocks_c = gpu.cdiv(channels, chosen.block_c)
-    blocks = {"C": channels, "BLOCK_R": chosen.block_p}
-    per_split = config_passes.statistics_per_split(rows // groups)
-    splits = gpu.cdiv(rows // groups, per_split)
-    if splits > 1:
-        merged = Statistics(
-            torch.empty((groups * splits,), dtype=torch.float32, device=mean.device),
-            torch.empty((2, groups * splits, channels), dtype=torch.float32, device=mean.device),
-        )
-        arguments = {
-            "count_ptr": statistics.count,
-            "partial_ptr": statistics.partial,
-            "out_count_ptr": merged.count,
-            "out_partial_ptr": merged.partial,
-            "rows": rows,
-            "per_group": rows // groups,
-            "per_split": per_split,
-            "splits": splits,
-            **blocks,
-        }
-        launches.append(gpu.launch(merge_statistics_kernel, groups * splits * blocks_c, arguments, chosen))
-        statistics, rows = merged, groups * splits
-    arguments = {
-        "count_ptr": statistics.count,
-        "partial_ptr": statistics.partial,
-        "mean_ptr": mean,
-        "invstd_ptr": invstd,
-        "running_mean_ptr": None if running is None else running[0],
-        "running_var_ptr": None if running is None else running[1],
-        "rows": rows,
-        "per_group": rows // groups,
-        "eps": eps,
-        "momentum": momentum,
-        **blocks,
-    }
-    launches.append(gpu.launch(finish_statistics_kernel, groups * blocks_c, arguments, chosen))
-    return launches
-
-
 def finish_statistics(
     statistics: Statistics,
     groups: int,
@@ -231,12 +179,47 @@ def finish_statistics(
     groups: 1 for batch norm, the number of images for instance norm. running: mean and variance [C], which move in
     place towards the batch's mean and unbiased variance by momentum (one group only).
     """
-    channels = statistics.partial.shape[2]
-    mean, invstd = (
-        torch.empty((groups, channels), dtype=torch.float32, device=statistics.count.device) for _ in range(2)
-    )
-    for launch in merge_launches(statistics, groups, mean, invstd, running, eps, momentum):
-        launch.run(mean.device)
+    device = statistics.count.device
+    _, rows, channels = statistics.partial.shape
+    mean, invstd = (torch.empty((groups, channels), dtype=torch.float32, device=device) for _ in range(2))
+    chosen = config_passes.statistics_config(channels)
+    blocks_c = gpu.cdiv(channels, chosen.block_c)
+    blocks = {"C": channels, "BLOCK_R": chosen.block_p}
+    per_split = config_passes.statistics_per_split(rows // groups)
+    splits = gpu.cdiv(rows // groups, per_split)
+    if splits > 1:
+        merged = Statistics(
+            torch.empty((groups * splits,), dtype=torch.float32, device=device),
+            torch.empty((2, groups * splits, channels), dtype=torch.float32, device=device),
+        )
+        arguments = {
+            "count_ptr": statistics.count,
+            "partial_ptr": statistics.partial,
+            "out_count_ptr": merged.count,
+            "out_partial_ptr": merged.partial,
+            "rows": rows,
+            "per_group": rows // groups,
+            "per_split": per_split,
+            "splits": splits,
+            **blocks,
+        }
+        gpu.launch(merge_statistics_kernel, groups * splits * blocks_c, arguments, chosen).run(device)
+        statistics, rows = merged, groups * splits
+    running_mean, running_var = running or (None, None)
+    arguments = {
+        "count_ptr": statistics.count,
+        "partial_ptr": statistics.partial,
+        "mean_ptr": mean,
+        "invstd_ptr": invstd,
+        "running_mean_ptr": running_mean,
+        "running_var_ptr": running_var,
+        "rows": rows,
+        "per_group": rows // groups,
+        "eps": eps,
+        "momentum": momentum,
+        **blocks,
+    }
+    gpu.launch(finish_statistics_kernel, groups * blocks_c, arguments, chosen).run(device)
     return mean, invstd
 
 
@@ -260,14 +243,6 @@ class Affine:
         }
 
 
-def normalise_launch(
-    raw: Tensor, affine: Affine, y: Tensor, pooled: Tensor | None, negative_slope: float | None
-) -> gpu.Launch:
-    """Return the launch that fills y and pooled from packed raw: see normalise."""
-    tensors = {"raw_ptr": raw, **affine.arguments(), "y_ptr": y, "pooled_ptr": pooled}
-    return windows_launch(normalise_kernel, raw.shape, tensors, negative_slope)
-
-
 def normalise(
     raw: Tensor, affine: Affine, negative_slope: float | None, *, pool: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -279,5 +254,6 @@ def normalise(
     channels, height, width = raw.shape[1:]
     y = empty_packed(raw, channels, height, width)
     pooled = empty_packed(raw, channels, height // 2, width // 2) if pool else None
-    normalise_launch(packed(raw), affine, y, pooled, negative_slope).run(raw.device)
+    tensors = {"raw_ptr": packed(raw), **affine.arguments(), "y_ptr": y, "pooled_ptr": pooled}
+    run_on_windows(normalise_kernel, raw, tensors, negative_slope)
     return y, pooled

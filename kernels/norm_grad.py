@@ -17,7 +17,7 @@ import triton.language as tl
 from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.norm import Affine, load_affine, normalise_pixel
-from fastunet.kernels.reduction import sum_rows_launch
+from fastunet.kernels.reduction import sum_rows
 from fastunet.kernels.tiles import activate_grad
 from fastunet.kernels.windows import pixel_at, pooled_at, window_arguments, window_origin, winner_of
 from torch import Tensor
@@ -144,44 +144,6 @@ def norm_grad_kernel(
 # fmt: on
 
 
-def norm_grad_launches(
-    raw: Tensor,
-    grad_y: Tensor | None,
-    grad_pooled: Tensor | None,
-    affine: Affine,
-    negative_slope: float | None,
-    sums: Tensor,
-    out: Tensor,
-    *,
-    statistics_given: bool,
-    target: gpu.Target,
-) -> tuple[gpu.Launch, gpu.Launch, gpu.Launch]:
-    """Return the launches that fill sums [groups, 2, C] (two of them) and out, from packed tensors: see norm_grad."""
-    batch, channels, height, width = raw.shape
-    groups = affine.mean.shape[0]
-    chosen = config_passes.norm_grad_config(channels)
-    tensors = {"raw_ptr": raw, "grad_y_ptr": grad_y, "grad_pooled_ptr": grad_pooled, **affine.arguments()}
-    shared = tensors | window_arguments(raw.shape, negative_slope)
-    windows, blocks_c = shared["windows"], gpu.cdiv(channels, chosen.block_c)
-    per_group = windows // groups
-    per_split = gpu.cdiv(per_group, config_passes.norm_grad_splits(per_group, channels, target))
-    splits = gpu.cdiv(per_group, per_split)
-    partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=raw.device)
-    parts = {"partial_ptr": partial, "windows": per_group, "splits": splits, "per_split": per_split}
-    last = {
-        "sums_ptr": sums,
-        "out_ptr": out,
-        "per_value": groups / (batch * height * width),
-        "GIVEN": statistics_given,
-    }
-    grid = gpu.cdiv(windows, chosen.block_p) * blocks_c
-    return (
-        gpu.launch(norm_sums_kernel, groups * splits * blocks_c, shared | parts, chosen),
-        sum_rows_launch(partial, sums),
-        gpu.launch(norm_grad_kernel, grid, shared | last, chosen),
-    )
-
-
 def norm_grad(
     raw: Tensor,
     grad_y: Tensor | None,
@@ -199,25 +161,27 @@ def norm_grad(
     statistics_given: they were no function of raw, as in inference. What is not needed is None. The gradient of raw is
     channels_last and of its dtype; the others are float32.
     """
-    out = empty_packed(raw, *raw.shape[1:])
-    groups, channels = affine.mean.shape
+    (batch, channels, height, width), groups = raw.shape, affine.mean.shape[0]
+    out = empty_packed(raw, channels, height, width)
     sums = torch.empty((groups, 2, channels), dtype=torch.float32, device=raw.device)
-    first, second, last = norm_grad_launches(
-        packed(raw),
-        packed(grad_y),
-        packed(grad_pooled),
-        affine,
-        negative_slope,
-        sums,
-        out,
-        statistics_given=statistics_given,
-        target=gpu.target(raw.device),
-    )
+    chosen = config_passes.norm_grad_config(channels)
+    grads = {"grad_y_ptr": packed(grad_y), "grad_pooled_ptr": packed(grad_pooled)}
+    arguments = {"raw_ptr": packed(raw), **grads, **affine.arguments(), **window_arguments(raw.shape, negative_slope)}
+    windows, blocks_c = arguments["windows"], gpu.cdiv(channels, chosen.block_c)
     if needs_affine or not statistics_given:
-        first.run(raw.device)
-        second.run(raw.device)
+        per_group = windows // groups
+        splits = config_passes.norm_grad_splits(per_group, channels, gpu.target(raw.device))
+        per_split = gpu.cdiv(per_group, splits)
+        splits = gpu.cdiv(per_group, per_split)
+        partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=raw.device)
+        parts = {"partial_ptr": partial, "windows": per_group, "splits": splits, "per_split": per_split}
+        gpu.launch(norm_sums_kernel, groups * splits * blocks_c, arguments | parts, chosen).run(raw.device)
+        sum_rows(partial, sums)
     if needs_raw:
-        last.run(raw.device)
+        arguments |= {"sums_ptr": sums, "out_ptr": out, "GIVEN": statistics_given}
+        arguments["per_value"] = groups / (batch * height * width)
+        grid = gpu.cdiv(windows, chosen.block_p) * blocks_c
+        gpu.launch(norm_grad_kernel, grid, arguments, chosen).run(raw.device)
     total = sums.sum(0) if groups > 1 else sums[0]
     return (
         out if needs_raw else None,

@@ -5,8 +5,6 @@ The pixels are split into parts, each summed on its own in float32, and the part
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,7 @@ from fastunet.kernels.pixels import (
     softmax_dots,
     subpixel_step,
 )
-from fastunet.kernels.reduction import sum_rows_launch, weight_grads
+from fastunet.kernels.reduction import empty_weight_grads, sum_rows
 from torch import Tensor
 
 
@@ -95,64 +93,6 @@ def pixel_weight_grad_kernel(
 # fmt: on
 
 
-def pixel_weight_grad_launches(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    *,
-    subpixels: int,
-    activation: int,
-    allow_tf32: bool,
-    target: gpu.Target,
-) -> tuple[gpu.Launch, ...]:
-    """Return launches that fill channels_last grad_weight and grad_bias from packed tensors: partial sums, then sums.
-
-    subpixels is 4 for a transposed convolution's weight [C, Cout, 2, 2], 1 for [Cout, C, 1, 1].
-    """
-    batch, channels, height, width = x.shape
-    channels_out = grad.shape[1]
-    if subpixels == 1:
-        chosen = config_pixels.head_weight_grad_config(channels_out, x.dtype, allow_tf32=allow_tf32)
-    else:
-        chosen = config_pixels.pixel_weight_grad_config(channels, channels_out, x.dtype, target, allow_tf32=allow_tf32)
-    programs = config_pixels.pixel_weight_grad_programs(chosen, channels, channels_out, subpixels)
-    pixels = batch * height * width
-    blocks = gpu.cdiv(pixels, chosen.block_p)
-    per_split = gpu.cdiv(blocks, config_grad.weight_grad_splits(programs, blocks, target))
-    splits = gpu.cdiv(blocks, per_split)
-    partial = torch.empty((splits, grad_weight.numel()), dtype=torch.float32, device=x.device)
-    bias_partial = None
-    if grad_bias is not None:
-        bias_partial = torch.empty((splits * subpixels, channels_out), dtype=torch.float32, device=x.device)
-    stride_in, stride_out = grad_weight.stride()[1::-1] if subpixels == 1 else grad_weight.stride()[:2]
-    arguments = {
-        "x_ptr": x,
-        "grad_ptr": grad,
-        "y_ptr": y,
-        "partial_ptr": partial,
-        "bias_partial_ptr": bias_partial,
-        "pixels": pixels,
-        "blocks": blocks,
-        "blocks_per_split": per_split,
-        "W": width,
-        "C": channels,
-        "COUT": channels_out,
-        "stride_in": stride_in,
-        "stride_out": stride_out,
-        "stride_sub": grad_weight.stride(3),
-        "SUBPIXELS": subpixels,
-        "ACTIVATION": activation,
-        "PRECISION": precision(x.dtype, allow_tf32),
-    }
-    launch = gpu.launch(pixel_weight_grad_kernel, programs * splits, arguments, chosen)
-    launches = (launch, sum_rows_launch(partial, grad_weight))
-    if grad_bias is None or bias_partial is None:
-        return launches
-    return *launches, sum_rows_launch(bias_partial, grad_bias)
-
-
 def pixel_weight_grad(
     grad: Tensor,
     x: Tensor,
@@ -169,12 +109,47 @@ def pixel_weight_grad(
     activation's output. Returns [Cout, C, 1, 1] or [C, Cout, 2, 2], channels_last, and [Cout] or None, of grad's dtype;
     an empty batch gives zeros.
     """
-    channels_out, channels = grad.shape[1], x.shape[1]
+    batch, channels, height, width = x.shape
+    channels_out, target = grad.shape[1], gpu.target(x.device)
     shape = (channels_out, channels, 1, 1) if subpixels == 1 else (channels, channels_out, 2, 2)
-    options: dict[str, Any] = {"subpixels": subpixels, "activation": activation, "allow_tf32": allow_tf32}
-    options["target"] = gpu.target(x.device)
-
-    def launches(grad_weight: Tensor, grad_bias: Tensor | None) -> tuple[gpu.Launch, ...]:
-        return pixel_weight_grad_launches(packed(grad), packed(x), packed(y), grad_weight, grad_bias, **options)
-
-    return weight_grads(shape, grad, x, launches, with_bias=with_bias)
+    grad_weight, grad_bias = empty_weight_grads(shape, grad, with_bias=with_bias)
+    if batch == 0:
+        return grad_weight, grad_bias
+    if subpixels == 1:
+        chosen = config_pixels.head_weight_grad_config(channels_out, x.dtype, allow_tf32=allow_tf32)
+    else:
+        chosen = config_pixels.pixel_weight_grad_config(channels, channels_out, x.dtype, target, allow_tf32=allow_tf32)
+    programs = config_pixels.pixel_weight_grad_programs(chosen, channels, channels_out, subpixels)
+    pixels = batch * height * width
+    blocks = gpu.cdiv(pixels, chosen.block_p)
+    per_split = gpu.cdiv(blocks, config_grad.weight_grad_splits(programs, blocks, target))
+    splits = gpu.cdiv(blocks, per_split)
+    partial = torch.empty((splits, grad_weight.numel()), dtype=torch.float32, device=x.device)
+    bias_partial = None
+    if grad_bias is not None:
+        bias_partial = torch.empty((splits * subpixels, channels_out), dtype=torch.float32, device=x.device)
+    stride_in, stride_out = grad_weight.stride()[1::-1] if subpixels == 1 else grad_weight.stride()[:2]
+    arguments = {
+        "x_ptr": packed(x),
+        "grad_ptr": packed(grad),
+        "y_ptr": packed(y),
+        "partial_ptr": partial,
+        "bias_partial_ptr": bias_partial,
+        "pixels": pixels,
+        "blocks": blocks,
+        "blocks_per_split": per_split,
+        "W": width,
+        "C": channels,
+        "COUT": channels_out,
+        "stride_in": stride_in,
+        "stride_out": stride_out,
+        "stride_sub": grad_weight.stride(3),
+        "SUBPIXELS": subpixels,
+        "ACTIVATION": activation,
+        "PRECISION": precision(x.dtype, allow_tf32),
+    }
+    gpu.launch(pixel_weight_grad_kernel, programs * splits, arguments, chosen).run(x.device)
+    sum_rows(partial, grad_weight)
+    if grad_bias is not None and bias_partial is not None:
+        sum_rows(bias_partial, grad_bias)
+    return grad_weight, grad_bias

@@ -104,7 +104,7 @@ def load_grad(grad_ptr, y_ptr, rows, mask_p, dots, channels, C, ACTIVATION: tl.c
 # fmt: on
 
 
-def product_launch(
+def run_product(
     kernel: triton.JITFunction,
     arguments: Mapping[str, Any],
     weight: Tensor,
@@ -113,8 +113,8 @@ def product_launch(
     chosen: PixelProductConfig,
     *,
     allow_tf32: bool,
-) -> gpu.Launch:
-    """Return the launch of a product of pixels with a weight, its channels in and out first, then sub-pixels.
+) -> None:
+    """Launch a product of pixels with a weight, its channels in and out first, then sub-pixels.
 
     image: one of as many pixels as there are products for. programs: for each block of them.
     """
@@ -132,6 +132,4 @@ def product_launch(
         "stride_sub": weight.stride(3),
         "PRECISION": precision(image.dtype, allow_tf32),
     }
-    computes_operand = "grad_ptr" in arguments and arguments.get("y_ptr") is not None
-    grid = gpu.cdiv(pixels, chosen.block_p) * programs
-    return gpu.launch(kernel, grid, arguments, chosen, computes_operand=computes_operand)
+    gpu.launch(kernel, gpu.cdiv(pixels, chosen.block_p) * programs, arguments, chosen).run(image.device)

@@ -5,7 +5,7 @@ No atomics: the same inputs give the same bits on every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ def sum_rows_kernel(partial_ptr, first_ptr, second_ptr, rows, split, total, BLOC
 # fmt: on
 
 
-def sum_rows_launch(partial: Tensor, first: Tensor, second: Tensor | None = None) -> gpu.Launch:
-    """Return the launch that sums float32 partial [rows, n] over its rows, into first and then second.
+def sum_rows(partial: Tensor, first: Tensor, second: Tensor | None = None) -> None:
+    """Sum float32 partial [rows, n] over its rows, into first and then second.
 
     Both are dense and hold n elements together, taken in the order they lie in memory.
     """
@@ -49,26 +49,17 @@ def sum_rows_launch(partial: Tensor, first: Tensor, second: Tensor | None = None
         "total": total,
         "BLOCK": _BLOCK,
     }
-    return gpu.Launch(sum_rows_kernel, -(-total // _BLOCK), arguments, num_warps=4, num_stages=3)
+    launch = gpu.Launch(sum_rows_kernel, gpu.cdiv(total, _BLOCK), arguments, num_warps=4, num_stages=3)
+    launch.run(partial.device)
 
 
-def weight_grads(
-    shape: Sequence[int],
-    grad: Tensor,
-    x: Tensor,
-    launches: Callable[[Tensor, Tensor | None], Iterable[gpu.Launch]],
-    *,
-    with_bias: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of a weight, channels_last, and, with_bias, of a bias [Cout], of grad's dtype.
-
-    launches: those that fill them. An empty batch gives zeros.
+def empty_weight_grads(shape: Sequence[int], grad: Tensor, *, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Return gradients of a weight, channels_last, and, with_bias, of a bias [Cout], of grad's dtype: uninitialised, or
+    zeros of an empty batch.
     """
     options: dict[str, Any] = {"dtype": grad.dtype, "device": grad.device}
     grad_weight = torch.empty(shape, memory_format=torch.channels_last, **options)
     grad_bias = torch.empty(grad.shape[1:2], **options) if with_bias else None
-    if x.shape[0] == 0:
+    if grad.shape[0] == 0:
         return grad_weight.zero_(), None if grad_bias is None else grad_bias.zero_()
-    for launch in launches(grad_weight, grad_bias):
-        launch.run(x.device)
     return grad_weight, grad_bias

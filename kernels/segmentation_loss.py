@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import config_passes, gpu
-from fastunet.kernels.reduction import sum_rows_launch
+from fastunet.kernels.reduction import sum_rows
 from fastunet.kernels.tiles import nan_max
 from torch import Tensor
 
@@ -180,83 +180,23 @@ def segmentation_sums_grad_kernel(
 # fmt: on
 
 
-def segmentation_sums_launches(
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    sums: Tensor,
-    *,
-    softmax: bool,
-    squared: bool,
-) -> tuple[gpu.Launch, gpu.Launch]:
-    """Return the two launches that fill sums [rows, N, C], contiguous: partial sums, then the sum of those."""
-    chosen = replace(config_passes.pixel_config(logits.shape[1]), num_stages=2)
-    pixels = logits.shape[2] * logits.shape[3]
-    blocks = gpu.cdiv(pixels, chosen.block_p)
-    per_split = gpu.cdiv(blocks, config_passes.pixel_splits(pixels, chosen))
-    splits = gpu.cdiv(blocks, per_split)
-    partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=logits.device)
-    arguments = {
-        **_arguments(logits, target, mask, softmax=softmax, squared=squared, entropy=len(sums) > 3),
-        "partial_ptr": partial,
-        "blocks": blocks,
-        "blocks_per_split": per_split,
-        "splits": splits,
-    }
-    launch = gpu.launch(segmentation_sums_kernel, logits.shape[0] * splits, arguments, chosen)
-    return launch, sum_rows_launch(partial, sums)
-
-
-def segmentation_sums_grad_launch(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    *,
-    softmax: bool,
-    squared: bool,
-) -> gpu.Launch:
-    """Return the launch that fills out [N, C, H, W] from grad [rows, N, C], contiguous."""
-    chosen = config_passes.pixel_config(logits.shape[1])
-    blocks = gpu.cdiv(logits.shape[2] * logits.shape[3], chosen.block_p)
-    arguments = {
-        **_arguments(logits, target, mask, softmax=softmax, squared=squared, entropy=len(grad) > 3),
-        "grad_ptr": grad,
-        "out_ptr": out,
-        "blocks": blocks,
-        **_strides("out", out),
-    }
-    return gpu.launch(segmentation_sums_grad_kernel, logits.shape[0] * blocks, arguments, chosen)
-
-
 def _arguments(
     logits: Tensor, target: Tensor, mask: Tensor | None, *, softmax: bool, squared: bool, entropy: bool
 ) -> dict[str, Any]:
     """Return what both kernels take."""
     images, channels, height, width = logits.shape
     return {
-        "logits_ptr": logits,
-        "target_ptr": target,
-        "mask_ptr": mask,
         "images": images,
         "pixels": height * width,
         "C": channels,
-        **_strides("logits", logits),
-        **_strides("target", target),
-        **({"mask_n": 0, "mask_p": 0} if mask is None else _strides("mask", mask)),
+        **_tensor("logits", logits),
+        **_tensor("target", target),
+        **({"mask_ptr": None, "mask_n": 0, "mask_p": 0} if mask is None else _tensor("mask", mask)),
         "SOFTMAX": softmax,
         "SQUARED": squared,
         "ENTROPY": entropy,
         "INDEX": target.shape != logits.shape,
     }
-
-
-def _strides(name: str, t: Tensor) -> dict[str, int]:
-    """Return the strides of image, channel and pixel, as the kernels' parameters."""
-    stride = _pixel_stride(t)
-    assert stride is not None, "tensors are made addressable before they are launched on"
-    return {f"{name}_n": t.stride(0), f"{name}_c": t.stride(1), f"{name}_p": stride}
 
 
 def _pixel_stride(t: Tensor) -> int | None:
@@ -267,10 +207,16 @@ def _pixel_stride(t: Tensor) -> int | None:
     return right if height == 1 or down == width * right else None
 
 
-def _addressable(t: Tensor) -> Tensor:
-    """Return t, or a contiguous copy where its pixels have no single stride; truth values as bytes."""
-    t = t if _pixel_stride(t) is not None else t.contiguous()
-    return t.view(torch.uint8) if t.dtype == torch.bool else t
+def _tensor(name: str, t: Tensor) -> dict[str, Any]:
+    """Return a tensor and its strides of image, channel and pixel, as the kernels' parameters.
+
+    It is a contiguous copy where its pixels have no single stride; truth values are bytes.
+    """
+    stride = _pixel_stride(t)
+    if stride is None:
+        t, stride = t.contiguous(), 1
+    t = t.view(torch.uint8) if t.dtype == torch.bool else t
+    return {f"{name}_ptr": t, f"{name}_n": t.stride(0), f"{name}_c": t.stride(1), f"{name}_p": stride}
 
 
 def segmentation_sums(
@@ -285,12 +231,21 @@ def segmentation_sums(
     sums = torch.empty((rows, *logits.shape[:2]), dtype=torch.float32, device=logits.device)
     if logits.numel() == 0:
         return sums.zero_()
-    mask = None if mask is None else _addressable(mask)
-    launches = segmentation_sums_launches(
-        _addressable(logits), _addressable(target), mask, sums, softmax=softmax, squared=squared
-    )
-    for launch in launches:
-        launch.run(logits.device)
+    chosen = replace(config_passes.pixel_config(logits.shape[1]), num_stages=2)
+    pixels = logits.shape[2] * logits.shape[3]
+    blocks = gpu.cdiv(pixels, chosen.block_p)
+    per_split = gpu.cdiv(blocks, config_passes.pixel_splits(pixels, chosen))
+    splits = gpu.cdiv(blocks, per_split)
+    partial = torch.empty((splits, sums.numel()), dtype=torch.float32, device=logits.device)
+    arguments = {
+        **_arguments(logits, target, mask, softmax=softmax, squared=squared, entropy=entropy),
+        "partial_ptr": partial,
+        "blocks": blocks,
+        "blocks_per_split": per_split,
+        "splits": splits,
+    }
+    gpu.launch(segmentation_sums_kernel, logits.shape[0] * splits, arguments, chosen).run(logits.device)
+    sum_rows(partial, sums)
     return sums
 
 
@@ -306,9 +261,13 @@ def segmentation_sums_grad(
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device, memory_format=format)
     if logits.numel() == 0:
         return out
-    mask = None if mask is None else _addressable(mask)
-    launch = segmentation_sums_grad_launch(
-        grad.contiguous(), _addressable(logits), _addressable(target), mask, out, softmax=softmax, squared=squared
-    )
-    launch.run(logits.device)
+    chosen = config_passes.pixel_config(logits.shape[1])
+    blocks = gpu.cdiv(logits.shape[2] * logits.shape[3], chosen.block_p)
+    arguments = {
+        **_arguments(logits, target, mask, softmax=softmax, squared=squared, entropy=len(grad) > 3),
+        "grad_ptr": grad.contiguous(),
+        "blocks": blocks,
+        **_tensor("out", out),
+    }
+    gpu.launch(segmentation_sums_grad_kernel, logits.shape[0] * blocks, arguments, chosen).run(logits.device)
     return out

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.epilogue import activation_code
+from torch import Tensor
 
 
 # fmt: off
@@ -67,14 +68,12 @@ def window_arguments(shape: Sequence[int], negative_slope: float | None) -> dict
     }
 
 
-def windows_launch(
-    kernel: Any, shape: Sequence[int], tensors: Mapping[str, Any], negative_slope: float | None
-) -> gpu.Launch:
-    """Return the launch of a pass with an activation over the windows of images of shape [N, C, H, W].
+def run_on_windows(kernel: Any, image: Tensor, tensors: Mapping[str, Any], negative_slope: float | None) -> None:
+    """Launch a pass with an activation over the windows of images like `image` [N, C, H, W].
 
     tensors: the arguments that are the kernel's own.
     """
-    chosen = config_passes.pointwise_config(shape[1])
-    arguments = {**tensors, **window_arguments(shape, negative_slope)}
-    grid = gpu.cdiv(arguments["windows"], chosen.block_p) * gpu.cdiv(shape[1], chosen.block_c)
-    return gpu.launch(kernel, grid, arguments, chosen)
+    chosen = config_passes.pointwise_config(image.shape[1])
+    arguments = {**tensors, **window_arguments(image.shape, negative_slope)}
+    grid = gpu.cdiv(arguments["windows"], chosen.block_p) * gpu.cdiv(image.shape[1], chosen.block_c)
+    gpu.launch(kernel, grid, arguments, chosen).run(image.device)

@@ -58,11 +58,14 @@ class Job:
 
 
 class Family(NamedTuple):
-    """Kernels of one kind: the names of their ops, their jobs for a target, dtype and TF32, and the launch of one."""
+    """Kernels of one kind: the names of their ops, and their jobs for a target, dtype and TF32.
+
+    run: makes the launches of a job, and returns the number of the one it stands for.
+    """
 
     ops: tuple[str, ...]
     jobs: Callable[[gpu.Target, torch.dtype, bool], Iterable[Job]]
-    launch: Callable[[Job], gpu.Launch]
+    run: Callable[[Job], int]
 
 
 def per_channel(*sizes: int) -> Tensor:
@@ -103,7 +106,9 @@ def one_of_each(jobs: Iterable[Job]) -> list[Job]:
 def launch_of(job: Job) -> gpu.Launch:
     """Return what the launchers would launch for this job's shape on its target."""
     family = next(family for family in _families() if job.op in family.ops)
-    return family.launch(job)
+    with gpu.recording(job.target) as launches:
+        number = family.run(job)
+    return launches[number]
 
 
 def describe(launch: gpu.Launch) -> str:

@@ -31,12 +31,11 @@ def _norm(each: Tensor) -> Any:
     return Normalisation(each, each, each, 1e-5)
 
 
-def _head(job: Job, channels: int, sides: tuple[int, int]) -> dict[str, Any]:
-    """Arguments of an epilogue that ends in a head of two classes."""
+def _head(job: Job, channels: int) -> Any:
+    """A head of two classes."""
     from fastunet.kernels.epilogue import Head
 
-    head = Head(job.tensor(2, channels, 1, 1), job.tensor(2), sigmoid=True)
-    return {"head": head, "probabilities": job.pixels(2, *sides)}
+    return Head(job.tensor(2, channels, 1, 1), job.tensor(2), sigmoid=True)
 
 
 # --- conv3x3 ---
@@ -72,12 +71,12 @@ def _all_plain_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) ->
     widest = max(
         (shape for (_, aligned), shape in shapes.items() if aligned), key=lambda shape: (shape.c1, shape.c_out)
     )
-    for op in ("leaky", "norm", "masked_input_grad", "weight_grad"):
-        yield make(op, shape=widest)
     for deep in dict.fromkeys(_deep(shape) for shape in shapes.values()):
         chosen = config.derived_conv_config(deep, dtype, target, allow_tf32)
         if config.splittings(chosen, deep, target):
             yield make("split", shape=deep)
+    for op in ("leaky", "norm", "masked_input_grad", "weight_grad"):
+        yield make(op, shape=widest)
     yield make("finish_split", shape=_deep(widest))
     if not allow_tf32:
         yield make("activation_grad", shape=widest)
@@ -90,57 +89,54 @@ def _deep(shape: ConvShape) -> ConvShape:
     return replace(shape, c1=16 * shape.c1, c2=16 * shape.c1, height=8, width=8)
 
 
-def _plain_launch(job: Job) -> gpu.Launch:
+def _run_plain(job: Job) -> int:
     if job.op in ("activation_grad", "unpool", "weight_grad", "bias_grad") or "input_grad" in job.op:
-        return _gradient_launch(job)
+        return _run_gradient(job)
     from fastunet.kernels.conv3x3 import pointer, split_k
-    from fastunet.kernels.epilogue import Epilogue, Statistics
+    from fastunet.kernels.epilogue import Epilogue
 
-    shape, sides = job.shape, _sides(job)
+    shape, sides, options = job.shape, _sides(job), {"allow_tf32": job.allow_tf32}
     x, up = job.pixels(shape.c1, *sides), job.pixels(shape.c2, *sides) if shape.c2 else None
     layout = torch.contiguous_format if job.op == "contiguous_weight" else torch.channels_last
     weight = _weight(job, shape.c_out, shape.c1 + shape.c2, layout)
-    y, bias = job.pixels(shape.c_out, *sides), job.tensor(shape.c_out)
-    pools = job.op in ("pool", "split", "finish_split")
-    pooled = job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2) if pools else None
+    bias = job.tensor(shape.c_out)
     norm = _norm(bias) if job.op in ("norm", "head", "split", "finish_split") else None
     if job.op in ("split", "finish_split"):
         chosen = config.derived_conv_config(shape, job.dtype, job.target, job.allow_tf32)
-        epilogue = Epilogue(y, bias, norm, 0.0, pooled)
-        both = split_k.launches(x, up, weight, replace(chosen, splits=2), epilogue, allow_tf32=job.allow_tf32)
-        return both[0] if job.op == "split" else both[1]
-    chosen = pointer.choose(x, up, weight, job.target, allow_tf32=job.allow_tf32)
+        pooled = job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2)
+        epilogue = Epilogue(job.pixels(shape.c_out, *sides), bias, norm, 0.0, pooled)
+        for launch in split_k.launches(x, up, weight, replace(chosen, splits=2), epilogue, **options):
+            launch.run(x.device)
+        return 0 if job.op == "split" else 1
     if job.op == "statistics":
-        chosen = config.with_statistics(chosen)
-        tiles = 2 * config.tiles_per_image(chosen, *sides)
-        epilogue = Epilogue(y, statistics=Statistics(per_channel(tiles), per_channel(2, tiles, shape.c_out)))
+        pointer.conv3x3_with_statistics(x, weight, up=up, **options)
     elif job.op == "head":
-        chosen = config.with_head(chosen)
-        epilogue = Epilogue(None, bias, norm, 0.0, **_head(job, shape.c_out, sides))
+        pointer.conv3x3_head(x, weight, bias, _head(job, shape.c_out), up=up, norm=norm, negative_slope=0.0, **options)
     else:
-        epilogue = Epilogue(y, bias, norm, 0.1 if job.op == "leaky" else 0.0, pooled)
-    return pointer.conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=job.allow_tf32)
+        slope = 0.1 if job.op == "leaky" else 0.0
+        pointer.conv3x3(x, weight, bias, up=up, norm=norm, negative_slope=slope, pool=job.op == "pool", **options)
+    return 0
 
 
-def _gradient_launch(job: Job) -> gpu.Launch:
-    from fastunet.kernels import activation_grad
+def _run_gradient(job: Job) -> int:
+    from fastunet.kernels.activation_grad import activation_grad
     from fastunet.kernels.conv3x3 import grad
 
-    shape, sides = job.shape, _sides(job)
-    options = {"allow_tf32": job.allow_tf32, "target": job.target}
+    shape, sides, options = job.shape, _sides(job), {"allow_tf32": job.allow_tf32}
     x, y = job.pixels(shape.c1, *sides), job.pixels(shape.c_out, *sides)
+    # The gradient has the shape's input channels, what comes of it the output's.
+    weight = _weight(job, shape.c1, shape.c_out + shape.c_out2)
     if job.op in ("activation_grad", "unpool"):
         pooled = job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2) if job.op == "unpool" else None
-        return activation_grad.activation_grad_launch(y, y, pooled, y, 0.0)
-    if job.op in ("weight_grad", "bias_grad"):
-        bias = None if job.op == "weight_grad" else job.tensor(shape.c_out)
-        weight = _weight(job, shape.c_out, shape.c1)
-        return grad.weight_grad_launches(y, x, weight, bias, **options)[0]
-    # The gradient has the shape's input channels, what comes of it the output's.
-    out_up = job.pixels(shape.c_out2, *sides) if shape.c_out2 else None
-    masked = (y, 0.0) if job.op == "masked_input_grad" else (None, None)
-    weight = _weight(job, shape.c1, shape.c_out + shape.c_out2)
-    return grad.input_grad_launch(x, weight, (y, out_up), *masked, **options)
+        activation_grad(y, y, pooled, 0.0)
+    elif job.op in ("weight_grad", "bias_grad"):
+        grad.conv3x3_weight_grad(y, x, with_bias=job.op == "bias_grad", **options)
+    elif job.op == "two_input_grads":
+        grad.conv3x3_two_input_grads(x, weight, shape.c_out, **options)
+    else:
+        masked = {"x": y, "negative_slope": 0.0} if job.op == "masked_input_grad" else {}
+        grad.conv3x3_input_grad(x, weight, **masked, **options)
+    return 0
 
 
 # --- the halo variant, for Hopper ---
@@ -174,7 +170,7 @@ def _halo_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iter
                     yield Job(op, dtype, allow_tf32, target.capability, HaloShape(shape, chosen))
 
 
-def _halo_launch(job: Job) -> gpu.Launch:
+def _run_halo(job: Job) -> int:
     from fastunet.kernels.conv3x3 import hopper
     from fastunet.kernels.epilogue import Epilogue
 
@@ -184,13 +180,15 @@ def _halo_launch(job: Job) -> gpu.Launch:
     weight, bias = _weight(job, shape.c_out, shape.c1 + shape.c2), per_channel(shape.c_out)
     if job.op == "halo_head":
         chosen = config.with_head(chosen)
-        epilogue = Epilogue(None, bias, None, 0.0, **_head(job, shape.c_out, sides))
-        return hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
-    pooled = job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2) if job.op in ("halo_pool", "halo_norm") else None
-    norm = _norm(bias) if job.op == "halo_norm" else None
-    slope = 0.1 if job.op == "halo_leaky" else 0.0
-    epilogue = Epilogue(job.pixels(shape.c_out, *sides), bias, norm, slope, pooled)
-    return hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
+        head = {"head": _head(job, shape.c_out), "probabilities": job.pixels(2, *sides)}
+        epilogue = Epilogue(None, bias, None, 0.0, **head)
+    else:
+        pooled = job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2) if job.op in ("halo_pool", "halo_norm") else None
+        norm = _norm(bias) if job.op == "halo_norm" else None
+        slope = 0.1 if job.op == "halo_leaky" else 0.0
+        epilogue = Epilogue(job.pixels(shape.c_out, *sides), bias, norm, slope, pooled)
+    hopper.conv3x3_launch(x, up, weight, chosen, epilogue).run(x.device)
+    return 0
 
 
 # --- e4m3 values on sm_90 and above, and what makes them: a pass, or other kernels' epilogues ---
@@ -217,37 +215,33 @@ def _e4m3_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iter
             yield make("fp8_transpose", shape=channels)
 
 
-def _e4m3_launch(job: Job) -> gpu.Launch:
+def _run_e4m3(job: Job) -> int:
     from fastunet.kernels import conv_transpose2x2
     from fastunet.kernels.conv3x3 import fp8, pointer
-    from fastunet.kernels.epilogue import E4M3, Epilogue
+    from fastunet.kernels.epilogue import E4M3
 
     scale = per_channel(1)
     if job.op == "fp8_transpose":
         c_in, c_out = job.shape
-        x, y = job.pixels(c_in, 32, 32), torch.empty_like(job.pixels(c_out, 64, 64), dtype=E4M3)
         weight = job.tensor(c_in, c_out, 2, 2, layout=torch.channels_last)
-        options = {"allow_tf32": False, "target": job.target, "y_scale": scale}
-        return conv_transpose2x2.conv_transpose2x2_launch(x, weight, job.tensor(c_out), y, **options)
+        conv_transpose2x2.conv_transpose2x2(job.pixels(c_in, 32, 32), weight, job.tensor(c_out), y_scale=scale)
+        return 0
     shape, sides = job.shape, _sides(job)
     x, bias = job.pixels(shape.c1, *sides), per_channel(shape.c_out)
-    y, pooled = job.pixels(shape.c_out, *sides), job.pixels(shape.c_out, sides[0] // 2, sides[1] // 2)
     quantised = torch.empty_like(x, dtype=E4M3)
     if job.op == "fp8_quantise":
-        return fp8.quantise_launch(x, scale, quantised)
+        fp8.quantised(x, scale)
+        return 0
     if job.op == "fp8_first":
-        weight = _weight(job, shape.c_out, shape.c1)
-        chosen = pointer.choose(x, None, weight, job.target, allow_tf32=False)
-        epilogue = Epilogue(torch.empty_like(y, dtype=E4M3), bias, y_scale=scale)
-        return pointer.conv3x3_launch(x, None, weight, chosen, epilogue, allow_tf32=False)
+        pointer.conv3x3(x, _weight(job, shape.c_out, shape.c1), bias, y_scale=scale)
+        return 0
     up = torch.empty_like(quantised) if job.op == "fp8_two_inputs" else None
     weight = _weight(job, shape.c_out, shape.c1 * (1 if up is None else 2)).to(E4M3)
+    options = {"dtype": job.dtype, "pool": job.op in ("fp8_pool", "fp8_chain")}
     if job.op == "fp8_chain":
-        y, pooled = (torch.empty_like(t, dtype=E4M3) for t in (y, pooled))
-        epilogue = Epilogue(y, bias, _norm(bias), 0.0, pooled, y_scale=scale, pooled_scale=scale)
-    else:
-        epilogue = Epilogue(y, bias, _norm(bias), 0.0, pooled if job.op == "fp8_pool" else None)
-    return fp8.fp8_launch(quantised, up, weight, job.target, epilogue)
+        options |= {"y_scale": scale, "pooled_scale": scale}
+    fp8.conv3x3_fp8(quantised, up, weight, scale, bias, _norm(bias), 0.0, **options)
+    return 0
 
 
 # --- an upsampling composed with the convolution after it ---
@@ -269,24 +263,23 @@ def _composed_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> 
         yield from (Job(op, dtype, allow_tf32, target.capability, shape) for op in _COMPOSED_OPS)
 
 
-def _composed_launch(job: Job) -> gpu.Launch:
+def _run_composed(job: Job) -> int:
     from fastunet.kernels import conv_transpose2x2_concat_conv3x3 as kernels
-    from fastunet.kernels.epilogue import Epilogue
 
     shape, sides, with_bias = job.shape, _sides(job), job.op != "composed"
     doubled = tuple(2 * side + (job.op == "composed_odd") for side in sides)
     of_skip, of_low = job.tensor(shape.c_out, 9 * shape.c1), job.tensor(4 * shape.c_out, 4 * shape.c2)
     weights = kernels.Composed(of_skip, of_low, per_channel(4, 3, 3, shape.c_out) if with_bias else None)
     bias = per_channel(shape.c_out) if with_bias else None
-    norm = None if bias is None else _norm(bias)
-    epilogue = Epilogue(job.pixels(shape.c_out, *doubled), bias, norm, 0.0)
     images = job.pixels(shape.c1, *doubled), job.pixels(shape.c2, *sides)
-    return kernels.launch(*images, weights, config.composed_config(shape, job.dtype, job.target), epilogue)
+    norm = None if bias is None else _norm(bias)
+    kernels.conv_transpose2x2_concat_conv3x3(*images, weights, bias, norm=norm, negative_slope=0.0)
+    return 0
 
 
 FAMILIES = (
-    Family(_PLAIN, _plain_jobs, _plain_launch),
-    Family(HALO_OPS, _halo_jobs, _halo_launch),
-    Family(_E4M3_OPS, _e4m3_jobs, _e4m3_launch),
-    Family(_COMPOSED_OPS, _composed_jobs, _composed_launch),
+    Family(_PLAIN, _plain_jobs, _run_plain),
+    Family(HALO_OPS, _halo_jobs, _run_halo),
+    Family(_E4M3_OPS, _e4m3_jobs, _run_e4m3),
+    Family(_COMPOSED_OPS, _composed_jobs, _run_composed),
 )

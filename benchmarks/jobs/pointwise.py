@@ -28,7 +28,7 @@ def _norm_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iter
             yield from (make(op, shape=(channels, per_image)) for per_image in (False, True))
 
 
-def _norm_launch(job: Job) -> gpu.Launch:
+def _run_norm(job: Job) -> int:
     from fastunet.kernels import norm, norm_grad  # Late, as below: triton is for the compiling process alone.
     from fastunet.kernels.epilogue import Statistics
 
@@ -37,15 +37,15 @@ def _norm_launch(job: Job) -> gpu.Launch:
     mean, parameter = per_channel(groups, channels), job.tensor(channels)
     if job.op in _NORM_OPS[:2]:
         statistics = Statistics(per_channel(4096), per_channel(2, 4096, channels))
-        launches = norm.merge_launches(statistics, groups, mean, mean, (parameter, parameter), 1e-5, 0.1)
-        return launches[_NORM_OPS.index(job.op)]
+        norm.finish_statistics(statistics, groups, eps=1e-5, running=(parameter, parameter), momentum=0.1)
+        return _NORM_OPS.index(job.op)
     affine = norm.Affine(mean, mean, parameter, parameter)
     raw, pooled = job.pixels(channels, 64, 64), job.pixels(channels, 32, 32)
     if job.op == "normalise":
-        return norm.normalise_launch(raw, affine, raw, pooled, 0.0)
-    sums, options = per_channel(groups, 2, channels), {"statistics_given": False, "target": job.target}
-    launches = norm_grad.norm_grad_launches(raw, raw, pooled, affine, 0.0, sums, raw, **options)
-    return launches[0 if job.op == "norm_sums" else 2]
+        norm.normalise(raw, affine, 0.0, pool=True)
+        return 0
+    norm_grad.norm_grad(raw, raw, pooled, affine, 0.0, statistics_given=False)
+    return 0 if job.op == "norm_sums" else 2
 
 
 # --- max_pool2x2, whose gradient is one of the convolutions' family, and sums of partial sums ---
@@ -60,10 +60,11 @@ def _pool_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iter
         yield Job("max_pool", dtype, False, target.capability, channels)
 
 
-def _pool_launch(job: Job) -> gpu.Launch:
-    from fastunet.kernels.max_pool2x2 import max_pool2x2_launch
+def _run_pool(job: Job) -> int:
+    from fastunet.kernels.max_pool2x2 import max_pool2x2
 
-    return max_pool2x2_launch(job.pixels(job.shape, 64, 64), job.pixels(job.shape, 32, 32))
+    max_pool2x2(job.pixels(job.shape, 64, 64))
+    return 0
 
 
 def _sum_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iterator[Job]:
@@ -72,11 +73,12 @@ def _sum_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Itera
         yield from (Job("sum_rows", dtype, False, target.capability, outputs) for outputs in (1, 2))
 
 
-def _sum_launch(job: Job) -> gpu.Launch:
-    from fastunet.kernels.reduction import sum_rows_launch
+def _run_sum(job: Job) -> int:
+    from fastunet.kernels.reduction import sum_rows
 
     sizes = (4096,) if job.shape == 1 else (4032, 64)
-    return sum_rows_launch(per_channel(16, 4096), *(job.tensor(size) for size in sizes))
+    sum_rows(per_channel(16, 4096), *(job.tensor(size) for size in sizes))
+    return 0
 
 
 # --- conv_transpose2x2 ---
@@ -106,22 +108,20 @@ def _transpose_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) ->
         yield make("transpose_weights", shape=channels)
 
 
-def _transpose_launch(job: Job) -> gpu.Launch:
+def _run_transpose(job: Job) -> int:
     from fastunet.kernels import conv_transpose2x2 as kernels
-    from fastunet.kernels.pixel_weight_grad import pixel_weight_grad_launches
-    from fastunet.kernels.pixels import LINEAR
 
     c_in, c_out = job.shape
     x, y = job.pixels(c_in, 32, 32), job.pixels(c_out, 64, 64)
     layout = torch.contiguous_format if job.op == "transpose_contiguous" else torch.channels_last
     weight, bias = job.tensor(c_in, c_out, 2, 2, layout=layout), job.tensor(c_out)
-    options = {"allow_tf32": job.allow_tf32, "target": job.target}
     if job.op == "transpose_grad":
-        return kernels.input_grad_launch(y, weight, x, **options)
-    if job.op == "transpose_weights":
-        options |= {"subpixels": kernels.SUBPIXELS, "activation": LINEAR.value}
-        return pixel_weight_grad_launches(y, x, None, weight, bias, **options)[0]
-    return kernels.conv_transpose2x2_launch(x, weight, bias, y, **options)
+        kernels.conv_transpose2x2_input_grad(y, weight, allow_tf32=job.allow_tf32)
+    elif job.op == "transpose_weights":
+        kernels.conv_transpose2x2_weight_grad(y, x, with_bias=True, allow_tf32=job.allow_tf32)
+    else:
+        kernels.conv_transpose2x2(x, weight, bias, allow_tf32=job.allow_tf32)
+    return 0
 
 
 # --- conv1x1 ---
@@ -146,21 +146,20 @@ def _head_jobs(target: gpu.Target, dtype: torch.dtype, allow_tf32: bool) -> Iter
     yield make("conv1x1_weights", shape=(17, 17, "softmax"))
 
 
-def _head_launch(job: Job) -> gpu.Launch:
+def _run_head(job: Job) -> int:
     from fastunet.kernels import conv1x1 as kernels
-    from fastunet.kernels.pixel_weight_grad import pixel_weight_grad_launches
 
     c_in, c_out, activation = job.shape
     x, y = job.pixels(c_in, 64, 64), job.pixels(c_out, 64, 64)
     weight, bias = job.tensor(c_out, c_in, 1, 1), job.tensor(c_out)
-    output = None if activation is None else y
+    output, options = None if activation is None else y, {"activation": activation, "allow_tf32": job.allow_tf32}
     if job.op == "conv1x1_grad":
-        return kernels.input_grad_launch(y, output, weight, x, activation=activation, allow_tf32=job.allow_tf32)
-    options = {"allow_tf32": job.allow_tf32, "target": job.target}
-    if job.op == "conv1x1":
-        return kernels.conv1x1_launch(x, weight, bias, y, activation=activation, **options)
-    options |= {"subpixels": 1, "activation": kernels.ACTIVATIONS[activation]}
-    return pixel_weight_grad_launches(y, x, output, weight, bias, **options)[0]
+        kernels.conv1x1_input_grad(y, weight, output, **options)
+    elif job.op == "conv1x1":
+        kernels.conv1x1(x, weight, bias, **options)
+    else:
+        kernels.conv1x1_weight_grad(y, x, output, with_bias=True, **options)
+    return 0
 
 
 # --- the sums of the segmentation losses, and their gradient ---
@@ -200,7 +199,7 @@ def _variant(number: int, channels: int) -> LossShape:
     return LossShape(channels, softmax and channels > 1, indices, masked, squared, entropy, kinds[number % 2])
 
 
-def _loss_launch(job: Job) -> gpu.Launch:
+def _run_loss(job: Job) -> int:
     """Logits of few channels contiguous, others channels_last."""
     from fastunet.kernels import segmentation_loss
 
@@ -213,15 +212,17 @@ def _loss_launch(job: Job) -> gpu.Launch:
     rows = 3 if not shape.entropy else 4 if shape.softmax else 5
     sums, options = per_channel(rows, 2, shape.channels), {"softmax": shape.softmax, "squared": shape.squared}
     if job.op == "loss_sums":
-        return segmentation_loss.segmentation_sums_launches(logits, target, mask, sums, **options)[0]
-    return segmentation_loss.segmentation_sums_grad_launch(sums, logits, target, mask, logits, **options)
+        segmentation_loss.segmentation_sums(logits, target, mask, entropy=shape.entropy, **options)
+    else:
+        segmentation_loss.segmentation_sums_grad(sums, logits, target, mask, **options)
+    return 0
 
 
 FAMILIES = (
-    Family(_NORM_OPS, _norm_jobs, _norm_launch),
-    Family(("max_pool",), _pool_jobs, _pool_launch),
-    Family(_TRANSPOSE_OPS, _transpose_jobs, _transpose_launch),
-    Family(_HEAD_OPS, _head_jobs, _head_launch),
-    Family(("sum_rows",), _sum_jobs, _sum_launch),
-    Family(_LOSS_OPS, _loss_jobs, _loss_launch),
+    Family(_NORM_OPS, _norm_jobs, _run_norm),
+    Family(("max_pool",), _pool_jobs, _run_pool),
+    Family(_TRANSPOSE_OPS, _transpose_jobs, _run_transpose),
+    Family(_HEAD_OPS, _head_jobs, _run_head),
+    Family(("sum_rows",), _sum_jobs, _run_sum),
+    Family(_LOSS_OPS, _loss_jobs, _run_loss),
 )

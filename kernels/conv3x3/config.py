@@ -83,11 +83,6 @@ class ConvConfig(Config):
     swapped: bool = False
     splits: int = 1
 
-    @property
-    def product_rows(self) -> int:
-        """Return channels where the product is turned around, else pixels."""
-        return self.block_n if self.variant == DESCRIPTOR else self.tile_h * self.tile_w
-
 
 def stages(bytes_per_stage: int, target: Target, *, programs: int = 2) -> int:
     """Return pipeline stages, 2 to 4, such that `programs` of them fit one multiprocessor's shared memory together."""

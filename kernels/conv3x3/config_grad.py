@@ -43,10 +43,6 @@ class WeightGradConfig(Config):
     variant: str
     max_registers: int | None = None
 
-    @property
-    def product_rows(self) -> int:
-        return self.block_out
-
 
 def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> WeightGradConfig:
     """Return the blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""

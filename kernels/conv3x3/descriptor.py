@@ -61,10 +61,10 @@ def _store_box(desc, v, image, h, w, c, TILE_H: tl.constexpr, TILE_W: tl.constex
 
 @triton.jit(do_not_specialize=["H", "W", "steps1", "steps2", "tiles"])
 def conv3x3_descriptor_kernel(
-    x_desc, up_desc, weight_desc, y_desc, pooled_desc, H, W, C1, C2, COUT, steps1, steps2, tiles,
+    x_desc, up_desc, weight_desc, y_desc, pooled_desc, sums_ptr, pixels, H, W, C1, C2, COUT, steps1, steps2, tiles,
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
     head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, y_scale_ptr, pooled_scale_ptr,
-    ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr,
+    ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr, SPLITS: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """As conv3x3_kernel. BLOCK_K divides C1 and C2: no step reads the weights of another tap or input. y and pooled may
@@ -72,22 +72,33 @@ def conv3x3_descriptor_kernel(
     """
     blocks_n = tl.cdiv(COUT, BLOCK_N)
     block = tl.program_id(0) % blocks_n
-    tile = tl.program_id(0) // blocks_n
+    split = tl.program_id(0) // blocks_n % SPLITS
+    tile = tl.program_id(0) // (blocks_n * SPLITS)
     n0 = block * BLOCK_N
     image, h0, w0 = tile_origin(tile, H, W, TILE_H, TILE_W)
     number = image.to(tl.int32)
+    begin1 = 0
+    begin2 = 0
+    if SPLITS > 1:
+        begin1 = split * (C1 // SPLITS)
+        begin2 = split * (C2 // SPLITS)
 
     acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
     acc = accumulate_boxes(
-        acc, x_desc, weight_desc, 0, 0, C1 + C2, steps1, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N, BLOCK_K
+        acc, x_desc, weight_desc, begin1, 0, C1 + C2, steps1, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N,
+        BLOCK_K,
     )
     if up_desc is not None:
         acc = accumulate_boxes(
-            acc, up_desc, weight_desc, 0, C1, C1 + C2, steps2, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N,
+            acc, up_desc, weight_desc, begin2, C1, C1 + C2, steps2, n0, number, h0, w0, False, TILE_H, TILE_W, BLOCK_N,
             BLOCK_K,
         )
 
     n = n0 + tl.arange(0, BLOCK_N)
+    if sums_ptr is not None:
+        rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
+        at = split.to(tl.int64) * pixels + (image * H + h0) * W + w0 + pixel_offsets(W, TILE_H, TILE_W)
+        tl.store(sums_ptr + at[None, :] * COUT + n[:, None], acc, mask=(rows >= 0)[None, :] & (n < COUT)[:, None])
     acc = finish_sums(
         acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 0
     )

@@ -31,18 +31,6 @@ def quantise_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
 # fmt: on
 
 
-def quantise_launch(x: Tensor, scale: Tensor, out: Tensor) -> gpu.Launch:
-    """Return the launch that fills out, e4m3, with packed x / scale. scale: a float32 of one element."""
-    arguments = {
-        "x_ptr": x,
-        "scale_ptr": scale,
-        "out_ptr": out,
-        "size": x.numel(),
-        "BLOCK": _BLOCK,
-    }
-    return gpu.Launch(quantise_kernel, gpu.cdiv(x.numel(), _BLOCK), arguments, _WARPS, 1)
-
-
 def conv3x3_fp8(
     x: Tensor,
     up: Tensor | None,
@@ -65,7 +53,7 @@ def conv3x3_fp8(
     weight and images. The results are packed, of dtype, or e4m3 where they have a scale, and then divided by it. The
     caller has checked `config.fits_fp8`, and that the images are not empty.
     """
-    x, up = _quantised(x, scale), None if up is None else _quantised(up, scale)
+    x, up = quantised(x, scale), None if up is None else quantised(up, scale)
     channels, (height, width) = weight.shape[0], x.shape[2:]
     y = empty_packed(x, channels, height, width, dtype if y_scale is None else E4M3)
     pooled = None
@@ -73,21 +61,18 @@ def conv3x3_fp8(
         pooled = empty_packed(x, channels, height // 2, width // 2, dtype if pooled_scale is None else E4M3)
     scales = {"y_scale": y_scale, "pooled_scale": pooled_scale if pool else None}
     epilogue = Epilogue(y, bias, norm, negative_slope, pooled, **scales)
-    fp8_launch(x, up, weight, gpu.target(x.device), epilogue).run(x.device)
+    shape = config.ConvShape(x.shape[1], 0 if up is None else up.shape[1], channels, height, width)
+    chosen = config.fp8_config(shape, gpu.target(x.device))
+    conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=False).run(x.device)
     return y, pooled
 
 
-def _quantised(t: Tensor, scale: Tensor) -> Tensor:
+def quantised(t: Tensor, scale: Tensor) -> Tensor:
+    """Return t / scale in e4m3, packed; packed t where it is of e4m3. scale: a float32 of one element."""
     t = packed(t)
     if t.dtype == E4M3:
         return t
     out = torch.empty_like(t, dtype=E4M3)
-    quantise_launch(t, scale, out).run(t.device)
+    arguments = {"x_ptr": t, "scale_ptr": scale, "out_ptr": out, "size": t.numel(), "BLOCK": _BLOCK}
+    gpu.Launch(quantise_kernel, gpu.cdiv(t.numel(), _BLOCK), arguments, _WARPS, 1).run(t.device)
     return out
-
-
-def fp8_launch(x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, epilogue: Epilogue) -> gpu.Launch:
-    """Return the launch that fills the epilogue's outputs from packed x and up, e4m3."""
-    c2 = 0 if up is None else up.shape[1]
-    shape = config.ConvShape(x.shape[1], c2, weight.shape[0], *x.shape[2:])
-    return conv3x3_launch(x, up, weight, config.fp8_config(shape, target), epilogue, allow_tf32=False)

@@ -17,7 +17,7 @@ from fastunet.kernels.conv3x3 import config, config_grad, descriptor, pointer
 from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, conv3x3_launch, halo_runs, weight_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
 from fastunet.kernels.layout import empty_packed, packed
-from fastunet.kernels.reduction import sum_rows_launch, weight_grads
+from fastunet.kernels.reduction import empty_weight_grads, sum_rows
 from fastunet.kernels.tiles import (
     activate_grad,
     load_folded_taps,
@@ -162,18 +162,20 @@ def conv3x3_weight_grad_kernel(
 # fmt: on
 
 
-def input_grad_launch(
+def _input_grads(
     grad: Tensor,
     weight: Tensor,
-    outs: tuple[Tensor, Tensor | None],
+    channels: Sequence[int],
     x: Tensor | None,
     negative_slope: float | None,
-    *,
     allow_tf32: bool,
-    target: gpu.Target,
-) -> gpu.Launch:
-    """Return the launch that fills outs, the gradients of one input or of two, from packed grad."""
-    out, out_up = outs
+) -> list[Tensor]:
+    """Return the gradients of one input or two, of so many channels, from grad."""
+    outs = [empty_packed(grad, each, *grad.shape[2:]) for each in channels]
+    if grad.numel() == 0:  # A descriptor cannot describe an empty tensor.
+        return outs
+    (out, out_up), grad, x = [*outs, None][:2], packed(grad), packed(x)
+    target = gpu.target(grad.device)
     batch, channels_out, height, width = grad.shape
     c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
     aligned = config.aligned(channels_out, c1, c2) and weight_aligned(weight)
@@ -183,7 +185,8 @@ def input_grad_launch(
         # It is a convolution by the window turned around.
         if x is None and halo_runs(grad.device, config.INPUT_GRAD):
             turned = weight.transpose(0, 1).flip(2, 3)
-            return conv3x3_launch(grad, None, turned, chosen, Epilogue(out), allow_tf32=allow_tf32)
+            conv3x3_launch(grad, None, turned, chosen, Epilogue(out), allow_tf32=allow_tf32).run(grad.device)
+            return outs
         chosen = config.derived_conv_config(shape, grad.dtype, target, allow_tf32)
     arguments = {
         "H": height,
@@ -197,14 +200,16 @@ def input_grad_launch(
     }
     if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_input_grad_descriptor_kernel
-        arguments |= descriptor.input_grad_operands(grad, weight, outs, x, chosen)
+        arguments |= descriptor.input_grad_operands(grad, weight, (out, out_up), x, chosen)
     else:
         kernel = conv3x3_input_grad_kernel
         operands = pointer.operands(grad, None, weight, allow_tf32)
         outputs = {"x_ptr": x, "out_ptr": out, "out_up_ptr": out_up, "FOLDED": chosen.variant == config.FOLDED}
         arguments |= operands | {"grad_ptr": grad} | outputs
     blocks = gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
-    return gpu.launch(kernel, batch * config.tiles_per_image(chosen, height, width) * blocks, arguments, chosen)
+    grid = batch * config.tiles_per_image(chosen, height, width) * blocks
+    gpu.launch(kernel, grid, arguments, chosen).run(grad.device)
+    return outs
 
 
 def conv3x3_input_grad(
@@ -232,41 +237,27 @@ def conv3x3_two_input_grads(
     return out, out_up
 
 
-def _input_grads(
-    grad: Tensor,
-    weight: Tensor,
-    channels: Sequence[int],
-    x: Tensor | None,
-    negative_slope: float | None,
-    allow_tf32: bool,
-) -> list[Tensor]:
-    outs = [empty_packed(grad, each, *grad.shape[2:]) for each in channels]
-    if grad.numel():  # A descriptor cannot describe an empty tensor.
-        out, out_up = [*outs, None][:2]
-        options = {"allow_tf32": allow_tf32, "target": gpu.target(grad.device)}
-        input_grad_launch(packed(grad), weight, (out, out_up), packed(x), negative_slope, **options).run(grad.device)
-    return outs
+def conv3x3_weight_grad(
+    grad: Tensor, x: Tensor, *, with_bias: bool = False, allow_tf32: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of conv3x3's weight and, with_bias, of its bias from that of its sum.
 
-
-def weight_grad_launches(
-    grad: Tensor,
-    x: Tensor,
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    *,
-    allow_tf32: bool,
-    target: gpu.Target,
-) -> tuple[gpu.Launch, gpu.Launch]:
-    """Return two launches that fill grad_weight (channels_last) and grad_bias: partial sums, then the sum of those."""
+    grad [N, Cout, H, W] and x [N, C, H, W], one of conv3x3's inputs. Returns [Cout, C, 3, 3], channels_last, and
+    [Cout] or None, both of grad's dtype; float32 sums, in a fixed order. An empty batch gives zeros.
+    """
     batch, channels, height, width = x.shape
-    channels_out = grad.shape[1]
+    channels_out, target = grad.shape[1], gpu.target(x.device)
+    grad_weight, grad_bias = empty_weight_grads((channels_out, channels, 3, 3), grad, with_bias=with_bias)
+    if batch == 0:
+        return grad_weight, grad_bias
+    grad, x = packed(grad), packed(x)
     shape = config.ConvShape(channels, 0, channels_out, height, width)
     chosen = config_grad.weight_grad_config(shape, x.dtype, target, allow_tf32=allow_tf32)
     programs = config_grad.weight_grad_programs(chosen, channels, channels_out)
     tiles = batch * config.tiles_per_image(chosen, height, width)
     per_split = gpu.cdiv(tiles, config_grad.weight_grad_splits(programs, tiles, target))
     splits = gpu.cdiv(tiles, per_split)
-    total = channels_out * (9 * channels + (0 if grad_bias is None else 1))
+    total = channels_out * (9 * channels + with_bias)
     partial = torch.empty((splits, total), dtype=torch.float32, device=x.device)
     arguments = {
         "partial_ptr": partial,
@@ -276,7 +267,7 @@ def weight_grad_launches(
         "W": width,
         "C": channels,
         "COUT": channels_out,
-        "WITH_BIAS": grad_bias is not None,
+        "WITH_BIAS": with_bias,
     }
     if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_weight_grad_descriptor_kernel
@@ -285,23 +276,6 @@ def weight_grad_launches(
         kernel = conv3x3_weight_grad_kernel
         arguments |= {"grad_ptr": grad, "x_ptr": x, "FOLDED": chosen.variant == config.FOLDED}
         arguments["PRECISION"] = precision(x.dtype, allow_tf32)
-    sums = gpu.launch(kernel, programs * splits, arguments, chosen)
-    return sums, sum_rows_launch(partial, grad_weight, grad_bias)
-
-
-def conv3x3_weight_grad(
-    grad: Tensor, x: Tensor, *, with_bias: bool = False, allow_tf32: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of conv3x3's weight and, with_bias, of its bias from that of its sum.
-
-    grad [N, Cout, H, W] and x [N, C, H, W], one of conv3x3's inputs. Returns [Cout, C, 3, 3], channels_last, and
-    [Cout] or None, both of grad's dtype; float32 sums, in a fixed order. An empty batch gives zeros.
-    """
-    options = {"allow_tf32": allow_tf32, "target": gpu.target(x.device)}
-    return weight_grads(
-        (grad.shape[1], x.shape[1], 3, 3),
-        grad,
-        x,
-        lambda *grads: weight_grad_launches(packed(grad), packed(x), *grads, **options),
-        with_bias=with_bias,
-    )
+    gpu.launch(kernel, programs * splits, arguments, chosen).run(x.device)
+    sum_rows(partial, grad_weight, grad_bias)
+    return grad_weight, grad_bias

@@ -332,4 +332,4 @@ def conv3x3_launch(
         "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
     }
     grid = min(tiles, gpu.target(x.device).multiprocessors)
-    return gpu.Launch(conv3x3_hopper_kernel, grid, arguments, chosen.num_warps, 1, product_rows=64)
+    return gpu.Launch(conv3x3_hopper_kernel, grid, arguments, chosen.num_warps, 1)

@@ -115,12 +115,12 @@ def store_outputs(
 
 @triton.jit(do_not_specialize=["H", "W", "steps1", "steps2", "tiles"])
 def conv3x3_kernel(
-    x_ptr, up_ptr, weight_ptr, y_ptr, pooled_ptr, H, W, C1, C2, COUT, steps1, steps2, tiles,
+    x_ptr, up_ptr, weight_ptr, y_ptr, pooled_ptr, sums_ptr, pixels, H, W, C1, C2, COUT, steps1, steps2, tiles,
     stride_out, stride_tap, stride_in,
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
     head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, y_scale_ptr,
     ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr, FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """v[p, o] = sum over taps t and channels c of cat(x, up)[p moved by t, c] * weight[o, c, t], and y of v.
@@ -129,16 +129,26 @@ def conv3x3_kernel(
     COUT] takes the maxima of its 2x2 windows, head [N, H, W, CLASSES] its 1x1 convolution, count and partial the
     statistics of each of the `tiles`. Each of these outputs may be None.
     steps1 and steps2 are the steps for each input: 9*ceil(C/BLOCK_K), or ceil(9*C/BLOCK_K) where FOLDED.
+
+    With SPLITS above 1, sums [SPLITS, pixels, COUT] float32 takes the place of those outputs: sums[s, p, o] is the part
+    of v[p, o] of the channels of split s, the s-th of equal parts of each input, of as many steps.
     """
-    # Channel blocks run fastest: programs that are neighbours in time share a pixel tile in L2.
+    # Channel blocks run fastest, then splits: programs that are neighbours in time share a pixel tile in L2.
     blocks_n = tl.cdiv(COUT, BLOCK_N)
     block = tl.program_id(0) % blocks_n
-    tile = tl.program_id(0) // blocks_n
+    split = tl.program_id(0) // blocks_n % SPLITS
+    tile = tl.program_id(0) // (blocks_n * SPLITS)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     image, h0, w0 = tile_origin(tile, H, W, TILE_H, TILE_W)
     rows, columns = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
     origin = (image * H + h0) * W + w0
     offsets = pixel_offsets(W, TILE_H, TILE_W)
+
+    first1 = 0
+    first2 = 0
+    if SPLITS > 1:
+        first1 = tl.multiple_of(split * (C1 // SPLITS), 16)  # Of whole blocks of channels.
+        first2 = tl.multiple_of(split * (C2 // SPLITS), 16)
 
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
     if FOLDED:
@@ -148,15 +158,18 @@ def conv3x3_kernel(
         )
     else:
         acc = accumulate(
-            acc, x_ptr, weight_ptr, 0, steps1, n, rows, columns, origin, offsets, H, W, C1, COUT,
+            acc, x_ptr + first1, weight_ptr, first1, steps1, n, rows, columns, origin, offsets, H, W, C1, COUT,
             stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
         )
         if up_ptr is not None:
             acc = accumulate(
-                acc, up_ptr, weight_ptr, C1, steps2, n, rows, columns, origin, offsets, H, W, C2, COUT,
-                stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
+                acc, up_ptr + first2, weight_ptr, C1 + first2, steps2, n, rows, columns, origin, offsets, H, W, C2,
+                COUT, stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
             )
 
+    if sums_ptr is not None:
+        pointers = sums_ptr + (split.to(tl.int64) * pixels + origin + offsets)[:, None] * COUT + n[None, :]
+        tl.store(pointers, acc, mask=(rows >= 0)[:, None] & (n < COUT)[None, :])
     acc = finish_sums(
         acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 1
     )
@@ -190,14 +203,18 @@ def conv3x3_launch(
     epilogue: Epilogue,
     *,
     allow_tf32: bool,
+    sums: Tensor | None = None,
 ) -> gpu.Launch:
-    """Return the launch, in any variant, that fills the epilogue's outputs from packed x and up."""
+    """Return the launch, in any variant, that fills the epilogue's outputs from packed x and up, or where it splits the
+    input channels, sums [splits, pixels, Cout].
+    """
     if chosen.variant == config.HALO:
         from fastunet.kernels.conv3x3 import hopper  # Late: its interface is private to some releases of Triton.
 
         return hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
     tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
     arguments = {**config.sizes(x, up, weight, chosen), "tiles": tiles, **epilogue.arguments()}
+    arguments |= {"sums_ptr": sums, "pixels": None if sums is None else sums.shape[1], "SPLITS": chosen.splits}
     kernel = conv3x3_kernel
     if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_descriptor_kernel
@@ -207,7 +224,8 @@ def conv3x3_launch(
         arguments["pooled_desc"] = descriptor.boxes(epilogue.pooled, *windows, chosen.block_n)
     else:
         arguments |= {**operands(x, up, weight, allow_tf32), "FOLDED": chosen.variant == config.FOLDED}
-    return gpu.launch(kernel, tiles * gpu.cdiv(weight.shape[0], chosen.block_n), arguments, chosen)
+    grid = tiles * gpu.cdiv(weight.shape[0], chosen.block_n) * chosen.splits
+    return gpu.launch(kernel, grid, arguments, chosen)
 
 
 def _run(

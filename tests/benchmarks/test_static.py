@@ -32,6 +32,7 @@ CLEAN = Compiled(
     tcgen05=0,
     warnings=(),
     ptx="max.NaN.f32 %f1;",
+    product_rows=128,
 )
 
 
@@ -40,7 +41,7 @@ def job(op: str = "pool", dtype: torch.dtype = torch.bfloat16, capability: int =
 
 
 def breaches(compiled: Compiled, of: Job, **options) -> str:
-    launch = gpu.Launch(None, 1, {}, 4, 3, product_rows=128)
+    launch = gpu.Launch(None, 1, {}, 4, 3)
     return "; ".join(find_breaches(compiled, of, launch, **options))
 
 
@@ -72,7 +73,7 @@ def test_each_rule_can_fail(change: dict, reason: str) -> None:
 def test_a_step_of_8_bits_starts_a_new_sum_on_sm_90(first: str, found: list[str]) -> None:
     instruction = "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {{%r1,\n%r2}}, %rd10, %rd11, {}, 1, 1;\n"
     ptx = instruction.format(first) + instruction.format("%p32")
-    launch = gpu.Launch(None, 1, {"BLOCK_K": 64}, 4, 3, product_rows=128)
+    launch = gpu.Launch(None, 1, {"BLOCK_K": 64}, 4, 3)
     assert find_breaches(replace(CLEAN, wgmma=2, ptx=ptx), job("fp8"), launch) == found
 
 
@@ -80,9 +81,11 @@ def test_a_step_of_8_bits_starts_a_new_sum_on_sm_90(first: str, found: list[str]
     ("capability", "rows", "instruction"), [(80, 128, "mma"), (90, 32, "mma"), (90, 64, "wgmma"), (100, 128, "tcgen05")]
 )
 def test_tensor_cores_by_target_and_rows(capability: int, rows: int, instruction: str) -> None:
-    launch = gpu.Launch(None, 1, {}, 4, 3, product_rows=rows)
+    launch = gpu.Launch(None, 1, {}, 4, 3)
     other = next(name for name in ("wgmma", "mma") if name != instruction)
-    right, wrong = (replace(CLEAN, **{"mma": 0, "wgmma": 0, name: 4}) for name in (instruction, other))
+    right, wrong = (
+        replace(CLEAN, product_rows=rows, **{"mma": 0, "wgmma": 0, name: 4}) for name in (instruction, other)
+    )
     of = job("weight_grad", capability=capability)
     assert find_breaches(right, of, launch, shared_memory=10**6) == []
     assert find_breaches(wrong, of, launch, shared_memory=10**6) == [f"no {instruction} instruction"]

@@ -93,8 +93,6 @@ def meta(*sizes: int) -> torch.Tensor:
 
 def test_a_composed_launch_takes_what_the_table_says(tmp_path: Path) -> None:
     kernels = pytest.importorskip("fastunet.kernels.conv_transpose2x2_concat_conv3x3", reason="needs triton")
-    from fastunet.kernels.epilogue import Epilogue
-
     (layer,) = (each for each in tune._layers_of(Settings(batch=2), config.COMPOSED) if each.name == "up4.c1")
     shape = tune.conv_shape(layer.shapes, config.COMPOSED)
     candidates = tune.candidates_of(config.COMPOSED, shape, HOPPER)
@@ -105,10 +103,10 @@ def test_a_composed_launch_takes_what_the_table_says(tmp_path: Path) -> None:
     path.write_text(json.dumps(tune.table([row], HOPPER.name, {})))
     images = meta(2, 64, 512, 512), meta(2, 128, 256, 256)
     weights = kernels.Composed(meta(64, 9 * 64, 1, 1)[:, :, 0, 0], meta(4 * 64, 4 * 128, 1, 1)[:, :, 0, 0], None)
-    with tuning.reading(path):
-        chosen = config.composed_config(shape, torch.bfloat16, HOPPER)
-    launch = kernels.launch(*images, weights, chosen, Epilogue(meta(2, 64, 512, 512)))
-    assert chosen == winner != candidates[0]
+    with tuning.reading(path), gpu.recording(HOPPER) as launches:
+        kernels.conv_transpose2x2_concat_conv3x3(*images, weights)
+    (launch,) = launches
+    assert winner != candidates[0]
     assert (launch.num_warps, launch.arguments["TILE_H"]) == (winner.num_warps, winner.tile_h)
     assert launch.arguments["BLOCK_K"] == winner.block_k
 
@@ -132,14 +130,16 @@ def test_the_launchers_take_what_the_table_says(
     tensors = [meta(*layer.shapes[each]) for each in ("x", "skip", "up") if each in layer.shapes]
     x, up = (*tensors, None)[:2]
     weight, y = meta(*layer.shapes["weight"]), meta(2, layer.shapes["weight"][0], *x.shape[2:])
-    if kind == config.CONV3X3:
-        assert pointer.choose(x, up, weight, HOPPER, allow_tf32=False) == winner
-        chosen = None
-    elif kind == tune.WEIGHT_GRAD:
-        chosen = kernels.weight_grad_launches(y, x, weight, None, allow_tf32=False, target=HOPPER)[0]
-    else:
-        chosen = kernels.input_grad_launch(y, weight, (x, up), None, None, allow_tf32=False, target=HOPPER)
-    if chosen is not None:
+    with gpu.recording(HOPPER) as launches:
+        if kind == config.CONV3X3:
+            assert pointer.choose(x, up, weight, HOPPER, allow_tf32=False) == winner
+        elif kind == tune.WEIGHT_GRAD:
+            kernels.conv3x3_weight_grad(y, x)
+        elif up is None:
+            kernels.conv3x3_input_grad(y, weight)
+        else:
+            kernels.conv3x3_two_input_grads(y, weight, x.shape[1])
+    for chosen in launches[:1]:
         blocks = {key: value for key, value in chosen.arguments.items() if key.startswith("BLOCK")}
         assert (chosen.num_warps, chosen.num_stages) == (winner.num_warps, winner.num_stages)
         assert blocks == {key.upper(): value for key, value in vars(winner).items() if key.startswith("block")}

@@ -228,12 +228,11 @@ def test_a_fault_shows(fault: str) -> None:
 
 def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
     cotangent, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
-    out = torch.empty(2, 128, 9, 12, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr(grad, "halo_runs", lambda *_: True)
-    given = {"allow_tf32": False, "target": HOPPER}
-    with tuning.pinned("conv3x3_input_grad", Case(c_out=128).chosen):
-        launch = grad.input_grad_launch(cotangent, weight, (out, None), None, None, **given)
-        masked = grad.input_grad_launch(cotangent, weight, (out, None), out, 0.0, **given)
+    with tuning.pinned("conv3x3_input_grad", Case(c_out=128).chosen), gpu.recording(HOPPER) as launches:
+        out = grad.conv3x3_input_grad(cotangent, weight)
+        grad.conv3x3_input_grad(cotangent, weight, x=out, negative_slope=0.0)
+    launch, masked = launches
     assert launch.kernel is hopper.conv3x3_hopper_kernel
     assert masked.kernel is not launch.kernel, "the activation's mask is not in this variant"
     expected = F.conv_transpose2d(cotangent.double(), weight.double(), padding=1)

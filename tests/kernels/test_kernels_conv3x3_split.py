@@ -131,9 +131,9 @@ def two_splits_of_two_inputs(kernels: ModuleType) -> None:
 test_check, test_injected_fault_is_caught = check_tests({
     two_splits_of_two_inputs: [
         ("conv3x3.split_k", "tl.static_range(SPLITS)", "tl.static_range(1)"),
-        ("conv3x3.split_k", "x_ptr + first,", "x_ptr,"),
-        ("conv3x3.split_k", "weight_ptr, first, steps1", "weight_ptr, 0, steps1"),
-        ("conv3x3.split_k", "up_ptr + first,", "up_ptr,"),
-        ("conv3x3.split_k", "split.to(tl.int64) * pixels + origin", "0 * pixels + origin"),
+        ("conv3x3.pointer", "x_ptr + first1,", "x_ptr,"),
+        ("conv3x3.pointer", "weight_ptr, first1, steps1", "weight_ptr, 0, steps1"),
+        ("conv3x3.pointer", "up_ptr + first2,", "up_ptr,"),
+        ("conv3x3.pointer", "split.to(tl.int64) * pixels + origin", "0 * pixels + origin"),
     ]
 })  # fmt: skip
