@@ -168,9 +168,11 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
     """Large tiles of pixels, which halve the reading of weights, but for a small image. Unmeasured."""
     channels_out = max(shape.c_out, shape.c_out2)
     block_n = channel_block(channels_out, 128)
-    block_k = step_block(shape.c1, shape.c2, 64)
+    block_k = step_block(shape.c1, shape.c2, 128 // dtype.itemsize)
     blocks = cdiv(channels_out, block_n) * cdiv(shape.width, TILE_W)
-    tile_h = next((h for h in (32, 16) if 4 * blocks * cdiv(shape.height, h) >= target.multiprocessors), 8)
+    # Of e4m3 on sm_90 the sums of a step lie in registers beside those of all: of larger tiles they spill.
+    heights = (32, 16) if dtype.itemsize == 2 or target.capability >= 100 else (16,)
+    tile_h = next((h for h in heights if 4 * blocks * cdiv(shape.height, h) >= target.multiprocessors), 8)
     bytes_per_stage = (tile_h * TILE_W + block_n) * block_k * dtype.itemsize
     wide = tile_h * block_n > 32 * 64
     num_stages = stages(bytes_per_stage, target, programs=1 if wide else 2)
@@ -231,18 +233,7 @@ def fp8_config(shape: ConvShape, target: Target) -> ConvConfig:
     """Return the descriptor variant's blocks for e4m3, where `fits_fp8`: its steps have twice as many channels.
     Unmeasured.
     """
-    block_n = channel_block(shape.c_out, 128)
-    block_k = step_block(shape.c1, shape.c2, 128)
-    blocks = cdiv(shape.c_out, block_n) * cdiv(shape.width, TILE_W)
-    # On sm_90 the sums of a step lie in registers beside those of all: of larger tiles they spill.
-    heights = (32, 16) if target.capability >= 100 else (16,)
-    tile_h = next((h for h in heights if 4 * blocks * cdiv(shape.height, h) >= target.multiprocessors), 8)
-    wide = tile_h * block_n > 32 * 64
-    num_stages = stages((tile_h * TILE_W + block_n) * block_k, target, programs=1 if wide else 2)
-    limit = ALL_REGISTERS if target.capability >= 100 else None
-    return ConvConfig(
-        tile_h, TILE_W, block_n, block_k, 8 if wide or block_n == 128 else 4, num_stages, DESCRIPTOR, limit
-    )
+    return _descriptor_conv_config(shape, torch.float8_e4m3fn, target)
 
 
 def with_statistics(chosen: ConvConfig) -> ConvConfig:
