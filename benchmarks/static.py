@@ -20,8 +20,7 @@ and target. The rules:
   innermost loops around the products no load from shared memory into registers
 - NaN kept: no plain `max.f32` anywhere, and a `max.NaN` where there is pooling
 
-What is compiled is what the launchers would launch: their arguments, on tensors without memory, specialised as Triton
-specialises them (1 becomes a constant, multiples of 16 are known to be).
+What is compiled is what the ops launch there (see launches.py), by Triton's own just-in-time path.
 """
 
 from __future__ import annotations
@@ -40,11 +39,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from fastunet.kernels import gpu
-from torch import Tensor
+
+from fastunet.testing import parity
 
 from .harness.worker import Spawned
-from .jobs import TARGETS, TRITON_TYPES, Job, all_jobs, all_ops, describe, launch_of, one_of_each
+from .launches import OPS, TARGETS, Job, describe, jobs, launch_of, one_of_each
 
 # A product with fewer rows than this has no wgmma and no tcgen05 instruction.
 _WARPGROUP_ROWS = 64
@@ -56,7 +57,7 @@ _TIMEOUT = 300.0
 @dataclass(frozen=True)
 class Compiled:
     """What a compilation gave: registers, spills and warnings as ptxas reports them, instruction counts of the PTX; of
-    kernels in Gluon also those of the machine code.
+    the halo variant also those of the machine code.
 
     product_rows: of the matrix products' results, which decide the tensor-core instruction; 0 where there are none.
     """
@@ -81,30 +82,39 @@ class Row:
     job: Job
     label: str
     compiled: Compiled | None
-    seconds: float
     breaches: Sequence[str] = field(default=())
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles: the current device, which has the capability for its number."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_device(self) -> int:
+        return self._capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
 
 
 def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
     """Compile a launch for a capability. Triton's and ptxas's errors pass through."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     triton.knobs.compilation.always_compile = True  # The cache would give back the code without ptxas's report.
     triton.knobs.nvidia.dump_ptxas_log = True
-    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
-    source = kind(launch.kernel, *_specialise(launch))
+    triton.runtime.driver.set_active(_Driver(capability))
+    arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        built = triton.compile(
-            source,
-            target=GPUTarget("cuda", capability, 32),
-            options=launch.options,
-        )
+        built = launch.kernel.warmup(*arguments, grid=(launch.grid,), **launch.options)
     report, ptx = log.getvalue(), built.asm["ptx"]
-    is_gluon = kind is GluonASTSource
     return Compiled(
         registers=int(re.findall(r"Used (\d+) registers", report)[-1]),
         spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)),
@@ -116,8 +126,8 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
         warnings=tuple(re.findall(r"\(C75\d\d\).*", report)),
         ptx=ptx,
         # Gluon's have no other form than warpgroups'.
-        product_rows=_WARPGROUP_ROWS if is_gluon else _product_rows(built.asm["ttir"]),
-        loads_between_products=loads_between_products(_disassembled(built.asm["cubin"])) if is_gluon else 0,
+        product_rows=_WARPGROUP_ROWS if _is_halo(launch) else _product_rows(built.asm["ttir"]),
+        loads_between_products=loads_between_products(_disassembled(built.asm["cubin"])) if _is_halo(launch) else 0,
     )
 
 
@@ -150,37 +160,17 @@ def loads_between_products(sass: str) -> int:
     return sum(bool(re.search(r"\bLDSM?\b", line)) for a, b in inner for line in lines[a:b])
 
 
-def _specialise(launch: gpu.Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-    """Triton's signature, constants and attributes for a launch's arguments, by the rules of its just-in-time path."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        divisible = False
-        if isinstance(value, Tensor):
-            signature[name] = f"*{TRITON_TYPES[value.dtype]}"
-            divisible = True
-        elif hasattr(value, "block_shape"):
-            block = ", ".join(map(str, value.block_shape))
-            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's say where they lie.
-            signature[name] = f"tensordesc<{TRITON_TYPES[value.base.dtype]}[{block}]{layout}>"
-        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
-            signature[name] = "constexpr"
-            constants[name] = value
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            divisible = value % 16 == 0 and not parameter.do_not_specialize
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
+def _is_halo(launch: gpu.Launch) -> bool:
+    return "SLOTS" in launch.arguments
 
 
-def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_memory: int | None = None) -> list[str]:
-    """The rules a compilation breaks, in words. shared_memory: the limit, by default that of the job's target."""
-    limit = gpu.SHARED_MEMORY_LIMITS[job.capability] if shared_memory is None else shared_memory
+def _multiplies_e4m3(launch: gpu.Launch) -> bool:
+    return "x_desc" in launch.arguments and launch.arguments["x_desc"].base.dtype == torch.float8_e4m3fn
+
+
+def find_breaches(compiled: Compiled, launch: gpu.Launch, math: str, capability: int) -> list[str]:
+    """The rules a compilation breaks, in words. math: the products' number format, one of `parity.FORMATS`."""
+    limit = gpu.SHARED_MEMORY_LIMITS[capability]
     found = list(compiled.warnings)
     if compiled.spill_bytes:
         found.append(f"spills {compiled.spill_bytes} B")
@@ -188,17 +178,19 @@ def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_me
         found.append(f"shared memory {compiled.shared_memory} B, the limit is {limit} B")
     if re.search(r"\bmax(\.ftz)?\.(f32|f16|bf16)\b", compiled.ptx):
         found.append("a plain max drops NaN")
-    if job.op in ("pool", "max_pool") and "max.NaN." not in compiled.ptx:
+    pools = launch.kernel.__name__ == "max_pool2x2_kernel"
+    pools |= any(launch.arguments.get(name) is not None for name in ("pooled_ptr", "pooled_desc"))
+    if pools and "max.NaN." not in compiled.ptx:
         found.append("pooling without max.NaN drops NaN")
-    found += _tensor_core_breaches(compiled, job, launch)
-    if job.op in ("fp8", "fp8_pool", "fp8_two_inputs", "fp8_chain"):
+    found += _tensor_core_breaches(compiled, launch, math, capability)
+    if _multiplies_e4m3(launch):
         products = r"wgmma\.mma_async\S*e4m3|tcgen05\.mma\S*f8f6f4"
         found += [] if re.search(products, compiled.ptx) else ["no product of 8 bits"]
         # Scale-d 0: the instruction, of 32 channels, starts a new sum.
         new_sums = len(re.findall(r"wgmma\.mma_async[^;]*e4m3 \{[^}]*\}, %\w+, %\w+, 0,", compiled.ptx))
         if new_sums * launch.arguments["BLOCK_K"] != compiled.wgmma * 32:
             found.append("sums of several steps in the tensor core's accumulator")
-    if job.op.startswith("halo"):
+    if _is_halo(launch):
         found += [f"no {each}" for each in ("setmaxnreg.inc", "setmaxnreg.dec") if each not in compiled.ptx]
         found += ["an operand read by ldmatrix"] if "ldmatrix" in compiled.ptx else []
         loads = compiled.loads_between_products
@@ -206,44 +198,44 @@ def find_breaches(compiled: Compiled, job: Job, launch: gpu.Launch, *, shared_me
     return found
 
 
-def _tensor_core_breaches(compiled: Compiled, job: Job, launch: gpu.Launch) -> list[str]:
+def _tensor_core_breaches(compiled: Compiled, launch: gpu.Launch, math: str, capability: int) -> list[str]:
     used = {"mma": compiled.mma, "wgmma": compiled.wgmma, "tcgen05": compiled.tcgen05}
     rows = compiled.product_rows
-    if not rows or job.math == "fp32":
+    if not rows or math == "float32":
         return [f"{name} in float32 arithmetic" for name, count in used.items() if count]
     wanted = "mma"
-    if rows >= _WARPGROUP_ROWS and job.capability >= 90:
-        wanted = "wgmma" if job.capability < 100 else "tcgen05"
+    if rows >= _WARPGROUP_ROWS and capability >= 90:
+        wanted = "wgmma" if capability < 100 else "tcgen05"
     found = [] if used[wanted] else [f"no {wanted} instruction"]
     # The gradient of conv1x1's input goes through the activation where it is loaded.
-    computes_operand = job.op == "conv1x1_grad" and launch.arguments["y_ptr"] is not None
-    if compiled.wgmma_from_registers and not computes_operand and job.math in ("bf16", "fp16"):
+    name = launch.kernel.__name__
+    computes_operand = name == "conv1x1_input_grad_kernel" and launch.arguments["y_ptr"] is not None
+    if compiled.wgmma_from_registers and not computes_operand and math in ("bfloat16", "float16"):
         found.append(f"{compiled.wgmma_from_registers} wgmma with an operand from registers")
     return found
 
 
 def compile_job(job: Job) -> Row:
     """Compile and check one job; an exception becomes a breach."""
-    start = time.perf_counter()
     label = ""
     try:
         launch = launch_of(job)
         label = describe(launch)
         compiled = compile_launch(launch, job.capability)
-        return Row(job, label, compiled, time.perf_counter() - start, find_breaches(compiled, job, launch))
+        return Row(job, label, compiled, find_breaches(compiled, launch, job.math, job.capability))
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200] if str(error) else ''}"
-        return Row(job, label, None, time.perf_counter() - start, [reason])
+        return Row(job, label, None, [reason])
 
 
 def _row_of(job: Job, compiler: Spawned) -> Row:
     try:
         return compiler.ask(job, _TIMEOUT)
     except (TimeoutError, ChildProcessError) as error:
-        return Row(job, "", None, 0.0, [str(error)])
+        return Row(job, "", None, [str(error)])
 
 
-def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[Row]:
+def run_jobs(chosen: Sequence[Job], processes: int) -> Iterator[Row]:
     """Compile the jobs in `processes` processes; rows come in the jobs' order."""
     local = threading.local()
     compilers: list[Spawned] = []
@@ -257,32 +249,36 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> Iterator[Row]:
     try:
         with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:
             os.environ["TRITON_CACHE_DIR"] = cache
-            yield from pool.map(run, jobs)
+            yield from pool.map(run, chosen)
     finally:
         for compiler in compilers:
             compiler.close()
 
 
+_LINE = "{:<34}{:<40}{:<26}{:<9}{:<8}{:>4}{:>7}{:>8}  {:<14}"
+HEADER = _LINE.format("kernel", "of", "config", "math", "target", "regs", "spills", "shared", "tensor cores")
+
+
 def format_row(row: Row) -> str:
     """One line of the table, breaches last."""
-    job = row.job
-    name = f"{job.op:<20}{row.label:<26}{job.math:<6}sm_{job.capability:<5}"
-    compiled = row.compiled
+    job, compiled = row.job, row.compiled
+    figures = ["", "", "", ""]
     if compiled is not None:
         cores = {"wgmma": compiled.wgmma, "tcgen05": compiled.tcgen05, "mma": compiled.mma}
         used = " ".join(f"{kind} {count}" for kind, count in cores.items() if count) or "-"
-        name += f"{compiled.registers:>4}{compiled.spill_bytes:>7}{compiled.shared_memory:>8}  {used:<14}"
-    return name + (f"  FAIL: {'; '.join(row.breaches)}" if row.breaches else "")
-
-
-HEADER = f"{'op':<20}{'config':<26}{'math':<6}{'target':<8}{'regs':>4}{'spills':>7}{'shared':>8}  tensor cores"
+        figures = [str(compiled.registers), str(compiled.spill_bytes), str(compiled.shared_memory), used]
+    kernel, target = job.kernel.removesuffix("_kernel"), f"sm_{job.capability}"
+    line = _LINE.format(kernel, job.op, row.label, job.math, target, *figures)
+    return line + (f"  FAIL: {'; '.join(row.breaches)}" if row.breaches else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel and target")
     parser.add_argument("--target", type=int, choices=TARGETS, nargs="*", default=TARGETS, help="compute capabilities")
-    parser.add_argument("--op", choices=all_ops(), nargs="*", default=all_ops())
+    parser.add_argument(
+        "--op", choices=OPS, nargs="*", default=OPS, help="whose kernels, but those met with one before"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes")
 
 
@@ -290,11 +286,12 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Compile and print; return 0 if every compilation keeps the rules, else 1."""
     start = time.perf_counter()
     os.environ.pop("TRITON_INTERPRET", None)  # Interpreted kernels cannot be compiled.
-    jobs = [job for job in all_jobs() if job.capability in options.target and job.op in options.op]
-    jobs = one_of_each(jobs) if options.quick else jobs
+    # fp16 and float32 have no kernel that bf16 has not.
+    chosen = list(jobs(options.target, ["bfloat16"] if options.quick else parity.FORMATS, options.op))
+    chosen = one_of_each(chosen) if options.quick else chosen
     print(HEADER)
     rows: list[Row] = []
-    for row in run_jobs(jobs, options.jobs):
+    for row in run_jobs(chosen, options.jobs):
         print(format_row(row), flush=True)
         rows.append(row)
     failed = sum(bool(row.breaches) for row in rows)

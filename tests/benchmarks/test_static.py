@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import static
+from fastunet.benchmarks import launches, static
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.harness.worker import Spawned
-from fastunet.benchmarks.jobs import TARGETS, Job, all_jobs, all_ops, launch_of, one_of_each
+from fastunet.benchmarks.launches import Job, jobs, launch_of, one_of_each, record
 from fastunet.benchmarks.static import Compiled, find_breaches, loads_between_products
-from fastunet.kernels import gpu
-from fastunet.kernels.conv3x3.config import ConvShape
+from fastunet.kernels import config_pixels, gpu
+from fastunet.kernels.conv3x3 import config, config_grad
+
+from fastunet.testing import parity
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -36,17 +39,16 @@ CLEAN = Compiled(
 )
 
 
-def job(op: str = "pool", dtype: torch.dtype = torch.bfloat16, capability: int = 90, **options) -> Job:
-    return Job(op, dtype, options.pop("allow_tf32", False), capability, ConvShape(64, 0, 64, 64, 64))
+def launch(**arguments: Any) -> gpu.Launch:
+    return gpu.Launch(SimpleNamespace(__name__="a_kernel"), 1, arguments, 4, 3)
 
 
-def breaches(compiled: Compiled, of: Job, **options) -> str:
-    launch = gpu.Launch(None, 1, {}, 4, 3)
-    return "; ".join(find_breaches(compiled, of, launch, **options))
+def breaches(compiled: Compiled, math: str = "bfloat16") -> str:
+    return "; ".join(find_breaches(compiled, launch(pooled_ptr="a tensor"), math, 90))
 
 
 def test_a_clean_compilation_passes() -> None:
-    assert breaches(CLEAN, job()) == ""
+    assert breaches(CLEAN) == ""
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_a_clean_compilation_passes() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_each_rule_can_fail(change: dict, reason: str) -> None:
-    assert reason in breaches(replace(CLEAN, **change), job())
+    assert reason in breaches(replace(CLEAN, **change))
 
 
 @pytest.mark.parametrize(
@@ -73,103 +75,104 @@ def test_each_rule_can_fail(change: dict, reason: str) -> None:
 def test_a_step_of_8_bits_starts_a_new_sum_on_sm_90(first: str, found: list[str]) -> None:
     instruction = "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {{%r1,\n%r2}}, %rd10, %rd11, {}, 1, 1;\n"
     ptx = instruction.format(first) + instruction.format("%p32")
-    launch = gpu.Launch(None, 1, {"BLOCK_K": 64}, 4, 3)
-    assert find_breaches(replace(CLEAN, wgmma=2, ptx=ptx), job("fp8"), launch) == found
+    x = SimpleNamespace(base=torch.empty(0, dtype=torch.float8_e4m3fn))
+    assert find_breaches(replace(CLEAN, wgmma=2, ptx=ptx), launch(BLOCK_K=64, x_desc=x), "bfloat16", 90) == found
 
 
 @pytest.mark.parametrize(
     ("capability", "rows", "instruction"), [(80, 128, "mma"), (90, 32, "mma"), (90, 64, "wgmma"), (100, 128, "tcgen05")]
 )
 def test_tensor_cores_by_target_and_rows(capability: int, rows: int, instruction: str) -> None:
-    launch = gpu.Launch(None, 1, {}, 4, 3)
     other = next(name for name in ("wgmma", "mma") if name != instruction)
     right, wrong = (
         replace(CLEAN, product_rows=rows, **{"mma": 0, "wgmma": 0, name: 4}) for name in (instruction, other)
     )
-    of = job("weight_grad", capability=capability)
-    assert find_breaches(right, of, launch, shared_memory=10**6) == []
-    assert find_breaches(wrong, of, launch, shared_memory=10**6) == [f"no {instruction} instruction"]
+    assert find_breaches(right, launch(), "bfloat16", capability) == []
+    assert find_breaches(wrong, launch(), "bfloat16", capability) == [f"no {instruction} instruction"]
 
 
 def test_float32_without_tf32_must_not_be_rounded_by_tensor_cores() -> None:
-    assert "wgmma in float32 arithmetic" in breaches(CLEAN, job(dtype=torch.float32))
-    assert breaches(CLEAN, job(dtype=torch.float32, allow_tf32=True)) == ""
+    assert "wgmma in float32 arithmetic" in breaches(CLEAN, "float32")
+    assert breaches(CLEAN, "tf32") == ""
 
 
-def test_every_target_and_op_is_among_the_jobs() -> None:
-    jobs = all_jobs()
-    assert {job.capability for job in jobs} == set(TARGETS)
-    assert {job.op for job in jobs} == set(all_ops())
-    assert {job.math for job in jobs} == {"bf16", "fp16", "fp32", "tf32"}
-    assert len(set(jobs)) == len(jobs)
-    assert len(set(all_ops())) == len(all_ops())
+@pytest.fixture(scope="module")
+def on_hopper() -> list[Job]:
+    return list(jobs([90], ["bfloat16"]))
 
 
-def test_quick_takes_each_kernel_once_for_each_target() -> None:
-    jobs = [job for job in all_jobs() if job.capability in (80, 90)]
-    kernels = {(launch_of(job).kernel, job.capability) for job in jobs}
-    quick = one_of_each(jobs)
-    assert {(launch_of(job).kernel, job.capability) for job in quick} == kernels
-    assert len(quick) == len(kernels) < 80
+def test_quick_takes_each_kernel_once(on_hopper: list[Job]) -> None:
+    quick = one_of_each(on_hopper)
+    assert {job.kernel for job in quick} == {job.kernel for job in on_hopper}
+    assert len(quick) == len({(job.kernel, job.op == launches.E4M3) for job in on_hopper}) < 40
+    assert {job.op for job in on_hopper} <= set(launches.OPS)
+    assert len(set(on_hopper)) == len(on_hopper)
+    job = quick[-1]
+    assert launch_of(job).kernel.__name__ == job.kernel
 
 
-def test_a_few_compile_cleanly_and_one_that_cannot_is_a_failed_row() -> None:
-    jobs = [job("pool"), job("input_grad", torch.float32, 89), replace(job("forward"), capability=70), job("fp8")]
-    rows = list(static.run_jobs(jobs, 1))
-    assert "KeyError" in rows.pop(2).breaches[0]
+@pytest.mark.parametrize(("math", "capability"), [("bfloat16", 90), ("float32", 80)])
+def test_every_configuration_is_among_the_launches(math: str, capability: int) -> None:
+    """Those that the choices can come to, whatever the op."""
+    dtype, allow_tf32 = parity.FORMATS[math]
+    target = gpu.known_target(capability)
+    options = {"dtype": dtype, "target": target, "allow_tf32": allow_tf32}
+    recorded = [each for call in launches.calls(math, capability) for each in record(call, math, capability)]
+
+    def of(kernels: str) -> set[tuple[Any, ...]]:
+        return {blocks(each.arguments.get, each) for each in recorded if each.kernel.__name__.startswith(kernels)}
+
+    def blocks(argument: Callable[[str], Any], each: Any) -> tuple[Any, ...]:
+        found = sorted((name, argument(name)) for name in NAMES if argument(name) is not None)
+        return *found, each.num_warps, each.num_stages, each.max_registers
+
+    def expected(found: Any) -> set[tuple[Any, ...]]:
+        chosen = [each[0] if isinstance(each, tuple) else each for each in found]
+        return {blocks(each.constants().get, each) for each in chosen}
+
+    assert expected(config.conv_configs(**options)) <= of("conv3x3_")
+    assert expected(config_grad.weight_grad_configs(**options)) <= of("conv3x3_weight_grad")
+    assert expected(config_pixels.pixel_product_configs(**options)) <= of("conv_transpose2x2")
+    assert expected(config_pixels.pixel_weight_grad_configs(**options)) <= of("pixel_weight_grad")
+    assert expected(config_pixels.head_configs(**options, softmax=True)) <= of("conv1x1")
+
+
+NAMES = ("TILE_H", "TILE_W", "BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_IN", "BLOCK_OUT")
+
+
+def test_a_few_compile_cleanly_and_one_that_cannot_is_a_failed_row(on_hopper: list[Job]) -> None:
+    found = {job.kernel: job for job in on_hopper}
+    chosen = [found[f"{name}_kernel"] for name in ("conv3x3_descriptor", "norm_sums", "max_pool2x2")]
+    rows = list(static.run_jobs([replace(chosen[0], capability=70), *chosen], 1))
+    assert "KeyError" in rows.pop(0).breaches[0]
     for row in rows:
         assert list(row.breaches) == [], static.format_row(row)
         assert row.compiled is not None
         assert row.compiled.registers > 16
 
 
-def test_what_is_compiled_is_what_triton_would_specialise() -> None:
-    # Triton's own binder, told that it has an sm_90 before it, against ours: in a process of its own.
-    script = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from fastunet.benchmarks import jobs, static
-
-class Driver:
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-triton.runtime.driver.set_active(Driver())
-for job in jobs.one_of_each(jobs.all_jobs()):
-    if job.capability == 90:
-        launch = jobs.launch_of(job)
-        bind = launch.kernel.create_binder()[-1]
-        _, theirs, _ = bind(**launch.arguments, **launch.options, debug=False)
-        signature, constants, attributes = static._specialise(launch)
-        for index, (name, (kind, extra)) in enumerate(zip(launch.kernel.arg_names, theirs, strict=True)):
-            assert signature[name] == kind, (job, name, kind)
-            ours = constants[name] if kind == "constexpr" else (index,) in attributes
-            assert ours == (extra if kind == "constexpr" else extra is not None and "D" in extra), (job, name, extra)
-print("compared")
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "compared" in done.stdout, done.stderr
+ABSENT = Job("no op", "no kernel", "bfloat16", 90, 0, 0)
 
 
 def test_a_dead_compiler_is_one_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = Spawned(static.compile_job)
     monkeypatch.setattr(static, "_TIMEOUT", 0.0)
     try:
-        assert "no result after 0 s" in static._row_of(job("activation_grad"), compiler).breaches[0]
+        assert "no result after 0 s" in static._row_of(ABSENT, compiler).breaches[0]
         compiler._start()
         monkeypatch.setattr(static, "_TIMEOUT", 60.0)
         compiler._process.kill()
         compiler._process.join()
-        assert "ended with exit code -9" in static._row_of(job("activation_grad"), compiler).breaches[0]
+        assert "ended with exit code -9" in static._row_of(ABSENT, compiler).breaches[0]
     finally:
         compiler.close()
 
 
 @pytest.mark.parametrize("is_clean", [True, False])
 def test_exit_code(is_clean: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    row = static.Row(job(), "16x8", CLEAN, 1.0, [] if is_clean else ["spills 8 B"])
-    monkeypatch.setattr(static, "run_jobs", lambda jobs, processes: [row])
-    monkeypatch.setattr(static, "all_jobs", list)
+    row = static.Row(ABSENT, "16x8", CLEAN, [] if is_clean else ["spills 8 B"])
+    monkeypatch.setattr(static, "run_jobs", lambda chosen, processes: [row])
+    monkeypatch.setattr(static, "jobs", lambda *_: [])
     assert main(["static"]) == (0 if is_clean else 1)
     assert ("FAIL: spills 8 B" in capsys.readouterr().out) == (not is_clean)
 

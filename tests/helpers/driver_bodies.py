@@ -16,7 +16,7 @@ from pathlib import Path
 import fake_driver
 import torch
 from fake_driver import FakeDriver
-from fastunet.benchmarks import jobs
+from fastunet.benchmarks import launches
 from fastunet.kernels import gpu
 
 import fastunet
@@ -74,14 +74,12 @@ def lone_channels(driver: FakeDriver) -> int:
 
 
 def ops(driver: FakeDriver) -> int:
-    """A launch of each kernel of `benchmarks static`, in bfloat16, on tensors without memory."""
+    """A launch of each kernel of `benchmarks static`, in bfloat16."""
     capability = gpu.target(torch.device("cpu")).capability
-    chosen = [job for job in jobs.all_jobs() if job.capability == capability and job.dtype == torch.bfloat16]
-    found = [jobs.launch_of(job) for job in chosen]
-    launches = {launch.kernel: launch for launch in reversed(found)}.values()  # The smallest blocks come first.
-    for launch in launches:
-        launch.kernel[(launch.grid,)](**launch.arguments, **launch.options)
-    return len(launches)
+    found = [launches.launch_of(job) for job in launches.one_of_each(launches.jobs([capability], ["bfloat16"]))]
+    for launch in found:
+        launch.run(torch.device("cpu"))
+    return len(found)
 
 
 BODIES = {body.__name__: body for body in (net, other_nets, eight_bits, lone_channels, ops)}
