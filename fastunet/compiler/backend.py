@@ -49,8 +49,16 @@ def fastunet_backend(
     "aot_eager" or "eager"; "force": True replaces every pattern that is exactly one of the ops, also where the op would
     run on ATen, for tests; any others, like mode, are inductor's. Raises ConfigError on others with another fallback.
     """
-    fallback, force, rest = _read(mode, options)
+    rest = dict(options or {})
+    fallback, force = rest.pop("fallback", None), rest.pop("force", False)
+    if fallback not in (None, *FALLBACKS):
+        raise ConfigError(f"option 'fallback': expected one of {', '.join(FALLBACKS)}, got {fallback!r}")
+    if not isinstance(force, bool):
+        raise ConfigError(f"option 'force': expected True or False, got {force!r}")
+    if fallback in ("eager", "aot_eager") and rest:
+        raise ConfigError(f"options {', '.join(rest)}: expected the fallback 'inductor' for them, got {fallback!r}")
     replace_patterns(graph_module, force=force)
+    fallback = fallback or default_fallback()
     if fallback != "inductor":
         return run_backend(fallback, graph_module, example_inputs)
     rewriting.replace_replicate_pads(graph_module)
@@ -72,19 +80,6 @@ def replace_patterns(graph_module: GraphModule, *, force: bool = False) -> list[
         rewriting.replace(inner, [pattern for pattern in found if pattern.is_replaced])
         everything += found
     return everything
-
-
-def _read(mode: str | None, options: dict[str, Any] | None) -> tuple[str, bool, dict[str, Any]]:
-    rest = dict(options or {})
-    fallback = rest.pop("fallback", None)
-    force = rest.pop("force", False)
-    if fallback not in (None, *FALLBACKS):
-        raise ConfigError(f"option 'fallback': expected one of {', '.join(FALLBACKS)}, got {fallback!r}")
-    if not isinstance(force, bool):
-        raise ConfigError(f"option 'force': expected True or False, got {force!r}")
-    if fallback in ("eager", "aot_eager") and rest:
-        raise ConfigError(f"options {', '.join(rest)}: expected the fallback 'inductor' for them, got {fallback!r}")
-    return fallback or default_fallback(), force, rest
 
 
 @cache
