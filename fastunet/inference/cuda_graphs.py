@@ -46,11 +46,6 @@ class _Graph:
     result: Tensor
     prepared: list[Use]
 
-    @property
-    def holds(self) -> bool:
-        """Whether what had been prepared of weights is still what it would be now."""
-        return all(use.holds() for use in self.prepared)
-
 
 class GraphedModel(nn.Module):
     """See `graphed`. record: makes a replay, and the tensor it fills, of a function without arguments."""
@@ -84,7 +79,8 @@ class GraphedModel(nn.Module):
     def _replayed(self, x: Tensor) -> Tensor:
         key = (tuple(x.shape), x.dtype, x.device, autocast_dtype(x.device.type), dispatch.settings(x.device))
         graph = self._graphs.get(key)
-        if graph is None or not graph.holds:
+        # What had been prepared of weights may not be what it would be now.
+        if graph is None or not all(use.holds() for use in graph.prepared):
             graph = self._recorded(x)
             self._graphs[key] = graph
             if len(self._graphs) > self._most:
