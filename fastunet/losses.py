@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,6 @@ from .ops.segmentation_sums import segmentation_sums
 Activation = Literal["none", "sigmoid", "softmax"]
 Weight = Sequence[float] | float | Tensor
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class DiceOptions(TypedDict, total=False):
-    """The arguments of `DiceLoss` that every combined loss hands on."""
-
-    include_background: bool
-    squared_pred: bool
-    jaccard: bool
-    smooth_nr: float
-    smooth_dr: float
-    batch: bool
-    soft_label: bool
 
 
 def dice_sums(
@@ -234,7 +222,7 @@ class BCEDiceLoss(nn.Module):
         reduction: str = "mean",
         weight: Weight | None = None,
         ignore_index: int | None = None,
-        **dice: Unpack[DiceOptions],
+        **dice: Any,
     ) -> None:
         super().__init__()
         self.reduction = checks.check_choice("reduction", reduction, REDUCTIONS[:2])
@@ -295,7 +283,7 @@ class CEDiceLoss(nn.Module):
         reduction: str = "mean",
         weight: Sequence[float] | Tensor | None = None,
         ignore_index: int | None = None,
-        **dice: Unpack[DiceOptions],
+        **dice: Any,
     ) -> None:
         super().__init__()
         self.reduction = checks.check_choice("reduction", reduction, REDUCTIONS[:2])
