@@ -30,27 +30,14 @@ _WINDOW = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation
 
 @dataclass
 class Pattern:
-    """Nodes that belong together, and the op that computes them in one step.
+    """Nodes that belong together, and the op that computes them in one step."""
 
-    Attributes:
-        anchor: the convolution, pooling or upsampling that it was found by.
-        result: the last of its nodes but the pool, what the op's first result stands for.
-        op: name of the op; None where none computes exactly this.
-        reason: why there is no op, or why `runs_on` runs.
-        runs_on: "triton", "onednn" or "aten", what the op would run on here; None without an op.
-        cat, norm, activation, pool, up, pad, head, head_activation: the other nodes it takes in, where it has them.
-        idle: dropouts that do nothing.
-        is_replaced: whether the op is to take the nodes' place.
-        layer: the path of the module that holds the anchor.
-        description: what it computes: "conv3x3 + batch_norm + relu".
-    """
-
-    anchor: Node
-    result: Node
-    op: str | None = None
-    reason: str = ""
-    runs_on: str | None = None
-    cat: Node | None = None
+    anchor: Node  # the convolution, pooling or upsampling that it was found by
+    result: Node  # the last of its nodes but the pool, what the op's first result stands for
+    op: str | None = None  # None where none computes exactly this
+    reason: str = ""  # why there is no op, or why `runs_on` runs
+    runs_on: str | None = None  # "triton", "onednn" or "aten", what the op would run on here
+    cat: Node | None = None  # this and the next seven: the other nodes it takes in, where it has them
     norm: Node | None = None
     activation: Node | None = None
     pool: Node | None = None
@@ -58,10 +45,10 @@ class Pattern:
     pad: Node | None = None
     head: Node | None = None
     head_activation: Node | None = None
-    idle: list[Node] = field(default_factory=list)
-    is_replaced: bool = False
-    layer: str = ""
-    description: str = ""
+    idle: list[Node] = field(default_factory=list)  # dropouts that do nothing
+    is_replaced: bool = False  # whether the op is to take the nodes' place
+    layer: str = ""  # the path of the module that holds the anchor
+    description: str = ""  # what it computes: "conv3x3 + batch_norm + relu"
 
     @property
     def parts(self) -> list[Node]:

@@ -71,21 +71,13 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what matters 
 
 @dataclass(frozen=True)
 class Picture:
-    """One decoded image.
+    """One decoded image."""
 
-    Attributes:
-        pixels: [H, W, C], upright, the file's values with 0 as black; of a palette, the indices [H, W, 1].
-        bits: of each value.
-        palette: colours [N, 3], or [N, 4] with alpha.
-        alpha: which of the C channels is alpha.
-        hidden: the colour [C] that stands for full transparency.
-    """
-
-    pixels: np.ndarray
-    bits: int
-    palette: np.ndarray | None = None
-    alpha: int | None = None
-    hidden: Any = None
+    pixels: np.ndarray  # [H, W, C], upright, the file's values with 0 as black; of a palette, the indices [H, W, 1]
+    bits: int  # of each value
+    palette: np.ndarray | None = None  # colours [N, 3], or [N, 4] with alpha
+    alpha: int | None = None  # which of the C channels is alpha
+    hidden: Any = None  # the colour [C] that stands for full transparency
 
 
 def decode(path: Path) -> Picture:

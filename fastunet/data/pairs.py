@@ -42,23 +42,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What `inspect` found: all that a model and its inputs depend on.
+    """What `inspect` found: all that a model and its inputs depend on."""
 
-    Attributes:
-        count: number of pairs.
-        channels: C of every image.
-        classes: 1 for foreground and background (one logit), else K >= 3 (K logits).
-        mask_values: every value that occurs in a mask, ascending.
-        dtype: of every image: uint8, uint16 or float32.
-        size_min, size_max: smallest and largest (height, width), each taken by itself, in pixels.
-    """
-
-    count: int
-    channels: int
-    classes: int
-    mask_values: tuple[int, ...]
-    dtype: str
-    size_min: tuple[int, int]
+    count: int  # number of pairs
+    channels: int  # C of every image
+    classes: int  # 1 for foreground and background (one logit), else K >= 3 (K logits)
+    mask_values: tuple[int, ...]  # every value that occurs in a mask, ascending
+    dtype: str  # of every image: uint8, uint16 or float32
+    size_min: tuple[int, int]  # smallest and largest (height, width), each taken by itself, in pixels
     size_max: tuple[int, int]
 
 

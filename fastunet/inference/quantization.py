@@ -270,19 +270,16 @@ class QuantizedConv3x3(_Scaled):
 
     Images come in the model's dtype, or divided by scale and in e4m3, as another such module has left them. Results are
     of the model's dtype, autocast's, or, where they have a scale, divided by it and in e4m3.
-
-    Buffers: weight e4m3 [Cout, C, 3, 3]; scale, that of the images; mean, variance, gamma, bias, float32 [Cout]: batch
-    norm's, as it is to be taken of the sums of e4m3 values, so that they hold the scales; y_scale and pooled_scale,
-    those of the results, or None.
     """
 
-    weight: Tensor
-    scale: Tensor
+    weight: Tensor  # e4m3 [Cout, C, 3, 3]
+    scale: Tensor  # that of the images
+    # Batch norm's, float32 [Cout], as it is to be taken of the sums of e4m3 values, so that they hold the scales.
     mean: Tensor
     variance: Tensor
     gamma: Tensor
     bias: Tensor
-    pooled_scale: Tensor | None
+    pooled_scale: Tensor | None  # like y_scale, that of a result, or None
 
     def __init__(self, conv: Any, norm: Any, act: Any, largest: float) -> None:
         super().__init__()

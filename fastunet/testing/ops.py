@@ -37,24 +37,17 @@ _MERGING = 16
 
 @dataclass(frozen=True)
 class Call:
-    """An op with what it is called with.
-
-    inputs: tensors by parameter name, in the op's order. buffers: running statistics. cotangents: the gradients of its
-    outputs, none where the backward is not asked for. y: the op's own first output, by whose values the backward
-    decides where given (its sign, the winners of its windows). stores_steps: the implementation is a chain of ops, each
-    of which rounds its result to the dtype. composes: an upsampling is composed with the convolution after it by a
-    weight of 16 bits.
-    """
+    """An op with what it is called with."""
 
     op: str
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]  # by parameter name, in the op's order
     options: Mapping[str, Any]
-    buffers: Mapping[str, Tensor]
-    cotangents: Sequence[Tensor]
+    buffers: Mapping[str, Tensor]  # running statistics
+    cotangents: Sequence[Tensor]  # the gradients of its outputs, none where the backward is not asked for
     allow_tf32: bool = False
-    y: Tensor | None = None
-    stores_steps: bool = False
-    composes: bool = False
+    y: Tensor | None = None  # its own first output, by whose sign and windows the backward decides where given
+    stores_steps: bool = False  # the implementation is a chain of ops, each of which rounds its result to the dtype
+    composes: bool = False  # an upsampling is composed with the convolution after it by a weight of 16 bits
 
     @property
     def dtype(self) -> torch.dtype:

@@ -37,26 +37,16 @@ SUMS = "SHA256SUMS"  # as of the command sha256sum, which checks them too
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything about a run but its weights.
+    """Everything about a run but its weights."""
 
-    Attributes:
-        model: the arguments of UNet.
-        data: what the images must look like.
-        training: the settings it was trained with.
-        train, val: stems of the images on either side of the split.
-        source: the folder they came from.
-        weights: of which step, and why.
-        fastunet: the version that wrote it.
-    """
-
-    model: dict[str, Any]
-    data: DataSummary
-    training: dict[str, Any]
-    train: list[str] = field(default_factory=list)
+    model: dict[str, Any]  # the arguments of UNet
+    data: DataSummary  # what the images must look like
+    training: dict[str, Any]  # the settings it was trained with
+    train: list[str] = field(default_factory=list)  # stems of the images on either side of the split
     val: list[str] = field(default_factory=list)
-    source: str = ""
-    weights: str = ""
-    fastunet: str = ""
+    source: str = ""  # the folder they came from
+    weights: str = ""  # of which step, and why
+    fastunet: str = ""  # the version that wrote it
 
     @property
     def class_names(self) -> list[str]:
