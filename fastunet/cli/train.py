@@ -2,51 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastunet.train.config import TrainConfig
 
-from .shared import DATA, DeviceOption, OverwriteOption, console, parse_features, print_scores
+from .shared import DATA, OverwriteOption, console, parse_features, print_scores
 
 
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the settings of a training as options, in the place of **settings."""
+    types = get_type_hints(TrainConfig)
+    *parameters, _ = inspect.signature(command, eval_str=True).parameters.values()
+    for each in fields(TrainConfig):
+        default, annotation = each.default, types[each.name]
+        if isinstance(default, tuple):
+            default, annotation = ",".join(map(str, default)), str
+        option: Any = Annotated[annotation, typer.Option(help=each.metadata["meaning"])]
+        place = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(each.name, place, default=default, annotation=option))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+@_with_settings
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the run: weights, settings, metrics, report.")],
     data: Annotated[Path | None, DATA] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
-    max_minutes: Annotated[float | None, typer.Option(help="Limit in minutes; the schedule ends by it.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, as it was begun.")] = False,
     overwrite: OverwriteOption = False,
-    batch_size: Annotated[int, typer.Option(help="Crops per step.")] = 4,
-    crop: Annotated[int, typer.Option(help="Edge of the crops in pixels.")] = 256,
-    features: Annotated[str, typer.Option(help="Channels of each level.")] = "16,32,64,128,256",
-    norm: Annotated[str, typer.Option(help="batch, instance or none.")] = "batch",
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-2,
-    val_fraction: Annotated[float, typer.Option(help="Share of the images kept out for the metrics.")] = 0.15,
-    split: Annotated[str, typer.Option(help="Which: the last by name, or random.")] = "last",
-    classes: Annotated[int | None, typer.Option(help="Number of classes [inferred from the masks].")] = None,
-    tta: Annotated[bool, typer.Option("--tta/--no-tta", help="Average eight flips and turns when predicting.")] = True,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    device: DeviceOption = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes that read images [4 beside a GPU, else 0].")] = None,
-    seed: Annotated[int, typer.Option(help="Of split, weights, crops and augmentation.")] = 0,
+    **settings: Any,
 ) -> None:
     """Train a U-Net on DATA; leave model, settings, metrics, history and report.png in OUT."""
-    given = {name: value for name, value in context.params.items() if name in TrainConfig.__dataclass_fields__}
-    given["features"] = parse_features(features)
+    settings["features"] = parse_features(settings["features"])
     if resume:
         # What is not said is as the run was begun.
         from fastunet.train.checks import resumed_config
 
-        typed = {name for name in given if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
-        config = resumed_config(out, {name: given[name] for name in typed})
+        typed = {name for name in settings if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+        config = resumed_config(out, {name: settings[name] for name in typed})
     else:
-        config = TrainConfig(**given)
+        config = TrainConfig(**settings)
     train_with_bar(data, out, config, resume=resume, overwrite=overwrite)
 
 

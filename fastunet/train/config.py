@@ -3,75 +3,55 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fastunet.checks import ConfigError
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-CHOICES = {
-    "precision": PRECISIONS,
-    "norm": ("batch", "instance", "none"),
-    "split": ("last", "random"),
-    "device": ("auto", "cpu", "cuda"),
-}
 LARGEST = 2**16  # crops, batches and channels beyond would overflow sizes before memory runs out
+_MOST = sys.float_info.max
 MAX_LEVELS = 16
 TILE = 2048  # pixels: what goes through whole in validation, and where nothing else is said
-RANGES = {
-    "steps": (1, sys.maxsize),
-    "batch_size": (1, LARGEST),
-    "crop": (3, LARGEST),  # below, augmentation has nothing to blur
-    "weight_decay": (0, sys.float_info.max),
-    "lr": (0, sys.float_info.max),
-    "classes": (1, 256),
-    "workers": (0, 256),
-    "seed": (0, 2**32 - 1),  # numpy's
-}
 # May differ between a run and its continuation: how long it goes on, and on what.
 RESUMABLE = ("steps", "max_minutes", "device", "workers")
 
 
+def _setting(default: Any, meaning: str, *, low: Any = None, high: Any = None, choices: tuple[str, ...] = ()) -> Any:
+    """Return a field of `TrainConfig`: its usual value, what it means, and which values are in range."""
+    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of `train`.
+    """Settings of `train`, with what each means as `fastunet train --help` shows it."""
 
-    Attributes:
-        steps: optimiser steps.
-        max_minutes: wall-clock limit for the training loop; the learning rate reaches its end by whichever of the two
-            limits comes first. None for no limit.
-        batch_size: crops per step.
-        crop: their edge in pixels.
-        features: channels of each level of the U-Net.
-        norm: "batch", "instance" or "none".
-        lr, weight_decay: of AdamW; the rate rises over the first 3 % and falls to zero along a cosine.
-        val_fraction: share of the images kept out of training, on which the metrics are taken; 0 keeps none.
-        split: which are kept out: the "last" by name, since neighbours in a stack or a film are nearly the same
-            picture, or a "random" choice by the seed.
-        classes: None infers them from the masks.
-        tta: average the final predictions over the eight flips and quarter turns.
-        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware multiplies it natively, else fp32.
-        device: "cpu", "cuda", or "auto": the accelerator, where there is one.
-        workers: processes that read images; None takes up to 4 beside a GPU, none on the CPU.
-        seed: of the split, the weights, the crops and the augmentation.
-    """
-
-    steps: int = 3000
-    max_minutes: float | None = None
-    batch_size: int = 4
-    crop: int = 256
-    features: tuple[int, ...] = (16, 32, 64, 128, 256)
-    norm: str = "batch"
-    lr: float = 1e-3
-    weight_decay: float = 5e-2
-    val_fraction: float = 0.15
-    split: str = "last"
-    classes: int | None = None
-    tta: bool = True
-    precision: str = "auto"
-    device: str = "auto"
-    workers: int | None = None
-    seed: int = 0
+    steps: int = _setting(3000, "Optimiser steps.", low=1, high=sys.maxsize)
+    max_minutes: float | None = _setting(
+        None, "Limit of the training loop in minutes; the schedule ends by the limit that comes first."
+    )
+    batch_size: int = _setting(4, "Crops per step.", low=1, high=LARGEST)
+    # Below 3 augmentation has nothing to blur.
+    crop: int = _setting(256, "Edge of the crops in pixels.", low=3, high=LARGEST)
+    features: tuple[int, ...] = _setting((16, 32, 64, 128, 256), "Channels of each level.")
+    norm: str = _setting("batch", "batch, instance or none.", choices=("batch", "instance", "none"))
+    lr: float = _setting(
+        1e-3, "Peak learning rate of AdamW: it rises over the first 3 % and falls along a cosine.", low=0, high=_MOST
+    )
+    weight_decay: float = _setting(5e-2, "Of AdamW.", low=0, high=_MOST)
+    val_fraction: float = _setting(0.15, "Share of the images kept out for the metrics; 0 keeps none.")
+    split: str = _setting(
+        "last", "Which: the last by name (in a stack, neighbours are alike), or random.", choices=("last", "random")
+    )
+    classes: int | None = _setting(None, "Number of classes [inferred from the masks].", low=1, high=256)
+    tta: bool = _setting(True, "Average eight flips and turns when predicting.")
+    precision: str = _setting(
+        "auto",
+        "auto (bf16 where the hardware multiplies it natively), fp32, bf16 or fp16.",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = _setting("auto", "auto, cpu or cuda.", choices=("auto", "cpu", "cuda"))
+    workers: int | None = _setting(None, "Processes that read images [4 beside a GPU, else 0].", low=0, high=256)
+    seed: int = _setting(0, "Of split, weights, crops and augmentation.", low=0, high=2**32 - 1)  # numpy's
 
     @property
     def split_seed(self) -> int | None:
@@ -80,20 +60,20 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ConfigError on a value out of range, or where a crop leaves a norm nothing to take statistics of."""
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
+        for each in fields(self):
+            name, value = each.name, getattr(self, each.name)
+            low, high, choices = (each.metadata[key] for key in ("low", "high", "choices"))
             # Written so that NaN is out of every range.
-            if value is not None and not low <= value <= high:
+            if None not in (low, value) and not low <= value <= high:
                 expected = f"{low} to {high}" if isinstance(high, int) else f"a finite number from {low}"
                 raise ConfigError(f"{name}: expected {expected}, got {value}")
+            if choices and value not in choices:
+                raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         for name, value in (("max_minutes", self.max_minutes), ("lr", self.lr)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}: expected more than 0, got {value}")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction: expected 0 <= fraction < 1, got {self.val_fraction}")
-        for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise ConfigError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
         levels = len(self.features)
         if not (2 <= levels <= MAX_LEVELS and all(1 <= width <= LARGEST for width in self.features)):
             got = ",".join(map(str, self.features))
