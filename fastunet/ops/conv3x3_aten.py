@@ -50,7 +50,7 @@ def _batch_norm(raw: Tensor, args: ConvArgs) -> tuple[Tensor, Tensor | None, Ten
     return F.batch_norm(raw, mean, variance, gamma, beta, args.training, args.momentum, args.eps), None, None
 
 
-def _instance_norm(raw: Tensor, args: ConvArgs) -> tuple[Tensor, Tensor, Tensor]:
+def _instance_norm(raw: Tensor, args: ConvArgs | ConvGradArgs) -> tuple[Tensor, Tensor, Tensor]:
     """A group norm whose groups are single channels; unlike torch's instance norm it leaves channels_last as it is."""
     n, channels, h, w = raw.shape
     values = _in_dtype_of(raw, args.gamma)
@@ -106,23 +106,11 @@ def backward(args: ConvGradArgs, implementation: str) -> tuple[Tensor | None, ..
 
 def _normalised(args: ConvGradArgs) -> Tensor:
     """norm(raw) + bias."""
-    raw, mean, invstd = args.raw, args.mean, args.invstd
-    assert raw is not None
-    if args.norm == "batch":
-        statistics: tuple[Tensor | None, Tensor | None]
-        if args.training:
-            assert invstd is not None
-            statistics = (mean, invstd.square().reciprocal() - args.eps)
-        else:
-            statistics = (args.running_mean, args.running_var)
-        parameters = [None if t is None else t.to(raw.dtype) for t in (args.gamma, args.bias, *statistics)]
-        return aten.native_batch_norm(raw, *parameters, False, 0.0, args.eps)[0]
-    assert mean is not None
-    assert invstd is not None
-    normal = (raw - mean[:, :, None, None]) * invstd[:, :, None, None]
-    if args.gamma is not None and args.bias is not None:
-        normal = normal * args.gamma[:, None, None] + args.bias[:, None, None]
-    return normal.to(raw.dtype).contiguous(memory_format=memory_format(raw))
+    assert args.raw is not None
+    if args.norm == "instance":
+        return _instance_norm(args.raw, args)[0]
+    running = (None, None) if args.training else (args.running_mean, args.running_var)
+    return F.batch_norm(args.raw, *running, args.gamma, args.bias, args.training, 0.0, args.eps)
 
 
 def _batch_norm_backward(grad: Tensor, args: ConvGradArgs) -> tuple[Tensor, Tensor, Tensor]:
