@@ -143,24 +143,18 @@ def has_effect(node: Node) -> bool:
         return (name.endswith("_") or name.startswith("__i")) and not counts
     if node.op != "call_function":
         return node.op not in ("placeholder", "get_attr")
-    return (
-        getattr(node.target, "__name__", "") in _MODES
-        or torch_private.may_mutate(node.target)
-        or is_in_place(node)
-        or not node.users
-    )
-
-
-def is_in_place(node: Node) -> bool:
-    """Whether a function writes its result into its input, or into another argument."""
     name = getattr(node.target, "__name__", str(node.target))
     if name_of(node):
-        return name.endswith("_") or bool(arguments(node).get("inplace"))
+        in_place = arguments(node).get("inplace")
+    else:  # By position, as far as one can tell.
+        in_place = node.kwargs.get("inplace") or any(a is True for a in node.args)
     return (
-        node.target in _AUGMENTED
-        or node.target is operator.setitem
+        name in _MODES
         or name.endswith("_")
-        or bool(node.kwargs.get("inplace"))
+        or bool(in_place)
+        or node.target in _AUGMENTED
+        or node.target is operator.setitem
         or node.kwargs.get("out") is not None
-        or any(a is True for a in node.args)  # `inplace` by position, as far as one can tell.
+        or torch_private.may_mutate(node.target)
+        or not node.users
     )
