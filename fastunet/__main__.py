@@ -21,9 +21,10 @@ NEEDED = (
 def main() -> None:
     """Run the command line, or say which extra it needs."""
     try:
-        from .cli import run
+        from .cli import app
+        from .cli.errors import run_to_the_end
 
-        run()
+        run_to_the_end(app)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in NEEDED:
             raise

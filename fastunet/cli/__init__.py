@@ -12,7 +12,6 @@ import typer
 from fastunet import __version__
 
 from . import bench, demo, doctor, evaluate, predict, train
-from .errors import run_to_the_end
 
 app = typer.Typer(
     add_completion=False,
@@ -37,8 +36,3 @@ def options(
     ] = False,
 ) -> None:
     """A U-Net from a folder of images and masks, and what it predicts."""
-
-
-def run() -> None:
-    """Run the app: what the user can mend, or the system refuses, ends as one line and exit code 2."""
-    run_to_the_end(app)
