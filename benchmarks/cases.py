@@ -13,6 +13,7 @@ sides 2**depth does not divide.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from fastunet import UNet
+from fastunet.checks import ConfigError
 
 # What layers and nets are timed in on a GPU.
 DTYPE = torch.bfloat16
@@ -76,6 +78,57 @@ class Settings:
         norm: Any = self.norm
         model = meta_unet(self.in_channels, self.out_channels, self.features, norm=norm)
         return unet_layers(model, self.batch, self.size, self.size)
+
+
+def check_settings(settings: Settings) -> None:
+    """ConfigError unless there is a net of those features, its images reach its bottom, and something is timed."""
+    if len(settings.features) < 2 or min(settings.features) < 1:
+        raise ConfigError(f"features: expected two or more numbers from 1, got {settings.features}")
+    least = 2 ** (len(settings.features) - 1)
+    if settings.size < least or settings.batch < 1:
+        raise ConfigError(f"expected size >= {least} and batch >= 1, got {settings.size} and {settings.batch}")
+    if settings.rounds < 1:
+        raise ConfigError(f"rounds: expected 1 or more, got {settings.rounds}")
+
+
+# The commands' options for settings, by their names there.
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "device": {"choices": ("cpu", "cuda")},
+    "dtype": {"choices": [*DTYPES]},
+    "size": {"type": int, "help": "side of the square images"},
+    "batch": {"type": int, "help": "images at once"},
+    "features": {"type": int, "nargs": "+", "help": "channels of each level"},
+    "rounds": {"type": int, "help": "samples of each time, at most"},
+    "seconds": {"type": float, "help": "for each comparison, at most"},
+}
+
+
+def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Declare options for the settings of these names; a default of None leaves one to the command."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default, **_OPTIONS[name])
+
+
+def settings_of(
+    options: argparse.Namespace, parser: argparse.ArgumentParser, usual: Settings | None = None, **more: Any
+) -> Settings:
+    """Return the usual settings with what the options and `more` say. Ends the command where they cannot be."""
+    given = {name: value for name in _OPTIONS if (value := getattr(options, name, None)) is not None}
+    if "features" in given:
+        given["features"] = tuple(given["features"])
+    settings = replace(usual or Settings(), **given, **more)
+    if settings.device == "cuda" and hasattr(options, "device") and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; --device cpu measures on the CPU")
+    try:
+        check_settings(settings)
+    except ConfigError as error:
+        parser.error(str(error))
+    return settings
+
+
+def usual_device() -> str:
+    """Return "cuda" where there is such a device, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fastunet
 from fastunet.files import write_json
 
-from .cases import TASKS, Settings
+from .cases import TASKS, Settings, add_settings, settings_of
 from .dropin_models import MODELS, DropInModel
 from .harness.environment import environment
 from .harness.timing import ratio
@@ -130,17 +130,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--out", type=Path, required=True, metavar="JSON")
     parser.add_argument("--task", choices=TASKS, default="inference")
-    parser.add_argument("--rounds", type=int, default=15, help="samples of each time, at most")
-    parser.add_argument("--size", type=int, default=256, help="side of the images")
+    add_settings(parser, size=256, rounds=15)
     parser.add_argument("--width", type=int, default=32, help="channels of a model's first level")
     parser.add_argument("--only", nargs="+", choices=[model.name for model in MODELS], metavar="MODEL")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Time the models that are installed; the file is whole after each. Returns 0."""
-    if options.rounds < 1 or options.size < 32 or options.width < 2:
-        parser.error("expected --rounds from 1, --size from 32 and --width from 2")
-    settings = Settings("cpu", size=options.size, batch=1, rounds=options.rounds, seconds=20.0)
+    settings = settings_of(options, parser, Settings("cpu", batch=1, seconds=20.0))
+    if options.width < 2:
+        parser.error(f"expected --width from 2, got {options.width}")
     said = {"task": options.task, "width": options.width, "size": options.size, "batch": 1, "rounds": options.rounds}
     said["threads"] = torch.get_num_threads()
     rows = []

@@ -19,12 +19,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from fastunet import dispatch
 from fastunet.files import write_json, written_whole
 
-from .cases import DTYPE, Settings
+from .cases import DTYPE, Settings, add_settings, settings_of
 from .gpu_steps import Step, all_steps, run_steps
 from .gpu_tables import Report, render, summarise
 from .harness.environment import environment
@@ -116,9 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which the report has ended")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", type=int, default=512, help="side of the square images")
-    parser.add_argument("--batch", type=int, default=16)
+    add_settings(parser, device="cuda", size=512, batch=16)
     parser.add_argument("--tuned", action="store_true", help="write the measured configurations to kernels/tuned/")
 
 
@@ -126,13 +122,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure and write; return 0 if something was measured and nothing was found wrong, else 1."""
     if importlib.util.find_spec("fastunet.kernels") is None:
         parser.error("fastunet is not installed: run `pip install --no-deps --no-build-isolation -e .` first")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here; --device cpu runs the same steps on the CPU")
-    if options.minutes <= 0 or options.batch < 1 or options.size < 32:
-        parser.error("expected --minutes above 0, --batch from 1 and --size from 32")
+    settings = settings_of(options, parser)
+    if options.minutes <= 0:
+        parser.error(f"expected --minutes above 0, got {options.minutes}")
     from fastunet.kernels import tuning
 
-    settings = Settings(device=options.device, size=options.size, batch=options.batch)
     report = make_report(settings, options.out, options.minutes, tuned=tuning.TUNED if options.tuned else None)
     print(f"{options.out / 'gpu_report.md'}\n{report['summary']}")
     if not options.tuned:

@@ -26,7 +26,17 @@ from .harness.worker import Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, our_net
 from .results import Row, failure
 from .roofline import measure_roofs
-from .runs import case_run, compare_layer, compare_net, device_inputs, make_net, peak_bytes, wanted_of
+from .runs import (
+    Runs,
+    case_run,
+    device_inputs,
+    layer_runs,
+    make_net,
+    measured,
+    net_runs,
+    peak_bytes,
+    wanted_of,
+)
 from .unet import layer_row, net_row
 
 # Seconds that one step may take: most go to Triton's and ptxas's first compilation, and none should take half of this.
@@ -104,18 +114,24 @@ def layer_of(settings: Settings, name: str) -> Layer:
 # --- measuring ---
 
 
-def run_step(settings: Settings, step: Step) -> Row:
-    """Measure: the row, with "status" "ok" or "parity failed" and a "reason". Errors of the op pass through."""
+Measure = Callable[[Settings, Step, Sequence[str]], Row]
+
+
+def run_step(settings: Settings, step: Step, measure: Measure | None = None) -> Row:
+    """Measure: the row, with "status" "ok" or "parity failed" and a "reason". Errors of the op pass through.
+
+    measure: what gives the row, under our backend, the first of those that are named.
+    """
     row = describe(settings, step)
     try:
         with float32_precision("tf32" if step.variant == "tf32" else "ieee"):
-            found = _measured(settings, step, row)
+            found = _measured(settings, step, row, measure)
     except AssertionError as error:
         return row | failure(error)
     return row | {"status": "ok", "reason": ""} | found
 
 
-def _measured(settings: Settings, step: Step, row: Row) -> Row:
+def _measured(settings: Settings, step: Step, row: Row, measure: Measure | None) -> Row:
     if step.kind in ("tune", "speedup"):
         from . import tune  # Late, as triton: it may be absent.
 
@@ -127,7 +143,7 @@ def _measured(settings: Settings, step: Step, row: Row) -> Row:
     dtype = parity.FORMATS[step.variant][0] if step.kind == "parity" else DTYPE
     backends, row["why_no_triton"] = backends_for(op, settings.torch_device, dtype)
     row["implementation"] = backends[0]
-    measure = {"parity": _parity, "layer": _layer, "clock": _clock, "net": _net}[step.kind]
+    measure = measure or {"parity": _parity, "layer": _layer, "clock": _clock, "net": _net}[step.kind]
     with fastunet.backend(backends[0]):
         return measure(settings, step, backends)
 
@@ -140,18 +156,38 @@ def _parity(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
     return {}
 
 
-def _layer(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
-    """A layer in one direction; forward also in our other variants and by other libraries."""
-    layer, device = layer_of(settings, step.name), settings.torch_device
+def providers_of(settings: Settings, step: Step, backends: Sequence[str]) -> list[Provider]:
+    """Return what a layer or a net is timed with, ours first.
+
+    A layer forward: also our other variants and other libraries, or what torch.compile makes of it. A net: a variant is
+    one provider by its name; without one, all but what torch.compile makes.
+    """
+    device = settings.torch_device
+    if step.kind == "net":
+        training = step.name == "training"
+        ours, *others = net_providers(device, DTYPE, training=training)
+        if step.variant:
+            return [ours, *(each for each in others if each.name == step.variant)]
+        variants = [net_variant(training=training)] if backends[0] == "triton" else []
+        return [ours, *_others(others, compiled=False), *variants]
+    layer = layer_of(settings, step.name)
     if step.variant == "backward":
         names = {OURS: backends[0], **{name: name for name in backends[1:]}}
-        found = [_gradients(layer, name, backend) for name, backend in names.items()]
-        return compare_layer(settings, layer, found, backward=True)
+        return [_gradients(layer, name, backend) for name, backend in names.items()]
     ours, *others = layer_providers(layer, device, DTYPE)
-    chosen = [ours]
-    if step.variant == "forward" and backends[0] == "triton":
-        chosen += variants_of(layer, device)
-    return compare_layer(settings, layer, chosen + _others(others, compiled=step.variant == COMPILED))
+    variants = variants_of(layer, device) if step.variant == "forward" and backends[0] == "triton" else []
+    return [ours, *variants, *_others(others, compiled=step.variant == COMPILED)]
+
+
+def runs_of(settings: Settings, step: Step, providers: Sequence[Provider]) -> tuple[Row, Runs]:
+    """Return `runs.prepared` of a layer's or a net's providers."""
+    if step.kind == "net":
+        return net_runs(settings, make_net(settings), step.name, providers)
+    return layer_runs(settings, layer_of(settings, step.name), providers, backward=step.variant == "backward")
+
+
+def _layer(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
+    return measured(settings, *runs_of(settings, step, providers_of(settings, step, backends)))
 
 
 def _clock(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
@@ -169,17 +205,10 @@ def _gradients(layer: Layer, name: str, backend: str) -> Provider:
 
 
 def _net(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
-    """The net's inference or training step: in turn, and each without a break.
-
-    "steady_ms", "peak_bytes": by name. The variant is one provider by its name; else all but what torch.compile makes.
-    """
-    device, training = settings.torch_device, step.name == "training"
-    ours, *others = net_providers(device, DTYPE, training=training)
-    chosen = [each for each in others if each.name == step.variant]
-    if not step.variant:
-        chosen = _others(others, compiled=False)
-        chosen += [net_variant(training=training)] if backends[0] == "triton" else []
-    row, runs = compare_net(settings, make_net(settings), step.name, [ours, *chosen])
+    """In turn, and each without a break: "steady_ms", "peak_bytes", by name."""
+    device = settings.torch_device
+    row, runs = runs_of(settings, step, providers_of(settings, step, backends))
+    row = measured(settings, row, runs)
     # The memory of a graph was taken when it was captured.
     row["peak_bytes"] = {name: peak_bytes(run, device) for name, (run,) in runs.items() if "CUDA graph" not in name}
     row["steady_ms"] = {}
@@ -255,10 +284,10 @@ def net_variant(*, training: bool) -> Provider:
 # --- within a budget, in a process ---
 
 
-def answer(settings: Settings, step: Step) -> tuple[Row, bool]:
+def answer(settings: Settings, step: Step, measure: Measure | None = None) -> tuple[Row, bool]:
     """The step's row, and whether this process can go on: not where an error has left the GPU's context unusable."""
     try:
-        row = run_step(settings, step)
+        row = run_step(settings, step, measure)
     except Exception as error:
         row = describe(settings, step) | failure(error)
     if settings.device == "cuda":

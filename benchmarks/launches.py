@@ -144,16 +144,16 @@ def calls(math: str, capability: int) -> list[Call]:
     widest = max(shapes, key=lambda shape: (shape.aligned, shape.c1, shape.c_out))
     if dtype == torch.float16 or capability == 86:
         return [_call(case, dtype) for case in _cases(widest)]
-    found = [_call(case, dtype) for shape in shapes for case in _cases(shape)]
-    found += [
-        _call(case, dtype) for case in (*_convolutions(shapes, **options), *_single_pixels(**options), *_passes())
-    ]
-    leaky = [case for case in _cases(widest) if "conv3x3" in case.op]
-    found += [_call(replace(case, options={**case.options, "negative_slope": 0.1}), dtype) for case in leaky]
+    cases = [case for shape in shapes for case in _cases(shape) if "conv3x3" in case.op]
+    for case in _cases(widest):
+        leaky = {"negative_slope": 0.1} if "conv3x3" in case.op else {}
+        cases.append(replace(case, options={**case.options, **leaky}))
+    cases += [*_convolutions(shapes, **options), *_single_pixels(**options), *_passes()]
+    found = [_call(case, dtype) for case in cases]
     found += _split(shapes, **options)
-    for op in ("conv3x3_bias_relu", "conv_transpose2x2"):
-        contiguous = [_case(op, replace(shape, height=8, width=8)) for shape in shapes]
-        found += [_call(case, dtype, channels_last=False) for case in contiguous]
+    contiguous = [_case("conv3x3_bias_relu", replace(shape, height=8, width=8)) for shape in shapes]
+    contiguous.append(_case("conv_transpose2x2", widest))
+    found += [_call(case, dtype, channels_last=False) for case in contiguous]
     if dtype == torch.bfloat16:
         found += _halo(target)
         found += [_e4m3(*each) for each in _E4M3_SHAPES if config.has_fp8(target)]

@@ -27,7 +27,7 @@ import fastunet
 from fastunet.files import write_json
 from fastunet.reference import ReferenceUNet
 
-from .cases import DTYPES, Settings, eager_passes, fused_pass, joined_layers
+from .cases import Settings, add_settings, eager_passes, fused_pass, joined_layers, settings_of
 from .harness.environment import environment
 from .results import markdown
 
@@ -117,25 +117,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     usual = Settings()
     parser.add_argument("what", choices=("kept", "moved"))
-    parser.add_argument("--features", type=int, nargs="+", default=[*usual.features])
-    parser.add_argument("--size", type=int, default=usual.size, help="side of the square images")
-    parser.add_argument("--dtype", choices=[*DTYPES], default=usual.dtype)
-    parser.add_argument("--out", type=Path, metavar="JSON")
+    add_settings(parser, features=usual.features, size=usual.size, dtype=usual.dtype, batch=usual.batch)
     parser.add_argument("--norm", choices=("batch", "instance", "none"), default=usual.norm, help="of what is kept")
-    parser.add_argument("--batch", type=int, default=usual.batch, help="images between which weights are moved once")
+    parser.add_argument("--out", type=Path, metavar="JSON")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Print the table; with --out write it as JSON. Returns 0."""
-    least = 2 ** (len(options.features) - 1)
-    if options.batch < 1 or options.size < least:
-        parser.error(f"expected --batch from 1 and --size from {least}, got {options.batch} and {options.size}")
-    said = {"size": options.size, "features": tuple(options.features), "dtype": options.dtype, "batch": options.batch}
-    said["norm"] = None if options.norm == "none" else options.norm
-    try:
-        found = (kept if options.what == "kept" else moved)(Settings(**said))
-    except ValueError as error:  # Of the model: channels below one, a single level.
-        parser.error(str(error))
+    settings = settings_of(options, parser, norm=None if options.norm == "none" else options.norm)
+    found = (kept if options.what == "kept" else moved)(settings)
     images = f"images of {options.size}x{options.size}, {options.dtype}"
     if options.what == "kept":
         print(f"MB that one of the {images}, keeps for its backward\n")
@@ -145,5 +135,6 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(table(found, found["by_layer"], "layer", 1e6 * options.batch))
     if options.out is not None:
         machine = {name: value for name, value in environment("cpu").items() if name in ("commit", "dirty", "torch")}
+        said = {name: getattr(settings, name) for name in ("size", "features", "dtype", "batch", "norm")}
         write_json(options.out, {"environment": machine, "settings": said, **found})
     return 0

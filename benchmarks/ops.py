@@ -26,11 +26,11 @@ from fastunet.files import write_json
 from fastunet.reference import functional as reference
 from fastunet.testing import parity
 
-from .cases import DIRECTIONS, DTYPES, Settings
+from .cases import DIRECTIONS, DTYPES, Settings, add_settings, settings_of, usual_device
 from .harness.environment import environment
 from .providers import Run, dtype_name, our_backends, reason_of
 from .results import Row, markdown, ratio_text, times_ms
-from .runs import case_inputs, case_run, time_in_turn
+from .runs import case_inputs, case_run, measured
 
 # n, c, h, w, c_out.
 SIZES = {"cpu": (2, 32, 64, 64, 32), "cuda": (4, 64, 256, 256, 64)}
@@ -96,23 +96,18 @@ def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, T
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=[*DTYPES], nargs="+")
+    add_settings(parser, device=usual_device(), rounds=30, seconds=2.0)
+    parser.add_argument("--dtypes", "--dtype", choices=[*DTYPES], nargs="+")
     parser.add_argument("--only", choices=ops.__all__, nargs="+", metavar="OP")
-    parser.add_argument("--rounds", type=int, default=30, help="samples of each time, at most")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each comparison")
     parser.add_argument("--out", type=Path, metavar="JSON")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Time and print; return 0, or 1 if something of ours is wrong."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here")
-    device = torch.device(options.device)
-    dtypes = None if options.dtype is None else [DTYPES[name] for name in options.dtype]
-    settings = Settings(options.device, rounds=options.rounds, seconds=options.seconds)
+    settings = settings_of(options, parser)
+    dtypes = None if options.dtypes is None else [DTYPES[name] for name in options.dtypes]
     rows: list[Row] = []
-    for group, found in itertools.groupby(works(device, dtypes), key=lambda work: work.group):
+    for group, found in itertools.groupby(works(settings.torch_device, dtypes), key=lambda work: work.group):
         if options.only is None or group.split()[0].partition("-")[0] in options.only:
             rows.append(compare(group, list(found), settings))
     names = list(dict.fromkeys(name for row in rows for name in row.get("samples_ms", {})))
@@ -135,7 +130,7 @@ def compare(group: str, found: list[Work], settings: Settings) -> Row:
         except Exception as error:
             row["missing"][work.implementation] = reason_of(error)
             row["status"] = "parity failed" if isinstance(error, AssertionError) else row["status"]
-    return row | time_in_turn(settings, runs) if runs else row
+    return measured(settings, row, runs)
 
 
 def _line(row: Row, names: list[str]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .cases import DTYPE, DTYPES, Layer, Pass, Settings, eager_passes, fused_pass
+from .cases import DTYPE, Layer, Pass, Settings, add_settings, eager_passes, fused_pass, settings_of
 from .harness.timing import Clock, Quantiles, burst_and_steady, clock_of, interleaved_samples
 from .results import Row, markdown, times_ms
 
@@ -226,17 +226,30 @@ def _l2_reader(device: torch.device) -> tuple[Callable[[], Any], int]:
 # --- the command ---
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    usual = Settings()
+    parser.add_argument("--tflops", type=float, required=True, help="measured rate of a matrix product, TFLOP/s")
+    parser.add_argument("--tbps", type=float, required=True, help="measured rate of a copy, read and written, TB/s")
+    parser.add_argument("--source", default="", help="where these come from, for the plot")
+    add_settings(parser, features=usual.features, size=usual.size, batch=usual.batch, dtype=usual.dtype)
+    parser.add_argument("--report", type=Path, metavar="JSON", help="measured times; it tells net, images and dtype")
+    parser.add_argument("--out", type=Path, metavar="PNG")
+
+
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Print the table and write the plot. Returns 0."""
+    settings, measured = settings_of(options, parser), list[Point]()
     try:
         roofs = Roofs(1e12 * options.tflops, 1e12 * options.tbps, source=options.source)
-        settings, report = _settings(options)
-        layers = settings.net_layers()
+        if options.report is not None:
+            report = json.loads(options.report.read_text())
+            settings = Settings(**report["settings"] | {"features": tuple(report["settings"]["features"])})
+            measured = points_of_report(report, roofs)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    dtype = settings.torch_dtype
+    layers, dtype = settings.net_layers(), settings.torch_dtype
     floors = [point_of(layer, roofs, dtype=dtype) for layer in layers]
-    measured = [] if report is None else points_of_report(report, roofs)
     points = [*{point.name: point for point in (*floors, *measured)}.values()]
     print(roofline_table(layers, {layer.name: eager_seconds(layer, roofs, dtype) for layer in layers}, points))
     if options.out is not None:
@@ -245,29 +258,3 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         plot_roofline(points, roofs, options.out)
         print(options.out)
     return 0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    usual = Settings()
-    parser.add_argument("--tflops", type=float, required=True, help="measured rate of a matrix product, TFLOP/s")
-    parser.add_argument("--tbps", type=float, required=True, help="measured rate of a copy, read and written, TB/s")
-    parser.add_argument("--source", default="", help="where these come from, for the plot")
-    parser.add_argument("--features", type=int, nargs="+", default=[*usual.features])
-    parser.add_argument("--size", type=int, default=usual.size, help="side of the square images")
-    parser.add_argument("--batch", type=int, default=usual.batch)
-    parser.add_argument("--dtype", choices=[*DTYPES], default="bfloat16")
-    parser.add_argument("--report", type=Path, metavar="JSON", help="measured times; it tells net, images and dtype")
-    parser.add_argument("--out", type=Path, metavar="PNG")
-
-
-def _settings(options: argparse.Namespace) -> tuple[Settings, dict[str, Any] | None]:
-    """The net and its images, from the report if there is one, and the report."""
-    if options.report is not None:
-        report = json.loads(options.report.read_text())
-        return Settings(**report["settings"] | {"features": tuple(report["settings"]["features"])}), report
-    features = tuple(options.features)
-    least = 2 ** (len(features) - 1)
-    if options.batch < 1 or options.size < least:
-        raise ValueError(f"expected --batch from 1 and --size from {least}, got {options.batch}, {options.size}")
-    return Settings(size=options.size, batch=options.batch, features=features, dtype=options.dtype), None

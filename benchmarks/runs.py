@@ -54,22 +54,20 @@ def runs_or_reason(
     return runs
 
 
-def compare(
-    settings: Settings,
+def prepared(
     providers: Sequence[Provider],
     prepare: Callable[[Provider], list[Run]],
     check: Callable[[Provider, Any], object],
-    skip: Mapping[str, str] | None = None,
 ) -> tuple[Row, Runs]:
-    """Time the providers, the first of them ours: the row, and the runs that were timed. skip: reasons not to, by name.
+    """Return the row of the providers, the first of them ours, and the runs of those that are right, ready to be timed.
 
-    "status" is "ok", or "parity failed" or "failed" where ours has no time; then nothing has.
+    "status" is "ok", or "parity failed" or "failed" where ours is not among them; then none is.
     """
     forms = {each.name: {"layout": each.layout, "dtype": each.dtype} for each in providers}
     row: Row = {"status": "ok", "reason": "", "missing": {}, "forms": forms}
     runs: Runs = {}
     for provider in providers:
-        found = (skip or {}).get(provider.name) or runs_or_reason(provider, prepare, check)
+        found = runs_or_reason(provider, prepare, check)
         if not isinstance(found, str):
             runs[provider.name] = found
             continue
@@ -77,16 +75,18 @@ def compare(
         if provider is providers[0]:
             row["status"] = "parity failed" if found.startswith("parity failed") else "failed"
             return row | {"reason": found}, {}
-    row |= time_in_turn(settings, runs)
-    if "eager" in row["samples_ms"]:
-        times = times_ms(row)["eager"]
-        row["unsteady"] = times.p90 / times.p10 > STEADY
     return row, runs
 
 
-def time_in_turn(settings: Settings, runs: Mapping[str, Sequence[Run]]) -> Row:
-    """Time all in one run, the first of them ours: samples and ratios."""
-    return timed(samples_in_turn(settings, runs))
+def measured(settings: Settings, row: Row, runs: Mapping[str, Sequence[Run]]) -> Row:
+    """Return the row with what timing its runs in turn gives, the first of them ours: samples and ratios."""
+    if not runs:
+        return row
+    row = row | timed(samples_in_turn(settings, runs))
+    if "eager" in row["samples_ms"]:
+        times = times_ms(row)["eager"]
+        row["unsteady"] = times.p90 / times.p10 > STEADY
+    return row
 
 
 def samples_in_turn(settings: Settings, runs: Mapping[str, Sequence[Run]]) -> dict[str, list[float]]:
@@ -96,16 +96,11 @@ def samples_in_turn(settings: Settings, runs: Mapping[str, Sequence[Run]]) -> di
         return interleaved_samples(runs, clock_of(settings.torch_device), **limits)
 
 
-def compare_layer(
-    settings: Settings,
-    layer: Layer,
-    providers: Sequence[Provider],
-    skip: Mapping[str, str] | None = None,
-    *,
-    backward: bool = False,
-) -> Row:
-    """Time what the providers do of a layer, on inputs that have left the cache. backward: of which ours, the first, is
-    checked alone.
+def layer_runs(
+    settings: Settings, layer: Layer, providers: Sequence[Provider], *, backward: bool = False
+) -> tuple[Row, Runs]:
+    """As `prepared`, of a layer on inputs that have left the cache. backward: of which ours, the first, is checked
+    alone.
     """
     inputs = device_inputs(layer, settings.torch_device, settings.torch_dtype)
     sets = input_sets(inputs, settings.torch_device)
@@ -119,18 +114,17 @@ def compare_layer(
         if not backward:
             check_layer(layer, inputs, result, allow_tf32=settings.device == "cuda")
 
-    return compare(settings, providers, prepare, check, skip)[0]
+    return prepared(providers, prepare, check)
 
 
-def compare_net(
+def net_runs(
     settings: Settings,
     model: fastunet.UNet,
     task: str,
     providers: Sequence[Provider],
-    skip: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Row, Runs]:
-    """Time the model's "inference" or "training" step. Ours trains only if its gradients are right."""
+    """As `prepared`, of the model's "inference" or "training" step. Ours trains only if its gradients are right."""
     training = task == "training"
     x = images(settings, settings.batch, settings.size)
     target = target_for(settings, x)
@@ -142,7 +136,7 @@ def compare_net(
             check_gradients(settings, model)
         return [provider.prepare(model, x, target if training else None)]
 
-    return compare(settings, providers, prepare, net_check.check, skip)
+    return prepared(providers, prepare, net_check.check)
 
 
 # --- ops and layers ---

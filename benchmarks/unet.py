@@ -31,11 +31,12 @@ from fastunet.dispatch import selected_backend
 from fastunet.files import write_json
 from fastunet.testing import random_cotangent
 
-from .cases import DTYPES, TASKS, Layer, Settings
+from . import cases
+from .cases import DTYPES, TASKS, Layer, Settings, add_settings, settings_of, usual_device
 from .harness.environment import environment
-from .providers import COMPILED_NETS, OURS, dtype_name, layer_providers, net_providers
+from .providers import OURS, Provider, dtype_name, layer_providers, net_providers
 from .results import Row, markdown, ratio_text, times_ms
-from .runs import STEADY, compare_layer, compare_net, images, make_net, time_in_turn
+from .runs import STEADY, images, layer_runs, make_net, measured, net_runs
 
 TITLES = {"inference": "Inference", "training": "Training step"}
 # The reference model as people run it.
@@ -43,8 +44,6 @@ PLAIN = "eager channels_last"
 # What --host times. A CPU's allocator takes a while to settle.
 HOST = Settings("cpu", "float32", size=16, batch=1, features=(4, 8, 8, 8, 8), rounds=400, seconds=60.0, warmup=30)
 
-# Providers that compile for each layer anew, which takes longer than the layers.
-_NOT_ASKED = dict.fromkeys(("compile", "compile max-autotune"), "compiling each layer was not asked for")
 # Layers of every kind, from both ends of the net.
 _FEW = ("inc.c1", "inc.c2", "down1.c1", "up1.up", "up1.c1", "outc")
 
@@ -63,16 +62,13 @@ def default_settings(device: str, dtype: torch.dtype, *, quick: bool = False, **
 
 
 def check_settings(settings: Settings) -> None:
-    """ConfigError unless there is a net of those features, and its images reach its bottom."""
-    if len(settings.features) < 2 or min(settings.features) < 1:
-        raise ConfigError(f"features: expected two or more numbers from 1, got {settings.features}")
-    least = 2 ** (len(settings.features) - 1)
-    if settings.size < least or settings.batch < 1:
-        raise ConfigError(f"expected size >= {least} and batch >= 1, got {settings.size} and {settings.batch}")
-    if settings.batch == 1 and settings.size < 2 * least:
+    """ConfigError unless there is a net of those features, and its images reach its bottom, also in training."""
+    cases.check_settings(settings)
+    bottom = 2 ** (len(settings.features) - 1)
+    if settings.batch == 1 and settings.size < 2 * bottom:
         raise ConfigError(
             f"size, batch: expected more than one value per channel at the bottom for batch norm in training, got one: "
-            f"take a batch of 2, or images of {2 * least}"
+            f"take a batch of 2, or images of {2 * bottom}"
         )
 
 
@@ -80,19 +76,24 @@ def compare(settings: Settings, progress: Callable[[str], None] = lambda text: N
     """Yield a row for each task of the net, then for each layer, as they come; progress gets what is being done."""
     check_settings(settings)
     model, layers = make_net(settings), settings.net_layers()
+    device, dtype, thorough = settings.torch_device, settings.torch_dtype, settings.thorough
     for task in TASKS:
-        providers = net_providers(
-            settings.torch_device, settings.torch_dtype, training=task == "training", thorough=settings.thorough
-        )
-        skip = {each.name: "torch.compile was not asked for" for each in providers if each.name in COMPILED_NETS}
-        skip = {} if settings.compiles else skip
-        yield net_row(settings, task) | compare_net(settings, model, task, providers, skip, progress)[0]
+        providers = net_providers(device, dtype, training=task == "training", thorough=thorough)
+        if not settings.compiles:
+            providers = _without_compiling(providers, "torch.compile was not asked for")
+        yield net_row(settings, task) | measured(settings, *net_runs(settings, model, task, providers, progress))
     del model
     for layer in layers:
         if settings.layers is None or layer.name in settings.layers:
             progress(layer.name)
-            found = layer_providers(layer, settings.torch_device, settings.torch_dtype, thorough=settings.thorough)
-            yield layer_row(layer) | compare_layer(settings, layer, found, {} if settings.thorough else _NOT_ASKED)
+            providers = layer_providers(layer, device, dtype, thorough=thorough)
+            if not thorough:  # It would take longer than all else.
+                providers = _without_compiling(providers, "compiling each layer was not asked for")
+            yield layer_row(layer) | measured(settings, *layer_runs(settings, layer, providers))
+
+
+def _without_compiling(providers: Sequence[Provider], reason: str) -> list[Provider]:
+    return [replace(each, unavailable=reason) if each.name.startswith("compile") else each for each in providers]
 
 
 def net_row(settings: Settings, task: str) -> Row:
@@ -206,7 +207,7 @@ def _host_row(settings: Settings, task: str) -> Row:
         net = net.to(memory_format=torch.channels_last).train(task == "training")
         runs[name] = [_host_run(net, x)]
     row = {"kind": "net", "name": task, "status": "ok", "missing": {}, "images": batch}
-    return row | time_in_turn(settings, runs)
+    return measured(settings, row, runs)
 
 
 def _host_run(net: nn.Module, x: Tensor) -> Callable[[], Any]:
@@ -231,12 +232,7 @@ def _host_run(net: nn.Module, x: Tensor) -> Callable[[], Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--host", action="store_true", help="time the calls, on next to no arithmetic")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=[*DTYPES], default="float32")
-    parser.add_argument("--size", type=int, help="side of the square images")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--features", type=int, nargs="+")
-    parser.add_argument("--rounds", type=int, help="take so many samples of each, however long")
+    add_settings(parser, device=usual_device(), dtype="float32", size=None, batch=None, features=None, rounds=None)
     parser.add_argument("--no-layers", action="store_true", help="the net alone")
     parser.add_argument("--all", action="store_true", help="also what takes minutes to compile")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write every sample and the ratios")
@@ -244,19 +240,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Time, print and write; return 0, or 1 if ours is wrong."""
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("size", "batch", "rounds")}
-    given["features"] = None if options.features is None else tuple(options.features)
-    given = {name: value for name, value in given.items() if value is not None}
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds: expected 1 or more, got {options.rounds}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here")
     if options.host:
-        found = compare_host(replace(HOST, **given))
+        options.device, options.dtype = HOST.device, HOST.dtype
+        found = compare_host(settings_of(options, parser, HOST))
     else:
-        given |= {"seconds": math.inf} if options.rounds is not None else {}
-        given |= {"layers": ()} if options.no_layers else {}
-        settings = default_settings(options.device, DTYPES[options.dtype], thorough=options.all, **given)
+        usual = default_settings(options.device, DTYPES[options.dtype], thorough=options.all)
+        more: dict[str, Any] = {"seconds": math.inf} if options.rounds is not None else {}
+        more |= {"layers": ()} if options.no_layers else {}
+        settings = settings_of(options, parser, usual, **more)
         try:
             found = report(settings, list(compare(settings, lambda doing: print(doing, flush=True))))
         except ConfigError as error:

@@ -17,7 +17,7 @@ from fastunet.benchmarks import results, unet
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.charts import draw
 from fastunet.benchmarks.providers import OURS, Provider, Unavailable
-from fastunet.benchmarks.runs import compare, runs_or_reason
+from fastunet.benchmarks.runs import measured, prepared, runs_or_reason
 from fastunet.benchmarks.unet import default_settings, tables
 from PIL import Image
 
@@ -114,7 +114,7 @@ def raising(error: Exception) -> Any:
 
 
 def compared(*providers: Provider, check: Any = lambda each, result: None) -> dict[str, Any]:
-    return compare(TINY, providers, lambda each: [each.prepare()], check, {"skipped": "not wanted"})[0]
+    return measured(TINY, *prepared(providers, lambda each: [each.prepare()], check))
 
 
 def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
@@ -125,7 +125,7 @@ def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
 
     refusing = Provider("refuses", "NHWC", "float32", raising(Unavailable("no plan")))
     broken = Provider("breaks", "NHWC", "float32", raising(RuntimeError("first line\nsecond line")))
-    others = [provider("wrong"), refusing, broken, provider("absent", "not installed"), provider("skipped")]
+    others = [provider("wrong"), refusing, broken, provider("absent", "not installed")]
     row = compared(provider(OURS), *others, provider("right"), check=check)
     assert row["status"] == "ok"
     assert row["missing"] == {
@@ -133,7 +133,6 @@ def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
         "refuses": "no plan",
         "breaks": "RuntimeError: first line\nsecond line",
         "absent": "not installed",
-        "skipped": "not wanted",
     }
     assert set(row["samples_ms"]) == {OURS, "right"}
     assert set(row["ratios"]) == {"right"}

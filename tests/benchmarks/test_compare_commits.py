@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fastunet.benchmarks import compare_commits
 from fastunet.benchmarks.cases import Settings
-from fastunet.benchmarks.compare_commits import Tree, TreeError
 from fastunet.benchmarks.gpu_steps import Step
+from fastunet.benchmarks.harness.worker import Spawned
 
 from fastunet.testing import cpu_accumulates_in_float32
 
@@ -74,23 +75,25 @@ def worktrees(repository: Path) -> int:
     return git(repository, "worktree", "list").count("\n")
 
 
+def files(_: Settings, request: str) -> dict[str, str]:
+    """Where each module of fastunet lies that a side has imported, after its answer."""
+    compare_commits.answer(TINY, Step("net", request))
+    found = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    return {name: str(Path(file).resolve()) for name, file in found.items() if file and name.startswith("fastunet")}
+
+
 def test_each_side_imports_its_own_tree(repository: Path) -> None:
     """fastunet is installed from a third tree here, this one."""
     with (
         compare_commits.checked_out(repository, "wrong") as tree,
         compare_commits.package_of(tree, repository) as package,
+        Spawned(files, TINY, path=package) as base,
     ):
-        base = Tree("base", package, TINY)
-        with base.process:
-            assert base.call("lacking", timeout=100) == []
-            assert base.call("prepare", Step("net", "inference"), timeout=100)["status"] == "ok"
-            with pytest.raises(TreeError, match="base: AttributeError: 'Side' object has no attribute 'nothing'"):
-                base.call("nothing", timeout=100)
-            files = base.call("files", timeout=100)
-        for name, file in files.items():
+        found = base.ask("inference", 100)
+        for name, file in found.items():
             measured = name.startswith(("fastunet.testing", "fastunet.benchmarks"))
             assert Path(file).is_relative_to(repository if measured else tree), name
-    assert {"fastunet", "fastunet.ops.conv3x3", "fastunet.kernels.tuning", "fastunet.testing.parity"} <= set(files)
+    assert {"fastunet", "fastunet.ops.conv3x3", "fastunet.kernels.tuning", "fastunet.testing.parity"} <= set(found)
     assert not tree.exists()
     assert worktrees(repository) == 1
 
@@ -118,19 +121,14 @@ def test_a_wrong_commit_has_no_speed_and_is_named(repository: Path) -> None:
     lines = done.stdout.splitlines()
     parity = [line for line in lines if line.startswith("parity")]
     assert parity
-    assert all("PARITY FAILED in base: " in line and "conv3x3_bias_relu" in line for line in parity), done.stdout
+    assert all("PARITY FAILED in base: " in line and "conv3x3" in line for line in parity), done.stdout
     assert not any("ms" in line for line in lines if line.startswith(("net inference", "layer inc.c1")))
     assert sum("base/new" in line for line in lines) == 2, "the transposed convolution is right"
-    assert "conv3x3_bias_relu, conv3x3_bias_relu_pool in base" in next(
-        x for x in lines if x.startswith("net inference")
-    )
 
 
-def test_what_cannot_be_compared_is_named(repository: Path) -> None:
-    with pytest.raises(TreeError, match=r"nowhere.*no such commit"), compare_commits.checked_out(repository, "nowhere"):
-        pass
-    with pytest.raises(TreeError, match=r"old has no fastunet\.ops\.max_pool2x2, which"):
-        compare_commits.verify(FakeSide("old", [], [], lacking=["fastunet.ops.max_pool2x2"]), None, TINY, [], print)
+def test_an_unknown_commit_is_named(repository: Path) -> None:
+    done = run(repository, "nowhere")
+    assert (done.returncode, "nowhere and the working tree cannot be compared: git" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -150,37 +148,29 @@ def test_a_stopped_comparison_leaves_no_worktree(repository: Path, number: signa
     assert worktrees(repository) == 1
 
 
-class FakeSide:
-    """Rounds take what is given; the order of calls is noted."""
+def compared(seconds: dict[str, list[float]], status: str = "ok") -> tuple[dict, list[str]]:
+    """A row of two sides whose rounds take what is given, of which the new one has the status; and whose turns came."""
+    log: list[str] = []
 
-    def __init__(
-        self, label: str, log: list[str], seconds: Sequence[float], status: str = "ok", lacking: Sequence[str] = ()
-    ) -> None:
-        self.label, self._log, self._seconds, self._status = label, log, list(seconds), status
-        self._lacking = lacking
+    def ask(label: str, step: Step | None, timeout: float) -> Any:
+        if step is not None:
+            return {"name": "inference", "status": status if label == "new" else "ok", "reason": "y is off"}
+        log.append(label)
+        return seconds[label].pop(0)
 
-    def call(self, method: str, *arguments: object, timeout: float) -> object:
-        if method == "lacking":
-            return self._lacking
-        if method == "round":
-            self._log.append(self.label)
-            return self._seconds.pop(0)
-        return {"status": self._status, "reason": "y is off", "implementation": "aten"}
+    sides = {label: functools.partial(ask, label) for label in ("base", "new")}
+    return compare_commits.compare(Step("net", "inference"), sides, TINY, lambda: 0.0), log
 
 
 def test_rounds_alternate_and_their_ratios_count() -> None:
-    log: list[str] = []
-    base, new = FakeSide("base", log, [2.0, 9.0, 4.0]), FakeSide("new", log, [1.0, 3.0, 4.0])
-    row = compare_commits.compare(Step("net", "inference"), base, new, TINY, lambda: 0.0)
+    row, log = compared({"base": [2.0, 9.0, 4.0], "new": [1.0, 3.0, 4.0]})
     assert log == ["base", "new", "new", "base", "base", "new"]
     assert row["ratio"] == {"median": 2.0, "p10": pytest.approx(1.2), "p90": pytest.approx(2.8), "samples": 3}
     assert row["base_ms"] == 4000
 
 
 def test_a_side_that_is_off_is_not_timed() -> None:
-    log: list[str] = []
-    base, new = FakeSide("base", log, []), FakeSide("new", log, [], "parity failed")
-    row = compare_commits.compare(Step("net", "inference"), base, new, TINY, lambda: 0.0)
+    row, log = compared({}, "parity failed")
     assert (row["status"], row["reason"], log) == ("parity failed", "in new: y is off", [])
     assert "ratio" not in row
 

@@ -235,7 +235,7 @@ def test_the_command_takes_net_and_images_from_a_report(tmp_path: Path, capsys: 
     ("arguments", "said"),
     [
         (["--tflops", "0"], "expected matmul_flops above 0 and finite, got 0.0"),
-        (["--size", "8"], "expected --batch from 1 and --size from 16, got 16, 8"),
+        (["--size", "8"], "expected size >= 16 and batch >= 1, got 8 and 16"),
         (["--report", "no such file"], "no such file"),
     ],
 )

@@ -54,8 +54,8 @@ def test_the_kernels_move_less_than_a_quarter_of_what_eager_does(capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--size", "8"], "expected --batch from 1 and --size from 16, got 16 and 8"),
-        (["--features", "8"], "two or more features >= 1"),
+        (["--size", "8"], "expected size >= 16 and batch >= 1, got 8 and 16"),
+        (["--features", "8"], "two or more numbers from 1, got (8,)"),
     ],
 )
 def test_the_command_refuses(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
