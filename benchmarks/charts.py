@@ -15,13 +15,13 @@ from fastunet.files import SOFTWARE, written_whole
 from .providers import OURS
 from .results import Row
 from .roofline import Point, Roofs
-from .unet import TITLES
 
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
 WINS, LOSES = "#0072B2", "#D55E00"
 MARKERS = "os^DvP*X"
 _BESIDE: dict[str, Any] = {"textcoords": "offset points"}
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
+_TITLES = {"inference": "Inference", "training": "Training step"}
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -63,7 +63,7 @@ def _draw_nets(axes: Axes, rows: Sequence[Row]) -> None:
     """Horizontal bars, a group for each task, from 1 to the ratio, with a line from p10 to p90."""
     y, ticks, labels = 0.0, [], []
     for row in rows:
-        axes.text(0.0, y, TITLES[row["name"]], transform=axes.get_yaxis_transform(), weight="bold", va="center")
+        axes.text(0.0, y, _TITLES[row["name"]], transform=axes.get_yaxis_transform(), weight="bold", va="center")
         y += 1
         for name, found in row["ratios"].items():
             _draw_bar(axes, y, found)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from fastunet import dispatch
@@ -24,11 +23,10 @@ from fastunet.files import write_json, written_whole
 
 from .cases import DTYPE, Settings, add_settings, settings_of
 from .gpu_steps import Step, all_steps, run_steps
-from .gpu_tables import Report, render, summarise
-from .harness.environment import environment
 from .harness.worker import Budget
 from .results import Row, times_ms
 from .roofline import Roofs, floor_seconds, layer_of_row, points_of_report
+from .tables import Report, render, report_of, summarise
 
 # Seconds kept for ending a process and writing the files.
 _RESERVE = 6.0
@@ -86,16 +84,11 @@ def make_report(
     """
     budget = Budget(60 * minutes - _RESERVE)
     out.mkdir(parents=True, exist_ok=True)
-    report: Report = {
-        "summary": {},
-        "environment": environment(settings.device),
-        "settings": asdict(settings),
-        "rows": [],
-    }
+    report = report_of(settings, [])
 
     def save(rows: list[Row]) -> None:
         add_floors(rows)
-        report["rows"], report["summary"] = rows, summarise(rows)
+        report.update(summary=summarise(rows), rows=rows)
         write_json(out / "gpu_report.json", report)
         with written_whole(out / "gpu_report.md") as temporary:
             temporary.write_text(render(report))

@@ -37,6 +37,7 @@ from .runs import (
     peak_bytes,
     wanted_of,
 )
+from .tables import COMPILED
 from .unet import layer_row, net_row
 
 # Seconds that one step may take: most go to Triton's and ptxas's first compilation, and none should take half of this.
@@ -47,7 +48,6 @@ _COMPILED_NET_LIMIT = 150.0
 _LEAST_STEP = 2.0
 # An op chooses, remembers its choice, and follows it: each way is checked.
 _CALLS = 3
-COMPILED = "compiled"
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,11 @@ def ratio_text(found: Row | None) -> str:
     return "" if found is None else f"{found['ratio']:.2f} ({found['p10']:.2f} to {found['p90']:.2f})"
 
 
+def spread_text(times: Quantiles) -> str:
+    """Write times with their spread."""
+    return f"{times.median:.3f} ({times.p10:.3f} to {times.p90:.3f})"
+
+
 def failure(error: Exception) -> Row:
     """ "status" and "reason" of a row that the error has ended. An assertion is the parity check's."""
     if isinstance(error, AssertionError):
@@ -62,20 +67,15 @@ def failure(error: Exception) -> Row:
     return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()}"[:2000]}
 
 
-def speedup(row: Row) -> float | None:
-    """Return the least ratio that another than fastunet has: below 1, that is faster. None where there is none."""
-    others = [found["ratio"] for name, found in row.get("ratios", {}).items() if not name.startswith("fastunet")]
-    return min(others, default=None)
-
-
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Write a Markdown table; "None." without lines."""
+    """Write a Markdown table, without the columns that are empty throughout; "None." without lines."""
     if not lines:
         return "None."
-    rule = ["---"] * len(header)
+    columns = [i for i in range(len(header)) if any(line[i] for line in lines)]
     # A bar would end the cell.
-    cells = [[cell.replace("|", "/").replace("\n", " ") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells))
+    cells = [[line[i].replace("|", "/").replace("\n", " ") for i in columns] for line in lines]
+    rows = ([header[i] for i in columns], ["---"] * len(columns), *cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # --- the README's table ---

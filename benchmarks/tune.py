@@ -36,13 +36,13 @@ from fastunet.testing.parity import Case
 
 from .cases import CONV, CONV_HEAD, DTYPE, TASKS, UP_CONV, Layer, Settings, up_convolutions
 from .gpu_steps import Step, run_steps, tuned_run
-from .gpu_tables import tune_table
 from .harness.environment import environment
 from .harness.timing import Quantiles, ratio
 from .harness.worker import Budget
 from .providers import Run, reason_of
 from .results import Row
 from .runs import case_inputs, case_run, samples_in_turn
+from .tables import tune_table
 
 _RESERVE = 6.0
 # The share of the time in which configurations are searched for.

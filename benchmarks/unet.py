@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,11 @@ from fastunet.testing import random_cotangent
 
 from . import cases
 from .cases import DTYPES, TASKS, Layer, Settings, add_settings, settings_of, usual_device
-from .harness.environment import environment
 from .providers import OURS, Provider, dtype_name, layer_providers, net_providers
-from .results import Row, markdown, ratio_text, times_ms
-from .runs import STEADY, images, layer_runs, make_net, measured, net_runs
+from .results import Row, markdown
+from .runs import images, layer_runs, make_net, measured, net_runs
+from .tables import layers_table, missing_table, nets_table, report_of
 
-TITLES = {"inference": "Inference", "training": "Training step"}
 # The reference model as people run it.
 PLAIN = "eager channels_last"
 # What --host times. A CPU's allocator takes a while to settle.
@@ -109,72 +108,16 @@ def layer_row(layer: Layer) -> Row:
     return {"kind": "layer", "name": layer.name, "op": layer.op, "flops": layer.flops, "shapes": shapes}
 
 
-def summarise(rows: Sequence[Row]) -> Row:
-    """By task, each provider's ratio; of the layers, by provider, how many ours is faster in, and of how many.
-
-    "unsteady": tasks whose figures count for nothing, since eager's own times vary too much.
-    """
-    summary: Row = {row["name"]: row["ratios"] for row in rows if row["kind"] == "net" and "ratios" in row}
-    layers: dict[str, Row] = {}
-    for row in rows:
-        if row["kind"] == "layer":
-            for name, found in row.get("ratios", {}).items():
-                counts = layers.setdefault(name, {"faster": 0, "compared": 0})
-                counts["compared"] += 1
-                counts["faster"] += found["ratio"] > 1
-    unsteady = [row["name"] for row in rows if row.get("unsteady")]
-    return summary | {
-        "layers": layers,
-        "not_measured": sum(row["status"] != "ok" for row in rows),
-        "unsteady": unsteady,
-    }
-
-
 def report(settings: Settings, rows: Sequence[Row]) -> Row:
-    """What the JSON file holds."""
-    return {
-        "summary": summarise(rows),
-        "environment": environment(settings.device),
-        "settings": {**asdict(settings), "threads": torch.get_num_threads(), "backend": selected_backend()},
-        "rows": list(rows),
-    }
+    """Return what the JSON file holds."""
+    return report_of(settings, rows, threads=torch.get_num_threads(), backend=selected_backend())
 
 
 def tables(report: Row) -> list[str]:
-    """Write Markdown: a table for each task of the net, one of the layers, one of what was not measured, and why."""
-    timed = [row for row in report["rows"] if "ratios" in row]
-    layers = [row for row in timed if row["kind"] == "layer"]
-    found = []
-    for row in timed:
-        if row["kind"] == "net":
-            unsteady = f": unsteady, eager's p90 / p10 is above {STEADY}; repeat it on an idle machine"
-            forms, lines = row.get("forms", {}), []
-            for name, times in times_ms(row).items():
-                spread = f"{times.median:.2f} ({times.p10:.2f} to {times.p90:.2f})"
-                lines.append([name, " ".join(forms.get(name, {}).values()), spread, _ratio(row, name)])
-            title = TITLES[row["name"]] + unsteady * bool(row.get("unsteady"))
-            found.append(f"{title}\n\n" + markdown(["", "form", "ms", "its time / ours"], lines))
-    if layers:
-        names = list(dict.fromkeys(name for row in layers for name in row["ratios"]))
-        lines = []
-        for row in layers:
-            ours = f"{times_ms(row)[OURS].median:.2f}"
-            lines.append([row["name"], f"{row['flops'] / 1e9:.2f}", ours, *(_ratio(row, name) for name in names)])
-        found.append("Layers, forward: time / ours\n\n" + markdown(["layer", "GFLOP", f"{OURS} ms", *names], lines))
-    where: dict[tuple[str, str], list[str]] = {}
-    for row in report["rows"]:
-        for name, reason in row["missing"].items():
-            where.setdefault((name, reason.partition("\n")[0]), []).append(row["name"])
-    if where:
-        lines = []
-        for (name, reason), places in where.items():
-            lines.append([name, ", ".join(places) if len(places) < 4 else f"{len(places)} comparisons", reason])
-        found.append(markdown(["not measured", "in", "why"], lines))
-    return [f"{table}\n" for table in found]
-
-
-def _ratio(row: Row, name: str) -> str:
-    return ratio_text(row["ratios"].get(name))
+    """Write Markdown: a table of the net, one of the layers, one of what was not measured, and why."""
+    kinds = {kind: [row for row in report["rows"] if row["kind"] == kind] for kind in ("net", "layer")}
+    found = [nets_table(kinds["net"]), layers_table(kinds["layer"]), missing_table(report["rows"])]
+    return [f"{table}\n" for table in found if table != markdown((), ())]
 
 
 # --- what the calls cost the host ---
@@ -188,12 +131,7 @@ def compare_host(settings: Settings) -> Row:
         rows = [_host_row(settings, task) for task in TASKS]
     finally:
         torch.set_num_threads(threads)
-    return {
-        "summary": {row["name"]: row["ratios"] for row in rows},
-        "environment": environment("cpu"),
-        "settings": {**asdict(settings), "threads": 1},
-        "rows": rows,
-    }
+    return report_of(settings, rows, threads=1)
 
 
 def _host_row(settings: Settings, task: str) -> Row:
@@ -206,7 +144,7 @@ def _host_row(settings: Settings, task: str) -> Row:
     for name, net in nets.items():
         net = net.to(memory_format=torch.channels_last).train(task == "training")
         runs[name] = [_host_run(net, x)]
-    row = {"kind": "net", "name": task, "status": "ok", "missing": {}, "images": batch}
+    row = {"kind": "net", "name": task, "status": "ok", "images": batch}
     return measured(settings, row, runs)
 
 

@@ -58,7 +58,7 @@ def test_the_json_has_every_sample_and_the_ratios_of_its_rounds(done: tuple[str,
     assert report["summary"]["inference"] == nets["inference"]
     assert report["summary"]["training"] == nets["training"]
     assert report["summary"]["not_measured"] == 0
-    assert report["summary"]["layers"]["onednn eager"]["compared"] == 6
+    assert report["summary"]["layers_forward"]["onednn eager"]["compared"] == 6
 
 
 def test_the_readmes_table_takes_the_file(done: tuple[str, Path], tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_terminal_shows_all_that_the_file_has(done: tuple[str, Path]) -> Non
         for found in row.get("ratios", {}).values():
             assert f"{found['ratio']:.2f}" in output
     assert {path.name for path in out.iterdir()} == {"bench.json", "bench.png"}
-    for text in ("Inference", "Training step", "eager folded", "up1.c1", "CUDA graphs need CUDA", str(out)):
+    for text in ("inference", "training", "eager folded", "up1.c1", "CUDA graphs need CUDA", str(out)):
         assert text in output
 
 

@@ -18,8 +18,8 @@ from fastunet.benchmarks import gpu as gpu_report
 from fastunet.benchmarks import gpu_steps, tune
 from fastunet.benchmarks.cases import Settings, unet_layers
 from fastunet.benchmarks.gpu_steps import COMPILED, COMPILED_NETS, Step, all_steps, describe, parity_formats
-from fastunet.benchmarks.gpu_tables import render, summarise
 from fastunet.benchmarks.harness.worker import Budget
+from fastunet.benchmarks.tables import render, summarise
 from fastunet.kernels import gpu, tuning
 from torch import nn
 
@@ -177,10 +177,10 @@ def test_tables_show_every_row_and_what_lost() -> None:
     text = render(report)
     shown = [f"| {row['name']} |" for row in rows if row["kind"] in ("parity", "layer")]
     shown += ["| copy, GB/s | 100 | copied |", "| reading L2, GB/s |  | no CuPy |"]
-    shown += ["**parity failed**: y / off", "**timed out**: no result after 90 s", "| 0.50 [0.40, 0.60] |"]
+    shown += ["**parity failed**: y / off", "**timed out**: no result after 90 s", "| 0.50 (0.40 to 0.60) |"]
     assert [part for part in shown if part not in text] == []
     summary = summarise(rows)
-    assert summary["layers_forward"] == {"compared": len(forward) - 1, "faster": 1}
+    assert summary["layers_forward"] == {"aten": {"compared": len(forward) - 1, "faster": 1}}
     assert summary["parity"] == {"passed": len(parity.cases()) * len(parity_formats("cpu")) - 1, "failed": 1}
     assert summary["inference"] == {"aten": {"ratio": 0.5, "p10": 0.4, "p90": 0.6, "rounds": 3}}
     assert summary["inference_images_per_s"] == {"fastunet": 2000.0, "aten": 2000.0}
@@ -254,7 +254,7 @@ def test_what_the_search_finds_goes_into_the_table(tmp_path: Path, monkeypatch: 
     assert json.loads((tmp_path / "gpu_report.json").read_text())["rows"] == report["rows"]
     text = (tmp_path / "gpu_report.md").read_text()
     assert "| inc.c2 | conv3x3 | tile_h=" in text
-    assert "| inc.c2 conv3x3_batch_norm_relu_pool | training |  |  | 1.50 [1.20, 2.00] |" in text
+    assert "| inc.c2 conv3x3_batch_norm_relu_pool | training |  | 1.50 (1.20 to 2.00) |" in text
 
 
 @BFLOAT16

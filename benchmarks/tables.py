@@ -1,0 +1,205 @@
+"""Rows as Markdown: of nets, layers and what has no time; the GPU report; and the figures that rows come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from .cases import DIRECTIONS, TASKS, Settings
+from .harness.environment import environment
+from .results import Row, markdown, ratio_text, spread_text, times_ms
+
+# Of a layer's row: forward beside what torch.compile makes of it.
+COMPILED = "compiled"
+Report = dict[str, Any]
+
+
+def report_of(settings: Settings, rows: Sequence[Row], **more: Any) -> Report:
+    """Return what a JSON file of rows holds. more: settings beside those."""
+    return {
+        "summary": summarise(rows),
+        "environment": environment(settings.device),
+        "settings": {**asdict(settings), **more},
+        "rows": list(rows),
+    }
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the ops that were right, and the rows without a time or verdict; by task ("inference", "training"), by how
+    many times each provider takes longer than ours, and its images a second; by direction and provider, how many layers
+    ours is faster in, and of how many.
+
+    "unsteady": tasks whose figures count for nothing, since eager's own times vary too much.
+    """
+    checked = [row for row in rows if row["kind"] == "parity" and row["status"] in ("ok", "parity failed")]
+    passed = sum(row["status"] == "ok" for row in checked)
+    summary: dict[str, Any] = {
+        "parity": {"passed": passed, "failed": len(checked) - passed},
+        "not_measured": sum(row["status"] != "ok" for row in rows if row not in checked),
+        "unsteady": [row["name"] for row in rows if row.get("unsteady")],
+    }
+    for direction in DIRECTIONS:
+        counts: dict[str, Row] = summary.setdefault(f"layers_{direction}", {})
+        for row in rows:
+            if row["kind"] == "layer" and row.get("variant", "forward") == direction:
+                for name, found in row.get("ratios", {}).items():
+                    count = counts.setdefault(name, {"faster": 0, "compared": 0})
+                    count["compared"] += 1
+                    count["faster"] += found["ratio"] > 1
+    for task in TASKS:
+        nets = [row for row in rows if row["kind"] == "net" and row["name"] == task]
+        summary[task] = {name: found for row in nets for name, found in row.get("ratios", {}).items()}
+        summary[f"{task}_images_per_s"] = {
+            name: 1e3 * row["images"] / times.median for row in reversed(nets) for name, times in times_ms(row).items()
+        }
+    return summary
+
+
+# --- nets, layers, and what has no time ---
+
+
+def nets_table(rows: Sequence[Row]) -> str:
+    """Write a line for each implementation of each task."""
+    lines = []
+    for row in rows:
+        task = f"{row['name']} {row.get('variant', '')}".strip()
+        forms, floor = row.get("forms", {}), row.get("floor_ms")
+        for name, times in times_ms(row).items():
+            peak = row.get("peak_bytes", {}).get(name)
+            figures = [
+                row.get("steady_ms", {}).get(name),
+                1e3 * row["images"] / times.median,
+                row["flops"] / times.median / 1e9 if "flops" in row else None,
+                None if floor is None else floor / times.median,
+                None if peak is None else peak / 1e9,
+            ]
+            cells = [spread_text(times), ratio_text(row["ratios"].get(name)), *map(figure, figures)]
+            lines.append([task, name, " ".join(forms.get(name, {}).values()), *cells, ""])
+        if note := _note(row):
+            lines.append([task, *[""] * 9, note])
+    header = ["task", "implementation", "form", "ms", "time / ours", "steady ms", "img/s", "TFLOP/s", "of floor", "GB"]
+    return markdown([*header, "note"], lines)
+
+
+def layers_table(rows: Sequence[Row]) -> str:
+    """Write a line for each layer, with the time / ours of every other implementation that any of them has."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("ratios", {})))
+    lines = []
+    for row in rows:
+        ours = next(iter(times_ms(row).values()), None)
+        ratios = [ratio_text(row.get("ratios", {}).get(name)) for name in names]
+        floor = [figure(row.get("floor_ms")), figure(row.get("of_floor"))]
+        times = "" if ours is None else spread_text(ours)
+        lines.append([row["name"], figure(row["flops"] / 1e9), times, *ratios, *floor, _note(row)])
+    return markdown(["layer", "GFLOP", "ours, ms", *names, "floor ms", "of floor", "note"], lines)
+
+
+def missing_table(rows: Sequence[Row]) -> str:
+    """Write a line for each reason that something has no time in some rows."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        reasons = {"triton": row["why_no_triton"]} if row.get("why_no_triton") else {}
+        for name, reason in (reasons | row.get("missing", {})).items():
+            where.setdefault((name, reason.partition("\n")[0]), []).append(row["name"])
+    lines = [
+        [name, ", ".join(places) if len(places) < 4 else f"{len(places)} comparisons", shortened(reason)]
+        for (name, reason), places in where.items()
+    ]
+    return markdown(["not measured", "in", "why"], lines)
+
+
+# --- the GPU report ---
+
+
+def render(report: Report) -> str:
+    """Write every row of a GPU report, whatever came of it."""
+    by_kind: dict[str, list[Row]] = {}
+    for row in report["rows"]:
+        kind = f"layer {row['variant']}" if row["kind"] == "layer" else row["kind"]
+        by_kind.setdefault(kind, []).append(row)
+    sections = {
+        "Peak rates": _roofs(by_kind.get("roofs", [])),
+        "Layers, forward": layers_table(by_kind.get("layer forward", [])),
+        "Layers, backward": layers_table(by_kind.get("layer backward", [])),
+        "Layers, forward, beside torch.compile": layers_table(by_kind.get(f"layer {COMPILED}", [])),
+        "Whole net": nets_table(by_kind.get("net", [])),
+        "Not measured": missing_table(report["rows"]),
+        "The timer beside CuPy's": _clock_table(by_kind.get("clock", [])),
+        "Parity with float64": _parity_table(by_kind.get("parity", [])),
+        "Configurations measured": tune_table(by_kind.get("tune", []) + by_kind.get("speedup", [])),
+    }
+    settings, features = report["settings"], "-".join(map(str, report["settings"]["features"]))
+    shape = " x ".join(str(settings[name]) for name in ("batch", "in_channels", "size", "size"))
+    machine = "\n".join(f"- {name}: {value}" for name, value in report["environment"].items())
+    conditions = (
+        f"Images {shape}, U-Net {features}, bfloat16. Times are medians, p10 to p90 in brackets, of samples taken in "
+        "turn with short rests (burst); `steady` is without a break. An implementation's column is its time / ours: "
+        "below 1, ours is slower. `of floor` is the least time that the measured peak rates allow / ours."
+    )
+    parts = ["# GPU report", machine, conditions]
+    return "\n\n".join(parts + [f"## {title}\n\n{text}" for title, text in sections.items()]) + "\n"
+
+
+def _roofs(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        if row["status"] != "ok":
+            return _note(row)
+        copy, matmul, l2 = row["copy"], row["matmul"], row["l2"]
+        lines = [
+            ["copy, GB/s", figure(copy["gb_per_s"]), copy["how"]],
+            ["matmul in a burst, TFLOP/s", figure(matmul["burst_tflops"]), matmul["how"]],
+            ["matmul in steady state, TFLOP/s", figure(matmul["steady_tflops"]), ""],
+            ["reading L2, GB/s", figure(l2["gb_per_s"]), l2.get("how") or l2["reason"]],
+        ]
+    return markdown(["what", "rate", "how"], lines)
+
+
+def tune_table(rows: Sequence[Row]) -> str:
+    """Write a line for each kernel of a layer, with what won, and why others were dropped; and for each layer as a net
+    runs it: `auto` takes our kernels where ATen takes longer at p10.
+    """
+    lines = []
+    for row in rows:
+        config = " ".join(f"{key}={value}" for key, value in row.get("entry", {}).get("config", {}).items())
+        margins = row.get("layer", row)
+        names = ("margin_over_derived", "margin_over_aten")
+        found = [
+            ratio_text(margins[key] | {"ratio": margins[key]["median"]}) if key in margins else "" for key in names
+        ]
+        dropped = "; ".join(shortened(each["reason"]) for each in row.get("dropped", ()))
+        lines.append([row["name"], row["variant"], config, *found, _note(row) or dropped])
+    return markdown(["layer", "what", "config", "heuristic / it", "aten / it", "note"], lines)
+
+
+def _clock_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        figures = [figure(row.get(name)) for name in ("event_ms", "cupy_ms", "ratio")]
+        lines.append([row["name"], *figures, row.get("reason", "")])
+    return markdown(["layer", "fastunet's clock, ms", "CuPy's, ms", "ratio", "note"], lines)
+
+
+def _parity_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        passed = "passed" if row["status"] == "ok" else ""
+        lines.append([row["name"], row["variant"], row.get("implementation", ""), passed, _note(row)])
+    return markdown(["op", "format", "runs on", "parity", "note"], lines)
+
+
+def figure(value: float | None) -> str:
+    """Write a number with three digits, or none."""
+    return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _note(row: Row) -> str:
+    """What is to be said of a row: why it has no result, or that its times count for nothing."""
+    if row["status"] != "ok":
+        return f"**{row['status']}**: {shortened(row['reason'])}"
+    return "**unsteady**: eager's own times vary too much; repeat it on an idle machine" if row.get("unsteady") else ""
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 240 else f"{text[:240]} ..."
