@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastunet.timing import cudnn_benchmark
+
 from .harness.environment import environment
-from .harness.timing import cudnn_benchmark
 from .ops import Work, works
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

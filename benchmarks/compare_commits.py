@@ -25,12 +25,12 @@ from typing import Any
 
 from fastunet.files import write_json
 from fastunet.testing import parity
+from fastunet.timing import Quantiles, ratio
 
 from . import gpu_steps
 from .cases import DIRECTIONS, TASKS, Settings, add_settings, settings_of, usual_device
 from .gpu_steps import Step, parity_formats, providers_of, runs_of
 from .harness.environment import ROOT, environment
-from .harness.timing import Quantiles, ratio
 from .harness.worker import Spawned
 from .providers import OURS, Run
 from .results import Row

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .harness.timing import clock_of, interleaved_samples
+from fastunet.timing import clock_of, interleaved_samples
 
 _DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF"}
 # Plans that are timed, in the heuristics' order: each is compiled, and the good ones come first.

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet.files import write_json
+from fastunet.timing import ratio
 
 from .cases import TASKS, Settings, add_settings, settings_of
 from .dropin_models import MODELS, DropInModel
 from .harness.environment import environment
-from .harness.timing import ratio
 from .providers import reason_of
 from .results import Row
 from .runs import samples_in_turn

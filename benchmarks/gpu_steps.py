@@ -19,9 +19,10 @@ from torch import Tensor
 import fastunet
 from fastunet.testing import cpu_accumulates_in_float32, float32_precision, parity
 from fastunet.testing.parity import backends_for
+from fastunet.timing import clock_of, cudnn_benchmark
 
 from .cases import DIRECTIONS, DTYPE, TASKS, Layer, Settings
-from .harness.timing import burst_and_steady, clock_of, cudnn_benchmark, second_clock
+from .harness.timing import burst_and_steady, second_clock
 from .harness.worker import Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, our_net
 from .results import Row, failure

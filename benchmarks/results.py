@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fastunet.files import written_whole
+from fastunet.timing import Quantiles, ratio
 
 from .harness.environment import ROOT
-from .harness.timing import Quantiles, ratio
 
 # A row says what was measured ("kind", "name", "variant"), its "status" and, where that is not "ok", the "reason"; one
 # of times has "samples_ms" and "ratios" (see timed), and "missing": the reason for each provider without a time.

@@ -19,9 +19,9 @@ from fastunet.losses import BCEDiceLoss
 from fastunet.testing import UNIT_ROUNDOFF, parity, random_cotangent
 from fastunet.testing.ops import Call
 from fastunet.testing.parity import Case
+from fastunet.timing import clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
 
 from .cases import DTYPE, Layer, Settings
-from .harness.timing import clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
 from .providers import Provider, Run, bce_dice, reason_of
 from .results import Row, timed, times_ms
 

@@ -33,11 +33,11 @@ from fastunet import dispatch
 from fastunet.files import write_json
 from fastunet.testing import parity
 from fastunet.testing.parity import Case
+from fastunet.timing import Quantiles, ratio
 
 from .cases import CONV, CONV_HEAD, DTYPE, TASKS, UP_CONV, Layer, Settings, up_convolutions
 from .gpu_steps import Step, run_steps, tuned_run
 from .harness.environment import environment
-from .harness.timing import Quantiles, ratio
 from .harness.worker import Budget
 from .providers import Run, reason_of
 from .results import Row

@@ -80,6 +80,11 @@ def without_modes() -> Any:
     return getattr(_python_dispatch, "_disable_current_modes", nullcontext)()
 
 
+# --- timing. Without it the GPU may wait for Python within a sample. ---
+
+# Has the current stream wait for so many clock cycles.
+sleep_on_gpu: Callable[[int], Any] = getattr(torch.cuda, "_sleep", lambda cycles: None)
+
 # --- the compiler, whose modules take seconds to import ---
 
 # Has torch.compile go around a function, which it would trace into Triton's launches and fail.

@@ -17,6 +17,7 @@ FLOORS = {
     "kernels": 0,
     "torch_private": 0,
     "checks": 1,
+    "timing": 1,
     "weight_cache": 1,
     "files": 2,
     "dispatch": 2,

@@ -14,17 +14,19 @@ import torch
 from fake_clock import FakeClock
 from fastunet.benchmarks.harness import timing
 
+from fastunet.timing import Quantiles, interleaved_samples, sets_past_cache
+
 
 def test_quantiles() -> None:
-    got = timing.Quantiles.of([float(i) for i in (10, 0, 3, 1, 2, 9, 8, 7, 6, 5, 4)])
+    got = Quantiles.of([float(i) for i in (10, 0, 3, 1, 2, 9, 8, 7, 6, 5, 4)])
     assert (got.median, got.p10, got.p90, got.samples) == (5.0, 1.0, 9.0, 11)
-    assert timing.Quantiles.of([1.0, 2.0]).median == 1.5
+    assert Quantiles.of([1.0, 2.0]).median == 1.5
 
 
 def test_runs_take_turns_in_both_orders_on_every_set() -> None:
     clock = FakeClock()
     runs = {"a": [clock.run("a0", 1.0), clock.run("a1", 3.0)], "b": [clock.run("b0", 10.0)]}
-    samples = timing.interleaved_samples(runs, clock, rounds=3, warmup=1)
+    samples = interleaved_samples(runs, clock, rounds=3, warmup=1)
     assert clock.log == [
         *("a0", "b0", "wait"),
         *("prepare", "a0", "prepare", "b0", "wait"),
@@ -37,16 +39,16 @@ def test_runs_take_turns_in_both_orders_on_every_set() -> None:
 def test_warmup_is_not_counted_and_time_ends_the_rounds() -> None:
     clock = FakeClock()
     runs = {"a": [clock.run("a", 100.0, 100.0, 1.0)]}
-    samples = timing.interleaved_samples(runs, clock, rounds=50, warmup=2, seconds=204.5, now=lambda: clock.time)
+    samples = interleaved_samples(runs, clock, rounds=50, warmup=2, seconds=204.5, now=lambda: clock.time)
     assert samples == {"a": [1.0] * 5}
     again = {"a": [clock.run("a", 1.0)]}
-    assert timing.interleaved_samples(again, clock, rounds=9, seconds=0.0, now=lambda: clock.time) == {"a": [1.0]}
+    assert interleaved_samples(again, clock, rounds=9, seconds=0.0, now=lambda: clock.time) == {"a": [1.0]}
 
 
 def test_more_sets_of_inputs_for_smaller_ones() -> None:
     small, large = torch.empty(1 << 20, dtype=torch.uint8), torch.empty(1 << 28, dtype=torch.uint8)
-    assert timing.sets_past_cache([small], torch.device("cpu")) == 8
-    assert timing.sets_past_cache([large], torch.device("cpu")) == 2
+    assert sets_past_cache([small], torch.device("cpu")) == 8
+    assert sets_past_cache([large], torch.device("cpu")) == 2
 
 
 class Steady:

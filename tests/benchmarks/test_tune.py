@@ -14,9 +14,10 @@ from fastunet.benchmarks import tune
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.gpu_steps import layer_of
-from fastunet.benchmarks.harness.timing import interleaved_samples
 from fastunet.kernels import gpu, tuning
 from fastunet.kernels.conv3x3 import config
+
+from fastunet.timing import interleaved_samples
 
 HOPPER = gpu.known_target(90)
 SETTINGS = Settings(device="cpu", rounds=5)
