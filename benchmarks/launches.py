@@ -34,6 +34,11 @@ OPS = (*ops.__all__, E4M3)
 # The side of an image beyond which no other configuration is chosen.
 _LARGEST = 128
 _HALO_SHAPES = (ConvShape(64, 0, 64, 128, 128), ConvShape(64, 64, 64, 128, 128), ConvShape(128, 0, 128, 256, 256))
+# Ops whose kernels are those of all with a 3x3 convolution; what others add to them is compiled at one size.
+_CONVOLUTIONS = (
+    *("conv3x3_bias_relu", "conv3x3_bias_relu_pool", "concat_conv3x3_bias_relu", "conv3x3_batch_norm_relu"),
+    *("conv3x3_relu_conv1x1", UP_CONV),
+)
 # Channels in and out, and sides of the images.
 _E4M3_SHAPES = tuple(itertools.product(((32, 64), (64, 64), (128, 128), (64, 128)), (128, 48, 8)))
 # Of tensors that have not the op's.
@@ -144,7 +149,7 @@ def calls(math: str, capability: int) -> list[Call]:
     widest = max(shapes, key=lambda shape: (shape.aligned, shape.c1, shape.c_out))
     if dtype == torch.float16 or capability == 86:
         return [_call(case, dtype) for case in _cases(widest)]
-    cases = [case for shape in shapes for case in _cases(shape) if "conv3x3" in case.op]
+    cases = [case for shape in shapes for case in _cases(shape) if case.op in _CONVOLUTIONS]
     for case in _cases(widest):
         leaky = {"negative_slope": 0.1} if "conv3x3" in case.op else {}
         cases.append(replace(case, options={**case.options, **leaky}))
