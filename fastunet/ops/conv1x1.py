@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -69,14 +68,8 @@ def _forward(args: HeadArgs, choice: dispatch.Choice) -> Tensor:
     if choice.implementation == "triton":
         y = _forward_triton(*args)
     else:
-        y = _activate(F.conv2d(args.x, args.weight, args.bias), args.activation)
+        y = reference.conv1x1(args.x, args.weight, args.bias, activation=args.activation)
     return y.contiguous(memory_format=memory_format(args.x, args.weight))
-
-
-def _activate(y: Tensor, activation: str | None) -> Tensor:
-    if activation is None:
-        return y
-    return y.sigmoid_() if activation == "sigmoid" else y.softmax(dim=1)
 
 
 def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -85,7 +78,7 @@ def _forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: 
 
     tf32 = dispatch.tf32_allowed()
     if activation == "softmax" and weight.shape[0] > config_pixels.LARGEST_SOFTMAX:
-        return _activate(kernels.conv1x1(x, weight, bias, allow_tf32=tf32), activation)
+        return kernels.conv1x1(x, weight, bias, allow_tf32=tf32).softmax(dim=1)
     return kernels.conv1x1(x, weight, bias, activation=activation, allow_tf32=tf32)
 
 
