@@ -4,6 +4,7 @@ runs.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -24,10 +25,12 @@ from fastunet.testing import (
     conv3x3_weight_grad_expected,
     conv_tolerance,
     in_layout,
+    parity,
     random_cotangent,
     random_input,
     random_integers,
 )
+from fastunet.testing.ops import Call
 
 # Images whose sides are and are not whole tiles; one or two inputs; several images.
 SHAPES = [(1, (8,), 5, 8, 12), (3, (5, 3), 6, 9, 7), (2, (4,), 3, 1, 1), (2, (3, 4), 8, 16, 16), (1, (2,), 2, 5, 21)]
@@ -153,6 +156,8 @@ def test_memory_of_inference_serves_training() -> None:
 
 auto = pytest.mark.skipif(dispatch.selected_backend() != "auto", reason="FASTUNET_BACKEND is not auto")
 X, UP, WEIGHT = (2, 128, 50, 49), (2, 64, 50, 49), (128, 192, 3, 3)
+PLAIN = parity.Case("conv3x3_bias_relu", {"x": X, "weight": (128, 128, 3, 3), "bias": (128,)})
+JOINED = parity.Case("concat_conv3x3_bias_relu", {"skip": X, "up": UP, "weight": WEIGHT, "bias": (128,)})
 
 
 @pytest.fixture
@@ -176,47 +181,40 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @auto
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("joined", [False, True])
-def test_op_within_bounds(joined: bool, layout: str, calls: list[str]) -> None:
-    x, up = (in_layout(random_input(shape, seed=i), layout).requires_grad_() for i, shape in enumerate((X, UP)))
-    weight = in_layout(random_input(WEIGHT if joined else (128, 128, 3, 3), seed=2), layout).requires_grad_()
-    bias = random_input((128,), seed=3).requires_grad_()
-    leaves = [x, up, weight, bias] if joined else [x, weight, bias]
-    if joined:
-        y = ops.concat_conv3x3_bias_relu(x, up, weight, bias, relu=False)
-    else:
-        y = ops.conv3x3_bias_relu(x, weight, bias, relu=False)
-    grad = random_cotangent(y)
-    grads = dict(zip(("x", "up", "weight", "bias") if joined else ("x", "weight", "bias"), leaves, strict=True))
-    results = dict(zip(grads, torch.autograd.grad(y, leaves, grad), strict=True))
+@pytest.mark.parametrize("case", [PLAIN, JOINED], ids=str)
+def test_op_within_bounds(case: parity.Case, layout: str, calls: list[str]) -> None:
+    inputs = parity.make_inputs(case.shapes, torch.float32, torch.device("cpu"))
+    inputs = {name: (in_layout(t, layout) if t.dim() == 4 else t).requires_grad_() for name, t in inputs.items()}
+    y = parity.run_op(case.op, inputs, {}, {"relu": False})
+    cotangents = [random_cotangent(y)]
+    results = parity.results_of((y,), inputs, cotangents)
     assert calls == ["convolve_transformed", "gradients"]
-    detached = {name: t.detach() for name, t in grads.items()}
-    assert_within(y, *conv3x3_expected(detached["x"], detached["weight"], detached["bias"], up=detached.get("up")))
-    assert_within(results["x"], *conv3x3_input_grad_expected(grad, detached["weight"][:, :128]))
-    assert_within(results["weight"][:, :128], *conv3x3_weight_grad_expected(grad, detached["x"]))
-    if joined:
-        assert_within(results["up"], *conv3x3_input_grad_expected(grad, detached["weight"][:, 128:]))
-        assert_within(results["weight"][:, 128:], *conv3x3_weight_grad_expected(grad, detached["up"]))
-    for name, t in results.items():
-        assert t.stride() == grads[name].stride(), name
+    exact = {name: t.detach() for name, t in inputs.items()}
+    parity.compare(results, Call(case.op, exact, {"relu": False}, {}, cotangents))
+    for name, t in inputs.items():
+        assert results[f"grad {name}"].stride() == t.stride(), name
 
 
-def batch_norm(op: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    return op(*tensors, None, None, training=True, relu=False)
+@auto
+@pytest.mark.parametrize("case", [PLAIN, JOINED], ids=str)
+def test_inference_within_bounds(case: parity.Case, calls: list[str]) -> None:
+    with torch.inference_mode():
+        parity.check(dataclasses.replace(case, backward=False), torch.float32, torch.device("cpu"))
+    assert calls == ["convolve_transformed"]
 
 
 @auto
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_op_with_norm_is_nearly_as_near_to_float64_as_on_aten(norm: str, calls: list[str]) -> None:
     """Without an activation: where that bends, a value next to 0 may fall on either side."""
-    make = {"seed": 2, "layout": "channels_last"}
-    tensors = [random_input(X, seed=0), random_input((128, 128, 3, 3), **make), *(random_input((128,)) for _ in "ab")]
-    op = getattr(ops, f"conv3x3_{norm}_norm_relu")
+    weight = random_input((128, 128, 3, 3), seed=2, layout="channels_last")
+    tensors = [random_input(X, seed=0), weight, *(random_input((128,)) for _ in "ab")]
+    op, running = getattr(ops, f"conv3x3_{norm}_norm_relu"), (None, None) if norm == "batch" else ()
     results = []
     for backend, dtype in (("auto", torch.float32), ("aten", torch.float32), ("aten", torch.float64)):
         leaves = [t.to(dtype).requires_grad_() for t in tensors]
         with fastunet.backend(backend):
-            y = batch_norm(op, *leaves) if norm == "batch" else op(*leaves, relu=False)
+            y = op(*leaves, *running, relu=False, **({"training": True} if running else {}))
             results.append([y.detach(), *torch.autograd.grad(y, leaves, random_cotangent(y))])
     assert calls == ["convolve_transformed", "gradients"]
     for actual, of_aten, exact in zip(*results, strict=True):
@@ -226,11 +224,11 @@ def test_op_with_norm_is_nearly_as_near_to_float64_as_on_aten(norm: str, calls: 
 
 @auto
 def test_training_step_of_a_net(calls: list[str]) -> None:
-    net = fastunet.UNet(1, 2, features=(8, 128, 128)).train()
-    y = net(random_input((1, 1, 96, 100), seed=1))
+    net, x = fastunet.UNet(1, 2, features=(8, 128, 128)).train(), random_input((1, 1, 96, 100), seed=1)
+    y = net(x)
     y.backward(random_cotangent(y))
     assert calls == ["convolve_transformed"] * 3 + ["gradients"] * 3
-    assert_within(y, net.to_reference().train()(random_input((1, 1, 96, 100), seed=1)), 1e-4 * y.abs().max())
+    assert_within(y, net.to_reference().train()(x), 1e-4 * y.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -278,31 +276,12 @@ def test_where_it_stays_out(other: str, calls: list[str]) -> None:
 
 # --- in inference ---
 
-NORM = [random_input((128,), seed=s) for s in (11, 12, 13, 14)]
-
-
-def folded() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gamma, beta, mean and variance."""
-    gamma, beta, mean, variance = NORM
-    return gamma, beta, mean, variance.abs() + 0.5
-
-
-@auto
-@pytest.mark.parametrize("joined", [False, True])
-def test_inference_within_bounds(joined: bool, calls: list[str]) -> None:
-    x, up = (random_input(shape, seed=i) for i, shape in enumerate((X, UP)))
-    weight, bias = random_input(WEIGHT if joined else (128, 128, 3, 3), seed=2), random_input((128,), seed=3)
-    with torch.inference_mode():
-        y = ops.concat_conv3x3_bias_relu(x, up, weight, bias) if joined else ops.conv3x3_bias_relu(x, weight, bias)
-    assert calls == ["convolve_transformed"]
-    expected = conv3x3_expected(x, weight, bias, up=up if joined else None, negative_slope=0.0)
-    assert_within(y, *expected)
-
 
 @auto
 def test_inference_with_norm_sees_every_change(calls: list[str]) -> None:
     x, weight = random_input(X), random_input((128, 128, 3, 3), seed=2)
-    gamma, beta, mean, variance = folded()
+    gamma, beta, mean, variance = (random_input((128,), seed=seed) for seed in (11, 12, 13, 14))
+    variance = variance.abs() + 0.5
 
     def check() -> None:
         with torch.no_grad():
