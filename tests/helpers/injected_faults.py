@@ -53,15 +53,22 @@ def kernels_with(fault: Fault, folder: Path) -> Iterator[str]:
 
 
 def check_tests(faults: Mapping[Check, Sequence[Fault]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return two tests: each check passes on the kernels as they are, and fails on a copy with each of its faults."""
+    """Return two tests: each check passes on the kernels as they are, and fails on a copy with each of its faults.
+
+    What a check catches changes only with the check or the kernel: all faults but each check's first are slow tests.
+    """
 
     @pytest.mark.parametrize("check", faults, ids=lambda check: check.__name__)
     def test_check(check: Check) -> None:
         check(load())
 
-    cases = [(check, fault) for check, each in faults.items() for fault in each]
+    cases = [
+        pytest.param(check, fault, id=f"{fault[0]}: {fault[2]}", marks=[pytest.mark.slow] if i else [])
+        for check, each in faults.items()
+        for i, fault in enumerate(each)
+    ]
 
-    @pytest.mark.parametrize(("check", "fault"), cases, ids=[f"{fault[0]}: {fault[2]}" for _, fault in cases])
+    @pytest.mark.parametrize(("check", "fault"), cases)
     def test_injected_fault_is_caught(check: Check, fault: Fault, tmp_path: Path) -> None:
         with kernels_with(fault, tmp_path) as package, pytest.raises(AssertionError):
             check(load(package))
