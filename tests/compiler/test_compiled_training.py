@@ -46,23 +46,12 @@ def test_gradient_accumulation() -> None:
     compare(trained(plain, plain, accumulate=3), trained(model, compiled, accumulate=3), 1e-11)
 
 
-class Wide(nn.Module):
-    """A pair of layers wide enough for Winograd's algorithm, and one that is not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(128, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128)
-        self.second, self.third = nn.Conv2d(128, 128, 3, padding=1), nn.Conv2d(128, 2, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.first(x)))
-        return self.third(F.relu(self.second(x)))
-
-
 def test_wide_layers_train_by_the_ops() -> None:
     """Gradients as near to float64's as direct convolutions' in float32 are, but for a few times."""
     torch.manual_seed(0)
-    plain, x = Wide().train(), torch.randn(2, 128, 48, 46)
+    wide = (nn.Conv2d(128, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU())
+    wide += (nn.Conv2d(128, 128, 3, padding=1), nn.ReLU())  # Wide enough for Winograd's algorithm, unlike the next.
+    plain, x = nn.Sequential(*wide, nn.Conv2d(128, 2, 3, padding=1)).train(), torch.randn(2, 128, 48, 46)
     assert [row.implementation for row in fastunet.explain(plain, x).rows][:2] == ["winograd", "winograd"]
     grad = torch.randn(2, 2, 48, 46)
     results = []
