@@ -149,7 +149,7 @@ try:
     fastunet.nothing
 except AttributeError as error:
     assert "no attribute 'nothing'" in str(error)
-for name in ("training", "data.synthetic", "testing", "ops"):
+for name in ("training", "data.synthetic", "testing", "ops", "kernels.conv3x3.config"):
     importlib.import_module("fastunet." + name)
 fastunet.UNet(1, 1, features=(2, 4))(torch.zeros(2, 1, 4, 4)).square().mean().backward()
 assert not torch.cuda.is_initialized()
