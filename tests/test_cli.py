@@ -213,11 +213,9 @@ def test_bad_arguments_are_one_error_line(
 SAME_FOLDERS: dict[str, Callable[[Path], tuple[Path, Path]]] = {
     "images": lambda d: (d, d / "images"),
     "masks": lambda d: (d, d / "masks"),
-    "the masks beside": lambda d: (d / "images", d / "masks"),
     "of one image": lambda d: (d / "images/cell_001.png", d / "images"),
     "relative": lambda d: (d, Path(os.path.relpath(d)) / "masks" / ".." / "images"),
     "a link to it": lambda d: (d, linked(d.parent / "link", d / "masks")),
-    "through a link": lambda d: (linked(d.parent / "other", d), d / "images"),
     "where the images really are": lambda d: (moved_away(d), d.parent / "archive"),
 }
 

@@ -51,6 +51,7 @@ from fastunet.unet import UNet
 VALIDATIONS = 10  # per run
 WARMUP = 0.03  # of the run
 REPORTED = 4  # images in the report
+SHORTEST_EPOCH = 100  # steps: starting workers anew costs nothing beside it
 
 
 @dataclass
@@ -185,8 +186,7 @@ class _Loop:
         self.loss = BCEDiceLoss(batch=True) if run.data.classes == 1 else CEDiceLoss(batch=True)
         gpu = accelerator.device.type != "cpu"
         workers = config.workers if config.workers is not None else (4 if gpu else 0)
-        # An epoch is long enough that starting workers anew costs nothing beside it.
-        self.steps_per_epoch = max(100, math.ceil(len(pairs) / config.batch_size))
+        self.steps_per_epoch = max(SHORTEST_EPOCH, math.ceil(len(pairs) / config.batch_size))
         length = config.batch_size * self.steps_per_epoch
         self.dataset = SegmentationDataset(pairs, run.data, crop=config.crop, length=length, seed=config.seed)
         # Its own generator: the loader would draw from that of the augmentation, once more after a resumption.

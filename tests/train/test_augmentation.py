@@ -128,8 +128,8 @@ def test_torchs_seed_repeats_it() -> None:
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", [*OFF, "all"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["flip", "rotate", "elastic", "all"])
 def test_any_float_dtype_gives_itself_under_any_default(name: str, dtype: torch.dtype, default: torch.dtype) -> None:
     images, labels = make_batch()
     chances = dict.fromkeys(OFF if name == "all" else [name], 1.0)
