@@ -59,7 +59,6 @@ def write_in_inference_mode(module: nn.Conv2d) -> None:
 
 CHANGES: dict[str, Callable[[nn.Conv2d], object]] = {
     "in place": lambda m: m.weight.detach().mul_(2),
-    "data in place": lambda m: m.weight.data.mul_(2),
     "one value": lambda m: (
         m.weight.data.view(-1)[:1].add_(1) if m.weight.is_contiguous() else m.weight.data[0, 0, 0, 0].add_(1)
     ),
