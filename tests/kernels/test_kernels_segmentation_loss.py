@@ -112,13 +112,13 @@ def test_layouts_are_read_and_written_as_they_are() -> None:
     options = {"softmax": True, "squared": False}
     for layout, same in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
         x = in_layout(logits, layout)
-        assert KERNELS.segmentation_loss._addressable(x) is x
+        assert KERNELS.segmentation_loss._tensor("x", x)["x_ptr"] is x
         sums = KERNELS.segmentation_loss.segmentation_sums(x, make_target(x, "soft"), None, entropy=False, **options)
         grad = KERNELS.segmentation_loss.segmentation_sums_grad(sums, x, make_target(x, "soft"), None, **options)
         assert grad.is_contiguous(memory_format=same)
     window = logits[:, 1:, :, :]
-    assert KERNELS.segmentation_loss._addressable(window) is window
-    assert KERNELS.segmentation_loss._addressable(logits[..., 1:]).is_contiguous()
+    assert KERNELS.segmentation_loss._tensor("x", window)["x_ptr"] is window
+    assert KERNELS.segmentation_loss._tensor("x", logits[..., 1:])["x_ptr"].is_contiguous()
 
 
 def test_what_must_not_change_a_bit() -> None:
