@@ -29,7 +29,6 @@ from fastunet.testing import (
     conv_transpose2x2_weight_grad_expected,
     e4m3_sums_expected,
     in_layout,
-    pooled_expected,
     random_cotangent,
     random_input,
     random_integers,
@@ -96,7 +95,7 @@ def test_correct_convolutions_are_within_and_small_mistakes_outside(dtype: torch
     expected = conv3x3_expected(x, weight, bias)
     y = correct(x, weight, bias)
     assert_within(y, *expected)
-    assert_within(F.max_pool2d(F.relu(y), 2), *pooled_expected(conv3x3_expected(x, weight, bias, negative_slope=0.0)))
+    assert_within(F.max_pool2d(F.relu(y), 2), *conv3x3_expected(x, weight, bias, negative_slope=0.0).pool())
     for mistake in MISTAKES:
         with outside():
             assert_within(mistake(x, weight, bias), *expected)
@@ -224,9 +223,9 @@ def test_assert_within_compares_shapes_and_allows_empty() -> None:
     assert_within(torch.zeros(0, 3), torch.zeros(0, 3), 0.0)
 
 
-def test_pooled_expected_takes_the_worst_tolerance_of_a_window() -> None:
+def test_pooling_takes_the_worst_tolerance_of_a_window() -> None:
     value = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], dtype=torch.float64)
-    pooled = pooled_expected(Expected(value, torch.tensor([[[[0.1, 0.7], [0.2, 0.3]]]], dtype=torch.float64)))
+    pooled = Expected(value, torch.tensor([[[[0.1, 0.7], [0.2, 0.3]]]], dtype=torch.float64)).pool()
     assert (pooled.value.item(), pooled.tolerance.item()) == (4.0, 0.7)
 
 

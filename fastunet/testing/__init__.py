@@ -12,6 +12,7 @@ it has 6 sqrt(K). References are computed in float64 from the inputs as they are
 """
 
 from .bounds import Expected as Expected
+from .bounds import pool_grad as pool_grad
 from .budget import LAYOUTS as LAYOUTS
 from .budget import UNIT_ROUNDOFF as UNIT_ROUNDOFF
 from .budget import assert_within as assert_within
@@ -37,7 +38,5 @@ from .convolutions import conv_transpose2x2_expected as conv_transpose2x2_expect
 from .convolutions import conv_transpose2x2_input_grad_expected as conv_transpose2x2_input_grad_expected
 from .convolutions import conv_transpose2x2_weight_grad_expected as conv_transpose2x2_weight_grad_expected
 from .convolutions import e4m3_sums_expected as e4m3_sums_expected
-from .convolutions import max_pool2x2_grad_expected as max_pool2x2_grad_expected
-from .convolutions import pooled_expected as pooled_expected
 from .losses import segmentation_sums_expected as segmentation_sums_expected
 from .losses import segmentation_sums_grad_expected as segmentation_sums_grad_expected

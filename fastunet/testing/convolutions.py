@@ -87,11 +87,6 @@ def e4m3_sums_expected(x: Tensor, weight: Tensor, *, step: int | None = None) ->
     return Expected(value, truncations * E4M3_TRUNCATION * aligned + across)
 
 
-def pooled_expected(expected: Expected) -> Expected:
-    """Return the 2x2 maxima of an expected result: a maximum is off by no more than the worst of its window."""
-    return expected.pool()
-
-
 def conv3x3_input_grad_expected(grad: Operand, weight: Tensor, **rounds: Any) -> Expected:
     """Return the gradient of the convolution's input: a sum of 9*Cout products."""
     return bilinear(partial(F.conv_transpose2d, padding=1), grad, weight, 9 * weight.shape[0], **rounds)
@@ -128,11 +123,6 @@ def conv3x3_activation_grad_expected(
     if grad_pooled is not None:
         grad = grad + pool_grad(grad_pooled, before)
     return activation_grad(grad, before, negative_slope).stored(y.dtype)
-
-
-def max_pool2x2_grad_expected(x: Tensor, grad: Tensor) -> Expected:
-    """Return the gradient of max_pool2d(x, 2), from torch's backward: values moved, never changed."""
-    return pool_grad(grad, Expected.exact(x))
 
 
 def conv_transpose2x2_expected(x: Operand, weight: Tensor, bias: Tensor | None = None, **rounds: Any) -> Expected:

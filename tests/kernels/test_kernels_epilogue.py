@@ -12,7 +12,7 @@ from injected_faults import check_tests, load
 from kernel_device import DEVICE, HOPPER, INTERPRETED, MARK, on
 from torch import Tensor
 
-from fastunet.testing import assert_within, conv3x3_expected, pooled_expected, random_input
+from fastunet.testing import assert_within, conv3x3_expected, random_input
 from fastunet.testing.bounds import Expected, bilinear
 
 pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
@@ -55,7 +55,7 @@ def assert_norm(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype,
     y, pooled = kernels.conv3x3.pointer.conv3x3(t["x"], t["weight"], t["bias"], **options)
     expected = before_rounding(t, slope, norm=True).stored(dtype)
     assert_within(y, *expected)
-    assert_within(pooled, *pooled_expected(expected))
+    assert_within(pooled, *expected.pool())
 
 
 def assert_head(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastunet.testing import (
     LAYOUTS,
+    Expected,
     assert_within,
     bias_grad_expected,
     conv1x1_bias_grad_expected,
@@ -30,7 +31,7 @@ from fastunet.testing import (
     conv_transpose2x2_input_grad_expected,
     conv_transpose2x2_weight_grad_expected,
     in_layout,
-    max_pool2x2_grad_expected,
+    pool_grad,
     random_cotangent,
     random_input,
     random_integers,
@@ -70,7 +71,7 @@ def assert_pool(kernels: ModuleType, x: Tensor) -> None:
     gx = kernels.activation_grad.activation_grad(x, None, grad, None)
     assert is_packed(gx)
     if x.shape[0]:
-        assert_within(gx, *max_pool2x2_grad_expected(x, grad))
+        assert_within(gx, *pool_grad(grad, Expected.exact(x)))
 
 
 def assert_transpose(
