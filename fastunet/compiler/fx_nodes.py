@@ -116,9 +116,6 @@ class Order:
         self._nodes = list(nodes)
         self._index = {node: i for i, node in enumerate(self._nodes)}
 
-    def sorted(self, nodes: Iterable[Node]) -> list[Node]:
-        return sorted(nodes, key=self._index.__getitem__)
-
     def is_quiet(self, nodes: Iterable[Node]) -> bool:
         """Whether the nodes can be computed in one step at the place of the last: nothing else from the first on
         changes a tensor or a mode, or touches the statistics they move.
