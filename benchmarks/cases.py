@@ -44,8 +44,7 @@ class Settings:
 
     rounds: samples of each time, at most. seconds: after which a timing takes no further sample. steady_seconds: for
     which a net runs without a break. compiles: with torch.compile; thorough: with what takes minutes to compile, too.
-    layers: which of the net's, by name; None: all. table: the file of measured configurations that speedups are
-    measured with, None for the one of the GPU.
+    layers: which of the net's, by name; None: all.
     """
 
     device: str = "cuda"
@@ -63,7 +62,6 @@ class Settings:
     compiles: bool = True
     thorough: bool = False
     layers: tuple[str, ...] | None = None
-    table: str | None = None
 
     @property
     def torch_device(self) -> torch.device:

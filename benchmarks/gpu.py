@@ -97,9 +97,13 @@ def make_report(
     report["roofline"] = draw_roofline(out, report)
     save(rows)
     if steps is None and dispatch.triton_unsupported(settings.torch_device, DTYPE) is None:
-        from .tune import measure_table, table_name  # Late: without kernels installed, `run` says what to do.
+        from fastunet.kernels import autotune, gpu  # Late: without kernels installed, `run` says what to do.
 
-        save(rows + measure_table(settings, (tuned or out) / table_name(settings.device), budget))
+        from .tune import measure_table
+
+        path = autotune.table_path(gpu.target(settings.torch_device).name)
+        report["tuned"] = measure_table(settings, (tuned or out) / path.name, budget)
+        save(rows)
     return report
 
 
@@ -118,12 +122,12 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     settings = settings_of(options, parser)
     if options.minutes <= 0:
         parser.error(f"expected --minutes above 0, got {options.minutes}")
-    from fastunet.kernels import tuning
+    from fastunet.kernels import autotune
 
-    report = make_report(settings, options.out, options.minutes, tuned=tuning.TUNED if options.tuned else None)
+    report = make_report(settings, options.out, options.minutes, tuned=autotune.TUNED if options.tuned else None)
     print(f"{options.out / 'gpu_report.md'}\n{report['summary']}")
     if not options.tuned:
-        print(f"To use the configurations that were measured, if any: cp {options.out}/<gpu>.json {tuning.TUNED}")
+        print(f"To use the configurations that were measured, if any: cp {options.out}/<gpu>.json {autotune.TUNED}")
     wrong = [row for row in report["rows"] if row["status"] not in ("ok", "skipped")]
     is_empty = all(row["status"] == "skipped" for row in report["rows"])
     return 1 if wrong or is_empty else 0

@@ -57,8 +57,7 @@ class Step:
 
     "parity": name is the case's number, variant the number format. "layer": the layer; the direction, or COMPILED for
     forward beside what torch.compile makes of it. "net": the task; variant empty or one of COMPILED_NETS, which take a
-    minute each. "roofs": the device's. "clock": the layer that is timed by another timer too. "tune", "speedup": see
-    tune.
+    minute each. "roofs": the device's. "clock": the layer that is timed by another timer too.
     """
 
     kind: str
@@ -133,10 +132,6 @@ def run_step(settings: Settings, step: Step, measure: Measure | None = None) -> 
 
 
 def _measured(settings: Settings, step: Step, row: Row, measure: Measure | None) -> Row:
-    if step.kind in ("tune", "speedup"):
-        from . import tune  # Late, as triton: it may be absent.
-
-        return tune.search(settings, step) if step.kind == "tune" else tune.speedup(settings, step)
     if step.kind == "roofs":
         return measure_roofs(settings.torch_device)
     # Of a net's ops, the convolution decides: where it has no kernel that runs here, there is nothing to compare.
@@ -228,17 +223,22 @@ def variants_of(layer: Layer, device: torch.device) -> list[Provider]:
     """Our 3x3 convolution in the variants but the one that is chosen."""
     if "conv3x3" not in layer.op:
         return []
-    from fastunet.kernels import gpu  # Late, as triton: it may be absent.
+    from fastunet.kernels import autotune, gpu  # Late, as triton: it may be absent.
     from fastunet.kernels.conv3x3 import config, config_search
 
-    from .tune import conv_shape
-
     def prepare(candidate: Any, inputs: dict[str, Tensor]) -> Run:
-        return tuned_run(
-            config.CONV3X3, candidate, case_run(parity.Case(layer.op, layer.shapes), inputs, "triton", "forward")
-        )
+        run = case_run(parity.Case(layer.op, layer.shapes), inputs, "triton", "forward")
 
-    shape, target = conv_shape(layer.shapes, config.CONV3X3), gpu.target(device)
+        def overridden() -> Any:
+            with autotune.overriding(config.CONV3X3, candidate):
+                return run()
+
+        return overridden
+
+    (_, c1, height, width), *others = layer.inputs.values()
+    c2, c_out = others[0][1] if others else 0, layer.shapes["weight"][0]
+    shape = config.ConvShape(c1, c2, c_out, height, width, config.aligned(c1, c2, c_out))
+    target = gpu.target(device)
     chosen = config.conv_config(shape, DTYPE, target, allow_tf32=False)
     found = config_search.conv_variants(shape, DTYPE, target, allow_tf32=False)
     return [
@@ -246,17 +246,6 @@ def variants_of(layer: Layer, device: torch.device) -> list[Provider]:
         for variant, candidate in found.items()
         if variant != chosen.variant
     ]
-
-
-def tuned_run(op: str, candidate: Any, run: Run) -> Run:
-    """The run with that configuration pinned."""
-    from fastunet.kernels import tuning
-
-    def pinned() -> Any:
-        with tuning.pinned(op, candidate):
-            return run()
-
-    return pinned
 
 
 def net_variant(*, training: bool) -> Provider:

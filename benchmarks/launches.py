@@ -10,12 +10,11 @@ import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from fastunet.kernels import config_passes, config_pixels, gpu, tuning
+from fastunet.kernels import autotune, config_passes, config_pixels, gpu
 from fastunet.kernels.conv3x3 import config, config_grad, config_hopper, config_search
 from fastunet.kernels.conv3x3.config import ConvShape
 from torch import Tensor
@@ -91,14 +90,13 @@ def launch_of(job: Job) -> gpu.Launch:
 
 def record(call: Call, math: str, capability: int) -> list[gpu.Launch]:
     """Return what the call would launch there."""
-    from fastunet.kernels.conv3x3 import hopper_self_test  # Late: triton is for those who record.
-
-    with gpu.recording(gpu.known_target(capability)) as found, contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(hopper_self_test, "unsupported_reason", return_value=None))
+    target = gpu.known_target(capability)
+    with gpu.recording(target) as found, contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(config_hopper, "unsupported_reason", return_value=None))
         # So that the kernels take tensors of the CPU.
         stack.enter_context(mock.patch.object(dispatch, "interpreting", return_value=True))
         # No table's configurations, and no choice that was made for another target.
-        stack.enter_context(tuning.reading(Path()))
+        stack.enter_context(mock.patch.multiple(autotune, _tables={target.name: {}}, _generation=object()))
         stack.enter_context(fastunet.backend("triton"))
         stack.enter_context(float32_precision("tf32" if math == "tf32" else "ieee"))
         call.run()
@@ -254,13 +252,15 @@ def _halo(target: gpu.Target) -> Iterator[Call]:
             yield from (_call(case, dtype, (config.CONV3X3, chosen)) for chosen in others)
 
 
-def _call(case: Case, dtype: torch.dtype, pin: tuple[str, Any] | None = None, *, channels_last: bool = True) -> Call:
-    """The op in inference and, if it has a backward, in training. pin: a kernel, and a configuration for it."""
+def _call(
+    case: Case, dtype: torch.dtype, override: tuple[str, Any] | None = None, *, channels_last: bool = True
+) -> Call:
+    """The op in inference and, if it has a backward, in training. override: a kernel, and a configuration for it."""
 
     def run() -> None:
         inputs = {name: _tensor(shape, _DTYPES.get(name, dtype), channels_last) for name, shape in case.shapes.items()}
         buffers = {} if case.buffers is None else {name: torch.ones(case.buffers) for name in ("mean", "variance")}
-        with contextlib.nullcontext() if pin is None else tuning.pinned(*pin):
+        with contextlib.nullcontext() if override is None else autotune.overriding(*override):
             with torch.no_grad():
                 parity.run_op(case.op, inputs, buffers, case.options)
             if case.backward:

@@ -127,7 +127,7 @@ def render(report: Report) -> str:
         "Not measured": missing_table(report["rows"]),
         "The timer beside CuPy's": _clock_table(by_kind.get("clock", [])),
         "Parity with float64": _parity_table(by_kind.get("parity", [])),
-        "Configurations measured": tune_table(by_kind.get("tune", []) + by_kind.get("speedup", [])),
+        "Configurations measured": tune_table(report.get("tuned", [])),
     }
     settings, features = report["settings"], "-".join(map(str, report["settings"]["features"]))
     shape = " x ".join(str(settings[name]) for name in ("batch", "in_channels", "size", "size"))
@@ -157,20 +157,14 @@ def _roofs(rows: Sequence[Row]) -> str:
 
 
 def tune_table(rows: Sequence[Row]) -> str:
-    """Write a line for each kernel of a layer, with what won, and why others were dropped; and for each layer as a net
-    runs it: `auto` takes our kernels where ATen takes longer at p10.
+    """Write a line for each row of a table of `kernels.autotune`: which configuration of a kernel is fastest, by how
+    many times ATen takes longer for a layer, and what is wrong.
     """
     lines = []
     for row in rows:
-        config = " ".join(f"{key}={value}" for key, value in row.get("entry", {}).get("config", {}).items())
-        margins = row.get("layer", row)
-        names = ("margin_over_derived", "margin_over_aten")
-        found = [
-            ratio_text(margins[key] | {"ratio": margins[key]["median"]}) if key in margins else "" for key in names
-        ]
-        dropped = "; ".join(shortened(each["reason"]) for each in row.get("dropped", ()))
-        lines.append([row["name"], row["variant"], config, *found, _note(row) or dropped])
-    return markdown(["layer", "what", "config", "heuristic / it", "aten / it", "note"], lines)
+        shape, config = (" ".join(f"{k}={v}" for k, v in row.get(part, {}).items()) for part in ("shape", "config"))
+        lines.append([row["op"], row["dtype"], shape, config, figure(row.get("speedup")), row.get("failed", "")])
+    return markdown(["what", "format", "shape", "config", "aten / ours, p10", "failed"], lines)
 
 
 def _clock_table(rows: Sequence[Row]) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastunet.inference.predict import predict as predict
     from fastunet.inference.quantization import quantize as quantize
     from fastunet.ops.recompute import recomputing as recomputing
+    from fastunet.tuning import tune as tune
     from fastunet.unet import UNet as UNet
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOMES: dict[str, str | None] = {
     "quantize": "inference.quantization",
     "recomputing": "ops.recompute",
     "reference": None,
+    "tune": "tuning",
 }
 __all__ = [*_HOMES]
 

@@ -1,10 +1,10 @@
 """The only place that picks an implementation, with its reason.
 
-`auto` is for what has been measured faster. On CUDA that is what the GPU's table of measurements says of a layer, its
-size included: a kernel that lost there, or was not measured, leaves the layer to ATen (cuDNN). On the CPU, inference
-runs oneDNN with weights prepared once, training in float32 the wide convolutions by Winograd's algorithm, and the rest
-ATen. The choice is process-wide: autograd runs CUDA backwards in
-threads of its own, which see no context variable.
+`auto` is for what has been measured faster. On CUDA that is what is known of a layer on that GPU (`kernels.autotune`),
+its size included: a kernel that lost there, came out wrong, or was not measured yet leaves the layer to ATen (cuDNN).
+On the CPU, inference runs oneDNN with weights prepared once, training in float32 the wide convolutions by Winograd's
+algorithm, and the rest ATen. The choice is process-wide: autograd runs CUDA backwards in threads of its own, which see
+no context variable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastunet import torch_private
 from fastunet.checks import BackendError, ConfigError
-from fastunet.kernels import tuning
+from fastunet.kernels import autotune
 
 BACKENDS = ("auto", "triton", "aten")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,6 +66,9 @@ _SMALL_PRODUCTS, _SMALL_WEIGHTS = 45_000_000, 1 << 20
 # Up to so many an upsampling and the convolution after it are quicker one after the other.
 _FEW_PRODUCTS_OF_TWO = 1 << 24
 
+# From which speedup on a kernel replaces ATen: what is less is within the noise of a clock that moves.
+LEAST_SPEEDUP = 1.03
+
 # Of this build of torch, and of this processor.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 _ONEDNN_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -73,20 +76,27 @@ _ONEDNN_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs an op ("triton", "onednn", "winograd" or "aten"), why, and whether its weights are prepared once."""
+    """What runs an op ("triton", "onednn", "winograd" or "aten"), why, and whether its weights are prepared once.
+
+    speedup: where it was measured, over ATen. unmeasured: the layer, where ATen runs because nothing is known of it.
+    """
 
     implementation: str
     reason: str
     prepares: bool = False
+    speedup: float | None = None
+    unmeasured: autotune.Layer | None = None
 
 
-def _checked(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ConfigError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+def _checked(name: str, source: str, expected: Sequence[str] = BACKENDS) -> str:
+    if name not in expected:
+        raise ConfigError(f"{source}: expected one of {', '.join(expected)}, got {name!r}")
     return name
 
 
 _selected = _checked(os.environ.get("FASTUNET_BACKEND", "auto"), "FASTUNET_BACKEND")
+# Whether layers are measured at their first use ("1"), not at all ("0"), or again whatever is known ("force").
+_tune = _checked(os.environ.get("FASTUNET_TUNE", "1"), "FASTUNET_TUNE", ("0", "1", "force"))
 
 
 @contextmanager
@@ -159,7 +169,7 @@ def settings(device: torch.device) -> tuple[Any, ...]:
         _selected,
         torch_private.onednn_enabled(),
         torch.compiler.is_compiling(),
-        tuning.table_in_force(),
+        autotune.generation(),
         device.type != "cpu" and tf32_allowed(),
     )
 
@@ -219,7 +229,7 @@ def _composition_unsupported(skip: Tensor, weight: Tensor | None, training: bool
 
 
 def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice:
-    """What the table of measurements on x's device says."""
+    """What is known of the layer on x's device."""
     sizes = [*x.shape[1:], *(() if weight is None else weight.shape[:2])]
     if x.dim() != 4 or not all(isinstance(size, int) for size in sizes):
         return Choice("aten", "which is faster depends on the size of the layer, and that is open here")
@@ -228,13 +238,37 @@ def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
     from fastunet.kernels import gpu
 
     name = gpu.target(x.device).name
-    layer = tuning.layer(op, x, weight, training=training)
-    margin = tuning.margin(layer, x.dtype, tf32_allowed(), name)
-    if margin is None:
-        return Choice("aten", f"the Triton kernel is not measured for this layer on {name}")
-    if margin < 1:
-        return Choice("aten", f"measured on {name}: the Triton kernel is {1 / margin:.2f} times as slow")
-    return Choice("triton", f"measured on {name}: {margin:.2f} times as fast as ATen")
+    layer, dtype = autotune.layer(op, x, weight, training=training), autotune.format_of(x.dtype, tf32_allowed())
+    check, found = autotune.look_up(name, op, dtype, {}), autotune.look_up(name, op, dtype, layer.shape)
+    if failed := check.get("failed") or found.get("failed"):
+        return Choice("aten", f"on {name} the Triton kernel is not used: {failed}")
+    if "skipped" in found:
+        return Choice("aten", f"the Triton kernel is not measured for this layer on {name}: {found['skipped']}")
+    if "failed" not in check or "speedup" not in found:
+        return Choice("aten", f"the Triton kernel is not measured for this layer on {name}", unmeasured=layer)
+    speedup = found["speedup"]
+    if speedup < LEAST_SPEEDUP:
+        return Choice("aten", f"measured on {name}: {speedup:.2f} times as fast as ATen, too little", speedup=speedup)
+    return Choice("triton", f"measured on {name}: {speedup:.2f} times as fast as ATen", speedup=speedup)
+
+
+def is_to_measure(choice: Choice, device: torch.device) -> bool:
+    """Return whether the layer will be measured when it first runs there: on a GPU, by one process, and not where
+    results are to be the same in every run, which a choice by time is no part of.
+    """
+    return (
+        choice.unmeasured is not None
+        and _tune != "0"
+        and device.type == "cuda"
+        and not torch.are_deterministic_algorithms_enabled()
+        and ranks() == 1
+    )
+
+
+def ranks() -> int:
+    """Return how many processes train together."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
 
 
 def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -15,12 +15,12 @@ from torch.fx import GraphModule, Node
 
 from fastunet import dispatch, modules
 from fastunet.checks import BackendError
-from fastunet.compiler.backend import default_fallback, find_patterns
+from fastunet.compiler.backend import default_fallback, find_patterns, replace_patterns
 from fastunet.compiler.fx_nodes import arguments, value_of
 from fastunet.compiler.patterns import Pattern
 from fastunet.inference.cuda_graphs import GraphedModel
 from fastunet.inference.quantization import QuantizedConv3x3
-from fastunet.ops.registration import arguments_of_call
+from fastunet.ops.registration import Op, call_of
 from fastunet.torch_private import FakeTensorMode, TorchDispatchMode, original
 from fastunet.unet import UNet
 
@@ -90,12 +90,39 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
     target = torch.device(device) if device is not None else example.device
     with torch.set_grad_enabled(model.training):
         if any(isinstance(module, _OWN_BLOCKS) for module in model.modules()):
-            rows = _recorded(model, example, target)
+            rows = _recorded(model, example, target).rows
             if target.type == "cpu" and isinstance(model, UNet) and model.is_small(example):
                 small = {"implementation": "aten", "reason": _SMALL}
                 rows = [row if row.implementation == "aten" else dataclasses.replace(row, **small) for row in rows]
             return Explanation(tuple(rows))
-        return Explanation(tuple(_compiled(model, example, target)))
+        rows = []
+
+        def see(graph_module: GraphModule, inputs: list[Any], layers: dict[int, str]) -> None:
+            for _, found in find_patterns(graph_module, device=target):
+                rows.extend(_row_of(pattern, layers) for pattern in found)
+
+        _compile(model, example, see)
+        return Explanation(tuple(rows))
+
+
+def calls(model: nn.Module, example: Tensor) -> list[tuple[Op, Any]]:
+    """Return the ops that model(example) calls, or would if every pattern were replaced, in the order they run, each
+    with its arguments, whose tensors are fake. Nothing is computed; as `explain` otherwise.
+    """
+    model = original(model)
+    model = model.model if isinstance(model, GraphedModel) else model
+    with torch.set_grad_enabled(model.training):
+        if any(isinstance(module, _OWN_BLOCKS) for module in model.modules()):
+            return _recorded(model, example, example.device).calls
+        recorder = _Recorder({})
+
+        def see(graph_module: GraphModule, inputs: list[Any], layers: dict[int, str]) -> None:
+            replace_patterns(graph_module, force=True)
+            with recorder:
+                graph_module(*inputs)
+
+        _compile(model, example, see)
+        return recorder.calls
 
 
 def _fake(mode: FakeTensorMode, t: Tensor, device: torch.device) -> Tensor:
@@ -103,30 +130,28 @@ def _fake(mode: FakeTensorMode, t: Tensor, device: torch.device) -> Tensor:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device, requires_grad=False)
 
 
-def _recorded(model: nn.Module, example: Tensor, device: torch.device) -> list[Row]:
+def _recorded(model: nn.Module, example: Tensor, device: torch.device) -> _Recorder:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {name: _fake(mode, t, device) for name, t in (*model.named_parameters(), *model.named_buffers())}
     layers = {id(t): name.rpartition(".")[0] for name, t in state.items()}
     with mode, _Recorder(layers) as recorder, recorder.seeing(model):
         torch.func.functional_call(model, state, (_fake(mode, example, device),))
-    return recorder.rows
+    return recorder
 
 
-def _compiled(model: nn.Module, example: Tensor, device: torch.device) -> list[Row]:
-    """Return the rows of a copy of the model whose tensors are fake."""
+def _compile(model: nn.Module, example: Tensor, see: Callable[[GraphModule, list[Any], dict[int, str]], None]) -> None:
+    """Call `see` with each graph of a copy of the model on fake tensors, its inputs, and names of layers by tensor."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {id(p): nn.Parameter(_fake(mode, p, p.device), p.requires_grad) for p in model.parameters()}
     plain = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     memo |= {id(t): _fake(mode, t, t.device) for t in (*model.buffers(), *plain)}
     copied = copy.deepcopy(model, memo)
     layers = {id(t): name.rpartition(".")[0] for name, t in (*copied.named_parameters(), *copied.named_buffers())}
-    rows: list[Row] = []
     failures: list[BackendError] = []
 
     def backend(graph_module: GraphModule, inputs: Any) -> Callable:
         try:
-            for _, found in find_patterns(graph_module, device=device):
-                rows.extend(_row_of(pattern, layers) for pattern in found)
+            see(graph_module, inputs, layers)
         except BackendError as error:  # The compiler would wrap it in one of its own.
             failures.append(error)
         return graph_module.forward
@@ -139,7 +164,6 @@ def _compiled(model: nn.Module, example: Tensor, device: torch.device) -> list[R
         torch.compiler.reset()
     if failures:
         raise failures[0]
-    return rows
 
 
 def _row_of(pattern: Pattern, layers: dict[int, str]) -> Row:
@@ -169,6 +193,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.layers = layers
         self.rows: list[Row] = []
+        self.calls: list[tuple[Op, Any]] = []
         self.is_within = False
 
     @contextmanager
@@ -195,8 +220,10 @@ class _Recorder(TorchDispatchMode):
                 hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given, name = arguments_of_call(func, args), func.overloadpacket.__name__
-        if given is not None and not self.is_within:
+        call, name = call_of(func, args), func.overloadpacket.__name__
+        if call is not None and not self.is_within:
+            self.calls.append(call)
+            given = call[1]
             # The fake parameters ask for no gradient, as the model's do where gradients are recorded.
             choice = given.choice(training=torch.is_grad_enabled())
             self._note(getattr(given, "name", name), args, choice)

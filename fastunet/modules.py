@@ -161,7 +161,11 @@ class Up(reference.Up):
             and _is_conv_transpose2x2(self.up)
             and all(s // 2 == n for s, n in zip(skip.shape[2:], low.shape[2:], strict=True))
             # A graph may be traced through here, but not through the question; the op asks at every call.
-            and (torch.compiler.is_compiling() or dispatch.choose(JOINED_UP, skip, conv.weight).prepares)
+            and (
+                torch.compiler.is_compiling()
+                or (choice := dispatch.choose(JOINED_UP, skip, conv.weight)).prepares
+                or dispatch.is_to_measure(choice, skip.device)
+            )
         )
 
 
@@ -228,7 +232,9 @@ def is_left_to_aten(conv: Any, norm: Any, image: Tensor) -> bool:
     args = ConvArgs(image, None, conv.weight, norm="batch" if isinstance(norm, nn.BatchNorm2d) else "none")
     training = torch.is_grad_enabled() or norm.training
     choice = args.choice(training=training)
-    return choice.implementation == "aten" and not (training and dispatch.aten_is_slow(image, conv.weight))
+    if choice.implementation != "aten" or dispatch.is_to_measure(choice, image.device):  # By its op.
+        return False
+    return not (training and dispatch.aten_is_slow(image, conv.weight))
 
 
 def _is_inference(norm: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastunet.kernels import autotune
 from torch import Tensor
 
 from fastunet import dispatch
@@ -15,11 +16,19 @@ from fastunet.testing import float32_precision
 
 
 @pytest.fixture(autouse=True)
-def _no_remembered_choices() -> Iterator[None]:
-    """Choices are remembered as if the device never changed: tests that put another in its place change it."""
-    dispatch._choices.clear()
+def _nothing_known(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Choices are remembered as if the device never changed: tests that put another in its place change it. What was
+    measured, by the user of this machine or another test, is no test's.
+    """
+    folder = f"cache{hash(request.node.nodeid)}"
+    monkeypatch.setenv("FASTUNET_CACHE", str(tmp_path_factory.getbasetemp() / folder))
+    for forget in (dispatch._choices.clear, autotune._tables.clear, autotune._config.cache_clear):
+        forget()
     yield
-    dispatch._choices.clear()
+    for forget in (dispatch._choices.clear, autotune._tables.clear, autotune._config.cache_clear):
+        forget()
 
 
 @pytest.fixture

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from fastunet.kernels import gpu, tuning
+from fastunet.kernels import autotune, gpu
 
 import fastunet
 from fastunet import dispatch
@@ -124,40 +122,46 @@ HOPPER = gpu.known_target(90)
 
 
 @pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Path]]:
-    """A GPU where a convolution of 8 channels to 16 on images of 32x24 was measured, with this margin over ATen."""
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A GPU where a convolution of 8 channels to 16 on images of 32x24 passed its check, with what is known of it."""
     monkeypatch.setattr(dispatch, "triton_unsupported", lambda *_: None)
     monkeypatch.setattr(gpu, "target", lambda _: HOPPER)
-    path = tmp_path / "table.json"
 
-    def write(p10: float) -> Path:
-        layer = tuning.layer("conv3x3_bias_relu", torch.empty(1, 8, 32, 24), torch.empty(16, 8, 3, 3), training=True)
-        row = tuning.as_layer_row(layer, torch.float32, dispatch.tf32_allowed()) | {
-            "margin_over_aten": {"median": 9.0, "p10": p10}
-        }
-        path.write_text(json.dumps({"gpu": HOPPER.name, "configs": [], "layers": [row]}))
-        return path
+    def put(failed: str | None = "", **known: float | str) -> None:
+        layer = autotune.layer("conv3x3_bias_relu", torch.empty(1, 8, 32, 24), torch.empty(16, 8, 3, 3), training=True)
+        row = {"op": layer.op, "dtype": autotune.format_of(torch.float32, dispatch.tf32_allowed())}
+        check = [] if failed is None else [row | {"shape": {}, "failed": failed}]
+        autotune.put(HOPPER.name, [*check, row | {"shape": layer.shape} | known], keep=False)
 
     with fastunet.backend("auto"):
-        yield write
+        yield put
 
 
 @pytest.mark.usefixtures("layers_of_any_size")
-def test_auto_takes_what_was_measured_faster_and_nothing_else(measured: Callable[[float], Path]) -> None:
+def test_auto_takes_what_was_measured_faster_and_nothing_else(measured: Callable[..., None]) -> None:
     x, weight = torch.empty(5, 8, 32, 24), torch.empty(16, 8, 3, 3)
 
     def choose(x: torch.Tensor = x, *, training: bool = True) -> dispatch.Choice:
         return dispatch.choose("conv3x3_bias_relu", x, weight, training=training)
 
-    with tuning.reading(measured(1.25)):
-        assert choose() == dispatch.Choice("triton", "measured on sm_90: 1.25 times as fast as ATen")
-        assert choose(x[:1]).implementation == "triton", "in any batch"
-        for other in (choose(x[:, :, 1:]), choose(x.half())):
-            assert other == dispatch.Choice("aten", "the Triton kernel is not measured for this layer on sm_90")
-        assert choose(training=False).implementation == "onednn", "on this CPU"
-        assert "size of the layer" in choose(torch.empty(0)).reason
-    with tuning.reading(measured(0.5)):
-        assert choose() == dispatch.Choice("aten", "measured on sm_90: the Triton kernel is 2.00 times as slow")
+    measured(failed=None, speedup=1.25)
+    assert choose().unmeasured is not None, "its check comes first"
+    measured(speedup=1.25)
+    assert choose() == dispatch.Choice("triton", "measured on sm_90: 1.25 times as fast as ATen", speedup=1.25)
+    assert choose(x[:1]).implementation == "triton", "in any batch"
+    for other in (choose(x[:, :, 1:]), choose(x.half())):
+        assert (other.implementation, other.unmeasured is None) == ("aten", False)
+        assert other.reason == "the Triton kernel is not measured for this layer on sm_90"
+    assert choose(training=False).implementation == "onednn", "on this CPU"
+    assert "size of the layer" in choose(torch.empty(0)).reason
+    measured(speedup=1.02)
+    assert choose().reason == "measured on sm_90: 1.02 times as fast as ATen, too little"
+    for known in ({"failed": "y is off"}, {"speedup": 1.25, "failed": "y is off"}):
+        measured(**known)
+        assert (choose().implementation, choose().unmeasured) == ("aten", None)
+        assert choose().reason == "on sm_90 the Triton kernel is not used: y is off"
+    measured(skipped="no time was left")
+    assert (choose().unmeasured, "not measured for this layer on sm_90: no time" in choose().reason) == (None, True)
 
 
 @not_interpreting
@@ -191,7 +195,7 @@ def test_a_choice_is_made_once_and_seen_to_depend_on_its_settings(monkeypatch: p
         assert len(dispatch._choices) <= 8
 
 
-def test_explain_and_a_compiled_graph_choose_by_the_table(measured: Callable[[float], Path]) -> None:
+def test_explain_and_a_compiled_graph_choose_by_the_table(measured: Callable[..., None]) -> None:
     class Net(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -200,9 +204,11 @@ def test_explain_and_a_compiled_graph_choose_by_the_table(measured: Callable[[fl
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.second(self.first(x).relu()).relu()
 
-    with tuning.reading(measured(1.25)):
-        rows = fastunet.explain(Net().train(), torch.zeros(5, 8, 32, 24)).rows
+    measured(speedup=1.5)
+    rows = fastunet.explain(Net().train(), torch.zeros(5, 8, 32, 24)).rows
     assert [(row.layer, row.implementation, row.replaced_by) for row in rows] == [
         ("first", "triton", "conv3x3_bias_relu"),
         ("second", "inductor", ""),
     ]
+    measured(speedup=1.05)
+    assert fastunet.explain(Net().train(), torch.zeros(5, 8, 32, 24)).replaced == 0, "inductor gains as much over ATen"

@@ -23,6 +23,7 @@ FLOORS = {
     "dispatch": 2,
     "model_state": 2,
     "cpu": 3,
+    "measuring": 3,
     "ops": 4,
     "testing": 5,
     "pretrained": 5,
@@ -34,11 +35,12 @@ FLOORS = {
     "data": 6,
     "inference": 7,
     "explanation": 8,
-    "train": 8,
-    "augmentation": 9,
-    "training": 9,
-    "cli": 9,
-    "__main__": 10,
+    "tuning": 9,
+    "train": 10,
+    "augmentation": 11,
+    "training": 11,
+    "cli": 11,
+    "__main__": 12,
 }
 
 

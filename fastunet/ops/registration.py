@@ -13,6 +13,7 @@ composition of torch functions, which has every derivative and batching rule.
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from fastunet import checks, dispatch, torch_private
+from fastunet import checks, dispatch, measuring, torch_private
 from fastunet.torch_private import in_forward_mode, in_transform
 
 NAMESPACE = "fastunet"
@@ -104,7 +105,13 @@ def define(
     def computed(compute: Callable[[Any], Any]) -> Callable[..., Any]:
         return lambda *args: _without_none(compute(arguments(*args)), args)
 
-    _LIBRARY.impl(name, computed(lambda given: implementation(given, choose(given))), "CompositeExplicitAutograd")
+    def run(given: Any) -> Any:
+        choice = choose(given)
+        if choice.unmeasured is not None and composition is not None:  # A backward goes by what its forward measured.
+            choice = _settled(op, given, choice)
+        return implementation(given, choice)
+
+    _LIBRARY.impl(name, computed(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", computed(fake), lib=_LIBRARY)
     function = autograd or _not_differentiable(name, op, is_backward=composition is None)
     compose = None if composition is None else computed(composition)
@@ -168,10 +175,10 @@ def op_named(name: str) -> Op:
     return _OPS[getattr(getattr(torch.ops, NAMESPACE), name).default]
 
 
-def arguments_of_call(overload: Any, args: Sequence[Any]) -> Any:
-    """Return the arguments of a call that the dispatcher saw, or None of another's op."""
+def call_of(overload: Any, args: Sequence[Any]) -> tuple[Op, Any] | None:
+    """Return the op and the arguments of a call that the dispatcher saw, or None of another's op."""
     op = _OPS.get(overload)
-    return None if op is None else op.arguments(*args)
+    return None if op is None else (op, op.arguments(*args))
 
 
 def invoke(op: Op, args: Any) -> Any:
@@ -185,7 +192,10 @@ def invoke(op: Op, args: Any) -> Any:
     if torch.compiler.is_compiling() or not is_plain_call(args):
         return op.overload(*args)
     if not _is_recorded(args):
-        return op.implementation(args, args.choice())
+        choice = args.choice()
+        if choice.unmeasured is not None:
+            choice = _settled(op, args, choice)
+        return op.implementation(args, choice)
     return op.composition(args) if _is_torchs(op, args) else op.overload(*args)  # type: ignore[misc]
 
 
@@ -194,7 +204,13 @@ def _is_torchs(op: Op, args: Any) -> bool:
     if args[0].shape[0] == 0 or not op.is_torchs(args):
         return False
     choice = args.choice(training=True)
+    if choice.unmeasured is not None:
+        choice = _settled(op, args, choice)
     return choice.implementation == "aten" and not dispatch.aten_is_slow(args[0], getattr(args, "weight", None))
+
+
+def _settled(op: Op, args: Any, choice: dispatch.Choice) -> dispatch.Choice:
+    return measuring.settle(functools.partial(invoke, op), args, choice)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fastunet.kernels import tuning
+from fastunet.kernels import autotune
 from fastunet.kernels.gpu import Config, Target, cdiv
 from torch import Tensor
 
@@ -22,8 +22,9 @@ from torch import Tensor
 # boxes with a border, fetched once for three taps.
 POINTER, FOLDED, DESCRIPTOR, HALO = "pointer", "folded", "descriptor", "halo"
 
-# By what names `tuning` knows the ops whose blocks are a ConvConfig.
-CONV3X3, INPUT_GRAD, COMPOSED = "conv3x3", "conv3x3_input_grad", "conv_transpose2x2_concat_conv3x3"
+# By what names `autotune` knows the ops that have configurations: WEIGHT_GRAD a WeightGradConfig, others a ConvConfig.
+CONV3X3, INPUT_GRAD, WEIGHT_GRAD = "conv3x3", "conv3x3_input_grad", "conv3x3_weight_grad"
+COMPOSED = "conv_transpose2x2_concat_conv3x3"
 
 # Below this many input channels the nine taps fold into one K dimension of 9*C values: tap by tap, at least half of
 # each block of 16 channels, the least tl.dot takes, would be zeros.
@@ -119,8 +120,8 @@ def conv_config(
     """Return blocks for a convolution of `shape`; `allow_tf32` matters for float32 only. op: CONV3X3, or INPUT_GRAD for
     one that is an input gradient, whose kernels are others.
     """
-    override = tuning.override(op, shape, dtype, allow_tf32, target.name, ConvConfig)
-    return override or derived_conv_config(shape, dtype, target, allow_tf32)
+    found = autotune.config_for(op, shape, dtype, allow_tf32, target.name, ConvConfig)
+    return found or derived_conv_config(shape, dtype, target, allow_tf32)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -186,8 +187,8 @@ def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> Con
 
     shape: c1 channels of the convolution's first input, c2 and the size of the image before the upsampling.
     """
-    override = tuning.override(COMPOSED, shape, dtype, False, target.name, ConvConfig)
-    return override or derived_composed_config(shape, dtype, target)
+    found = autotune.config_for(COMPOSED, shape, dtype, False, target.name, ConvConfig)
+    return found or derived_composed_config(shape, dtype, target)
 
 
 @functools.lru_cache(REMEMBERED)

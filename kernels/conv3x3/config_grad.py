@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from fastunet.kernels import tuning
+from fastunet.kernels import autotune
 from fastunet.kernels.conv3x3.config import (
     ALL_REGISTERS,
     DESCRIPTOR,
@@ -16,6 +16,7 @@ from fastunet.kernels.conv3x3.config import (
     POINTER,
     REMEMBERED,
     TILE_W,
+    WEIGHT_GRAD,
     ConvShape,
     aligned,
     channel_block,
@@ -46,8 +47,8 @@ class WeightGradConfig(Config):
 
 def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> WeightGradConfig:
     """Return the blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""
-    override = tuning.override("conv3x3_weight_grad", shape, dtype, allow_tf32, target.name, WeightGradConfig)
-    return override or derived_weight_grad_config(shape, dtype, target, allow_tf32)
+    found = autotune.config_for(WEIGHT_GRAD, shape, dtype, allow_tf32, target.name, WeightGradConfig)
+    return found or derived_weight_grad_config(shape, dtype, target, allow_tf32)
 
 
 @functools.lru_cache(REMEMBERED)

@@ -2,9 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from fastunet.kernels import autotune, gpu, self_test
 from fastunet.kernels.conv3x3.config import HALO, TILE_W, ConvConfig, ConvShape
 from fastunet.kernels.gpu import Target, cdiv
+
+# The family of its check, which is apart from the other kernels': it synchronises by hand, and a wrong barrier hangs.
+FAMILY = "conv3x3_halo"
+
+
+def missing(dtype: torch.dtype, target: Target) -> str | None:
+    """Return what the halo variant lacks, sm_90, 16 bits or a Triton whose Gluon it is written for; None if nothing."""
+    if target.capability != 90 or dtype.itemsize != 2:
+        return f"the halo variant is for 16 bits on sm_90, not {dtype} on {target.name}"
+    version = gpu.unknown_triton()
+    known = " and ".join(gpu.TRITON_VERSIONS)
+    return None if version is None else f"the halo variant is written for Triton {known}, not {version}"
+
+
+@functools.cache
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the halo variant may not run on a device, None where nothing is missing and it has passed its check,
+    which begins when this is first asked.
+    """
+    reason, dtype_name = missing(dtype, gpu.target(device)), autotune.format_of(dtype, allow_tf32=False)
+    failed = None if reason else self_test.check([FAMILY], dtype_name, device)[FAMILY]
+    return f"the halo variant: {failed}" if failed else reason
+
+
+def checked_configs() -> list[ConvConfig]:
+    """Return the configs that its check runs: few, because each is a kernel to compile."""
+    parts = ((32, 64, 3, 6, True), (32, 128, 2, 4, True), (16, 64, 4, 8, False))
+    return [_config(*part) for part in parts]
+
+
+def _config(tile_h: int, block_n: int, slots: int, weights: int, swapped: bool) -> ConvConfig:
+    return ConvConfig(tile_h, TILE_W, block_n, 64, 4, slots, HALO, weight_stages=weights, swapped=swapped)
 
 
 def fits_halo(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:
@@ -25,7 +60,7 @@ def halo_config(shape: ConvShape, target: Target) -> ConvConfig:
         tile_h, block_n, slots, weights = 32, 128, 2, 4
     else:
         tile_h, block_n, slots, weights = 16, 64, 4, 8
-    return ConvConfig(tile_h, TILE_W, block_n, 64, 4, slots, HALO, weight_stages=weights, swapped=True)
+    return _config(tile_h, block_n, slots, weights, swapped=True)
 
 
 def shared_memory(chosen: ConvConfig) -> int:

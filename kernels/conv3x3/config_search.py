@@ -1,6 +1,6 @@
 """The configurations that a convolution could run with, for measuring which is fastest: pure enumeration.
 
-The derived configuration comes first, then those of the other variants, then the rest by how many fields they differ
+The heuristic configuration comes first, then those of the other variants, then the rest by how many fields they differ
 in from their variant's, so that a search which is cut short has seen the likeliest. All are correct by construction and
 fit shared memory; whether one compiles without spills, or at all, is for the search to find out.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import TypeVar
 
@@ -33,6 +33,17 @@ _WARPS = (4, 8)
 _STAGES = (2, 3, 4)
 
 T = TypeVar("T", ConvConfig, config_grad.WeightGradConfig)
+
+
+def feasible_configs(
+    op: str, shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool
+) -> Sequence[ConvConfig | config_grad.WeightGradConfig]:
+    """Return the configs to try for an op by one of `config`'s names, the heuristic one first."""
+    if op == config.COMPOSED:
+        return feasible_composed_configs(shape, dtype, target)
+    if op == config.WEIGHT_GRAD:
+        return feasible_weight_grad_configs(shape, dtype, target, allow_tf32=allow_tf32)
+    return feasible_conv_configs(shape, dtype, target, allow_tf32=allow_tf32, splits=op == config.CONV3X3)
 
 
 def conv_variants(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[str, ConvConfig]:

@@ -183,7 +183,7 @@ def _input_grads(
     chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32, op=config.INPUT_GRAD)
     if chosen.variant == config.HALO:
         # It is a convolution by the window turned around.
-        if x is None and halo_runs(grad.device, config.INPUT_GRAD):
+        if x is None and halo_runs(grad, config.INPUT_GRAD):
             turned = weight.transpose(0, 1).flip(2, 3)
             conv3x3_launch(grad, None, turned, chosen, Epilogue(out), allow_tf32=allow_tf32).run(grad.device)
             return outs

@@ -7,7 +7,7 @@ and takes one tile after the other; barriers in shared memory pass the slots of 
 and forth. By the product of pixels and weights [P, N], or by that of weights and pixels [N, P] (`swapped`), which
 reads less shared memory where N is 64.
 
-Gluon's interface is private to each release of Triton: `hopper_self_test` says where this variant may run. Unmeasured.
+Gluon's interface is private to each release of Triton: `config_hopper` says where this variant may run. Unmeasured.
 """
 
 from __future__ import annotations

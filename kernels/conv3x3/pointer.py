@@ -8,14 +8,13 @@ channels, which is never written.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import gpu
-from fastunet.kernels.conv3x3 import config, descriptor
+from fastunet.kernels import autotune, gpu
+from fastunet.kernels.conv3x3 import config, config_hopper, descriptor
 from fastunet.kernels.epilogue import (
     E4M3,
     HEAD_CLASSES,
@@ -258,23 +257,20 @@ def choose(
     aligned = config.aligned(c1, c2, channels) and weight_aligned(weight)
     shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
-    if chosen.variant == config.HALO and (leaves_statistics or not halo_runs(x.device, config.CONV3X3)):
+    if chosen.variant == config.HALO and (leaves_statistics or not halo_runs(x, config.CONV3X3)):
         return config.derived_conv_config(shape, x.dtype, target, allow_tf32)
     return chosen
 
 
-def halo_runs(device: torch.device, op: str) -> bool:
-    """Return whether the halo variant, which a measurement has chosen for the op, may run there; where not, it warns.
-    RuntimeError where it is pinned: whoever pins it is to see that variant, and no other in its place.
+def halo_runs(x: Tensor, op: str) -> bool:
+    """Return whether the halo variant, which a measurement has chosen for the op, may run on x; where not, it warns.
+    RuntimeError where an override asks for it: whoever measures it is to see that variant, and no other in its place.
     """
-    from fastunet.kernels import tuning
-    from fastunet.kernels.conv3x3 import hopper_self_test
-
-    reason = hopper_self_test.unsupported_reason(device)
-    if reason is not None and tuning.is_pinned(op):
+    reason = config_hopper.unsupported_reason(x.device, x.dtype)
+    if reason is not None and autotune.is_overridden(op):
         raise RuntimeError(reason)
     if reason is not None:
-        warnings.warn(f"{reason}; the derived variant runs in its place", RuntimeWarning, stacklevel=2)
+        autotune.warn_once(f"{reason}; the heuristic variant runs in its place")
     return reason is None
 
 

@@ -93,7 +93,7 @@ def test_each_side_imports_its_own_tree(repository: Path) -> None:
         for name, file in found.items():
             measured = name.startswith(("fastunet.testing", "fastunet.benchmarks"))
             assert Path(file).is_relative_to(repository if measured else tree), name
-    assert {"fastunet", "fastunet.ops.conv3x3", "fastunet.kernels.tuning", "fastunet.testing.parity"} <= set(found)
+    assert {"fastunet", "fastunet.ops.conv3x3", "fastunet.kernels.autotune", "fastunet.testing.parity"} <= set(found)
     assert not tree.exists()
     assert worktrees(repository) == 1
 

@@ -20,7 +20,6 @@ from fastunet.benchmarks.cases import Settings, unet_layers
 from fastunet.benchmarks.gpu_steps import COMPILED, COMPILED_NETS, Step, all_steps, describe, parity_formats
 from fastunet.benchmarks.harness.worker import Budget
 from fastunet.benchmarks.tables import render, summarise
-from fastunet.kernels import gpu, tuning
 from torch import nn
 
 import fastunet
@@ -222,39 +221,20 @@ def test_floors_come_from_the_roofs_of_the_same_run() -> None:
     assert not any("floor_ms" in row for row in rows if row["variant"] == "backward" or row["name"] == "training")
 
 
-def test_what_the_search_finds_goes_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device's table, where it is asked for; and the rows into the report."""
+def test_what_the_search_finds_goes_into_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what time is left; its table, where it is asked for."""
     clock = FakeClock()
-
-    class Searching(FakeProcess):
-        def row(self, step: Step) -> dict:
-            row = super().row(step)
-            if step.kind == "tune":
-                layer = next(layer for layer in tune._layers_of(TINY, step.variant) if layer.name == step.name)
-                shape = tune.conv_shape(layer.shapes, step.variant)
-                chosen = tune.candidates_of(step.variant, shape, gpu.INTERPRETER)[0]
-                row["entry"] = tuning.as_row(step.variant, shape, torch.bfloat16, False, chosen)
-            if step.kind == "speedup":
-                layer = tuning.MeasuredLayer(step.name, (8, 4), 8, 8, step.variant == "training")
-                margin = {"median": 1.5, "p10": 1.2, "p90": 2.0, "samples": 5}
-                row["layer"] = tuning.as_layer_row(layer, torch.bfloat16, False) | {"margin_over_aten": margin}
-            return row
-
-    start = functools.partial(gpu_steps.run_steps, start=lambda *_: Searching(clock))
-    for module in (gpu_report, tune):
-        monkeypatch.setattr(module, "run_steps", start)
+    start = functools.partial(gpu_steps.run_steps, start=lambda *_: FakeProcess(clock))
+    monkeypatch.setattr(gpu_report, "run_steps", start)
     monkeypatch.setattr(gpu_report.dispatch, "triton_unsupported", lambda *_: None)
     monkeypatch.setattr(gpu_report, "all_steps", lambda settings: [Step("layer", "inc.c1", "forward")])
+    found = [{"op": "conv1x1", "dtype": "bfloat16", "shape": {"height": 8}, "speedup": 1.5}]
+    asked: list[Path] = []
+    monkeypatch.setattr(tune, "measure_table", lambda settings, path, budget: asked.append(path) or found)
     report = gpu_report.make_report(TINY, tmp_path, 3.0, tuned=tmp_path / "tuned")
-    table = json.loads((tmp_path / "tuned" / "interpreter.json").read_text())
-    searched = [row for row in report["rows"] if row["kind"] == "tune"]
-    assert len(table["configs"]) == len(searched) == len(tune.tune_steps(TINY))
-    assert len(table["layers"]) == len(tune.speedup_steps(TINY)) > 30
-    assert table["gpu"] == "interpreter"
-    assert json.loads((tmp_path / "gpu_report.json").read_text())["rows"] == report["rows"]
-    text = (tmp_path / "gpu_report.md").read_text()
-    assert "| inc.c2 | conv3x3 | tile_h=" in text
-    assert "| inc.c2 conv3x3_batch_norm_relu_pool | training |  | 1.50 (1.20 to 2.00) |" in text
+    assert asked == [tmp_path / "tuned" / "interpreter.json"]
+    assert json.loads((tmp_path / "gpu_report.json").read_text())["tuned"] == report["tuned"] == found
+    assert "| conv1x1 | bfloat16 | height=8 | 1.5 |" in (tmp_path / "gpu_report.md").read_text()
 
 
 @BFLOAT16

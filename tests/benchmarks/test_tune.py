@@ -1,11 +1,10 @@
-"""The search for configurations: what wins and by how much, what is dropped, and the table that comes of it."""
+"""The long search: what it leaves in a table whatever comes of it, and that launches take what a table says."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,158 +12,111 @@ from fake_clock import FakeClock
 from fastunet.benchmarks import tune
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Settings
-from fastunet.benchmarks.gpu_steps import layer_of
-from fastunet.kernels import gpu, tuning
-from fastunet.kernels.conv3x3 import config
+from fastunet.benchmarks.harness.worker import Budget
+from fastunet.benchmarks.tables import tune_table
 
-from fastunet.timing import interleaved_samples
+pytest.importorskip("triton", reason="needs triton, for kernels and descriptors")
+
+from fastunet.kernels import autotune, gpu
+from fastunet.kernels import conv_transpose2x2_concat_conv3x3 as composed
+from fastunet.kernels.conv3x3 import config, config_search, grad, pointer
 
 HOPPER = gpu.known_target(90)
-SETTINGS = Settings(device="cpu", rounds=5)
-DERIVED = config.ConvConfig(16, 8, 64, 32, 4, 2, config.POINTER)
-OTHERS = [replace(DERIVED, tile_h=8), replace(DERIVED, num_warps=8)]
-CANDIDATES = [DERIVED, *OTHERS]
-PREPARING = 20  # Seconds.
 
 
-def choose(seconds: list[float | Exception], aten: float) -> dict:
-    clock = FakeClock()
+def test_a_table_holds_what_was_measured_when_the_time_was_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first net takes 40 of 60 seconds, the second crashes, the third hangs."""
+    clock, asked = FakeClock(), []
+    row = {"op": "conv1x1", "dtype": "bfloat16", "shape": {"height": 8}, "speedup": 1.5}
 
-    def prepare(candidate: config.ConvConfig) -> list[Callable[[], None]]:
-        found = seconds[CANDIDATES.index(candidate)]
-        if isinstance(found, Exception):
-            raise found
-        clock.time += PREPARING
-        return [clock.run("candidate", found)]
+    class Process:
+        def __init__(self, answer: Any, settings: Settings) -> None:
+            pass
 
-    def timer(settings: Settings, runs: dict) -> dict[str, list[float]]:
-        return interleaved_samples(runs, clock, rounds=settings.rounds)
+        def __enter__(self) -> Process:
+            return self
 
-    return tune.choose(CANDIDATES, prepare, [clock.run("aten", aten)], SETTINGS, lambda: clock.time, timer)
+        def __exit__(self, *_: object) -> None:
+            pass
 
+        def ask(self, request: tuple[Any, str, float], timeout: float) -> None:
+            asked.append(request)
+            clock.time += [40, 5, 15][len(asked) - 1]
+            if len(asked) == 1:
+                autotune.put(HOPPER.name, [row])
+                autotune._tables.clear()  # It is another process.
+            else:
+                raise ChildProcessError("crashed") if len(asked) == 2 else TimeoutError("no result")
 
-def test_the_fastest_wins_with_its_margins() -> None:
-    found = choose([2.0, 1.0, 4.0], aten=0.5)
-    assert found["winner"] == OTHERS[0]
-    assert found["margin_over_derived"]["median"] == 2.0
-    assert found["margin_over_aten"]["median"] == 0.5, "a loss against cuDNN is on record too"
-    assert (found["tried"], found["dropped"]) == (3, [])
-
-
-def test_the_derived_one_stays_where_none_is_faster() -> None:
-    for seconds in ([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]):
-        found = choose(seconds, aten=3.0)
-        assert found["winner"] == DERIVED
-        assert (found["margin_over_derived"]["median"], found["margin_over_aten"]["median"]) == (1.0, 3.0)
-
-
-def test_what_is_wrong_or_does_not_run_is_dropped_however_fast() -> None:
-    found = choose([AssertionError("y is off"), 5.0, RuntimeError("out of resources")], aten=10.0)
-    assert found["winner"] == OTHERS[0]
-    assert [each["reason"] for each in found["dropped"]] == [
-        "parity failed: y is off",
-        "RuntimeError: out of resources",
-    ]
-    assert "margin_over_derived" not in found
-    with pytest.raises(AssertionError, match="none of 3 configurations is right: parity failed: y is off"):
-        choose([AssertionError("y is off")] * 3, aten=1.0)
+    monkeypatch.setattr(tune, "Spawned", Process)
+    monkeypatch.setattr(gpu, "target", lambda _: HOPPER)
+    path = tmp_path / "new" / "table.json"
+    rows = tune.measure_table(Settings(device="cpu"), path, Budget(60.0, lambda: clock.time))
+    assert asked == [("batch", "inference", 60.0), ("batch", "training", 20.0), ("instance", "inference", 15.0)]
+    assert rows == json.loads(path.read_text())["rows"] == [row]
+    assert "| conv1x1 | bfloat16 | height=8 | 1.5 |" in tune_table(rows)
 
 
-@pytest.mark.parametrize(("limit", "tried"), [(1, 1), (30, 2), (50, 3)])
-def test_preparing_ends_in_time_but_not_before_the_first(
-    limit: int, tried: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tune, "_PREPARING", limit)
-    assert choose([4.0, 2.0, 1.0], aten=1.0)["tried"] == tried
+def test_a_net_is_tuned_as_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple] = []
 
+    def fake(model: Any, x: torch.Tensor, **options: Any) -> None:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        seen.append((model.config["norm"], model.training, [*x.shape], dtype, options))
 
-def test_every_shape_is_searched_once() -> None:
-    steps = tune.tune_steps(Settings())
-    assert [step.variant for step in steps] == sorted((step.variant for step in steps), key=tune.KERNELS.index)
-    assert {step.name for step in steps if step.variant == config.COMPOSED} == {f"up{i}.c1" for i in (1, 2, 3, 4)}
-    forward = {step.name for step in steps if step.variant == config.CONV3X3}
-    assert {"inc.c1", "inc.c2", "up4.c1", "down4.c2"} <= forward
-    assert not {"up4.c2", "outc", "up1.up"} & forward, "up4.c2 has inc.c2's shape; the others are no 3x3 convolutions"
-    assert "inc.c1" not in {step.name for step in steps if step.variant == config.INPUT_GRAD}
+    monkeypatch.setattr(tune.fastunet, "tune", fake, raising=False)
+    settings = Settings(device="cpu", features=(4, 8), size=16, batch=2)
+    tune.tune_net(settings, ("instance", "training", 7.0))
+    assert seen == [("instance", True, [2, 3, 16, 16], torch.bfloat16, {"seconds": 7.0, "neighbours": None})]
 
 
 def meta(*sizes: int) -> torch.Tensor:
     return torch.empty(sizes, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
 
 
-def test_a_composed_launch_takes_what_the_table_says(tmp_path: Path) -> None:
-    kernels = pytest.importorskip("fastunet.kernels.conv_transpose2x2_concat_conv3x3", reason="needs triton")
-    (layer,) = (each for each in tune._layers_of(Settings(batch=2), config.COMPOSED) if each.name == "up4.c1")
-    shape = tune.conv_shape(layer.shapes, config.COMPOSED)
-    candidates = tune.candidates_of(config.COMPOSED, shape, HOPPER)
-    assert all(64 % candidate.block_n == 0 for candidate in candidates)
-    winner = candidates[-1]
-    row = {"name": "up4.c1", "entry": tuning.as_row(config.COMPOSED, shape, torch.bfloat16, False, winner)}
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps(tune.table([row], HOPPER.name, {})))
-    images = meta(2, 64, 512, 512), meta(2, 128, 256, 256)
-    weights = kernels.Composed(meta(64, 9 * 64, 1, 1)[:, :, 0, 0], meta(4 * 64, 4 * 128, 1, 1)[:, :, 0, 0], None)
-    with tuning.reading(path), gpu.recording(HOPPER) as launches:
-        kernels.conv_transpose2x2_concat_conv3x3(*images, weights)
-    (launch,) = launches
+@pytest.mark.parametrize("channels", [(3, 0), (64, 0), (64, 64)], ids=str)
+@pytest.mark.parametrize("op", [config.CONV3X3, config.INPUT_GRAD, config.WEIGHT_GRAD, config.COMPOSED])
+def test_launches_ask_for_what_a_search_tries_and_take_what_wins(op: str, channels: tuple[int, int]) -> None:
+    """The shape that they ask with is that of the row: from the search to the kernel's blocks."""
+    (c1, c2), side = channels, 512
+    x, up, y = (meta(2, channels, side, side) for channels in (c1, c2, 64))
+    weight, low = meta(64, c1 + c2, 3, 3), meta(2, 128, side // 2, side // 2)
+
+    def launch() -> gpu.Launch:
+        with gpu.recording(HOPPER) as launches:
+            if op == config.CONV3X3:
+                pointer.conv3x3(x, weight, up=up if c2 else None)
+            elif op == config.WEIGHT_GRAD:
+                grad.conv3x3_weight_grad(y, x)
+            elif op == config.COMPOSED:
+                parts = meta(64, 9 * c1, 1, 1)[:, :, 0, 0], meta(4 * 64, 4 * 128, 1, 1)[:, :, 0, 0]
+                composed.conv_transpose2x2_concat_conv3x3(x, low, composed.Composed(*parts, None))
+            elif c2:
+                grad.conv3x3_two_input_grads(y, weight, c1)
+            else:
+                grad.conv3x3_input_grad(y, weight)
+        return launches[0]
+
+    if op == config.COMPOSED and c1 == 3:
+        pytest.skip("it has no kernel for so few channels")
+    with autotune.configs_asked() as asked:
+        launch()
+    ((name, shape, dtype, allow_tf32),) = asked
+    assert name == op
+    candidates = config_search.feasible_configs(*asked[0][:3], HOPPER, allow_tf32=allow_tf32)
+    winner = next(each for each in reversed(candidates) if each.variant == candidates[0].variant)
     assert winner != candidates[0]
-    assert (launch.num_warps, launch.arguments["TILE_H"]) == (winner.num_warps, winner.tile_h)
-    assert launch.arguments["BLOCK_K"] == winner.block_k
+    autotune.put(HOPPER.name, [autotune.config_row(op, shape, dtype, allow_tf32, winner)])
+    after = launch()
+    blocks = {key: value for key, value in after.arguments.items() if key.startswith("BLOCK")}
+    assert (after.num_warps, after.num_stages) == (winner.num_warps, winner.num_stages)
+    assert blocks == {key.upper(): value for key, value in vars(winner).items() if key.startswith("block")}
 
 
-@pytest.mark.parametrize("name", ["inc.c1", "inc.c2", "up4.c1"])
-@pytest.mark.parametrize("kind", [kernel for kernel in tune.KERNELS if kernel != config.COMPOSED])
-def test_the_launchers_take_what_the_table_says(
-    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The shape of a search is that of the launch: from the file that is written to the kernel's blocks."""
-    kernels = pytest.importorskip("fastunet.kernels.conv3x3.grad", reason="needs triton")
-    from fastunet.kernels.conv3x3 import pointer
-
-    layer = layer_of(Settings(batch=2), name)
-    shape = tune.conv_shape(layer.shapes, kind)
-    winner = tune.candidates_of(kind, shape, HOPPER)[-1]
-    row = {"name": name, "entry": tuning.as_row(kind, shape, torch.bfloat16, False, winner)}
-    monkeypatch.setattr(tuning, "TUNED", tmp_path)
-    tuning._table_of.cache_clear()
-    tuning.table_path(HOPPER.name).write_text(json.dumps(tune.table([row], HOPPER.name, {"commit": "abc"})))
-    tensors = [meta(*layer.shapes[each]) for each in ("x", "skip", "up") if each in layer.shapes]
-    x, up = (*tensors, None)[:2]
-    weight, y = meta(*layer.shapes["weight"]), meta(2, layer.shapes["weight"][0], *x.shape[2:])
-    with gpu.recording(HOPPER) as launches:
-        if kind == config.CONV3X3:
-            assert pointer.choose(x, up, weight, HOPPER, allow_tf32=False) == winner
-        elif kind == tune.WEIGHT_GRAD:
-            kernels.conv3x3_weight_grad(y, x)
-        elif up is None:
-            kernels.conv3x3_input_grad(y, weight)
-        else:
-            kernels.conv3x3_two_input_grads(y, weight, x.shape[1])
-    for chosen in launches[:1]:
-        blocks = {key: value for key, value in chosen.arguments.items() if key.startswith("BLOCK")}
-        assert (chosen.num_warps, chosen.num_stages) == (winner.num_warps, winner.num_stages)
-        assert blocks == {key.upper(): value for key, value in vars(winner).items() if key.startswith("block")}
-    tuning._table_of.cache_clear()
-
-
-def test_a_table_keeps_the_rows_of_other_shapes() -> None:
-    def row(height: int, tile: int) -> dict:
-        shape = config.ConvShape(64, 0, 64, height, 64)
-        entry = tuning.as_row("conv3x3", shape, torch.bfloat16, False, replace(DERIVED, tile_h=tile))
-        return {"name": "inc.c2", "entry": entry | {"margin_over_aten": 1.5}}
-
-    first = tune.table([row(64, 8), row(32, 8)], "a GPU", {"commit": "old", "torch": "2.11"})
-    second = tune.table([row(64, 16), {"name": "up1.c2"}], "a GPU", {"commit": "new"}, first)
-    found = [(e["shape"]["height"], e["config"]["tile_h"], e["measured"]["commit"]) for e in second["configs"]]
-    assert found == [(64, 16, "new"), (32, 8, "old")]
-    assert second["gpu"] == "a GPU"
-    assert second["configs"][0]["margin_over_aten"] == 1.5
-
-
-@pytest.mark.skipif(tune.dispatch.interpreting(), reason="TRITON_INTERPRET=1 lets kernels run on the CPU")
 def test_without_a_gpu_there_is_nothing_to_tune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "table.json"
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     with pytest.raises(SystemExit):
-        main(["tune", "--out", str(out), "--device", "cpu"])
+        main(["tune", "--out", str(tmp_path / "table.json")])
     assert "there is nothing to tune: " in capsys.readouterr().err
-    assert not out.exists()
+    assert not (tmp_path / "table.json").exists()

@@ -4,11 +4,9 @@ in; its configurations; and how it is launched.
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton, for the kernel's constants and descriptors")
 
 from emulated_cta import Cta, Fault
-from fastunet.kernels import gpu, tuning
+from fastunet.kernels import autotune, gpu
 from fastunet.kernels.conv3x3 import (
     config,
     config_hopper,
@@ -26,7 +24,6 @@ from fastunet.kernels.conv3x3 import (
     grad,
     hopper,
     hopper_epilogue,
-    hopper_self_test,
     pointer,
 )
 from fastunet.kernels.epilogue import Epilogue, Head, Normalisation, Statistics
@@ -229,7 +226,7 @@ def test_a_fault_shows(fault: str) -> None:
 def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
     cotangent, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
     monkeypatch.setattr(grad, "halo_runs", lambda *_: True)
-    with tuning.pinned("conv3x3_input_grad", Case(c_out=128).chosen), gpu.recording(HOPPER) as launches:
+    with autotune.overriding("conv3x3_input_grad", Case(c_out=128).chosen), gpu.recording(HOPPER) as launches:
         out = grad.conv3x3_input_grad(cotangent, weight)
         grad.conv3x3_input_grad(cotangent, weight, x=out, negative_slope=0.0)
     launch, masked = launches
@@ -241,26 +238,26 @@ def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatc
 
 @pytest.mark.parametrize("may_run", [True, False])
 def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
-    may_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    may_run: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But a pin, by which a benchmark asks for this variant, is an error there."""
+    """But an override, by which a measurement asks for this variant, is an error there."""
     x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
     reason = None if may_run else "the halo variant is wrong here"
-    monkeypatch.setattr(hopper_self_test, "unsupported_reason", lambda _: reason)
+    monkeypatch.setattr(config_hopper, "unsupported_reason", lambda *_: reason)
     chosen, shape = Case().chosen, config.ConvShape(64, 0, 64, 9, 12)
     derived = config.derived_conv_config(shape, torch.bfloat16, HOPPER, False)
 
     def choose(**options: bool) -> config.ConvConfig:
         return pointer.choose(x, None, weight, HOPPER, allow_tf32=False, **options)
 
-    table = tmp_path / "table.json"
-    table.write_text(json.dumps({"configs": [tuning.as_row("conv3x3", shape, torch.bfloat16, False, chosen)]}))
-    with tuning.reading(table):
-        message = "wrong here; the derived variant runs"
-        with nullcontext() if may_run else pytest.warns(RuntimeWarning, match=message):
-            assert choose() == (chosen if may_run else derived)
-        assert choose(leaves_statistics=True) == derived
-    with tuning.pinned("conv3x3", chosen):
+    row = autotune.config_row("conv3x3", shape, torch.bfloat16, False, chosen)
+    autotune.put(HOPPER.name, [row], keep=False)
+    autotune._said.clear()
+    message = "wrong here; the heuristic variant runs"
+    with nullcontext() if may_run else pytest.warns(RuntimeWarning, match=message):
+        assert choose() == (chosen if may_run else derived)
+    assert choose(leaves_statistics=True) == derived
+    with autotune.overriding("conv3x3", chosen):
         if may_run:
             assert choose() == chosen
         else:

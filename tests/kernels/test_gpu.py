@@ -57,9 +57,10 @@ def test_past_32_bits(name: str) -> None:
 def test_the_halo_variant_gives_exact_results() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the halo variant is for sm_90")
-    from fastunet.kernels.conv3x3 import hopper_self_test
+    from fastunet.testing.families import check_halo
 
-    assert hopper_self_test.run(0) is None
+    for dtype in (torch.bfloat16, torch.float16):
+        check_halo(dtype, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("name", ["forward", "weight_grad", "statistics", "losses"])

@@ -58,7 +58,7 @@ def run(
     border = None if t["up_bias"] is None else upsampled_bias(t["up_bias"].double(), of_up)
     op = kernels.conv_transpose2x2_concat_conv3x3
     weights = op.arranged(t["weight"][:, :split], compose_upsampling(up_weight, of_up), border, torch.float16)
-    with kernels.tuning.pinned("conv_transpose2x2_concat_conv3x3", config or chosen()):
+    with kernels.autotune.overriding("conv_transpose2x2_concat_conv3x3", config or chosen()):
         return op.conv_transpose2x2_concat_conv3x3(t["skip"], t["low"], weights, *arguments, **options)
 
 

@@ -63,7 +63,7 @@ def test_forms_and_their_order() -> None:
 def test_a_measured_table_does_not_move_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = SHAPES[0]
     before = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
-    with config.tuning.pinned("conv3x3", replace(before[0], num_warps=16)):
+    with config.autotune.overriding("conv3x3", replace(before[0], num_warps=16)):
         assert config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False) == before
 
 

@@ -36,7 +36,7 @@ def tensors(c1: int, c2: int, c_out: int, *, n: int = 2, dtype: torch.dtype = to
 
 
 def conv3x3(chosen: config.ConvConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    with KERNELS.tuning.pinned("conv3x3", chosen):
+    with KERNELS.autotune.overriding("conv3x3", chosen):
         return KERNELS.conv3x3.pointer.conv3x3(x, weight, bias)[0]
 
 
@@ -44,7 +44,7 @@ def check(
     kernels: ModuleType, chosen: config.ConvConfig, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor
 ) -> None:
     options = {"up": up, "negative_slope": 0.0}
-    with kernels.tuning.pinned("conv3x3", chosen):
+    with kernels.autotune.overriding("conv3x3", chosen):
         y, pooled = kernels.conv3x3.pointer.conv3x3(x, weight, bias, pool=True, **options)
     expected = conv3x3_expected(x, weight, bias, **options)
     assert_within(y, *expected)
@@ -82,7 +82,7 @@ def test_norm_head_and_statistics_follow_the_added_sums() -> None:
     results = []
     for splits in (1, 2):
         # A block for all channels, as a fused head needs it.
-        with KERNELS.tuning.pinned("conv3x3", split(splits=splits, block_n=64)):
+        with KERNELS.autotune.overriding("conv3x3", split(splits=splits, block_n=64)):
             pointer = KERNELS.conv3x3.pointer
             probabilities = pointer.conv3x3_head(x, weight, bias, head, norm=norm, negative_slope=0.0)
             results.append((*pointer.conv3x3_with_statistics(x, weight), probabilities))
