@@ -230,15 +230,18 @@ def _composition_unsupported(skip: Tensor, weight: Tensor | None, training: bool
 
 def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice:
     """What is known of the layer on x's device."""
-    sizes = [*x.shape[1:], *(() if weight is None else weight.shape[:2])]
-    if x.dim() != 4 or not all(isinstance(size, int) for size in sizes):
-        return Choice("aten", "which is faster depends on the size of the layer, and that is open here")
     if x.device.type == "cuda" and not torch.cuda.is_available():
         return Choice("aten", "there is no such GPU here, and so no measurement on it")
     from fastunet.kernels import gpu
 
-    name = gpu.target(x.device).name
-    layer, dtype = autotune.layer(op, x, weight, training=training), autotune.format_of(x.dtype, tf32_allowed())
+    name, dtype = gpu.target(x.device).name, autotune.format_of(x.dtype, tf32_allowed())
+    sizes = [*x.shape[1:], *(() if weight is None else weight.shape[:2])]
+    if x.dim() != 4 or not all(isinstance(size, int) for size in sizes):
+        reason = "which is faster depends on the size of the layer, and that is open here"
+        if x.dim() == 4 and _wins_somewhere(autotune.layer(op, x, weight, training=training), dtype, name):
+            return Choice("triton", f"{reason}: the op decides when it runs")
+        return Choice("aten", reason)
+    layer = autotune.layer(op, x, weight, training=training)
     check, found = autotune.look_up(name, op, dtype, {}), autotune.look_up(name, op, dtype, layer.shape)
     if failed := check.get("failed") or found.get("failed"):
         return Choice("aten", f"on {name} the Triton kernel is not used: {failed}")
@@ -252,13 +255,28 @@ def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
     return Choice("triton", f"measured on {name}: {speedup:.2f} times as fast as ATen", speedup=speedup)
 
 
+def _wins_somewhere(layer: autotune.Layer, dtype: str, gpu: str) -> bool:
+    """Whether a layer of these channels was measured faster for some size of image."""
+    return any(
+        (row["op"], row["dtype"]) == (layer.op, dtype)
+        and row.get("speedup", 0.0) >= LEAST_SPEEDUP
+        and all(row["shape"][name] == getattr(layer, name) for name in ("c_in", "c_out", "training"))
+        for row in autotune.table(gpu).values()
+    )
+
+
+def tunes_at_first_use() -> bool:
+    """Return whether FASTUNET_TUNE lets kernels be checked and measured when they are first used."""
+    return _tune != "0"
+
+
 def is_to_measure(choice: Choice, device: torch.device) -> bool:
     """Return whether the layer will be measured when it first runs there: on a GPU, by one process, and not where
     results are to be the same in every run, which a choice by time is no part of.
     """
     return (
         choice.unmeasured is not None
-        and _tune != "0"
+        and tunes_at_first_use()
         and device.type == "cuda"
         and not torch.are_deterministic_algorithms_enabled()
         and ranks() == 1

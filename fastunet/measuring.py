@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastunet import dispatch
+from fastunet import dispatch, torch_private
 from fastunet.checks import ConfigError
 from fastunet.kernels import autotune, gpu, self_test
 from fastunet.timing import Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio, sets_past_cache
@@ -77,19 +77,30 @@ def settle(call: Call, args: Any, choice: dispatch.Choice) -> dispatch.Choice:
 
     call: calls the op with args like these, a NamedTuple with a `choice`. Not measured is under tracing and the capture
     of a graph, on another thread than the main one, beside which others may run ops, and where
-    `dispatch.is_to_measure` says so.
+    `dispatch.is_to_measure` says no.
     """
-    layer, device = choice.unmeasured, args[0].device
-    if (
-        layer is None
-        or not dispatch.is_to_measure(choice, device)
-        or torch.compiler.is_compiling()
-        or threading.current_thread() is not threading.main_thread()
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-    ):
+    layer = choice.unmeasured
+    is_main = threading.current_thread() is threading.main_thread()
+    if layer is None or not (is_main and dispatch.is_to_measure(choice, args[0].device) and _runs_now()):
         return choice
     measure(call, args, layer, process_budget)
     return args.choice(training=layer.training)
+
+
+def failure_of(family: str, dtype: str, device: torch.device) -> str:
+    """Return what is wrong on a GPU with kernels that are measured against no others, "" if nothing: they are checked
+    now where they were not, if this may be.
+    """
+    known = autotune.look_up(gpu.target(device).name, family, dtype, {})
+    if "failed" not in known and dispatch.tunes_at_first_use() and _runs_now():
+        return self_test.check([family], dtype, device)[family]
+    return known.get("failed", "")
+
+
+def _runs_now() -> bool:
+    """Whether what is called is computed at once: not traced, captured by a graph, or seen by a mode, as of fakes."""
+    is_captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not (is_captured or torch.compiler.is_compiling() or torch_private.dispatch_modes())
 
 
 def measure(call: Call, args: Any, layer: autotune.Layer, budget: Budget, neighbours: int | None = FEW) -> None:

@@ -19,17 +19,19 @@ import numpy as np
 import tifffile
 import torch
 from command import fastunet
+from fastunet.kernels import autotune, gpu
 from PIL import Image
 
 from fastunet import backend
 from fastunet.checks import DataError
-from fastunet.cli import demo
+from fastunet.cli import demo, doctor, tune
 from fastunet.data import synthetic
 from fastunet.data.synthetic import write_dataset
 from fastunet.inference import predict
 from fastunet.train.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 TINY = ["--steps", "4", "--features", "4,8", "--crop", "32", "--batch-size", "2", "--no-tta", "--precision", "fp32"]
 
 
@@ -89,6 +91,30 @@ def test_doctor() -> None:
         assert "'triton' was asked for, but" in fastunet("doctor").stdout
 
 
+def test_doctor_tells_what_is_known_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton", reason="needs triton, whose version is part of an environment")
+    monkeypatch.setattr(gpu, "target", lambda _: gpu.known_target(90))
+    row = {"op": "conv1x1", "dtype": "float16", "shape": {}}
+    known = [row | {"failed": "y is off"}, *(row | {"shape": {"height": h}, "speedup": h / 8} for h in (8, 16))]
+    autotune.put("sm_90", known)
+    doctor._print_known()
+    said = capsys.readouterr().out
+    assert "kernels on sm_90: 1 families checked, 2 layers measured, 1 faster" in said
+    assert "conv1x1 float16 is not used: y is off" in said
+    assert str(autotune.cache_file("sm_90")) in said
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_tune_shows_what_runs_each_layer(mode: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "chosen_device", lambda _: "cpu")
+    result = fastunet("tune", run, "--precision", "fp32", *(["--train"] if mode == "training" else []))
+    assert result.returncode == 0, result.stderr
+    for words in (f"{mode}, fp32", "runs on", "aten"):
+        assert words in result.stdout
+
+
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "write_dataset", lambda root, count: write_dataset(root, count // 10, size=64))
     monkeypatch.setattr(demo, "TrainConfig", lambda **options: TrainConfig(**{**options, "features": (4, 8)}))
@@ -118,7 +144,7 @@ def test_help_shows_commands_and_defaults() -> None:
     assert "[256; 512 on a GPU; 128 --quick]" in " ".join(shown["bench"].split())
 
 
-COMMANDS = ("train", "predict", "evaluate", "bench", "doctor", "demo")
+COMMANDS = ("train", "predict", "evaluate", "tune", "bench", "doctor", "demo")
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -186,6 +212,8 @@ def test_bad_data_is_one_error_line_before_training(
         (["evaluate", "{run}", "{data}", "--out", "{data}/masks/x.json"], ["apart from the images and masks"]),
         (["evaluate", "{run}", "{data}", "--tile", "1"], ["tile", "at least 2x2"]),
         (["demo", "--out", "{tmp}/x", "--minutes", "nan"], ["max_minutes", "got nan"]),
+        (["tune", "--precision", "fp8"], ["precision", "got 'fp8'"]),
+        pytest.param(["tune", "{run}"], ["expected a CUDA device", "got none"], marks=without_gpu),
         (["bench", "--out", "{tmp}/one.png", "--quick"], ["one.png", "expected a folder"]),
         (["bench", "--out", "{tmp}/x", "--size", "0"], ["size", "got 0"]),
         (["bench", "--out", "{tmp}/x", "--size", "16", "--batch", "1"], ["more than one value per channel"]),

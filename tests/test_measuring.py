@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet import dispatch, measuring, tuning
+from fastunet.compiler.backend import find_patterns
 from fastunet.explanation import calls
 
 pytest.importorskip("triton", reason="needs triton, whose version is part of an environment")
@@ -264,3 +265,35 @@ def _rank(rank: int, file: str) -> None:
 
 def test_ranks_know_what_the_first_one_does(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
+
+
+def test_a_quantised_model_leaves_kernels_that_fail_their_check(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def check(families: list[str], dtype: str, device: torch.device) -> dict[str, str]:
+        asked.append(families)
+        autotune.put(GPU.name, [{"op": "conv3x3_fp8", "dtype": dtype, "shape": {}, "failed": "y is off"}])
+        return {"conv3x3_fp8": "y is off"}
+
+    monkeypatch.setattr(self_test, "check", check)
+    for _ in range(2):
+        assert measuring.failure_of("conv3x3_fp8", "bfloat16", torch.device("cuda")) == "y is off"
+    assert asked == [["conv3x3_fp8"]]
+
+
+def test_an_open_size_is_left_to_the_op_where_some_size_was_faster(ops: Ops) -> None:
+    seen: list[list[dispatch.Choice]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        found = [pattern for _, patterns in find_patterns(graph) for pattern in patterns]
+        seen.append([(pattern.is_replaced, pattern.reason) for pattern in found])
+        return graph.forward
+
+    model = torch.compile(nn.Sequential(nn.Identity(), nn.MaxPool2d(2)), backend=backend, dynamic=True)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 8, 12))
+        ops.settle(16)
+        torch.compiler.reset()
+        model(torch.randn(2, 3, 8, 12))
+    ((before, _),), ((after, reason),) = seen
+    assert (before, after, reason.endswith("the op decides when it runs")) == (False, True, True)

@@ -38,6 +38,27 @@ def doctor() -> None:
     console.print(f"backend: {backend} (FASTUNET_BACKEND or fastunet.backend changes it)", soft_wrap=True)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         console.print(_op_table(device))
+    if torch.cuda.is_available() and dispatch.triton_unsupported(torch.device("cuda"), torch.float32) is None:
+        _print_known()
+
+
+def _print_known() -> None:
+    """Print what is known of our kernels on the GPU: which were measured, and which failed their check."""
+    import torch
+
+    from fastunet import dispatch
+    from fastunet.kernels import autotune, gpu
+
+    name = gpu.target(torch.device("cuda")).name
+    rows = [*autotune.table(name).values()]
+    speedups = [row["speedup"] for row in rows if "speedup" in row]
+    faster = sum(speedup >= dispatch.LEAST_SPEEDUP for speedup in speedups)
+    checked = sum("failed" in row and not row["shape"] for row in rows)
+    console.print(f"kernels on {name}: {checked} families checked, {len(speedups)} layers measured, {faster} faster")
+    for row in rows:
+        if row.get("failed"):
+            console.print(f"  {row['op']} {row['dtype']} is not used: {row['failed']}", soft_wrap=True)
+    console.print(f"kept in {autotune.cache_file(name)} (FASTUNET_CACHE; FASTUNET_TUNE=force anew)", soft_wrap=True)
 
 
 def _package_table() -> Table:

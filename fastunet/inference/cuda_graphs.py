@@ -77,18 +77,20 @@ class GraphedModel(nn.Module):
             return self._replayed(x)
 
     def _replayed(self, x: Tensor) -> Tensor:
-        key = (tuple(x.shape), x.dtype, x.device, autocast_dtype(x.device.type), dispatch.settings(x.device))
-        graph = self._graphs.get(key)
+        graph = self._graphs.get(self._key(x))
         # What had been prepared of weights may not be what it would be now.
         if graph is None or not all(use.holds() for use in graph.prepared):
             graph = self._recorded(x)
-            self._graphs[key] = graph
+            self._graphs[self._key(x)] = graph  # Its first run may have measured layers, on which settings depend.
             if len(self._graphs) > self._most:
                 self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
+        self._graphs.move_to_end(self._key(x))
         graph.image.copy_(x)
         graph.replay()
         return graph.result.clone()
+
+    def _key(self, x: Tensor) -> Any:
+        return tuple(x.shape), x.dtype, x.device, autocast_dtype(x.device.type), dispatch.settings(x.device)
 
     def _recorded(self, x: Tensor) -> _Graph:
         # Outside of inference mode, whose tensors could not be written to by a call without it.

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet import dispatch, modules, ops
+from fastunet import dispatch, measuring, modules, ops
 from fastunet.checks import ConfigError, DataError
 from fastunet.model_state import autocast_dtype
 from fastunet.ops.registration import check_untransformed
@@ -235,7 +235,12 @@ def _has_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
     from fastunet.kernels import gpu
     from fastunet.kernels.conv3x3 import config
 
-    return config.has_fp8(gpu.target(x.device))
+    return config.has_fp8(gpu.target(x.device)) and not _failure(x.device)
+
+
+def _failure(device: torch.device) -> str:
+    """What is wrong with the kernels on that GPU, "" if nothing."""
+    return measuring.failure_of("conv3x3_fp8", "bfloat16", device) if device.type == "cuda" else ""
 
 
 class _Observed(Conv3x3):
@@ -324,7 +329,8 @@ class QuantizedConv3x3(_Scaled):
 
             if config.fits_fp8((x.shape[1], 0 if up is None else up.shape[1]), self.weight.shape[0]):
                 return ON_TENSOR_CORES
-        return EMULATED
+        failed = _failure(x.device) if torch.cuda.is_available() else ""
+        return dispatch.Choice("aten", f"emulated in float32, slowly: {failed}") if failed else EMULATED
 
     def _dtype(self, x: Tensor, up: Tensor | None) -> torch.dtype:
         """Of results that are not in e4m3."""

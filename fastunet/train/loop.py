@@ -46,6 +46,7 @@ from fastunet.train.checks import (
 )
 from fastunet.train.config import TILE, TrainConfig
 from fastunet.train.report import Sample, write_report
+from fastunet.tuning import tune
 from fastunet.unet import UNet
 
 VALIDATIONS = 10  # per run
@@ -210,6 +211,7 @@ class _Loop:
 
     def run(self) -> None:
         """Train to the first limit. Raises Interrupted after a signal, FastUNetError on an infinite or NaN loss."""
+        self._tune()
         progress, batches = self.progress, self._batches()
         start = time.perf_counter() - progress.seconds
         with _stop_requests() as stop:
@@ -235,6 +237,13 @@ class _Loop:
                 self.on_step(progress)
                 if stopping and progress.fraction < 1:
                     raise Interrupted(f"stopped at step {progress.step}; --resume continues from {self.out}")
+
+    def _tune(self) -> None:
+        """Measure on a GPU what its layers are fastest with, before the first step and its clock."""
+        channels, crop = self.run_config.data.channels, self.config.crop
+        x = torch.zeros(self.config.batch_size, channels, crop, crop, device=self.accelerator.device)
+        if x.is_cuda:
+            tune(self.model.train(), x.contiguous(memory_format=torch.channels_last))
 
     def _advance(self, seconds: float) -> None:
         progress, config = self.progress, self.config

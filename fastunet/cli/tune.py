@@ -1,0 +1,64 @@
+"""`fastunet tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastunet.train.config import multiplies_bf16
+
+from .shared import chosen_device, console, parse_features
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def tune(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left [a new net].")
+    ] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the images [as trained; 512].")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images at once [as trained; 16].")] = None,
+    features: Annotated[str, typer.Option(help="Channels of each level of a new net.")] = "64,128,256,512,1024",
+    training: Annotated[bool, typer.Option("--train", help="For training: forward and backward.")] = False,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="To measure in; compiling counts.")] = 300.0,
+) -> None:
+    """Measure on this GPU which layers our kernels are faster for; what is found is kept for later runs."""
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    import torch
+
+    import fastunet
+
+    device = chosen_device("cuda")
+    if run is None:
+        model = fastunet.UNet(3, 2, features=parse_features(features))
+        size, batch = size or 512, batch or 16
+    else:
+        from fastunet.train.checkpoint import load_run
+
+        model, config = load_run(run)
+        size, batch = size or config.training["crop"], batch or config.training["batch_size"]
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(cpu=False) else "fp32"
+    x = torch.zeros(batch, model.config["in_channels"], size, size, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    autocast = torch.autocast(device, dtype, enabled=dtype is not None)
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bars, autocast:
+        bar = bars.add_task("checking the kernels", total=1.0)
+
+        def show(done: int, total: int, layer: str) -> None:
+            bars.update(bar, completed=done, total=total, description=layer or "done")
+
+        found = fastunet.tune(model.to(device).train(training), x, seconds=seconds, on_layer=show)
+    title = f"{'training' if training else 'inference'}, {precision}"
+    table = Table("layer", "op", "input", "runs on", "why", title=title, title_justify="left")
+    for row in found.rows:
+        table.add_row(row.layer, row.op, row.input, row.implementation, row.reason)
+    console.print(table)
