@@ -254,16 +254,18 @@ def run_of(call: Call, args: Any, layer: autotune.Layer, backend: str) -> Callab
                 return outputs, []
             outputs = [t for t in outputs if t.requires_grad]
             leaves = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
-            cotangents.extend(_cotangent(t) for t in outputs[len(cotangents) :])  # At the first run.
+            cotangents.extend(_normal_like(t) for t in outputs[len(cotangents) :])  # At the first run.
             return outputs, [*torch.autograd.grad(outputs, leaves, cotangents)]
 
     return run
 
 
-def _cotangent(like: Tensor) -> Tensor:
-    """The same random numbers for every implementation, in the format of its result."""
-    generator = torch.Generator(like.device).manual_seed(0)
-    return torch.empty_like(like).copy_(torch.randn(like.shape, generator=generator, device=like.device))
+def _normal_like(t: Tensor) -> Tensor:
+    """Random numbers in t's shape and format, the same for equal shapes; torch's own generator, on which the results of
+    whoever is measuring may depend, is left as it is.
+    """
+    generator = torch.Generator(t.device).manual_seed(0)
+    return torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator, device=t.device))
 
 
 def synthetic(args: Any, batch: int) -> Any:
@@ -285,7 +287,7 @@ def _random(name: str, t: Tensor, batch: int) -> Tensor:
     values = torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=format)
     if not t.is_floating_point():  # Class indices.
         return values.zero_()
-    values.normal_()
+    values = _normal_like(values)
     if "weight" in name:  # So that sums stay near 1.
         values *= (values[0].numel()) ** -0.5
     return values.abs_().add_(0.5) if "var" in name else values

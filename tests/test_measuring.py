@@ -73,7 +73,9 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ops]:
 @pytest.mark.parametrize(("aten", "implementation"), [(1.25, "triton"), (1.02, "aten"), (0.5, "aten")])
 def test_what_is_faster_wins_from_its_first_call_on(ops: Ops, aten: float, implementation: str) -> None:
     ops.seconds["aten"] = aten
+    random = torch.get_rng_state()
     choice = ops.settle()
+    assert torch.equal(torch.get_rng_state(), random), "what follows in a training must not depend on it"
     assert (choice.implementation, choice.speedup) == (implementation, pytest.approx(aten))
     autotune._tables.clear()
     dispatch._choices.clear()
