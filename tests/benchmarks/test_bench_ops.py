@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -54,17 +53,10 @@ def test_a_wrong_op_is_not_timed(
 
 
 @pytest.mark.parametrize("case", parity.cases_of(1, 4, 8, 8, 4), ids=str)
-def test_torchs_compositions_are_checked_as_ours_are(case: parity.Case) -> None:
+def test_torchs_compositions_are_right(case: parity.Case) -> None:
     """The two compositions that `reference` lacks among them."""
-
-    def wrong(*arguments: Any) -> Any:
-        outputs = tuple(1.1 * y for y in parity.outputs_of(bench.run_reference(*arguments)))
-        return outputs if len(outputs) > 1 else outputs[0]
-
     with fastunet.backend("aten"):
         parity.check(case, torch.float32, CPU, run=bench.run_reference)
-        with pytest.raises(AssertionError, match=f"{case.op}: "):
-            parity.check(case, torch.float32, CPU, run=wrong)
 
 
 @pytest.mark.slow  # pytest-benchmark's look at the processor may take more than ten seconds.

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="needs the extra train")
 import torch
 from fastunet.benchmarks import charts, roofline
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.cases import Layer, Settings, eager_passes, fused_pass, joined_layers, meta_unet, unet_layers
+from fastunet.benchmarks.cases import Layer, Settings, joined_layers, meta_unet, unet_layers
 from fastunet.benchmarks.gpu_steps import Step, describe
 from fastunet.benchmarks.harness import timing
 from fastunet.benchmarks.roofline import Roofs, eager_seconds, floor_seconds, point_of
@@ -61,34 +61,6 @@ def test_floor_and_eager_of_the_classic_net_to_the_printed_digit() -> None:
         sums[1] += eager_seconds(layer, H100)
     assert {name: tuple(round(1e6 * s) for s in sums) for name, sums in found.items()} == MICROSECONDS
     assert [round(1e6 * sum(column)) for column in zip(*found.values(), strict=True)] == [8397, 16288]
-
-
-def test_bytes_of_a_small_net_by_hand() -> None:
-    """UNet(1, 2, (4, 8)) without norm on two images of 8x6, float32."""
-    layers = {layer.name: layer for layer in unet_layers(meta_unet(1, 2, (4, 8), norm=None), 2, 8, 6)}
-    pixels, low = 2 * 8 * 6, 2 * 4 * 3
-    by_hand = {
-        "inc.c1": pixels * (1 + 4) + 4 * 1 * 9 + 4,
-        "inc.c2": pixels * (4 + 4) + low * 4 + 4 * 4 * 9 + 4,
-        "down1.c1": low * (4 + 8) + 8 * 4 * 9 + 8,
-        "down1.c2": low * (8 + 8) + 8 * 8 * 9 + 8,
-        "up1.up": low * 8 + pixels * 4 + 8 * 4 * 4 + 4,
-        "up1.c1": pixels * (4 + 4 + 4) + 4 * 8 * 9 + 4,
-        "up1.c2": pixels * (4 + 4) + 4 * 4 * 9 + 4,
-        "outc": pixels * (4 + 2) + 2 * 4 + 2,
-    }
-    assert {name: fused_pass(layer, 4).bytes for name, layer in layers.items()} == {
-        name: 4 * elements for name, elements in by_hand.items()
-    }
-    eager = {name: [(work.name, work.bytes // 4) for work in eager_passes(layer, 4)] for name, layer in layers.items()}
-    assert eager["inc.c2"] == [
-        ("conv", pixels * 8 + 4 * 4 * 9 + 4),
-        ("bias or norm", 2 * pixels * 4),
-        ("activation", 2 * pixels * 4),
-        ("pool", pixels * 4 + low * 4),
-    ]
-    assert eager["up1.c1"][:2] == [("cat", 2 * pixels * 8), ("conv", pixels * 12 + 4 * 8 * 9 + 4)]
-    assert [name for name, _ in eager["up1.up"]] == [name for name, _ in eager["outc"]] == ["conv", "bias or norm"]
 
 
 def test_what_is_left_to_gain_by_joining_layers() -> None:
