@@ -249,17 +249,6 @@ def test_compiled_in_one_graph(autocast: bool) -> None:
             torch.testing.assert_close(compiled(x), model(x), rtol=0.1, atol=0.05)
 
 
-# --- the op that joins the upsampling and the convolution ---
-
-
-def step_up(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor, float]]:
-    """skip, low, up_weight, up_bias, weight, bias; norm."""
-    shapes = ((2, 3, 7, 6), (2, 5, 3, 3), (5, 4, 2, 2), (4,), (6, 7, 3, 3), (6,))
-    given = [random_input(shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
-    norm = (random_input((6,), dtype=dtype), random_input((6,), dtype=dtype).abs() + 0.5, given[-1] + 1, 1e-3)
-    return given, norm
-
-
 def test_folding_of_the_upsampling_can_be_left_out(calls: list[str]) -> None:
     model, x = unet(), random_input((1, 3, 32, 32))
     with torch.no_grad():
@@ -273,44 +262,3 @@ def test_folding_of_the_upsampling_can_be_left_out(calls: list[str]) -> None:
     assert "conv_transpose2x2_concat_conv3x3" not in calls
     assert not torch.equal(folded, apart)
     assert distance(apart, folded.double()) < 1e-5
-
-
-@pytest.mark.parametrize("with_norm", [False, True])
-@pytest.mark.parametrize("with_biases", [False, True])
-def test_step_up_is_its_layers(with_norm: bool, with_biases: bool) -> None:
-    given, norm = step_up(torch.float64)
-    skip, low, up_weight, up_bias, weight, bias = given
-    if not with_biases:
-        up_bias = bias = None
-    options = {"negative_slope": 0.1, "norm": norm if with_norm else None}
-    actual = getattr(ops, JOINED_UP)(skip, low, up_weight, up_bias, weight, bias, **options)
-    up = F.pad(F.conv_transpose2d(low, up_weight, up_bias, stride=2), [0, 0, 0, 1])
-    y = F.conv2d(torch.cat([skip, up], 1), weight, None if with_norm else bias, padding=1)
-    if with_norm:
-        mean, variance, gamma, eps = norm
-        y = F.batch_norm(y, mean, variance, gamma, bias, False, 0.0, eps)
-    torch.testing.assert_close(actual, F.leaky_relu(y, 0.1), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck_of_the_step_up(requires_grad: bool) -> None:
-    given, (mean, variance, gamma, eps) = step_up()
-    given[4].requires_grad_(requires_grad)
-    op = getattr(torch.ops.fastunet, JOINED_UP).default
-    # Asking it for a gradient raises, which is no mistake of its registration.
-    without = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*given, mean, variance, gamma, eps, 0.0)
-    torch.library.opcheck(op, arguments, test_utils=without if requires_grad else "ALL")
-
-
-def test_step_up_errors() -> None:
-    (skip, low, *parameters), _ = step_up()
-    with pytest.raises(fastunet.checks.ShapeError, match="low: expected shape"):
-        getattr(ops, JOINED_UP)(skip, low[..., :2], *parameters)
-    with pytest.raises(fastunet.checks.ShapeError, match="at least 2x2 pixels"):
-        getattr(ops, JOINED_UP)(skip[..., :1], low[..., :0], *parameters)
-    with pytest.raises(fastunet.checks.DtypeError, match="low"):
-        getattr(ops, JOINED_UP)(skip, low.double(), *parameters)
-    parameters[0].requires_grad_()
-    with pytest.raises(RuntimeError, match="cannot be differentiated"):
-        getattr(ops, JOINED_UP)(skip, low, *parameters).sum().backward()

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import EACH_OP, SUMMED, Case, call, grads_of, make_buffers, make_tensors
-from test_transforms import INFERENCE
+from test_ops import EACH_OP, INFERENCE, SUMMED, Case, call, grads_of, make_buffers, make_tensors
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastunet import ops

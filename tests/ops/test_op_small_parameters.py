@@ -14,6 +14,7 @@ import torch
 from test_ops import (
     CASES,
     EACH_OP,
+    INFERENCE,
     SUMMED,
     Case,
     Dispatched,
@@ -23,7 +24,6 @@ from test_ops import (
     make_leaves,
     make_tensors,
 )
-from test_transforms import INFERENCE
 from torch import Tensor
 
 import fastunet

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import CASES, CHANNELS, EACH_OP, W3, Case, X, assert_close, call, make_buffers, make_tensors
+from test_ops import CASES, CHANNELS, EACH_OP, INFERENCE, W3, Case, X, assert_close, call, make_buffers, make_tensors
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -21,16 +21,6 @@ from fastunet.inference.cuda_graphs import GraphedModel
 from fastunet.reference import functional as reference
 
 Function = Callable[..., tuple[Tensor, ...]]
-LOW, UP_WEIGHT, W3_CAT, HEAD = (2, 3, 3, 3), (3, 2, 2, 2), (5, 5, 3, 3), (2, 5, 1, 1)
-NORM = tuple(torch.linspace(0.5, 1.5, 5, dtype=torch.float64) + i for i in range(3))
-INFERENCE = [
-    Case(op, shapes, options)
-    for op, shapes in {
-        "conv3x3_relu_conv1x1": (X, W3, CHANNELS, HEAD, (2,)),
-        "conv_transpose2x2_concat_conv3x3_relu": (X, LOW, UP_WEIGHT, (2,), W3_CAT, CHANNELS),
-    }.items()
-    for options in ({"negative_slope": 0.1}, {"norm": (*NORM, 1e-3)})
-]
 LABELS = torch.randint(0, 3, (2, 1, 7, 6), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
 LOSSES: dict[str, tuple[nn.Module, Tensor]] = {
     "dice": (losses.DiceLoss(sigmoid=True, reduction="none"), (LABELS != 0).expand(X)),
