@@ -145,12 +145,12 @@ def test_transpose(shape: tuple[int, ...], dtype: torch.dtype, target: gpu.Targe
         assert_transpose(KERNELS, x, weight, bias)
 
 
-# Each activation in each dtype, and in each shape.
+# Each activation in each dtype, with rows that fit vectors or do not.
 HEADS = [
     (shape, dtype, activation)
     for i, (shape, dtype, target) in enumerate(SHAPES)
     for j, activation in enumerate(ACTIVATIONS)
-    if target is None and (shape in (ODD, WHOLE) or (i + j) % 3 == 0)
+    if target is None and ((i + j) % 3 == 0 or (shape == WHOLE and (i + j) % 3 == 1))
 ]
 
 
@@ -160,12 +160,10 @@ def test_head(shape: tuple[int, ...], dtype: torch.dtype, activation: str | None
     assert_head(KERNELS, x, weight, bias, activation)
 
 
-@pytest.mark.parametrize("target", [None, HOPPER, MANY_SPLITS])
-def test_tf32(target: gpu.Target | None) -> None:
+def test_tf32() -> None:
     x, weight, head_weight, bias = make_inputs(1, 32, 40, 9, 9, torch.float32)
-    with on(target, KERNELS):
-        assert_transpose(KERNELS, x, weight, bias, allow_tf32=True)
-        assert_head(KERNELS, x, head_weight, bias, "sigmoid", allow_tf32=True)
+    assert_transpose(KERNELS, x, weight, bias, allow_tf32=True)
+    assert_head(KERNELS, x, head_weight, bias, "sigmoid", allow_tf32=True)
 
 
 POOLS = [((2, 5, 7, 9), torch.float32), ((1, 130, 3, 4), HALF), ((3, 16, 2, 33), BFLOAT), ((0, 3, 4, 4), torch.float32)]
@@ -210,8 +208,9 @@ def test_any_shape(
         assert_pool(KERNELS, x)
 
 
-@pytest.mark.parametrize("target", [None, HOPPER])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "target"), [*((layout, None) for layout in LAYOUTS), ("contiguous", HOPPER), ("unaligned", HOPPER)]
+)
 def test_layouts_of_every_tensor(layout: str, target: gpu.Target | None) -> None:
     x, weight, head_weight, bias = make_inputs(2, 16, 40, 3, 4, HALF)
     x, weight, head_weight = (in_layout(t, layout) for t in (x, weight, head_weight))
