@@ -1,7 +1,7 @@
 """Every private name of torch that fastunet uses, and what stands in for it in a release that has none.
 
-All are in torch 2.10 to 2.13. Where no fallback is given, there is none: importing fastunet, or what needs the name,
-then raises.
+All are in the wheels for Linux of torch 2.10 to 2.15. Where no fallback is given, there is none: importing fastunet, or
+what needs the name, then raises.
 """
 
 from __future__ import annotations
