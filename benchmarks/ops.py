@@ -97,7 +97,7 @@ def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, T
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_settings(parser, device=usual_device(), rounds=30, seconds=2.0)
-    parser.add_argument("--dtypes", "--dtype", choices=[*DTYPES], nargs="+")
+    parser.add_argument("--dtype", dest="dtypes", choices=[*DTYPES], nargs="+")
     parser.add_argument("--only", choices=ops.__all__, nargs="+", metavar="OP")
     parser.add_argument("--out", type=Path, metavar="JSON")
 

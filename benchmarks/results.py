@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,30 +106,37 @@ def _has_tasks(found: Result) -> bool:
 def generate(folder: Path) -> str:
     """What stands between the markers: a table for each file, GPUs first, or that there is none."""
     found = committed(folder)
-    parts = [_section(path.relative_to(folder.parents[1]), result) for path, result in found["gpu"]]
+    parts = [_written(_section, folder, *each) for each in found["gpu"]]
     if not parts:
         parts.append("Speed on a GPU: not measured. There is no `benchmarks/results/<gpu>/gpu_report.json`.")
-    parts += [_section(path.relative_to(folder.parents[1]), result) for path, result in found["cpu"]]
+    parts += [_written(_section, folder, *each) for each in found["cpu"]]
     if not found["cpu"]:
         parts.append("Speed on a CPU: not measured. There is no file of it in `benchmarks/results/cpu/`.")
     for path in sorted(folder.glob("cpu/drop_in_*.json")):
-        parts.append(_drop_in_section(path.relative_to(folder.parents[1]), json.loads(path.read_text())))
+        parts.append(_written(_drop_in_section, folder, path, json.loads(path.read_text())))
     return "\n\n".join(parts)
+
+
+def _written(section: Callable[[Path, Result], str], folder: Path, path: Path, result: Result) -> str:
+    path = path.relative_to(folder.parents[1])
+    try:
+        return section(path, result)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TableError(f"{path}: expected a summary or rows, settings and environment, got {error!r}") from error
 
 
 def _section(path: Path, result: Result) -> str:
     """Conditions and a table: how many times as long each provider takes."""
-    try:
-        summary, settings, environment = (result[name] for name in ("summary", "settings", "environment"))
-        tasks = {task: summary.get(task) or {} for task in _TASKS}
-        providers = list(dict.fromkeys(name for found in tasks.values() for name in found))
-        lines = [
-            f"| {name} | {' | '.join(ratio_text(found.get(name)) for found in tasks.values())} |" for name in providers
-        ]
-        header = [f"| time of ... / time of fastunet | {' | '.join(_TASKS.values())} |", "|---|--:|--:|"]
-        return "\n".join([_conditions(path, settings, environment), "", *header, *lines])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise TableError(f"{path}: expected a summary, settings and environment of a net, got {error!r}") from error
+    tasks = {task: result["summary"].get(task) or {} for task in _TASKS}
+    providers = list(dict.fromkeys(name for found in tasks.values() for name in found))
+    lines = [
+        f"| {name} | {' | '.join(ratio_text(found.get(name)) for found in tasks.values())} |" for name in providers
+    ]
+    header = [f"| time of ... / time of fastunet | {' | '.join(_TASKS.values())} |", "|---|--:|--:|"]
+    settings, threads = result["settings"], result["settings"].get("threads")
+    what = f"U-Net {'-'.join(map(str, settings['features']))}, {settings.get('dtype', 'bfloat16')}"
+    said = _conditions(path, result, what, [f"{threads} threads"] if threads else [])
+    return "\n".join([said, "", *header, *lines])
 
 
 # The columns of other people's models: the time of the first over that of the second.
@@ -142,28 +149,16 @@ _DROP_IN = (
 
 def _drop_in_section(path: Path, result: Result) -> str:
     """Conditions, and by model what is replaced, what is left and why, and how many times as long the others take."""
-    try:
-        settings, environment = result["settings"], result["environment"]
-        names = [f"{other} / {ours}" for other, ours in _DROP_IN]
-        header = [
-            f"| model | found | replaced | left, and why | {' | '.join(names)} |",
-            "|---|--:|--:|---|--:|--:|--:|",
-        ]
-        rows = []
-        for row in result["rows"]:
-            left = "; ".join(f"{count}: {reason.partition(':')[0]}" for reason, count in row["left"].items())
-            cells = [_drop_in_ratio(row, other, ours) for other, ours in _DROP_IN]
-            rows.append(f"| {row['name']} | {row['found']} | {row['replaced']} | {left} | {' | '.join(cells)} |")
-        side, batch = settings["size"], settings["batch"]
-        said = (
-            f"{environment['device']}, torch {environment['torch']}; {settings['task']} of other people's U-Nets, "
-            f"{settings['width']} channels in the first level, images of {side}x{side}, batches of {batch}, "
-            f"{settings['threads']} threads; medians of at most {settings['rounds']} rounds in turn, p10 to p90 in "
-            f"brackets; above 1, fastunet is faster (`{path}`):"
-        )
-        return "\n".join([said, "", *header, *rows])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise TableError(f"{path}: expected the rows of `benchmarks dropin`, got {error!r}") from error
+    names = [f"{other} / {ours}" for other, ours in _DROP_IN]
+    header = [f"| model | found | replaced | left, and why | {' | '.join(names)} |", "|---|--:|--:|---|--:|--:|--:|"]
+    rows = []
+    for row in result["rows"]:
+        left = "; ".join(f"{count}: {reason.partition(':')[0]}" for reason, count in row["left"].items())
+        cells = [_drop_in_ratio(row, other, ours) for other, ours in _DROP_IN]
+        rows.append(f"| {row['name']} | {row['found']} | {row['replaced']} | {left} | {' | '.join(cells)} |")
+    settings = result["settings"]
+    what = f"{settings['task']} of other people's U-Nets, {settings['width']} channels in the first level"
+    return "\n".join([_conditions(path, result, what, [f"{settings['threads']} threads"]), "", *header, *rows])
 
 
 def _drop_in_ratio(row: Result, other: str, ours: str) -> str:
@@ -175,18 +170,13 @@ def _drop_in_ratio(row: Result, other: str, ours: str) -> str:
     return f"{times['median']:.2f} ({times['p10']:.2f} to {times['p90']:.2f})"
 
 
-def _conditions(path: Path, settings: Result, environment: Result) -> str:
-    side, threads = settings["size"], settings.get("threads")
-    said = [
-        f"U-Net {'-'.join(map(str, settings['features']))}",
-        settings.get("dtype", "bfloat16"),
-        f"images of {side}x{side}",
-        f"batches of {settings['batch']}",
-        *([f"{threads} threads"] if threads else []),
-    ]
+def _conditions(path: Path, result: Result, what: str, threads: Sequence[str]) -> str:
+    settings, environment = result["settings"], result["environment"]
+    side, batch = settings["size"], settings["batch"]
+    said = ", ".join([what, f"images of {side}x{side}", f"batches of {batch}", *threads])
     return (
-        f"{environment['device']}, torch {environment['torch']}; {', '.join(said)}; medians of at most "
-        f"{settings['rounds']} rounds in turn, p10 to p90 in brackets; above 1, fastunet is faster (`{path}`):"
+        f"{environment['device']}, torch {environment['torch']}; {said}; medians of at most {settings['rounds']} "
+        f"rounds in turn, p10 to p90 in brackets; above 1, fastunet is faster (`{path}`):"
     )
 
 
