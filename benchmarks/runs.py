@@ -198,9 +198,7 @@ def input_sets(inputs: Inputs, device: torch.device) -> list[Inputs]:
 
 def case_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
     """Random inputs of the case in sets, images and weights channels_last."""
-    inputs = parity.make_inputs(case.shapes, dtype, device)
-    images = {name: t.contiguous(memory_format=torch.channels_last) for name, t in inputs.items() if t.dim() == 4}
-    return input_sets(inputs | images, device)
+    return input_sets(parity.make_inputs(case.shapes, dtype, device), device)
 
 
 def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE) -> Inputs:
