@@ -32,6 +32,7 @@ from fastunet import UNet
 from fastunet.checks import ConfigError, DataError
 from fastunet.files import written_whole
 from fastunet.inference.predict import evaluate
+from fastunet.losses import BCEDiceLoss
 from fastunet.train import checkpoint, loop
 from fastunet.train.checkpoint import checkpoints, read_progress
 from fastunet.train.loop import rate_at, train
@@ -73,6 +74,14 @@ def test_what_a_run_leaves(run: Path) -> None:
 def test_training_learns(data: Path, tmp_path: Path) -> None:
     metrics = train(data, tmp_path / "run", replace(TINY, steps=60, features=(8, 16), lr=1e-2))
     assert metrics["dice"]["foreground"] > 0.9
+
+
+def test_the_loss_of_a_binary_mask_sees_both_sides_alike() -> None:
+    """Dice of the foreground alone hardly sees a rare background."""
+    training: Any = Mock(loss=BCEDiceLoss(batch=True), **{"run_config.data.classes": 1})
+    logits, labels = torch.randn(2, 1, 8, 8), torch.randint(2, (2, 8, 8))
+    loss, mirrored = (loop._Loop._loss_of(training, *each) for each in ((logits, labels), (-logits, 1 - labels)))
+    torch.testing.assert_close(loss, mirrored)
 
 
 def test_trainings_in_one_process_may_differ_in_precision_and_seed(data: Path, tmp_path: Path) -> None:
@@ -300,7 +309,10 @@ def test_a_disk_that_is_full_costs_no_checkpoint(data: Path, stopped: Path, tmp_
     assert not list(out.glob(".*"))
 
 
-def test_the_weights_are_the_best_by_validation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stop", [3, 7], ids=["at the best", "after it"])
+def test_the_weights_are_the_best_by_validation(
+    stop: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dice = iter([0.1, 0.2, 0.8, 0.3, 0.8, *5 * [0.5]])
 
     def scored(model: UNet, samples: Any, names: list[str], *, tile: int, tta: bool | None = None) -> Any:
@@ -317,7 +329,7 @@ def test_the_weights_are_the_best_by_validation(data: Path, tmp_path: Path, monk
         return states[loop.progress.step]
 
     monkeypatch.setattr(loop._Loop, "_weights", note)
-    losses_of(data, tmp_path / "run", TINY, stop=stop_at(7, killed))
+    losses_of(data, tmp_path / "run", TINY, stop=stop_at(stop, killed))
     metrics = train(None, tmp_path / "run", resume=True)
     assert metrics["weights"] == "step 3 of 10: best validation Dice of the foreground, 0.8000"
     assert checkpoint.load_config(tmp_path / "run").weights == metrics["weights"]
