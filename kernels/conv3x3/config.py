@@ -242,6 +242,11 @@ def with_statistics(chosen: ConvConfig) -> ConvConfig:
     return replace(chosen, max_registers=ALL_REGISTERS) if chosen.variant == POINTER else chosen
 
 
+def with_norm(chosen: ConvConfig) -> ConvConfig:
+    """Return the config of a convolution whose epilogue normalises: a first layer's spills in the larger tile."""
+    return replace(chosen, tile_h=min(chosen.tile_h, 8)) if chosen.variant == FOLDED else chosen
+
+
 def with_head(chosen: ConvConfig) -> ConvConfig:
     """Return the config for a convolution whose epilogue holds a head, which needs registers of its own.
 

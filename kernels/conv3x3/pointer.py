@@ -311,6 +311,7 @@ def conv3x3(
     pooled = empty_packed(x, weight.shape[0], height // 2, width // 2) if pool else None
     if y.numel():  # A descriptor cannot describe an empty tensor.
         chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32)
+        chosen = chosen if norm is None else config.with_norm(chosen)
         epilogue = Epilogue(y, bias, norm, negative_slope, pooled, y_scale=y_scale)
         _run(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32)
     return y, pooled
