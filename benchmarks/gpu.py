@@ -4,7 +4,8 @@
 
 Writes into DIR, anew after every step: gpu_report.json (rows, environment, commit, summary), gpu_report.md,
 roofline.png, and the table of measured configurations, <gpu>.json, which `--tuned` puts into kernels/tuned/ at once. It
-ends within the given minutes: what there was no time for is named. In this order: every op in bfloat16 against float64;
+ends within the given minutes: what there was no time for is named, and measured by the next call with the same DIR. In
+this order: each family of kernels on small images, in processes of their own; every op in bfloat16 against float64;
 the GPU's peak rates; the layers of UNet(3, 2), forward; the net's inference and training step; the layers, backward;
 the nets beside torch.compile; every op in the other formats; the layers beside torch.compile; the search for
 configurations (the command tune has more time for it). The first implementation is ours: the Triton kernels,
@@ -15,11 +16,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastunet import dispatch
+from fastunet.checks import ConfigError
 from fastunet.files import write_json, written_whole
+from fastunet.testing.families import FP8
 
 from .cases import DTYPE, Settings, add_settings, settings_of
 from .gpu_steps import Step, all_steps, run_steps
@@ -75,25 +79,64 @@ def draw_roofline(out: Path, report: Report) -> str:
     return ""
 
 
+def check_families(settings: Settings, budget: Budget) -> list[Row]:
+    """Return a row for each family of kernels: whether it is right on small images, in a process that may crash."""
+    if settings.device != "cuda" or dispatch.triton_unsupported(settings.torch_device, DTYPE) is not None:
+        return []
+    from fastunet.kernels import gpu, self_test  # Late: without kernels installed, `run` says what to do.
+    from fastunet.kernels.conv3x3 import config, config_hopper
+
+    target, families = gpu.target(settings.torch_device), [*dispatch.TRITON_OPS]
+    families += [config_hopper.FAMILY] if config_hopper.missing(DTYPE, target) is None else []
+    families += [FP8] if config.has_fp8(target) else []
+    found = self_test.check(families, "bfloat16", settings.torch_device, min(self_test.TIMEOUT, budget.left()))
+    return [
+        {"kind": "smoke", "name": family, "variant": "bfloat16", "reason": failed}
+        | {"status": "failed" if failed else "ok"}
+        for family, failed in found.items()
+    ]
+
+
+def earlier_rows(file: Path, report: Report) -> list[Row]:
+    """Return the rows of a report that was begun before, but those that had no time; none if there is no file.
+
+    Raises ConfigError where it is of another machine, commit, or other settings.
+    """
+    if not file.is_file():
+        return []
+    found, wanted = json.loads(file.read_text()), json.loads(json.dumps(report))
+    for part in ("environment", "settings"):
+        changed = [name for name, value in wanted[part].items() if found[part].get(name) != value]
+        if changed := [name for name in changed if name != "temperature"]:
+            was, now = ({name: values[part].get(name) for name in changed} for values in (found, wanted))
+            raise ConfigError(f"{file}: expected a report of {now}, got one of {was}: choose another folder")
+    return [row for row in found["rows"] if row["status"] not in ("skipped", "timed out")]
+
+
 def make_report(
     settings: Settings, out: Path, minutes: float, steps: Sequence[Step] | None = None, tuned: Path | None = None
 ) -> Report:
     """Measure (by default all steps) and write DIR's files; returns what the JSON holds.
 
-    tuned: the folder of the table of measured configurations, by default DIR.
+    What DIR's report has already is not measured again. tuned: the folder of the table of measured configurations, by
+    default DIR. Raises ConfigError where DIR's report is another.
     """
     budget = Budget(60 * minutes - _RESERVE)
     out.mkdir(parents=True, exist_ok=True)
     report = report_of(settings, [])
+    earlier = earlier_rows(out / "gpu_report.json", report)
+    smoke = [row for row in earlier if row["kind"] == "smoke"] or check_families(settings, budget)
 
     def save(rows: list[Row]) -> None:
+        rows = smoke + rows
         add_floors(rows)
         report.update(summary=summarise(rows), rows=rows)
         write_json(out / "gpu_report.json", report)
         with written_whole(out / "gpu_report.md") as temporary:
             temporary.write_text(render(report))
 
-    rows = run_steps(settings, all_steps(settings) if steps is None else steps, budget, save)
+    save([])
+    rows = run_steps(settings, all_steps(settings) if steps is None else steps, budget, save, known=earlier)
     report["roofline"] = draw_roofline(out, report)
     save(rows)
     if steps is None and dispatch.triton_unsupported(settings.torch_device, DTYPE) is None:
@@ -124,7 +167,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(f"expected --minutes above 0, got {options.minutes}")
     from fastunet.kernels import autotune
 
-    report = make_report(settings, options.out, options.minutes, tuned=autotune.TUNED if options.tuned else None)
+    try:
+        report = make_report(settings, options.out, options.minutes, tuned=autotune.TUNED if options.tuned else None)
+    except ConfigError as error:
+        parser.error(str(error))
     print(f"{options.out / 'gpu_report.md'}\n{report['summary']}")
     if not options.tuned:
         print(f"To use the configurations that were measured, if any: cp {options.out}/<gpu>.json {autotune.TUNED}")

@@ -295,17 +295,22 @@ def run_steps(
     budget: Budget,
     save: Callable[[list[Row]], None],
     start: Callable[..., Spawned] = Spawned,
+    known: Sequence[Row] = (),
 ) -> list[Row]:
     """A row for each step, "skipped" where the budget does not reach; save gets all rows there are after each.
 
-    start: makes the process that answers.
+    start: makes the process that answers. known: rows of steps that are not to be measured again.
     """
     rows: list[Row] = []
+    by_step = {(row["kind"], row["name"], row["variant"]): row for row in known}
     with start(answer, settings) as process:
         for step in steps:
             left = budget.left()
             limit = min(_COMPILED_NET_LIMIT if step.kind == "net" and step.variant else STEP_LIMIT, left)
             row, is_usable = describe(settings, step), True
+            if (earlier := by_step.get((row["kind"], row["name"], row["variant"]))) is not None:
+                rows.append(earlier)
+                continue
             try:
                 if left < _LEAST_STEP:
                     row |= {"status": "skipped", "reason": "no time left"}

@@ -119,6 +119,7 @@ def render(report: Report) -> str:
         kind = f"layer {row['variant']}" if row["kind"] == "layer" else row["kind"]
         by_kind.setdefault(kind, []).append(row)
     sections = {
+        "Families of kernels, on small images": _parity_table(by_kind.get("smoke", [])),
         "Peak rates": _roofs(by_kind.get("roofs", [])),
         "Layers, forward": layers_table(by_kind.get("layer forward", [])),
         "Layers, backward": layers_table(by_kind.get("layer backward", [])),

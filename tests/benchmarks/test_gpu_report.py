@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -20,10 +21,12 @@ from fastunet.benchmarks.cases import Settings, unet_layers
 from fastunet.benchmarks.gpu_steps import COMPILED, COMPILED_NETS, Step, all_steps, describe, parity_formats
 from fastunet.benchmarks.harness.worker import Budget
 from fastunet.benchmarks.tables import render, summarise
+from fastunet.kernels import gpu, self_test
 from torch import nn
 
 import fastunet
-from fastunet import ops
+from fastunet import dispatch, ops
+from fastunet.checks import ConfigError
 from fastunet.testing import cpu_accumulates_in_float32, parity
 from fastunet.testing.bounds import Expected, pool_grad
 
@@ -235,6 +238,48 @@ def test_what_the_search_finds_goes_into_the_report(tmp_path: Path, monkeypatch:
     assert asked == [tmp_path / "tuned" / "interpreter.json"]
     assert json.loads((tmp_path / "gpu_report.json").read_text())["tuned"] == report["tuned"] == found
     assert "| conv1x1 | bfloat16 | height=8 | 1.5 |" in (tmp_path / "gpu_report.md").read_text()
+
+
+def test_a_second_call_measures_what_had_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked = FakeClock(), []
+    steps = [step for step in all_steps(TINY) if step.kind == "layer"]
+
+    class Noting(FakeProcess):
+        def ask(self, step: Step, timeout: float) -> tuple[dict, bool]:
+            asked.append(step)
+            if len(asked) == 2:
+                raise TimeoutError("no result after 90 s")
+            return super().ask(step, timeout)
+
+    monkeypatch.setattr(gpu_report, "run_steps", functools.partial(gpu_steps.run_steps, start=lambda *_: Noting(clock)))
+    monkeypatch.setattr(gpu_report, "Budget", lambda seconds: Budget(seconds, lambda: clock.time))
+    gpu_report.make_report(TINY, tmp_path, 0.2, steps)  # Six seconds, of which the last two are too few.
+    assert asked == steps[:6]
+    report = gpu_report.make_report(TINY, tmp_path, 3.0, steps)
+    assert asked == [*steps[:6], steps[1], *steps[6:]]
+    assert [(row["kind"], row["name"], row["variant"], row["status"]) for row in report["rows"]] == [
+        (step.kind, step.name, step.variant, "ok") for step in steps
+    ]
+    other = dataclasses.replace(TINY, batch=3)
+    with pytest.raises(ConfigError, match=r"expected a report of \{'batch': 3\}, got one of \{'batch': 2\}"):
+        gpu_report.make_report(other, tmp_path, 3.0, steps)
+    assert json.loads((tmp_path / "gpu_report.json").read_text()) == json.loads(json.dumps(report))
+
+
+def test_each_family_of_kernels_is_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a wrong one is in the report."""
+    found = {"conv1x1": "", "max_pool2x2": "its check failed: 3 of 4 of y are wrong"}
+    monkeypatch.setattr(self_test, "check", lambda families, *_: {each: found.get(each, "") for each in families})
+    monkeypatch.setattr(gpu_report.dispatch, "triton_unsupported", lambda *_: None)
+    monkeypatch.setattr(gpu, "target", lambda device: gpu.known_target(90))
+    rows = gpu_report.check_families(dataclasses.replace(TINY, device="cuda"), Budget(60.0))
+    assert {row["name"] for row in rows} >= {*dispatch.TRITON_OPS, "conv3x3_halo", "conv3x3_fp8"}
+    assert [row["name"] for row in rows if row["status"] == "failed"] == ["max_pool2x2"]
+    monkeypatch.setattr(gpu_report, "check_families", lambda settings, budget: rows)
+    report = gpu_report.make_report(TINY, tmp_path, 3.0, [])
+    assert report["rows"] == rows
+    text = (tmp_path / "gpu_report.md").read_text()
+    assert "| max_pool2x2 | bfloat16 |  | **failed**: its check failed: 3 of 4" in text
 
 
 @BFLOAT16
