@@ -192,7 +192,7 @@ def _split(shapes: Iterable[ConvShape], dtype: torch.dtype, target: gpu.Target, 
     """Sums split among programs: of so many channels on so small an image, with the blocks of each of the shapes."""
     for shape in shapes:
         deep = replace(shape, c1=16 * shape.c1, c2=32 * shape.c1, height=8, width=8)
-        chosen = config.derived_conv_config(deep, dtype, target, allow_tf32)
+        chosen = config.heuristic_conv_config(deep, dtype, target, allow_tf32)
         if config.splittings(chosen, deep, target):
             pin = config.CONV3X3, replace(chosen, splits=2)
             for op in ("conv3x3_batch_norm_relu", "conv3x3_bias_relu_pool", "concat_conv3x3_bias_relu"):

@@ -121,11 +121,11 @@ def conv_config(
     one that is an input gradient, whose kernels are others.
     """
     found = autotune.config_for(op, shape, dtype, allow_tf32, target.name, ConvConfig)
-    return found or derived_conv_config(shape, dtype, target, allow_tf32)
+    return found or heuristic_conv_config(shape, dtype, target, allow_tf32)
 
 
 @functools.lru_cache(REMEMBERED)
-def derived_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool) -> ConvConfig:
+def heuristic_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool) -> ConvConfig:
     """Return conv_config, whatever was measured."""
     half = dtype.itemsize == 2
     tensor_cores = half or allow_tf32
@@ -188,11 +188,11 @@ def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> Con
     shape: c1 channels of the convolution's first input, c2 and the size of the image before the upsampling.
     """
     found = autotune.config_for(COMPOSED, shape, dtype, False, target.name, ConvConfig)
-    return found or derived_composed_config(shape, dtype, target)
+    return found or heuristic_composed_config(shape, dtype, target)
 
 
 @functools.lru_cache(REMEMBERED)
-def derived_composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
+def heuristic_composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
     """As composed_config, whatever was measured."""
     # There is a program for each of four sub-pixels: as many as of an image of twice the size.
     doubled = replace(shape, height=2 * shape.height, width=2 * shape.width)
@@ -203,7 +203,7 @@ def splittings(chosen: ConvConfig, shape: ConvShape, target: Target) -> list[int
     """Return the numbers of splits worth a try: where the tiles of one image leave more than half of the GPU idle.
 
     Each program has whole blocks of channels, of each input as many. Whatever the batch, which it would help less the
-    larger it is: the derived configs have none.
+    larger it is: the heuristic configs have none.
     """
     blocks1, blocks2 = shape.c1 // chosen.block_k, shape.c2 // chosen.block_k
     whole = shape.c1 % chosen.block_k == 0 and shape.c2 % chosen.block_k == 0 and not shape.c_out2

@@ -48,11 +48,11 @@ class WeightGradConfig(Config):
 def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> WeightGradConfig:
     """Return the blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""
     found = autotune.config_for(WEIGHT_GRAD, shape, dtype, allow_tf32, target.name, WeightGradConfig)
-    return found or derived_weight_grad_config(shape, dtype, target, allow_tf32)
+    return found or heuristic_weight_grad_config(shape, dtype, target, allow_tf32)
 
 
 @functools.lru_cache(REMEMBERED)
-def derived_weight_grad_config(
+def heuristic_weight_grad_config(
     shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool
 ) -> WeightGradConfig:
     """As weight_grad_config, whatever was measured."""

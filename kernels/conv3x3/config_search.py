@@ -47,14 +47,14 @@ def feasible_configs(
 
 
 def conv_variants(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[str, ConvConfig]:
-    """Return the derived config of each variant that `shape` can run in on the target, the one chosen first."""
-    derived = config.derived_conv_config(shape, dtype, target, allow_tf32)
-    variants = {derived.variant: derived}
+    """Return the heuristic config of each variant that `shape` can run in on the target, the one chosen first."""
+    heuristic = config.heuristic_conv_config(shape, dtype, target, allow_tf32)
+    variants = {heuristic.variant: heuristic}
     if config_hopper.fits_halo(shape, dtype, target):
         variants[HALO] = config_hopper.halo_config(shape, target)
-    if derived.variant == DESCRIPTOR:
+    if heuristic.variant == DESCRIPTOR:
         without = replace(target, capability=min(target.capability, 89))
-        variants[POINTER] = config.derived_conv_config(shape, dtype, without, allow_tf32)
+        variants[POINTER] = config.heuristic_conv_config(shape, dtype, without, allow_tf32)
     return variants
 
 
@@ -76,36 +76,36 @@ def feasible_composed_configs(shape: ConvShape, dtype: torch.dtype, target: Targ
     """Return configs for an upsampling composed with the convolution after it, of a shape as in
     `config.composed_config`.
     """
-    derived = config.derived_composed_config(shape, dtype, target)
-    return _nearest_first({derived.variant: derived}, _candidates(derived, shape, dtype, target))
+    heuristic = config.heuristic_composed_config(shape, dtype, target)
+    return _nearest_first({heuristic.variant: heuristic}, _candidates(heuristic, shape, dtype, target))
 
 
-def _candidates(derived: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
-    """Return the configs of derived's variant."""
-    if derived.variant == HALO:
-        return _halo_configs(derived, shape.c_out, target)
+def _candidates(heuristic: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
+    """Return the configs of heuristic's variant."""
+    if heuristic.variant == HALO:
+        return _halo_configs(heuristic, shape.c_out, target)
     channels = max(shape.c_out, shape.c_out2)
-    heights = [h for h in (8, 16, 32) if h <= derived.tile_h or dtype.itemsize == 2]
-    # Where the derived block holds all output channels, so does every other: a joined head needs it.
-    blocks_n = [n for n in (32, 64, 128) if _covers(n, channels, derived.block_n)]
-    blocks_k = _step_blocks(derived, shape)
+    heights = [h for h in (8, 16, 32) if h <= heuristic.tile_h or dtype.itemsize == 2]
+    # Where the heuristic block holds all output channels, so does every other: a joined head needs it.
+    blocks_n = [n for n in (32, 64, 128) if _covers(n, channels, heuristic.block_n)]
+    blocks_k = _step_blocks(heuristic, shape)
     # Loads that go element by element are not pipelined.
-    stages = _STAGES if derived.num_stages > 1 else (1,)
+    stages = _STAGES if heuristic.num_stages > 1 else (1,)
     found = []
     for tile_h, block_n, block_k, warps, depth in itertools.product(heights, blocks_n, blocks_k, _WARPS, stages):
-        limit = _register_limit(derived.variant, block_n, dtype, target)
-        candidate = ConvConfig(tile_h, TILE_W, block_n, block_k, warps, depth, derived.variant, limit)
+        limit = _register_limit(heuristic.variant, block_n, dtype, target)
+        candidate = ConvConfig(tile_h, TILE_W, block_n, block_k, warps, depth, heuristic.variant, limit)
         per_stage = (tile_h * TILE_W + block_n) * block_k * dtype.itemsize
         if _fits(tile_h * TILE_W * block_n, warps, depth * per_stage, target):
             found.append(candidate)
     return found
 
 
-def _halo_configs(derived: ConvConfig, channels: int, target: Target) -> list[ConvConfig]:
+def _halo_configs(heuristic: ConvConfig, channels: int, target: Target) -> list[ConvConfig]:
     blocks = (64, 128) if channels > 64 else (64,)
     heights, depths, weight_depths, orders = (16, 32), (2, 3, 4), (4, 6, 8), (False, True)
     found = [
-        replace(derived, tile_h=tile_h, block_n=block_n, num_stages=depth, weight_stages=weights, swapped=swapped)
+        replace(heuristic, tile_h=tile_h, block_n=block_n, num_stages=depth, weight_stages=weights, swapped=swapped)
         for tile_h, block_n, depth, weights, swapped in itertools.product(
             heights, blocks, depths, weight_depths, orders
         )
@@ -116,22 +116,22 @@ def _halo_configs(derived: ConvConfig, channels: int, target: Target) -> list[Co
     return [c for c in found if config_hopper.shared_memory(c) + 512 <= target.shared_memory]
 
 
-def _covers(block: int, channels: int, derived_block: int) -> bool:
-    if derived_block >= channels:
-        return channels <= block <= max(derived_block, 64)
+def _covers(block: int, channels: int, heuristic_block: int) -> bool:
+    if heuristic_block >= channels:
+        return channels <= block <= max(heuristic_block, 64)
     # A product of the descriptor variant has the block's rows, and tensor cores take 64 at least.
     return block >= 64 and block <= config.cover(channels, 32, 128)
 
 
-def _step_blocks(derived: ConvConfig, shape: ConvShape) -> list[int]:
-    if derived.variant == FOLDED or not shape.aligned:
-        return [derived.block_k]
+def _step_blocks(heuristic: ConvConfig, shape: ConvShape) -> list[int]:
+    if heuristic.variant == FOLDED or not shape.aligned:
+        return [heuristic.block_k]
     deepest = config.step_block(shape.c1, shape.c2, 64)
     return [k for k in (16, 32, 64) if k <= deepest]
 
 
 def _register_limit(variant: str, block_n: int, dtype: torch.dtype, target: Target) -> int | None:
-    """As derived configs have it."""
+    """As heuristic configs have it."""
     if variant == DESCRIPTOR:
         return ALL_REGISTERS if target.capability >= 100 else None
     return None if variant == POINTER and dtype.itemsize == 2 and block_n > 32 else ALL_REGISTERS
@@ -141,40 +141,40 @@ def feasible_weight_grad_configs(
     shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool
 ) -> list[config_grad.WeightGradConfig]:
     """Return configs for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32."""
-    derived = config_grad.derived_weight_grad_config(shape, dtype, target, allow_tf32)
+    heuristic = config_grad.heuristic_weight_grad_config(shape, dtype, target, allow_tf32)
     # The descriptor variant's tile is a run of neighbours in memory; the folded variant's block holds all taps.
-    heights = (derived.tile_h,) if derived.variant == DESCRIPTOR else (2, 4, 8)
+    heights = (heuristic.tile_h,) if heuristic.variant == DESCRIPTOR else (2, 4, 8)
     blocks_out = [n for n in (32, 64, 128) if n <= config.cover(shape.c_out, 32, 128)]
     blocks_in = [n for n in (16, 32, 64, 128) if n <= config.cover(shape.c1, 16, 128)]
-    if derived.variant == FOLDED:
-        blocks_in = [derived.block_in]
-    if derived.variant == DESCRIPTOR:  # Its product has block_out rows.
+    if heuristic.variant == FOLDED:
+        blocks_in = [heuristic.block_in]
+    if heuristic.variant == DESCRIPTOR:  # Its product has block_out rows.
         blocks_out = [n for n in blocks_out if n >= 64]
     found = []
     for tile_h, block_out, block_in, warps, depth in itertools.product(heights, blocks_out, blocks_in, _WARPS, _STAGES):
         candidate = replace(
-            derived, tile_h=tile_h, block_out=block_out, block_in=block_in, num_warps=warps, num_stages=depth
+            heuristic, tile_h=tile_h, block_out=block_out, block_in=block_in, num_warps=warps, num_stages=depth
         )
-        per_stage = tile_h * derived.tile_w * (block_out + block_in) * dtype.itemsize
+        per_stage = tile_h * heuristic.tile_w * (block_out + block_in) * dtype.itemsize
         if _fits(block_out * block_in, warps, depth * per_stage, target):
             found.append(candidate)
-    return _nearest_first({derived.variant: derived}, found)
+    return _nearest_first({heuristic.variant: heuristic}, found)
 
 
 def _fits(sums: int, warps: int, shared_memory: int, target: Target) -> bool:
     return sums <= _MOST_SUMS * 32 * warps and shared_memory <= target.shared_memory
 
 
-def _nearest_first(derived: Mapping[str, T], found: list[T]) -> list[T]:
-    """derived: by variant, first the one that is chosen unmeasured."""
+def _nearest_first(heuristic: Mapping[str, T], found: list[T]) -> list[T]:
+    """heuristic: by variant, first the one that is chosen unmeasured."""
 
     def distance(candidate: T) -> tuple[int, float]:
         """Return fields that differ, and how many times blocks, warps and stages are doubled or halved."""
-        pairs = zip(astuple(candidate), astuple(derived[candidate.variant]), strict=True)
+        pairs = zip(astuple(candidate), astuple(heuristic[candidate.variant]), strict=True)
         changed = [(a, b) for a, b in pairs if a != b]
         return len(changed), sum(abs(math.log2(a / b)) for a, b in changed if a and b and _is_number(a, b))
 
-    first: list[T] = list(derived.values())
+    first: list[T] = list(heuristic.values())
     return [*first, *sorted((candidate for candidate in found if candidate not in first), key=distance)]
 
 

@@ -187,7 +187,7 @@ def _input_grads(
             turned = weight.transpose(0, 1).flip(2, 3)
             conv3x3_launch(grad, None, turned, chosen, Epilogue(out), allow_tf32=allow_tf32).run(grad.device)
             return outs
-        chosen = config.derived_conv_config(shape, grad.dtype, target, allow_tf32)
+        chosen = config.heuristic_conv_config(shape, grad.dtype, target, allow_tf32)
     arguments = {
         "H": height,
         "W": width,

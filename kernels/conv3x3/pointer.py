@@ -258,7 +258,7 @@ def choose(
     shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
     if chosen.variant == config.HALO and (leaves_statistics or not halo_runs(x, config.CONV3X3)):
-        return config.derived_conv_config(shape, x.dtype, target, allow_tf32)
+        return config.heuristic_conv_config(shape, x.dtype, target, allow_tf32)
     return chosen
 
 

@@ -63,7 +63,7 @@ def spoil_single_warps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_variants_are_timed_if_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three variants beside the chosen one: one that is right, one that is wrong, one that does not run."""
     shape = config.ConvShape(8, 0, 8, 16, 16, aligned=False)
-    chosen = config.derived_conv_config(shape, torch.bfloat16, gpu.INTERPRETER, False)
+    chosen = config.heuristic_conv_config(shape, torch.bfloat16, gpu.INTERPRETER, False)
     changes = {"right": {"block_n": 64}, "wrong": {"num_warps": 1}, "broken": {"block_k": 3}}
     found = {
         chosen.variant: chosen,

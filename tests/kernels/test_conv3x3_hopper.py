@@ -245,7 +245,7 @@ def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
     reason = None if may_run else "the halo variant is wrong here"
     monkeypatch.setattr(config_hopper, "unsupported_reason", lambda *_: reason)
     chosen, shape = Case().chosen, config.ConvShape(64, 0, 64, 9, 12)
-    derived = config.derived_conv_config(shape, torch.bfloat16, HOPPER, False)
+    heuristic = config.heuristic_conv_config(shape, torch.bfloat16, HOPPER, False)
 
     def choose(**options: bool) -> config.ConvConfig:
         return pointer.choose(x, None, weight, HOPPER, allow_tf32=False, **options)
@@ -255,8 +255,8 @@ def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
     autotune._said.clear()
     message = "wrong here; the heuristic variant runs"
     with nullcontext() if may_run else pytest.warns(RuntimeWarning, match=message):
-        assert choose() == (chosen if may_run else derived)
-    assert choose(leaves_statistics=True) == derived
+        assert choose() == (chosen if may_run else heuristic)
+    assert choose(leaves_statistics=True) == heuristic
     with autotune.overriding("conv3x3", chosen):
         if may_run:
             assert choose() == chosen

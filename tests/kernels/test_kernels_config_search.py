@@ -1,4 +1,4 @@
-"""Enumerated configurations: the derived one first, all within the target's limits, none twice."""
+"""Enumerated configurations: the heuristic one first, all within the target's limits, none twice."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SHAPES = (
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) -> None:
     found = config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)
-    derived = config.conv_config(shape, dtype, target, allow_tf32=False)
-    assert found[0] == derived
+    heuristic = config.conv_config(shape, dtype, target, allow_tf32=False)
+    assert found[0] == heuristic
     assert len(set(found)) == len(found) > 1
     for each in found:
         pixels, sums = each.tile_h * each.tile_w, each.tile_h * each.tile_w * each.block_n
@@ -41,7 +41,7 @@ def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) 
         assert each.variant != DESCRIPTOR or target.capability >= 90
         if each.variant != FOLDED and shape.aligned:
             assert shape.c1 % each.block_k == shape.c2 % each.block_k == 0
-        if derived.block_n >= max(shape.c_out, shape.c_out2):
+        if heuristic.block_n >= max(shape.c_out, shape.c_out2):
             assert each.block_n >= shape.c_out, "a joined head needs all channels in one block"
 
 
@@ -71,13 +71,13 @@ def test_a_measured_table_does_not_move_the_search(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], ConvShape(512, 0, 1024, 32, 32)], ids=str)
 def test_weight_gradients(shape: ConvShape, target: gpu.Target) -> None:
     found = config_search.feasible_weight_grad_configs(shape, torch.bfloat16, target, allow_tf32=False)
-    derived = config_grad.weight_grad_config(shape, torch.bfloat16, target, allow_tf32=False)
-    assert found[0] == derived
+    heuristic = config_grad.weight_grad_config(shape, torch.bfloat16, target, allow_tf32=False)
+    assert found[0] == heuristic
     assert len(set(found)) == len(found) > 1
     for each in found:
         stage = each.tile_h * each.tile_w * (each.block_out + each.block_in) * 2
         assert each.num_stages * stage <= target.shared_memory
-        assert each.variant == derived.variant
+        assert each.variant == heuristic.variant
         if each.variant == DESCRIPTOR:
-            assert (each.tile_h, each.tile_w) == (derived.tile_h, derived.tile_w)
+            assert (each.tile_h, each.tile_w) == (heuristic.tile_h, heuristic.tile_w)
             assert each.block_out >= 64

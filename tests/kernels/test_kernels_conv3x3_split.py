@@ -112,16 +112,16 @@ def test_offsets_beyond_32_bits() -> None:
 
 def test_where_sums_may_be_split() -> None:
     deep = config.ConvShape(1024, 0, 1024, 32, 32)
-    derived = config.derived_conv_config(deep, torch.bfloat16, HOPPER, False)
-    assert derived.splits == 1, "which helps a batch of one image only, and is unmeasured"
-    found = config.splittings(derived, deep, HOPPER)
+    heuristic = config.heuristic_conv_config(deep, torch.bfloat16, HOPPER, False)
+    assert heuristic.splits == 1, "which helps a batch of one image only, and is unmeasured"
+    found = config.splittings(heuristic, deep, HOPPER)
     assert found
-    programs = config.tiles_per_image(derived, 32, 32) * gpu.cdiv(1024, derived.block_n)
+    programs = config.tiles_per_image(heuristic, 32, 32) * gpu.cdiv(1024, heuristic.block_n)
     assert all(programs * splits <= 2 * HOPPER.multiprocessors for splits in found)
     large = dataclasses.replace(deep, height=512, width=512)
-    assert config.splittings(derived, large, HOPPER) == []
-    assert config.splittings(derived, dataclasses.replace(deep, c1=derived.block_k * 3), HOPPER) == []
-    assert config.splittings(derived, dataclasses.replace(deep, c_out2=64), HOPPER) == []
+    assert config.splittings(heuristic, large, HOPPER) == []
+    assert config.splittings(heuristic, dataclasses.replace(deep, c1=heuristic.block_k * 3), HOPPER) == []
+    assert config.splittings(heuristic, dataclasses.replace(deep, c_out2=64), HOPPER) == []
 
 
 def two_splits_of_two_inputs(kernels: ModuleType) -> None:
