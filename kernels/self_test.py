@@ -26,7 +26,8 @@ TIMEOUT = 120.0
 # The function of a family, a dtype and a device that raises AssertionError where results are wrong. By its name,
 # because it stands above this package.
 CHECK = "fastunet.testing.families:check_family"
-# What a process prints once it has a GPU. What ends it before, such as a GPU that is taken, says nothing of kernels.
+# What a process prints once it can run kernels. What ends it before, such as a GPU that is taken or no C compiler, says
+# nothing of them.
 _BEGUN = "begun"
 _WRONG, _NO_MEMORY = 3, 4  # Exit codes. Python's own are lower.
 _PR_SET_PDEATHSIG = 1
@@ -126,6 +127,10 @@ def main(arguments: Sequence[str]) -> int:
     module, _, function = CHECK.partition(":")
     check_family, device = getattr(importlib.import_module(module), function), torch.device(name)
     torch.zeros(1, device=device).item()
+    if device.type == "cuda":
+        import triton
+
+        triton.runtime.driver.active.get_current_device()  # For which Triton needs a C compiler.
     print(_BEGUN, flush=True)
     try:
         check_family(family, dtype, device)
