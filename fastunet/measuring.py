@@ -116,7 +116,6 @@ def measure(call: Call, args: Any, layer: autotune.Layer, budget: Budget, neighb
         return
     with autotune.locked(name) as is_alone:
         if not is_alone:
-            skip(args, layer, "another process was measuring")
             return
         has_halo = config_hopper.missing(args[0].dtype, gpu.target(args[0].device)) is None
         families = [*dispatch.TRITON_OPS, *([config_hopper.FAMILY] if has_halo else [])]

@@ -95,18 +95,22 @@ def generation() -> int:
 def table(gpu: str) -> dict[Key, Row]:
     """Return all that is known of a GPU of that name."""
     if gpu not in _tables:
-        is_forced = os.environ.get("FASTUNET_TUNE") == "force"
-        _tables[gpu] = {} if is_forced else _packaged(gpu) | read_table(cache_file(gpu), environment(gpu))
+        _tables[gpu] = {} if _is_forced() else _packaged(gpu) | read_table(cache_file(gpu), environment(gpu))
     return _tables[gpu]
+
+
+def _is_forced() -> bool:
+    return os.environ.get("FASTUNET_TUNE") == "force"
 
 
 def put(gpu: str, rows: Iterable[Row], *, keep: bool = True) -> None:
     """Add rows to what is known, and in place of those of the same key. keep: in the cache file, too."""
     global _generation
-    added = by_key(rows)
-    _tables[gpu] = table(gpu) | added
-    _generation += 1
-    _config.cache_clear()
+    added, before = by_key(rows), table(gpu)
+    _tables[gpu] = before | added
+    if _tables[gpu] != before:
+        _generation += 1
+        _config.cache_clear()
     if keep:
         path = cache_file(gpu)
         try:
@@ -257,7 +261,7 @@ def write_table(path: Path, environment: Mapping[str, Any], rows: Mapping[Key, R
 @contextmanager
 def locked(gpu: str) -> Iterator[bool]:
     """Yield whether this process may measure, and write what it finds: not while another does, for whose times it would
-    be noise.
+    be noise. What others have written until then is known within the block.
     """
     from filelock import FileLock, Timeout
 
@@ -267,13 +271,15 @@ def locked(gpu: str) -> Iterator[bool]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        warn_once(f"{path}: another process is measuring: what is not measured yet runs on ATen in this one")
+        warn_once(f"{path}: another process is measuring: until it is done, what is not measured runs on ATen")
         yield False
         return
     except OSError:  # There is no place to write: `put` says so.
         yield True
         return
     try:
+        if not _is_forced():
+            put(gpu, read_table(cache_file(gpu), environment(gpu)).values(), keep=False)
         yield True
     finally:
         lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,6 +113,19 @@ def test_out_of_memory_fewer_images_are_taken(ops: Ops, monkeypatch: pytest.Monk
     ops.fits = 0
     choice = ops.settle(16)
     assert (choice.implementation, choice.reason.endswith("does not fit into memory twice")) == ("aten", True)
+
+
+def test_what_another_process_measures_is_waited_for_and_taken(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(autotune, "locked", lambda _: contextlib.nullcontext(False))
+        assert ops.settle().unmeasured is not None
+    layer = autotune.Layer(OP, 0, 3, 8, 8, training=False)
+    dtype = autotune.format_of(torch.float32, dispatch.tf32_allowed())
+    rows = [{"op": OP, "dtype": dtype, "shape": shape} for shape in ({}, layer.shape)]
+    kept = autotune.by_key([rows[0] | {"failed": ""}, rows[1] | {"speedup": 9.0}])
+    autotune.write_table(autotune.cache_file(GPU.name), autotune.environment(GPU.name), kept)
+    assert ops.settle().speedup == 9.0
+    assert ops.batches == set()
 
 
 def test_nothing_is_measured_where_it_must_not_be(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,20 @@ def test_past_32_bits(name: str) -> None:
     run_alone(name)
 
 
+def test_a_layer_is_checked_and_measured_at_its_first_use() -> None:
+    from fastunet.kernels import autotune, gpu
+
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    x, weight = torch.randn(4, 64, 128, 128, **options), torch.randn(64, 64, 3, 3, **options)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    with fastunet.backend("auto"), torch.no_grad():
+        y = fastunet.ops.conv3x3_bias_relu(x, weight)
+    rows = autotune.table(gpu.target(x.device).name).values()
+    assert {row["op"]: row["failed"] for row in rows if row.get("failed")} == {}
+    assert [row["op"] for row in rows if "speedup" in row] == ["conv3x3_bias_relu"]
+    assert torch.isfinite(y).all()
+
+
 def test_the_halo_variant_passes_its_check() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the halo variant is for sm_90")
