@@ -170,7 +170,8 @@ def _is_halo(launch: gpu.Launch) -> bool:
 
 
 def _multiplies_e4m3(launch: gpu.Launch) -> bool:
-    return "x_desc" in launch.arguments and launch.arguments["x_desc"].base.dtype == torch.float8_e4m3fn
+    x = launch.arguments.get("x_desc")  # None of an input gradient without a mask.
+    return x is not None and x.base.dtype == torch.float8_e4m3fn
 
 
 def find_breaches(compiled: Compiled, launch: gpu.Launch, math: str, capability: int) -> list[str]:

@@ -49,6 +49,7 @@ def breaches(compiled: Compiled, math: str = "bfloat16") -> str:
 
 def test_a_clean_compilation_passes() -> None:
     assert breaches(CLEAN) == ""
+    assert find_breaches(CLEAN, launch(x_desc=None), "bfloat16", 90) == []
 
 
 @pytest.mark.parametrize(
