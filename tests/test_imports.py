@@ -162,6 +162,32 @@ print("fine")
     assert result.stdout.strip().endswith("fine"), result.stderr
 
 
+def test_without_triton_a_gpu_runs_on_aten() -> None:
+    """As on Windows, and in builds of torch for CUDA without it; nothing is checked or measured there."""
+    result = run_python(
+        BLOCK_TRITON
+        + """
+import torch, fastunet
+from fastunet import dispatch
+from torch._subclasses.fake_tensor import FakeTensorMode
+torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
+with FakeTensorMode():  # Tensors of a GPU that is not here.
+    image, x, weight = (torch.empty(*size, device="cuda") for size in ((2, 3, 32, 32), (2, 64, 8, 8), (64, 64, 3, 3)))
+choices = [dispatch.choose(op, x, weight, training=each) for op in dispatch.TRITON_OPS for each in (False, True)]
+assert {(choice.implementation, choice.reason) for choice in choices} == {("aten", "triton is not installed")}, choices
+model = fastunet.UNet(3, 2, features=(4, 8))
+for told in (fastunet.explain(model, image), fastunet.tune(model, image)):
+    assert {row.implementation for row in told.rows} == {"aten"}, told
+try:
+    with fastunet.backend("triton"):
+        dispatch.choose("conv1x1", x, weight)
+except fastunet.FastUNetError as error:
+    print(error)
+"""
+    )
+    assert result.stdout == "conv1x1: backend 'triton' was asked for, but triton is not installed\n", result.stderr
+
+
 def test_help_and_wrong_arguments_do_not_wait_for_torch() -> None:
     pytest.importorskip("typer", reason="needs the extra train")
     result = run_python(
