@@ -60,10 +60,14 @@ def eight_bits(driver: FakeDriver) -> int:
 
 
 def lone_channels(driver: FakeDriver) -> int:
-    """The launches of every op, forward and backward, on one channel: of a 1 Triton makes a constant in the kernel."""
+    """The launches of ops that have every kernel between them, forward and backward, on one channel: of a 1 Triton
+    makes a constant in the kernel.
+    """
     cpu = torch.device("cpu")
+    same = ("conv3x3_bias_relu", "concat_conv3x3_batch_norm_relu", "sigmoid_dice_loss")
+    same += ("conv3x3_batch_norm_relu", "conv3x3_instance_norm_relu_pool", "conv_transpose2x2_concat_conv3x3_relu")
     with fastunet.backend("triton"), gpu.recording() as steps:
-        for case in parity.cases_of(1, 1, 2, 2, 1):
+        for case in (case for case in parity.cases_of(1, 1, 2, 2, 1) if case.op not in same):
             inputs = parity.make_inputs(case.shapes, torch.bfloat16, cpu)
             for name, t in inputs.items():
                 t.requires_grad_(case.backward and name != "target")
