@@ -164,8 +164,10 @@ def test_a_quantised_layer_runs_on_the_kernel(launches: list[gpu.Launch]) -> Non
     assert torch.equal(y, assert_emulated(layer, [x, up], pool=True)[0])
 
 
-@pytest.mark.parametrize(("options", "passes"), [({}, 0), ({"norm": None}, 0), ({"upsample": "bilinear"}, 1)])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("options", "passes", "autocast"),
+    [({}, 0, False), ({}, 0, True), ({"norm": None}, 0, False), ({"upsample": "bilinear"}, 1, True)],
+)
 def test_a_quantised_net_writes_e4m3(options: dict, passes: int, autocast: bool, launches: list[gpu.Launch]) -> None:
     """Every kernel does; what ATen upsamples is quantised by a pass."""
     model = quantised_model(torch.float32 if autocast else torch.float16, **options)

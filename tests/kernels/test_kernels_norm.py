@@ -178,19 +178,6 @@ def test_any_shape(
     assert_grad(KERNELS, raw, parameters, slope, which, statistics_given=statistics_given)
 
 
-def test_gradients_that_nobody_wants_are_none() -> None:
-    raw, affine = make(2, 5, 4, 4, torch.float32, 1)
-
-    def grads(**wants: bool) -> tuple[Tensor | None, ...]:
-        affine_ = KERNELS.norm.Affine(**affine)
-        return KERNELS.norm_grad.norm_grad(raw, raw, None, affine_, 0.0, statistics_given=False, **wants)
-
-    grad_raw, grad_gamma, grad_beta = grads(needs_affine=False)
-    assert grad_gamma is grad_beta is None
-    assert torch.equal(grad_raw, grads()[0])
-    assert grads(needs_raw=False)[0] is None
-
-
 def test_the_same_bits_again_and_for_an_image_alone() -> None:
     raw, affine = make(3, 17, 11, 9, BFLOAT, 3)
     grad = random_input(raw.shape, dtype=raw.dtype, seed=9, device=DEVICE)
