@@ -145,6 +145,7 @@ def test_what_cannot_be_known_is_asked_for(wrapping: str) -> None:
 
 
 def test_tiles_agree_with_the_whole_but_at_their_edges() -> None:
+    torch.manual_seed(0)
     model = Local(1)
     image = torch.randn(1, 1, 70, 50)
     whole = fastunet.predict(model, image)
@@ -152,7 +153,7 @@ def test_tiles_agree_with_the_whole_but_at_their_edges() -> None:
     difference = (tiled - whole).abs()
     # A tile is wrong in its outermost pixels only, and weighs little there.
     assert 0 < (difference > 1e-5).float().mean() < 0.25
-    assert difference.mean() < 0.01
+    assert difference.mean() < 0.002, "of equal weights it would be 0.004"
     torch.testing.assert_close(fastunet.predict(model, image, tile=70), whole, rtol=0, atol=0)
 
 

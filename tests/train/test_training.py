@@ -59,6 +59,8 @@ def test_what_a_run_leaves(run: Path) -> None:
     rows = list(csv.DictReader((run / "history.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(1, 11))
     assert Image.open(run / "report.png").size[0] > 500
+    optimizer = torch.load(run / "checkpoint-000010/optimizer.bin")
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(TINY.lr * rate_at(0.9))
     model, config = checkpoint.load_run(run)
     assert not model.training
     assert model.config == {**config.model, "features": (4, 8)}
