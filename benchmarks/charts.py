@@ -14,7 +14,7 @@ from fastunet.files import SOFTWARE, written_whole
 
 from .providers import OURS
 from .results import Row
-from .roofline import Point, Roofs
+from .roofline import PeakRates, Point
 
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
 WINS, LOSES = "#0072B2", "#D55E00"
@@ -164,7 +164,7 @@ def verdict(point: Point) -> str:
     return "faster" if ours < min(others) else "slower"
 
 
-def plot_roofline(points: Sequence[Point], roofs: Roofs, path: Path) -> None:
+def plot_roofline(points: Sequence[Point], peaks: PeakRates, path: Path) -> None:
     """Write the roofline as a PNG: FLOP/s against FLOP per byte of memory traffic, both logarithmic.
 
     A layer's lower bound in time lies on the roof; below it, joined by a line, is what the first implementation of
@@ -178,13 +178,13 @@ def plot_roofline(points: Sequence[Point], roofs: Roofs, path: Path) -> None:
     axes.set_xlabel("arithmetic intensity: FLOP per byte read from or written to GPU memory, at least")
     axes.set_ylabel("speed: TFLOP/s")
     axes.grid(which="major", alpha=0.25)
-    peak, ridge = roofs.matmul_flops / 1e12, roofs.matmul_flops / roofs.copy_bytes
+    peak, ridge = peaks.matmul_flops / 1e12, peaks.matmul_flops / peaks.copy_bytes
     intensities = [point.work.flops / point.work.bytes for point in points]
     left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
     axes.plot([left, ridge, right], [left * peak / ridge, peak, peak], color="black")
-    axes.annotate(f"memory: {roofs.copy_bytes / 1e12:.3g} TB/s", (ridge, peak), (-30, -40), ha="right", **_BESIDE)
+    axes.annotate(f"memory: {peaks.copy_bytes / 1e12:.3g} TB/s", (ridge, peak), (-30, -40), ha="right", **_BESIDE)
     axes.annotate(f"matrix products: {peak:.4g} TFLOP/s", (right, peak), (0, 5), ha="right", **_BESIDE)
-    speeds = [point.work.flops / point.floor / 1e12 for point in points]
+    speeds = [point.work.flops / point.bound / 1e12 for point in points]
     axes.plot(intensities, speeds, "o", markerfacecolor="white", color="black", label="one fused pass at these rates")
     for kind, style in _STYLES.items():
         for point, x, top in zip(points, intensities, speeds, strict=True):
@@ -200,7 +200,7 @@ def plot_roofline(points: Sequence[Point], roofs: Roofs, path: Path) -> None:
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # A line for each point has the same label.
     axes.legend(once.values(), once.keys(), loc="upper left", framealpha=1)
-    if roofs.source:
-        figure.supxlabel(f"rates: {roofs.source}", fontsize=9, x=0.99, ha="right")
+    if peaks.source:
+        figure.supxlabel(f"rates: {peaks.source}", fontsize=9, x=0.99, ha="right")
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -29,53 +29,53 @@ from .cases import DTYPE, Settings, add_settings, settings_of
 from .gpu_steps import Step, all_steps, run_steps
 from .harness.worker import Budget
 from .results import Row, times_ms
-from .roofline import Roofs, floor_seconds, layer_of_row, points_of_report
+from .roofline import PeakRates, bound_seconds, layer_of_row, points_of_report
 from .tables import Report, render, report_of, summarise
 
 # Seconds kept for ending a process and writing the files.
 _RESERVE = 6.0
 
 
-def add_floors(rows: Sequence[Row]) -> None:
-    """To the rows of forward times, where the peak rates were measured: "floor_ms", and its share of our time,
-    "of_floor".
+def add_bounds(rows: Sequence[Row]) -> None:
+    """To the rows of forward times, where the peak rates were measured: "bound_ms", and its share of our time,
+    "of_bound".
 
     The rate of matmul is the burst's: no share is flattered by a GPU that was hot when the rate was measured.
     """
-    roofs = roofs_of(rows)
-    if roofs is None:
+    peaks = peak_rates_of(rows)
+    if peaks is None:
         return
-    floors = {}
+    bounds = {}
     for row in rows:
         if row["kind"] == "layer" and row["variant"] != "backward":
-            row["floor_ms"] = floors[row["name"]] = 1e3 * floor_seconds(layer_of_row(row), roofs)
+            row["bound_ms"] = bounds[row["name"]] = 1e3 * bound_seconds(layer_of_row(row), peaks)
     for row in rows:
         if row["kind"] == "net" and row["name"] == "inference":
-            row["floor_ms"] = sum(floors.values())
-        if "floor_ms" in row and (times := times_ms(row)):
-            row["of_floor"] = row["floor_ms"] / next(iter(times.values())).median
+            row["bound_ms"] = sum(bounds.values())
+        if "bound_ms" in row and (times := times_ms(row)):
+            row["of_bound"] = row["bound_ms"] / next(iter(times.values())).median
 
 
-def roofs_of(rows: Sequence[Row]) -> Roofs | None:
+def peak_rates_of(rows: Sequence[Row]) -> PeakRates | None:
     """The measured peak rates, if there are any yet."""
     for row in rows:
-        if row["kind"] == "roofs" and row["status"] == "ok":
+        if row["kind"] == "peak rates" and row["status"] == "ok":
             rates = 1e12 * row["matmul"]["burst_tflops"], 1e9 * row["copy"]["gb_per_s"]
-            return Roofs(*rates, source="measured in the same run")
+            return PeakRates(*rates, source="measured in the same run")
     return None
 
 
 def draw_roofline(out: Path, report: Report) -> str:
     """Write roofline.png; why not, where it cannot be."""
-    roofs = roofs_of(report["rows"])
-    points = [] if roofs is None else points_of_report(report, roofs)
-    if roofs is None or not points:
+    peaks = peak_rates_of(report["rows"])
+    points = [] if peaks is None else points_of_report(report, peaks)
+    if peaks is None or not points:
         return "no peak rates, or no layer, were measured"
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed"
     from .charts import plot_roofline
 
-    plot_roofline(points, roofs, out / "roofline.png")
+    plot_roofline(points, peaks, out / "roofline.png")
     return ""
 
 
@@ -129,7 +129,7 @@ def make_report(
 
     def save(rows: list[Row]) -> None:
         rows = smoke + rows
-        add_floors(rows)
+        add_bounds(rows)
         report.update(summary=summarise(rows), rows=rows)
         write_json(out / "gpu_report.json", report)
         with written_whole(out / "gpu_report.md") as temporary:

@@ -26,7 +26,7 @@ from .harness.timing import burst_and_steady, second_clock
 from .harness.worker import Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, our_net
 from .results import Row, failure
-from .roofline import measure_roofs
+from .roofline import measure_peak_rates
 from .runs import (
     Runs,
     case_run,
@@ -57,7 +57,7 @@ class Step:
 
     "parity": name is the case's number, variant the number format. "layer": the layer; the direction, or COMPILED for
     forward beside what torch.compile makes of it. "net": the task; variant empty or one of COMPILED_NETS, which take a
-    minute each. "roofs": the device's. "clock": the layer that is timed by another timer too.
+    minute each. "peak rates": the device's. "clock": the layer that is timed by another timer too.
     """
 
     kind: str
@@ -74,7 +74,7 @@ def all_steps(settings: Settings) -> list[Step]:
     layers = [layer.name for layer in settings.net_layers()]
     formats = parity_formats(settings.device)
     steps = [Step("parity", case, formats[0]) for case in cases]
-    steps += [Step("roofs", "copy, matmul, L2")]
+    steps += [Step("peak rates", "copy, matmul, L2")]
     steps += [Step("layer", name, DIRECTIONS[0]) for name in layers]
     steps += [Step("net", task) for task in TASKS]
     steps += [Step("clock", layers[1])] if settings.device == "cuda" else []
@@ -132,8 +132,8 @@ def run_step(settings: Settings, step: Step, measure: Measure | None = None) -> 
 
 
 def _measured(settings: Settings, step: Step, row: Row, measure: Measure | None) -> Row:
-    if step.kind == "roofs":
-        return measure_roofs(settings.torch_device)
+    if step.kind == "peak rates":
+        return measure_peak_rates(settings.torch_device)
     # Of a net's ops, the convolution decides: where it has no kernel that runs here, there is nothing to compare.
     op = row.get("op", "conv3x3_batch_norm_relu")
     dtype = parity.FORMATS[step.variant][0] if step.kind == "parity" else DTYPE

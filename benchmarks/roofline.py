@@ -29,7 +29,7 @@ from .results import Row, markdown, times_ms
 
 
 @dataclass(frozen=True)
-class Roofs:
+class PeakRates:
     """What a GPU was measured to reach.
 
     matmul_flops: FLOP/s of a matrix product. copy_bytes: bytes/s that a copy reads and writes. source: who measured
@@ -55,31 +55,31 @@ class Roofs:
 class Point:
     """A layer in the roofline plot.
 
-    work: its fused pass. floor: the seconds of that. measured: seconds, by implementation; empty where nothing was.
+    work: its fused pass. bound: the seconds of that. measured: seconds, by implementation; empty where nothing was.
     """
 
     name: str
     work: Pass
-    floor: float
+    bound: float
     measured: Mapping[str, float]
 
 
-def floor_seconds(layer: Layer, roofs: Roofs, dtype: torch.dtype = DTYPE) -> float:
+def bound_seconds(layer: Layer, peaks: PeakRates, dtype: torch.dtype = DTYPE) -> float:
     """Return the least time of the layer as one fused pass over tensors of dtype."""
-    return roofs.seconds(fused_pass(layer, dtype.itemsize))
+    return peaks.seconds(fused_pass(layer, dtype.itemsize))
 
 
-def eager_seconds(layer: Layer, roofs: Roofs, dtype: torch.dtype = DTYPE) -> float:
+def eager_seconds(layer: Layer, peaks: PeakRates, dtype: torch.dtype = DTYPE) -> float:
     """Return the least time of the layer where every op is a pass of its own."""
-    return sum(map(roofs.seconds, eager_passes(layer, dtype.itemsize)))
+    return sum(map(peaks.seconds, eager_passes(layer, dtype.itemsize)))
 
 
 def point_of(
-    layer: Layer, roofs: Roofs, measured: Mapping[str, float] | None = None, dtype: torch.dtype = DTYPE
+    layer: Layer, peaks: PeakRates, measured: Mapping[str, float] | None = None, dtype: torch.dtype = DTYPE
 ) -> Point:
     """Place the layer in the plot; measured: seconds by implementation."""
     work = fused_pass(layer, dtype.itemsize)
-    return Point(layer.name, work, roofs.seconds(work), measured or {})
+    return Point(layer.name, work, peaks.seconds(work), measured or {})
 
 
 def layer_of_row(row: Row) -> Layer:
@@ -87,13 +87,13 @@ def layer_of_row(row: Row) -> Layer:
     return Layer(row["name"], row["op"], {name: tuple(shape) for name, shape in row["shapes"].items()}, row["flops"])
 
 
-def points_of_report(report: Mapping[str, Any], roofs: Roofs) -> list[Point]:
+def points_of_report(report: Mapping[str, Any], peaks: PeakRates) -> list[Point]:
     """The layers that a report of `gpu` has forward times of, in its order; medians."""
     points = []
     for row in report["rows"]:
         if row["kind"] == "layer" and row["variant"] == "forward" and "samples_ms" in row:
             measured = {name: times.median / 1e3 for name, times in times_ms(row).items()}
-            points.append(point_of(layer_of_row(row), roofs, measured))
+            points.append(point_of(layer_of_row(row), peaks, measured))
     return points
 
 
@@ -104,19 +104,19 @@ def roofline_table(layers: Sequence[Layer], eager: Mapping[str, float], points: 
     """
     by_name = {point.name: point for point in points}
     names = list(dict.fromkeys(name for point in points for name in point.measured))
-    header = ["layer", "GFLOP/img", "MB/img", "floor µs", "eager µs"]
-    header += [part for name in names for part in (f"{name} µs", "floor is")]
+    header = ["layer", "GFLOP/img", "MB/img", "bound µs", "eager µs"]
+    header += [part for name in names for part in (f"{name} µs", "bound is")]
     batch = next(iter(layers[0].shapes.values()))[0]
     lines = []
     for name, part in [*((layer.name, [layer]) for layer in layers), ("total", layers)]:
         found = [by_name[layer.name] for layer in part]
-        floor, slowest = sum(point.floor for point in found), sum(eager[layer.name] for layer in part)
+        bound, slowest = sum(point.bound for point in found), sum(eager[layer.name] for layer in part)
         flops, moved = (sum(getattr(point.work, what) for point in found) for what in ("flops", "bytes"))
         cells = [name, f"{flops / batch / 1e9:.1f}", f"{moved / batch / 1e6:.1f}"]
-        cells += [f"{1e6 * floor:.0f}", f"{1e6 * slowest:.0f}"]
+        cells += [f"{1e6 * bound:.0f}", f"{1e6 * slowest:.0f}"]
         for implementation in names:
             seconds = sum(point.measured.get(implementation, math.nan) for point in found)
-            cells += ["", ""] if math.isnan(seconds) else [f"{1e6 * seconds:.0f}", f"{floor / seconds:.0%}"]
+            cells += ["", ""] if math.isnan(seconds) else [f"{1e6 * seconds:.0f}", f"{bound / seconds:.0%}"]
         lines.append(cells)
     return markdown(header, lines)
 
@@ -151,7 +151,7 @@ class Sizes:
     seconds: float = 2.0
 
 
-def measure_roofs(device: torch.device, sizes: Sizes | None = None, clock: Clock | None = None) -> Row:
+def measure_peak_rates(device: torch.device, sizes: Sizes | None = None, clock: Clock | None = None) -> Row:
     """Measure "copy", "matmul" and "l2", each with its rate and how it was measured; of the last, None and a reason
     where it cannot be.
     """
@@ -197,7 +197,7 @@ def l2_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
     try:
         run, size = _l2_reader(device)
         return _rate("a kernel of 16-byte ld.global.cg", run, size * _REPEATS, sizes.rounds, clock)
-    except Exception as error:  # CuPy's own, such as a compiler that it does not find: the other roofs still count.
+    except Exception as error:  # CuPy's own, such as a compiler that it does not find: the other peaks still count.
         return {"gb_per_s": None, "reason": f"{type(error).__name__}: {error}"}
 
 
@@ -243,20 +243,20 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Print the table and write the plot. Returns 0."""
     settings, measured = settings_of(options, parser), list[Point]()
     try:
-        roofs = Roofs(1e12 * options.tflops, 1e12 * options.tbps, source=options.source)
+        peaks = PeakRates(1e12 * options.tflops, 1e12 * options.tbps, source=options.source)
         if options.report is not None:
             report = json.loads(options.report.read_text())
             settings = Settings(**report["settings"] | {"features": tuple(report["settings"]["features"])})
-            measured = points_of_report(report, roofs)
+            measured = points_of_report(report, peaks)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     layers, dtype = settings.net_layers(), settings.torch_dtype
-    floors = [point_of(layer, roofs, dtype=dtype) for layer in layers]
-    points = [*{point.name: point for point in (*floors, *measured)}.values()]
-    print(roofline_table(layers, {layer.name: eager_seconds(layer, roofs, dtype) for layer in layers}, points))
+    bounds = [point_of(layer, peaks, dtype=dtype) for layer in layers]
+    points = [*{point.name: point for point in (*bounds, *measured)}.values()]
+    print(roofline_table(layers, {layer.name: eager_seconds(layer, peaks, dtype) for layer in layers}, points))
     if options.out is not None:
         from .charts import plot_roofline
 
-        plot_roofline(points, roofs, options.out)
+        plot_roofline(points, peaks, options.out)
         print(options.out)
     return 0

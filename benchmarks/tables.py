@@ -64,21 +64,21 @@ def nets_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         task = f"{row['name']} {row.get('variant', '')}".strip()
-        forms, floor = row.get("forms", {}), row.get("floor_ms")
+        forms, bound = row.get("forms", {}), row.get("bound_ms")
         for name, times in times_ms(row).items():
             peak = row.get("peak_bytes", {}).get(name)
             figures = [
                 row.get("steady_ms", {}).get(name),
                 1e3 * row["images"] / times.median,
                 row["flops"] / times.median / 1e9 if "flops" in row else None,
-                None if floor is None else floor / times.median,
+                None if bound is None else bound / times.median,
                 None if peak is None else peak / 1e9,
             ]
             cells = [spread_text(times), ratio_text(row["ratios"].get(name)), *map(figure, figures)]
             lines.append([task, name, " ".join(forms.get(name, {}).values()), *cells, ""])
         if note := _note(row):
             lines.append([task, *[""] * 9, note])
-    header = ["task", "implementation", "form", "ms", "time / ours", "steady ms", "img/s", "TFLOP/s", "of floor", "GB"]
+    header = ["task", "implementation", "form", "ms", "time / ours", "steady ms", "img/s", "TFLOP/s", "of bound", "GB"]
     return markdown([*header, "note"], lines)
 
 
@@ -89,10 +89,10 @@ def layers_table(rows: Sequence[Row]) -> str:
     for row in rows:
         ours = next(iter(times_ms(row).values()), None)
         ratios = [ratio_text(row.get("ratios", {}).get(name)) for name in names]
-        floor = [figure(row.get("floor_ms")), figure(row.get("of_floor"))]
+        bound = [figure(row.get("bound_ms")), figure(row.get("of_bound"))]
         times = "" if ours is None else spread_text(ours)
-        lines.append([row["name"], figure(row["flops"] / 1e9), times, *ratios, *floor, _note(row)])
-    return markdown(["layer", "GFLOP", "ours, ms", *names, "floor ms", "of floor", "note"], lines)
+        lines.append([row["name"], figure(row["flops"] / 1e9), times, *ratios, *bound, _note(row)])
+    return markdown(["layer", "GFLOP", "ours, ms", *names, "bound ms", "of bound", "note"], lines)
 
 
 def missing_table(rows: Sequence[Row]) -> str:
@@ -120,7 +120,7 @@ def render(report: Report) -> str:
         by_kind.setdefault(kind, []).append(row)
     sections = {
         "Families of kernels, on small images": _parity_table(by_kind.get("smoke", [])),
-        "Peak rates": _roofs(by_kind.get("roofs", [])),
+        "Peak rates": _peak_rates(by_kind.get("peak rates", [])),
         "Layers, forward": layers_table(by_kind.get("layer forward", [])),
         "Layers, backward": layers_table(by_kind.get("layer backward", [])),
         "Layers, forward, beside torch.compile": layers_table(by_kind.get(f"layer {COMPILED}", [])),
@@ -136,13 +136,13 @@ def render(report: Report) -> str:
     conditions = (
         f"Images {shape}, U-Net {features}, bfloat16. Times are medians, p10 to p90 in brackets, of samples taken in "
         "turn with short rests (burst); `steady` is without a break. An implementation's column is its time / ours: "
-        "below 1, ours is slower. `of floor` is the least time that the measured peak rates allow / ours."
+        "below 1, ours is slower. `of bound` is the least time that the measured peak rates allow / ours."
     )
     parts = ["# GPU report", machine, conditions]
     return "\n\n".join(parts + [f"## {title}\n\n{text}" for title, text in sections.items()]) + "\n"
 
 
-def _roofs(rows: Sequence[Row]) -> str:
+def _peak_rates(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         if row["status"] != "ok":

@@ -122,7 +122,7 @@ def test_what_is_wrong_has_no_time(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert row["reason"]
 
 
-ROOFS = {
+PEAKS = {
     "copy": {"gb_per_s": 100.0, "how": "copied"},
     "matmul": {"burst_tflops": 2.0, "steady_tflops": 1.0, "how": "multiplied"},
     "l2": {"gb_per_s": None, "reason": "no CuPy"},
@@ -145,7 +145,7 @@ class FakeProcess:
         found = {"samples_ms": {"fastunet": [0.5, 1.0, 2.0], "aten": [0.5, 1.0, 2.0]}, "ratios": ratios}
         if step.kind == "net":
             found |= {"steady_ms": {"fastunet": 1.5, "aten": 1.5}, "peak_bytes": {"fastunet": None, "aten": 10**9}}
-        found = found if step.kind in ("layer", "net") else ROOFS if step.kind == "roofs" else {}
+        found = found if step.kind in ("layer", "net") else PEAKS if step.kind == "peak rates" else {}
         return describe(TINY, step) | {"status": "ok", "reason": ""} | found
 
     def __enter__(self) -> FakeProcess:
@@ -206,22 +206,22 @@ def test_a_process_that_hangs_or_dies_gives_a_row(monkeypatch: pytest.MonkeyPatc
     assert (hung["status"], hung["op"]) == ("timed out", "conv3x3_bias_relu")
 
 
-def test_floors_come_from_the_roofs_of_the_same_run() -> None:
+def test_bounds_come_from_the_peak_rates_of_the_same_run() -> None:
     """By hand: inc.c1 of TINY moves its image, weight and result once at 100 GB/s, longer than 2 TFLOP/s take."""
     fake = FakeProcess(FakeClock())
     rows = [fake.row(step) for step in all_steps(TINY) if step.kind != "parity"]
-    without = [row for row in rows if row["kind"] != "roofs"]
-    gpu_report.add_floors(without)
-    assert not any("floor_ms" in row for row in without)
-    gpu_report.add_floors(rows)
+    without = [row for row in rows if row["kind"] != "peak rates"]
+    gpu_report.add_bounds(without)
+    assert not any("bound_ms" in row for row in without)
+    gpu_report.add_bounds(rows)
     first = next(row for row in rows if row["name"] == "inc.c1")
     moved = 2 * (2 * 3 * 16 * 16 + 4 * 3 * 9 + 4 + 2 * 4 * 16 * 16)
-    assert first["floor_ms"] == pytest.approx(1e3 * moved / 100e9)
-    assert first["of_floor"] == pytest.approx(first["floor_ms"] / 1.0)
-    floors = {row["name"]: row["floor_ms"] for row in rows if row["kind"] == "layer" and row["variant"] == "forward"}
+    assert first["bound_ms"] == pytest.approx(1e3 * moved / 100e9)
+    assert first["of_bound"] == pytest.approx(first["bound_ms"] / 1.0)
+    bounds = {row["name"]: row["bound_ms"] for row in rows if row["kind"] == "layer" and row["variant"] == "forward"}
     net = next(row for row in rows if row["name"] == "inference")
-    assert net["floor_ms"] == pytest.approx(sum(floors.values()))
-    assert not any("floor_ms" in row for row in rows if row["variant"] == "backward" or row["name"] == "training")
+    assert net["bound_ms"] == pytest.approx(sum(bounds.values()))
+    assert not any("bound_ms" in row for row in rows if row["variant"] == "backward" or row["name"] == "training")
 
 
 def test_what_the_search_finds_goes_into_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_the_whole_report_on_a_cpu(tmp_path: Path) -> None:
     assert (broken["status"], broken["reason"]) == ("failed", "KeyError: 'float7'")
     assert {row["status"] for row in rows} == {"ok"}
     for row in rows:
-        if row["kind"] != "roofs":
+        if row["kind"] != "peak rates":
             assert "the device is cpu, not cuda" in row["why_no_triton"], "without a GPU there are no kernels"
         if row["kind"] in ("layer", "net"):
             assert next(iter(row["samples_ms"])) == "fastunet"
@@ -305,7 +305,7 @@ def test_the_whole_report_on_a_cpu(tmp_path: Path) -> None:
         if row["kind"] == "layer" and row["variant"] == "forward":
             assert "onednn eager" in row["samples_ms"]
             assert row["missing"]["cudnn graph"] == "the device is cpu, not cuda"
-            assert row["floor_ms"] > 0
+            assert row["bound_ms"] > 0
         if row["kind"] == "net":
             assert row["steady_ms"]["fastunet"] > 0
             assert "eager channels_last AMP" in row["samples_ms"]

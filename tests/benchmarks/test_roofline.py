@@ -1,4 +1,4 @@
-"""The roofline: the work and the floors of a net's layers, from them the table, the plot and the command."""
+"""The roofline: the work and the bounds of a net's layers, from them the table, the plot and the command."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Layer, Settings, joined_layers, meta_unet, unet_layers
 from fastunet.benchmarks.gpu_steps import Step, describe
 from fastunet.benchmarks.harness import timing
-from fastunet.benchmarks.roofline import Roofs, eager_seconds, floor_seconds, point_of
+from fastunet.benchmarks.roofline import PeakRates, bound_seconds, eager_seconds, point_of
 from PIL import Image
 
-H100 = Roofs(790e12, 3.0e12, source="assumed")
+H100 = PeakRates(790e12, 3.0e12, source="assumed")
 CLASSIC = (64, 128, 256, 512, 1024)
 BATCH = 16
-# Microseconds of the classic net, 16 images of 512x512 in bfloat16, at these roofs: the floor, and eager at the roofs.
+# Microseconds of the classic net, 16 images of 512x512 in bfloat16, at these peaks: the bound, and eager at the peaks.
 # Derived by hand, independently of the code; a transposed convolution is counted with the convolution it feeds.
 MICROSECONDS = {
     "inc.c1": (187, 903),
@@ -53,11 +53,11 @@ def classic(batch: int = BATCH, **options: Any) -> list[Layer]:
     return unet_layers(meta_unet(3, 2, CLASSIC, **options), batch, 512, 512)
 
 
-def test_floor_and_eager_of_the_classic_net_to_the_printed_digit() -> None:
+def test_bound_and_eager_of_the_classic_net_to_the_printed_digit() -> None:
     found: dict[str, list[float]] = {}
     for layer in classic():
         sums = found.setdefault(layer.name.replace(".up", ".c1"), [0.0, 0.0])
-        sums[0] += floor_seconds(layer, H100)
+        sums[0] += bound_seconds(layer, H100)
         sums[1] += eager_seconds(layer, H100)
     assert {name: tuple(round(1e6 * s) for s in sums) for name, sums in found.items()} == MICROSECONDS
     assert [round(1e6 * sum(column)) for column in zip(*found.values(), strict=True)] == [8397, 16288]
@@ -67,9 +67,9 @@ def test_what_is_left_to_gain_by_joining_layers() -> None:
     """With each up-convolution composed with the convolution that it feeds, and without the head's own pass."""
     layers = classic()
     joined = joined_layers(layers)
-    assert round(BATCH / sum(floor_seconds(layer, H100) for layer in layers if layer.name != "outc")) == 1948
+    assert round(BATCH / sum(bound_seconds(layer, H100) for layer in layers if layer.name != "outc")) == 1948
     *others, last = joined
-    assert round(1e6 * sum(floor_seconds(each, H100) for each in (*others, layers[-2]))) == 7462
+    assert round(1e6 * sum(bound_seconds(each, H100) for each in (*others, layers[-2]))) == 7462
     assert last.flops == layers[-2].flops + layers[-1].flops
     flops = sum(layer.flops for layer in joined) / sum(layer.flops for layer in layers)
     assert round(1 - flops, 3) == 0.067
@@ -101,16 +101,16 @@ def test_points_are_the_reports_forward_layers() -> None:
         ("outc", {"triton": 0.004}),
     ]
     layers = {layer.name: layer for layer in Settings(size=32, batch=2, features=(8, 16)).net_layers()}
-    assert [point.floor for point in points] == [floor_seconds(layers[point.name], H100) for point in points]
+    assert [point.bound for point in points] == [bound_seconds(layers[point.name], H100) for point in points]
     assert [charts.verdict(point) for point in points] == ["faster", "slower", "alone"]
 
 
-def test_the_table_gives_floor_and_share() -> None:
+def test_the_table_gives_bound_and_share() -> None:
     layers = classic()[:2]
     points = [point_of(layers[0], H100, {"triton": 374.6e-6}), point_of(layers[1], H100)]
     eager = {layer.name: eager_seconds(layer, H100) for layer in layers}
     lines = roofline.roofline_table(layers, eager, points).splitlines()
-    assert lines[0] == "| layer | GFLOP/img | MB/img | floor µs | eager µs | triton µs | floor is |"
+    assert lines[0] == "| layer | GFLOP/img | MB/img | bound µs | eager µs | triton µs | bound is |"
     assert lines[2] == "| inc.c1 | 0.9 | 35.1 | 187 | 903 | 375 | 50% |"
     assert lines[3] == "| inc.c2 | 19.3 | 75.5 | 403 | 1331 |  |  |"
     assert lines[4] == "| total | 20.2 | 110.6 | 590 | 2234 |  |  |"
@@ -173,7 +173,7 @@ def test_burst_is_the_beginning_and_steady_the_second_half() -> None:
 def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     sizes, clock = roofline.Sizes(1 << 20, 16, seconds=0.0), SteppedClock(lambda: 0.5)
-    found = json.loads(json.dumps(roofline.measure_roofs(cpu, sizes, clock)))
+    found = json.loads(json.dumps(roofline.measure_peak_rates(cpu, sizes, clock)))
     assert found["copy"]["gb_per_s"] == pytest.approx(2 * (1 << 20) / 0.5 / 1e9)
     matmul = found["matmul"]
     assert matmul["burst_tflops"] == matmul["steady_tflops"] == pytest.approx(2 * 16**3 / 0.5 / 1e12)
