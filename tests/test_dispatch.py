@@ -38,6 +38,10 @@ def test_unknown_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTUNET_BACKEND", "fast")
     with pytest.raises(ConfigError, match="FASTUNET_BACKEND: expected one of auto, triton, aten, got 'fast'"):
         runpy.run_path(dispatch.__file__)
+    monkeypatch.setenv("FASTUNET_BACKEND", "auto")
+    monkeypatch.setenv("FASTUNET_TUNE", "2")
+    with pytest.raises(ConfigError, match="FASTUNET_TUNE: expected one of 0, 1, force, got '2'"):
+        runpy.run_path(dispatch.__file__)
 
 
 @not_interpreting

@@ -240,9 +240,9 @@ class _Loop:
 
     def _tune(self) -> None:
         """Measure on a GPU what its layers are fastest with, before the first step and its clock."""
-        channels, crop = self.run_config.data.channels, self.config.crop
-        x = torch.zeros(self.config.batch_size, channels, crop, crop, device=self.accelerator.device)
-        if x.is_cuda:
+        channels, crop, device = self.run_config.data.channels, self.config.crop, self.accelerator.device
+        if device.type == "cuda":
+            x = torch.zeros(self.config.batch_size, channels, crop, crop, device=device)
             tune(self.model.train(), x.contiguous(memory_format=torch.channels_last))
 
     def _advance(self, seconds: float) -> None:
