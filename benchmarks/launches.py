@@ -242,7 +242,7 @@ def _halo(target: gpu.Target) -> Iterator[Call]:
     dtype = torch.bfloat16
     for shape in _HALO_SHAPES:
         if config_hopper.fits_halo(shape, dtype, target):
-            found = config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)
+            found = config_search.feasible_configs(config.CONV3X3, shape, dtype, target, allow_tf32=False)
             first, *others = [chosen for chosen in found if chosen.variant == config.HALO]
             cases = [replace(case, backward=False) for case in _cases(shape) if "conv3x3" in case.op]
             yield from (_call(case, dtype, (config.CONV3X3, first)) for case in cases)

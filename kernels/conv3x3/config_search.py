@@ -38,12 +38,20 @@ T = TypeVar("T", ConvConfig, config_grad.WeightGradConfig)
 def feasible_configs(
     op: str, shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool
 ) -> Sequence[ConvConfig | config_grad.WeightGradConfig]:
-    """Return the configs to try for an op by one of `config`'s names, the heuristic one first."""
-    if op == config.COMPOSED:
-        return feasible_composed_configs(shape, dtype, target)
+    """Return the configs to try for an op by one of `config`'s names, the heuristic one first; `allow_tf32` matters for
+    float32.
+    """
     if op == config.WEIGHT_GRAD:
-        return feasible_weight_grad_configs(shape, dtype, target, allow_tf32=allow_tf32)
-    return feasible_conv_configs(shape, dtype, target, allow_tf32=allow_tf32, splits=op == config.CONV3X3)
+        return _weight_grad_configs(shape, dtype, target, allow_tf32)
+    if op == config.COMPOSED:
+        heuristic = config.heuristic_composed_config(shape, dtype, target)
+        return _nearest_first({heuristic.variant: heuristic}, _candidates(heuristic, shape, dtype, target))
+    variants = conv_variants(shape, dtype, target, allow_tf32=allow_tf32)
+    found = [candidate for each in variants.values() for candidate in _candidates(each, shape, dtype, target)]
+    if op == config.CONV3X3:  # An input gradient is one too, but its kernels split no sums.
+        for each in variants.values():
+            found += [replace(each, splits=count) for count in config.splittings(each, shape, target)]
+    return _nearest_first(variants, found)
 
 
 def conv_variants(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[str, ConvConfig]:
@@ -56,28 +64,6 @@ def conv_variants(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow
         without = replace(target, capability=min(target.capability, 89))
         variants[POINTER] = config.heuristic_conv_config(shape, dtype, without, allow_tf32)
     return variants
-
-
-def feasible_conv_configs(
-    shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool, splits: bool = True
-) -> list[ConvConfig]:
-    """Return configs for a convolution of `shape`, or an input gradient, which is one, but whose kernels split no sums;
-    `allow_tf32` matters for float32.
-    """
-    variants = conv_variants(shape, dtype, target, allow_tf32=allow_tf32)
-    found = [candidate for each in variants.values() for candidate in _candidates(each, shape, dtype, target)]
-    if splits:
-        for each in variants.values():
-            found += [replace(each, splits=count) for count in config.splittings(each, shape, target)]
-    return _nearest_first(variants, found)
-
-
-def feasible_composed_configs(shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
-    """Return configs for an upsampling composed with the convolution after it, of a shape as in
-    `config.composed_config`.
-    """
-    heuristic = config.heuristic_composed_config(shape, dtype, target)
-    return _nearest_first({heuristic.variant: heuristic}, _candidates(heuristic, shape, dtype, target))
 
 
 def _candidates(heuristic: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
@@ -137,10 +123,10 @@ def _register_limit(variant: str, block_n: int, dtype: torch.dtype, target: Targ
     return None if variant == POINTER and dtype.itemsize == 2 and block_n > 32 else ALL_REGISTERS
 
 
-def feasible_weight_grad_configs(
-    shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool
+def _weight_grad_configs(
+    shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool
 ) -> list[config_grad.WeightGradConfig]:
-    """Return configs for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32."""
+    """Return the configs for the gradient of a weight [c_out, c1, 3, 3]."""
     heuristic = config_grad.heuristic_weight_grad_config(shape, dtype, target, allow_tf32)
     # The descriptor variant's tile is a run of neighbours in memory; the folded variant's block holds all taps.
     heights = (heuristic.tile_h,) if heuristic.variant == DESCRIPTOR else (2, 4, 8)

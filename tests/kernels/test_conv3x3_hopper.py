@@ -289,7 +289,9 @@ def test_what_it_cannot_store_is_an_error() -> None:
 )
 def test_where_the_variant_fits(shape: config.ConvShape, dtype: torch.dtype, target: gpu.Target, fits: bool) -> None:
     assert config_hopper.fits_halo(shape, dtype, target) is fits
-    variants = {each.variant for each in config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)}
+    variants = {
+        each.variant for each in config_search.feasible_configs(config.CONV3X3, shape, dtype, target, allow_tf32=False)
+    }
     assert (config.HALO in variants) is fits
     assert config.conv_config(shape, dtype, target, allow_tf32=False).variant != config.HALO, "nothing has measured it"
 
@@ -298,7 +300,7 @@ def test_where_the_variant_fits(shape: config.ConvShape, dtype: torch.dtype, tar
 @pytest.mark.parametrize("side", [8, 64, 512])
 def test_a_search_tries_it_early_and_within_shared_memory(channels: int, side: int) -> None:
     shape = config.ConvShape(channels, 0, channels, side, side)
-    found = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
+    found = config_search.feasible_configs(config.CONV3X3, shape, torch.bfloat16, HOPPER, allow_tf32=False)
     ours = [each for each in found if each.variant == config.HALO]
     assert found[1] == ours[0] == config_hopper.halo_config(shape, HOPPER)
     assert len(ours) == len(set(ours)) > 10

@@ -25,7 +25,7 @@ SHAPES = (
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_convolutions(shape: ConvShape, target: gpu.Target, dtype: torch.dtype) -> None:
-    found = config_search.feasible_conv_configs(shape, dtype, target, allow_tf32=False)
+    found = config_search.feasible_configs(config.CONV3X3, shape, dtype, target, allow_tf32=False)
     heuristic = config.conv_config(shape, dtype, target, allow_tf32=False)
     assert found[0] == heuristic
     assert len(set(found)) == len(found) > 1
@@ -52,7 +52,7 @@ def test_forms_and_their_order() -> None:
     assert variants[POINTER] == config.conv_config(shape, torch.bfloat16, gpu.known_target(89), allow_tf32=False)
     assert list(config_search.conv_variants(shape, torch.bfloat16, AMPERE, allow_tf32=False)) == [POINTER]
     assert list(config_search.conv_variants(SHAPES[3], torch.bfloat16, HOPPER, allow_tf32=False)) == [FOLDED]
-    found = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
+    found = config_search.feasible_configs(config.CONV3X3, shape, torch.bfloat16, HOPPER, allow_tf32=False)
     assert found[: len(variants)] == list(variants.values())
     assert {each.variant for each in found} == set(variants)
     other = found[len(variants)]
@@ -62,15 +62,15 @@ def test_forms_and_their_order() -> None:
 
 def test_a_measured_table_does_not_move_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = SHAPES[0]
-    before = config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False)
+    before = config_search.feasible_configs(config.CONV3X3, shape, torch.bfloat16, HOPPER, allow_tf32=False)
     with config.autotune.overriding("conv3x3", replace(before[0], num_warps=16)):
-        assert config_search.feasible_conv_configs(shape, torch.bfloat16, HOPPER, allow_tf32=False) == before
+        assert config_search.feasible_configs(config.CONV3X3, shape, torch.bfloat16, HOPPER, allow_tf32=False) == before
 
 
 @pytest.mark.parametrize("target", [AMPERE, HOPPER], ids=lambda target: target.name)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], ConvShape(512, 0, 1024, 32, 32)], ids=str)
 def test_weight_gradients(shape: ConvShape, target: gpu.Target) -> None:
-    found = config_search.feasible_weight_grad_configs(shape, torch.bfloat16, target, allow_tf32=False)
+    found = config_search.feasible_configs(config.WEIGHT_GRAD, shape, torch.bfloat16, target, allow_tf32=False)
     heuristic = config_grad.weight_grad_config(shape, torch.bfloat16, target, allow_tf32=False)
     assert found[0] == heuristic
     assert len(set(found)) == len(found) > 1
