@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fastunet import dispatch, torch_private
-from fastunet.checks import ConfigError
+from fastunet.checks import ConfigError, DataError
+from fastunet.files import locked
 from fastunet.kernels import autotune, gpu, self_test
 from fastunet.timing import Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio, sets_past_cache
 
@@ -114,9 +115,15 @@ def measure(call: Call, args: Any, layer: autotune.Layer, budget: Budget, neighb
     if budget.left <= 0:
         skip(args, layer, "no time was left (FASTUNET_TUNE_SECONDS)")
         return
-    with autotune.locked(name) as is_alone:
-        if not is_alone:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(autotune.cache_file(name).parent))
+        except DataError:  # Its work would disturb our times, and ours its.
+            autotune.warn_once("another process is measuring: until it is done, what is not measured runs on ATen")
             return
+        except OSError:  # There is no place to write, as `put` will say.
+            pass
+        autotune.refresh(name)
         has_halo = config_hopper.missing(args[0].dtype, gpu.target(args[0].device)) is None
         families = [*dispatch.TRITON_OPS, *([config_hopper.FAMILY] if has_halo else [])]
         failed = self_test.check(families, dtype, args[0].device)[layer.op]

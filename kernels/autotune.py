@@ -119,6 +119,12 @@ def put(gpu: str, rows: Iterable[Row], *, keep: bool = True) -> None:
             warn_once(f"{path.parent}: nothing can be kept there ({error.strerror}): FASTUNET_CACHE names another one")
 
 
+def refresh(gpu: str) -> None:
+    """Take up what other processes have written."""
+    if not _is_forced():
+        put(gpu, read_table(cache_file(gpu), environment(gpu)).values(), keep=False)
+
+
 def by_key(rows: Iterable[Row]) -> dict[Key, Row]:
     """Return the rows by what they are of."""
     return {_key(row["op"], row["dtype"], row["shape"]): row for row in rows}
@@ -256,33 +262,6 @@ def write_table(path: Path, environment: Mapping[str, Any], rows: Mapping[Key, R
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump({"environment": environment, "rows": list(rows.values())}, file, indent=1)
     os.replace(file.name, path)
-
-
-@contextmanager
-def locked(gpu: str) -> Iterator[bool]:
-    """Yield whether this process may measure, and write what it finds: not while another does, for whose times it would
-    be noise. What others have written until then is known within the block.
-    """
-    from filelock import FileLock, Timeout
-
-    path = cache_file(gpu).with_suffix(".lock")
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        warn_once(f"{path}: another process is measuring: until it is done, what is not measured runs on ATen")
-        yield False
-        return
-    except OSError:  # There is no place to write: `put` says so.
-        yield True
-        return
-    try:
-        if not _is_forced():
-            put(gpu, read_table(cache_file(gpu), environment(gpu)).values(), keep=False)
-        yield True
-    finally:
-        lock.release()
 
 
 _said: set[str] = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import fastunet
 from fastunet import dispatch, measuring, tuning
 from fastunet.compiler.backend import find_patterns
 from fastunet.explanation import calls
+from fastunet.files import locked
 
 pytest.importorskip("triton", reason="needs triton, whose version is part of an environment")
 
@@ -115,17 +115,28 @@ def test_out_of_memory_fewer_images_are_taken(ops: Ops, monkeypatch: pytest.Monk
     assert (choice.implementation, choice.reason.endswith("does not fit into memory twice")) == ("aten", True)
 
 
-def test_what_another_process_measures_is_waited_for_and_taken(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(autotune, "locked", lambda _: contextlib.nullcontext(False))
-        assert ops.settle().unmeasured is not None
+def test_what_another_process_measures_is_waited_for_and_taken(ops: Ops) -> None:
+    autotune._said.clear()
+    folder = autotune.cache_file(GPU.name).parent
     layer = autotune.Layer(OP, 0, 3, 8, 8, training=False)
     dtype = autotune.format_of(torch.float32, dispatch.tf32_allowed())
     rows = [{"op": OP, "dtype": dtype, "shape": shape} for shape in ({}, layer.shape)]
     kept = autotune.by_key([rows[0] | {"failed": ""}, rows[1] | {"speedup": 9.0}])
-    autotune.write_table(autotune.cache_file(GPU.name), autotune.environment(GPU.name), kept)
+    with locked(folder):
+        with pytest.warns(RuntimeWarning, match="another process is measuring"):
+            assert ops.settle().unmeasured is not None
+        autotune.write_table(autotune.cache_file(GPU.name), autotune.environment(GPU.name), kept)
     assert ops.settle().speedup == 9.0
     assert ops.batches == set()
+
+
+def test_without_a_place_to_write_layers_are_measured_all_the_same(
+    ops: Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTUNET_CACHE", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="nothing can be kept there"):
+        assert ops.settle().implementation == "triton"
 
 
 def test_nothing_is_measured_where_it_must_not_be(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
