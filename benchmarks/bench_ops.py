@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastunet.timing import cudnn_benchmark
+from fastunet.measuring.timing import cudnn_benchmark
 
 from .harness.environment import environment
 from .ops import Work, works

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from fastunet.files import write_json
+from fastunet.measuring.timing import Quantiles, ratio
 from fastunet.testing import parity
-from fastunet.timing import Quantiles, ratio
 
 from . import gpu_steps
 from .cases import DIRECTIONS, TASKS, Settings, add_settings, settings_of, usual_device

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet.files import write_json
-from fastunet.timing import ratio
+from fastunet.measuring.timing import ratio
 
 from .cases import TASKS, Settings, add_settings, settings_of
 from .dropin_models import MODELS, DropInModel

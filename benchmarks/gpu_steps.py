@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import fastunet
+from fastunet.measuring.timing import clock_of, cudnn_benchmark
 from fastunet.testing import cpu_accumulates_in_float32, float32_precision, parity
 from fastunet.testing.parity import backends_for
-from fastunet.timing import clock_of, cudnn_benchmark
 
 from .cases import DIRECTIONS, DTYPE, TASKS, Layer, Settings
 from .harness.timing import burst_and_steady, second_clock

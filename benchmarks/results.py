@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastunet.files import written_whole
-from fastunet.timing import Quantiles, ratio
+from fastunet.measuring.timing import Quantiles, ratio
 
 from .harness.environment import ROOT
 

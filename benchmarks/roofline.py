@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastunet.timing import Clock, Quantiles, clock_of, interleaved_samples
+from fastunet.measuring.timing import Clock, Quantiles, clock_of, interleaved_samples
 
 from .cases import DTYPE, Layer, Pass, Settings, add_settings, eager_passes, fused_pass, settings_of
 from .harness.timing import burst_and_steady

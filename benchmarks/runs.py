@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet.losses import BCEDiceLoss
+from fastunet.measuring.timing import clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
 from fastunet.testing import UNIT_ROUNDOFF, parity, random_cotangent
 from fastunet.testing.ops import Call
 from fastunet.testing.parity import Case
-from fastunet.timing import clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
 
 from .cases import DTYPE, Layer, Settings
 from .providers import Provider, Run, bce_dice, reason_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastunet.weight_cache import places
+from fastunet.cpu.weight_cache import places
 
 
 class Memo:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastunet import dispatch, measuring
 from fastunet.explanation import Explanation, calls, explain
 from fastunet.kernels import autotune, gpu
+from fastunet.measuring.timing import Quantiles, clock_of, interleaved_samples
 from fastunet.ops.registration import invoke
-from fastunet.timing import Quantiles, clock_of, interleaved_samples
 
 # Layers that could not gain this share of their time are not measured.
 _LEAST_GAIN = 0.05

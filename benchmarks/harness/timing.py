@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastunet.timing import Clock, Quantiles, interleaved_samples
+from fastunet.measuring.timing import Clock, Quantiles, interleaved_samples
 
 # Samples of a burst: too few to heat anything.
 _BURST = 10

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastunet import dispatch
 from fastunet.cpu import folding, onednn
-from fastunet.weight_cache import prepared
+from fastunet.cpu.weight_cache import prepared
 
 
 class FoldedLayer(NamedTuple):

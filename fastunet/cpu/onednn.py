@@ -17,7 +17,7 @@ from torch import Tensor
 from fastunet import dispatch
 from fastunet.cpu import folding, winograd
 from fastunet.cpu.activation import activate_
-from fastunet.weight_cache import prepared
+from fastunet.cpu.weight_cache import prepared
 
 # Inputs of up to so many values for each image are joined.
 _FEW_VALUES = 1 << 14

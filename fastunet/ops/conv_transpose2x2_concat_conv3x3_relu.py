@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastunet import checks, dispatch
 from fastunet.cpu import folding, onednn
+from fastunet.cpu.weight_cache import prepared
 from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.ops.conv_transpose2x2 import UpArgs
 from fastunet.ops.convolution import check_eps, check_norm
 from fastunet.ops.epilogue import arguments_of, slope_of
 from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
 from fastunet.reference import functional as reference
-from fastunet.weight_cache import prepared
 
 NAME = "conv_transpose2x2_concat_conv3x3_relu"
 

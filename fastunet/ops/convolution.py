@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet import checks, dispatch
+from fastunet.cpu.weight_cache import prepared
 from fastunet.ops.registration import strided_like, suggests_channels_last
-from fastunet.weight_cache import prepared
 
 
 def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from fake_clock import FakeClock
 from fastunet.benchmarks.harness import timing
 
-from fastunet.timing import Quantiles, interleaved_samples, sets_past_cache
+from fastunet.measuring.timing import Quantiles, interleaved_samples, sets_past_cache
 
 
 def test_quantiles() -> None:

@@ -26,7 +26,7 @@ from fastunet import dispatch, torch_private
 from fastunet.checks import ConfigError, DataError
 from fastunet.files import locked
 from fastunet.kernels import autotune, gpu, self_test
-from fastunet.timing import Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio, sets_past_cache
+from fastunet.measuring.timing import Quantiles, clock_of, cudnn_benchmark, interleaved_samples, ratio, sets_past_cache
 
 # Configurations of a kernel that are tried beside the heuristic one.
 FEW = 2

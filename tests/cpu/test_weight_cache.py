@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastunet import ops, weight_cache
-from fastunet.weight_cache import prepared
+from fastunet import ops
+from fastunet.cpu import weight_cache
+from fastunet.cpu.weight_cache import prepared
 
 LARGE, SMALL = (64, 64, 3, 3), (4, 2, 3, 3)
 
