@@ -122,7 +122,7 @@ class Up(reference.Up):
 
     folds_upsampling: in inference the upsampling may be computed together with the convolution after it, by a weight
     composed of both, where that is faster. False has each computed by itself, as in training. The composed weight is
-    made again when one of the two changes, but not within a CUDA graph: `fastunet.graphed` records a new one.
+    recomputed when one of the two changes, but not within a CUDA graph: `fastunet.graphed` records a new one.
     """
 
     up: Any

@@ -117,7 +117,7 @@ def compared(*providers: Provider, check: Any = lambda each, result: None) -> di
     return measured(TINY, *prepared(providers, lambda each: [each.prepare()], check))
 
 
-def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
+def test_whatever_becomes_of_a_provider_has_its_reason() -> None:
     def check(each: Provider, result: str) -> None:
         assert result == each.name
         if each.name == "wrong":
@@ -138,7 +138,7 @@ def test_whatever_becomes_of_an_opponent_has_its_reason() -> None:
     assert set(row["ratios"]) == {"right"}
 
 
-def test_cudnn_tries_its_algorithms_for_the_opponent_and_not_for_what_it_is_checked_with() -> None:
+def test_cudnn_tries_its_algorithms_for_the_provider_and_not_for_what_it_is_checked_with() -> None:
     states: list[tuple[str, bool]] = []
 
     def note(what: str) -> None:

@@ -1,4 +1,4 @@
-"""The GPU report, on a CPU: layers and their work, the parity gate, the budget, the files."""
+"""The GPU report, on a CPU: layers and their work, the parity check, the budget, the files."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ def test_every_result_that_is_off_is_caught(case: parity.Case, monkeypatch: pyte
     """
     compare, caught = parity.compare, []
 
-    def spoil_each(actual, call) -> None:
+    def alter_each(actual, call) -> None:
         for name in parity.expected(call):
             right = actual[name]
             flat = right.flatten().clone()
             share = 0.3 if name.startswith("grad") else 0.01
             flat[flat.numel() // 2] += share * flat.abs().max()
-            spoilt = {**actual, name: flat.reshape(right.shape)}
+            altered = {**actual, name: flat.reshape(right.shape)}
             with pytest.raises(AssertionError, match=f"{call.op}: {name}: "):
-                compare(spoilt, call)
+                compare(altered, call)
             caught.append(name)
 
-    monkeypatch.setattr(parity, "compare", spoil_each)
+    monkeypatch.setattr(parity, "compare", alter_each)
     parity.check(case, torch.float32, CPU)
     assert "y" in caught
     assert any(name.startswith("grad") for name in caught) == case.backward

@@ -45,11 +45,11 @@ def test_our_kernels_are_compared(case: int) -> None:
     assert (row["status"], row["implementation"], row["reason"]) == ("ok", "triton", "")
 
 
-def spoil_single_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+def alter_single_warps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel with one warp computes is wrong from now on."""
     run = gpu.Launch.run
 
-    def spoilt(launch: gpu.Launch, device: torch.device) -> None:
+    def altered(launch: gpu.Launch, device: torch.device) -> None:
         run(launch, device)
         if launch.num_warps == 1:
             for name in ("y_ptr", "y_desc", "y00_desc", "out_ptr", "partial_ptr"):
@@ -57,7 +57,7 @@ def spoil_single_warps(monkeypatch: pytest.MonkeyPatch) -> None:
                 if result is not None:
                     getattr(result, "base", result).mul_(1.5)
 
-    monkeypatch.setattr(gpu.Launch, "run", spoilt)
+    monkeypatch.setattr(gpu.Launch, "run", altered)
 
 
 def test_other_variants_are_timed_if_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_other_variants_are_timed_if_they_are_right(monkeypatch: pytest.MonkeyPa
         **{name: dataclasses.replace(chosen, **change) for name, change in changes.items()},
     }
     monkeypatch.setattr(config_search, "conv_variants", lambda *_, **__: found)
-    spoil_single_warps(monkeypatch)
+    alter_single_warps(monkeypatch)
     row = gpu_steps.run_step(SMALL, Step("layer", "inc.c2", "forward"))
     assert (row["status"], row["reason"]) == ("ok", "")
     assert {"fastunet", "fastunet, right variant"} <= set(row["samples_ms"])

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: a handful of kernels compile cleanly, and each rule of the gate can fail."""
+"""Ahead-of-time compilation: a handful of kernels compile cleanly, and each rule can be broken."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ SASS = """
 
 def test_loads_between_products_are_those_of_the_innermost_loop_around_them() -> None:
     assert loads_between_products(SASS.format("")) == 0
-    spoilt = SASS.format("\n        /*0038*/                   LDSM.16.M88.4 R8, [R2] ;")
-    assert loads_between_products(spoilt) == 1
+    altered = SASS.format("\n        /*0038*/                   LDSM.16.M88.4 R8, [R2] ;")
+    assert loads_between_products(altered) == 1
     with pytest.raises(ValueError, match="a loop around wgmma"):
         loads_between_products(SASS.replace("GMMA", "FMA"))

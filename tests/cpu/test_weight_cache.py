@@ -1,4 +1,4 @@
-"""What is made of weights is made again exactly when they change, however that happens."""
+"""What is made of weights is recomputed exactly when they change, however that happens."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def eight_bits(driver: FakeDriver) -> int:
     return sum(counts)
 
 
-def lone_channels(driver: FakeDriver) -> int:
+def single_channels(driver: FakeDriver) -> int:
     """The launches of ops that have every kernel between them, forward and backward, on one channel: of a 1 Triton
     makes a constant in the kernel.
     """
@@ -86,7 +86,7 @@ def ops(driver: FakeDriver) -> int:
     return len(found)
 
 
-BODIES = {body.__name__: body for body in (net, other_nets, eight_bits, lone_channels, ops)}
+BODIES = {body.__name__: body for body in (net, other_nets, eight_bits, single_channels, ops)}
 
 if __name__ == "__main__":
     name, capability, folder = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""Launches as a CUDA driver gets them, on a stand-in that runs nothing: arguments, tensor maps, shared memory."""
+"""Launches as a CUDA driver gets them, on a fake driver that runs nothing: arguments, tensor maps, shared memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def driver(folder: Path) -> ctypes.CDLL:
         ("net", 90),
         ("eight_bits", 90),
         ("ops", 90),
-        ("lone_channels", 90),
+        ("single_channels", 90),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (("other_nets", 90), ("net", 80), ("net", 100), ("eight_bits", 100), ("ops", 100))
@@ -59,7 +59,7 @@ def test_every_launch_reaches_the_driver(folder: Path, name: str, capability: in
     assert found is not None, done.stdout
     taken, wanted, maps = map(int, found.groups())
     assert taken == wanted > 0
-    assert bool(maps) == (capability >= 90 and name != "lone_channels")  # A map wants eight neighbours in 16 bits.
+    assert bool(maps) == (capability >= 90 and name != "single_channels")  # A map wants eight neighbours in 16 bits.
 
 
 @dataclass

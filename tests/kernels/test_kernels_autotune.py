@@ -85,7 +85,7 @@ def test_what_is_kept_is_there_for_the_next_process_and_what_is_not_is_not() -> 
     autotune.put(HOPPER.name, [ROW, {**ROW, "dtype": "float16"}])
     autotune.put(HOPPER.name, [{**ROW, "speedup": 1.5}])
     autotune.put(HOPPER.name, [{**ROW, "dtype": "float32"}], keep=False)
-    assert autotune.generation() > before, "choices are made again"
+    assert autotune.generation() > before, "choices are forgotten"
     assert (speedup(), speedup(dtype="float32")) == (1.5, 1.25)
     autotune._tables.clear()
     assert (speedup(), speedup(dtype="float16"), speedup(dtype="float32")) == (1.5, 1.25, None)

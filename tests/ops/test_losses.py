@@ -39,10 +39,10 @@ def make_target(channels: int, soft: bool, seed: int = 1, spatial: tuple[int, ..
     return target if soft else target.round()
 
 
-def assert_same_loss(ours: torch.nn.Module, theirs: torch.nn.Module, input: Tensor, target: Tensor) -> None:
+def assert_same_loss(ours: torch.nn.Module, monais: torch.nn.Module, input: Tensor, target: Tensor) -> None:
     """Compare the values and, under one random cotangent, the gradients."""
     results = []
-    for loss in (ours, theirs):
+    for loss in (ours, monais):
         leaf = input.clone().requires_grad_()
         value = loss(leaf, target)
         cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -136,8 +136,8 @@ def test_dice_ignores_pixels_of_a_one_hot_target_as_monai_does(ignore_index: int
 def test_dice_takes_any_number_of_spatial_dimensions(spatial: tuple[int, ...]) -> None:
     input, target = make_input(2, spatial=spatial), make_target(2, soft=False, spatial=spatial)
     for batch in (False, True):
-        ours, theirs = (cls(reduction="none", batch=batch) for cls in (DiceLoss, monai.losses.DiceLoss))
-        assert_same_loss(ours, theirs, input, target)
+        ours, monais = (cls(reduction="none", batch=batch) for cls in (DiceLoss, monai.losses.DiceLoss))
+        assert_same_loss(ours, monais, input, target)
 
 
 def test_dice_sums_by_hand() -> None:
@@ -185,10 +185,10 @@ def test_an_empty_mask_found_empty_costs_nothing() -> None:
 @pytest.mark.parametrize("options", [{}, {"squared_pred": True, "batch": True}, {"jaccard": True}])
 def test_bce_dice_equals_monai_on_one_channel(options: dict[str, bool], reduction: str) -> None:
     ours = BCEDiceLoss(dice_weight=0.7, bce_weight=1.3, pos_weight=2.5, reduction=reduction, **options)
-    theirs = monai.losses.DiceCELoss(
+    monais = monai.losses.DiceCELoss(
         sigmoid=True, lambda_dice=0.7, lambda_ce=1.3, weight=torch.tensor([2.5]), reduction=reduction, **options
     )
-    assert_same_loss(ours, theirs, make_input(1), make_target(1, soft=False))
+    assert_same_loss(ours, monais, make_input(1), make_target(1, soft=False))
 
 
 def test_bce_dice_is_the_sum_of_its_terms_for_channels_of_their_own_and_soft_targets() -> None:
@@ -221,8 +221,8 @@ def test_ce_dice_equals_monai(weight: list[float] | None, options: dict[str, boo
     ours = CEDiceLoss(weight=weight, **shared)
     assert_same_loss(ours, monai.losses.DiceCELoss(softmax=True, weight=tensor, **shared), input, soft)
     if "squared_pred" not in options:  # MONAI squares the fp32 root of the truth's sum there, good to 1e-7 only
-        theirs = monai.losses.DiceCELoss(softmax=True, to_onehot_y=True, weight=tensor, **shared)
-        assert_same_loss(ours, theirs, input, labels)
+        monais = monai.losses.DiceCELoss(softmax=True, to_onehot_y=True, weight=tensor, **shared)
+        assert_same_loss(ours, monais, input, labels)
     torch.testing.assert_close(ours(input, labels[:, 0]), ours(input, labels), rtol=0, atol=0)
 
 

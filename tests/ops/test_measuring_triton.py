@@ -21,12 +21,12 @@ def wrong_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel of max_pool2x2 is off by a factor from now on."""
     run = gpu.Launch.run
 
-    def spoilt(launch: gpu.Launch, device: torch.device) -> None:
+    def altered(launch: gpu.Launch, device: torch.device) -> None:
         run(launch, device)
         if "max_pool" in launch.kernel.__name__:
             launch.arguments["y_ptr"].mul_(1.5)
 
-    monkeypatch.setattr(gpu.Launch, "run", spoilt)
+    monkeypatch.setattr(gpu.Launch, "run", altered)
 
 
 def test_the_check_finds_a_wrong_kernel_and_no_other(wrong_pooling: None) -> None:

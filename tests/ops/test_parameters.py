@@ -61,8 +61,8 @@ def pruned(model: Net) -> None:
 def swapped(model: Net) -> None:
     other = copy.deepcopy(model)
     scale(other)
-    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        torch.utils.swap_tensors(ours, theirs)
+    for own, given in zip(model.parameters(), other.parameters(), strict=True):
+        torch.utils.swap_tensors(own, given)
 
 
 def converted_by_swaps(model: Net) -> None:

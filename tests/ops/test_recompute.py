@@ -51,8 +51,8 @@ def image(shape: tuple[int, ...] = X, **options: Any) -> Tensor:
     return random_input(shape, device=DEVICE, **options)
 
 
-def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
         assert_within(a, b, 0)
 
 
@@ -67,10 +67,10 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 )
 def test_gradients_are_those_of_kept_inputs(norm: str, options: dict) -> None:
     model, x, grad = net(norm, **options), image(), image(OUT, seed=1)
-    ours = gradients(model, x, grad)
+    actual = gradients(model, x, grad)
     with fastunet.recomputing(False):
         kept = gradients(net(norm, **options), x, grad)
-    assert_same(ours, kept)
+    assert_same(actual, kept)
 
 
 @pytest.mark.parametrize(("norm", "recomputes"), [("batch", True), ("instance", True), ("batch", False)])
