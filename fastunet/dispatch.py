@@ -78,13 +78,15 @@ _ONEDNN_BFLOAT16 = _HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 class Choice:
     """What runs an op ("triton", "onednn", "winograd" or "aten"), why, and whether its weights are prepared once.
 
-    speedup: where it was measured, over ATen. unmeasured: the layer, where ATen runs because nothing is known of it.
+    speedup, over_inductor: where measured, over ATen, and over what inductor makes of ATen's ops. unmeasured: the
+    layer, where ATen runs because nothing is known of it.
     """
 
     implementation: str
     reason: str
     prepares: bool = False
     speedup: float | None = None
+    over_inductor: float | None = None
     unmeasured: autotune.Layer | None = None
 
 
@@ -249,10 +251,11 @@ def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
         return Choice("aten", f"the Triton kernel is not measured for this layer on {name}: {found['skipped']}")
     if "failed" not in check or "speedup" not in found:
         return Choice("aten", f"the Triton kernel is not measured for this layer on {name}", unmeasured=layer)
-    speedup = found["speedup"]
-    if speedup < LEAST_SPEEDUP:
-        return Choice("aten", f"measured on {name}: {speedup:.2f} times as fast as ATen, too little", speedup=speedup)
-    return Choice("triton", f"measured on {name}: {speedup:.2f} times as fast as ATen", speedup=speedup)
+    known = {"speedup": found["speedup"], "over_inductor": found.get("over_inductor")}
+    reason = f"measured on {name}: {found['speedup']:.2f} times as fast as ATen"
+    if found["speedup"] < LEAST_SPEEDUP:
+        return Choice("aten", f"{reason}, too little", **known)
+    return Choice("triton", reason, **known)
 
 
 def _wins_somewhere(layer: autotune.Layer, dtype: str, gpu: str) -> bool:

@@ -89,7 +89,7 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
     model = model.model if isinstance(model, GraphedModel) else model
     target = torch.device(device) if device is not None else example.device
     with torch.set_grad_enabled(model.training):
-        if any(isinstance(module, _OWN_BLOCKS) for module in model.modules()):
+        if has_own_blocks(model):
             rows = _recorded(model, example, target).rows
             if target.type == "cpu" and isinstance(model, UNet) and model.is_small(example):
                 small = {"implementation": "aten", "reason": _SMALL}
@@ -105,6 +105,11 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
         return Explanation(tuple(rows))
 
 
+def has_own_blocks(model: nn.Module) -> bool:
+    """Return whether a model calls ops of fastunet's itself; any other has them put in by torch.compile."""
+    return any(isinstance(module, _OWN_BLOCKS) for module in original(model).modules())
+
+
 def calls(model: nn.Module, example: Tensor) -> list[tuple[Op, Any]]:
     """Return the ops that model(example) calls, or would if every pattern were replaced, in the order they run, each
     with its arguments, whose tensors are fake. Nothing is computed; as `explain` otherwise.
@@ -112,7 +117,7 @@ def calls(model: nn.Module, example: Tensor) -> list[tuple[Op, Any]]:
     model = original(model)
     model = model.model if isinstance(model, GraphedModel) else model
     with torch.set_grad_enabled(model.training):
-        if any(isinstance(module, _OWN_BLOCKS) for module in model.modules()):
+        if has_own_blocks(model):
             return _recorded(model, example, example.device).calls
         recorder = _Recorder({})
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import dispatch, measuring
-from fastunet.explanation import Explanation, calls, explain
+from fastunet.explanation import Explanation, calls, explain, has_own_blocks
 from fastunet.kernels import autotune, gpu
 from fastunet.measuring.timing import Quantiles, clock_of, interleaved_samples
-from fastunet.ops.registration import invoke
+from fastunet.ops.registration import Op, invoke
 
 # Layers that could not gain this share of their time are not measured.
 _LEAST_GAIN = 0.05
@@ -32,7 +32,8 @@ def tune(
     """Measure the layers of model(example) on its GPU that are not measured yet; return what runs each from now on.
 
     The model's mode counts: in train mode its layers are measured forward and backward, in eval as for inference. Of a
-    model that is not fastunet's, those that torch.compile(model, backend="fastunet") could replace. Layers that ATen
+    model that is not fastunet's, those that torch.compile(model, backend="fastunet") could replace, and what inductor
+    makes of them beside. Layers that ATen
     runs in about the least time that the GPU's peak rates allow are left to it. What is found is kept for later
     processes. With several ranks the first one measures and tells the others, which have to call this as well. On a CPU
     nothing is measured.
@@ -66,26 +67,33 @@ def _measure(
     neighbours: int | None,
     on_layer: Callable[[int, int, str], None],
 ) -> None:
-    rates = None
+    rates, compiles = None, not has_own_blocks(model)
     for _ in range(2):  # Where an upsampling loses to its two steps, those are to be measured then.
-        layers: dict[tuple[autotune.Layer, torch.dtype], tuple[measuring.Call, Any]] = {}
+        layers: dict[tuple[autotune.Layer, torch.dtype], tuple[Op, Any]] = {}
         for op, args in calls(model, example):
             layer = args.choice(training=model.training).unmeasured
             if layer is not None:
-                layers.setdefault((layer, args[0].dtype), (functools.partial(invoke, op), args))
+                layers.setdefault((layer, args[0].dtype), (op, args))
         if not layers:
             return
         with budget.spend():
             rates = rates or peak_rates(example.device)
-            gains = {key: gain_of(*found, key[0], *rates) for key, found in layers.items() if budget.left > 0}
+            gains = {
+                key: gain_of(functools.partial(invoke, op), args, key[0], *rates)
+                for key, (op, args) in layers.items()
+                if budget.left > 0
+            }
         order = sorted(layers, key=lambda key: -gains.get(key, (0.0, 0.0))[0])
         for done, (layer, dtype) in enumerate(order):
             on_layer(done, len(order), f"{layer.op} {layer.c_in} to {layer.c_out} at {layer.height}x{layer.width}")
-            call, args = layers[layer, dtype]
+            op, args = layers[layer, dtype]
             if gains.get((layer, dtype), (0.0, 1.0))[1] < _LEAST_GAIN:
                 measuring.skip(args, layer, "ATen takes about the least time that the GPU's peak rates allow")
-            else:
-                measuring.measure(call, args, layer, budget, neighbours)
+                continue
+            compiled: Any = torch.compile(op.composition, dynamic=False) if compiles else None
+            measuring.measure(functools.partial(invoke, op), args, layer, budget, neighbours, compiled)
+            if compiles:  # Each is a function that torch.compile knows already, of which it compiles only so many.
+                torch.compiler.reset()
         on_layer(len(order), len(order), "")
 
 
@@ -93,7 +101,7 @@ def gain_of(
     call: measuring.Call, args: Any, layer: autotune.Layer, flops_per_second: float, bytes_per_second: float
 ) -> tuple[float, float]:
     """Return by how many seconds ATen takes longer for the layer than the peak rates demand, and which share of its
-    time that is; of a layer that does not fit into memory, nothing.
+    time that is; of a layer that does not fit into memory, all of it: `measure` will say so.
     """
     from torch.utils.flop_counter import FlopCounterMode  # Late: it imports triton, if there is one.
 
@@ -111,7 +119,7 @@ def gain_of(
     try:
         return measuring.within_memory(measured, args)
     except torch.OutOfMemoryError:
-        return 0.0, 0.0
+        return 0.0, 1.0
 
 
 def peak_rates(device: torch.device) -> tuple[float, float]:

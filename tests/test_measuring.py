@@ -274,6 +274,34 @@ def test_a_compiled_model_is_measured_by_what_would_replace_it(ops: Ops) -> None
         assert args.choice(training=True).unmeasured == autotune.Layer("conv3x3_bias_relu", 4, 3, 16, 16, training=True)
 
 
+@pytest.mark.parametrize(("inductor", "is_replaced"), [(1.2, True), (1.05, False), (None, False)])
+def test_what_inductor_makes_of_a_layer_is_measured_too(
+    ops: Ops, inductor: float | None, is_replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel a quarter faster than ATen replaces it in a compiled graph where it is faster than that as well."""
+
+    def compiled(args: Args) -> Tensor:
+        if inductor is None:
+            raise RuntimeError("no compiler")
+        ops.clock.time += inductor
+        return args.x * 2
+
+    args = Args(torch.zeros(2, 3, 8, 12))
+    layer = args.choice().unmeasured
+    assert layer is not None
+    measuring.measure(ops.call, args, layer, measuring.process_budget, compiled=compiled)
+    assert args.choice().over_inductor == (inductor and pytest.approx(inductor))
+    found: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        found.extend(pattern for _, patterns in find_patterns(graph) for pattern in patterns)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(nn.Sequential(nn.MaxPool2d(2)), backend=backend)(args.x)
+    assert [pattern.is_replaced for pattern in found] == [is_replaced], found[0].reason
+
+
 def test_on_the_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "measure", None)
     model, x = fastunet.UNet(3, 2, features=(4, 8)), torch.zeros(2, 3, 16, 16)

@@ -104,10 +104,18 @@ def _runs_now() -> bool:
     return not (is_captured or torch.compiler.is_compiling() or torch_private.dispatch_modes())
 
 
-def measure(call: Call, args: Any, layer: autotune.Layer, budget: Budget, neighbours: int | None = FEW) -> None:
+def measure(
+    call: Call,
+    args: Any,
+    layer: autotune.Layer,
+    budget: Budget,
+    neighbours: int | None = FEW,
+    compiled: Call | None = None,
+) -> None:
     """Put into the table how fast the layer of such a call is, after its kernels' check where there was none.
 
-    neighbours: configurations of each kernel to try beside the heuristic one, None for all.
+    neighbours: configurations of each kernel to try beside the heuristic one, None for all. compiled: what inductor
+    makes of the same by ATen's ops, to be measured as well.
     """
     from fastunet.kernels.conv3x3 import config_hopper
 
@@ -132,7 +140,8 @@ def measure(call: Call, args: Any, layer: autotune.Layer, budget: Budget, neighb
         row = {"op": layer.op, "dtype": dtype, "shape": layer.shape}
         try:
             with budget.spend():
-                rows = within_memory(lambda batch: _compare(call, args, batch, layer, budget, neighbours), args)
+                options = layer, budget, neighbours, compiled
+                rows = within_memory(lambda batch: _compare(call, args, batch, *options), args)
         except torch.OutOfMemoryError:
             skip(args, layer, "it does not fit into memory twice")
             return
@@ -176,7 +185,13 @@ def within_memory(function: Callable[[int], T], args: Any) -> T:
 
 
 def _compare(
-    call: Call, args: Any, batch: int, layer: autotune.Layer, budget: Budget, neighbours: int | None
+    call: Call,
+    args: Any,
+    batch: int,
+    layer: autotune.Layer,
+    budget: Budget,
+    neighbours: int | None,
+    compiled: Call | None,
 ) -> list[autotune.Row]:
     """Time ours, with the best of the configurations, and ATen: what is known of the layer, and the kernels' rows."""
     from fastunet.kernels.conv3x3 import config_search
@@ -202,8 +217,18 @@ def _compare(
         few = candidates if neighbours is None else candidates[: 1 + neighbours]
         best[op] = search(few, prepare, lambda runs: _timed(runs, device), budget)
         rows.append(autotune.config_row(op, shape, dtype, allow_tf32, best[op]))
-    times = ratio(_timed({"ours": [_overridden(run, best) for run in ours], "aten": aten}, device), "aten", "ours")
-    return [{"speedup": times.p10, "median": times.median, "samples": times.samples}, *rows]
+    runs = {"ours": [_overridden(run, best) for run in ours], "aten": aten}
+    if compiled is not None:
+        with contextlib.suppress(Exception):  # The compiler's: without it, ours has to gain more over ATen.
+            inductor = [run_of(compiled, each, layer, "aten") for each in sets]
+            assert_alike(inductor[0](), expected)
+            runs["inductor"] = inductor
+    samples = _timed(runs, device)
+    times = ratio(samples, "aten", "ours")
+    row: autotune.Row = {"speedup": times.p10, "median": times.median, "samples": times.samples}
+    if "inductor" in runs:
+        row["over_inductor"] = ratio(samples, "inductor", "ours").p10
+    return [row, *rows]
 
 
 def search(
