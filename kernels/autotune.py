@@ -259,9 +259,10 @@ def read_table(path: Path, environment: dict[str, str]) -> dict[Key, Row]:
 def write_table(path: Path, environment: Mapping[str, Any], rows: Mapping[Key, Row]) -> None:
     """Write a table, whole or not at all. Raises OSError where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump({"environment": environment, "rows": list(rows.values())}, file, indent=1)
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder, path.name)
+        file.write_text(json.dumps({"environment": environment, "rows": list(rows.values())}, indent=1))
+        os.replace(file, path)
 
 
 _said: set[str] = set()

@@ -279,7 +279,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     shutil.copytree(stopped, out)
     older, newest = checkpoints(out)
 
-    def damage(folder: Path) -> str:
+    def alter(folder: Path) -> str:
         content = (folder / name).read_bytes()
         (folder / name).unlink()
         if damage is not None:
@@ -287,11 +287,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
         # Of altered sums the first file that they do not vouch for is named.
         return re.escape(str(folder)) + ("" if name == "SHA256SUMS" else f"/{name}")
 
-    with pytest.warns(UserWarning, match=damage(newest) + ".*; going on from .*000002"):
+    with pytest.warns(UserWarning, match=alter(newest) + ".*; going on from .*000002"):
         progress, _ = checkpoint.load_checkpoint(out, accelerator) or ({}, None)
     assert progress["step"] == 2
     accelerator.load_state.assert_called_once_with(str(older))
-    damage(older)
+    alter(older)
     with pytest.raises(DataError, match=rf"{re.escape(str(newest))}.*: remove .*, or that folder, to begin anew"):
         train(data, out, resume=True)
 
