@@ -41,11 +41,10 @@ def driver(folder: Path) -> ctypes.CDLL:
     [
         ("net", 90),
         ("eight_bits", 90),
-        ("ops", 90),
         ("single_channels", 90),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("other_nets", 90), ("net", 80), ("net", 100), ("eight_bits", 100), ("ops", 100))
+            for case in (("other_nets", 90), ("net", 80), ("net", 100), ("eight_bits", 100), ("ops", 90), ("ops", 100))
         ),
     ],
 )

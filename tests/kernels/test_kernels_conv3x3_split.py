@@ -67,9 +67,9 @@ def test_integers_are_exact_and_equal_to_unsplit_sums() -> None:
 
 
 def test_the_bits_depend_neither_on_the_run_nor_on_the_batch() -> None:
-    x, _, weight, bias = tensors(64, 0, 40, n=3)
+    x, _, weight, bias = tensors(64, 0, 40, n=2)
     y = conv3x3(split(splits=4), x, weight, bias)
-    for images in (slice(None), slice(1, 2), [2, 0, 1]):
+    for images in (slice(None), slice(1, 2), [1, 0]):
         assert torch.equal(conv3x3(split(splits=4), x[images], weight, bias), y[images])
 
 
