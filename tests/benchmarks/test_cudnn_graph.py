@@ -1,4 +1,4 @@
-"""cuDNN's graph API as a provider, with a cuDNN that records what it is told and computes with torch."""
+"""cuDNN's graph API as a provider, with a cuDNN that notes what it is told and computes with torch."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ class FakeTensor(SimpleNamespace):
 
 
 class FakeGraph:
-    """Computes with torch. refusal: what building ends with, if anything."""
+    """Its plans are numbers; those in `failing` do not build. execute_plan_at_index computes with torch."""
 
-    def __init__(self, refusal: Exception | None, **options: Any) -> None:
-        self.options, self.refusal = options, refusal
+    def __init__(self, failing: tuple[int, ...], count: int, **options: Any) -> None:
+        self.options, self.failing, self.count = options, failing, count
         self.nodes: dict[str, dict[str, Any]] = {}
+        self.executed: list[int] = []
 
     def tensor(self, **given: Any) -> FakeTensor:
         return FakeTensor(**given)
@@ -62,16 +63,26 @@ class FakeGraph:
     def relu(self, **given: Any) -> FakeTensor:
         return self._node("relu", given)
 
-    def build(self, modes: list[str]) -> None:
+    def validate(self) -> None: ...
+
+    build_operation_graph = check_support = validate
+
+    def create_execution_plans(self, modes: list[str]) -> None:
         assert modes == ["A", "B"]
-        if self.refusal is not None:
-            raise self.refusal
 
-    def get_workspace_size(self) -> int:
-        return 100
+    def get_execution_plan_count(self) -> int:
+        return self.count
 
-    def execute(self, pack: dict[Any, torch.Tensor], workspace: torch.Tensor, *, handle: str) -> None:
-        assert (workspace.numel(), handle) == (100, "handle")
+    def build_plan_at_index(self, index: int) -> None:
+        if index in self.failing:
+            raise NotSupported(f"plan {index} does not build")
+
+    def get_workspace_size_plan_at_index(self, index: int) -> int:
+        return 100 * index
+
+    def execute_plan_at_index(self, pack: dict[Any, torch.Tensor], workspace: torch.Tensor, index: int, *, handle: Any):
+        assert (workspace.numel(), handle) == (max(1, 100 * (self.count - 1)), "handle")
+        self.executed.append(index)
         named = {tensor.name: t for tensor, t in pack.items()}
         kernel = named["weight"].shape[2]
         y = torch.nn.functional.conv2d(named["x"], named["weight"], named["bias"].flatten(), padding=kernel // 2)
@@ -83,15 +94,15 @@ FakeTensor.__hash__ = object.__hash__  # type: ignore[assignment]
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
-    """The graphs that are made."""
+    """The graphs that are made: each of three plans, of which the middle one does not build."""
     return install(monkeypatch)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, refusal: Exception | None = None) -> list[FakeGraph]:
+def install(monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...] = (1,), count: int = 3) -> list[FakeGraph]:
     made: list[FakeGraph] = []
 
     def pygraph(**options: Any) -> FakeGraph:
-        made.append(FakeGraph(refusal, **options))
+        made.append(FakeGraph(failing, count, **options))
         return made[-1]
 
     cudnn = SimpleNamespace(
@@ -121,10 +132,28 @@ def test_the_graph_is_conv_bias_relu_in_nhwc(graphs: list[FakeGraph]) -> None:
     assert (list(head.nodes), head.nodes["conv"]["padding"]) == (["conv", "bias"], [0, 0])
 
 
-@pytest.mark.parametrize("refusal", [NotSupported("no engine"), RuntimeError("no engine")])
-def test_no_plan_makes_the_provider_unavailable(refusal: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, refusal)
-    with pytest.raises(Unavailable, match="cuDNN has no plan for it: no engine"):
+def test_the_fastest_plan_that_builds_is_kept(graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch) -> None:
+    def samples(runs: Any, clock: Any, *, rounds: int) -> dict[str, list[float]]:
+        assert list(runs) == ["0", "2"]
+        return {"0": [2.0], "2": [1.0]}
+
+    monkeypatch.setattr(cudnn_graph, "interleaved_samples", samples)
+    call = cudnn_graph.conv((2, 8, 5, 7), (16, 8, 3, 3), torch.float16, CPU, relu=True)
+    x, weight, bias = (torch.randn(shape).half() for shape in ((2, 8, 5, 7), (16, 8, 3, 3), (16,)))
+    for _ in range(2):
+        y = call(x, weight, bias)
+    assert graphs[0].executed == [2, 2]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("failing", "count", "reason"), [((0, 1), 2, "plan 1 does not build"), ((), 0, "propose none")]
+)
+def test_no_plan_makes_the_provider_unavailable(
+    failing: tuple[int, ...], count: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, failing, count)
+    with pytest.raises(Unavailable, match=reason):
         provider_of("inc.c1").prepare(device_inputs(LAYERS["inc.c1"], CPU, torch.float16))
 
 
