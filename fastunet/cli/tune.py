@@ -20,12 +20,12 @@ def tune(
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left [a new net].")
     ] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the images [as trained; 512].")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images at once [as trained; 16].")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the images [as trained; 512].")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images at once [as trained; 16].")] = None,
     features: Annotated[str, typer.Option(help="Channels of each level of a new net.")] = "64,128,256,512,1024",
     training: Annotated[bool, typer.Option("--train", help="For training: forward and backward.")] = False,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="To measure in; compiling counts.")] = 300.0,
+    seconds: Annotated[float, typer.Option(min=1, help="To measure in; compiling counts.")] = 300.0,
 ) -> None:
     """Measure on this GPU which layers our kernels are faster for; what is found is kept for later runs."""
     if precision not in PRECISIONS:
