@@ -20,7 +20,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `f
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TtaOption = Annotated[bool | None, typer.Option("--tta/--no-tta", help="Average eight flips and turns [as trained].")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what fastunet wrote there before.")]
-TileOption = Annotated[int, typer.Option(min=1, help="Images larger than this go through in overlapping tiles.")]
+TileOption = Annotated[int, typer.Option(min=1, help="Edge in pixels of the tiles in which larger images go through.")]
 
 
 def parse_features(text: str) -> tuple[int, ...]:
@@ -44,14 +44,21 @@ def chosen_device(name: str) -> str:
 def load(run: Path, device: str, tile: int, tta: bool | None) -> tuple[Any, Any, bool]:
     """Return the trained model on the device, its config, and whether it averages eight views: as trained for None.
 
-    Raises ConfigError on tiles too small for it.
+    Raises ConfigError on tiles too small for it. Says so where tiles would not give what the whole image gives.
     """
+    from fastunet.inference.tiling import field_of, parts_of
     from fastunet.train.checkpoint import load_run
 
     target = chosen_device(device)
     model, config = load_run(run)
     if reason := too_small(tile, tile, len(config.model["features"]), config.model["norm"]):
         raise ConfigError(f"tile: {reason}")
+    field = field_of(model)
+    if field is None:
+        text = f"instance norm depends on the whole image: images above {tile} pixels go through in blended tiles"
+        console.print(text, soft_wrap=True)
+    else:
+        parts_of(tile + 1, tile + 1, tile, field)
     return model.to(target), config, config.training["tta"] if tta is None else tta
 
 

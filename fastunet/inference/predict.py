@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastunet.checks import ConfigError, ShapeError
+from fastunet.inference.tiling import VIEWS, Window, field_of, parts_of, result_of_part, turn, turn_back
 from fastunet.inference.wrappers import as_probabilities, in_eval_mode
 
 if TYPE_CHECKING:
     from fastunet.metrics import Scores
-
-VIEWS = 8  # four quarter turns, each as it is and mirrored
 
 
 @torch.no_grad()
@@ -35,9 +35,11 @@ def predict(
     in the mode it was in, also where several threads predict by one model.
 
     Args:
-        tile: edge in pixels of square tiles, for images too large to go through at once; blended with Gaussian weights
-            where they overlap (MONAI's sliding window). None, or an image that fits into one tile, goes through whole.
-        overlap: of neighbouring tiles, as a fraction of the edge, 0 <= overlap < 1.
+        tile: edge in pixels of square tiles, for images too large to go through at once. A U-Net of local layers (batch
+            norm or none, transposed convolutions) gives in tiles what it gives of the whole image: each tile has all
+            pixels around it that its result depends on. Tiles of any other net are blended with Gaussian weights where
+            they overlap (MONAI's sliding window). None, or an image that fits into one tile, goes through whole.
+        overlap: of neighbouring tiles that are blended, as a fraction of the edge, 0 <= overlap < 1.
         tta: average over the eight flips and quarter turns: better, and eight times the work.
         from_logits: whether the model gives logits, rather than probabilities. None finds out, for a fastunet.UNet in
             DataParallel, DistributedDataParallel, AveragedModel, torch.compile, `fastunet.graphed`, nn.Sequential with
@@ -57,24 +59,38 @@ def predict(
         raise ConfigError(f"predict: overlap: expected 0 <= overlap < 1, got {overlap}")
     batch = image if image.dim() == 4 else image[None]
     run = as_probabilities(model, from_logits)
+    size = (batch.shape[-2], batch.shape[-1])
+    views = VIEWS if tta else 1
+    field = None if tile is None or max(size) <= tile else field_of(model)
     with in_eval_mode(model):
-        total = _probabilities(run, batch, tile, overlap)
-        for view in range(1, VIEWS) if tta else ():
-            # So many quarter turns, mirrored from 4 on; and back.
-            turned = batch.rot90(view % 4, (-2, -1))
-            seen = _probabilities(run, turned.flip(-1) if view >= 4 else turned, tile, overlap)
-            total += (seen.flip(-1) if view >= 4 else seen).rot90(-(view % 4), (-2, -1))
-    result = total / VIEWS if tta else total
+        if tile is None or field is None:
+            seen = (turn_back(_whole_or_blended(run, turn(batch, v), tile, overlap), v) for v in range(views))
+            result = reduce(Tensor.add_, seen)
+            result = result / views if tta else result
+        else:
+            parts = parts_of(*size, tile, field)
+            results = (result_of_part(run, lambda w: w.of(batch), size, part, field, views) for part in parts)
+            result = _stitched(parts, results, size)
     return result if image.dim() == 4 else result[0]
 
 
-def _probabilities(run: Callable[[Tensor], Tensor], batch: Tensor, tile: int | None, overlap: float) -> Tensor:
+def _whole_or_blended(run: Callable[[Tensor], Tensor], batch: Tensor, tile: int | None, overlap: float) -> Tensor:
     if tile is None or max(batch.shape[-2:]) <= tile:
         return run(batch)
     from monai.inferers import sliding_window_inference
 
     window = tuple(min(tile, size) for size in batch.shape[-2:])
     return sliding_window_inference(batch, window, 1, run, overlap=overlap, mode="gaussian")
+
+
+def _stitched(parts: list[Window], results: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+    """Put the results [N, K, h, w] of parts in their places, [N, K, H, W]."""
+    whole: Tensor | None = None
+    for part, result in zip(parts, results, strict=True):
+        whole = result.new_empty(*result.shape[:2], *size) if whole is None else whole
+        part.of(whole).copy_(result)
+    assert whole is not None
+    return whole
 
 
 def labels_of(probabilities: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ WRAPPERS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 # At the end of an nn.Sequential, what leaves logits logits and probabilities probabilities.
 KEEPING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Upsample)
+# What gives each pixel by itself, in eval mode.
+POINTWISE = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Softmax2d)
 # Their code is not to be seen.
 OPAQUE = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
@@ -39,8 +41,7 @@ def gives_logits(model: nn.Module) -> bool | None:
     if isinstance(model, OutConv):
         return model.head is None
     if isinstance(model, ReferenceUNet):
-        is_ours = type(model).forward in (UNet.forward, ReferenceUNet.forward) and "forward" not in vars(model)
-        return gives_logits(model.outc) if is_ours else None
+        return gives_logits(model.outc) if is_plain_unet(model) else None
     if isinstance(model, nn.Sequential):
         last = next((module for module in reversed(model) if not isinstance(module, KEEPING)), None)
         return None if last is None else gives_logits(last)
@@ -50,6 +51,23 @@ def gives_logits(model: nn.Module) -> bool | None:
         if isinstance(model, types):
             return gives_logits(model.get_submodule(name))
     return None
+
+
+def is_plain_unet(model: nn.Module) -> bool:
+    """Whether it is a UNet or its reference, with the forward that these have."""
+    plain = getattr(type(model), "forward", None) in (UNet.forward, ReferenceUNet.forward)
+    return isinstance(model, ReferenceUNet) and plain and "forward" not in vars(model)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return what is within torch's and fastunet's wrappers, and within nn.Sequential where the rest acts on pixels."""
+    while True:
+        name = next((name for name, types in WRAPPERS.items() if isinstance(model, types)), None)
+        rest = [m for m in model if not isinstance(m, POINTWISE)] if type(model) is nn.Sequential else []
+        inner = model.get_submodule(name) if name else rest[0] if len(rest) == 1 else original(model)
+        if inner is model:
+            return model
+        model = inner
 
 
 def as_probabilities(model: nn.Module, from_logits: bool | None) -> Callable[[Tensor], Tensor]:
