@@ -27,6 +27,7 @@ FLOORS = {
     "pretrained": 5,
     "losses": 5,
     "metrics": 5,
+    "morphology": 5,
     "modules": 5,
     "unet": 6,
     "compiler": 6,

@@ -38,6 +38,9 @@ class TrainConfig:
         1e-3, "Peak learning rate of AdamW: it rises over the first 3 % and falls along a cosine.", low=0, high=_MOST
     )
     weight_decay: float = _setting(5e-2, "Of AdamW.", low=0, high=_MOST)
+    border_weight: float = _setting(
+        0.0, "Weight of background between close objects, w0 of the U-Net paper (10 there); 0: none.", low=0, high=1e6
+    )
     val_fraction: float = _setting(0.15, "Share of the images kept out for the metrics; 0 keeps none.")
     split: str = _setting(
         "last", "Which: the last by name (in a stack, neighbours are alike), or random.", choices=("last", "random")

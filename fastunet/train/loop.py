@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fastunet import __version__
@@ -24,6 +25,7 @@ from fastunet.data import Pair, SegmentationDataset, check_foreground, find_pair
 from fastunet.files import check_apart, check_folder, locked, write_json, written_whole
 from fastunet.inference.predict import evaluate
 from fastunet.losses import BCEDiceLoss, CEDiceLoss
+from fastunet.morphology import border_weights
 from fastunet.train.augmentation import Augmentation
 from fastunet.train.checkpoint import (
     RunConfig,
@@ -275,9 +277,18 @@ class _Loop:
     def _loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss over all classes, background too: foreground's Dice alone hardly sees a rare background."""
         if self.run_config.data.classes > 1:
-            return self.loss(logits, labels)
-        foreground = labels.unsqueeze(1)
-        return self.loss(torch.cat([logits, -logits], dim=1), torch.cat([foreground, 1 - foreground], dim=1))
+            loss = self.loss(logits, labels)
+        else:
+            foreground = labels.unsqueeze(1)
+            loss = self.loss(torch.cat([logits, -logits], dim=1), torch.cat([foreground, 1 - foreground], dim=1))
+        return loss + self._border_loss(logits, labels) if self.config.border_weight else loss
+
+    def _border_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The cross entropy of background between close objects, by the weights that the paper adds to the others."""
+        weights = border_weights(labels, strength=self.config.border_weight)
+        if self.run_config.data.classes > 1:
+            return (weights * F.cross_entropy(logits.float(), labels, reduction="none")).mean()
+        return (weights * F.softplus(logits.squeeze(1).float())).mean()  # of labels 0, as all weighted ones are
 
     def _validate(self) -> None:
         progress = self.progress

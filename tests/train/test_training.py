@@ -32,7 +32,8 @@ from fastunet import UNet
 from fastunet.checks import ConfigError, DataError
 from fastunet.files import written_whole
 from fastunet.inference.predict import evaluate
-from fastunet.losses import BCEDiceLoss
+from fastunet.losses import BCEDiceLoss, CEDiceLoss
+from fastunet.morphology import border_weights
 from fastunet.train import checkpoint, loop
 from fastunet.train.checkpoint import checkpoints, read_progress
 from fastunet.train.loop import rate_at, train
@@ -80,10 +81,31 @@ def test_training_learns(data: Path, tmp_path: Path) -> None:
 
 def test_the_loss_of_a_binary_mask_sees_both_sides_alike() -> None:
     """Dice of the foreground alone hardly sees a rare background."""
-    training: Any = Mock(loss=BCEDiceLoss(batch=True), **{"run_config.data.classes": 1})
+    training: Any = Mock(loss=BCEDiceLoss(batch=True), config=loop.TrainConfig(), **{"run_config.data.classes": 1})
     logits, labels = torch.randn(2, 1, 8, 8), torch.randint(2, (2, 8, 8))
     loss, mirrored = (loop._Loop._loss_of(training, *each) for each in ((logits, labels), (-logits, 1 - labels)))
     torch.testing.assert_close(loss, mirrored)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_borders_weigh_in_the_cross_entropy(classes: int) -> None:
+    """Equation 1 of the paper: each pixel's cross entropy times its weight."""
+    labels = torch.zeros(2, 12, 12, dtype=torch.long)
+    labels[:, 2:5, 2:9] = 1
+    labels[:, 7:10, 2:9] = classes - 1 if classes > 1 else 1
+    logits = torch.randn(2, classes, 12, 12)
+    losses = []
+    for weight in (0.0, 7.0):
+        run = {"run_config.data.classes": classes}
+        config = loop.TrainConfig(border_weight=weight)
+        training: Any = Mock(loss=(BCEDiceLoss if classes == 1 else CEDiceLoss)(batch=True), config=config, **run)
+        training._border_loss = lambda *each, self=training: loop._Loop._border_loss(self, *each)
+        losses.append(loop._Loop._loss_of(training, logits, labels))
+    both = torch.cat([torch.zeros_like(logits), logits], 1) if classes == 1 else logits
+    each = -both.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    expected = (border_weights(labels, strength=7.0) * each).mean()
+    assert expected > 0.1
+    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_trainings_in_one_process_may_differ_in_precision_and_seed(data: Path, tmp_path: Path) -> None:
