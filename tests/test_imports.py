@@ -36,8 +36,6 @@ FLOORS = {
     "explanation": 8,
     "tuning": 9,
     "train": 10,
-    "augmentation": 11,
-    "training": 11,
     "cli": 11,
     "__main__": 12,
 }
@@ -150,7 +148,7 @@ try:
     fastunet.nothing
 except AttributeError as error:
     assert "no attribute 'nothing'" in str(error)
-for name in ("training", "data.synthetic", "testing", "ops", "kernels.conv3x3.config"):
+for name in ("train.loop", "data.synthetic", "testing", "ops", "kernels.conv3x3.config"):
     importlib.import_module("fastunet." + name)
 fastunet.UNet(1, 1, features=(2, 4))(torch.zeros(2, 1, 4, 4)).square().mean().backward()
 assert not torch.cuda.is_initialized()
