@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import reduce
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -11,14 +10,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fastunet.checks import ConfigError, ShapeError
-from fastunet.inference.tiling import VIEWS, Window, field_of, parts_of, result_of_part, turn, turn_back
+from fastunet.inference.tiling import VIEWS, Field, Window, field_of, parts_of, result_of_part
 from fastunet.inference.wrappers import as_probabilities, in_eval_mode
 
 if TYPE_CHECKING:
     from fastunet.metrics import Scores
 
+WHOLE = Field(0, 1)  # of an image that goes through whole
 
-@torch.no_grad()
+
 def predict(
     model: nn.Module,
     image: Tensor,
@@ -53,34 +53,63 @@ def predict(
     """
     if image.dim() not in (3, 4):
         raise ShapeError(f"predict: image: expected [C, H, W] or [N, C, H, W], got {list(image.shape)}")
-    if tile is not None and tile < 1:
-        raise ConfigError(f"predict: tile: expected at least 1 pixel or None, got {tile}")
-    if not 0 <= overlap < 1:
-        raise ConfigError(f"predict: overlap: expected 0 <= overlap < 1, got {overlap}")
     batch = image if image.dim() == 4 else image[None]
-    run = as_probabilities(model, from_logits)
     size = (batch.shape[-2], batch.shape[-1])
-    views = VIEWS if tta else 1
-    field = None if tile is None or max(size) <= tile else field_of(model)
-    with in_eval_mode(model):
-        if tile is None or field is None:
-            seen = (turn_back(_whole_or_blended(run, turn(batch, v), tile, overlap), v) for v in range(views))
-            result = reduce(Tensor.add_, seen)
-            result = result / views if tta else result
-        else:
-            parts = parts_of(*size, tile, field)
-            results = (result_of_part(run, lambda w: w.of(batch), size, part, field, views) for part in parts)
-            result = _stitched(parts, results, size)
+    prediction = Prediction(model, size, tile=tile, overlap=overlap, tta=tta, from_logits=from_logits)
+    if len(prediction.parts) == 1:
+        result = prediction.of(prediction.parts[0], lambda window: window.of(batch))
+    else:
+        results = (prediction.of(part, lambda window: window.of(batch)) for part in prediction.parts)
+        result = _stitched(prediction.parts, results, size)
     return result if image.dim() == 4 else result[0]
 
 
-def _whole_or_blended(run: Callable[[Tensor], Tensor], batch: Tensor, tile: int | None, overlap: float) -> Tensor:
-    if tile is None or max(batch.shape[-2:]) <= tile:
-        return run(batch)
-    from monai.inferers import sliding_window_inference
+class Prediction:
+    """The prediction of one image, part by part: each gives what the whole image would give.
 
-    window = tuple(min(tile, size) for size in batch.shape[-2:])
-    return sliding_window_inference(batch, window, 1, run, overlap=overlap, mode="gaussian")
+    `parts` are in rows; there is one, the whole image, where it fits into a tile or where tiles have to be blended.
+    Arguments and errors are those of `predict`. `grid`: the parts' edge is a multiple of it, where there is room.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        size: tuple[int, int],
+        *,
+        tile: int | None = None,
+        overlap: float = 0.25,
+        tta: bool = False,
+        from_logits: bool | None = None,
+        grid: int = 1,
+    ) -> None:
+        if tile is not None and tile < 1:
+            raise ConfigError(f"predict: tile: expected at least 1 pixel or None, got {tile}")
+        if not 0 <= overlap < 1:
+            raise ConfigError(f"predict: overlap: expected 0 <= overlap < 1, got {overlap}")
+        self.model, self.size, self.tile, self.overlap = model, size, tile, overlap
+        self.views = VIEWS if tta else 1
+        self.run = as_probabilities(model, from_logits)
+        large = tile is not None and max(size) > tile
+        field = field_of(model) if large else WHOLE
+        self.blended = field is None
+        self.field = field or WHOLE
+        cut = tile is not None and large and field is not None
+        self.parts = parts_of(*size, tile, self.field, grid) if cut and tile else [Window(0, size[0], 0, size[1])]
+
+    @torch.no_grad()
+    def of(self, part: Window, read: Callable[[Window], Tensor]) -> Tensor:
+        """Return the probabilities [N, K, h, w] of a part. read: gives a window [N, C, h, w] of the image."""
+        run = self._blend if self.blended else self.run
+        room = 0 if self.blended or self.tile is None else self.tile**2
+        with in_eval_mode(self.model):
+            return result_of_part(run, read, self.size, part, self.field, self.views, room)
+
+    def _blend(self, batch: Tensor) -> Tensor:
+        from monai.inferers import sliding_window_inference
+
+        assert self.tile is not None
+        window = tuple(min(self.tile, length) for length in batch.shape[-2:])
+        return sliding_window_inference(batch, window, 1, self.run, overlap=self.overlap, mode="gaussian")
 
 
 def _stitched(parts: list[Window], results: Iterable[Tensor], size: tuple[int, int]) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fastunet import modules, reference
@@ -135,14 +136,18 @@ def _field(encoder: Sequence[int], decoder: Sequence[int]) -> Field:
 # --- tiles ---
 
 
-def parts_of(height: int, width: int, tile: int, field: Field) -> list[Window]:
-    """Cut an image into parts that, with all that they depend on, are no larger than `tile` x `tile`.
+def parts_of(height: int, width: int, tile: int, field: Field, grid: int = 1) -> list[Window]:
+    """Cut an image into equal parts, row by row, that with all they depend on are no larger than `tile` x `tile`.
+
+    grid: the edge of the parts is a multiple of it, where the tile has room for that.
 
     Raises:
         ConfigError: a tile that leaves no room between its halos.
     """
     halo, multiple = field
-    edge = (tile - 2 * halo) // multiple * multiple
+    room = tile - 2 * halo
+    step = math.lcm(multiple, grid)
+    edge = room // step * step or room // multiple * multiple
     if edge < 1 and max(height, width) > tile:
         least = 2 * halo + multiple
         raise ConfigError(
@@ -150,12 +155,10 @@ def parts_of(height: int, width: int, tile: int, field: Field) -> list[Window]:
             f"got {tile}"
         )
 
-    def spans(length: int) -> Iterator[tuple[int, int]]:
+    def spans(length: int) -> list[tuple[int, int]]:
         if length <= tile:
-            return iter([(0, length)])
-        # The first has no halo before it.
-        starts = [0, *range(edge + halo, length - halo, edge)]
-        return itertools.pairwise([*starts, length])
+            return [(0, length)]
+        return [(start, min(start + edge, length)) for start in range(0, length, edge)]
 
     return [Window(*rows, *columns) for rows in spans(height) for columns in spans(width)]
 
@@ -178,6 +181,7 @@ def result_of_part(
     part: Window,
     field: Field,
     views: int,
+    room: int = 0,
 ) -> Tensor:
     """Return the mean over views of the net's result for a part of an image, [N, K, h, w].
 
@@ -186,7 +190,9 @@ def result_of_part(
         read: gives a window of the image, [N, C, h, w].
         size: height and width of the image.
         views: the first so many of eight.
+        room: pixels that may go through at once; as many views as fit do, at least one.
     """
+    batches: dict[tuple[int, ...], list[tuple[int, Window, Tensor]]] = {}
     total: Tensor | None = None
     for view in range(views):
         # Where the part is in the turned image, whose own grid decides what it depends on; and that, turned back.
@@ -199,7 +205,24 @@ def result_of_part(
         source = needed.mirrored(width) if view >= 4 else needed
         for _ in range(-(view % 4) % 4):
             source, height, width = source.turned(width), width, height
-        result = turn_back(seen.within(needed).of(run(turn(read(source), view))), view)
-        total = result if total is None else total + result
+        image = turn(read(source), view)
+        batch = batches.setdefault(tuple(image.shape), [])
+        batch.append((view, seen.within(needed), image))
+        if (len(batch) + 1) * image[:, 0].numel() > room:
+            total = _add_results(run, batches.pop(tuple(image.shape)), total)
+    for batch in batches.values():
+        total = _add_results(run, batch, total)
     assert total is not None
-    return total / views
+    return total / views if views > 1 else total
+
+
+def _add_results(
+    run: Callable[[Tensor], Tensor], batch: list[tuple[int, Window, Tensor]], total: Tensor | None
+) -> Tensor:
+    """Run the net on views of one shape, and add what it gives of the part to the total."""
+    images = batch[0][2] if len(batch) == 1 else torch.cat([image for _, _, image in batch])
+    for (view, inner, _), result in zip(batch, run(images).chunk(len(batch)), strict=True):
+        back = turn_back(inner.of(result), view)
+        total = back if total is None else total + back
+    assert total is not None
+    return total

@@ -60,6 +60,17 @@ def test_tiles_give_what_the_whole_image_gives(name: str, tta: bool) -> None:
     assert (tiled - whole).abs().max() <= 2e-7, "predict gives float32"
 
 
+def test_views_go_through_together_as_far_as_a_tile_has_room() -> None:
+    model, shapes = unet(), []
+    model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    image = torch.randn(1, 1, 20, 30, dtype=torch.float64)
+    together = fastunet.predict(model, image, tta=True, tile=60)
+    assert shapes == [(4, 1, 20, 30), (4, 1, 30, 20)]
+    shapes.clear()
+    assert (fastunet.predict(model, image, tta=True) - together).abs().max() <= 2e-7
+    assert [len(shape) for shape in shapes] == [4] * 8
+
+
 def test_tiles_of_a_quantised_net() -> None:
     model = fastunet.quantize(unet().float(), torch.randn(1, 1, 64, 64))
     image = torch.randn(1, 1, 90, 90)
