@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,23 +27,23 @@ _MOST_SETS = 8
 _UNKNOWN_CACHE = 64 << 20
 
 
-class Clock(Protocol):
-    """Marks moments on a device's own time line. elapsed is asked for after wait."""
+class Clock:
+    """Marks moments on a device's own time line, here a CPU's: `prepare` before each sample, `mark` at its begin and
+    end, `wait` until every mark has passed, then the seconds `elapsed` between two.
+    """
 
-    def prepare(self) -> None:
-        """Called before each sample."""
+    def prepare(self) -> None: ...
 
     def mark(self) -> Any:
-        """This moment."""
+        return time.perf_counter()
 
-    def wait(self) -> None:
-        """Until every mark has passed."""
+    def wait(self) -> None: ...
 
     def elapsed(self, begin: Any, end: Any) -> float:
-        """Seconds between two marks."""
+        return end - begin
 
 
-class CudaClock:
+class CudaClock(Clock):
     """Events on the current stream."""
 
     def prepare(self) -> None:
@@ -61,25 +61,9 @@ class CudaClock:
         return begin.elapsed_time(end) / 1000
 
 
-class CpuClock:
-    """time.perf_counter."""
-
-    def prepare(self) -> None:
-        pass
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def wait(self) -> None:
-        pass
-
-    def elapsed(self, begin: float, end: float) -> float:
-        return end - begin
-
-
 def clock_of(device: torch.device) -> Clock:
     """The clock for work on that device."""
-    return CudaClock() if device.type == "cuda" else CpuClock()
+    return CudaClock() if device.type == "cuda" else Clock()
 
 
 @contextmanager
