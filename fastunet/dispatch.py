@@ -22,41 +22,21 @@ import torch
 from torch import Tensor
 
 from fastunet import torch_private
-from fastunet.checks import BackendError, ConfigError
+from fastunet.checks import BackendError, check_choice
 from fastunet.kernels import autotune
 
 BACKENDS = ("auto", "triton", "aten")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Ops that have Triton kernels, forward and backward.
-TRITON_OPS = (
-    "conv1x1",
-    "conv3x3_batch_norm_relu",
-    "conv3x3_bias_relu",
-    "conv3x3_instance_norm_relu",
-    "conv3x3_relu_conv1x1",
-    "conv_transpose2x2",
-    "conv_transpose2x2_concat_conv3x3_relu",
-    "max_pool2x2",
-    "segmentation_sums",
-)
-# Of them the one whose kernel is for some GPUs and sizes only: elsewhere its two steps are ops of their own.
-_STEP_UP = "conv_transpose2x2_concat_conv3x3_relu"
-# Ops with convolutions whose weights can be prepared once for inference on the CPU.
-ONEDNN_OPS = (
-    "conv3x3_batch_norm_relu",
-    "conv3x3_bias_relu",
-    "conv3x3_instance_norm_relu",
-    "conv3x3_relu_conv1x1",
-    "conv_transpose2x2",
-    "conv_transpose2x2_concat_conv3x3_relu",
-)
 # Ops with a 3x3 convolution that is faster on the CPU by Winograd's algorithm, in float32: from so many channels,
 # pixels and products on, and up to so many weights for each pixel, which is where it wins with a single image.
 WINOGRAD_OPS = ("conv3x3_batch_norm_relu", "conv3x3_bias_relu", "conv3x3_instance_norm_relu")
 _WINOGRAD_CHANNELS, _WINOGRAD_PIXELS, _WINOGRAD_PRODUCTS, _WINOGRAD_WEIGHTS_PER_PIXEL = 128, 1024, 1 << 25, 1024
-# Of ONEDNN_OPS those whose prepared weights are sums of products: in 16 bits they would be rounded more than the two
-# steps.
-_ONEDNN_FLOAT32_OPS = (_STEP_UP,)
+# The op whose kernel is for some GPUs and sizes only: elsewhere its two steps are ops of their own.
+FUSED_UP = "conv_transpose2x2_concat_conv3x3_relu"
+# Ops with convolutions whose weights can be prepared once for inference on the CPU.
+ONEDNN_OPS = (*WINOGRAD_OPS, "conv3x3_relu_conv1x1", "conv_transpose2x2", FUSED_UP)
+# Ops that have Triton kernels, forward and backward.
+TRITON_OPS = (*ONEDNN_OPS, "conv1x1", "max_pool2x2", "segmentation_sums")
 
 # A call of oneDNN has a fixed cost, several times that of ATen's own convolution: it has lost up to so many products,
 # and weights, which ATen arranges at every call.
@@ -90,15 +70,9 @@ class Choice:
     unmeasured: autotune.Layer | None = None
 
 
-def _checked(name: str, source: str, expected: Sequence[str] = BACKENDS) -> str:
-    if name not in expected:
-        raise ConfigError(f"{source}: expected one of {', '.join(expected)}, got {name!r}")
-    return name
-
-
-_selected = _checked(os.environ.get("FASTUNET_BACKEND", "auto"), "FASTUNET_BACKEND")
+_selected = check_choice("FASTUNET_BACKEND", os.environ.get("FASTUNET_BACKEND", "auto"), BACKENDS)
 # Whether layers are measured at their first use ("1"), not at all ("0"), or again whatever is known ("force").
-_tune = _checked(os.environ.get("FASTUNET_TUNE", "1"), "FASTUNET_TUNE", ("0", "1", "force"))
+_tune = check_choice("FASTUNET_TUNE", os.environ.get("FASTUNET_TUNE", "1"), ("0", "1", "force"))
 
 
 @contextmanager
@@ -110,7 +84,7 @@ def backend(name: str) -> Iterator[None]:
     block, the variable FASTUNET_BACKEND holds.
     """
     global _selected
-    previous, _selected = _selected, _checked(name, "backend")
+    previous, _selected = _selected, check_choice("backend", name, BACKENDS)
     try:
         yield
     finally:
@@ -188,7 +162,7 @@ def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
         products = _products(x, weight)
         if products <= _FEW_PRODUCTS and weight.numel() <= _FEW_WEIGHTS:
             return Choice("aten", "so small a layer costs the host less by ATen than with prepared weights")
-        if op == _STEP_UP and products <= _FEW_PRODUCTS_OF_TWO:
+        if op == FUSED_UP and products <= _FEW_PRODUCTS_OF_TWO:
             return Choice("aten", "so small a layer costs the host less in two steps")
         if _onednn_takes(op, x, weight):
             if op in WINOGRAD_OPS and winograd_wins(x, weight):
@@ -205,12 +179,12 @@ def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
     unsupported = triton_unsupported(x.device, x.dtype)
     if _selected == "triton" and unsupported is not None:
         raise BackendError(f"{op}: backend 'triton' was asked for, but {unsupported}")
-    if unsupported is None and op == _STEP_UP:
+    if unsupported is None and op == FUSED_UP:
         unsupported = _composition_unsupported(x, weight, training)
     if unsupported is not None:
         return Choice("aten", unsupported)
     choice = Choice("triton", "backend is set to triton") if _selected == "triton" else _faster(op, x, weight, training)
-    if op == _STEP_UP and choice.implementation == "triton":
+    if op == FUSED_UP and choice.implementation == "triton":
         return replace(choice, prepares=True)
     return choice
 
@@ -307,9 +281,9 @@ def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 def _onednn_takes(op: str, x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is there for an activation in float32, or in bfloat16 with weights in float32.
 
-    Of weights in bfloat16 a folded norm would round each once more.
+    Of weights in bfloat16 a folded norm would round each once more, and composed ones more than the two steps do.
     """
-    takes_bfloat16 = _ONEDNN_BFLOAT16 and op not in _ONEDNN_FLOAT32_OPS
+    takes_bfloat16 = _ONEDNN_BFLOAT16 and op != FUSED_UP
     return (
         weight.dtype == torch.float32
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and takes_bfloat16))
@@ -329,12 +303,10 @@ def winograd_wins(x: Tensor, weight: Tensor) -> bool:
     if x.dim() != 4 or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return False
     channels_out, channels = weight.shape[:2]
-    sizes: list[Any] = [*x.shape[2:]]
-    if not all(isinstance(size, int) for size in sizes):  # Open, in a graph that is compiled for any size.
-        return False
-    pixels = sizes[0] * sizes[1]
+    pixels: Any = x.shape[2] * x.shape[3]
     return (
-        min(channels, channels_out) >= _WINOGRAD_CHANNELS
+        isinstance(pixels, int)  # Open, in a graph that is compiled for any size.
+        and min(channels, channels_out) >= _WINOGRAD_CHANNELS
         and pixels >= _WINOGRAD_PIXELS
         and channels * channels_out * pixels >= _WINOGRAD_PRODUCTS
         and channels * channels_out <= pixels * _WINOGRAD_WEIGHTS_PER_PIXEL

@@ -163,7 +163,7 @@ class Up(reference.Up):
             # A graph may be traced through here, but not through the question; the op asks at every call.
             and (
                 torch.compiler.is_compiling()
-                or (choice := dispatch.choose(JOINED_UP, skip, conv.weight)).prepares
+                or (choice := dispatch.choose(dispatch.FUSED_UP, skip, conv.weight)).prepares
                 or dispatch.is_to_measure(choice, skip.device)
             )
         )
@@ -251,9 +251,6 @@ def _bias_and_norm(conv: Any, norm: Any) -> tuple[Any, Any]:
 
 def _slope(act: Any) -> float:
     return getattr(act, "negative_slope", 0.0)
-
-
-JOINED_UP = "conv_transpose2x2_concat_conv3x3_relu"
 
 
 def is_fusable(conv: Any, norm: Any, act: Any) -> bool:
