@@ -81,20 +81,10 @@ def convolution_grads(
             grad, x, weight, [output_mask[0], False, output_mask[2]], padding=padding
         )
         return grad_x, strided_like(_weight_grad_by_matmul(grad, x), weight), grad_bias
-    out_channels = weight.shape[1 if transposed else 0]
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        [out_channels] if output_mask[2] else None,
-        [stride, stride],
-        [padding, padding],
-        [1, 1],
-        transposed,
-        [0, 0],
-        1,
-        output_mask,
-    )
+    bias_sizes = [weight.shape[1 if transposed else 0]] if output_mask[2] else None
+    geometry = ([stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1)
+    grads = torch.ops.aten.convolution_backward(grad, x, weight, bias_sizes, *geometry, output_mask)
+    grad_x, grad_weight, grad_bias = grads
     return (
         strided_like(grad_x, x) if output_mask[0] else None,
         strided_like(grad_weight, weight) if output_mask[1] else None,

@@ -99,13 +99,11 @@ def _sums_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _forward(args: SumsArgs, choice: dispatch.Choice) -> Tensor:
-    logits, target, mask, *options = args
     if choice.implementation == "triton":
         from fastunet.kernels.segmentation_loss import segmentation_sums as launch
 
-        return launch(logits, target, mask, softmax=args.softmax, squared=args.squared, entropy=args.entropy)
-    parts = _chunks(logits)
-    return torch.cat([_sums(logits[part], target[part], _part(mask, part), *options) for part in parts], dim=1)
+        return launch(*args[:3], softmax=args.softmax, squared=args.squared, entropy=args.entropy)
+    return torch.cat([_sums(_part(args, images)) for images in _chunks(args.logits)], dim=1)
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -119,23 +117,24 @@ def _chunks(logits: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, images, step)]
 
 
-def _part(mask: Tensor | None, part: slice) -> Tensor | None:
-    return None if mask is None else mask[part]
+def _part(args: Any, images: slice) -> Any:
+    mask = None if args.mask is None else args.mask[images]
+    return args._replace(logits=args.logits[images], target=args.target[images], mask=mask)
 
 
-def _sums(logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool, entropy: bool) -> Tensor:
-    x, t, m = _values(logits, target, mask)
-    log_p = None if not entropy else x.log_softmax(1) if softmax else F.logsigmoid(x)
-    p = log_p.exp() if softmax and log_p is not None else _probability(x, softmax)
+def _sums(args: SumsArgs) -> Tensor:
+    x, t, m = _values(args)
+    log_p = None if not args.entropy else x.log_softmax(1) if args.softmax else F.logsigmoid(x)
+    p = log_p.exp() if args.softmax and log_p is not None else _probability(x, args.softmax)
     tm = t if m is None else t * m
     pm = p if m is None else p * m
-    terms = [pm * tm, pm * pm if squared else pm, tm * tm if squared else tm]
-    if log_p is not None and holds_indices(logits, target):
+    terms = [pm * tm, pm * pm if args.squared else pm, tm * tm if args.squared else tm]
+    if log_p is not None and holds_indices(args.logits, args.target):
         # Of its label's class alone: another class may have no probability, and zero times infinity is NaN.
-        terms.append(tm * -log_p.gather(1, _indices(target, mask)))
+        terms.append(tm * -log_p.gather(1, _indices(args.target, args.mask)))
     elif log_p is not None:
         terms.append(tm * -log_p)
-    if log_p is not None and not softmax:
+    if log_p is not None and not args.softmax:
         negative = x.sub(log_p).mul_(1 - t)  # softplus(x) = x + softplus(-x)
         terms.append(negative if m is None else negative.mul_(m))
     return torch.stack([term.sum((2, 3)) for term in terms])
@@ -145,9 +144,9 @@ def _probability(x: Tensor, softmax: bool) -> Tensor:
     return x.softmax(1) if softmax else x.sigmoid()
 
 
-def _values(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _values(args: SumsArgs | SumsGradArgs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits, target, both [N, C, H, W], and mask in the sums' dtype: contiguous, and indices one-hot."""
-    dtype = _sums_dtype(logits)
+    logits, target, mask, dtype = args.logits, args.target, args.mask, _sums_dtype(args.logits)
     x = logits.to(dtype).contiguous()
     m = None if mask is None else mask.to(dtype).contiguous()
     if not holds_indices(logits, target):
@@ -180,41 +179,38 @@ def _composition(args: SumsArgs) -> Tensor:
 
 
 def _backward(args: SumsGradArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ...]:
-    grad, logits, target, mask, softmax, squared, _, (needs_logits, needs_target) = args
+    logits, (needs_logits, needs_target) = args.logits, args.output_mask
     grad_logits = grad_target = None
     if needs_logits and choice.implementation == "triton":
         from fastunet.kernels.segmentation_loss import segmentation_sums_grad as launch
 
-        found = launch(grad, logits, target, mask, softmax=softmax, squared=squared)
+        found = launch(*args[:4], softmax=args.softmax, squared=args.squared)
         grad_logits = strided_like(found, torch.empty_like(logits))
     elif needs_logits:
         grad_logits = torch.empty_like(logits)
-        for part in _chunks(logits):
-            images = grad[:, part], logits[part], target[part], _part(mask, part)
-            grad_logits[part] = _grad_logits(*images, softmax, squared)
+        for images in _chunks(logits):
+            grad_logits[images] = _grad_logits(_part(args, images)._replace(grad=args.grad[:, images]))
     if needs_target:
-        grad_target = torch.empty_like(target).copy_(_grad_target(grad, logits, target, mask, softmax, squared))
+        grad_target = torch.empty_like(args.target).copy_(_grad_target(args))
     return grad_logits, grad_target
 
 
-def _grad_logits(
-    grad: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool
-) -> Tensor:
+def _grad_logits(args: SumsGradArgs) -> Tensor:
     """Of the Dice sums, with dp their gradient by p: p (1 - p) dp, for softmax p (dp - sum(p dp)). Of the entropies:
     p sum(t) - t for softmax, and p (of a negative's) or p - 1 (of a positive's) for sigmoid.
     """
-    x, t, m = _values(logits, target, mask)
-    p = _probability(x, softmax)
-    of_overlap, of_predicted, _, *of_entropies = grad[..., None, None]
+    x, t, m = _values(args)
+    p = _probability(x, args.softmax)
+    of_overlap, of_predicted, _, *of_entropies = args.grad[..., None, None]
     tm = t if m is None else t * m
-    if squared:
+    if args.squared:
         dp = (of_overlap * tm).addcmul_(p if m is None else p * m, of_predicted, value=2)
     else:
         dp = torch.addcmul(of_predicted, of_overlap, tm)
-    if softmax:
+    if args.softmax:
         result = torch.ops.aten._softmax_backward_data(dp, p, 1, dp.dtype)
         if of_entropies:
-            by_label = t.mul_(of_entropies[0]) if holds_indices(logits, target) else t * of_entropies[0]
+            by_label = t.mul_(of_entropies[0]) if holds_indices(args.logits, args.target) else t * of_entropies[0]
             result.sub_(by_label).addcmul_(p, by_label.sum(1, keepdim=True))
     else:
         result = dp.mul_(1 - p)
@@ -227,17 +223,15 @@ def _grad_logits(
     return result if m is None else result.mul_(m)
 
 
-def _grad_target(
-    grad: Tensor, logits: Tensor, target: Tensor, mask: Tensor | None, softmax: bool, squared: bool
-) -> Tensor:
+def _grad_target(args: SumsGradArgs) -> Tensor:
     """By plain torch on every device: soft targets that are learned are rare."""
-    x, t, m = _values(logits, target, mask)
-    of_overlap, _, of_truth, *of_entropies = grad[..., None, None]
-    p = _probability(x, softmax)
+    x, t, m = _values(args)
+    of_overlap, _, of_truth, *of_entropies = args.grad[..., None, None]
+    p = _probability(x, args.softmax)
     if m is not None:
         p, t = p * m, t * m
-    result = of_overlap * p + (2 * of_truth * t if squared else of_truth)
-    if of_entropies and softmax:
+    result = of_overlap * p + (2 * of_truth * t if args.squared else of_truth)
+    if of_entropies and args.softmax:
         result = result - of_entropies[0] * x.log_softmax(1)
     elif of_entropies:
         result = result - of_entropies[0] * F.logsigmoid(x) + of_entropies[1] * F.logsigmoid(-x)
