@@ -20,15 +20,16 @@ _ANCHORS = (
 )
 # By kind and kernel, the geometry that an op stands for.
 _PLAIN: dict[str, Any] = {"dilation": (1, 1), "groups": 1}
-_GEOMETRY: dict[tuple[str, int], dict[str, Any]] = {
-    ("conv2d", 3): {"stride": (1, 1), "padding": (1, 1), **_PLAIN},
-    ("conv2d", 1): {"stride": (1, 1), "padding": (0, 0), **_PLAIN},
-    ("conv_transpose2d", 2): {"stride": (2, 2), "padding": (0, 0), "output_padding": (0, 0), **_PLAIN},
+_TWICE: dict[str, Any] = {"stride": (2, 2), "padding": (0, 0)}
+_GEOMETRY: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {
+    ("conv2d", (3, 3)): {"stride": (1, 1), "padding": (1, 1), **_PLAIN},
+    ("conv2d", (1, 1)): {"stride": (1, 1), "padding": (0, 0), **_PLAIN},
+    ("conv_transpose2d", (2, 2)): {**_TWICE, "output_padding": (0, 0), **_PLAIN},
+    ("max_pool2d", (2, 2)): {**_TWICE, "dilation": (1, 1), "ceil_mode": False, "return_indices": False},
 }
 # The speedup from which a kernel replaces what inductor compiles, which may also fuse it with what surrounds it; and
 # over ATen, where inductor was not measured: all that fusing can gain a classic U-Net at a GPU's peak rates is a third.
 _OVER_INDUCTOR, _OVER_ATEN = 1.1, 1.33
-_WINDOW = {"kernel_size": (2, 2), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
 
 
 @dataclass
@@ -102,7 +103,7 @@ class _Search:
             pattern.op = "max_pool2x2"
         elif name_of(node) == "conv_transpose2d":
             pattern.op = "conv_transpose2x2"
-        elif _kernel_size(node) == 1:
+        elif _kernel(node) == (1, 1):
             pattern.op = "conv1x1"
             self._take_head_activation(pattern, node)
         else:
@@ -204,7 +205,7 @@ class _Search:
         head = only_user(pattern.result)
         if pattern.cat is not None or head is None or name_of(head) != "conv2d":
             return False
-        if arguments(head)["input"] is not pattern.result or _unsupported(head) is not None or _kernel_size(head) != 1:
+        if arguments(head)["input"] is not pattern.result or _unsupported(head) is not None or _kernel(head) != (1, 1):
             return False
         if self._choice(WITH_HEAD, pattern).implementation == "aten" and not self.force:
             return False
@@ -239,17 +240,7 @@ def _unsupported(node: Node) -> str | None:
         value = value_of(node)
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         return f"expected floating-point images [N, C, H, W], got {got}"
-    if name == "max_pool2d":
-        return _pool_unsupported(given)
-    return _weight_unsupported(node) or _geometry_unsupported(node)
-
-
-def _pool_unsupported(given: dict[str, Any]) -> str | None:
-    window = {key: _pair(given[key]) for key in _WINDOW}
-    window["stride"] = window["kernel_size"] if given["stride"] in (None, []) else window["stride"]
-    wrong = [f"{key} {window[key]}" for key in _WINDOW if window[key] != _WINDOW[key]]
-    wrong += [key for key in ("ceil_mode", "return_indices") if given[key]]
-    return f"max-pooling with {', '.join(wrong)}: the op is for 2x2 windows side by side" if wrong else None
+    return (_weight_unsupported(node) if "weight" in given else None) or _geometry_unsupported(node)
 
 
 def _weight_unsupported(node: Node) -> str | None:
@@ -264,23 +255,22 @@ def _weight_unsupported(node: Node) -> str | None:
 
 
 def _geometry_unsupported(node: Node) -> str | None:
-    name, given = name_of(node), arguments(node)
-    size = _kernel_size(node)
-    expected = _GEOMETRY.get((name, size)) if size is not None else None
+    name, given, sides = name_of(node), arguments(node), _kernel(node)
+    kernel, expected = "x".join(map(str, sides)), _GEOMETRY.get((name, sides))
     if expected is None:
-        kernel = "x".join(str(s) for s in value_of(given["weight"]).shape[2:])
-        return f"{name} of {kernel}: the ops have 3x3, 1x1, and transposed 2x2"
-    actual = {key: value if key == "groups" else _pair(value) for key, value in given.items() if key in expected}
+        return f"{name} of {kernel}: the ops have 3x3, 1x1, transposed 2x2, and max-pooling of 2x2"
+    actual = {key: _pair(given[key]) if isinstance(like, tuple) else given[key] for key, like in expected.items()}
     if actual["padding"] == ("same", "same"):  # Of an odd kernel at stride 1, to which torch confines the word.
         actual["padding"] = expected["padding"]
+    if name == "max_pool2d" and given["stride"] in (None, []):
+        actual["stride"] = sides
     wrong = [f"{key} {value} instead of {expected[key]}" for key, value in actual.items() if value != expected[key]]
-    return f"{name} of {size}x{size} with {', '.join(wrong)}" if wrong else None
+    return f"{name} of {kernel} with {', '.join(wrong)}" if wrong else None
 
 
-def _kernel_size(node: Node) -> int | None:
-    """Return the side of a square kernel."""
-    sides = value_of(arguments(node)["weight"]).shape[2:]
-    return int(sides[0]) if len(set(sides)) == 1 else None
+def _kernel(node: Node) -> tuple[int, ...]:
+    given = arguments(node)
+    return _pair(given["kernel_size"]) if "kernel_size" in given else tuple(value_of(given["weight"]).shape[2:])
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -139,7 +139,7 @@ LEFT = {
     "oblong kernel": (lambda: nn.Conv2d(3, 4, (3, 1), padding=(1, 0)), "conv2d of 3x1"),
     "transposed 3x3": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), "conv_transpose2d of 3x3"),
     "output padding": (lambda: nn.ConvTranspose2d(3, 4, 2, stride=2, output_padding=1), "output_padding (1, 1)"),
-    "overlapping pool": (lambda: nn.MaxPool2d(3, 2, 1), "kernel_size (3, 3), padding (1, 1)"),
+    "overlapping pool": (lambda: nn.MaxPool2d(3, 2, 1), "max_pool2d of 3x3"),
     "ceil": (lambda: nn.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
     "upsampling": (lambda: nn.Upsample(scale_factor=2), "upsampling by interpolation"),
     "parametrised": (lambda: parametrizations.weight_norm(conv()), "its weight is computed"),
