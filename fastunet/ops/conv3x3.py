@@ -205,7 +205,7 @@ def conv3x3(what: str, args: ConvArgs) -> tuple[Tensor, Any]:
     check(what, args)
     y, pooled, raw, mean, invstd = invoke(_op, args)
     if args.norm != "none":
-        recompute.remember(y, raw, mean, invstd, args.gamma, args.bias, args.slope)
+        recompute.remember(y, (raw, mean, invstd, args.gamma, args.bias), args.slope)
     return y, pooled
 
 

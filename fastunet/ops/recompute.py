@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastunet.ops.registration import memory_format
 from fastunet.torch_private import version
 
-
-class Origin(NamedTuple):
-    """What y was made of: mean and invstd [C] or [N, C], gamma and beta [C] or None, and y's version then."""
-
-    raw: Tensor
-    mean: Tensor
-    invstd: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    slope: float | None
-    version: int
-
-
+# By y, what it was made of: raw, mean and invstd [C] or [N, C], gamma and beta [C] or None; the slope; y's version.
 _origins: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _enabled = True
 
@@ -48,22 +36,22 @@ def recomputing(enabled: bool) -> Iterator[None]:
         _enabled = before
 
 
-def remember(
-    y: Tensor, raw: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None, slope: float | None
-) -> None:
-    """Let the ops that y goes into keep this instead, if our kernels made y and there will be a backward."""
+def remember(y: Tensor, made_of: tuple[Tensor | None, ...], slope: float | None) -> None:
+    """Let the ops that y goes into keep raw, mean, invstd, gamma and beta instead, if our kernels made y of them and
+    there will be a backward.
+    """
     if _enabled and not torch.compiler.is_compiling() and getattr(y.grad_fn, "is_recomputable", False):
-        _origins[y] = Origin(raw, mean, invstd, gamma, beta, slope, version(y))
+        _origins[y] = made_of, slope, version(y)
 
 
 def save(ctx: Any, x: Tensor, *others: Tensor | None) -> None:
     """Keep x, or what it is made of, and the others for `saved`."""
     origin = None if torch.compiler.is_compiling() else _origins.get(x)
-    if origin is None or origin.version != version(x):
+    if origin is None or origin[-1] != version(x):
         ctx.save_for_backward(x, *(None,) * 5, *others)
         return
-    ctx.slope_of_input = origin.slope
-    ctx.save_for_backward(None, *origin[:5], *others)
+    made_of, ctx.slope_of_input, _ = origin
+    ctx.save_for_backward(None, *made_of, *others)
 
 
 def saved(ctx: Any, *, reads_values: bool) -> list[Any]:
@@ -73,14 +61,8 @@ def saved(ctx: Any, *, reads_values: bool) -> list[Any]:
         return [x, *others]
     if not reads_values:
         return [raw, *others]
-    return [_computed(raw, mean, invstd, gamma, beta, ctx.slope_of_input), *others]
-
-
-def _computed(
-    raw: Tensor, mean: Tensor, invstd: Tensor, gamma: Tensor | None, beta: Tensor | None, slope: float | None
-) -> Tensor:
     from fastunet.kernels.norm import Affine, normalise
 
     statistics = (t.view(-1, raw.shape[1]) for t in (mean, invstd))
-    y, _ = normalise(raw, Affine(*statistics, gamma, beta), slope)
-    return y.contiguous(memory_format=memory_format(raw))
+    y, _ = normalise(raw, Affine(*statistics, gamma, beta), ctx.slope_of_input)
+    return [y.contiguous(memory_format=memory_format(raw)), *others]
