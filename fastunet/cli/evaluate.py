@@ -17,7 +17,6 @@ from .shared import (
     RunArgument,
     TileOption,
     TtaOption,
-    check_like_training,
     console,
     load,
     print_scores,
@@ -37,7 +36,7 @@ def evaluate(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Score RUN on every pair of DATA: Dice and IoU per class, over all pixels."""
-    from fastunet.data import SegmentationDataset, find_pairs, inspect, read_image
+    from fastunet.data import SegmentationDataset, find_pairs, inspect
     from fastunet.inference.predict import evaluate as scores_of
 
     pairs = find_pairs(data)
@@ -45,11 +44,8 @@ def evaluate(
         check_folder(out.parent)
         check_apart(out.parent, [file for pair in pairs for file in (pair.image, pair.mask)])
         check_replaceable(out, overwrite, lambda path: is_our_json(path, SCORES))
-    model, config, use_tta = load(run, device, tile, tta)
-    summary = inspect(pairs, config.data.classes)
-    for pair in pairs:
-        check_like_training(pair.image, read_image(pair.image), config)
-    dataset = SegmentationDataset(pairs, summary)
+    model, config, use_tta = load(run, device, tile, tta, [pair.image for pair in pairs])
+    dataset = SegmentationDataset(pairs, inspect(pairs, config.data.classes))
     scores, _ = scores_of(model, track(dataset, "evaluating"), config.class_names, tile=tile, tta=use_tta)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,6 @@ from .shared import (
     RunArgument,
     TileOption,
     TtaOption,
-    check_like_training,
     console,
     load,
     track,
@@ -44,9 +43,7 @@ def predict(
     targets = [out / f"{file.stem}.png" for file in files]
     for target in targets:
         check_replaceable(target, overwrite, is_our_png)
-    model, config, use_tta = load(run, device, tile, tta)
-    for file in track(files, "checking"):
-        check_like_training(file, read_image(file), config)
+    model, config, use_tta = load(run, device, tile, tta, files)
     out.mkdir(parents=True, exist_ok=True)
     on = next(model.parameters()).device
     written: set[tuple[int, int]] = set()

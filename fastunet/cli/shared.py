@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastunet.checks import ConfigError, DataError
@@ -41,17 +42,20 @@ def chosen_device(name: str) -> str:
     return "cuda" if has_cuda and name != "cpu" else "cpu"
 
 
-def load(run: Path, device: str, tile: int, tta: bool | None) -> tuple[Any, Any, bool]:
+def load(run: Path, device: str, tile: int, tta: bool | None, images: list[Path]) -> tuple[Any, Any, bool]:
     """Return the trained model on the device, its config, and whether it averages eight views: as trained for None.
 
-    Raises ConfigError on tiles too small for it. Says so where tiles would not give what the whole image gives.
+    Raises ConfigError on tiles too small for it, DataError unless each image is of the kind it was trained on, and
+    large enough. Says so where tiles would not give what the whole image gives.
     """
+    from fastunet.data import read_image
     from fastunet.inference.tiling import field_of, parts_of
     from fastunet.train.checkpoint import load_run
 
     target = chosen_device(device)
     model, config = load_run(run)
-    if reason := too_small(tile, tile, len(config.model["features"]), config.model["norm"]):
+    data, net = config.data, (len(config.model["features"]), config.model["norm"])
+    if reason := too_small(tile, tile, *net):
         raise ConfigError(f"tile: {reason}")
     field = field_of(model)
     if field is None:
@@ -59,18 +63,22 @@ def load(run: Path, device: str, tile: int, tta: bool | None) -> tuple[Any, Any,
         console.print(text, soft_wrap=True)
     else:
         parts_of(tile + 1, tile + 1, tile, field)
+    for file in track(images, "checking"):
+        pixels = read_image(file)
+        height, width, channels = pixels.shape
+        if channels != data.channels:
+            raise DataError(f"{file}: expected {data.channels} channels, as in training, got {channels}")
+        if pixels.dtype.name != data.dtype:
+            raise DataError(f"{file}: expected {data.dtype}, as in training, got {pixels.dtype.name}")
+        if reason := too_small(height, width, *net):
+            raise DataError(f"{file}: {reason}")
     return model.to(target), config, config.training["tta"] if tta is None else tta
 
 
-def check_like_training(file: Path, pixels: Any, config: Any) -> None:
-    """Raise DataError unless an image is of the kind the model was trained on, and large enough for it."""
-    height, width, channels = pixels.shape
-    if channels != config.data.channels:
-        raise DataError(f"{file}: expected {config.data.channels} channels, as in training, got {channels}")
-    if pixels.dtype.name != config.data.dtype:
-        raise DataError(f"{file}: expected {config.data.dtype}, as in training, got {pixels.dtype.name}")
-    if reason := too_small(height, width, len(config.model["features"]), config.model["norm"]):
-        raise DataError(f"{file}: {reason}")
+def progress() -> Progress:
+    percentage = TextColumn("{task.percentage:.0f} %")
+    description = TextColumn("{task.description}", markup=False)
+    return Progress(description, BarColumn(), percentage, TimeElapsedColumn(), console=console)
 
 
 def track(items: Any, text: str) -> Any:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastunet.train.config import TrainConfig
 
-from .shared import DATA, OverwriteOption, console, parse_features, print_scores
+from .shared import DATA, OverwriteOption, console, parse_features, print_scores, progress
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -56,19 +55,13 @@ def train(
 def train_with_bar(
     data: Path | None, out: Path, config: Any, *, resume: bool = False, overwrite: bool = False
 ) -> dict[str, Any]:
-    from fastunet.train.loop import Progress as Standing
+    from fastunet.train.loop import Progress
     from fastunet.train.loop import train as train_run
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
+    with progress() as bars:
         bar = bars.add_task("reading", total=1.0)
 
-        def show(standing: Standing) -> None:
+        def show(standing: Progress) -> None:
             last = standing.history[-1] if standing.history else {}
             dice = f"  validation Dice {last['val_dice']:.3f}" if "val_dice" in last else ""
             text = f"step {standing.step}  loss {standing.loss:.3f}{dice}"

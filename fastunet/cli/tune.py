@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastunet.train.config import multiplies_bf16
 
-from .shared import chosen_device, console, parse_features
+from .shared import chosen_device, console, parse_features, progress
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -48,9 +47,8 @@ def tune(
     x = torch.zeros(batch, model.config["in_channels"], size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     autocast = torch.autocast(device, dtype, enabled=dtype is not None)
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bars, autocast:
+    with progress() as bars, autocast:
         bar = bars.add_task("checking the kernels", total=1.0)
 
         def show(done: int, total: int, layer: str) -> None:
