@@ -22,6 +22,7 @@ _ELEMENTWISE = (
 )
 # Marks the nodes that bring an op's images into channels_last.
 _OWN = "fastunet"
+_IMAGES = ("x", "up", "skip", "low")
 
 
 def replace(graph_module: GraphModule, patterns: Sequence[Pattern]) -> None:
@@ -38,13 +39,13 @@ def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
     """Return the nodes that stand for the pattern's results."""
     result, removed = pattern.result, [node for node in graph.nodes if node in pattern.nodes]
     with graph.inserting_before(result):
-        op, images, rest = _arguments(graph, pattern)
-        for name, image in images.items():
-            if image is not None:
+        op, given = _arguments(graph, pattern)
+        for name in _IMAGES:
+            if given.get(name) is not None:
                 # Unlike `contiguous`, `to` gives an image of one channel the strides of channels_last.
-                images[name] = made = graph.call_method("to", (image,), {"memory_format": torch.channels_last})
+                given[name] = made = graph.call_method("to", (given[name],), {"memory_format": torch.channels_last})
                 made.meta[_OWN] = True
-        call = graph.call_function(op.overload, tuple(op.arguments(**images, **rest)))
+        call = graph.call_function(op.overload, tuple(op.arguments(**given)))
         call.meta.update({key: result.meta[key] for key in ("nn_module_stack", "stack_trace") if key in result.meta})
         results = {result: call if op.results == 1 else graph.call_function(operator.getitem, (call, 0))}
         if pattern.pool is not None:
@@ -62,35 +63,24 @@ def _replace_one(graph: Any, pattern: Pattern) -> set[Node]:
 # --- arguments of the ops ---
 
 
-def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Node | None], dict[str, Any]]:
-    """Return the pattern's op, and its arguments by name: the images, and the rest."""
-    given = arguments(pattern.anchor)
-    x, weight, bias = given["input"], given.get("weight"), given.get("bias")
-    up = None
-    if pattern.cat is not None:
-        x, up = arguments(pattern.cat)["tensors"]
-    if pattern.op == "max_pool2x2":
-        return op_named("max_pool2x2"), {"x": x}, {}
-    if pattern.op == "conv_transpose2x2":
-        return op_named("conv_transpose2x2"), {"x": x}, {"weight": weight, "bias": bias}
-    if pattern.op == "conv1x1":
-        activation = None if pattern.head_activation is None else name_of(pattern.head_activation)
-        return op_named("conv1x1"), {"x": x}, {"weight": weight, "bias": bias, "activation": activation}
-    given = {"weight": weight, "bias": bias, "slope": slope_of(pattern.activation)}
-    if pattern.op in NAMES.values():
-        given |= {"pool": pattern.pool is not None, **_norm(graph, pattern)}
-        return op_named("conv3x3"), {"x": x, "up": up}, given
-    norm = _norm(graph, pattern)
-    given |= {"bias": norm.get("bias", bias), "mean": norm.get("running_mean"), "variance": norm.get("running_var")}
-    given |= {"gamma": norm.get("gamma"), "eps": norm.get("eps", 0.0)}
-    if pattern.op == "conv3x3_relu_conv1x1":
-        head = arguments(pattern.head)  # type: ignore[arg-type]
-        of_head = {"head_weight": head["weight"], "head_bias": head["bias"]}
-        return op_named(pattern.op), {"x": x}, {**given, **of_head, "sigmoid": pattern.head_activation is not None}
-    assert pattern.op == "conv_transpose2x2_concat_conv3x3_relu"
-    of_up = arguments(pattern.up)  # type: ignore[arg-type]
-    images = {"skip": x, "low": of_up["input"]}
-    return op_named(pattern.op), images, {**given, "up_weight": of_up["weight"], "up_bias": of_up["bias"]}
+def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Any]]:
+    """Return the pattern's op, and its arguments by name."""
+    anchor, pool = arguments(pattern.anchor), pattern.pool is not None
+    x, up = arguments(pattern.cat)["tensors"] if pattern.cat is not None else (anchor["input"], None)
+    activation = None if pattern.head_activation is None else name_of(pattern.head_activation)
+    # All that any op may take: the same by several names.
+    given = {"x": x, "skip": x, "up": up, "weight": anchor.get("weight"), "bias": anchor.get("bias"), "pool": pool}
+    given |= {"slope": slope_of(pattern.activation), "activation": activation, "sigmoid": activation is not None}
+    given |= {"gamma": None, "eps": 0.0, **_norm(graph, pattern)}
+    given |= {"mean": given.get("running_mean"), "variance": given.get("running_var")}
+    if pattern.head is not None:
+        head = arguments(pattern.head)
+        given |= {"head_weight": head["weight"], "head_bias": head["bias"]}
+    if pattern.up is not None:
+        of_up = arguments(pattern.up)
+        given |= {"low": of_up["input"], "up_weight": of_up["weight"], "up_bias": of_up["bias"]}
+    op = op_named("conv3x3" if pattern.op in NAMES.values() else str(pattern.op))
+    return op, {name: given[name] for name in op.arguments._fields if name in given}
 
 
 def _norm(graph: Any, pattern: Pattern) -> dict[str, Any]:
