@@ -17,7 +17,6 @@ from torch.nn.grad import conv2d_weight
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import ops
-from fastunet.cpu.activation import activate_
 from fastunet.dispatch import winograd_wins
 from fastunet.reference import functional as reference
 from fastunet.testing import assert_within, conv_tolerance, random_input
@@ -41,37 +40,23 @@ X, SKIP, UP, CHANNELS = (2, 3, 7, 6), (2, 4, 7, 6), (2, 2, 7, 6), (5,)
 W3, W3_CAT = (5, 3, 3, 3), (5, 6, 3, 3)
 TRAIN = {"training": True, "momentum": 0.3, "eps": 1e-3}
 EVAL = {**TRAIN, "training": False}
+FORMS = {"{}": (X, W3), "{}_pool": (X, W3), "concat_{}": (SKIP, UP, W3_CAT)}
+# By op, its parameters and options.
+VARIANTS: dict[str, list[tuple[tuple, dict]]] = {
+    "conv3x3_bias_relu": [((CHANNELS,), {}), ((None,), {"relu": False}), ((CHANNELS,), {"negative_slope": 0.25})],
+    "conv3x3_batch_norm_relu": [
+        ((CHANNELS, CHANNELS), TRAIN),
+        ((CHANNELS, CHANNELS), EVAL),
+        ((None, None), {**TRAIN, "negative_slope": 0.25}),
+    ],
+    "conv3x3_instance_norm_relu": [((CHANNELS, CHANNELS), {}), ((None, None), {"relu": False})],
+}
 CASES = [
     *(
-        Case(op, (*inputs, bias), options)
-        for op, inputs in {
-            "conv3x3_bias_relu": (X, W3),
-            "conv3x3_bias_relu_pool": (X, W3),
-            "concat_conv3x3_bias_relu": (SKIP, UP, W3_CAT),
-        }.items()
-        for bias, options in ((CHANNELS, {}), (None, {"relu": False}), (CHANNELS, {"negative_slope": 0.25}))
-    ),
-    *(
-        Case(op, (*inputs, *affine), mode, buffers=2)
-        for op, inputs in {
-            "conv3x3_batch_norm_relu": (X, W3),
-            "conv3x3_batch_norm_relu_pool": (X, W3),
-            "concat_conv3x3_batch_norm_relu": (SKIP, UP, W3_CAT),
-        }.items()
-        for affine, mode in (
-            ((CHANNELS, CHANNELS), TRAIN),
-            ((CHANNELS, CHANNELS), EVAL),
-            ((None, None), {**TRAIN, "negative_slope": 0.25}),
-        )
-    ),
-    *(
-        Case(op, (*inputs, *affine), options)
-        for op, inputs in {
-            "conv3x3_instance_norm_relu": (X, W3),
-            "conv3x3_instance_norm_relu_pool": (X, W3),
-            "concat_conv3x3_instance_norm_relu": (SKIP, UP, W3_CAT),
-        }.items()
-        for affine, options in (((CHANNELS, CHANNELS), {}), ((None, None), {"relu": False}))
+        Case(form.format(op), (*inputs, *parameters), options, buffers=2 if "batch_norm" in op else 0)
+        for op, variants in VARIANTS.items()
+        for form, inputs in FORMS.items()
+        for parameters, options in variants
     ),
     Case("max_pool2x2", (X,), {}),
     Case("conv_transpose2x2", (X, (3, 5, 2, 2), CHANNELS), {}),
@@ -124,9 +109,6 @@ REGISTERED = [
 ]
 # Ops of logits and a target from 0 to 1, which answer in float32.
 SUMMED = ("segmentation_sums", "sigmoid_dice_loss")
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-each_registered = pytest.mark.parametrize("case", REGISTERED, ids=str)
-each_op = pytest.mark.parametrize("case", EACH_OP, ids=str)
 every_format = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
 )
@@ -172,7 +154,7 @@ def grads_of(outputs: tuple[Tensor, ...], tensors: list[Tensor | None]) -> list[
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs]
     leaves = [t for t in tensors if t is not None and t.requires_grad]
-    return list(torch.autograd.grad(outputs, leaves, cotangents))
+    return list(torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True))
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -189,8 +171,9 @@ def test_equals_the_reference(case: Case, memory_format: torch.memory_format, di
         buffers = make_buffers(case, torch.float64)
         with Dispatched() if dispatched and namespace is ops else nullcontext():
             outputs = call(getattr(namespace, case.op), case, tensors, buffers)
-            grads = [] if case in INFERENCE else grads_of(outputs, tensors)
-            results.append((outputs, grads, buffers))
+            # Of all outputs, and of each alone.
+            used = [] if case in INFERENCE else [outputs, *((y,) for y in outputs if len(outputs) > 1)]
+            results.append((outputs, [grad for of in used for grad in grads_of(of, tensors)], buffers))
     (outputs, grads, buffers), (expected, expected_grads, expected_buffers) = results
     for i, (a, b) in enumerate(zip(outputs, expected, strict=True)):
         assert_close(a, b, f"output {i}")
@@ -205,7 +188,7 @@ def test_equals_the_reference(case: Case, memory_format: torch.memory_format, di
         assert_close(a, b, "running statistics")
 
 
-@every_case
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_combination_of_requires_grad(case: Case) -> None:
     present = [i for i, shape in enumerate(case.shapes) if shape is not None]
     full: dict[int, Tensor] = {}
@@ -242,7 +225,7 @@ def flat_arguments(case: Case, dtype: torch.dtype, memory_format: torch.memory_f
     return func, args
 
 
-@each_registered
+@pytest.mark.parametrize("case", REGISTERED, ids=str)
 def test_opcheck(case: Case) -> None:
     for memory_format, requires_grad in ((torch.contiguous_format, False), (torch.channels_last, True)):
         func, args = flat_arguments(case, torch.float32, memory_format, requires_grad)
@@ -251,7 +234,21 @@ def test_opcheck(case: Case) -> None:
         torch.library.opcheck(func, args, test_utils=without if requires_grad and case in INFERENCE else "ALL")
 
 
-def assert_compiles_without_a_break(case: Case, backend: str) -> None:
+BY_INDUCTOR = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        *((case, "aot_eager") for case in REGISTERED),
+        *(pytest.param(case, "inductor", marks=BY_INDUCTOR) for case in CASES),
+    ],
+    ids=str,
+)
+def test_compiles_without_a_break(case: Case, backend: str) -> None:
     torch._dynamo.reset()
     op, runs = getattr(ops, case.op), []
     for run in (op, torch.compile(op, fullgraph=True, backend=backend)):
@@ -262,18 +259,6 @@ def assert_compiles_without_a_break(case: Case, backend: str) -> None:
         runs.append([*outputs, *([] if case in INFERENCE else grads_of(outputs, tensors)), *buffers])
     for eager, compiled in zip(*runs, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
-
-
-@each_registered
-def test_compiles_without_a_break(case: Case) -> None:
-    assert_compiles_without_a_break(case, "aot_eager")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@every_case
-def test_compiles_without_a_break_by_inductor(case: Case) -> None:
-    assert_compiles_without_a_break(case, "inductor")
 
 
 @pytest.mark.parametrize("case", [*CASES, *INFERENCE], ids=str)
@@ -293,7 +278,7 @@ def test_autocast_as_torch(case: Case) -> None:
         assert (a - b).norm() <= 0.03 * b.norm() + 1e-3
 
 
-@each_op
+@pytest.mark.parametrize("case", EACH_OP, ids=str)
 def test_second_derivative_is_torchs_or_refused(case: Case) -> None:
     """On ATen a step with gradients is torch's own; a backward of ours, here of losses and instance norms, has none."""
     seconds = []
@@ -314,7 +299,7 @@ def test_second_derivative_is_torchs_or_refused(case: Case) -> None:
             assert_close(a, b, "second derivative")
 
 
-@each_op
+@pytest.mark.parametrize("case", EACH_OP, ids=str)
 def test_result_dtype(case: Case) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tensors = make_tensors(case, dtype, torch.channels_last)
@@ -324,7 +309,8 @@ def test_result_dtype(case: Case) -> None:
 
 def test_an_input_changed_before_backward_raises() -> None:
     x, w = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3, requires_grad=True)
-    y = ops.conv3x3_bias_relu(x, w)
+    with Dispatched():
+        y = ops.conv3x3_bias_relu(x, w)
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(torch.randn_like(y))
@@ -363,40 +349,23 @@ def test_statistics_may_be_changed_before_a_backward_that_does_not_read_them() -
     assert torch.equal(*grads)
 
 
-def test_only_one_of_two_outputs_used() -> None:
-    x, w = torch.randn(2, 3, 6, 5, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
-    for index in (0, 1):
-        grads = []
-        for op in (ops.conv3x3_bias_relu_pool, reference.conv3x3_bias_relu_pool):
-            weight = w.clone().requires_grad_()
-            y = op(x, weight)[index]
-            cotangent = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape)
-            grads.append(torch.autograd.grad(y, weight, cotangent)[0])
-        assert_close(*grads, f"output {index}")
-
-
-@pytest.mark.parametrize("slope", [0.0, 0.1])
-def test_nan_and_infinity_pass_as_in_torch(slope: float) -> None:
-    x = torch.tensor([float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 2.0]).reshape(1, 1, 2, 3)
-    w = torch.zeros(1, 1, 3, 3)
-    w[0, 0, 1, 1] = 1
-    y, pooled = ops.conv3x3_bias_relu_pool(x, w, negative_slope=slope)
-    expected = reference.conv3x3_bias_relu_pool(x, w, negative_slope=slope)
-    torch.testing.assert_close((y, pooled), expected, rtol=0, atol=0, equal_nan=True)
-
-
 def test_max_pool_gradient_of_ties_and_nan() -> None:
     x = torch.tensor([[1.0, 1.0, float("nan"), 3.0, 9.0], [1.0, 0.0, float("nan"), 2.0, 9.0]]).reshape(1, 1, 2, 5)
     grads = []
     for op in (ops.max_pool2x2, lambda t: F.max_pool2d(t, 2)):
         t = x.clone().requires_grad_()
-        grads.append(torch.autograd.grad(op(t), t, torch.tensor([[[[2.0, 3.0]]]]))[0])
+        with Dispatched():
+            grads.append(torch.autograd.grad(op(t), t, torch.tensor([[[[2.0, 3.0]]]]))[0])
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("indices", [False, True])
-def test_masked_sums_of_values_and_indices(activation: str, indices: bool) -> None:
+@pytest.mark.parametrize(("indices", "chunk"), [(False, 1 << 17), (True, 1 << 17), (False, 1)])
+def test_masked_sums_of_values_and_indices(
+    activation: str, indices: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all images at once, and of one after the other."""
+    monkeypatch.setitem(ops.segmentation_sums.__globals__, "_CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(X, generator=generator, dtype=torch.float64)
     mask = torch.randint(0, 2, (2, 1, 7, 6), generator=generator)
@@ -415,19 +384,6 @@ def test_masked_sums_of_values_and_indices(activation: str, indices: bool) -> No
     torch.library.opcheck(torch.ops.fastunet.segmentation_sums.default, (leaves[0], target, mask, *flags))
 
 
-def test_sums_of_few_images_at_a_time_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(5, 3, 7, 6, dtype=torch.float64, requires_grad=True)
-    results = []
-    for size in (1, 300, 1 << 17):
-        monkeypatch.setitem(ops.segmentation_sums.__globals__, "_CHUNK", size)
-        sums = ops.segmentation_sums(logits, logits.detach().sigmoid(), activation="softmax", entropy=True)
-        (grad,) = torch.autograd.grad(sums, logits, torch.linspace(-1, 1, sums.numel()).reshape(sums.shape).double())
-        results.append((sums, grad))
-    for some in results[:2]:
-        assert_close(some[0], results[2][0], "sums")
-        assert_close(some[1], results[2][1], "gradient")
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_weight_gradient_of_a_small_image(dtype: torch.dtype) -> None:
     """Where a matrix product takes the place of oneDNN's gradient: within the bounds of a sum over the pixels."""
@@ -441,11 +397,3 @@ def test_weight_gradient_of_a_small_image(dtype: torch.dtype) -> None:
         size = conv2d_weight(x.double().abs(), weight.shape, grad.double().abs(), padding=1)
         assert_within(actual, exact, conv_tolerance(exact, size, terms=60, dtype=dtype))
         assert actual.stride() == leaf.stride()
-
-
-def test_relu_of_every_bfloat16_is_torchs() -> None:
-    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    x = every.reshape(1, 1, 256, 256).clone()
-    expected, actual = F.relu(x), activate_(x.clone(), 0.0)
-    assert torch.equal(actual.isnan(), expected.isnan())
-    assert torch.equal(actual[~actual.isnan()], expected[~expected.isnan()])
