@@ -71,6 +71,19 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ops]:
         yield Ops(clock)
 
 
+@pytest.fixture
+def measured(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> list[autotune.Layer]:
+    """The layers that would be measured, in order; they are skipped."""
+    layers: list[autotune.Layer] = []
+
+    def measure(call: Any, args: Any, layer: autotune.Layer, *options: Any) -> None:
+        layers.append(layer)
+        measuring.skip(args, layer, "as a test has it")
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    return layers
+
+
 @pytest.mark.parametrize(("aten", "implementation"), [(1.25, "triton"), (1.02, "aten"), (0.5, "aten")])
 def test_what_is_faster_wins_from_its_first_call_on(ops: Ops, aten: float, implementation: str) -> None:
     ops.seconds["aten"] = aten
@@ -164,15 +177,8 @@ def test_nothing_is_measured_where_it_must_not_be(ops: Ops, monkeypatch: pytest.
     assert not dispatch.is_to_measure(choice, torch.device("cpu"))
 
 
-def test_an_op_measures_itself_in_each_way_it_is_called(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_op_measures_itself_in_each_way_it_is_called(measured: list[autotune.Layer]) -> None:
     """But explaining a model measures nothing, nor does tracing it."""
-    measured: list[autotune.Layer] = []
-
-    def measure(call: Any, args: Any, layer: autotune.Layer, budget: Any) -> None:
-        measured.append(layer)
-        measuring.skip(args, layer, "as a test has it")
-
-    monkeypatch.setattr(measuring, "measure", measure)
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2)), torch.randn(1, 3, 8, 8)
     fastunet.explain(fastunet.UNet(3, 2, features=(4, 8)), x)
     fastunet.explain(model, x)
@@ -191,17 +197,10 @@ def test_an_op_measures_itself_in_each_way_it_is_called(ops: Ops, monkeypatch: p
     assert measured[3].training
 
 
-def test_a_net_left_to_aten_runs_its_ops_until_they_are_measured(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_net_left_to_aten_runs_its_ops_until_they_are_measured(measured: list[autotune.Layer]) -> None:
     model, x = fastunet.UNet(3, 2, features=(4, 8)).train(), torch.randn(2, 3, 16, 16)
-    measured: list[str] = []
-
-    def measure(call: Any, args: Any, layer: autotune.Layer, budget: Any) -> None:
-        measured.append(layer.op)
-        measuring.skip(args, layer, "as a test has it")
-
-    monkeypatch.setattr(measuring, "measure", measure)
     model(x)
-    assert set(measured) == {"conv3x3_batch_norm_relu", "conv_transpose2x2", "conv1x1"}
+    assert {layer.op for layer in measured} == {"conv3x3_batch_norm_relu", "conv_transpose2x2", "conv1x1"}
     before = len(measured)
     model(x)
     assert len(measured) == before
@@ -241,25 +240,19 @@ def test_the_fastest_configuration_wins_and_the_heuristic_one_a_draw() -> None:
 
 
 def test_those_with_most_to_gain_come_first_and_those_without_are_left(
-    ops: Ops, monkeypatch: pytest.MonkeyPatch
+    measured: list[autotune.Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = fastunet.UNet(3, 2, features=(4, 8)).train(), torch.zeros(2, 3, 16, 16)
-    order: list[autotune.Layer] = []
 
     def gain_of(call: Any, args: Any, layer: autotune.Layer, *rates: float) -> tuple[float, float]:
         return float(layer.c_in), 0.5 if layer.op == "conv3x3_batch_norm_relu" else 0.01
 
-    def measure(call: Any, args: Any, layer: autotune.Layer, *options: Any) -> None:
-        order.append(layer)
-        measuring.skip(args, layer, "as a test has it")
-
     monkeypatch.setattr(tuning, "peak_rates", lambda _: (1.0, 1.0))
     monkeypatch.setattr(tuning, "gain_of", gain_of)
-    monkeypatch.setattr(measuring, "measure", measure)
     told: list[tuple[int, int, str]] = []
     tuning._measure(model, x, measuring.process_budget, 2, lambda *standing: told.append(standing))
-    assert [layer.c_in for layer in order] == [8, 8, 4, 4, 3]
-    assert all(layer.training for layer in order)
+    assert [layer.c_in for layer in measured] == [8, 8, 4, 4, 3]
+    assert all(layer.training for layer in measured)
     assert told[-1] == (7, 7, "")
     reasons = {row.op: row.reason for row in fastunet.explain(model, x).rows}
     assert "least time that the GPU's peak rates allow" in reasons["conv1x1"]
