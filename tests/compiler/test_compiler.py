@@ -209,17 +209,3 @@ def test_changes_of_the_weights_are_seen(fallback: str) -> None:
             compare([expected], [after], tolerances[dtype])
             changed = float((after.double() - before.double()).abs().max())
             assert changed > 1e-3 or dtype != torch.float32, change.__name__
-
-
-def test_switching_between_training_and_inference() -> None:
-    model, x = small_unet(), small_image()
-    plain = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="fastunet", options={"fallback": "eager"})
-    for _ in range(2):
-        for m in (model, plain):
-            m.train()
-        compare([plain(x)], [compiled(x)], 1e-5)
-        for m in (model, plain):
-            m.eval()
-        with torch.inference_mode():
-            compare([plain(x)], [compiled(x)], 1e-5)

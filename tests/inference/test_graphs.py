@@ -186,11 +186,6 @@ def test_what_is_prepared_of_weights_is_in_the_graph(net: fastunet.UNet) -> None
     assert not torch.equal(recorded[0], recorded[1])
 
 
-def test_predict_knows_the_head(net: fastunet.UNet) -> None:
-    fast = GraphedModel(net, record=Recorder())
-    torch.testing.assert_close(fastunet.predict(fast, image()), fastunet.predict(net, image()))
-
-
 def test_explain_looks_within(net: fastunet.UNet) -> None:
     assert fastunet.explain(graphed(net), image()) == fastunet.explain(net, image())
 
