@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from fastunet import dispatch, measuring
 from fastunet.explanation import Explanation, calls, explain, has_own_blocks
 from fastunet.kernels import autotune, gpu
 from fastunet.measuring.timing import Quantiles, clock_of, interleaved_samples
-from fastunet.ops.registration import Op, invoke
+from fastunet.ops.registration import Op
 
 # Layers that could not gain this share of their time are not measured.
 _LEAST_GAIN = 0.05
@@ -79,9 +78,7 @@ def _measure(
         with budget.spend():
             rates = rates or peak_rates(example.device)
             gains = {
-                key: gain_of(functools.partial(invoke, op), args, key[0], *rates)
-                for key, (op, args) in layers.items()
-                if budget.left > 0
+                key: gain_of(op.invoke, args, key[0], *rates) for key, (op, args) in layers.items() if budget.left > 0
             }
         order = sorted(layers, key=lambda key: -gains.get(key, (0.0, 0.0))[0])
         for done, (layer, dtype) in enumerate(order):
@@ -91,7 +88,7 @@ def _measure(
                 measuring.skip(args, layer, "ATen takes about the least time that the GPU's peak rates allow")
                 continue
             compiled: Any = torch.compile(op.composition, dynamic=False) if compiles else None
-            measuring.measure(functools.partial(invoke, op), args, layer, budget, neighbours, compiled)
+            measuring.measure(op.invoke, args, layer, budget, neighbours, compiled)
             if compiles:  # Each is a function that torch.compile knows already, of which it compiles only so many.
                 torch.compiler.reset()
         on_layer(len(order), len(order), "")

@@ -11,16 +11,7 @@ from torch.autograd import Function
 from fastunet import checks, dispatch, torch_private
 from fastunet.ops import recompute
 from fastunet.ops.convolution import convolution_grads
-from fastunet.ops.registration import (
-    below_autograd,
-    define,
-    define_autocast,
-    define_backward,
-    empty_in,
-    invoke,
-    memory_format,
-    strided_like,
-)
+from fastunet.ops.registration import define, define_autocast, define_backward, empty_in, memory_format, strided_like
 from fastunet.reference import functional as reference
 
 NAME = "conv1x1"
@@ -61,7 +52,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation
     out_channels = checks.check_convolution(NAME, weight, x.shape[1], 1)
     checks.check_shape(NAME, "bias", bias, (out_channels,))
     checks.check_together(NAME, x, weight=weight, bias=bias)
-    return invoke(_op, HeadArgs(x, weight, bias, activation))
+    return _op.invoke(HeadArgs(x, weight, bias, activation))
 
 
 def _forward(args: HeadArgs, choice: dispatch.Choice) -> Tensor:
@@ -123,7 +114,7 @@ def _backward_triton(args: HeadGradArgs) -> tuple[Tensor | None, ...]:
 class Conv1x1(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-        y = below_autograd(_op, x, weight, bias, activation)
+        y = _op.below_autograd(x, weight, bias, activation)
         recompute.save(ctx, x, weight, y if activation is not None else None)
         ctx.activation = activation
         return y

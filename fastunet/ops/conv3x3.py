@@ -15,16 +15,7 @@ from fastunet import checks, dispatch
 from fastunet.ops import conv3x3_aten, recompute
 from fastunet.ops.convolution import check_eps, check_inputs, check_norm, check_pair
 from fastunet.ops.epilogue import arguments_of, slope_of
-from fastunet.ops.registration import (
-    Changed,
-    below_autograd,
-    define,
-    define_autocast,
-    define_backward,
-    empty_in,
-    invoke,
-    memory_format,
-)
+from fastunet.ops.registration import Changed, define, define_autocast, define_backward, empty_in, memory_format
 from fastunet.reference import functional as reference
 
 P = ParamSpec("P")
@@ -152,7 +143,7 @@ class Conv3x3(Function):
     @staticmethod
     def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
         args = ConvArgs(*values)
-        y, pooled, raw, mean, invstd = below_autograd(_op, *args._replace(needs_backward=True))
+        y, pooled, raw, mean, invstd = _op.below_autograd(*args._replace(needs_backward=True))
         on_triton = args.choice(training=True).implementation == "triton"
         slope = None if args.grad_is_ready else args.slope
         # Our kernels find y again from raw, in registers.
@@ -203,7 +194,7 @@ define_autocast(
 def conv3x3(what: str, args: ConvArgs) -> tuple[Tensor, Any]:
     """Check the arguments and return (y, pooled), pooled None or empty without pool; errors name the op `what`."""
     check(what, args)
-    y, pooled, raw, mean, invstd = invoke(_op, args)
+    y, pooled, raw, mean, invstd = _op.invoke(args)
     if args.norm != "none":
         recompute.remember(y, (raw, mean, invstd, args.gamma, args.bias), args.slope)
     return y, pooled

@@ -13,7 +13,7 @@ from fastunet.cpu.activation import activate_
 from fastunet.ops.conv3x3_aten import convolve
 from fastunet.ops.convolution import check_eps, check_inputs, check_norm, kernel_weight
 from fastunet.ops.epilogue import arguments_of, slope_of
-from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
+from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
 from fastunet.reference import functional as reference
 
 NAME = "conv3x3_relu_conv1x1"
@@ -66,7 +66,7 @@ def conv3x3_relu_conv1x1(
     checks.check_together(NAME, x, head_weight=head_weight, head_bias=head_bias)
     slope = slope_of(relu, negative_slope)
     args = ConvHeadArgs(x, weight, bias, mean, variance, gamma, eps, slope, head_weight, head_bias, sigmoid)
-    return invoke(_op, args)
+    return _op.invoke(args)
 
 
 def _forward(args: ConvHeadArgs, choice: dispatch.Choice) -> Tensor:

@@ -12,16 +12,7 @@ from fastunet import checks, dispatch
 from fastunet.cpu import onednn
 from fastunet.ops import recompute
 from fastunet.ops.convolution import convolution_grads, kernel_weight
-from fastunet.ops.registration import (
-    below_autograd,
-    define,
-    define_autocast,
-    define_backward,
-    empty_in,
-    invoke,
-    memory_format,
-    strided_like,
-)
+from fastunet.ops.registration import define, define_autocast, define_backward, empty_in, memory_format, strided_like
 from fastunet.reference import functional as reference
 
 NAME = "conv_transpose2x2"
@@ -55,7 +46,7 @@ def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     out_channels = checks.check_convolution(NAME, weight, x.shape[1], 2, transposed=True)
     checks.check_shape(NAME, "bias", bias, (out_channels,))
     checks.check_together(NAME, x, weight=weight, bias=bias)
-    return invoke(_op, UpArgs(x, weight, bias))
+    return _op.invoke(UpArgs(x, weight, bias))
 
 
 def _forward(args: UpArgs, choice: dispatch.Choice) -> Tensor:
@@ -104,7 +95,7 @@ class ConvTranspose2x2(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, needs_backward: bool) -> Tensor:
         recompute.save(ctx, x, weight)
-        return below_autograd(_op, x, weight, bias, True)
+        return _op.below_autograd(x, weight, bias, True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from fastunet.ops.conv3x3 import ConvArgs
 from fastunet.ops.conv_transpose2x2 import UpArgs
 from fastunet.ops.convolution import check_eps, check_norm
 from fastunet.ops.epilogue import arguments_of, slope_of
-from fastunet.ops.registration import define, define_autocast, empty_in, invoke, memory_format
+from fastunet.ops.registration import define, define_autocast, empty_in, memory_format
 from fastunet.reference import functional as reference
 
 NAME = "conv_transpose2x2_concat_conv3x3_relu"
@@ -75,7 +75,7 @@ def conv_transpose2x2_concat_conv3x3_relu(
     check_eps(NAME, eps)
     check_norm(NAME, skip, weight, bias=bias, running_mean=mean, running_var=variance, gamma=gamma)
     slope = slope_of(relu, negative_slope)
-    return invoke(_op, FusedUpArgs(skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope))
+    return _op.invoke(FusedUpArgs(skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope))
 
 
 def _forward(args: FusedUpArgs, choice: dispatch.Choice) -> Tensor:

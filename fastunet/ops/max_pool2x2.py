@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.ops.epilogue import epilogue_grad
-from fastunet.ops.registration import below_autograd, define, empty_in, invoke, memory_format, strided_like
+from fastunet.ops.registration import define, empty_in, memory_format, strided_like
 from fastunet.reference import functional as reference
 
 NAME = "max_pool2x2"
@@ -40,7 +40,7 @@ def max_pool2x2(x: Tensor) -> Tensor:
     """
     checks.check_activation(NAME, x=x)
     checks.check_pooled(NAME, *x.shape[2:])
-    return invoke(_op, PoolArgs(x))
+    return _op.invoke(PoolArgs(x))
 
 
 def _forward(args: PoolArgs, choice: dispatch.Choice) -> Tensor:
@@ -72,7 +72,7 @@ class MaxPool2x2(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return below_autograd(_op, x)
+        return _op.below_autograd(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ composition of torch functions, which has every derivative and batching rule.
 
 from __future__ import annotations
 
-import functools
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,6 +62,28 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
 
+    def below_autograd(self, *args: Any) -> Any:
+        """Call the implementation from the op's own Function's forward."""
+        with torch_private.below_autograd():
+            return self.overload(*args)
+
+    def invoke(self, args: Any) -> Any:
+        """Call the op as `op(*args)` does, by the shortest way where nothing but the values of tensors counts.
+
+        The dispatcher costs the host some 20 µs a call for an op written in Python. Without autocast, transforms, modes
+        and tracing it has nothing to add: inference runs the implementation, and a step with gradients that dispatch
+        leaves to ATen runs torch's own functions, so that it is to the letter what plain torch does, cuDNN's batch norm
+        included. Results not asked for may be None.
+        """
+        if torch.compiler.is_compiling() or not is_plain_call(args):
+            return self.overload(*args)
+        if not _is_recorded(args):
+            choice = args.choice()
+            if choice.unmeasured is not None:
+                choice = measuring.settle(self.invoke, args, choice)
+            return self.implementation(args, choice)
+        return self.composition(args) if _is_torchs(self, args) else self.overload(*args)  # type: ignore[misc]
+
 
 _OPS: dict[Any, Op] = {}
 
@@ -108,7 +129,7 @@ def define(
     def run(given: Any) -> Any:
         choice = choose(given)
         if choice.unmeasured is not None and composition is not None:  # A backward goes by what its forward measured.
-            choice = _settled(op, given, choice)
+            choice = measuring.settle(op.invoke, given, choice)
         return implementation(given, choice)
 
     _LIBRARY.impl(name, computed(run), "CompositeExplicitAutograd")
@@ -129,7 +150,7 @@ def define(
                     "level as its backward, or use torch.func"
                 )
         # A Function below means that a gradient will be asked for: only then is anything kept for it.
-        return function.apply(*args) if _is_recorded(args) else below_autograd(op, *args)
+        return function.apply(*args) if _is_recorded(args) else op.below_autograd(*args)
 
     _LIBRARY.impl(name, kernel, "Autograd")
     return op
@@ -181,36 +202,14 @@ def call_of(overload: Any, args: Sequence[Any]) -> tuple[Op, Any] | None:
     return None if op is None else (op, op.arguments(*args))
 
 
-def invoke(op: Op, args: Any) -> Any:
-    """Call a registered op as `op(*args)` does, by the shortest way where nothing but the values of tensors counts.
-
-    The dispatcher costs the host some 20 µs a call for an op written in Python. Without autocast, transforms, modes and
-    tracing it has nothing to add: inference runs the implementation, and a step with gradients that dispatch leaves to
-    ATen runs torch's own functions, so that it is to the letter what plain torch does, cuDNN's batch norm included.
-    Results not asked for may be None.
-    """
-    if torch.compiler.is_compiling() or not is_plain_call(args):
-        return op.overload(*args)
-    if not _is_recorded(args):
-        choice = args.choice()
-        if choice.unmeasured is not None:
-            choice = _settled(op, args, choice)
-        return op.implementation(args, choice)
-    return op.composition(args) if _is_torchs(op, args) else op.overload(*args)  # type: ignore[misc]
-
-
 def _is_torchs(op: Op, args: Any) -> bool:
     """Whether a step with gradients is torch's own."""
     if args[0].shape[0] == 0 or not op.is_torchs(args):
         return False
     choice = args.choice(training=True)
     if choice.unmeasured is not None:
-        choice = _settled(op, args, choice)
+        choice = measuring.settle(op.invoke, args, choice)
     return choice.implementation == "aten" and not dispatch.aten_is_slow(args[0], getattr(args, "weight", None))
-
-
-def _settled(op: Op, args: Any, choice: dispatch.Choice) -> dispatch.Choice:
-    return measuring.settle(functools.partial(invoke, op), args, choice)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -292,12 +291,6 @@ def _is_recorded(args: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
-def below_autograd(op: Op, *args: Any) -> Any:
-    """Call the op's implementation from its own Function's forward."""
-    with torch_private.below_autograd():
-        return op.overload(*args)
-
-
 def define_autocast(
     op: Op,
     *,
@@ -351,7 +344,7 @@ def _not_differentiable(name: str, op: Op, *, is_backward: bool) -> type[Functio
     class NotDifferentiable(Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            return below_autograd(op, *args)
+            return op.below_autograd(*args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

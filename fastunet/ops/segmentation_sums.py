@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from fastunet import checks, dispatch
 from fastunet.kernels.config_passes import MOST_CHANNELS
-from fastunet.ops.registration import below_autograd, define, define_backward, invoke, strided_like
+from fastunet.ops.registration import define, define_backward, strided_like
 from fastunet.reference import functional as reference
 
 NAME = "segmentation_sums"
@@ -83,7 +83,7 @@ def segmentation_sums(
     checks.check_shape(NAME, "target", target, one_channel if target.shape == one_channel else logits.shape)
     checks.check_shape(NAME, "mask", mask, one_channel)
     checks.check_device(NAME, logits, target=target, mask=mask)
-    return invoke(_op, SumsArgs(logits, target, mask, activation == "softmax", squared, entropy))
+    return _op.invoke(SumsArgs(logits, target, mask, activation == "softmax", squared, entropy))
 
 
 def holds_indices(logits: Tensor, target: Tensor) -> bool:
@@ -246,7 +246,7 @@ class SegmentationSums(Function):
     def forward(ctx: Any, *values: Any) -> Tensor:
         logits, target, mask, *ctx.options = values
         ctx.save_for_backward(logits, target, mask)
-        return below_autograd(_op, *values)
+        return _op.below_autograd(*values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -24,7 +24,7 @@ from fastunet.testing import cpu_accumulates_in_float32
 ROOT = Path(__file__).parents[2]
 TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=3)
 CONVOLUTION = "fastunet/ops/conv3x3.py"
-CALL = "    y, pooled, raw, mean, invstd = invoke(_op, args)\n"
+CALL = "    y, pooled, raw, mean, invstd = _op.invoke(args)\n"
 
 
 def git(repository: Path, *arguments: str) -> str:
