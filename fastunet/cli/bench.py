@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastunet.checks import check_choice
 from fastunet.files import check_folder, check_replaceable, is_our_json, is_our_png, write_json
 from fastunet.train.config import multiplies_bf16
 
@@ -17,15 +18,13 @@ from .shared import DeviceOption, OverwriteOption, chosen_device, console, parse
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def bench(
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("fastunet-bench"),
     device: DeviceOption = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Half a minute: smaller, without torch.compile.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Also what takes minutes or more to compile.")] = False,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     size: Annotated[int | None, typer.Option(help="Side of the images [256; 512 on a GPU; 128 --quick].")] = None,
     batch: Annotated[int | None, typer.Option(help="Images at once [1; 16 on a GPU].")] = None,
     features: Annotated[str | None, typer.Option(help="Channels of each level [from 32; 64 on a GPU].")] = None,
@@ -71,8 +70,6 @@ def bench(
 def _bench_dtype(name: str, device: str) -> torch.dtype:
     import torch
 
-    if name not in DTYPES:
-        raise typer.BadParameter(f"dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {name!r}")
-    if name == "auto":
+    if check_choice("dtype", name, ("auto", "float32", "bfloat16", "float16")) == "auto":
         return torch.bfloat16 if multiplies_bf16(cpu=device == "cpu") else torch.float32
     return getattr(torch, name)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastunet.checks import ConfigError, DataError
+from fastunet.checks import ConfigError, DataError, check_choice
 from fastunet.train.config import too_small
 
 # Names of files are printed as they are, whatever they look like.
@@ -32,8 +32,7 @@ def parse_features(text: str) -> tuple[int, ...]:
 
 
 def chosen_device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda"):
-        raise typer.BadParameter(f"device: expected auto, cpu or cuda, got {name!r}")
+    check_choice("device", name, ("auto", "cpu", "cuda"))
     import torch
 
     has_cuda = torch.cuda.is_available()

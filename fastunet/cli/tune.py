@@ -8,11 +8,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from fastunet.checks import check_choice
 from fastunet.train.config import multiplies_bf16
 
 from .shared import chosen_device, console, parse_features, progress
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def tune(
@@ -27,8 +26,7 @@ def tune(
     seconds: Annotated[float, typer.Option(min=1, help="To measure in; compiling counts.")] = 300.0,
 ) -> None:
     """Measure on this GPU which layers our kernels are faster for; what is found is kept for later runs."""
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_choice("precision", precision, ("auto", "fp32", "bf16", "fp16"))
     import torch
 
     import fastunet
