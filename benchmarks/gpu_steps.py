@@ -22,7 +22,7 @@ from fastunet.testing import cpu_accumulates_in_float32, float32_precision, pari
 from fastunet.testing.parity import backends_for
 
 from .cases import DIRECTIONS, DTYPE, TASKS, Layer, Settings
-from .harness.timing import burst_and_steady, second_clock
+from .harness.timing import burst_and_steady
 from .harness.worker import Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, our_net
 from .results import Row, failure
@@ -30,7 +30,6 @@ from .roofline import measure_peak_rates
 from .runs import (
     Runs,
     case_run,
-    device_inputs,
     layer_runs,
     make_net,
     measured,
@@ -57,7 +56,7 @@ class Step:
 
     "parity": name is the case's number, variant the number format. "layer": the layer; the direction, or COMPILED for
     forward beside what torch.compile makes of it. "net": the task; variant empty or one of COMPILED_NETS, which take a
-    minute each. "peak rates": the device's. "clock": the layer that is timed by another timer too.
+    minute each. "peak rates": the device's.
     """
 
     kind: str
@@ -77,7 +76,6 @@ def all_steps(settings: Settings) -> list[Step]:
     steps += [Step("peak rates", "copy, matmul, L2")]
     steps += [Step("layer", name, DIRECTIONS[0]) for name in layers]
     steps += [Step("net", task) for task in TASKS]
-    steps += [Step("clock", layers[1])] if settings.device == "cuda" else []
     steps += [Step("layer", name, DIRECTIONS[1]) for name in layers]
     steps += [Step("net", task, name) for name in COMPILED_NETS for task in TASKS]
     steps += [Step("parity", case, name) for name in formats[1:] for case in cases]
@@ -101,7 +99,7 @@ def describe(settings: Settings, step: Step) -> Row:
     if step.kind == "parity":
         case = parity.cases()[int(step.name)]
         row |= {"name": str(case), "op": case.op}
-    if step.kind in ("layer", "clock"):
+    if step.kind == "layer":
         layer = layer_of(settings, step.name)
         row |= layer_row(layer) | ({"flops": layer.backward_flops} if step.variant == "backward" else {})
     return row | net_row(settings, step.name) if step.kind == "net" else row
@@ -139,7 +137,7 @@ def _measured(settings: Settings, step: Step, row: Row, measure: Measure | None)
     dtype = parity.FORMATS[step.variant][0] if step.kind == "parity" else DTYPE
     backends, row["why_no_triton"] = backends_for(op, settings.torch_device, dtype)
     row["implementation"] = backends[0]
-    measure = measure or {"parity": _parity, "layer": _layer, "clock": _clock, "net": _net}[step.kind]
+    measure = measure or {"parity": _parity, "layer": _layer, "net": _net}[step.kind]
     with fastunet.backend(backends[0]):
         return measure(settings, step, backends)
 
@@ -184,13 +182,6 @@ def runs_of(settings: Settings, step: Step, providers: Sequence[Provider]) -> tu
 
 def _layer(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
     return measured(settings, *runs_of(settings, step, providers_of(settings, step, backends)))
-
-
-def _clock(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
-    """Ours by two timers: that they agree is what all other times rest on."""
-    layer, device = layer_of(settings, step.name), settings.torch_device
-    ours, *_ = layer_providers(layer, device, DTYPE)
-    return second_clock(ours.prepare(device_inputs(layer, device)), clock_of(device))
 
 
 def _gradients(layer: Layer, name: str, backend: str) -> Provider:

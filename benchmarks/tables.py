@@ -126,7 +126,6 @@ def render(report: Report) -> str:
         "Layers, forward, beside torch.compile": layers_table(by_kind.get(f"layer {COMPILED}", [])),
         "Whole net": nets_table(by_kind.get("net", [])),
         "Not measured": missing_table(report["rows"]),
-        "The timer beside CuPy's": _clock_table(by_kind.get("clock", [])),
         "Parity with float64": _parity_table(by_kind.get("parity", [])),
         "Configurations measured": tune_table(report.get("tuned", [])),
     }
@@ -166,14 +165,6 @@ def tune_table(rows: Sequence[Row]) -> str:
         shape, config = (" ".join(f"{k}={v}" for k, v in row.get(part, {}).items()) for part in ("shape", "config"))
         lines.append([row["op"], row["dtype"], shape, config, figure(row.get("speedup")), row.get("failed", "")])
     return markdown(["what", "format", "shape", "config", "aten / ours, p10", "failed"], lines)
-
-
-def _clock_table(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in rows:
-        figures = [figure(row.get(name)) for name in ("event_ms", "cupy_ms", "ratio")]
-        lines.append([row["name"], *figures, row.get("reason", "")])
-    return markdown(["layer", "fastunet's clock, ms", "CuPy's, ms", "ratio", "note"], lines)
 
 
 def _parity_table(rows: Sequence[Row]) -> str:
