@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,58 +19,47 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet.files import write_json
-from fastunet.measuring.timing import ratio
 
 from .cases import TASKS, Settings, add_settings, settings_of
 from .dropin_models import MODELS, DropInModel
 from .harness.environment import environment
-from .providers import reason_of
-from .results import Row
-from .runs import samples_in_turn
+from .providers import Provider
+from .results import Row, ratio_text
+from .runs import distance, measured, prepared
 
 # As many runs of one model as there are, each compiled for each of its blocks.
 _MOST_COMPILES = 64
 
-
-# By name, torch.compile's backend and whether the copy of the model is channels_last; None: eager.
+# By name, torch.compile's backend, None for eager, and whether the copy of the model is channels_last.
 VARIANTS: dict[str, tuple[str | None, bool]] = {
+    "fastunet": ("fastunet", False),
+    "fastunet.compile": ("fastunet.compile", False),
     "eager": (None, False),
     "inductor": ("inductor", False),
     "inductor channels_last": ("inductor", True),
-    "fastunet": ("fastunet", False),
-    "fastunet.compile": ("fastunet.compile", False),
 }
-OURS = ("fastunet", "fastunet.compile")
 
 
 def measure(model: DropInModel, settings: Settings, task: str, width: int) -> Row:
-    """The row of a model, with `width` channels in its first level: what is replaced, and seconds of each variant, or
-    why it has none.
-    """
+    """Return the row of a model, `width` channels in its first level: what is replaced, and its variants' times."""
     torch.manual_seed(0)
     net = model.build(width).train(task == "training")
     x = torch.randn(settings.batch, model.channels, settings.size, settings.size)
-    row = {"name": model.name, "is_unet": model.is_unet, **explained(net, x)}
+    row = {"kind": "model", "name": model.name, **explained(net, x)}
+    allowed, exact = _rounding(net), _exact(net, x)
+
+    def check(provider: Provider, result: Any) -> None:
+        for actual, right in zip(flat(result), exact, strict=True):
+            off = distance(actual.double(), right)
+            assert off <= allowed, f"relative distance from float64: expected at most {allowed}, got {off}"
+
     torch._dynamo.reset()
-    runs, failures = {}, {}
+    providers = [
+        Provider(name, "NHWC" if is_last else "NCHW", "float32", functools.partial(_run, backend, is_last))
+        for name, (backend, is_last) in VARIANTS.items()
+    ]
     with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILES):
-        allowed, exact = _rounding(net), _exact(net, x)
-        for name in VARIANTS:
-            try:
-                run = _run(net, name, x, task)
-                distance = _distance(flat(run()), exact)
-                if not distance <= allowed:
-                    raise AssertionError(f"relative distance from float64: expected at most {allowed}, got {distance}")
-                runs[name] = [run]
-            except Exception as error:  # Whatever a compiler raises: the others are timed.
-                failures[name] = reason_of(error)
-        samples = samples_in_turn(settings, runs)
-    ratios = {
-        ours: {other: asdict(ratio(samples, other, ours)) for other in samples if other not in OURS}
-        for ours in OURS
-        if ours in samples
-    }
-    return row | {"failures": failures, "samples": samples, "ratios": ratios}
+        return row | measured(settings, *prepared(providers, lambda each: [each.prepare(net, x, task)], check))
 
 
 def explained(net: nn.Module, x: Tensor) -> Row:
@@ -80,8 +69,7 @@ def explained(net: nn.Module, x: Tensor) -> Row:
     return {"found": len(explanation.rows), "replaced": explanation.replaced, "left": dict(left.most_common())}
 
 
-def _run(net: nn.Module, variant: str, x: Tensor, task: str) -> Callable[[], Any]:
-    backend, channels_last = VARIANTS[variant]
+def _run(backend: str | None, channels_last: bool, net: nn.Module, x: Tensor, task: str) -> Callable[[], Any]:
     copied: Any = copy.deepcopy(net)
     forward = copied = copied.to(memory_format=torch.channels_last) if channels_last else copied
     if backend is not None:
@@ -121,11 +109,6 @@ def _rounding(net: nn.Module) -> float:
     return 6 * (2 * len(sums) * max(sums)) ** 0.5 * 2.0**-24
 
 
-def _distance(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest of the outputs' relative distances in the 2-norm."""
-    return max(float((a.double() - e).norm() / e.norm()) for a, e in zip(actual, exact, strict=True))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--out", type=Path, required=True, metavar="JSON")
@@ -157,10 +140,6 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def line(row: Row) -> str:
     """A row in a line of text."""
-    times = (
-        f"{other} / {ours} {found['median']:.2f}"
-        for ours, others in row["ratios"].items()
-        for other, found in others.items()
-    )
-    failed = (f"{name}: {reason.splitlines()[0]}" for name, reason in row["failures"].items())
+    times = (f"{name} / fastunet {ratio_text(found)}" for name, found in row.get("ratios", {}).items())
+    failed = (f"{name}: {reason.splitlines()[0]}" for name, reason in row["missing"].items())
     return "; ".join((f"{row['name']}: {row['replaced']} of {row['found']} replaced", *times, *failed))

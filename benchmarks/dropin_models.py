@@ -36,7 +36,6 @@ class DropInModel:
         channels: of its images.
         package: what must be installed, as it is imported.
         any_size: whether it takes images of odd sizes.
-        is_unet: whether it is a U-Net, with skips joined at every level.
     """
 
     name: str
@@ -44,7 +43,6 @@ class DropInModel:
     channels: int = 1
     package: str = "torch"
     any_size: bool = False
-    is_unet: bool = True
 
     def is_installed(self) -> bool:
         """Whether it can be built here."""
@@ -242,5 +240,5 @@ MODELS = (
     _nnunet("ResidualEncoderUNet", n_blocks_per_stage=(1, 2, 2, 2)),
     DropInModel("smp Unet", _smp_decoder("Unet"), channels=3, package="segmentation_models_pytorch"),
     DropInModel("smp UnetPlusPlus", _smp_decoder("UnetPlusPlus"), channels=3, package="segmentation_models_pytorch"),
-    DropInModel("smp FPN", _smp("FPN"), channels=3, package="segmentation_models_pytorch", is_unet=False),
+    DropInModel("smp FPN", _smp("FPN"), channels=3, package="segmentation_models_pytorch"),
 )

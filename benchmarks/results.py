@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,9 @@ def ratio_text(found: Row | None) -> str:
     return "" if found is None else f"{found['ratio']:.2f} ({found['p10']:.2f} to {found['p90']:.2f})"
 
 
-def spread_text(times: Quantiles) -> str:
-    """Write times with their spread."""
-    return f"{times.median:.3f} ({times.p10:.3f} to {times.p90:.3f})"
+def spread_text(found: Quantiles, digits: int = 3) -> str:
+    """Write times, or ratios, with their spread."""
+    return f"{found.median:.{digits}f} ({found.p10:.{digits}f} to {found.p90:.{digits}f})"
 
 
 def failure(error: Exception) -> Row:
@@ -67,15 +67,18 @@ def failure(error: Exception) -> Row:
     return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()}"[:2000]}
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Write a Markdown table, without the columns that are empty throughout; "None." without lines."""
-    if not lines:
-        return "None."
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], right: Collection[str] = ()) -> str:
+    """Write a Markdown table, without the columns that are empty throughout; "None." without lines.
+
+    right: columns of figures, by their headers.
+    """
     columns = [i for i in range(len(header)) if any(line[i] for line in lines)]
+    head = [header[i] for i in columns]
     # A bar would end the cell.
     cells = [[line[i].replace("|", "/").replace("\n", " ") for i in columns] for line in lines]
-    rows = ([header[i] for i in columns], ["---"] * len(columns), *cells)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rules = "|".join("--:" if name in right else "---" for name in head)
+    rows = [f"| {' | '.join(row)} |" for row in (head, *cells)]
+    return "\n".join([rows[0], f"|{rules}|", *rows[1:]]) if lines else "None."
 
 
 # --- the README's table ---
@@ -129,14 +132,11 @@ def _section(path: Path, result: Result) -> str:
     """Conditions and a table: how many times as long each provider takes."""
     tasks = {task: result["summary"].get(task) or {} for task in _TASKS}
     providers = list(dict.fromkeys(name for found in tasks.values() for name in found))
-    lines = [
-        f"| {name} | {' | '.join(ratio_text(found.get(name)) for found in tasks.values())} |" for name in providers
-    ]
-    header = [f"| time of ... / time of fastunet | {' | '.join(_TASKS.values())} |", "|---|--:|--:|"]
+    lines = [[name, *(ratio_text(found.get(name)) for found in tasks.values())] for name in providers]
+    table = markdown(["time of ... / time of fastunet", *_TASKS.values()], lines, right=_TASKS.values())
     settings, threads = result["settings"], result["settings"].get("threads")
     what = f"U-Net {'-'.join(map(str, settings['features']))}, {settings.get('dtype', 'bfloat16')}"
-    said = _conditions(path, result, what, [f"{threads} threads"] if threads else [])
-    return "\n".join([said, "", *header, *lines])
+    return f"{_conditions(path, result, what, [f'{threads} threads'] if threads else [])}\n\n{table}"
 
 
 # The columns of other people's models: the time of the first over that of the second.
@@ -150,24 +150,21 @@ _DROP_IN = (
 def _drop_in_section(path: Path, result: Result) -> str:
     """Conditions, and by model what is replaced, what is left and why, and how many times as long the others take."""
     names = [f"{other} / {ours}" for other, ours in _DROP_IN]
-    header = [f"| model | found | replaced | left, and why | {' | '.join(names)} |", "|---|--:|--:|---|--:|--:|--:|"]
-    rows = []
+    lines = []
     for row in result["rows"]:
         left = "; ".join(f"{count}: {reason.partition(':')[0]}" for reason, count in row["left"].items())
-        cells = [_drop_in_ratio(row, other, ours) for other, ours in _DROP_IN]
-        rows.append(f"| {row['name']} | {row['found']} | {row['replaced']} | {left} | {' | '.join(cells)} |")
-    settings = result["settings"]
+        ratios = [_drop_in_ratio(row["samples_ms"], *pair) for pair in _DROP_IN]
+        lines.append([row["name"], str(row["found"]), str(row["replaced"]), left, *ratios])
+    settings, right = result["settings"], ["found", "replaced", *names]
     what = f"{settings['task']} of other people's U-Nets, {settings['width']} channels in the first level"
-    return "\n".join([_conditions(path, result, what, [f"{settings['threads']} threads"]), "", *header, *rows])
+    said = _conditions(path, result, what, [f"{settings['threads']} threads"])
+    return f"{said}\n\n{markdown(['model', 'found', 'replaced', 'left, and why', *names], lines, right)}"
 
 
-def _drop_in_ratio(row: Result, other: str, ours: str) -> str:
+def _drop_in_ratio(samples: Mapping[str, Sequence[float]], other: str, ours: str) -> str:
     """How many times as long as ours the other takes, or which of the two could not run the model."""
-    failed = [name for name in (other, ours) if name in row["failures"]]
-    if failed:
-        return f"{' and '.join(failed)}: failed"
-    times = row["ratios"][ours][other]
-    return f"{times['median']:.2f} ({times['p10']:.2f} to {times['p90']:.2f})"
+    failed = [name for name in (other, ours) if name not in samples]
+    return f"{' and '.join(failed)}: failed" if failed else spread_text(ratio(samples, other, ours), digits=2)
 
 
 def _conditions(path: Path, result: Result, what: str, threads: Sequence[str]) -> str:

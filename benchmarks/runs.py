@@ -22,8 +22,8 @@ from fastunet.testing.ops import Call
 from fastunet.testing.parity import Case
 
 from .cases import DTYPE, Layer, Settings
-from .providers import Provider, Run, bce_dice, reason_of
-from .results import Row, timed, times_ms
+from .providers import Provider, Run, Unavailable, bce_dice, reason_of
+from .results import Row, failure, timed, times_ms
 
 Inputs = dict[str, Tensor]
 Runs = dict[str, list[Run]]
@@ -38,43 +38,30 @@ STEADY = 1.15
 # --- comparisons ---
 
 
-def runs_or_reason(
-    provider: Provider, prepare: Callable[[Provider], list[Run]], check: Callable[[Provider, Any], object]
-) -> list[Run] | str:
-    """Return a provider's runs, the first of which was right; or why there are none."""
-    if provider.unavailable:
-        return provider.unavailable
-    try:
-        with cudnn_benchmark():
-            runs = prepare(provider)
-            result = runs[0]()
-        check(provider, result)
-    except Exception as error:  # A compiler's, a driver's: a provider that fails is not the end of the comparison.
-        return reason_of(error)
-    return runs
-
-
 def prepared(
-    providers: Sequence[Provider],
-    prepare: Callable[[Provider], list[Run]],
-    check: Callable[[Provider, Any], object],
+    providers: Sequence[Provider], prepare: Callable[[Provider], list[Run]], check: Callable[[Provider, Any], object]
 ) -> tuple[Row, Runs]:
-    """Return the row of the providers, the first of them ours, and the runs of those that are right, ready to be timed.
+    """Return the row of the providers, the first of them ours, and the runs of those whose first result is right.
 
-    "status" is "ok", or "parity failed" or "failed" where ours is not among them; then none is.
+    "status" is "ok", or "parity failed" or "failed" where ours is not among them; then none is. "missing": why others
+    are not.
     """
     forms = {each.name: {"layout": each.layout, "dtype": each.dtype} for each in providers}
     row: Row = {"status": "ok", "reason": "", "missing": {}, "forms": forms}
     runs: Runs = {}
     for provider in providers:
-        found = runs_or_reason(provider, prepare, check)
-        if not isinstance(found, str):
+        try:
+            if provider.unavailable:
+                raise Unavailable(provider.unavailable)
+            with cudnn_benchmark():
+                found = prepare(provider)
+                result = found[0]()
+            check(provider, result)
             runs[provider.name] = found
-            continue
-        row["missing"][provider.name] = found
-        if provider is providers[0]:
-            row["status"] = "parity failed" if found.startswith("parity failed") else "failed"
-            return row | {"reason": found}, {}
+        except Exception as error:  # A compiler's, a driver's: a provider that fails is not the end of the comparison.
+            row["missing"][provider.name] = reason_of(error)
+            if provider is providers[0]:
+                return row | failure(error), {}
     return row, runs
 
 
@@ -275,8 +262,8 @@ def check_gradients(settings: Settings, model: fastunet.UNet) -> None:
     reference = model.to_reference()
     with fastunet.backend("aten"):  # The loss is an op of ours in all three.
         exact = _gradients(copy.deepcopy(reference).double(), x.double(), target.double(), torch.float64)
-        plain = _distance(_gradients(reference, x, target, settings.torch_dtype), exact)
-    ours = _distance(_gradients(copy.deepcopy(model), x, target, settings.torch_dtype), exact)
+        plain = distance(_gradients(reference, x, target, settings.torch_dtype), exact)
+    ours = distance(_gradients(copy.deepcopy(model), x, target, settings.torch_dtype), exact)
     allowed = _TIMES_PLAIN * plain
     assert ours <= allowed, f"relative distance of the gradients to float64: {ours:.2e}, allowed {allowed:.2e}"
 
@@ -288,7 +275,8 @@ def _gradients(net: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) ->
     return torch.cat([p.grad.double().flatten() for p in net.parameters() if p.grad is not None])
 
 
-def _distance(actual: Tensor, exact: Tensor) -> float:
+def distance(actual: Tensor, exact: Tensor) -> float:
+    """How far a result is from float64: relatively, in the 2-norm."""
     return float((actual - exact).norm() / exact.norm())
 
 
@@ -313,14 +301,14 @@ class NetCheck:
         """
         if provider.dtype not in self._allowed:
             dtype = getattr(torch, provider.dtype)
-            plain = _distance(self._outputs(dtype), self._exact)
+            plain = distance(self._outputs(dtype), self._exact)
             self._allowed[provider.dtype] = max(_TIMES_PLAIN * plain, self._rounded(dtype))
-        distance, exact = self._allowed[provider.dtype], self._exact
+        exact, share = self._exact, self._allowed[provider.dtype]
         if self._training:
             what, off = "the loss", abs(float(result) - float(bce_dice(exact, self._target)))
-            allowed = loss_bound(distance, exact, self._target)
+            allowed = loss_bound(share, exact, self._target)
         else:
-            what, off, allowed = "the outputs, relative", _distance(result[-1:].double(), exact), distance
+            what, off, allowed = "the outputs, relative", distance(result[-1:].double(), exact), share
         if not off <= allowed:  # NaN is not.
             raise AssertionError(f"{provider.name}: distance to float64 of {what}: {off:.2e}, allowed {allowed:.2e}")
         return off
@@ -345,7 +333,7 @@ class NetCheck:
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.InstanceNorm2d):
                 module.register_forward_hook(disturb)
         with torch.no_grad():
-            return _distance(net(self._x.double()), self._exact)
+            return distance(net(self._x.double()), self._exact)
 
     def _outputs(self, dtype: torch.dtype) -> Tensor:
         """Of plain modules in that dtype (16 bits in training: under autocast), in float64."""
@@ -356,14 +344,14 @@ class NetCheck:
             return net(self._x.to(held)).double()
 
 
-def loss_bound(distance: float, logits: Tensor, target: Tensor) -> float:
+def loss_bound(share: float, logits: Tensor, target: Tensor) -> float:
     """How far BCE + Dice may be off where the logits, float64 [N, C, H, W], are off by that relative 2-norm.
 
     With e the root mean square of the errors: the derivative of a pixel's cross entropy by its logit is at most 1, so
     that the mean is off by e at most; that of a channel's Dice is at most 2 / (sum p + sum t) by a probability, and so
     1 / (2 sum t) by a logit. The rest are float32 roundings of the sums.
     """
-    e = distance * float(logits.square().mean().sqrt())
+    e = share * float(logits.square().mean().sqrt())
     pixels = target[0, 0].numel()
     of_dice = float((pixels / (2 * target.sum((2, 3)))).max())
     roundings = (6 * pixels**0.5 + 16) * UNIT_ROUNDOFF[torch.float32]
