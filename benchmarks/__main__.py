@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from fastunet.checks import FastUNetError
+
 # By command, its module and what it does.
 COMMANDS = {
     "ops": ("ops", "every public op beside torch's composition of it"),
@@ -24,7 +26,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command; return its exit code. SystemExit with 2 where it cannot be run so."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -36,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run, parser=command)
     options = parser.parse_args(given)
-    return options.run(options, options.parser)
+    try:
+        return options.run(options)
+    except (FastUNetError, OSError) as error:
+        return options.parser.error(str(error))
 
 
 if __name__ == "__main__":

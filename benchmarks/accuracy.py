@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastunet
+from fastunet.checks import DataError
 from fastunet.data import (
     Pair,
     SegmentationDataset,
@@ -124,7 +125,7 @@ def run_plain(data: Path, config: TrainConfig) -> dict[str, Any]:
     """Train and score the plain script on the split that `config` makes."""
     pairs = find_pairs(data)
     if inspect(pairs).dtype != "uint8":
-        raise ValueError("the plain script takes 8-bit images")
+        raise DataError(f"{data}: expected 8-bit images, which the plain script takes")
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
     by_minutes = config.max_minutes is not None
     limit = {"minutes": config.max_minutes} if by_minutes else {"steps": config.steps}
@@ -147,7 +148,7 @@ def compare_quantised(run: Path, data: Path, calibration: int) -> dict[str, Any]
     seen = [pair for pair in pairs if pair.stem in config.train]
     judged = [pair for pair in pairs if pair.stem not in config.train]
     if not judged:
-        raise ValueError(f"DATA: expected images that {run} was not trained on, got none")
+        raise DataError(f"{data}: expected images that {run} was not trained on, got none")
     known = SegmentationDataset((seen or judged)[:calibration], summary)
     quantised = fastunet.quantize(model, (known[i][0][None] for i in range(len(known))))
     images = SegmentationDataset(judged, summary)
@@ -173,12 +174,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=int, default=4, help="images that tell the ranges of 8 bits")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measure, print and write. Returns 0."""
-    try:
-        name, found = _quantised(options) if options.quantised is not None else _trained(options)
-    except ValueError as error:
-        parser.error(str(error))
+    name, found = _quantised(options) if options.quantised is not None else _trained(options)
     options.out.mkdir(parents=True, exist_ok=True)
     machine = environment("cpu") | {"threads": torch.get_num_threads()}
     write_json(options.out / f"{name}.json", found | {"environment": machine})

@@ -101,26 +101,22 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Declare options for the settings of these names; a default of None leaves one to the command."""
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", default=default, **_OPTIONS[name])
+def add_settings(parser: argparse.ArgumentParser, usual: Settings | None, *names: str) -> None:
+    """Declare options for the settings of these names. Without usual ones, the command sets these when it runs."""
+    for name in names:
+        parser.add_argument(f"--{name}", default=getattr(usual, name, None), **_OPTIONS[name])
+    parser.set_defaults(usual=usual)
 
 
-def settings_of(
-    options: argparse.Namespace, parser: argparse.ArgumentParser, usual: Settings | None = None, **more: Any
-) -> Settings:
-    """Return the usual settings with what the options and `more` say. Ends the command where they cannot be."""
+def settings_of(options: argparse.Namespace, **more: Any) -> Settings:
+    """Return the usual settings with what the options and `more` say. ConfigError where they cannot be."""
     given = {name: value for name in _OPTIONS if (value := getattr(options, name, None)) is not None}
     if "features" in given:
         given["features"] = tuple(given["features"])
-    settings = replace(usual or Settings(), **given, **more)
+    settings = replace(options.usual, **given, **more)
     if settings.device == "cuda" and hasattr(options, "device") and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here; --device cpu measures on the CPU")
-    try:
-        check_settings(settings)
-    except ConfigError as error:
-        parser.error(str(error))
+        raise ConfigError("torch finds no CUDA device here; --device cpu measures on the CPU")
+    check_settings(settings)
     return settings
 
 

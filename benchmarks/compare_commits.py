@@ -23,6 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from fastunet.checks import ConfigError
 from fastunet.files import write_json
 from fastunet.measuring.timing import Quantiles, ratio
 from fastunet.testing import parity
@@ -119,13 +120,13 @@ Ask = Callable[[Step | None, float], Any]
 def steps_to_compare(settings: Settings, only: Sequence[str] = ()) -> list[Step]:
     """Nets, then layers, forward and backward; of these the `only` names, where there are any.
 
-    ValueError for a name that none has.
+    ConfigError for a name that none has.
     """
     steps = [Step("net", task) for task in TASKS]
     steps += [Step("layer", layer.name, direction) for direction in DIRECTIONS for layer in settings.net_layers()]
     names = dict.fromkeys(step.name for step in steps)
     if unknown := set(only) - set(names):
-        raise ValueError(f"--only: expected some of {', '.join(names)}, got {unknown}")
+        raise ConfigError(f"--only: expected some of {', '.join(names)}, got {unknown}")
     return [step for step in steps if not only or step.name in only]
 
 
@@ -171,21 +172,17 @@ def line(row: Row) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    usual = Settings()
     parser.add_argument("--base", required=True, metavar="REV", help="the commit to compare with")
-    add_settings(parser, device=usual_device(), size=usual.size, batch=usual.batch, features=usual.features)
-    add_settings(parser, rounds=30, seconds=10.0)
+    usual = Settings(usual_device(), rounds=30, seconds=10.0)
+    add_settings(parser, usual, "device", "size", "batch", "features", "rounds", "seconds")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="layers, inference, training")
     parser.add_argument("--out", type=Path, metavar="FILE", help="rows as JSON")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Compare; return 0 if both trees are right, 1 if something is off, 2 if a tree cannot be measured."""
-    settings = settings_of(options, parser)
-    try:
-        chosen = steps_to_compare(settings, options.only)
-    except ValueError as error:
-        parser.error(str(error))
+    settings = settings_of(options)
+    chosen = steps_to_compare(settings, options.only)
     parities = [
         Step("parity", str(i), name) for name in parity_formats(settings.device) for i in range(len(parity.cases()))
     ]

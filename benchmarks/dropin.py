@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastunet
+from fastunet.checks import ConfigError
 from fastunet.files import write_json
 
 from .cases import TASKS, Settings, add_settings, settings_of
@@ -113,16 +114,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--out", type=Path, required=True, metavar="JSON")
     parser.add_argument("--task", choices=TASKS, default="inference")
-    add_settings(parser, size=256, rounds=15)
+    add_settings(parser, Settings("cpu", size=256, batch=1, rounds=15, seconds=20.0), "size", "rounds")
     parser.add_argument("--width", type=int, default=32, help="channels of a model's first level")
     parser.add_argument("--only", nargs="+", choices=[model.name for model in MODELS], metavar="MODEL")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Time the models that are installed; the file is whole after each. Returns 0."""
-    settings = settings_of(options, parser, Settings("cpu", batch=1, seconds=20.0))
+    settings = settings_of(options)
     if options.width < 2:
-        parser.error(f"expected --width from 2, got {options.width}")
+        raise ConfigError(f"expected --width from 2, got {options.width}")
     said = {"task": options.task, "width": options.width, "size": options.size, "batch": 1, "rounds": options.rounds}
     said["threads"] = torch.get_num_threads()
     rows = []

@@ -154,23 +154,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which the report has ended")
-    add_settings(parser, device="cuda", size=512, batch=16)
+    add_settings(parser, Settings(), "device", "size", "batch")
     parser.add_argument("--tuned", action="store_true", help="write the measured configurations to kernels/tuned/")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measure and write; return 0 if something was measured and nothing was found wrong, else 1."""
     if importlib.util.find_spec("fastunet.kernels") is None:
-        parser.error("fastunet is not installed: run `pip install --no-deps --no-build-isolation -e .` first")
-    settings = settings_of(options, parser)
+        raise ConfigError("fastunet is not installed: run `pip install --no-deps --no-build-isolation -e .` first")
+    settings = settings_of(options)
     if options.minutes <= 0:
-        parser.error(f"expected --minutes above 0, got {options.minutes}")
+        raise ConfigError(f"expected --minutes above 0, got {options.minutes}")
     from fastunet.kernels import autotune
 
-    try:
-        report = make_report(settings, options.out, options.minutes, tuned=autotune.TUNED if options.tuned else None)
-    except ConfigError as error:
-        parser.error(str(error))
+    report = make_report(settings, options.out, options.minutes, tuned=autotune.TUNED if options.tuned else None)
     print(f"{options.out / 'gpu_report.md'}\n{report['summary']}")
     if not options.tuned:
         print(f"To use the configurations that were measured, if any: cp {options.out}/<gpu>.json {autotune.TUNED}")

@@ -115,16 +115,15 @@ def table(found: dict[str, Any], columns: dict[Any, dict[Any, int]], first: str,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    usual = Settings()
     parser.add_argument("what", choices=("kept", "moved"))
-    add_settings(parser, features=usual.features, size=usual.size, dtype=usual.dtype, batch=usual.batch)
-    parser.add_argument("--norm", choices=("batch", "instance", "none"), default=usual.norm, help="of what is kept")
+    add_settings(parser, Settings(), "features", "size", "dtype", "batch")
+    parser.add_argument("--norm", choices=("batch", "instance", "none"), default="batch", help="of what is kept")
     parser.add_argument("--out", type=Path, metavar="JSON")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print the table; with --out write it as JSON. Returns 0."""
-    settings = settings_of(options, parser, norm=None if options.norm == "none" else options.norm)
+    settings = settings_of(options, norm=None if options.norm == "none" else options.norm)
     found = (kept if options.what == "kept" else moved)(settings)
     images = f"images of {options.size}x{options.size}, {options.dtype}"
     if options.what == "kept":

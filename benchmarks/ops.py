@@ -96,15 +96,15 @@ def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, T
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    add_settings(parser, device=usual_device(), rounds=30, seconds=2.0)
+    add_settings(parser, Settings(usual_device(), rounds=30, seconds=2.0), "device", "rounds", "seconds")
     parser.add_argument("--dtype", dest="dtypes", choices=[*DTYPES], nargs="+")
     parser.add_argument("--only", choices=ops.__all__, nargs="+", metavar="OP")
     parser.add_argument("--out", type=Path, metavar="JSON")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Time and print; return 0, or 1 if something of ours is wrong."""
-    settings = settings_of(options, parser)
+    settings = settings_of(options)
     dtypes = None if options.dtypes is None else [DTYPES[name] for name in options.dtypes]
     rows: list[Row] = []
     for group, found in itertools.groupby(works(settings.torch_device, dtypes), key=lambda work: work.group):

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastunet.checks import DataError
 from fastunet.files import written_whole
 from fastunet.measuring.timing import Quantiles, ratio
 
@@ -90,10 +90,6 @@ _TASKS = {"inference": "inference", "training": "training step"}
 Result = Mapping[str, Any]
 
 
-class TableError(Exception):
-    """The README or a results file is not as expected."""
-
-
 def committed(folder: Path) -> dict[str, list[tuple[Path, Result]]]:
     """The files with a summary of tasks, under "gpu" and "cpu", in the order of their paths."""
     files = {"gpu": sorted(folder.glob("*/gpu_report.json")), "cpu": sorted(folder.glob("cpu/*.json"))}
@@ -125,7 +121,7 @@ def _written(section: Callable[[Path, Result], str], folder: Path, path: Path, r
     try:
         return section(path, result)
     except (KeyError, TypeError, AttributeError) as error:
-        raise TableError(f"{path}: expected a summary or rows, settings and environment, got {error!r}") from error
+        raise DataError(f"{path}: expected a summary or rows, settings and environment, got {error!r}") from error
 
 
 def _section(path: Path, result: Result) -> str:
@@ -178,9 +174,9 @@ def _conditions(path: Path, result: Result, what: str, threads: Sequence[str]) -
 
 
 def replace_between(text: str, generated: str) -> str:
-    """The text with what stands between its markers replaced. TableError unless it has each marker once, in order."""
+    """The text with what stands between its markers replaced. DataError unless it has each marker once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise TableError(f"expected one line {BEGIN!r} and after it one {END!r}")
+        raise DataError(f"expected one line {BEGIN!r} and after it one {END!r}")
     before, _, rest = text.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{generated}\n\n{END}{rest.partition(END)[2]}"
 
@@ -190,14 +186,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help="of the repository")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Rewrite the README; return 0, or 1 with the reason."""
+def run(options: argparse.Namespace) -> int:
+    """Rewrite the README. Returns 0."""
     readme = options.root / "README.md"
-    try:
-        text = readme.read_text()
-        with written_whole(readme) as temporary:
-            temporary.write_text(replace_between(text, generate(options.root / "benchmarks" / "results")))
-    except (OSError, ValueError, TableError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    text = replace_between(readme.read_text(), generate(options.root / "benchmarks" / "results"))
+    with written_whole(readme) as temporary:
+        temporary.write_text(text)
     return 0

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fastunet.checks import ConfigError
 from fastunet.measuring.timing import Clock, Quantiles, clock_of, interleaved_samples
 
 from .cases import DTYPE, Layer, Pass, Settings, add_settings, eager_passes, fused_pass, settings_of
@@ -44,7 +45,7 @@ class PeakRates:
         for name in ("matmul_flops", "copy_bytes"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"expected {name} above 0 and finite, got {value}")
+                raise ConfigError(f"expected {name} above 0 and finite, got {value}")
 
     def seconds(self, work: Pass) -> float:
         """Return the least time of a pass: arithmetic and memory traffic overlap, and the longer of the two decides."""
@@ -230,26 +231,22 @@ def _l2_reader(device: torch.device) -> tuple[Callable[[], Any], int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    usual = Settings()
     parser.add_argument("--tflops", type=float, required=True, help="measured rate of a matrix product, TFLOP/s")
     parser.add_argument("--tbps", type=float, required=True, help="measured rate of a copy, read and written, TB/s")
     parser.add_argument("--source", default="", help="where these come from, for the plot")
-    add_settings(parser, features=usual.features, size=usual.size, batch=usual.batch, dtype=usual.dtype)
+    add_settings(parser, Settings(), "features", "size", "batch", "dtype")
     parser.add_argument("--report", type=Path, metavar="JSON", help="measured times; it tells net, images and dtype")
     parser.add_argument("--out", type=Path, metavar="PNG")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print the table and write the plot. Returns 0."""
-    settings, measured = settings_of(options, parser), list[Point]()
-    try:
-        peaks = PeakRates(1e12 * options.tflops, 1e12 * options.tbps, source=options.source)
-        if options.report is not None:
-            report = json.loads(options.report.read_text())
-            settings = Settings(**report["settings"] | {"features": tuple(report["settings"]["features"])})
-            measured = points_of_report(report, peaks)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    settings, measured = settings_of(options), list[Point]()
+    peaks = PeakRates(1e12 * options.tflops, 1e12 * options.tbps, source=options.source)
+    if options.report is not None:
+        report = json.loads(options.report.read_text())
+        settings = Settings(**report["settings"] | {"features": tuple(report["settings"]["features"])})
+        measured = points_of_report(report, peaks)
     layers, dtype = settings.net_layers(), settings.torch_dtype
     bounds = [point_of(layer, peaks, dtype=dtype) for layer in layers]
     points = [*{point.name: point for point in (*bounds, *measured)}.values()]

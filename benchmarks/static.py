@@ -290,7 +290,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Compile and print; return 0 if every compilation keeps the rules, else 1."""
     start = time.perf_counter()
     os.environ.pop("TRITON_INTERPRET", None)  # Interpreted kernels cannot be compiled.

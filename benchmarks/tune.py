@@ -19,6 +19,7 @@ from fastunet.kernels import autotune, gpu
 
 import fastunet
 from fastunet import dispatch
+from fastunet.checks import ConfigError
 
 from .cases import DTYPE, TASKS, Settings, add_settings, settings_of
 from .harness.environment import environment
@@ -65,17 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--out", type=Path, metavar="FILE")
     where.add_argument("--tuned", action="store_true", help="write kernels/tuned/<gpu>.json")
     parser.add_argument("--minutes", type=float, default=30.0, help="after which the search has ended")
-    add_settings(parser, size=512, batch=16, features=Settings().features)
+    add_settings(parser, Settings(), "size", "batch", "features")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measure and write the table; return 0 if it has a layer, else 1."""
     if not torch.cuda.is_available():
-        parser.error("there is nothing to tune: torch finds no CUDA device here")
-    settings = settings_of(options, parser)
+        raise ConfigError("there is nothing to tune: torch finds no CUDA device here")
+    settings = settings_of(options)
     unsupported = dispatch.triton_unsupported(settings.torch_device, DTYPE)
     if unsupported is not None:
-        parser.error(f"there is nothing to tune: {unsupported}")
+        raise ConfigError(f"there is nothing to tune: {unsupported}")
     path = autotune.table_path(gpu.target(settings.torch_device).name) if options.tuned else options.out
     rows = measure_table(settings, path, Budget(60 * options.minutes - _RESERVE))
     print(f"{tune_table(rows)}\n{path}")

@@ -170,26 +170,23 @@ def _host_run(net: nn.Module, x: Tensor) -> Callable[[], Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--host", action="store_true", help="time the calls, on next to no arithmetic")
-    add_settings(parser, device=usual_device(), dtype="float32", size=None, batch=None, features=None, rounds=None)
+    add_settings(parser, None, "device", "dtype", "size", "batch", "features", "rounds")
+    parser.set_defaults(device=usual_device(), dtype="float32")
     parser.add_argument("--no-layers", action="store_true", help="the net alone")
     parser.add_argument("--all", action="store_true", help="also what takes minutes to compile")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write every sample and the ratios")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def run(options: argparse.Namespace) -> int:
     """Time, print and write; return 0, or 1 if ours is wrong."""
     if options.host:
-        options.device, options.dtype = HOST.device, HOST.dtype
-        found = compare_host(settings_of(options, parser, HOST))
+        options.device, options.dtype, options.usual = HOST.device, HOST.dtype, HOST
+        found = compare_host(settings_of(options))
     else:
-        usual = default_settings(options.device, DTYPES[options.dtype], thorough=options.all)
+        options.usual = default_settings(options.device, DTYPES[options.dtype], thorough=options.all)
         more: dict[str, Any] = {"seconds": math.inf} if options.rounds is not None else {}
-        more |= {"layers": ()} if options.no_layers else {}
-        settings = settings_of(options, parser, usual, **more)
-        try:
-            found = report(settings, list(compare(settings, lambda doing: print(doing, flush=True))))
-        except ConfigError as error:
-            parser.error(str(error))
+        settings = settings_of(options, **more | ({"layers": ()} if options.no_layers else {}))
+        found = report(settings, list(compare(settings, lambda doing: print(doing, flush=True))))
     print("\n".join(tables(found)))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from fastunet.benchmarks import results
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.results import BEGIN, END, TableError
+from fastunet.benchmarks.results import BEGIN, END
+
+from fastunet.checks import DataError
 
 ROOT = Path(__file__).parents[2]
 RATIO = {"ratio": 1.526, "p10": 1.5, "p90": 1.57}
@@ -58,7 +60,7 @@ def test_other_peoples_models(tmp_path: Path) -> None:
     failed = "inductor: failed | inductor channels_last and fastunet.compile: failed"
     assert f"| a net | 5 | 3 | 2: too large | 1.25 (1.05 to 1.45) | {failed} |" in text
     assert "32 channels in the first level, images of 256x256" in text
-    with pytest.raises(TableError, match=r"drop_in_inference\.json"):
+    with pytest.raises(DataError, match=r"drop_in_inference\.json"):
         results.generate(write(tmp_path, "cpu/drop_in_inference.json", {**result, "rows": [{}]}))
 
 
@@ -70,7 +72,7 @@ def test_without_results_it_says_so(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_as_expected_is_named(tmp_path: Path) -> None:
     broken = {name: value for name, value in RESULT.items() if name != "settings"}
-    with pytest.raises(TableError, match=r"unet_cpu\.json.*settings"):
+    with pytest.raises(DataError, match=r"unet_cpu\.json.*settings"):
         results.generate(write(tmp_path, "cpu/unet_cpu.json", broken))
 
 
@@ -91,7 +93,8 @@ def test_a_readme_without_its_markers_stays_as_it_is(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "README.md").write_text(text)
-    assert main(["perf-table", "--root", str(tmp_path)]) == 1
+    with pytest.raises(SystemExit):
+        main(["perf-table", "--root", str(tmp_path)])
     assert "expected one line" in capsys.readouterr().err
     (readme,) = tmp_path.iterdir()
     assert readme.read_text() == text
