@@ -6,7 +6,7 @@ First every op is compared with float64 in both trees; then each layer and the w
 implementation that runs on the device, in alternating order; what is off in either tree gets no speed. `base/new` is
 the median of the rounds' ratios, with the 10th and 90th percentile: above 1, the working tree is faster. Benchmarks
 and tolerances (fastunet.testing) are the working tree's on both sides. Ends with 1 if anything is off, with 2 if REV
-cannot be measured. REV is checked out in a temporary `git worktree`, which is removed however this ends.
+cannot be measured.
 """
 
 from __future__ import annotations
@@ -42,48 +42,27 @@ _FIRST, _LATER = 300.0, 120.0
 
 
 @contextmanager
-def checked_out(root: Path, revision: str) -> Iterator[Path]:
-    """A temporary worktree of the repository at `root`. ChildProcessError if it has no such commit."""
-    with tempfile.TemporaryDirectory(prefix="fastunet-verify-") as folder:
-        tree = Path(folder) / "base"
-        try:
-            with _undisturbed():
-                _git(root, "worktree", "add", "--quiet", "--detach", str(tree), revision)
-            yield tree
-        finally:
-            if tree.exists():
-                with _undisturbed():
-                    _git(root, "worktree", "remove", "--force", str(tree))
+def package_of(revision: str | None) -> Iterator[Path]:
+    """A folder with the package fastunet of a commit, or of the working tree, but what judges it is the working tree's.
 
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block ends: half a worktree could not be removed. Children inherit this."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _git(root: Path, *arguments: str) -> None:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise ChildProcessError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
-
-
-@contextmanager
-def package_of(tree: Path, measuring: Path) -> Iterator[Path]:
-    """A folder with the package fastunet of `tree`, but what judges it of the tree that measures; links, in both cases.
-
-    Whatever is installed, and if in editable form: a process that looks there first finds no other.
+    Whatever is installed, and if in editable form: a process that looks there first finds no other. ChildProcessError
+    where there is no such commit.
     """
-    parts = {path.name: path for path in (tree / "fastunet").iterdir()} | {"kernels": tree / "kernels"}
-    parts |= {"testing": measuring / "fastunet" / "testing", "benchmarks": measuring / "benchmarks"}
-    with tempfile.TemporaryDirectory(prefix="fastunet-verify-") as folder:
-        (Path(folder) / "fastunet").mkdir()
+    with tempfile.TemporaryDirectory(prefix="fastunet-compare-") as folder:
+        tree, package = Path(folder) / "tree", Path(folder) / "fastunet"
+        if revision is not None:
+            command = ["git", "-C", str(ROOT), "archive", revision, "fastunet", "kernels"]
+            done = subprocess.run(command, capture_output=True)
+            if done.returncode:
+                raise ChildProcessError(f"{' '.join(command)}: {done.stderr.decode().strip()}")
+            tree.mkdir()
+            subprocess.run(["tar", "-xC", str(tree)], input=done.stdout, check=True)
+        root = ROOT if revision is None else tree
+        parts = {path.name: path for path in (root / "fastunet").iterdir()} | {"kernels": root / "kernels"}
+        parts |= {"testing": ROOT / "fastunet" / "testing", "benchmarks": ROOT / "benchmarks"}
+        package.mkdir()
         for name, path in parts.items():
-            (Path(folder) / "fastunet" / name).symlink_to(path)
+            (package / name).symlink_to(path)
         yield Path(folder)
 
 
@@ -186,16 +165,15 @@ def run(options: argparse.Namespace) -> int:
     parities = [
         Step("parity", str(i), name) for name in parity_formats(settings.device) for i in range(len(parity.cases()))
     ]
-    # As Ctrl-C: contexts end processes and remove the worktree.
+    # As Ctrl-C: contexts end processes and remove folders.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows: list[Row] = []
     machine = environment(settings.device)
     result = {"base": options.base, "environment": machine, "settings": asdict(settings), "rows": rows}
     try:
         with (
-            checked_out(ROOT, options.base) as tree,
-            package_of(tree, ROOT) as base_package,
-            package_of(ROOT, ROOT) as new_package,
+            package_of(options.base) as base_package,
+            package_of(None) as new_package,
             Spawned(answer, settings, path=base_package) as base,
             Spawned(answer, settings, path=new_package) as new,
         ):
