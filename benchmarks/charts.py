@@ -18,33 +18,23 @@ from .roofline import PeakRates, Point
 
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
 WINS, LOSES = "#0072B2", "#D55E00"
-MARKERS = "os^DvP*X"
-_BESIDE: dict[str, Any] = {"textcoords": "offset points"}
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
-_TITLES = {"inference": "Inference", "training": "Training step"}
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def _providers(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row.get("ratios", {})))
-
-
-# --- the picture ---
+# A row, a provider, and its ratio with the spread.
+Bar = tuple[Row, str, Mapping[str, float]]
 
 
 def draw(report: Row, path: str | Path) -> None:
     """Write the ratios with their spread as PNG, whole or not at all: to the right of the line at 1, ours is faster."""
-    nets = [row for row in report["rows"] if row["kind"] == "net" and row.get("ratios")]
-    layers = [row for row in report["rows"] if row["kind"] == "layer" and row.get("ratios")]
-    bars = sum(len(row["ratios"]) for row in nets)
-    height = 2.2 + max(0.42 * bars + 0.9 * len(nets), 0.3 * len(layers), 2)
-    parts = [(draw_part, rows) for draw_part, rows in ((_draw_nets, nets), (_draw_layers, layers)) if rows]
+    parts: dict[str, list[Bar]] = {}
+    for row in report["rows"]:
+        for name, found in row.get("ratios", {}).items():
+            parts.setdefault(row["kind"], []).append((row, name, found))
+    height = 3 + 0.25 * max(map(len, parts.values()), default=0)
     figure = Figure(figsize=(7.2 * max(1, len(parts)), height), dpi=110, layout="constrained")
     figure.suptitle(f"How many times as long as {OURS} the others take\n{_conditions(report)}", fontsize=11)
     if not parts:
         figure.text(0.5, 0.4, "Nothing was compared: see bench.json for the reasons.", ha="center")
-    for i, (draw_part, rows) in enumerate(parts, 1):
-        draw_part(figure.add_subplot(1, len(parts), i), rows)
+    for i, (kind, found) in enumerate(parts.items(), 1):
+        _draw_bars(figure.add_subplot(1, len(parts), i), kind, found)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
@@ -59,91 +49,27 @@ def _conditions(report: Row) -> str:
     )
 
 
-def _draw_nets(axes: Axes, rows: Sequence[Row]) -> None:
-    """Horizontal bars, a group for each task, from 1 to the ratio, with a line from p10 to p90."""
-    y, ticks, labels = 0.0, [], []
-    for row in rows:
-        axes.text(0.0, y, _TITLES[row["name"]], transform=axes.get_yaxis_transform(), weight="bold", va="center")
-        y += 1
-        for name, found in row["ratios"].items():
-            _draw_bar(axes, y, found)
-            ticks.append(y)
-            labels.append(f"{name}\n{row['forms'][name]['layout']} {_SHORT[row['forms'][name]['dtype']]}")
-            y += 1
-        y += 0.4
-    axes.set_yticks(ticks, labels, fontsize=8)
-    axes.set_ylim(y, -0.7)
-    _finish(axes, [found for row in rows for found in row["ratios"].values()], "Whole net")
-
-
-def _draw_bar(axes: Axes, y: float, found: Mapping[str, float]) -> None:
-    wins = found["ratio"] >= 1
-    axes.barh(
-        y,
-        found["ratio"] - 1,
-        left=1,
-        height=0.62,
-        color=WINS if wins else LOSES,
-        hatch="" if wins else "///",
-        edgecolor="white",
-    )
-    axes.plot([found["p10"], found["p90"]], [y, y], color="black", linewidth=1.2, marker="|", markersize=7)
-    right = max(found["p90"], found["ratio"], 1)
-    axes.annotate(f"{found['ratio']:.2f}", (right, y), (5, 0), textcoords="offset points", va="center", fontsize=9)
-
-
-def _draw_layers(axes: Axes, rows: Sequence[Row]) -> None:
-    """A line for each layer, in the order they run, with a marker and the spread for each provider."""
-    names = _providers(rows)
-    for i, name in enumerate(names):
-        shift = 0.6 * ((i + 0.5) / len(names) - 0.5)
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        points = [(y + shift, row["ratios"][name]) for y, row in enumerate(rows) if name in row["ratios"]]
-        for y, found in points:
-            axes.plot([found["p10"], found["p90"]], [y, y], color=colour, linewidth=1.2, alpha=0.7)
-        axes.plot([found["ratio"] for _, found in points], [y for y, _ in points], marker, color=colour, label=name)
-    axes.set_yticks(range(len(rows)), [f"{row['name']}  {_shape(row)}" for row in rows], fontsize=8)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    # Above the axes' labels would be theirs, and within them the lines'.
-    handles, labels = axes.get_legend_handles_labels()
-    axes.figure.legend(handles, labels, loc="outside lower right", ncols=4, fontsize=9, frameon=False)
-    _finish(axes, [found for row in rows for found in row["ratios"].values()], "Layers, forward")
-
-
-def _shape(row: Row) -> str:
-    """ "64→128 @256": channels in and out, and the side of its input."""
-    images = [shape for name, shape in row["shapes"].items() if name in ("x", "skip", "up")]
-    weight = row["shapes"]["weight"]
-    out = weight[1] if row["op"] == "conv_transpose2x2" else weight[0]
-    return f"{sum(shape[1] for shape in images)}→{out} @{images[0][3]}"
-
-
-def _finish(axes: Axes, shown: Sequence[Mapping[str, float]], title: str) -> None:
-    axes.set_title(title, fontsize=10, pad=16)
+def _draw_bars(axes: Axes, kind: str, bars: Sequence[Bar]) -> None:
+    """A bar for each provider of each row, from 1 to the ratio, with a line from p10 to p90."""
+    for y, (_, _, found) in enumerate(bars):
+        ratio, wins = found["ratio"], found["ratio"] >= 1
+        colour, hatch = (WINS, "") if wins else (LOSES, "///")
+        axes.barh(y, ratio - 1, left=1, height=0.62, edgecolor="white", color=colour, hatch=hatch)
+        axes.plot([found["p10"], found["p90"]], [y, y], color="black", linewidth=1.2, marker="|", markersize=7)
+        at = max(found["p90"], ratio, 1), y
+        axes.annotate(f"{ratio:.2f}", at, (5, 0), textcoords="offset points", va="center", fontsize=8)
+    labels = [f"{row['name']}: {name}, {' '.join(row['forms'][name].values())}" for row, name, _ in bars]
+    axes.set_yticks(range(len(bars)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title({"net": "Whole net", "layer": "Layers, forward"}[kind], fontsize=10)
     axes.set_xscale("log", base=2)
-    low = min(1.0, *(found["p10"] for found in shown)) / 1.15
-    high = max(1.0, *(found["p90"] for found in shown)) * 1.35
-    axes.set_xlim(low, high)
-    axes.xaxis.set_major_formatter(FuncFormatter(_power_of_two))
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.axvline(1, color="black", linewidth=1)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    beside: dict[str, Any] = {
-        "textcoords": "offset points",
-        "xycoords": axes.get_xaxis_transform(),
-        "va": "bottom",
-        "fontsize": 8,
-    }
-    axes.annotate(f"← {OURS} slower", (1, 1), (-8, 2), ha="right", color=LOSES, **beside)
-    axes.annotate(f"{OURS} faster →", (1, 1), (8, 2), ha="left", color=WINS, **beside)
-    axes.set_xlabel("time / fastunet's: median of the rounds' ratios, line from p10 to p90", fontsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _power_of_two(value: float, _: int) -> str:
-    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"
+    axes.set_xlabel(f"time / {OURS}'s, p10 to p90; left of 1, hatched, {OURS} is slower", fontsize=8)
 
 
 # --- the roofline ---
@@ -180,11 +106,10 @@ def plot_roofline(points: Sequence[Point], peaks: PeakRates, path: Path) -> None
     axes.grid(which="major", alpha=0.25)
     peak, ridge = peaks.matmul_flops / 1e12, peaks.matmul_flops / peaks.copy_bytes
     intensities = [point.work.flops / point.work.bytes for point in points]
-    left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
-    axes.plot([left, ridge, right], [left * peak / ridge, peak, peak], color="black")
-    axes.annotate(f"memory: {peaks.copy_bytes / 1e12:.3g} TB/s", (ridge, peak), (-30, -40), ha="right", **_BESIDE)
-    axes.annotate(f"matrix products: {peak:.4g} TFLOP/s", (right, peak), (0, 5), ha="right", **_BESIDE)
     speeds = [point.work.flops / point.bound / 1e12 for point in points]
+    left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
+    rates = f"memory: {peaks.copy_bytes / 1e12:.3g} TB/s, matrix products: {peak:.4g} TFLOP/s"
+    axes.plot([left, ridge, right], [left * peak / ridge, peak, peak], color="black", label=rates)
     axes.plot(intensities, speeds, "o", markerfacecolor="white", color="black", label="one fused pass at these rates")
     for kind, style in _STYLES.items():
         for point, x, top in zip(points, intensities, speeds, strict=True):
@@ -192,10 +117,10 @@ def plot_roofline(points: Sequence[Point], peaks: PeakRates, path: Path) -> None
                 reached = point.work.flops / next(iter(point.measured.values())) / 1e12
                 axes.plot([x, x], [reached, top], color="grey", linewidth=0.8, zorder=1)
                 axes.plot(x, reached, linestyle="", markersize=9, **style)
-    in_order = sorted(zip(intensities, speeds, points, strict=True), key=lambda found: found[0])
-    for i, (x, top, point) in enumerate(in_order):  # Side by side at the bottom, each led to its marker.
+    in_order = sorted(zip(intensities, speeds, [point.name for point in points], strict=True))
+    for i, (x, top, name) in enumerate(in_order):  # Side by side at the bottom, each led to its marker.
         at, line = ((i + 0.5) / len(points), 0.02), {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
-        axes.annotate(point.name, (x, top), at, textcoords="axes fraction", rotation=90, ha="center", arrowprops=line)
+        axes.annotate(name, (x, top), at, textcoords="axes fraction", rotation=90, ha="center", arrowprops=line)
     axes.set_ylim(bottom=axes.get_ylim()[0] / 20)
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # A line for each point has the same label.

@@ -129,7 +129,7 @@ def test_the_plot_names_rates_layers_and_verdicts(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Figure, "savefig", note)
     charts.plot_roofline(roofline.points_of_report(small_report(), H100), H100, tmp_path / "roofline.png")
-    assert {"inc.c1", "inc.c2", "outc", "memory: 3 TB/s", "matrix products: 790 TFLOP/s", "rates: assumed"} <= {*texts}
+    assert {"inc.c1", "inc.c2", "outc", "memory: 3 TB/s, matrix products: 790 TFLOP/s", "rates: assumed"} <= {*texts}
     assert {style["label"] for style in charts._STYLES.values()} <= {*texts}
     with Image.open(tmp_path / "roofline.png") as image:
         assert image.format == "PNG"
