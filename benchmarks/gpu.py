@@ -29,7 +29,7 @@ from .cases import DTYPE, Settings, add_settings, settings_of
 from .gpu_steps import Step, all_steps, run_steps
 from .harness.worker import Budget
 from .results import Row, times_ms
-from .roofline import PeakRates, bound_seconds, layer_of_row, points_of_report
+from .roofline import PeakRates, layer_of_row, point_of, points_of_report
 from .tables import Report, render, report_of, summarise
 
 # Seconds kept for ending a process and writing the files.
@@ -48,7 +48,7 @@ def add_bounds(rows: Sequence[Row]) -> None:
     bounds = {}
     for row in rows:
         if row["kind"] == "layer" and row["variant"] != "backward":
-            row["bound_ms"] = bounds[row["name"]] = 1e3 * bound_seconds(layer_of_row(row), peaks)
+            row["bound_ms"] = bounds[row["name"]] = 1e3 * point_of(layer_of_row(row), peaks).bound
     for row in rows:
         if row["kind"] == "net" and row["name"] == "inference":
             row["bound_ms"] = sum(bounds.values())

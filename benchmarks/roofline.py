@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,10 +31,9 @@ from .results import Row, markdown, times_ms
 
 @dataclass(frozen=True)
 class PeakRates:
-    """What a GPU was measured to reach.
+    """What a GPU was measured to reach: FLOP/s of a matrix product, and bytes/s that a copy reads and writes.
 
-    matmul_flops: FLOP/s of a matrix product. copy_bytes: bytes/s that a copy reads and writes. source: who measured
-    them, and on what.
+    source: who measured them, and on what.
     """
 
     matmul_flops: float
@@ -42,32 +41,21 @@ class PeakRates:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("matmul_flops", "copy_bytes"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"expected {name} above 0 and finite, got {value}")
+        if not (0 < self.matmul_flops < math.inf and 0 < self.copy_bytes < math.inf):
+            raise ConfigError(f"expected rates above 0 and finite, got {self.matmul_flops} and {self.copy_bytes}")
 
     def seconds(self, work: Pass) -> float:
         """Return the least time of a pass: arithmetic and memory traffic overlap, and the longer of the two decides."""
         return max(work.flops / self.matmul_flops, work.bytes / self.copy_bytes)
 
 
-@dataclass(frozen=True)
-class Point:
-    """A layer in the roofline plot.
-
-    work: its fused pass. bound: the seconds of that. measured: seconds, by implementation; empty where nothing was.
-    """
+class Point(NamedTuple):
+    """A layer in the roofline plot: its fused pass, the least seconds of that, and those of each implementation."""
 
     name: str
     work: Pass
     bound: float
     measured: Mapping[str, float]
-
-
-def bound_seconds(layer: Layer, peaks: PeakRates, dtype: torch.dtype = DTYPE) -> float:
-    """Return the least time of the layer as one fused pass over tensors of dtype."""
-    return peaks.seconds(fused_pass(layer, dtype.itemsize))
 
 
 def eager_seconds(layer: Layer, peaks: PeakRates, dtype: torch.dtype = DTYPE) -> float:
@@ -78,7 +66,7 @@ def eager_seconds(layer: Layer, peaks: PeakRates, dtype: torch.dtype = DTYPE) ->
 def point_of(
     layer: Layer, peaks: PeakRates, measured: Mapping[str, float] | None = None, dtype: torch.dtype = DTYPE
 ) -> Point:
-    """Place the layer in the plot; measured: seconds by implementation."""
+    """Place the layer, as one fused pass over tensors of dtype, in the plot."""
     work = fused_pass(layer, dtype.itemsize)
     return Point(layer.name, work, peaks.seconds(work), measured or {})
 
@@ -124,6 +112,10 @@ def roofline_table(layers: Sequence[Layer], eager: Mapping[str, float], points: 
 
 # --- the peak rates of a device, measured: what copying, multiplying and reading L2 reach there ---
 
+# By device, far past its caches and enough to fill it: bytes that are copied, the side of square matrices, and the
+# seconds for which these are multiplied without a break.
+SIZES = {"cuda": (1 << 30, 8192, 2.0), "cpu": (1 << 27, 1024, 0.5)}
+
 # What runs on CUDA: reads, past L1 (.cg), `count` vectors `repeats` times. Each pass begins elsewhere, so that no load
 # of it can be taken from the pass before. The sum is stored where it can never be seen to be the value.
 _READ_L2 = r"""
@@ -140,70 +132,40 @@ extern "C" __global__ void read_l2(const float4* data, float* out, unsigned coun
 _VECTOR, _REPEATS = 16, 64
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """copy_bytes: of the tensor that is copied. side: of the square matrices. rounds: samples of a copy. seconds: of
-    multiplying without a break.
+def measure_peak_rates(device: torch.device, clock: Clock | None = None) -> Row:
+    """Measure "copy" and "l2" in GB/s (10^9 bytes), and "matmul" in TFLOP/s in a burst and in steady state, each with
+    how it was measured; of "l2", None and a reason where it cannot be.
     """
-
-    copy_bytes: int
-    side: int
-    rounds: int = 20
-    seconds: float = 2.0
-
-
-def measure_peak_rates(device: torch.device, sizes: Sizes | None = None, clock: Clock | None = None) -> Row:
-    """Measure "copy", "matmul" and "l2", each with its rate and how it was measured; of the last, None and a reason
-    where it cannot be.
-    """
-    if sizes is None:  # Far past the caches, and products that fill the device.
-        sizes = Sizes(1 << 30, 8192) if device.type == "cuda" else Sizes(1 << 27, 1024, seconds=0.5)
     clock = clock or clock_of(device)
-    return {
-        "copy": copy_rate(device, sizes, clock),
-        "matmul": matmul_rate(device, sizes, clock),
-        "l2": l2_rate(device, sizes, clock),
-    }
-
-
-def copy_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
-    """ "gb_per_s" (10^9 bytes), read and written, of one large Tensor.copy_."""
-    source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).random_(0, 256)
+    size, side, seconds = SIZES[device.type]
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 256)
     target = torch.empty_like(source)
-    return _rate(
-        "Tensor.copy_, counted twice,", lambda: target.copy_(source), 2 * sizes.copy_bytes, sizes.rounds, clock
-    )
-
-
-def matmul_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
-    """ "burst_tflops" and "steady_tflops" (10^12 multiplications and additions) of square bfloat16 matrices."""
-    side = sizes.side
+    copy = _rate("Tensor.copy_, counted twice,", lambda: target.copy_(source), 2 * size, clock)
     a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
-    burst, steady = burst_and_steady(lambda: torch.mm(a, b, out=out), clock, seconds=sizes.seconds)
+    burst, steady = burst_and_steady(lambda: torch.mm(a, b, out=out), clock, seconds=seconds)
     how = (
         f"torch.mm of {side} x {side} normal bfloat16; burst: median of the first {burst.samples} after a second of "
-        f"rest; steady: of the last {steady.samples} of {sizes.seconds:g} s without a break"
+        f"rest; steady: of the last {steady.samples} of {seconds:g} s without a break"
     )
-    rates = {
-        f"{name}_tflops": 2 * side**3 / times.median / 1e12 for name, times in (("burst", burst), ("steady", steady))
-    }
-    return {**rates, "how": how, "seconds": {"burst": asdict(burst), "steady": asdict(steady)}}
+    matmul: Row = {"burst_tflops": 2e-12 * side**3 / burst.median, "steady_tflops": 2e-12 * side**3 / steady.median}
+    matmul |= {"how": how, "seconds": {"burst": asdict(burst), "steady": asdict(steady)}}
+    return {"copy": copy, "matmul": matmul, "l2": l2_rate(device, clock)}
 
 
-def l2_rate(device: torch.device, sizes: Sizes, clock: Clock) -> Row:
+def l2_rate(device: torch.device, clock: Clock) -> Row:
     """ "gb_per_s" of reading what lies in L2; None and a "reason" where there is no CUDA, or no CuPy."""
     if device.type != "cuda":
         return {"gb_per_s": None, "reason": f"the device is {device.type}, not cuda"}
     try:
         run, size = _l2_reader(device)
-        return _rate("a kernel of 16-byte ld.global.cg", run, size * _REPEATS, sizes.rounds, clock)
+        return _rate("a kernel of 16-byte ld.global.cg", run, size * _REPEATS, clock)
     except Exception as error:  # CuPy's own, such as a compiler that it does not find: the other peaks still count.
         return {"gb_per_s": None, "reason": f"{type(error).__name__}: {error}"}
 
 
-def _rate(what: str, run: Callable[[], Any], size: int, rounds: int, clock: Clock) -> Row:
-    times = Quantiles.of(interleaved_samples({"run": [run]}, clock, rounds=rounds)["run"])
+def _rate(what: str, run: Callable[[], Any], size: int, clock: Clock) -> Row:
+    times = Quantiles.of(interleaved_samples({"run": [run]}, clock, rounds=20)["run"])
     how = f"{what} of {size} bytes; median of {times.samples}"
     return {"gb_per_s": size / times.median / 1e9, "how": how, "seconds": asdict(times)}
 

@@ -18,7 +18,7 @@ from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Layer, Settings, joined_layers, meta_unet, unet_layers
 from fastunet.benchmarks.gpu_steps import Step, describe
 from fastunet.benchmarks.harness import timing
-from fastunet.benchmarks.roofline import PeakRates, bound_seconds, eager_seconds, point_of
+from fastunet.benchmarks.roofline import PeakRates, eager_seconds, point_of
 from PIL import Image
 
 H100 = PeakRates(790e12, 3.0e12, source="assumed")
@@ -57,7 +57,7 @@ def test_bound_and_eager_of_the_classic_net_to_the_printed_digit() -> None:
     found: dict[str, list[float]] = {}
     for layer in classic():
         sums = found.setdefault(layer.name.replace(".up", ".c1"), [0.0, 0.0])
-        sums[0] += bound_seconds(layer, H100)
+        sums[0] += point_of(layer, H100).bound
         sums[1] += eager_seconds(layer, H100)
     assert {name: tuple(round(1e6 * s) for s in sums) for name, sums in found.items()} == MICROSECONDS
     assert [round(1e6 * sum(column)) for column in zip(*found.values(), strict=True)] == [8397, 16288]
@@ -67,9 +67,9 @@ def test_what_is_left_to_gain_by_joining_layers() -> None:
     """With each up-convolution composed with the convolution that it feeds, and without the head's own pass."""
     layers = classic()
     joined = joined_layers(layers)
-    assert round(BATCH / sum(bound_seconds(layer, H100) for layer in layers if layer.name != "outc")) == 1948
+    assert round(BATCH / sum(point_of(layer, H100).bound for layer in layers if layer.name != "outc")) == 1948
     *others, last = joined
-    assert round(1e6 * sum(bound_seconds(each, H100) for each in (*others, layers[-2]))) == 7462
+    assert round(1e6 * sum(point_of(each, H100).bound for each in (*others, layers[-2]))) == 7462
     assert last.flops == layers[-2].flops + layers[-1].flops
     flops = sum(layer.flops for layer in joined) / sum(layer.flops for layer in layers)
     assert round(1 - flops, 3) == 0.067
@@ -101,7 +101,7 @@ def test_points_are_the_reports_forward_layers() -> None:
         ("outc", {"triton": 0.004}),
     ]
     layers = {layer.name: layer for layer in Settings(size=32, batch=2, features=(8, 16)).net_layers()}
-    assert [point.bound for point in points] == [bound_seconds(layers[point.name], H100) for point in points]
+    assert [point.bound for point in points] == [point_of(layers[point.name], H100).bound for point in points]
     assert [charts.verdict(point) for point in points] == ["faster", "slower", "alone"]
 
 
@@ -171,17 +171,17 @@ def test_burst_is_the_beginning_and_steady_the_second_half() -> None:
 
 
 def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    sizes, clock = roofline.Sizes(1 << 20, 16, seconds=0.0), SteppedClock(lambda: 0.5)
-    found = json.loads(json.dumps(roofline.measure_peak_rates(cpu, sizes, clock)))
+    cpu, cuda, clock = torch.device("cpu"), torch.device("cuda"), SteppedClock(lambda: 0.5)
+    monkeypatch.setitem(roofline.SIZES, "cpu", (1 << 20, 16, 0.0))
+    found = json.loads(json.dumps(roofline.measure_peak_rates(cpu, clock)))
     assert found["copy"]["gb_per_s"] == pytest.approx(2 * (1 << 20) / 0.5 / 1e9)
     matmul = found["matmul"]
     assert matmul["burst_tflops"] == matmul["steady_tflops"] == pytest.approx(2 * 16**3 / 0.5 / 1e12)
     assert found["l2"] == {"gb_per_s": None, "reason": "the device is cpu, not cuda"}
     monkeypatch.setattr(roofline, "_l2_reader", lambda device: (lambda: None, 1 << 20))
-    assert roofline.l2_rate(cuda, sizes, clock)["gb_per_s"] == pytest.approx((1 << 26) / 0.5 / 1e9)
+    assert roofline.l2_rate(cuda, clock)["gb_per_s"] == pytest.approx((1 << 26) / 0.5 / 1e9)
     monkeypatch.setattr(roofline, "_l2_reader", lambda device: {}["no compiler"])
-    assert roofline.l2_rate(cuda, sizes, clock) == {"gb_per_s": None, "reason": "KeyError: 'no compiler'"}
+    assert roofline.l2_rate(cuda, clock) == {"gb_per_s": None, "reason": "KeyError: 'no compiler'"}
 
 
 # --- the command ---
@@ -206,7 +206,7 @@ def test_the_command_takes_net_and_images_from_a_report(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tflops", "0"], "expected matmul_flops above 0 and finite, got 0.0"),
+        (["--tflops", "0"], "expected rates above 0 and finite, got 0.0 and"),
         (["--size", "8"], "expected size >= 16 and batch >= 1, got 8 and 16"),
         (["--report", "no such file"], "no such file"),
     ],
