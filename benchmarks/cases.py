@@ -14,15 +14,14 @@ sides 2**depth does not divide.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastunet import UNet
 from fastunet.checks import ConfigError
 
 # What layers and nets are timed in on a GPU.
@@ -31,7 +30,6 @@ DIRECTIONS = ("forward", "backward")
 TASKS = ("inference", "training")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CONV = "conv3x3_bias_relu"
-CONV_HEAD = "conv3x3_relu_conv1x1"
 UP_CONV = "conv_transpose2x2_concat_conv3x3_relu"
 
 Shape = tuple[int, ...]
@@ -73,9 +71,8 @@ class Settings:
 
     def net_layers(self) -> list[Layer]:
         """Return the layers of the model, for its images."""
-        norm: Any = self.norm
-        model = meta_unet(self.in_channels, self.out_channels, self.features, norm=norm)
-        return unet_layers(model, self.batch, self.size, self.size)
+        channels = self.in_channels, self.out_channels, self.features
+        return unet_layers(*channels, self.batch, self.size, self.size)
 
 
 def check_settings(settings: Settings) -> None:
@@ -167,60 +164,39 @@ class Layer:
         return self.flops * (2 if self.input_has_grad else 1)
 
 
-def unet_layers(model: UNet, batch: int, height: int, width: int) -> list[Layer]:
-    """List the layers of a model of transposed convolutions, in the order they run, for images [batch, C, height,
-    width].
+def unet_layers(
+    in_channels: int, out_channels: int, features: Sequence[int], batch: int, height: int, width: int
+) -> list[Layer]:
+    """List the layers of a UNet with transposed convolutions, in the order they run, for images [batch, in_channels,
+    height, width].
 
     A norm is taken as folded into the weight and bias before it, as for inference: what is left of a layer is
     conv3x3_bias_relu. Pooling belongs to the convolution before it, concatenation to the one after it.
     """
     layers: list[Layer] = []
 
-    def add(name: str, op: str, conv: Any, level: int, skip: int = 0, *, input_has_grad: bool = True) -> None:
+    def add(name: str, op: str, level: int, c_in: int, c_out: int, skip: int = 0) -> None:
         size = height >> level, width >> level
-        shapes: dict[str, Shape] = {"x": (batch, conv.in_channels, *size)}
+        shapes: dict[str, Shape] = {"x": (batch, c_in, *size)}
         if skip:
-            shapes = {"skip": (batch, skip, *size), "up": (batch, conv.in_channels - skip, *size)}
-        shapes |= {"weight": tuple(conv.weight.shape), "bias": (conv.out_channels,)}
+            shapes = {"skip": (batch, skip, *size), "up": (batch, c_in - skip, *size)}
+        weight = {"conv1x1": (c_out, c_in, 1, 1), "conv_transpose2x2": (c_in, c_out, 2, 2)}.get(op, (c_out, c_in, 3, 3))
+        shapes |= {"weight": weight, "bias": (c_out,)}
         # Each weight is multiplied, and its product added, once at every pixel of the input.
-        flops = 2 * batch * math.prod(size) * conv.weight.numel()
-        layers.append(Layer(name, op, shapes, flops, input_has_grad))
+        layers.append(Layer(name, op, shapes, 2 * batch * math.prod((*size, *weight)), input_has_grad=bool(layers)))
 
-    encoder = [("inc", model.inc), *((f"down{i}", down.maxpool_conv[1]) for i, down in enumerate(model.downs, 1))]
-    channels = []
-    for level, (name, block) in enumerate(encoder):
-        first, second = _convolutions(block)
-        channels.append(second.out_channels)
-        add(f"{name}.c1", CONV, first, level, input_has_grad=level > 0)
-        add(f"{name}.c2", CONV if level == model.depth else f"{CONV}_pool", second, level)
-    for i, up in enumerate(model.ups, 1):
-        level = model.depth - i
-        first, second = _convolutions(up.conv)
-        add(f"up{i}.up", "conv_transpose2x2", up.up, level + 1)
-        add(f"up{i}.c1", f"concat_{CONV}", first, level, channels[level])
-        add(f"up{i}.c2", CONV, second, level)
-    add("outc", "conv1x1", model.outc.conv, 0)
+    *skips, bottom = features
+    for level, (c_in, c) in enumerate(zip((in_channels, *skips), features, strict=True)):
+        name = f"down{level}" if level else "inc"
+        add(f"{name}.c1", CONV, level, c_in, c)
+        add(f"{name}.c2", f"{CONV}_pool" if level < len(skips) else CONV, level, c, c)
+    for i, (low, c) in enumerate(zip((bottom, *reversed(skips)), reversed(skips), strict=False), 1):
+        level = len(skips) - i
+        add(f"up{i}.up", "conv_transpose2x2", level + 1, low, c)
+        add(f"up{i}.c1", f"concat_{CONV}", level, 2 * c, c, skip=c)
+        add(f"up{i}.c2", CONV, level, c, c)
+    add("outc", "conv1x1", 0, features[0], out_channels)
     return layers
-
-
-def _convolutions(block: nn.Module) -> list[nn.Conv2d]:
-    return [module for module in block.modules() if isinstance(module, nn.Conv2d)]
-
-
-def up_convolutions(layers: Sequence[Layer]) -> list[Layer]:
-    """Each upsampling and the convolution after it as one op, by the convolution's name; its weights as the op has
-    them.
-    """
-    by_name = {layer.name: layer for layer in layers}
-    found = []
-    for conv in layers:
-        if conv.op.startswith("concat"):
-            up = by_name[conv.name.replace(".c1", ".up")]
-            shapes = {"skip": conv.shapes["skip"], "low": up.shapes["x"]}
-            shapes |= {"up_weight": up.shapes["weight"], "up_bias": up.shapes["bias"]}
-            shapes |= conv.parameters
-            found.append(Layer(conv.name, UP_CONV, shapes, up.flops + conv.flops))
-    return found
 
 
 def joined_layers(layers: Sequence[Layer]) -> list[Layer]:
@@ -229,22 +205,19 @@ def joined_layers(layers: Sequence[Layer]) -> list[Layer]:
 
     A composed layer is a 3x3 convolution of the skip and a transposed one of 4x4 taps, of which a pixel meets four.
     """
-    replaced: dict[str, Layer] = {}
-    for conv in up_convolutions(layers):
-        out, (batch, skip, height, width), low = conv.shapes["bias"][0], conv.shapes["skip"], conv.shapes["low"][1]
-        shapes = conv.inputs | {"weight": (out, skip, 3, 3), "low_weight": (low, out, 4, 4), "bias": (out,)}
-        flops = 2 * batch * height * width * out * (9 * skip + 4 * low)
-        replaced[conv.name] = replace(conv, shapes=shapes, flops=flops)
-    *others, last, head = [layer for layer in layers if layer.op != "conv_transpose2x2"]
+    *body, last, head = layers
+    found = body[:1]
+    for up, layer in itertools.pairwise(body):
+        if layer.op.startswith("concat"):
+            x, out, (batch, skip, height, width) = up.shapes["x"], layer.shapes["bias"][0], layer.shapes["skip"]
+            shapes = {"skip": layer.shapes["skip"], "low": x, "weight": (out, skip, 3, 3)}
+            shapes |= {"low_weight": (x[1], out, 4, 4), "bias": (out,)}
+            found.append(Layer(layer.name, UP_CONV, shapes, 2 * batch * height * width * out * (9 * skip + 4 * x[1])))
+        elif layer.op != "conv_transpose2x2":
+            found.append(layer)
     with_head = dict(last.shapes) | {f"head_{name}": shape for name, shape in head.parameters.items()}
-    joined = Layer(f"{last.name}+{head.name}", CONV_HEAD, with_head, last.flops + head.flops)
-    return [*(replaced.get(layer.name, layer) for layer in others), joined]
-
-
-def meta_unet(in_channels: int, out_channels: int, features: tuple[int, ...], **options: Any) -> UNet:
-    """A model without memory, for its shapes. options: UNet's."""
-    with torch.device("meta"):
-        return UNet(in_channels, out_channels, features=features, **options)
+    joined = Layer(f"{last.name}+{head.name}", "conv3x3_relu_conv1x1", with_head, last.flops + head.flops)
+    return [*found, joined]
 
 
 # --- work ---

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from fastunet.benchmarks import cudnn_graph
-from fastunet.benchmarks.cases import meta_unet, unet_layers
+from fastunet.benchmarks.cases import unet_layers
 from fastunet.benchmarks.providers import Provider, Unavailable, layer_providers
 from fastunet.benchmarks.runs import check_layer, device_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LAYERS = {layer.name: layer for layer in unet_layers(meta_unet(3, 2, (8, 16)), 2, 12, 20)}
+LAYERS = {layer.name: layer for layer in unet_layers(3, 2, (8, 16), 2, 12, 20)}
 
 
 def provider_of(name: str) -> Provider:

@@ -41,7 +41,7 @@ def test_a_layer_is_what_the_net_runs() -> None:
     """Shapes and ops against those that a forward pass of the model, without norm, is seen to call."""
     model = fastunet.UNet(3, 2, features=(4, 8, 16), norm=None)
     seen = [row.input for row in fastunet.explain(model, torch.zeros(2, 3, 20, 12)).rows if "conv" in row.op]
-    layers = unet_layers(model, 2, 20, 12)
+    layers = unet_layers(3, 2, (4, 8, 16), 2, 20, 12)
     assert [f"{list(next(iter(layer.shapes.values())))} float32" for layer in layers] == seen
     assert [layer.name for layer in layers if not layer.input_has_grad] == ["inc.c1"]
 
@@ -58,7 +58,7 @@ def test_a_layers_outputs_are_what_its_modules_return() -> None:
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d)):
             module.register_forward_hook(note)
     plain(torch.zeros(2, 3, 16, 24))
-    assert [shape for layer in unet_layers(model, 2, 16, 24) for shape in layer.outputs.values()] == returned
+    assert [shape for layer in unet_layers(3, 2, (4, 8, 16), 2, 16, 24) for shape in layer.outputs.values()] == returned
 
 
 def test_every_op_has_a_case_and_passes() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fastunet.benchmarks import compiling, providers
-from fastunet.benchmarks.cases import meta_unet, unet_layers
+from fastunet.benchmarks.cases import unet_layers
 from fastunet.benchmarks.providers import OURS, OURS_TRITON, Provider, Unavailable, layer_providers, net_providers
 from fastunet.benchmarks.runs import NetCheck, check_layer, device_inputs
 
@@ -19,7 +19,7 @@ from fastunet.losses import BCEDiceLoss
 from fastunet.testing import cpu_accumulates_in_float32
 
 CPU = torch.device("cpu")
-LAYERS = {layer.name: layer for layer in unet_layers(meta_unet(3, 2, (8, 16)), 2, 12, 20)}
+LAYERS = {layer.name: layer for layer in unet_layers(3, 2, (8, 16), 2, 12, 20)}
 BFLOAT16 = pytest.mark.skipif(
     not cpu_accumulates_in_float32(torch.bfloat16), reason="this processor sums products of bfloat16 in bfloat16"
 )

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="needs the extra train")
 import torch
 from fastunet.benchmarks import charts, roofline
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.cases import Layer, Settings, joined_layers, meta_unet, unet_layers
+from fastunet.benchmarks.cases import Layer, Settings, joined_layers, unet_layers
 from fastunet.benchmarks.gpu_steps import Step, describe
 from fastunet.benchmarks.harness import timing
 from fastunet.benchmarks.roofline import PeakRates, eager_seconds, point_of
@@ -49,8 +49,8 @@ MICROSECONDS = {
 }
 
 
-def classic(batch: int = BATCH, **options: Any) -> list[Layer]:
-    return unet_layers(meta_unet(3, 2, CLASSIC, **options), batch, 512, 512)
+def classic() -> list[Layer]:
+    return unet_layers(3, 2, CLASSIC, BATCH, 512, 512)
 
 
 def test_bound_and_eager_of_the_classic_net_to_the_printed_digit() -> None:
