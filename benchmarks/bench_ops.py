@@ -18,9 +18,10 @@ from fastunet.measuring.timing import cudnn_benchmark
 
 from .harness.environment import environment
 from .ops import Work, works
+from .providers import Provider
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WORKS = list(works(DEVICE))
+WORKS = [(work, provider) for work in works(DEVICE) for provider in work.providers(DEVICE)]
 # Seconds that a round and all rounds of one benchmark are to take.
 _ROUND, _TOTAL = 0.01, 0.25
 
@@ -33,12 +34,12 @@ def _timer() -> float:
 
 
 @pytest.mark.benchmark(timer=_timer)
-@pytest.mark.parametrize("work", WORKS, ids=lambda work: f"{work.group} {work.implementation}".replace(" ", "-"))
-def test_op(benchmark: Any, work: Work) -> None:
-    if work.unavailable:
-        pytest.skip(work.unavailable)
+@pytest.mark.parametrize(("work", "provider"), WORKS, ids=lambda each: getattr(each, "group", "") or each.name)
+def test_op(benchmark: Any, work: Work, provider: Provider) -> None:
+    if provider.unavailable:
+        pytest.skip(provider.unavailable)
     with cudnn_benchmark():
-        runs = work.prepare(DEVICE)
+        runs = provider.prepare()
         for run in runs:
             run()
         begin = _timer()
@@ -51,7 +52,7 @@ def test_op(benchmark: Any, work: Work) -> None:
             shapes={name: list(shape) for name, shape in work.case.shapes.items()},
             direction=work.direction,
             dtype=str(work.dtype),
-            implementation=work.implementation,
+            implementation=provider.name,
             device=environment(DEVICE.type)["device"],
             commit=environment("cpu")["commit"],
         )

@@ -38,21 +38,19 @@ def compiled(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
     mode: one of torch.compile's, or "freezing": the weights are constants, which inductor folds and lays out anew.
     Raises at a call that torch.compile would leave uncompiled in part or, after too many compilations, entirely.
     """
-    target = own_code(function)
-    if mode != "freezing":
-        return torch.compile(target, mode=mode, fullgraph=True, dynamic=False)
-    optimized, is_compiled = torch.compile(target, fullgraph=True, dynamic=False), False
+    target, freezes = own_code(function), mode == "freezing"
+    optimized: Callable[..., Any] | None = None
 
-    def frozen(*arguments: Any) -> Any:
-        nonlocal is_compiled
-        if is_compiled:
+    def call(*arguments: Any) -> Any:
+        nonlocal optimized
+        if optimized is not None:
             return optimized(*arguments)
+        optimized = torch.compile(target, mode=None if freezes else mode, fullgraph=True, dynamic=False)
         # Only the compilation looks at the setting, and other providers are to compile without it.
-        with torch._inductor.config.patch(freezing=True):
-            is_compiled, result = True, optimized(*arguments)
-        return result
+        with torch._inductor.config.patch(freezing=freezes):
+            return optimized(*arguments)
 
-    return frozen
+    return call
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:

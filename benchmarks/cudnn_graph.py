@@ -18,13 +18,11 @@ from torch import Tensor
 
 from fastunet.measuring.timing import clock_of, interleaved_samples
 
+from .results import Unavailable
+
 _DTYPES = {torch.bfloat16: "BFLOAT16", torch.float16: "HALF"}
 # Plans that are timed, in the heuristics' order: each is compiled, and the good ones come first.
 _MOST_PLANS = 8
-
-
-class NoPlan(RuntimeError):
-    """cuDNN builds no plan for this graph."""
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str:
@@ -44,7 +42,7 @@ def conv(
     """Return conv(x, weight, bias) for tensors of these shapes: 'same' padding and, if wanted, ReLU; nothing is stored
     between. It takes x [N, Cin, H, W] and weight [Cout, Cin, k, k] with odd k channels_last, and bias [Cout].
 
-    The plan is chosen at the first call. NoPlan where cuDNN refuses.
+    The plan is chosen at the first call. Unavailable where cuDNN refuses.
     """
     cudnn = importlib.import_module("cudnn")
     handle = cudnn.create_handle()
@@ -90,7 +88,7 @@ def _nhwc_strides(shape: tuple[int, ...]) -> list[int]:
 
 
 def _plans(cudnn: Any, graph: Any) -> list[int]:
-    """Build the plans that the heuristics propose; the indices of those that could be. NoPlan if none could."""
+    """Build the plans that the heuristics propose; the indices of those that could be. Unavailable if none could."""
     refusals = (RuntimeError, cudnn.cudnnGraphNotSupportedError)
     built, reason = [], "its heuristics propose none"
     try:
@@ -99,7 +97,7 @@ def _plans(cudnn: Any, graph: Any) -> list[int]:
         graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.B])
         graph.check_support()
     except refusals as error:
-        raise NoPlan(f"cuDNN has no plan for it: {error}") from error
+        raise Unavailable(f"cuDNN has no plan for it: {error}") from error
     for index in range(min(_MOST_PLANS, graph.get_execution_plan_count())):
         try:
             graph.build_plan_at_index(index)
@@ -107,5 +105,5 @@ def _plans(cudnn: Any, graph: Any) -> list[int]:
         except refusals as error:
             reason = str(error)
     if not built:
-        raise NoPlan(f"cuDNN has no plan for it: {reason}")
+        raise Unavailable(f"cuDNN has no plan for it: {reason}")
     return built

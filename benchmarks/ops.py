@@ -9,6 +9,7 @@ Nothing is timed before its result is right, and calls take sets of inputs in tu
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,16 +22,15 @@ from torch import Tensor
 
 import fastunet
 from fastunet import ops
-from fastunet.dispatch import selected_backend
 from fastunet.files import write_json
 from fastunet.reference import functional as reference
 from fastunet.testing import parity
 
 from .cases import DIRECTIONS, DTYPES, Settings, add_settings, settings_of, usual_device
 from .harness.environment import environment
-from .providers import Run, dtype_name, our_backends, reason_of
+from .providers import Provider, Run, dtype_name, our_backends
 from .results import Row, markdown, ratio_text, times_ms
-from .runs import case_inputs, case_run, measured
+from .runs import case_run, input_sets, measured, prepared
 
 # n, c, h, w, c_out.
 SIZES = {"cpu": (2, 32, 64, 64, 32), "cuda": (4, 64, 256, 256, 64)}
@@ -39,14 +39,11 @@ TORCH = "torch"
 
 @dataclass(frozen=True)
 class Work:
-    """An op to time under a backend, or torch's composition of it."""
+    """An op to time in a dtype and a direction."""
 
     case: parity.Case
     dtype: torch.dtype
     direction: str
-    implementation: str
-    backend: str
-    unavailable: str = ""
 
     @property
     def group(self) -> str:
@@ -54,24 +51,28 @@ class Work:
         given = "-given-statistics" if self.case.options.get("training") is False else ""
         return f"{self.case.op}{given} {dtype_name(self.dtype)} {self.direction}"
 
-    def prepare(self, device: torch.device) -> list[Run]:
-        """Check the result (AssertionError) and return the calls, one for each set of inputs."""
-        function = run_reference if self.implementation == TORCH else parity.run_op
+    def providers(self, device: torch.device) -> list[Provider]:
+        """Ours, then torch's composition. prepare: () -> a run for each set of inputs; AssertionError if wrong."""
+        return [
+            Provider(name, "NHWC", dtype_name(self.dtype), functools.partial(self._prepare, device, name, backend), why)
+            for name, backend, why in [*our_backends(device, self.dtype), (TORCH, "aten", "")]
+        ]
+
+    def _prepare(self, device: torch.device, name: str, backend: str) -> list[Run]:
+        function = run_reference if name == TORCH else parity.run_op
         # Torch's composition rounds after every step, as ours does where ATen runs it; the bounds are to know that.
-        with fastunet.backend("aten" if self.implementation == TORCH else self.backend):
+        with fastunet.backend(backend):
             parity.check(self.case, self.dtype, device, allow_tf32=device.type == "cuda", run=function)
-        sets = case_inputs(self.case, self.dtype, device)
-        return [case_run(self.case, each, self.backend, self.direction, function=function) for each in sets]
+        sets = input_sets(parity.make_inputs(self.case.shapes, self.dtype, device), device)
+        return [case_run(self.case, each, backend, self.direction, function=function) for each in sets]
 
 
 def works(device: torch.device, dtypes: list[torch.dtype] | None = None) -> Iterator[Work]:
-    """Yield every op's, ours before torch's. By default in the dtypes worth timing: a CPU has no float16 products."""
+    """Yield every op's. By default in the dtypes worth timing: a CPU has no float16 products."""
     if dtypes is None:
         dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if device.type == "cuda" else [])]
     for case, dtype in itertools.product(parity.cases_of(*SIZES[device.type]), dtypes):
-        for direction in DIRECTIONS[: 2 if case.backward else 1]:
-            for name, backend, unavailable in [*our_backends(device, dtype), (TORCH, selected_backend(), "")]:
-                yield Work(case, dtype, direction, name, backend, unavailable)
+        yield from (Work(case, dtype, direction) for direction in DIRECTIONS[: 2 if case.backward else 1])
 
 
 def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor], options: Any) -> Any:
@@ -106,10 +107,11 @@ def run(options: argparse.Namespace) -> int:
     """Time and print; return 0, or 1 if something of ours is wrong."""
     settings = settings_of(options)
     dtypes = None if options.dtypes is None else [DTYPES[name] for name in options.dtypes]
-    rows: list[Row] = []
-    for group, found in itertools.groupby(works(settings.torch_device, dtypes), key=lambda work: work.group):
-        if options.only is None or group.split()[0].partition("-")[0] in options.only:
-            rows.append(compare(group, list(found), settings))
+    rows = [
+        compare(work, settings)
+        for work in works(settings.torch_device, dtypes)
+        if options.only is None or work.case.op in options.only
+    ]
     names = list(dict.fromkeys(name for row in rows for name in row.get("samples_ms", {})))
     print(markdown(["op", *(f"{name}, ms" for name in names), "torch / ours"], [_line(row, names) for row in rows]))
     if options.out is not None:
@@ -117,20 +119,10 @@ def run(options: argparse.Namespace) -> int:
     return 1 if any(row["status"] == "parity failed" for row in rows) else 0
 
 
-def compare(group: str, found: list[Work], settings: Settings) -> Row:
-    """Time a group in turn: the row, without a time for what is not right or does not run."""
-    row: Row = {"kind": "op", "name": group, "status": "ok", "missing": {}}
-    runs: dict[str, list[Run]] = {}
-    for work in found:
-        try:
-            if work.unavailable:
-                row["missing"][work.implementation] = work.unavailable
-            else:
-                runs[work.implementation] = work.prepare(settings.torch_device)
-        except Exception as error:
-            row["missing"][work.implementation] = reason_of(error)
-            row["status"] = "parity failed" if isinstance(error, AssertionError) else row["status"]
-    return measured(settings, row, runs)
+def compare(work: Work, settings: Settings) -> Row:
+    """Time an op's providers in turn: the row, without a time for what is not right or does not run."""
+    row, runs = prepared(work.providers(settings.torch_device), lambda each: each.prepare(), lambda *_: None)
+    return measured(settings, {"kind": "op", "name": work.group} | row, runs)
 
 
 def _line(row: Row, names: list[str]) -> list[str]:

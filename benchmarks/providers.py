@@ -30,7 +30,7 @@ from fastunet.testing import parity
 from . import cudnn_graph
 from .cases import Layer
 from .compiling import compile_unsupported, compiled, no_cuda
-from .results import failure
+from .results import Unavailable
 
 Run = Callable[[], Any]
 # What torch.compile makes of a net, by the providers' names, and its mode.
@@ -56,20 +56,8 @@ class Provider:
     name: str
     layout: str
     dtype: str
-    prepare: Callable[..., Run]
+    prepare: Callable[..., Any]
     unavailable: str = ""
-
-
-class Unavailable(RuntimeError):
-    """A provider cannot do this work: the message says why."""
-
-
-def reason_of(error: Exception) -> str:
-    """Why something has no time. An assertion is the parity check's."""
-    if isinstance(error, Unavailable):
-        return str(error)
-    found = failure(error)
-    return (found["reason"] if found["status"] == "failed" else f"{found['status']}: {found['reason']}")[:500]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -103,20 +91,18 @@ def layer_providers(
     for name, backend, unsupported in our_backends(device, dtype):
         prepare = functools.partial(_our_layer, layer.op, backend, _keeps_float32(device, dtype))
         providers.append(Provider(name, "NHWC", kind, prepare, unsupported))
-    providers.append(Provider(f"{library} eager", "NHWC", kind, functools.partial(_bound, composition)))
-    contiguous = functools.partial(_bound_contiguous, composition)
-    providers.append(Provider(f"{library} eager NCHW", "NCHW", kind, contiguous))
+
+    def add(name: str, function: Callable[..., Any], unsupported: str = "", layout: str = "NHWC") -> None:
+        providers.append(Provider(name, layout, kind, functools.partial(_bound, function, layout), unsupported))
+
+    add(f"{library} eager", composition)
+    add(f"{library} eager NCHW", composition, layout="NCHW")
     for name, mode in (("compile", "default"), ("compile max-autotune", "max-autotune-no-cudagraphs")):
-        unsupported = compile_unsupported(device, mode, thorough=thorough)
-        make = functools.cache(functools.partial(compiled, composition, mode))
-        providers.append(Provider(name, "NHWC", kind, functools.partial(_compiled_layer, make), unsupported))
+        add(name, compiled(composition, mode), compile_unsupported(device, mode, thorough=thorough))
     unsupported = cudnn_graph.unsupported(device, dtype)
     if "conv_transpose" in layer.op:
         unsupported = unsupported or "the graph is of a convolution, this is a transposed one"
-    make = functools.cache(functools.partial(_conv_graph, layer, device, dtype))
-    providers.append(
-        Provider("cudnn graph", "NHWC", kind, functools.partial(_graph_layer, layer.op, make), unsupported)
-    )
+    add("cudnn graph", _conv_graph(layer, device, dtype), unsupported)
     return providers
 
 
@@ -131,49 +117,35 @@ def _our_layer(op: str, backend: str, keeps_float32: bool, inputs: dict[str, Ten
     return run
 
 
-def _bound(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Run:
+def _bound(function: Callable[..., Any], layout: str, inputs: dict[str, Tensor]) -> Run:
+    arguments = [*inputs.values()]
+    if layout == "NCHW":
+        # .contiguous() would leave a 1x1 kernel its strides, and torch then choose NHWC by them.
+        arguments = [t.clone(memory_format=torch.contiguous_format) for t in arguments]
+
     def run() -> Any:
         with torch.no_grad():
-            return function(*inputs.values())
+            return function(*arguments)
 
     return run
 
 
-def _bound_contiguous(function: Callable[..., Any], inputs: dict[str, Tensor]) -> Run:
-    # .contiguous() would leave a 1x1 kernel its strides, and torch then choose NHWC by them.
-    return _bound(function, {name: t.clone(memory_format=torch.contiguous_format) for name, t in inputs.items()})
+def _conv_graph(layer: Layer, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """The layer by cuDNN's graph, which has neither the concatenation before it nor the pooling after it."""
+    n, _, h, w = next(iter(layer.inputs.values()))
+    x_shape = (n, sum(shape[1] for shape in layer.inputs.values()), h, w)
+    relu, pool = layer.op.endswith(("relu", "relu_pool")), layer.op.endswith("_pool")
 
-
-def _compiled_layer(make: Callable[[], Callable[..., Any]], inputs: dict[str, Tensor]) -> Run:
-    return _bound(make(), inputs)
-
-
-# --- cuDNN's graph ---
-
-
-def _conv_graph(layer: Layer, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    images = [layer.shapes[name] for name in ("x", "skip", "up") if name in layer.shapes]
-    n, _, h, w = images[0]
-    x_shape = (n, sum(shape[1] for shape in images), h, w)
-    relu = layer.op.endswith(("relu", "relu_pool"))
-    try:
+    @functools.cache
+    def conv() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return cudnn_graph.conv(x_shape, layer.shapes["weight"], dtype, device, relu=relu)
-    except cudnn_graph.NoPlan as error:
-        raise Unavailable(str(error)) from error
 
+    def function(*arguments: Tensor) -> Any:
+        *images, weight, bias = arguments
+        y = conv()(images[0] if len(images) == 1 else torch.cat(images, dim=1), weight, bias)
+        return (y, reference.max_pool2x2(y)) if pool else y
 
-def _graph_layer(op: str, make: Callable[[], Callable[..., Tensor]], inputs: dict[str, Tensor]) -> Run:
-    """The graph, after the concatenation and before the pooling that the layer has: cuDNN's graph has neither."""
-    conv = make()
-    images = [inputs[name] for name in ("x", "skip", "up") if name in inputs]
-
-    def run() -> Any:
-        with torch.no_grad():
-            x = images[0] if len(images) == 1 else torch.cat(images, dim=1)
-            y = conv(x, inputs["weight"], inputs["bias"])
-            return (y, reference.max_pool2x2(y)) if op.endswith("_pool") else y
-
-    return run
+    return function
 
 
 # --- whole nets ---

@@ -60,11 +60,16 @@ def spread_text(found: Quantiles, digits: int = 3) -> str:
     return f"{found.median:.{digits}f} ({found.p10:.{digits}f} to {found.p90:.{digits}f})"
 
 
+class Unavailable(RuntimeError):
+    """A provider cannot do this work: the message says why."""
+
+
 def failure(error: Exception) -> Row:
     """ "status" and "reason" of a row that the error has ended. An assertion is the parity check's."""
     if isinstance(error, AssertionError):
         return {"status": "parity failed", "reason": str(error)}
-    return {"status": "failed", "reason": f"{type(error).__name__}: {str(error).strip()}"[:2000]}
+    name = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+    return {"status": "failed", "reason": f"{name}{str(error).strip()}"[:2000]}
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], right: Collection[str] = ()) -> str:

@@ -22,8 +22,8 @@ from fastunet.testing.ops import Call
 from fastunet.testing.parity import Case
 
 from .cases import DTYPE, Layer, Settings
-from .providers import Provider, Run, Unavailable, bce_dice, reason_of
-from .results import Row, failure, timed, times_ms
+from .providers import Provider, Run, bce_dice
+from .results import Row, Unavailable, failure, timed, times_ms
 
 Inputs = dict[str, Tensor]
 Runs = dict[str, list[Run]]
@@ -59,9 +59,11 @@ def prepared(
             check(provider, result)
             runs[provider.name] = found
         except Exception as error:  # A compiler's, a driver's: a provider that fails is not the end of the comparison.
-            row["missing"][provider.name] = reason_of(error)
+            failed = failure(error)
+            is_wrong = failed["status"] == "parity failed"
+            row["missing"][provider.name] = ("parity failed: " if is_wrong else "") + failed["reason"]
             if provider is providers[0]:
-                return row | failure(error), {}
+                return row | failed, {}
     return row, runs
 
 
@@ -113,8 +115,7 @@ def net_runs(
 ) -> tuple[Row, Runs]:
     """As `prepared`, of the model's "inference" or "training" step. Ours trains only if its gradients are right."""
     training = task == "training"
-    x = images(settings, settings.batch, settings.size)
-    target = target_for(settings, x)
+    x, target = images_and_masks(settings, settings.batch, settings.size)
     net_check = NetCheck(model, x, target, training=training)
 
     def prepare(provider: Provider) -> list[Run]:
@@ -137,8 +138,8 @@ def case_run(
     wanted: Sequence[str] | None = None,
     function: Callable[..., Any] = parity.run_op,
 ) -> Run:
-    """Bind one call of the op under a backend: "forward" without gradients, "backward" alone with the graph kept, or
-    "both"; backward for random cotangents, and the gradients of the `wanted` inputs (all but a target).
+    """Bind one call of the op under a backend: "forward" without gradients, or "backward" alone with the graph kept,
+    for random cotangents, and the gradients of the `wanted` inputs (all but a target).
 
     function: computes the op, with the arguments of `parity.run_op`.
     """
@@ -155,19 +156,13 @@ def case_run(
         return forward
     names = [name for name in inputs if name != "target"] if wanted is None else wanted
     leaves = {name: t.detach().requires_grad_(name in names) for name, t in inputs.items()}
-
-    def outputs_now() -> tuple[Tensor, ...]:
-        return parity.outputs_of(function(case.op, leaves, buffers, case.options))
-
     with fastunet.backend(backend):
-        outputs = outputs_now()
+        outputs = parity.outputs_of(function(case.op, leaves, buffers, case.options))
     cotangents = [random_cotangent(y, seed=i) for i, y in enumerate(outputs)]
-    keeps = direction == "backward"
 
     def backward() -> Any:
         with fastunet.backend(backend):
-            taken = outputs if keeps else outputs_now()
-            return torch.autograd.grad(taken, [leaves[name] for name in names], cotangents, retain_graph=keeps)
+            return torch.autograd.grad(outputs, [leaves[name] for name in names], cotangents, retain_graph=True)
 
     return backward
 
@@ -181,11 +176,6 @@ def input_sets(inputs: Inputs, device: torch.device) -> list[Inputs]:
     """The inputs and as many copies as it takes for each to have left the cache before its next turn."""
     copies = sets_past_cache(list(inputs.values()), device)
     return [inputs, *({name: t.clone() for name, t in inputs.items()} for _ in range(copies - 1))]
-
-
-def case_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
-    """Random inputs of the case in sets, images and weights channels_last."""
-    return input_sets(parity.make_inputs(case.shapes, dtype, device), device)
 
 
 def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE) -> Inputs:
@@ -239,16 +229,11 @@ def make_net(settings: Settings) -> fastunet.UNet:
     return model.to(settings.device)
 
 
-def images(settings: Settings, batch: int, side: int) -> Tensor:
-    """Random images [batch, C, side, side], channels_last."""
+def images_and_masks(settings: Settings, batch: int, side: int) -> tuple[Tensor, Tensor]:
+    """Random images [batch, C, side, side] and masks of 0 and 1, channels_last."""
     x = torch.randn(batch, settings.in_channels, side, side, device=settings.device)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def target_for(settings: Settings, x: Tensor) -> Tensor:
-    """Random masks of 0 and 1 for the images x."""
-    shape = (x.shape[0], settings.out_channels, *x.shape[2:])
-    return torch.randint(0, 2, shape, device=x.device).float().contiguous(memory_format=torch.channels_last)
+    masks = torch.randint(0, 2, (batch, settings.out_channels, side, side), device=settings.device).float()
+    return x.contiguous(memory_format=torch.channels_last), masks.contiguous(memory_format=torch.channels_last)
 
 
 def check_gradients(settings: Settings, model: fastunet.UNet) -> None:
@@ -257,8 +242,7 @@ def check_gradients(settings: Settings, model: fastunet.UNet) -> None:
 
     Both nets round in the settings' dtype; ours rounds no more often.
     """
-    x = images(settings, 2, min(settings.size, _PARITY_SIDE))
-    target = target_for(settings, x)
+    x, target = images_and_masks(settings, 2, min(settings.size, _PARITY_SIDE))
     reference = model.to_reference()
     with fastunet.backend("aten"):  # The loss is an op of ours in all three.
         exact = _gradients(copy.deepcopy(reference).double(), x.double(), target.double(), torch.float64)

@@ -35,7 +35,7 @@ from . import cases
 from .cases import DTYPES, TASKS, Layer, Settings, add_settings, settings_of, usual_device
 from .providers import OURS, Provider, dtype_name, layer_providers, net_providers
 from .results import Row, markdown
-from .runs import images, layer_runs, make_net, measured, net_runs
+from .runs import images_and_masks, layer_runs, make_net, measured, net_runs
 from .tables import layers_table, missing_table, nets_table, report_of
 
 # The reference model as people run it.
@@ -138,7 +138,7 @@ def _host_row(settings: Settings, task: str) -> Row:
     model = make_net(settings)
     plain: Any = model.to_reference()
     batch = settings.batch if task == "inference" else max(2, settings.batch)
-    x = images(settings, batch, settings.size)
+    x, _ = images_and_masks(settings, batch, settings.size)
     nets = {OURS: model, PLAIN: plain}
     runs = {}
     for name, net in nets.items():

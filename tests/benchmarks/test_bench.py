@@ -16,7 +16,8 @@ from command import fastunet
 from fastunet.benchmarks import results, unet
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.charts import draw
-from fastunet.benchmarks.providers import OURS, Provider, Unavailable
+from fastunet.benchmarks.providers import OURS, Provider
+from fastunet.benchmarks.results import Unavailable
 from fastunet.benchmarks.runs import measured, prepared
 from fastunet.benchmarks.unet import default_settings, tables
 from PIL import Image

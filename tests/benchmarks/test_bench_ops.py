@@ -26,13 +26,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # Listing needs no GPU.
 def test_every_op_is_timed_in_every_dtype_and_direction(device: str) -> None:
     works = list(bench.works(torch.device(device)))
-    assert len({(work.group, work.implementation) for work in works}) == len(works)
+    assert len({work.group for work in works}) == len(works)
     assert {work.case.op for work in works} == set(ops.__all__)
     dtypes = {torch.float32, torch.bfloat16} | ({torch.float16} if device == "cuda" else set())
-    for name in ("fastunet", bench.TORCH):
-        timed = {(work.case.op, work.dtype, work.direction) for work in works if work.implementation == name}
-        without = {case.op for case in parity.cases() if not case.backward}
-        assert len(timed) == len(dtypes) * (2 * len(ops.__all__) - len(without))
+    timed = {(work.case.op, work.dtype, work.direction) for work in works}
+    without = {case.op for case in parity.cases() if not case.backward}
+    assert len(timed) == len(dtypes) * (2 * len(ops.__all__) - len(without))
+    assert {"fastunet", bench.TORCH} <= {each.name for each in works[0].providers(CPU)}
 
 
 def test_a_wrong_op_is_not_timed(
@@ -49,7 +49,7 @@ def test_a_wrong_op_is_not_timed(
     assert main([*command, str(tmp_path / "wrong.json")]) == 1
     for row in json.loads((tmp_path / "wrong.json").read_text())["rows"]:
         assert row["missing"]["fastunet"].startswith("parity failed: max_pool2x2: y")
-        assert list(row["samples_ms"]) == ["torch"]
+        assert "samples_ms" not in row
 
 
 @pytest.mark.parametrize("case", parity.cases_of(1, 4, 8, 8, 4), ids=str)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from fastunet.benchmarks import cudnn_graph
 from fastunet.benchmarks.cases import unet_layers
-from fastunet.benchmarks.providers import Provider, Unavailable, layer_providers
+from fastunet.benchmarks.providers import Provider, layer_providers
+from fastunet.benchmarks.results import Unavailable
 from fastunet.benchmarks.runs import check_layer, device_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -154,7 +155,7 @@ def test_no_plan_makes_the_provider_unavailable(
 ) -> None:
     install(monkeypatch, failing, count)
     with pytest.raises(Unavailable, match=reason):
-        provider_of("inc.c1").prepare(device_inputs(LAYERS["inc.c1"], CPU, torch.float16))
+        provider_of("inc.c1").prepare(device_inputs(LAYERS["inc.c1"], CPU, torch.float16))()
 
 
 def test_where_there_is_no_graph_api(monkeypatch: pytest.MonkeyPatch) -> None:

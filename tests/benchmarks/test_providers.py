@@ -11,7 +11,8 @@ import pytest
 import torch
 from fastunet.benchmarks import compiling, providers
 from fastunet.benchmarks.cases import unet_layers
-from fastunet.benchmarks.providers import OURS, OURS_TRITON, Provider, Unavailable, layer_providers, net_providers
+from fastunet.benchmarks.providers import OURS, OURS_TRITON, Provider, layer_providers, net_providers
+from fastunet.benchmarks.results import Unavailable
 from fastunet.benchmarks.runs import NetCheck, check_layer, device_inputs
 
 import fastunet
