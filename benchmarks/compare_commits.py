@@ -30,10 +30,10 @@ from fastunet.testing import parity
 
 from . import gpu_steps
 from .cases import DIRECTIONS, TASKS, Settings, add_settings, settings_of, usual_device
-from .gpu_steps import Step, parity_formats, providers_of, runs_of
+from .gpu_steps import Step, parity_formats, runs_of
 from .harness.environment import ROOT, environment
 from .harness.worker import Spawned
-from .providers import OURS, Run
+from .providers import OURS, Provider, Run
 from .results import Row
 from .runs import samples_in_turn
 
@@ -78,12 +78,12 @@ def answer(settings: Settings, step: Step | None) -> Any:
     """
     if step is None:
         return sum(samples_in_turn(replace(settings, rounds=len(_runs), warmup=0), {OURS: _runs})[OURS])
-    return gpu_steps.answer(settings, step, None if step.kind == "parity" else _prepare)[0]
+    return gpu_steps.answer(settings, step, _prepare)[0]
 
 
-def _prepare(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
+def _prepare(settings: Settings, step: Step, providers: list[Provider]) -> Row:
     _runs.clear()
-    row, runs = runs_of(settings, step, providers_of(settings, step, backends)[:1])
+    row, runs = runs_of(settings, step, providers[:1])
     if runs:
         _runs.extend(runs[OURS])
         samples_in_turn(replace(settings, rounds=1), runs)  # Warms up.

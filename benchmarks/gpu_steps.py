@@ -95,7 +95,7 @@ def parity_formats(device: str) -> list[str]:
 
 def describe(settings: Settings, step: Step) -> Row:
     """The part of a step's row that is known beforehand."""
-    row: Row = asdict(step)
+    row: Row = asdict(step) | {"status": "ok", "reason": ""}
     if step.kind == "parity":
         case = parity.cases()[int(step.name)]
         row |= {"name": str(case), "op": case.op}
@@ -112,42 +112,30 @@ def layer_of(settings: Settings, name: str) -> Layer:
 # --- measuring ---
 
 
-Measure = Callable[[Settings, Step, Sequence[str]], Row]
+Measure = Callable[[Settings, Step, list[Provider]], Row]
 
 
 def run_step(settings: Settings, step: Step, measure: Measure | None = None) -> Row:
-    """Measure: the row, with "status" "ok" or "parity failed" and a "reason". Errors of the op pass through.
+    """Measure: the row, with "status" and "reason" of whatever error ended it.
 
-    measure: what gives the row, under our backend, the first of those that are named.
+    measure: what gives the row of a layer or a net by its providers, ours first, instead of `_timed`.
     """
-    row = describe(settings, step)
+    row, device = describe(settings, step), settings.torch_device
     try:
-        with float32_precision("tf32" if step.variant == "tf32" else "ieee"):
-            found = _measured(settings, step, row, measure)
-    except AssertionError as error:
+        if step.kind == "peak rates":
+            return row | measure_peak_rates(device)
+        dtype, allow_tf32 = parity.FORMATS[step.variant] if step.kind == "parity" else (DTYPE, False)
+        # Of a net's ops, the convolution decides: where it has no kernel that runs here, there is nothing to compare.
+        backends, row["why_no_triton"] = backends_for(row.get("op", "conv3x3_batch_norm_relu"), device, dtype)
+        row["implementation"] = backends[0]
+        with float32_precision("tf32" if allow_tf32 else "ieee"), fastunet.backend(backends[0]):
+            if step.kind != "parity":
+                return row | (measure or _timed)(settings, step, providers_of(settings, step, backends))
+            for _ in range(_CALLS if device.type == "cuda" else 1):
+                parity.check(parity.cases()[int(step.name)], dtype, device, allow_tf32=allow_tf32)
+            return row
+    except Exception as error:
         return row | failure(error)
-    return row | {"status": "ok", "reason": ""} | found
-
-
-def _measured(settings: Settings, step: Step, row: Row, measure: Measure | None) -> Row:
-    if step.kind == "peak rates":
-        return measure_peak_rates(settings.torch_device)
-    # Of a net's ops, the convolution decides: where it has no kernel that runs here, there is nothing to compare.
-    op = row.get("op", "conv3x3_batch_norm_relu")
-    dtype = parity.FORMATS[step.variant][0] if step.kind == "parity" else DTYPE
-    backends, row["why_no_triton"] = backends_for(op, settings.torch_device, dtype)
-    row["implementation"] = backends[0]
-    measure = measure or {"parity": _parity, "layer": _layer, "net": _net}[step.kind]
-    with fastunet.backend(backends[0]):
-        return measure(settings, step, backends)
-
-
-def _parity(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
-    device, case = settings.torch_device, parity.cases()[int(step.name)]
-    dtype, allow_tf32 = parity.FORMATS[step.variant]
-    for _ in range(_CALLS if device.type == "cuda" else 1):
-        parity.check(case, dtype, device, allow_tf32=allow_tf32)
-    return {}
 
 
 def providers_of(settings: Settings, step: Step, backends: Sequence[str]) -> list[Provider]:
@@ -180,22 +168,13 @@ def runs_of(settings: Settings, step: Step, providers: Sequence[Provider]) -> tu
     return layer_runs(settings, layer_of(settings, step.name), providers, backward=step.variant == "backward")
 
 
-def _layer(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
-    return measured(settings, *runs_of(settings, step, providers_of(settings, step, backends)))
-
-
-def _gradients(layer: Layer, name: str, backend: str) -> Provider:
-    def prepare(inputs: dict[str, Tensor]) -> Run:
-        return case_run(parity.Case(layer.op, layer.shapes), inputs, backend, "backward", wanted_of(layer))
-
-    return Provider(name, "NHWC", "bfloat16", prepare)
-
-
-def _net(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
-    """In turn, and each without a break: "steady_ms", "peak_bytes", by name."""
+def _timed(settings: Settings, step: Step, providers: list[Provider]) -> Row:
+    """In turn and, of a net, each without a break: "steady_ms", "peak_bytes", by name."""
     device = settings.torch_device
-    row, runs = runs_of(settings, step, providers_of(settings, step, backends))
+    row, runs = runs_of(settings, step, providers)
     row = measured(settings, row, runs)
+    if step.kind == "layer":
+        return row
     # The memory of a graph was taken when it was captured.
     row["peak_bytes"] = {name: peak_bytes(run, device) for name, (run,) in runs.items() if "CUDA graph" not in name}
     row["steady_ms"] = {}
@@ -204,6 +183,13 @@ def _net(settings: Settings, step: Step, backends: Sequence[str]) -> Row:
             _, steady = burst_and_steady(run, clock_of(device), seconds=settings.steady_seconds)
         row["steady_ms"][name] = 1e3 * steady.median
     return row
+
+
+def _gradients(layer: Layer, name: str, backend: str) -> Provider:
+    def prepare(inputs: dict[str, Tensor]) -> Run:
+        return case_run(parity.Case(layer.op, layer.shapes), inputs, backend, "backward", wanted_of(layer))
+
+    return Provider(name, "NHWC", "bfloat16", prepare)
 
 
 def _others(providers: Sequence[Provider], *, compiled: bool) -> list[Provider]:
@@ -267,10 +253,7 @@ def net_variant(*, training: bool) -> Provider:
 
 def answer(settings: Settings, step: Step, measure: Measure | None = None) -> tuple[Row, bool]:
     """The step's row, and whether this process can go on: not where an error has left the GPU's context unusable."""
-    try:
-        row = run_step(settings, step, measure)
-    except Exception as error:
-        row = describe(settings, step) | failure(error)
+    row = run_step(settings, step, measure)
     if settings.device == "cuda":
         try:
             torch.cuda.synchronize()
@@ -298,26 +281,23 @@ def run_steps(
         for step in steps:
             left = budget.left()
             limit = min(_COMPILED_NET_LIMIT if step.kind == "net" and step.variant else STEP_LIMIT, left)
-            row, is_usable = describe(settings, step), True
+            row = describe(settings, step)
             if (earlier := by_step.get((row["kind"], row["name"], row["variant"]))) is not None:
                 rows.append(earlier)
                 continue
+            if left < _LEAST_STEP:
+                rows.append(row | {"status": "skipped", "reason": "no time left"})
+                continue
             try:
-                if left < _LEAST_STEP:
-                    row |= {"status": "skipped", "reason": "no time left"}
-                else:
-                    row, is_usable = process.ask(step, limit)
+                row, is_usable = process.ask(step, limit)
+                if not is_usable:
+                    process.close()
             except TimeoutError as error:
                 row |= {"status": "timed out", "reason": str(error)}
             except ChildProcessError as error:
                 row |= {"status": "failed", "reason": str(error)}
-            if not is_usable:
-                process.close()
             rows.append(row)
-            if row["status"] != "skipped":
-                print(
-                    f"{budget.left():6.0f} s left  {step}: {row['status']} {row['reason'][:200]}".rstrip(), flush=True
-                )
-                save(rows)
+            print(f"{budget.left():6.0f} s left  {step}: {row['status']} {row['reason'][:200]}".rstrip(), flush=True)
+            save(rows)
     save(rows)
     return rows
