@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import fastunet
@@ -71,11 +71,9 @@ def _kept(settings: Settings, implementation: str, batch: int) -> Counter[int]:
     dtype = settings.torch_dtype
     kind = ReferenceUNet if implementation == "eager" else fastunet.UNet
     with torch.device("meta"):
-        model: nn.Module = kind(
-            settings.in_channels, settings.out_channels, features=settings.features, norm=settings.norm
-        )
-    model = model.to(dtype=dtype, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    x = torch.empty(batch, settings.in_channels, settings.size, settings.size, dtype=dtype, device="meta")
+        model: Any = kind(settings.in_channels, settings.out_channels, features=settings.features, norm=settings.norm)
+        x = torch.empty(batch, settings.in_channels, settings.size, settings.size, dtype=dtype)
+    model = model.to(dtype=dtype, memory_format=torch.channels_last).train()
     x = x.to(memory_format=torch.channels_last)
     held = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     found: dict[int, Tensor] = {}  # One tensor of each storage, which stays alive so that no other takes its place.
@@ -85,7 +83,7 @@ def _kept(settings: Settings, implementation: str, batch: int) -> Counter[int]:
             found[t.untyped_storage()._cdata] = t
         return t
 
-    with fastunet.backend("triton" if implementation == "triton" else "aten"), saved_tensors_hooks(keep, _as_is):
+    with fastunet.backend("triton" if implementation == "triton" else "aten"), saved_tensors_hooks(keep, lambda t: t):
         y = model(x)
     assert y.requires_grad
     kept: Counter[int] = Counter()
@@ -94,23 +92,17 @@ def _kept(settings: Settings, implementation: str, batch: int) -> Counter[int]:
     return kept
 
 
-def _as_is(t: Tensor) -> Tensor:
-    return t
-
-
 # --- the command ---
 
 
-def table(found: dict[str, Any], columns: dict[Any, dict[Any, int]], first: str, unit: float) -> str:
-    """Write a line for each key of the columns, and the totals, in units of so many bytes."""
-    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
-    lines = [
-        [str(key), *(f"{column[key] / unit:.1f}" if key in column else "" for column in columns.values())]
-        for key in keys
-    ]
+def table(found: dict[str, Any], part: str, unit: float) -> str:
+    """Write a line for each key of the part "by_...", and the totals, in units of so many bytes."""
+    columns = found[part]
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    lines = [[str(key), *(f"{of[key] / unit:.1f}" if key in of else "" for of in columns.values())] for key in keys]
     lines.append(["total", *(f"{found['summary'][name]['bytes'] / unit:.1f}" for name in columns)])
     lines.append(["of eager", *(f"{found['summary'][name]['of_eager']:.3f}" for name in columns)])
-    return markdown([first, *columns], lines)
+    return markdown([part.removeprefix("by_"), *columns], lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,10 +120,10 @@ def run(options: argparse.Namespace) -> int:
     images = f"images of {options.size}x{options.size}, {options.dtype}"
     if options.what == "kept":
         print(f"MB that one of the {images}, keeps for its backward\n")
-        print(table(found, found["by_height"], "height", 1e6))
+        print(table(found, "by_height", 1e6))
     else:
         print(f"MB that inference moves for one of {options.batch} {images}\n")
-        print(table(found, found["by_layer"], "layer", 1e6 * options.batch))
+        print(table(found, "by_layer", 1e6 * options.batch))
     if options.out is not None:
         machine = {name: value for name, value in environment("cpu").items() if name in ("commit", "dirty", "torch")}
         said = {name: getattr(settings, name) for name in ("size", "features", "dtype", "batch", "norm")}

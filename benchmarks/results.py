@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,49 +95,32 @@ _TASKS = {"inference": "inference", "training": "training step"}
 Result = Mapping[str, Any]
 
 
-def committed(folder: Path) -> dict[str, list[tuple[Path, Result]]]:
-    """The files with a summary of tasks, under "gpu" and "cpu", in the order of their paths."""
-    files = {"gpu": sorted(folder.glob("*/gpu_report.json")), "cpu": sorted(folder.glob("cpu/*.json"))}
-    read = {kind: [(path, json.loads(path.read_text())) for path in paths] for kind, paths in files.items()}
-    return {kind: [(path, found) for path, found in pairs if _has_tasks(found)] for kind, pairs in read.items()}
-
-
-def _has_tasks(found: Result) -> bool:
-    summary = found.get("summary", {})
-    return any(summary.get(task) for task in _TASKS)
-
-
 def generate(folder: Path) -> str:
     """What stands between the markers: a table for each file, GPUs first, or that there is none."""
-    found = committed(folder)
-    parts = [_written(_section, folder, *each) for each in found["gpu"]]
-    if not parts:
-        parts.append("Speed on a GPU: not measured. There is no `benchmarks/results/<gpu>/gpu_report.json`.")
-    parts += [_written(_section, folder, *each) for each in found["cpu"]]
-    if not found["cpu"]:
-        parts.append("Speed on a CPU: not measured. There is no file of it in `benchmarks/results/cpu/`.")
-    for path in sorted(folder.glob("cpu/drop_in_*.json")):
-        parts.append(_written(_drop_in_section, folder, path, json.loads(path.read_text())))
-    return "\n\n".join(parts)
-
-
-def _written(section: Callable[[Path, Result], str], folder: Path, path: Path, result: Result) -> str:
-    path = path.relative_to(folder.parents[1])
-    try:
-        return section(path, result)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: expected a summary or rows, settings and environment, got {error!r}") from error
+    parts: dict[str, list[str]] = {"gpu": [], "cpu": [], "drop-in": []}
+    for path in (*sorted(folder.glob("*/gpu_report.json")), *sorted(folder.glob("cpu/*.json"))):
+        result, place = json.loads(path.read_text()), path.relative_to(folder.parents[1])
+        try:
+            if any(result.get("summary", {}).get(task) for task in _TASKS):
+                parts["gpu" if path.name == "gpu_report.json" else "cpu"].append(_section(place, result))
+            elif path.name.startswith("drop_in_"):
+                parts["drop-in"].append(_drop_in_section(place, result))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{place}: expected a summary or rows, settings and environment, got {error!r}") from error
+    gpu = parts["gpu"] or ["Speed on a GPU: not measured. There is no `benchmarks/results/<gpu>/gpu_report.json`."]
+    cpu = parts["cpu"] or ["Speed on a CPU: not measured. There is no file of it in `benchmarks/results/cpu/`."]
+    return "\n\n".join([*gpu, *cpu, *parts["drop-in"]])
 
 
 def _section(path: Path, result: Result) -> str:
     """Conditions and a table: how many times as long each provider takes."""
     tasks = {task: result["summary"].get(task) or {} for task in _TASKS}
-    providers = list(dict.fromkeys(name for found in tasks.values() for name in found))
+    providers = dict.fromkeys(name for found in tasks.values() for name in found)
     lines = [[name, *(ratio_text(found.get(name)) for found in tasks.values())] for name in providers]
     table = markdown(["time of ... / time of fastunet", *_TASKS.values()], lines, right=_TASKS.values())
-    settings, threads = result["settings"], result["settings"].get("threads")
+    settings = result["settings"]
     what = f"U-Net {'-'.join(map(str, settings['features']))}, {settings.get('dtype', 'bfloat16')}"
-    return f"{_conditions(path, result, what, [f'{threads} threads'] if threads else [])}\n\n{table}"
+    return f"{_conditions(path, result, what)}\n\n{table}"
 
 
 # The columns of other people's models: the time of the first over that of the second.
@@ -156,10 +139,10 @@ def _drop_in_section(path: Path, result: Result) -> str:
         left = "; ".join(f"{count}: {reason.partition(':')[0]}" for reason, count in row["left"].items())
         ratios = [_drop_in_ratio(row["samples_ms"], *pair) for pair in _DROP_IN]
         lines.append([row["name"], str(row["found"]), str(row["replaced"]), left, *ratios])
-    settings, right = result["settings"], ["found", "replaced", *names]
+    settings = result["settings"]
+    table = markdown(["model", "found", "replaced", "left, and why", *names], lines, ["found", "replaced", *names])
     what = f"{settings['task']} of other people's U-Nets, {settings['width']} channels in the first level"
-    said = _conditions(path, result, what, [f"{settings['threads']} threads"])
-    return f"{said}\n\n{markdown(['model', 'found', 'replaced', 'left, and why', *names], lines, right)}"
+    return f"{_conditions(path, result, what)}\n\n{table}"
 
 
 def _drop_in_ratio(samples: Mapping[str, Sequence[float]], other: str, ours: str) -> str:
@@ -168,10 +151,11 @@ def _drop_in_ratio(samples: Mapping[str, Sequence[float]], other: str, ours: str
     return f"{' and '.join(failed)}: failed" if failed else spread_text(ratio(samples, other, ours), digits=2)
 
 
-def _conditions(path: Path, result: Result, what: str, threads: Sequence[str]) -> str:
+def _conditions(path: Path, result: Result, what: str) -> str:
     settings, environment = result["settings"], result["environment"]
-    side, batch = settings["size"], settings["batch"]
-    said = ", ".join([what, f"images of {side}x{side}", f"batches of {batch}", *threads])
+    side, threads = settings["size"], settings.get("threads")
+    said = f"{what}, images of {side}x{side}, batches of {settings['batch']}"
+    said += f", {threads} threads" if threads else ""
     return (
         f"{environment['device']}, torch {environment['torch']}; {said}; medians of at most {settings['rounds']} "
         f"rounds in turn, p10 to p90 in brackets; above 1, fastunet is faster (`{path}`):"
