@@ -33,11 +33,11 @@ import os
 import re
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -62,23 +62,25 @@ _TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compilation gave: registers, spills and warnings as ptxas reports them, instruction counts of the PTX; of
-    the halo variant also those of the machine code.
+    """What a compilation gave: registers, spills and warnings as ptxas reports them, and the PTX.
 
     product_rows: of the matrix products' results, which decide the tensor-core instruction; 0 where there are none.
+    loads_between_products: in the machine code, of the halo variant.
     """
 
     registers: int
     spill_bytes: int
     shared_memory: int
-    mma: int
-    wgmma: int
-    wgmma_from_registers: int
-    tcgen05: int
     warnings: tuple[str, ...]
     ptx: str
     product_rows: int
     loads_between_products: int = 0
+
+    @property
+    def products(self) -> dict[str, int]:
+        """How many instructions there are, of each kind of tensor core."""
+        names = {"wgmma": "wgmma.mma_async.", "tcgen05": "tcgen05.mma.", "mma": "mma.sync."}
+        return {kind: count for kind, name in names.items() if (count := self.ptx.count(name))}
 
 
 @dataclass(frozen=True)
@@ -120,25 +122,18 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         built = launch.kernel.warmup(*arguments, grid=(launch.grid,), **launch.options)
-    report, ptx = log.getvalue(), built.asm["ptx"]
+    report, is_halo = log.getvalue(), _is_halo(launch)
+    rows = map(int, re.findall(r"tt\.dot\b.* -> tensor<(\d+)x", built.asm["ttir"]))
     return Compiled(
         registers=int(re.findall(r"Used (\d+) registers", report)[-1]),
         spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)),
         shared_memory=built.metadata.shared,
-        mma=ptx.count("mma.sync."),
-        wgmma=ptx.count("wgmma.mma_async."),
-        wgmma_from_registers=len(re.findall(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", ptx)),
-        tcgen05=ptx.count("tcgen05.mma."),
         warnings=tuple(re.findall(r"\(C75\d\d\).*", report)),
-        ptx=ptx,
+        ptx=built.asm["ptx"],
         # Gluon's have no other form than warpgroups'.
-        product_rows=_WARPGROUP_ROWS if _is_halo(launch) else _product_rows(built.asm["ttir"]),
-        loads_between_products=loads_between_products(_disassembled(built.asm["cubin"])) if _is_halo(launch) else 0,
+        product_rows=_WARPGROUP_ROWS if is_halo else min(rows, default=0),
+        loads_between_products=loads_between_products(_disassembled(built.asm["cubin"])) if is_halo else 0,
     )
-
-
-def _product_rows(ttir: str) -> int:
-    return min(map(int, re.findall(r"tt\.dot\b.* -> tensor<(\d+)x", ttir)), default=0)
 
 
 def _disassembled(cubin: bytes) -> str:
@@ -196,7 +191,7 @@ def find_breaches(compiled: Compiled, launch: gpu.Launch, math: str, capability:
         found += [] if re.search(products, compiled.ptx) else ["no product of 8 bits"]
         # Scale-d 0: the instruction, of 32 channels, starts a new sum.
         new_sums = len(re.findall(r"wgmma\.mma_async[^;]*e4m3 \{[^}]*\}, %\w+, %\w+, 0,", compiled.ptx))
-        if new_sums * launch.arguments["BLOCK_K"] != compiled.wgmma * 32:
+        if new_sums * launch.arguments["BLOCK_K"] != compiled.products.get("wgmma", 0) * 32:
             found.append("sums of several steps in the tensor core's accumulator")
     if _is_halo(launch):
         found += [f"no {each}" for each in ("setmaxnreg.inc", "setmaxnreg.dec") if each not in compiled.ptx]
@@ -207,19 +202,19 @@ def find_breaches(compiled: Compiled, launch: gpu.Launch, math: str, capability:
 
 
 def _tensor_core_breaches(compiled: Compiled, launch: gpu.Launch, math: str, capability: int) -> list[str]:
-    used = {"mma": compiled.mma, "wgmma": compiled.wgmma, "tcgen05": compiled.tcgen05}
-    rows = compiled.product_rows
+    used, rows = compiled.products, compiled.product_rows
     if not rows or math == "float32":
-        return [f"{name} in float32 arithmetic" for name, count in used.items() if count]
+        return [f"{name} in float32 arithmetic" for name in used]
     wanted = "mma"
     if rows >= _WARPGROUP_ROWS and capability >= 90:
         wanted = "wgmma" if capability < 100 else "tcgen05"
-    found = [] if used[wanted] else [f"no {wanted} instruction"]
+    found = [] if wanted in used else [f"no {wanted} instruction"]
     # The gradient of conv1x1's input goes through the activation where it is loaded.
     name = launch.kernel.__name__
     computes_operand = name == "conv1x1_input_grad_kernel" and launch.arguments["y_ptr"] is not None
-    if compiled.wgmma_from_registers and not computes_operand and math in ("bfloat16", "float16"):
-        found.append(f"{compiled.wgmma_from_registers} wgmma with an operand from registers")
+    from_registers = len(re.findall(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", compiled.ptx))
+    if from_registers and not computes_operand and math in ("bfloat16", "float16"):
+        found.append(f"{from_registers} wgmma with an operand from registers")
     return found
 
 
@@ -236,31 +231,24 @@ def compile_job(job: Job) -> Row:
         return Row(job, label, None, [reason])
 
 
-def _row_of(job: Job, compiler: Spawned) -> Row:
-    try:
-        return compiler.ask(job, _TIMEOUT)
-    except (TimeoutError, ChildProcessError) as error:
-        return Row(job, "", None, [str(error)])
-
-
 def run_jobs(chosen: Sequence[Job], processes: int) -> Iterator[Row]:
     """Compile the jobs in `processes` processes; rows come in the jobs' order."""
-    local = threading.local()
-    compilers: list[Spawned] = []
+    idle: SimpleQueue[Spawned] = SimpleQueue()
 
     def run(job: Job) -> Row:
-        if not hasattr(local, "compiler"):
-            local.compiler = Spawned(compile_job)
-            compilers.append(local.compiler)
-        return _row_of(job, local.compiler)
+        compiler = idle.get()
+        try:
+            return compiler.ask(job, _TIMEOUT)
+        except (TimeoutError, ChildProcessError) as error:
+            return Row(job, "", None, [str(error)])
+        finally:
+            idle.put(compiler)
 
-    try:
-        with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:
-            os.environ["TRITON_CACHE_DIR"] = cache
-            yield from pool.map(run, chosen)
-    finally:
-        for compiler in compilers:
-            compiler.close()
+    with contextlib.ExitStack() as stack:
+        os.environ["TRITON_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
+        for _ in range(processes):
+            idle.put(stack.enter_context(Spawned(compile_job)))
+        yield from stack.enter_context(ThreadPoolExecutor(processes)).map(run, chosen)
 
 
 _LINE = "{:<34}{:<40}{:<26}{:<9}{:<8}{:>4}{:>7}{:>8}  {:<14}"
@@ -272,8 +260,7 @@ def format_row(row: Row) -> str:
     job, compiled = row.job, row.compiled
     figures = ["", "", "", ""]
     if compiled is not None:
-        cores = {"wgmma": compiled.wgmma, "tcgen05": compiled.tcgen05, "mma": compiled.mma}
-        used = " ".join(f"{kind} {count}" for kind, count in cores.items() if count) or "-"
+        used = " ".join(f"{kind} {count}" for kind, count in compiled.products.items()) or "-"
         figures = [str(compiled.registers), str(compiled.spill_bytes), str(compiled.shared_memory), used]
     kernel, target = job.kernel.removesuffix("_kernel"), f"sm_{job.capability}"
     line = _LINE.format(kernel, job.op, row.label, job.math, target, *figures)

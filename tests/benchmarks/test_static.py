@@ -12,7 +12,6 @@ import pytest
 import torch
 from fastunet.benchmarks import launches, static
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.harness.worker import Spawned
 from fastunet.benchmarks.launches import Job, jobs, launch_of, one_of_each, record
 from fastunet.benchmarks.static import Compiled, find_breaches, loads_between_products
 from fastunet.kernels import config_pixels, gpu
@@ -25,18 +24,8 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"
 )
 
-CLEAN = Compiled(
-    registers=128,
-    spill_bytes=0,
-    shared_memory=98304,
-    mma=0,
-    wgmma=4,
-    wgmma_from_registers=0,
-    tcgen05=0,
-    warnings=(),
-    ptx="max.NaN.f32 %f1;",
-    product_rows=128,
-)
+WGMMA = "wgmma.mma_async.sync.aligned;"
+CLEAN = Compiled(128, 0, 98304, (), f"max.NaN.f32 %f1; {WGMMA}", product_rows=128)
 
 
 def launch(**arguments: Any) -> gpu.Launch:
@@ -58,11 +47,14 @@ def test_a_clean_compilation_passes() -> None:
         ({"spill_bytes": 8}, "spills 8 B"),
         ({"shared_memory": 232449}, "shared memory 232449 B, the limit is 232448 B"),
         ({"warnings": ("(C7510) wgmma serialized",)}, "C7510"),
-        ({"ptx": "max.NaN.f32 %f1; max.f32 %f2, %f3, 0f00000000;"}, "plain max drops NaN"),
-        ({"ptx": "max.ftz.f32 %f2; max.NaN.f32 %f1;"}, "plain max drops NaN"),
+        ({"ptx": f"{CLEAN.ptx} max.f32 %f2, %f3, 0f00000000;"}, "plain max drops NaN"),
+        ({"ptx": f"max.ftz.f32 %f2; {CLEAN.ptx}"}, "plain max drops NaN"),
         ({"ptx": "setp.leu.f32 %p1;"}, "pooling without max.NaN"),
-        ({"wgmma": 0, "mma": 16}, "no wgmma"),
-        ({"wgmma_from_registers": 2}, "2 wgmma with an operand from registers"),
+        ({"ptx": "max.NaN.f32 %f1; mma.sync.aligned;"}, "no wgmma"),
+        (
+            {"ptx": f"{CLEAN.ptx} wgmma.mma_async.sync {{%r1}}, {{%r2}}, %rd1;"},
+            "1 wgmma with an operand from registers",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -77,19 +69,17 @@ def test_a_step_of_8_bits_starts_a_new_sum_on_sm_90(first: str, found: list[str]
     instruction = "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {{%r1,\n%r2}}, %rd10, %rd11, {}, 1, 1;\n"
     ptx = instruction.format(first) + instruction.format("%p32")
     x = SimpleNamespace(base=torch.empty(0, dtype=torch.float8_e4m3fn))
-    assert find_breaches(replace(CLEAN, wgmma=2, ptx=ptx), launch(BLOCK_K=64, x_desc=x), "bfloat16", 90) == found
+    assert find_breaches(replace(CLEAN, ptx=ptx), launch(BLOCK_K=64, x_desc=x), "bfloat16", 90) == found
 
 
 @pytest.mark.parametrize(
     ("capability", "rows", "instruction"), [(80, 128, "mma"), (90, 32, "mma"), (90, 64, "wgmma"), (100, 128, "tcgen05")]
 )
 def test_tensor_cores_by_target_and_rows(capability: int, rows: int, instruction: str) -> None:
-    other = next(name for name in ("wgmma", "mma") if name != instruction)
-    right, wrong = (
-        replace(CLEAN, product_rows=rows, **{"mma": 0, "wgmma": 0, name: 4}) for name in (instruction, other)
-    )
-    assert find_breaches(right, launch(), "bfloat16", capability) == []
-    assert find_breaches(wrong, launch(), "bfloat16", capability) == [f"no {instruction} instruction"]
+    ptx = {"mma": "mma.sync.aligned;", "wgmma": WGMMA, "tcgen05": "tcgen05.mma.cta_group;"}
+    for name, instructions in ptx.items():
+        found = find_breaches(replace(CLEAN, product_rows=rows, ptx=instructions), launch(), "bfloat16", capability)
+        assert found == ([] if name == instruction else [f"no {instruction} instruction"])
 
 
 def test_float32_without_tf32_must_not_be_rounded_by_tensor_cores() -> None:
@@ -155,18 +145,17 @@ def test_a_few_compile_cleanly_and_one_that_cannot_is_a_failed_row(on_hopper: li
 ABSENT = Job("no op", "no kernel", "bfloat16", 90, 0, 0)
 
 
-def test_a_dead_compiler_is_one_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = Spawned(static.compile_job)
-    monkeypatch.setattr(static, "_TIMEOUT", 0.0)
-    try:
-        assert "no result after 0 s" in static._row_of(ABSENT, compiler).breaches[0]
-        compiler._start()
-        monkeypatch.setattr(static, "_TIMEOUT", 60.0)
-        compiler._process.kill()
-        compiler._process.join()
-        assert "ended with exit code -9" in static._row_of(ABSENT, compiler).breaches[0]
-    finally:
-        compiler.close()
+def end(job: Job) -> None:
+    """Stands for static.compile_job in the compiler's process."""
+    raise SystemExit(3)
+
+
+@pytest.mark.parametrize(("timeout", "reason"), [(0.0, "no result after 0 s"), (60.0, "ended with exit code 3")])
+def test_a_dead_compiler_is_one_failed_row(timeout: float, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "_TIMEOUT", timeout)
+    monkeypatch.setattr(static, "compile_job", end)
+    (row,) = static.run_jobs([ABSENT], 1)
+    assert reason in row.breaches[0]
 
 
 @pytest.mark.parametrize("version", [None, "3.9"])
