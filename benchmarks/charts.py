@@ -108,7 +108,7 @@ def plot_roofline(points: Sequence[Point], peaks: PeakRates, path: Path) -> None
     intensities = [point.work.flops / point.work.bytes for point in points]
     speeds = [point.work.flops / point.bound / 1e12 for point in points]
     left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
-    rates = f"memory: {peaks.copy_bytes / 1e12:.3g} TB/s, matrix products: {peak:.4g} TFLOP/s"
+    rates = f"peak rates, memory: {peaks.copy_bytes / 1e12:.3g} TB/s, matrix products: {peak:.4g} TFLOP/s"
     axes.plot([left, ridge, right], [left * peak / ridge, peak, peak], color="black", label=rates)
     axes.plot(intensities, speeds, "o", markerfacecolor="white", color="black", label="one fused pass at these rates")
     for kind, style in _STYLES.items():
@@ -125,7 +125,5 @@ def plot_roofline(points: Sequence[Point], peaks: PeakRates, path: Path) -> None
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # A line for each point has the same label.
     axes.legend(once.values(), once.keys(), loc="upper left", framealpha=1)
-    if peaks.source:
-        figure.supxlabel(f"rates: {peaks.source}", fontsize=9, x=0.99, ha="right")
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png")

@@ -22,11 +22,10 @@ from fastunet.testing import cpu_accumulates_in_float32, float32_precision, pari
 from fastunet.testing.parity import backends_for
 
 from .cases import DIRECTIONS, DTYPE, TASKS, Layer, Settings
-from .harness.timing import burst_and_steady
 from .harness.worker import Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, our_net
 from .results import Row, failure
-from .roofline import measure_peak_rates
+from .roofline import burst_and_steady, measure_peak_rates
 from .runs import (
     Runs,
     case_run,

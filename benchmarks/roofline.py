@@ -1,22 +1,21 @@
-"""How fast each layer of a U-Net could be on a GPU of given peak rates, and how near to that it came.
+"""How fast each layer of a U-Net could be on a GPU of given peak rates.
 
     python -m benchmarks roofline --tflops 790 --tbps 3.0 [--features 64 128 ...] [--size 512] [--batch 16]
-    python -m benchmarks roofline --tflops 790 --tbps 3.0 --report gpu_report.json --out roofline.png
 
 prints for every layer its lower bound, the least time in which the rates let it run, and the least time of an eager net
-in which every op is a pass of its own (cases.py has the accounting); with --report, a file of `gpu`, the measured times
-and what share of them the bound is. --out draws the roofline. The rates are to be measured on the same GPU: the FLOP/s
-of a large matrix product, and the bytes/s that a copy reads and writes.
+in which every op is a pass of its own (cases.py has the accounting). The rates are to be measured on the same GPU: the
+FLOP/s of a large matrix product, and the bytes/s that a copy reads and writes. The command `gpu` measures both, gives
+every layer's share of its bound, and draws the roofline.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,20 +24,15 @@ from fastunet.checks import ConfigError
 from fastunet.measuring.timing import Clock, Quantiles, clock_of, interleaved_samples
 
 from .cases import DTYPE, Layer, Pass, Settings, add_settings, eager_passes, fused_pass, settings_of
-from .harness.timing import burst_and_steady
 from .results import Row, markdown, times_ms
 
 
 @dataclass(frozen=True)
 class PeakRates:
-    """What a GPU was measured to reach: FLOP/s of a matrix product, and bytes/s that a copy reads and writes.
-
-    source: who measured them, and on what.
-    """
+    """What a GPU was measured to reach: FLOP/s of a matrix product, and bytes/s that a copy reads and writes."""
 
     matmul_flops: float
     copy_bytes: float
-    source: str = ""
 
     def __post_init__(self) -> None:
         if not (0 < self.matmul_flops < math.inf and 0 < self.copy_bytes < math.inf):
@@ -86,28 +80,17 @@ def points_of_report(report: Mapping[str, Any], peaks: PeakRates) -> list[Point]
     return points
 
 
-def roofline_table(layers: Sequence[Layer], eager: Mapping[str, float], points: Sequence[Point]) -> str:
-    """Write Markdown: each layer's work, its lower bound and eager's, in microseconds; what was measured, and the sums.
-
-    points: of those layers, by name. A measured total is shown only where every layer was measured.
-    """
-    by_name = {point.name: point for point in points}
-    names = list(dict.fromkeys(name for point in points for name in point.measured))
-    header = ["layer", "GFLOP/img", "MB/img", "bound µs", "eager µs"]
-    header += [part for name in names for part in (f"{name} µs", "bound is")]
+def roofline_table(layers: Sequence[Layer], peaks: PeakRates, dtype: torch.dtype = DTYPE) -> str:
+    """Write Markdown: each layer's work, its lower bound and eager's, in microseconds, and the sums."""
     batch = next(iter(layers[0].shapes.values()))[0]
     lines = []
     for name, part in [*((layer.name, [layer]) for layer in layers), ("total", layers)]:
-        found = [by_name[layer.name] for layer in part]
-        bound, slowest = sum(point.bound for point in found), sum(eager[layer.name] for layer in part)
-        flops, moved = (sum(getattr(point.work, what) for point in found) for what in ("flops", "bytes"))
-        cells = [name, f"{flops / batch / 1e9:.1f}", f"{moved / batch / 1e6:.1f}"]
-        cells += [f"{1e6 * bound:.0f}", f"{1e6 * slowest:.0f}"]
-        for implementation in names:
-            seconds = sum(point.measured.get(implementation, math.nan) for point in found)
-            cells += ["", ""] if math.isnan(seconds) else [f"{1e6 * seconds:.0f}", f"{bound / seconds:.0%}"]
-        lines.append(cells)
-    return markdown(header, lines)
+        points = [point_of(layer, peaks, dtype=dtype) for layer in part]
+        flops, moved = (sum(getattr(point.work, what) for point in points) for what in ("flops", "bytes"))
+        bound, eager = sum(point.bound for point in points), sum(eager_seconds(layer, peaks, dtype) for layer in part)
+        work = [f"{flops / batch / 1e9:.1f}", f"{moved / batch / 1e6:.1f}"]
+        lines.append([name, *work, f"{1e6 * bound:.0f}", f"{1e6 * eager:.0f}"])
+    return markdown(["layer", "GFLOP/img", "MB/img", "bound µs", "eager µs"], lines)
 
 
 # --- the peak rates of a device, measured: what copying, multiplying and reading L2 reach there ---
@@ -130,6 +113,37 @@ extern "C" __global__ void read_l2(const float4* data, float* out, unsigned coun
 }
 """
 _VECTOR, _REPEATS = 16, 64
+# Samples of a burst: too few to heat anything.
+_BURST = 10
+
+
+def burst_and_steady(
+    run: Callable[[], Any],
+    clock: Clock,
+    *,
+    seconds: float,
+    warmup: int = 3,
+    now: Callable[[], float] = time.perf_counter,
+    pause: Callable[[float], None] = time.sleep,
+) -> tuple[Quantiles, Quantiles]:
+    """The first samples after a second of rest, and the last half of the samples of `seconds` without a break.
+
+    A GPU begins at its highest clock and lowers it when its power limit is reached.
+    """
+    for _ in range(warmup):
+        run()
+    clock.wait()
+    pause(1.0)
+    end, samples = now() + seconds, list[float]()
+    while not samples or now() < end:
+        # Back to back: the end of a sample is the beginning of the next.
+        marks = [clock.mark()]
+        for _ in range(_BURST):
+            run()
+            marks.append(clock.mark())
+        clock.wait()
+        samples += [clock.elapsed(begin, finish) for begin, finish in itertools.pairwise(marks)]
+    return Quantiles.of(samples[:_BURST]), Quantiles.of(samples[len(samples) // 2 :])
 
 
 def measure_peak_rates(device: torch.device, clock: Clock | None = None) -> Row:
@@ -195,27 +209,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--tflops", type=float, required=True, help="measured rate of a matrix product, TFLOP/s")
     parser.add_argument("--tbps", type=float, required=True, help="measured rate of a copy, read and written, TB/s")
-    parser.add_argument("--source", default="", help="where these come from, for the plot")
     add_settings(parser, Settings(), "features", "size", "batch", "dtype")
-    parser.add_argument("--report", type=Path, metavar="JSON", help="measured times; it tells net, images and dtype")
-    parser.add_argument("--out", type=Path, metavar="PNG")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table and write the plot. Returns 0."""
-    settings, measured = settings_of(options), list[Point]()
-    peaks = PeakRates(1e12 * options.tflops, 1e12 * options.tbps, source=options.source)
-    if options.report is not None:
-        report = json.loads(options.report.read_text())
-        settings = Settings(**report["settings"] | {"features": tuple(report["settings"]["features"])})
-        measured = points_of_report(report, peaks)
-    layers, dtype = settings.net_layers(), settings.torch_dtype
-    bounds = [point_of(layer, peaks, dtype=dtype) for layer in layers]
-    points = [*{point.name: point for point in (*bounds, *measured)}.values()]
-    print(roofline_table(layers, {layer.name: eager_seconds(layer, peaks, dtype) for layer in layers}, points))
-    if options.out is not None:
-        from .charts import plot_roofline
-
-        plot_roofline(points, peaks, options.out)
-        print(options.out)
+    """Print the table. Returns 0."""
+    settings = settings_of(options)
+    peaks = PeakRates(1e12 * options.tflops, 1e12 * options.tbps)
+    print(roofline_table(settings.net_layers(), peaks, settings.torch_dtype))
     return 0
