@@ -74,6 +74,9 @@ class Settings:
         channels = self.in_channels, self.out_channels, self.features
         return unet_layers(*channels, self.batch, self.size, self.size)
 
+    def layer(self, name: str) -> Layer:
+        return next(layer for layer in self.net_layers() if layer.name == name)
+
 
 def check_settings(settings: Settings) -> None:
     """ConfigError unless there is a net of those features, its images reach its bottom, and something is timed."""

@@ -21,7 +21,7 @@ from fastunet.measuring.timing import clock_of, cudnn_benchmark
 from fastunet.testing import cpu_accumulates_in_float32, float32_precision, parity
 from fastunet.testing.parity import backends_for
 
-from .cases import DIRECTIONS, DTYPE, TASKS, Layer, Settings
+from .cases import DIRECTIONS, TASKS, Layer, Settings
 from .harness.worker import Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, our_net
 from .results import Row, failure
@@ -30,14 +30,12 @@ from .runs import (
     Runs,
     case_run,
     layer_runs,
-    make_net,
     measured,
     net_runs,
     peak_bytes,
     wanted_of,
 )
 from .tables import COMPILED
-from .unet import layer_row, net_row
 
 # Seconds that one step may take: most go to Triton's and ptxas's first compilation, and none should take half of this.
 STEP_LIMIT = 90.0
@@ -98,14 +96,15 @@ def describe(settings: Settings, step: Step) -> Row:
     if step.kind == "parity":
         case = parity.cases()[int(step.name)]
         row |= {"name": str(case), "op": case.op}
+    layers = {layer.name: layer for layer in settings.net_layers()}
     if step.kind == "layer":
-        layer = layer_of(settings, step.name)
-        row |= layer_row(layer) | ({"flops": layer.backward_flops} if step.variant == "backward" else {})
-    return row | net_row(settings, step.name) if step.kind == "net" else row
-
-
-def layer_of(settings: Settings, name: str) -> Layer:
-    return next(layer for layer in settings.net_layers() if layer.name == name)
+        layer = layers[step.name]
+        row |= {"op": layer.op, "flops": layer.backward_flops if step.variant == "backward" else layer.flops}
+        row["shapes"] = {name: list(shape) for name, shape in layer.shapes.items()}
+    if step.kind == "net":
+        backward = [layer.backward_flops for layer in layers.values() if step.name == "training"]
+        row |= {"flops": sum(backward) + sum(layer.flops for layer in layers.values()), "images": settings.batch}
+    return row
 
 
 # --- measuring ---
@@ -123,13 +122,13 @@ def run_step(settings: Settings, step: Step, measure: Measure | None = None) -> 
     try:
         if step.kind == "peak rates":
             return row | measure_peak_rates(device)
-        dtype, allow_tf32 = parity.FORMATS[step.variant] if step.kind == "parity" else (DTYPE, False)
+        dtype, allow_tf32 = parity.FORMATS[step.variant] if step.kind == "parity" else (settings.torch_dtype, False)
         # Of a net's ops, the convolution decides: where it has no kernel that runs here, there is nothing to compare.
         backends, row["why_no_triton"] = backends_for(row.get("op", "conv3x3_batch_norm_relu"), device, dtype)
         row["implementation"] = backends[0]
         with float32_precision("tf32" if allow_tf32 else "ieee"), fastunet.backend(backends[0]):
             if step.kind != "parity":
-                return row | (measure or _timed)(settings, step, providers_of(settings, step, backends))
+                return row | (measure or _timed)(settings, step, reported(settings, step, backends))
             for _ in range(_CALLS if device.type == "cuda" else 1):
                 parity.check(parity.cases()[int(step.name)], dtype, device, allow_tf32=allow_tf32)
             return row
@@ -137,34 +136,40 @@ def run_step(settings: Settings, step: Step, measure: Measure | None = None) -> 
         return row | failure(error)
 
 
-def providers_of(settings: Settings, step: Step, backends: Sequence[str]) -> list[Provider]:
-    """Return what a layer or a net is timed with, ours first.
+def providers_of(settings: Settings, step: Step) -> list[Provider]:
+    """Return what a layer's forward pass or a net can be timed with, ours first."""
+    options: dict[str, Any] = {"device": settings.torch_device, "dtype": settings.torch_dtype}
+    options["thorough"] = settings.thorough
+    if step.kind == "net":
+        return net_providers(training=step.name == "training", **options)
+    return layer_providers(settings.layer(step.name), **options)
+
+
+def reported(settings: Settings, step: Step, backends: Sequence[str]) -> list[Provider]:
+    """Return what the report times a layer or a net with, ours first.
 
     A layer forward: also our other variants and other libraries, or what torch.compile makes of it. A net: a variant is
     one provider by its name; without one, all but what torch.compile makes.
     """
-    device = settings.torch_device
-    if step.kind == "net":
-        training = step.name == "training"
-        ours, *others = net_providers(device, DTYPE, training=training)
-        if step.variant:
-            return [ours, *(each for each in others if each.name == step.variant)]
-        variants = [net_variant(training=training)] if backends[0] == "triton" else []
-        return [ours, *_others(others, compiled=False), *variants]
-    layer = layer_of(settings, step.name)
     if step.variant == "backward":
-        names = {OURS: backends[0], **{name: name for name in backends[1:]}}
+        layer, names = settings.layer(step.name), {OURS: backends[0], **{name: name for name in backends[1:]}}
         return [_gradients(layer, name, backend) for name, backend in names.items()]
-    ours, *others = layer_providers(layer, device, DTYPE)
-    variants = variants_of(layer, device) if step.variant == "forward" and backends[0] == "triton" else []
-    return [ours, *variants, *_others(others, compiled=step.variant == COMPILED)]
+    ours, *others = [each for each in providers_of(settings, step) if each.name != OURS_TRITON]
+    if step.variant in COMPILED_NETS:
+        return [ours, *(each for each in others if each.name == step.variant)]
+    others = [each for each in others if each.compiles == (step.variant == COMPILED)]
+    if backends[0] != "triton" or step.variant == COMPILED:
+        return [ours, *others]
+    if step.kind == "net":
+        return [ours, *others, net_variant(settings, training=step.name == "training")]
+    return [ours, *variants_of(settings, settings.layer(step.name)), *others]
 
 
 def runs_of(settings: Settings, step: Step, providers: Sequence[Provider]) -> tuple[Row, Runs]:
     """Return `runs.prepared` of a layer's or a net's providers."""
     if step.kind == "net":
-        return net_runs(settings, make_net(settings), step.name, providers)
-    return layer_runs(settings, layer_of(settings, step.name), providers, backward=step.variant == "backward")
+        return net_runs(settings, step.name, providers)
+    return layer_runs(settings, settings.layer(step.name), providers, backward=step.variant == "backward")
 
 
 def _timed(settings: Settings, step: Step, providers: list[Provider]) -> Row:
@@ -191,11 +196,7 @@ def _gradients(layer: Layer, name: str, backend: str) -> Provider:
     return Provider(name, "NHWC", "bfloat16", prepare)
 
 
-def _others(providers: Sequence[Provider], *, compiled: bool) -> list[Provider]:
-    return [each for each in providers if each.name != OURS_TRITON and each.name.startswith("compile") == compiled]
-
-
-def variants_of(layer: Layer, device: torch.device) -> list[Provider]:
+def variants_of(settings: Settings, layer: Layer) -> list[Provider]:
     """Our 3x3 convolution in the variants but the one that is chosen."""
     if "conv3x3" not in layer.op:
         return []
@@ -214,9 +215,9 @@ def variants_of(layer: Layer, device: torch.device) -> list[Provider]:
     (_, c1, height, width), *others = layer.inputs.values()
     c2, c_out = others[0][1] if others else 0, layer.shapes["weight"][0]
     shape = config.ConvShape(c1, c2, c_out, height, width, config.aligned(c1, c2, c_out))
-    target = gpu.target(device)
-    chosen = config.conv_config(shape, DTYPE, target, allow_tf32=False)
-    found = config_search.conv_variants(shape, DTYPE, target, allow_tf32=False)
+    dtype, target = settings.torch_dtype, gpu.target(settings.torch_device)
+    chosen = config.conv_config(shape, dtype, target, allow_tf32=False)
+    found = config_search.conv_variants(shape, dtype, target, allow_tf32=False)
     return [
         Provider(f"{OURS}, {variant} variant", "NHWC", "bfloat16", functools.partial(prepare, candidate))
         for variant, candidate in found.items()
@@ -224,13 +225,12 @@ def variants_of(layer: Layer, device: torch.device) -> list[Provider]:
     ]
 
 
-def net_variant(*, training: bool) -> Provider:
+def net_variant(settings: Settings, *, training: bool) -> Provider:
     """Our net without what can be left out: in training, outputs recomputed; in inference, upsampling fused with the
     convolution after it.
     """
-    ours = our_net(
-        f"{OURS}, outputs kept" if training else f"{OURS}, steps up in two", "triton", DTYPE, training=training
-    )
+    name = f"{OURS}, outputs kept" if training else f"{OURS}, steps up in two"
+    ours = our_net(name, "triton", settings.torch_dtype, training=training)
 
     def prepare(model: fastunet.UNet, x: Tensor, target: Tensor | None) -> Run:
         model = copy.deepcopy(model)

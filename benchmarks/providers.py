@@ -59,6 +59,11 @@ class Provider:
     prepare: Callable[..., Any]
     unavailable: str = ""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether it is what torch.compile makes."""
+        return self.name.startswith("compile")
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """ "bfloat16" of torch.bfloat16."""

@@ -106,25 +106,17 @@ def layer_runs(
     return prepared(providers, prepare, check)
 
 
-def net_runs(
-    settings: Settings,
-    model: fastunet.UNet,
-    task: str,
-    providers: Sequence[Provider],
-    progress: Callable[[str], None] = lambda text: None,
-) -> tuple[Row, Runs]:
-    """As `prepared`, of the model's "inference" or "training" step. Ours trains only if its gradients are right."""
-    training = task == "training"
+def net_runs(settings: Settings, task: str, providers: Sequence[Provider]) -> tuple[Row, Runs]:
+    """As `prepared`, of the net's "inference" or "training" step. Ours trains only if its gradients are right."""
+    training, model = task == "training", make_net(settings)
     x, target = images_and_masks(settings, settings.batch, settings.size)
-    net_check = NetCheck(model, x, target, training=training)
 
     def prepare(provider: Provider) -> list[Run]:
-        progress(f"{task}: {provider.name}")
         if training and provider is providers[0]:
             check_gradients(settings, model)
         return [provider.prepare(model, x, target if training else None)]
 
-    return prepared(providers, prepare, net_check.check)
+    return prepared(providers, prepare, NetCheck(model, x, target, training=training).check)
 
 
 # --- ops and layers ---

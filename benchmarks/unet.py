@@ -32,10 +32,11 @@ from fastunet.files import write_json
 from fastunet.testing import random_cotangent
 
 from . import cases
-from .cases import DTYPES, TASKS, Layer, Settings, add_settings, settings_of, usual_device
-from .providers import OURS, Provider, dtype_name, layer_providers, net_providers
+from .cases import DTYPES, TASKS, Settings, add_settings, settings_of, usual_device
+from .gpu_steps import Step, describe, providers_of, runs_of
+from .providers import OURS, dtype_name
 from .results import Row, markdown
-from .runs import images_and_masks, layer_runs, make_net, measured, net_runs
+from .runs import images_and_masks, make_net, measured
 from .tables import layers_table, missing_table, nets_table, report_of
 
 # The reference model as people run it.
@@ -74,38 +75,15 @@ def check_settings(settings: Settings) -> None:
 def compare(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Iterator[Row]:
     """Yield a row for each task of the net, then for each layer, as they come; progress gets what is being done."""
     check_settings(settings)
-    model, layers = make_net(settings), settings.net_layers()
-    device, dtype, thorough = settings.torch_device, settings.torch_dtype, settings.thorough
-    for task in TASKS:
-        providers = net_providers(device, dtype, training=task == "training", thorough=thorough)
-        if not settings.compiles:
-            providers = _without_compiling(providers, "torch.compile was not asked for")
-        yield net_row(settings, task) | measured(settings, *net_runs(settings, model, task, providers, progress))
-    del model
-    for layer in layers:
-        if settings.layers is None or layer.name in settings.layers:
-            progress(layer.name)
-            providers = layer_providers(layer, device, dtype, thorough=thorough)
-            if not thorough:  # It would take longer than all else.
-                providers = _without_compiling(providers, "compiling each layer was not asked for")
-            yield layer_row(layer) | measured(settings, *layer_runs(settings, layer, providers))
-
-
-def _without_compiling(providers: Sequence[Provider], reason: str) -> list[Provider]:
-    return [replace(each, unavailable=reason) if each.name.startswith("compile") else each for each in providers]
-
-
-def net_row(settings: Settings, task: str) -> Row:
-    """What is known of a net's row beforehand."""
-    layers = settings.net_layers()
-    flops = sum(layer.flops + (layer.backward_flops if task == "training" else 0) for layer in layers)
-    return {"kind": "net", "name": task, "flops": flops, "images": settings.batch}
-
-
-def layer_row(layer: Layer) -> Row:
-    """What is known of a layer's row beforehand."""
-    shapes = {name: list(shape) for name, shape in layer.shapes.items()}
-    return {"kind": "layer", "name": layer.name, "op": layer.op, "flops": layer.flops, "shapes": shapes}
+    layers = [layer.name for layer in settings.net_layers() if settings.layers is None or layer.name in settings.layers]
+    for step in [Step("net", task) for task in TASKS] + [Step("layer", name, "forward") for name in layers]:
+        progress(step.name)
+        providers = providers_of(settings, step)
+        # Compiling each layer would take longer than all else.
+        if not (settings.compiles if step.kind == "net" else settings.thorough):
+            reason = f"compiling a {step.kind} was not asked for"
+            providers = [replace(each, unavailable=reason) if each.compiles else each for each in providers]
+        yield describe(settings, step) | measured(settings, *runs_of(settings, step, providers))
 
 
 def report(settings: Settings, rows: Sequence[Row]) -> Row:
