@@ -11,6 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
+import shutil
+import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +32,6 @@ from fastunet.testing import parity
 
 from . import cudnn_graph
 from .cases import Layer
-from .compiling import compile_unsupported, compiled, no_cuda
 from .results import Unavailable
 
 Run = Callable[[], Any]
@@ -204,29 +206,34 @@ def net_providers(
     amp = training and dtype != torch.float32
     plain = functools.partial(_Form, dtype, amp=amp)
     ours = functools.partial(_Form, dtype, amp=amp or _keeps_float32(device, dtype))
-    forms = [(name, ours(backend=backend), unsupported) for name, backend, unsupported in our_backends(device, dtype)]
+    found: list[Provider] = []
+
+    def add(name: str, form: _Form, unavailable: str = "") -> None:
+        found.append(_provider(name, form, unavailable, training=training))
+
+    backends = our_backends(device, dtype)
+    for name, backend, unsupported in backends:
+        add(name, ours(backend=backend), unsupported)
     if not training:
-        name, backend, unsupported = our_backends(device, dtype)[0]
-        captured = plain(backend=backend, is_captured=True)
-        forms.append((f"{name} CUDA graph", captured, unsupported or no_cuda(device)))
-    forms.append(("eager", _Form(torch.float32, torch.contiguous_format), ""))
+        name, backend, unsupported = backends[0]
+        add(f"{name} CUDA graph", plain(backend=backend, is_captured=True), unsupported or no_cuda(device))
+    add("eager", _Form(torch.float32, torch.contiguous_format))
     if dtype == torch.float32 or not training:
-        forms.append(("eager channels_last", plain(), ""))
+        add("eager channels_last", plain())
     if dtype != torch.float32:
-        forms.append(("eager channels_last AMP", _Form(dtype, amp=True), ""))
+        add("eager channels_last AMP", _Form(dtype, amp=True))
     if not training:
-        forms.append(("eager folded", plain(is_folded=True), ""))
+        add("eager folded", plain(is_folded=True))
     for name, mode in COMPILED_NETS.items():
         if mode != "freezing" or not training:
-            forms.append((name, plain(mode=mode), compile_unsupported(device, mode, thorough=thorough)))
-    return [_provider(name, form, reason, training=training) for name, form, reason in forms]
+            add(name, plain(mode=mode), compile_unsupported(device, mode, thorough=thorough))
+    return found
 
 
 def our_net(name: str, backend: str, dtype: torch.dtype, *, training: bool) -> Provider:
     """Ours under a backend: inference with weights of dtype, a training step under autocast."""
-    return _provider(
-        name, _Form(dtype, amp=training and dtype != torch.float32, backend=backend), "", training=training
-    )
+    form = _Form(dtype, amp=training and dtype != torch.float32, backend=backend)
+    return _provider(name, form, "", training=training)
 
 
 def _provider(name: str, form: _Form, unavailable: str, *, training: bool) -> Provider:
@@ -255,28 +262,13 @@ def _inference(form: _Form, model: fastunet.UNet, x: Tensor, target: Tensor | No
         with form.autocast(x.device):
             return net(image)
 
-    call = _compiled_net(forward, form, image) if form.mode else forward
+    call = compiled(forward, form.mode)
 
     def run() -> Tensor:
         with torch.no_grad(), form.scope():
             return call(image)
 
     return capture(run) if form.is_captured else run
-
-
-def _compiled_net(function: Callable[..., Any], form: _Form, *arguments: Tensor) -> Callable[..., Any]:
-    assert form.mode is not None
-    if form.mode != "max-autotune":
-        return compiled(function, form.mode)
-    for argument in arguments:
-        torch._dynamo.mark_static_address(argument)  # Else each call would copy it to where the graph reads.
-    call = compiled(function, form.mode)
-
-    def replay(*arguments: Tensor) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # The outputs of the call before may be overwritten.
-        return call(*arguments)
-
-    return replay
 
 
 def capture(run: Run, cuda: Any = torch.cuda) -> Run:
@@ -319,7 +311,7 @@ def _training_step(form: _Form, model: fastunet.UNet, x: Tensor, target: Tensor)
             logits = net(image)
         return loss(logits, truth)
 
-    call = _compiled_net(forward, form, image, truth) if form.mode else forward
+    call = compiled(forward, form.mode)
 
     def run() -> Tensor:
         with form.scope():
@@ -331,3 +323,66 @@ def _training_step(form: _Form, model: fastunet.UNet, x: Tensor, target: Tensor)
         return value.detach()
 
     return run
+
+
+# --- torch.compile: once for each function, for the shapes of its calls, in one graph or not at all ---
+
+
+def no_cuda(device: torch.device) -> str:
+    """Why there are no CUDA graphs on that device, or ""."""
+    return "" if device.type == "cuda" else f"CUDA graphs need CUDA, the device is {device.type}"
+
+
+def compile_unsupported(device: torch.device, mode: str, *, thorough: bool) -> str:
+    """Why torch.compile cannot run in that mode on that device, or "". thorough: let it take minutes on a CPU."""
+    if device.type != "cuda":
+        if mode == "max-autotune":
+            return no_cuda(device)
+        if mode == "max-autotune-no-cudagraphs" and not thorough:
+            return "max-autotune takes minutes on a CPU, and was not asked for"
+        compiler = os.environ.get("CXX", "g++")
+        return "" if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
+    if mode == "freezing":
+        return "freezing is the CPU's form of what CUDA graphs and max-autotune are on a GPU"
+    return dispatch.triton_unsupported(device, torch.float32) or ""
+
+
+def compiled(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    """The function compiled by inductor, at its first call, for exactly the shapes of that call; itself without a mode.
+
+    mode: one of torch.compile's, "max-autotune" for tensors that stay where they are; or "freezing": the weights are
+    constants, which inductor folds and lays out anew. Raises at a call that torch.compile would leave uncompiled in
+    part or, after too many compilations, entirely.
+    """
+    if mode is None:
+        return function
+    target, freezes, captures = own_code(function), mode == "freezing", mode == "max-autotune"
+    optimized: Callable[..., Any] | None = None
+
+    def call(*arguments: Any) -> Any:
+        nonlocal optimized
+        if captures:
+            torch.compiler.cudagraph_mark_step_begin()  # The outputs of the call before may be overwritten.
+        if optimized is not None:
+            return optimized(*arguments)
+        for argument in arguments if captures else ():
+            torch._dynamo.mark_static_address(argument)  # Else each call would copy it to where the graph reads.
+        optimized = torch.compile(target, mode=None if freezes else mode, fullgraph=True, dynamic=False)
+        # Only the compilation looks at the setting, and other providers are to compile without it.
+        with torch._inductor.config.patch(freezing=freezes):
+            return optimized(*arguments)
+
+    return call
+
+
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls it, with a code object of its own.
+
+    torch.compile counts compilations by code object, and after eight leaves it uncompiled: functions made by the same
+    `def` would use them up together.
+    """
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import compiling, providers
+from fastunet.benchmarks import providers
 from fastunet.benchmarks.cases import unet_layers
 from fastunet.benchmarks.providers import OURS, OURS_TRITON, Provider, layer_providers, net_providers
 from fastunet.benchmarks.results import Unavailable
@@ -143,7 +143,7 @@ def test_what_cannot_run_says_why() -> None:
 
 
 def test_compiled_functions_do_not_share_a_code_object() -> None:
-    made = [compiling.own_code(lambda a, b: a - b) for _ in range(2)]
+    made = [providers.own_code(lambda a, b: a - b) for _ in range(2)]
     assert made[0](5, 3) == 2
     assert made[0].__code__ is not made[1].__code__
 
