@@ -241,7 +241,7 @@ def _decode_tiff(path: Path) -> Picture:
                     "save each slice as a file of its own"
                 )
             for each in series.pages:
-                _check_segments(tiff, each)
+                check_segments(tiff, each)
             pixels = series.asarray().reshape(shape)
         pixels = np.moveaxis(pixels, axes.index(other), -1) if other else pixels[..., None]
         picture = _interpret_tiff(path, page, pixels, bits, separate=other == "S", keeps_values=tiff.is_imagej)
@@ -259,7 +259,7 @@ def _pages_are_channels(page: tifffile.TiffPage, count: int) -> bool:
     return one_plane and all(numbers(name) == sorted(numbers(name)) for name in ("FirstC", "IFD"))
 
 
-def _check_segments(tiff: tifffile.TiffFile, page: Any) -> None:
+def check_segments(tiff: tifffile.TiffFile, page: Any) -> None:
     """Refuse strips and tiles that are missing or cut off, or that are JPEGs larger than their place."""
     key = page.keyframe
     expected = math.prod(key.chunked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,20 +42,42 @@ def list_images(folder: Path) -> dict[str, Path]:
     return dict(sorted(images.items()))
 
 
-def find_images(path: str | Path) -> list[Path]:
-    """List the images to predict on: one file, the files of a folder, or those of a data root's `images/`.
+def find_images(*paths: str | Path) -> list[Path]:
+    """List the images to predict on: files, Zarr arrays, the files of folders or of a data root's `images/`, patterns.
+
+    A pattern (`*`, `?`, `[...]`) is one where nothing has its name. Each file comes once.
 
     Raises:
         DataError: nothing there, no image in it, or an unsupported suffix.
     """
-    path = Path(path)
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        matches = [] if os.path.lexists(path) else [Path(name) for name in sorted(glob.glob(str(path)))]
+        if not matches and {"*", "?"} & set(str(path)) and not os.path.lexists(path):
+            raise DataError(f"{path}: expected files that match the pattern, got none")
+        for match in matches or [path]:
+            found |= dict.fromkeys(_images_at(match))
+    return list(found)
+
+
+def _images_at(path: Path) -> list[Path]:
     with _named(path):
         if path.is_file():
             if path.suffix.lower() not in SUFFIXES:
                 raise DataError(f"{path}: expected an image ({' '.join(SUFFIXES)}), got suffix {path.suffix!r}")
             return [path]
+        if is_zarr(path):
+            return [path]
+        arrays = sorted(each for each in path.iterdir() if is_zarr(each)) if path.is_dir() else []
         subfolder = path / "images"
-        return list(list_images(subfolder if subfolder.is_dir() else path).values())
+        if arrays and not any(each.suffix.lower() in SUFFIXES for each in path.iterdir()):
+            return arrays
+        return [*list_images(subfolder if subfolder.is_dir() else path).values(), *arrays]
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a Zarr array or group is there."""
+    return any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup"))
 
 
 @contextmanager

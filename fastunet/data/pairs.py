@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data.images import list_images, read_image, read_mask
+from fastunet.data.sources import Source
 
 MAX_CLASSES = 256  # labels travel and are written as uint8
 MAX_INFERRED_CLASSES = 32  # beyond, values without a gap are rather grey levels than classes
@@ -175,7 +176,7 @@ def mask_from_labels(labels: np.ndarray, classes: int) -> np.ndarray:
     return labels.astype(np.uint8) * np.uint8(255 if classes == 1 else 1)
 
 
-def moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def moments(image: np.ndarray | Source) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation per channel of an image [H, W, C], float64 [C]; 1 for that of a constant channel."""
     pixels = image.shape[0] * image.shape[1]
     mean = sum(block.sum((0, 1), dtype=np.float64) for block in _blocks(image)) / pixels
@@ -203,10 +204,11 @@ def normalize(image: np.ndarray, mean_and_std: tuple[np.ndarray, np.ndarray] | N
     return torch.from_numpy(scaled)
 
 
-def _blocks(image: np.ndarray) -> list[np.ndarray]:
-    """Cut into views of whole rows, of about a million values, so that what is made of one is small."""
-    rows = max(1, 2**20 // math.prod(image.shape[1:]))
-    return [image[top : top + rows] for top in range(0, len(image), rows)]
+def _blocks(image: np.ndarray | Source) -> Iterator[np.ndarray]:
+    """Cut into whole rows, of about a million values, so that what is made of one is small."""
+    stored = image.rows if isinstance(image, Source) else 1
+    rows = -(-max(1, 2**20 // math.prod(image.shape[1:])) // stored) * stored
+    return (image[top : top + rows] for top in range(0, len(image), rows))
 
 
 class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
