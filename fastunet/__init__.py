@@ -30,6 +30,7 @@ _HOMES: dict[str, str | None] = {
     "compile": "compiler.backend",
     "explain": "explanation",
     "graphed": "inference.cuda_graphs",
+    "load": "segmenter",
     "losses": None,
     "ops": None,
     "predict": "inference.predict",

@@ -13,9 +13,13 @@ NEEDED = (
     "PIL",
     "rich",
     "safetensors",
+    "scipy",
+    "skimage",
     "tifffile",
     "typer",
+    "zarr",
 )
+EXTRAS = {"roifile": "imagej"}
 
 
 def main() -> None:
@@ -26,9 +30,11 @@ def main() -> None:
 
         run_to_the_end(app)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in NEEDED:
+        name = (error.name or "").partition(".")[0]
+        if name not in NEEDED and name not in EXTRAS:
             raise
-        sys.exit(f"error: the command line needs {error.name}: pip install 'fastunet[train]'")
+        extra = EXTRAS.get(name, "train")
+        sys.exit(f"error: the command line needs {error.name}: pip install 'fastunet[{extra}]'")
 
 
 if __name__ == "__main__":

@@ -112,15 +112,21 @@ def is_our_json(path: Path, keys: Iterable[str]) -> bool:
         return False
 
 
-def save_png(path: Path, pixels: np.ndarray) -> None:
-    """Write uint8 pixels [H, W] as a PNG that `is_our_png` knows, whole or not at all."""
+def save_png(path: Path, pixels: np.ndarray, palette: np.ndarray | None = None) -> None:
+    """Write uint8 pixels [H, W] or [H, W, 3] as a PNG that `is_our_png` knows, whole or not at all.
+
+    palette: colours uint8 [256, 3], of which the pixels are indices.
+    """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
+    image = Image.fromarray(pixels)
+    if palette is not None:
+        image.putpalette(palette.tobytes())
     with written_whole(path) as temporary:
-        Image.fromarray(pixels).save(temporary, pnginfo=mark)
+        image.save(temporary, pnginfo=mark)
 
 
 @contextmanager

@@ -36,8 +36,9 @@ FLOORS = {
     "explanation": 8,
     "tuning": 9,
     "train": 10,
-    "cli": 11,
-    "__main__": 12,
+    "segmenter": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 
 

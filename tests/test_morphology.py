@@ -8,12 +8,13 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import scipy.ndimage
+import skimage.measure
 import torch
 from torch import Tensor
 
 from fastunet import morphology
 from fastunet.checks import ConfigError, ShapeError
-from fastunet.morphology import border_weights, connected_components
+from fastunet.morphology import border_weights, connected_components, split_objects
 
 
 def scattered(seed: int, height: int = 40, width: int = 52, classes: int = 2) -> Tensor:
@@ -57,9 +58,32 @@ def test_without_two_objects_nothing_lies_between(objects: int) -> None:
     assert not border_weights(labels).any()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_components_are_scikit_images(seed: int) -> None:
+    labels = scattered(seed, classes=3)
+    numbers, count = connected_components(labels)
+    expected = skimage.measure.label(labels.numpy())
+    assert count == expected.max()
+    assert len(set(zip(numbers.flatten().tolist(), expected.flatten().tolist(), strict=True))) == count + 1
+
+
+def test_two_discs_that_touch_are_split() -> None:
+    y, x = torch.meshgrid(torch.arange(40), torch.arange(60), indexing="ij")
+    discs = [(y - 20) ** 2 + (x - middle) ** 2 < 12**2 for middle in (11, 33)]  # the first reaches beyond the edge
+    labels = (discs[0] | discs[1]).long()
+    assert connected_components(labels)[1] == 1
+    objects, count = split_objects(labels)
+    assert count == 2
+    assert torch.equal(objects > 0, labels > 0)
+    for disc in discs:
+        number = objects[disc].mode().values
+        assert ((objects == number) & disc).sum() > 0.97 * disc.sum()
+    assert split_objects(torch.zeros(3, 4))[1] == 0
+
+
 def test_touching_by_a_corner_is_connected() -> None:
-    numbers, count = connected_components(torch.tensor([[1.0, 0, 0], [0, 5, 0], [0, 0, 0], [1, 1, 0]]))
-    assert (numbers.tolist(), count) == ([[1, 0, 0], [0, 1, 0], [0, 0, 0], [2, 2, 0]], 2)
+    numbers, count = connected_components(torch.tensor([[1, 0, 0], [0, 1, 5], [0, 0, 0], [1, 1, 0]]))
+    assert (numbers.tolist(), count) == ([[1, 0, 0], [0, 1, 3], [0, 0, 0], [2, 2, 0]], 3)
     assert numbers.dtype == torch.int32
 
 
@@ -80,7 +104,7 @@ def test_on_a_gpu_arrays_stay_there_where_cupy_is(monkeypatch: pytest.MonkeyPatc
         return lambda *args, **kwargs: calls.append(name) or getattr(scipy.ndimage, name)(*args, **kwargs)
 
     cupy, cupyx, on_gpu = ModuleType("cupy"), ModuleType("cupyx"), ModuleType("cupyx.scipy")
-    for name in ("full", "minimum", "maximum"):
+    for name in ("full", "minimum", "maximum", "zeros", "where", "asarray"):
         setattr(cupy, name, getattr(np, name))
     cupy.from_dlpack = np.from_dlpack  # type: ignore[attr-defined]
     functions = ("label", "distance_transform_edt")

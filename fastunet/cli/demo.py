@@ -41,6 +41,6 @@ def demo(
     console.print(f"2. training for at most {minutes:g} minutes")
     train_with_bar(data, run_folder, config)
     console.print("3. predicting")
-    predict(run_folder, data / "images", predictions)
+    predict(run_folder, [data / "images"], predictions)
     console.print(f"open {run_folder / 'report.png'}", soft_wrap=True)
     console.print(f"next: fastunet train YOUR_DATA --out RUN   (as {data}: images/ and masks/)", soft_wrap=True)

@@ -30,7 +30,7 @@ def evaluate(
     run: RunArgument,
     data: Annotated[Path, DATA],
     out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
-    tta: TtaOption = None,
+    tta: TtaOption = False,
     tile: TileOption = TILE,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
@@ -44,12 +44,15 @@ def evaluate(
         check_folder(out.parent)
         check_apart(out.parent, [file for pair in pairs for file in (pair.image, pair.mask)])
         check_replaceable(out, overwrite, lambda path: is_our_json(path, SCORES))
-    model, config, use_tta = load(run, device, tile, tta, [pair.image for pair in pairs])
+    segmenter = load(run, device, tile)
+    model, config = segmenter.model, segmenter.config
+    for pair in track(pairs, "checking"):
+        segmenter.source_of(pair.image)
     dataset = SegmentationDataset(pairs, inspect(pairs, config.data.classes))
-    scores, _ = scores_of(model, track(dataset, "evaluating"), config.class_names, tile=tile, tta=use_tta)
+    scores, _ = scores_of(model, track(dataset, "evaluating"), config.class_names, tile=tile, tta=tta)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {**scores, "images": [pair.stem for pair in pairs], "tta": use_tta})
+        write_json(out, {**scores, "images": [pair.stem for pair in pairs], "tta": tta})
     print_scores(scores, f"{len(pairs)} images of {data}")
     seen = sorted(set(config.train) & {pair.stem for pair in pairs})
     if seen:

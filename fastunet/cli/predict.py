@@ -2,56 +2,112 @@
 
 from __future__ import annotations
 
+import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastunet.checks import DataError
-from fastunet.files import check_apart, check_folder, check_replaceable, is_our_png, save_png
+from fastunet.checks import ConfigError, DataError
+from fastunet.files import check_apart, check_folder, check_replaceable
 from fastunet.train.config import TILE
 
-from .shared import (
-    DeviceOption,
-    OverwriteOption,
-    RunArgument,
-    TileOption,
-    TtaOption,
-    console,
-    load,
-    track,
-)
+from .shared import DeviceOption, OverwriteOption, RunArgument, TileOption, TtaOption, console, load, track
+
+
+class Format(StrEnum):
+    """Formats of predictions."""
+
+    auto, png, tif, zarr = "auto", "png", "tif", "zarr"
+
+
+class Instances(StrEnum):
+    """Ways to tell objects apart."""
+
+    none, components, watershed = "none", "components", "watershed"
 
 
 def predict(
     run: RunArgument,
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="An image, or a folder of images.")],
-    out: Annotated[Path, typer.Option(help="Folder for the label images.")],
-    tta: TtaOption = None,
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGES...", help="Images, folders of images, or patterns such as 'a/*.tif'."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the predictions.")],
+    format: Annotated[
+        Format, typer.Option(help="Of the labels: auto is tif for TIFF, zarr for Zarr, png for all others.")
+    ] = Format.auto,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write OUT/<stem>_probabilities, float32.")
+    ] = False,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write OUT/<stem>_overlay.png: the labels over the image.")
+    ] = False,
+    instances: Annotated[
+        Instances,
+        typer.Option(help="Also number the objects, in OUT/<stem>_objects.tif, and measure each, in a CSV beside it."),
+    ] = Instances.none,
+    rois: Annotated[
+        bool, typer.Option("--rois", help="With instances: also write their outlines as ROIs for ImageJ.")
+    ] = False,
+    tta: TtaOption = False,
     tile: TileOption = TILE,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only every N-th image from the I-th on, for N processes at once.")
+    ] = "1/1",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write OUT/<stem>.png for each image: labels, or 0 and 255 where there is one class."""
-    from fastunet.data import find_images, mask_from_labels, normalize, read_image
-    from fastunet.inference.predict import labels_of
-    from fastunet.inference.predict import predict as probabilities_of
+    """Write OUT/<stem>.png (or .tif, .zarr) for each image: labels, or 0 and 255 where there is one class."""
+    from fastunet.data import find_images
+    from fastunet.data.sources import ZARR
+    from fastunet.inference.outputs import Wanted, is_ours
 
-    files = find_images(images)
+    if rois and instances is Instances.none:
+        raise ConfigError("rois: expected instances, of which they are the outlines, got --instances none")
+    if rois:
+        import roifile  # noqa: F401  an extra, asked for before any work
+    files = _sharded(find_images(*images), shard)
     check_folder(out)
     check_apart(out, files)
-    targets = [out / f"{file.stem}.png" for file in files]
-    for target in targets:
-        check_replaceable(target, overwrite, is_our_png)
-    model, config, use_tta = load(run, device, tile, tta, files)
+    kinds = {".tif": "tif", ".tiff": "tif", ZARR: "zarr"}
+    jobs: list[tuple[Path, Wanted]] = []
+    stems: dict[str, Path] = {}
+    for file in files:
+        other = stems.setdefault(file.stem.casefold(), file)
+        if other is not file:
+            raise DataError(f"{file}: expected stems that differ in more than their case, got {other} too")
+        kind = kinds.get(file.suffix.lower(), "png") if format is Format.auto else format.value
+        wanted = Wanted(kind, probabilities, overlay, instances.value, rois)
+        for ending in wanted.endings.values():
+            check_replaceable(out / f"{file.stem}{ending}", overwrite, is_ours)
+        jobs.append((file, wanted))
+    segmenter = load(run, device, tile)
+    for file in track(files, "checking"):
+        segmenter.source_of(file)
     out.mkdir(parents=True, exist_ok=True)
-    on = next(model.parameters()).device
-    written: set[tuple[int, int]] = set()
-    for file, target in track(list(zip(files, targets, strict=True)), "predicting"):
-        image = normalize(read_image(file)).to(on)
-        labels = labels_of(probabilities_of(model, image, tile=tile, tta=use_tta)).cpu().numpy()
-        if target.exists() and (target.stat().st_dev, target.stat().st_ino) in written:
-            raise DataError(f"{file}: expected stems that differ here in more than their case, got {target} once more")
-        save_png(target, mask_from_labels(labels, config.data.classes))
-        written.add((target.stat().st_dev, target.stat().st_ino))
+    description = TextColumn("{task.description}", markup=False)
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        bar = bars.add_task("predicting")
+        for number, (file, wanted) in enumerate(jobs, 1):
+            bars.reset(bar, description=f"{file.name} ({number} of {len(jobs)}), tiles", total=None)
+
+            def show(done: int, parts: int) -> None:
+                bars.update(bar, completed=done, total=parts)
+
+            segmenter.write(file, out / file.stem, wanted, tile=tile, tta=tta, on_part=show)
     console.print(f"{len(files)} predictions in {out}", soft_wrap=True)
+
+
+def _sharded(files: list[Path], shard: str) -> list[Path]:
+    """Take every N-th file from the I-th on, of "I/N"."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
+    index, count = map(int, found.groups()) if found else (2, 1)
+    if index > count:
+        raise ConfigError(f"shard: expected I/N with 1 <= I <= N, such as 2/4, got {shard!r}")
+    if count > len(files):
+        raise ConfigError(f"shard: expected at most the {len(files)} images as N, got {count}")
+    return files[index - 1 :: count]

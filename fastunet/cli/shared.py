@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastunet.checks import ConfigError, DataError, check_choice
-from fastunet.train.config import too_small
+from fastunet.checks import check_choice
+
+if TYPE_CHECKING:
+    from fastunet.segmenter import Segmenter
 
 # Names of files are printed as they are, whatever they look like.
 console = Console(markup=False, emoji=False, highlight=False)
@@ -19,7 +21,7 @@ console = Console(markup=False, emoji=False, highlight=False)
 DATA = typer.Argument(metavar="DATA", help="Folder with images/ and masks/ of equal stems.")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-TtaOption = Annotated[bool | None, typer.Option("--tta/--no-tta", help="Average eight flips and turns [as trained].")]
+TtaOption = Annotated[bool, typer.Option(help="Average eight flips and turns, for eight times the work.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what fastunet wrote there before.")]
 TileOption = Annotated[int, typer.Option(min=1, help="Edge in pixels of the tiles in which larger images go through.")]
 
@@ -41,37 +43,18 @@ def chosen_device(name: str) -> str:
     return "cuda" if has_cuda and name != "cpu" else "cpu"
 
 
-def load(run: Path, device: str, tile: int, tta: bool | None, images: list[Path]) -> tuple[Any, Any, bool]:
-    """Return the trained model on the device, its config, and whether it averages eight views: as trained for None.
+def load(run: Path, device: str, tile: int) -> Segmenter:
+    """Load a run onto the device. Says so where tiles would not give what the whole image gives.
 
-    Raises ConfigError on tiles too small for it, DataError unless each image is of the kind it was trained on, and
-    large enough. Says so where tiles would not give what the whole image gives.
+    Raises DataError on missing or broken files, ConfigError on tiles too small for the net.
     """
-    from fastunet.data import read_image
-    from fastunet.inference.tiling import field_of, parts_of
-    from fastunet.train.checkpoint import load_run
+    from fastunet.segmenter import load as load_run
 
-    target = chosen_device(device)
-    model, config = load_run(run)
-    data, net = config.data, (len(config.model["features"]), config.model["norm"])
-    if reason := too_small(tile, tile, *net):
-        raise ConfigError(f"tile: {reason}")
-    field = field_of(model)
-    if field is None:
+    segmenter = load_run(run, chosen_device(device))
+    if not segmenter.check_tile(tile):
         text = f"instance norm depends on the whole image: images above {tile} pixels go through in blended tiles"
         console.print(text, soft_wrap=True)
-    else:
-        parts_of(tile + 1, tile + 1, tile, field)
-    for file in track(images, "checking"):
-        pixels = read_image(file)
-        height, width, channels = pixels.shape
-        if channels != data.channels:
-            raise DataError(f"{file}: expected {data.channels} channels, as in training, got {channels}")
-        if pixels.dtype.name != data.dtype:
-            raise DataError(f"{file}: expected {data.dtype}, as in training, got {pixels.dtype.name}")
-        if reason := too_small(height, width, *net):
-            raise DataError(f"{file}: {reason}")
-    return model.to(target), config, config.training["tta"] if tta is None else tta
+    return segmenter
 
 
 def progress() -> Progress:

@@ -46,7 +46,7 @@ class TrainConfig:
         "last", "Which: the last by name (in a stack, neighbours are alike), or random.", choices=("last", "random")
     )
     classes: int | None = _setting(None, "Number of classes [inferred from the masks].", low=1, high=256)
-    tta: bool = _setting(True, "Average eight flips and turns when predicting.")
+    tta: bool = _setting(False, "Average eight flips and turns for the metrics, for eight times the work.")
     precision: str = _setting(
         "auto",
         "auto (bf16 where the hardware multiplies it natively), fp32, bf16 or fp16.",

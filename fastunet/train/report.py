@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastunet.checks import ShapeError
 from fastunet.files import SOFTWARE, written_whole
+from fastunet.inference.outputs import class_palette
 from fastunet.metrics import SegmentationMetrics
 
 WIDTH = 12.0  # inches
@@ -25,8 +26,7 @@ LEGEND_HEIGHT = 0.6
 DPI = 110
 NAME_LENGTH = 36  # characters that fit above a picture
 STRETCH = (0.5, 99.5)  # percentiles of an image that are shown as black and white
-# Okabe and Ito's colours, which stay apart for colour-blind readers; class 0 is black, and those of errors come last.
-CLASS_COLOURS = ("#FFFFFF", "#E69F00", "#CC79A7", "#0072B2", "#999999", "#F0E442", "#56B4E9", "#009E73")
+# The last of those of classes.
 ERROR_COLOURS = {
     "found (true positive)": ("#009E73", 0.45),
     "too much (false positive)": ("#D55E00", 0.9),
@@ -141,7 +141,7 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
     else:
         figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, title="errors")
         labels = enumerate(class_names)
-        patches = [Patch(facecolor=_class_colour(label), edgecolor="0.5", label=name) for label, name in labels]
+        patches = [Patch(facecolor=class_palette()[label] / 255, edgecolor="0.5", label=name) for label, name in labels]
         figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, title="classes")
 
 
@@ -153,13 +153,9 @@ def _displayable(image: np.ndarray) -> np.ndarray:
     return np.broadcast_to(scaled, (*image.shape[:2], 3))
 
 
-def _class_colour(label: int) -> tuple[float, float, float]:
-    return to_rgb("black") if label == 0 else to_rgb(CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)])
-
-
 def _colour_labels(labels: np.ndarray) -> np.ndarray:
     """Give each label its colour, RGB in 0..1."""
-    return np.array([_class_colour(label) for label in range(int(labels.max()) + 1)])[labels]
+    return class_palette()[labels] / 255
 
 
 def _overlay_errors(image: np.ndarray, sample: Sample) -> np.ndarray:

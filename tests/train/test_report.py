@@ -18,7 +18,8 @@ from PIL import Image
 
 import fastunet.train.report
 from fastunet.checks import ShapeError
-from fastunet.train.report import CLASS_COLOURS, ERROR_COLOURS, Sample, write_report
+from fastunet.inference.outputs import class_palette
+from fastunet.train.report import ERROR_COLOURS, Sample, write_report
 
 HISTORY: list[dict[str, Any]] = [
     {"step": 10, "minutes": 0.5, "train_loss": 1.5},
@@ -81,7 +82,7 @@ def test_pictures_show_truth_prediction_and_each_kind_of_error(tmp_path: Path, f
     write_report(tmp_path / "report.png", HISTORY, [Sample("a.tif", image, TRUTH, PREDICTION)])
     shown = panels(figures[0])
     assert list(shown) == ["a.tif", "truth", "prediction: Dice 0.500", "errors"]
-    white = to_rgb(CLASS_COLOURS[0])
+    white = class_palette()[1] / 255
     assert shown["truth"].tolist() == [[list(white), [0, 0, 0]], [[0, 0, 0], list(white)]]
     assert shown["prediction: Dice 0.500"].tolist() == [[list(white), [0, 0, 0]], [list(white), [0, 0, 0]]]
     # On a black image a tint is its colour times its opacity.

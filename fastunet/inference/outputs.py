@@ -1,0 +1,281 @@
+"""What predictions leave: labels, probabilities, overlays and objects, each whole under its name or not at all."""
+
+from __future__ import annotations
+
+import csv
+import math
+import queue
+import shutil
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import tifffile
+
+from fastunet.checks import DataError
+from fastunet.data.sources import ZARR, PixelSize
+from fastunet.files import SOFTWARE, is_our_png, save_png, written_whole
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; class 0 is black.
+CLASS_COLOURS = (
+    (255, 255, 255), (230, 159, 0), (204, 121, 167), (0, 114, 178), (153, 153, 153), (240, 228, 66), (86, 180, 233),
+    (0, 158, 115),
+)  # fmt: skip
+GRID = 256  # edge of the tiles of a TIFF and of the chunks of a Zarr array
+PROPERTIES = (
+    "label", "area", "centroid", "bbox", "perimeter", "eccentricity", "orientation", "axis_major_length",
+    "axis_minor_length", "solidity",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to write of a prediction, beside the labels in a file of `kind`: png, tif or zarr."""
+
+    kind: str = "png"
+    probabilities: bool = False
+    overlay: bool = False
+    instances: str = "none"
+    rois: bool = False
+
+    @property
+    def endings(self) -> dict[str, str]:
+        """Return what follows the image's stem in the name of each file."""
+        found = {"labels": f".{self.kind}"}
+        if self.probabilities:
+            found["probabilities"] = f"_probabilities.{'tif' if self.kind == 'png' else self.kind}"
+        if self.overlay:
+            found["overlay"] = "_overlay.png"
+        if self.instances != "none":
+            found |= {"objects": "_objects.tif", "table": "_objects.csv"}
+        return found | ({"rois": "_objects.zip"} if self.rois else {})
+
+
+def class_palette() -> np.ndarray:
+    """Return the colours of labels 0 to 255, uint8 [256, 3]."""
+    colours = np.array(CLASS_COLOURS, np.uint8)
+    return np.concatenate([np.zeros((1, 3), np.uint8), colours[np.arange(255) % len(colours)]])
+
+
+def is_ours(path: Path) -> bool:
+    """Whether fastunet wrote this file of predictions, as its own mark in it says."""
+    try:
+        if path.suffix == ".png":
+            return is_our_png(path)
+        if path.suffix == ".tif":
+            with tifffile.TiffFile(path) as tiff:
+                return tiff.pages[0].tags.valueof(305) == SOFTWARE
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                return archive.comment == SOFTWARE.encode()
+        if path.suffix == ZARR:
+            import zarr
+
+            return zarr.open(str(path), mode="r").attrs.get("software") == SOFTWARE
+        with path.open(newline="") as file:
+            return next(csv.reader(file))[: len(PROPERTIES)] == list(_columns(())[: len(PROPERTIES)])
+    except Exception:  # of another kind, or broken: its reader raises anything
+        return False
+
+
+class Writer:
+    """An image that is written while its rows come in: whole when a `with` block ends, not at all when it raises.
+
+    Args:
+        shape, dtype: of the whole image, [H, W] or [H, W, K].
+        palette: colours uint8 [256, 3] of an image of labels.
+        pixel_size: is kept, where the format has a place for it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: Any,
+        palette: np.ndarray | None = None,
+        pixel_size: PixelSize | None = None,
+    ) -> None:
+        self.path, self.shape, self.dtype, self.palette, self.pixel_size = path, shape, dtype, palette, pixel_size
+        self._bands: queue.Queue[np.ndarray | None] = queue.Queue(2)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def put(self, band: np.ndarray) -> None:
+        """Take the next rows, [h, W] or [h, W, K]: a multiple of 256 of them, but for the last."""
+        self._bands.put(band)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bands.put(None)
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._write()
+        except BaseException as error:  # raised where the block ends
+            self._error = error
+            while self._bands.get() is not None:
+                pass
+
+    def _write(self) -> None:
+        """Write what `_rows` gives, in the thread."""
+        raise NotImplementedError
+
+    def _rows(self) -> Iterator[np.ndarray]:
+        """Give the bands. Raises DataError where they end too early, so that nothing is left of what was written."""
+        done = 0
+        while (band := self._bands.get()) is not None:
+            done += len(band)
+            yield band
+        if done < self.shape[0]:
+            self._bands.put(None)
+            raise DataError(f"{self.path}: expected {self.shape[0]} rows, got {done}")
+
+
+class StreamedTiff(Writer):
+    """A tiled TIFF."""
+
+    def _write(self) -> None:
+        options: dict[str, Any] = {"photometric": "minisblack"}
+        if self.palette is not None:
+            options = {"photometric": "palette", "colormap": self.palette.T.astype(np.uint16) * 257}
+        if len(self.shape) == 3:
+            options |= {"planarconfig": "contig", "extrasamples": ["unspecified"] * (self.shape[2] - 1)}
+        with written_whole(self.path) as temporary:
+            tifffile.imwrite(
+                temporary,
+                self._tiles(),
+                shape=self.shape,
+                dtype=self.dtype,
+                tile=(GRID, GRID),
+                compression="deflate",
+                software=SOFTWARE,
+                bigtiff=math.prod(self.shape) * np.dtype(self.dtype).itemsize > 2**31,
+                **options,
+                **_resolution(self.pixel_size),
+            )
+
+    def _tiles(self) -> Iterator[np.ndarray]:
+        for band in self._rows():
+            for top in range(0, len(band), GRID):
+                for left in range(0, self.shape[1], GRID):
+                    tile = np.zeros((GRID, GRID, *self.shape[2:]), self.dtype)
+                    pixels = band[top : top + GRID, left : left + GRID]
+                    tile[: pixels.shape[0], : pixels.shape[1]] = pixels
+                    yield tile
+
+
+def _resolution(size: PixelSize | None) -> dict[str, Any]:
+    """Return the tags for a size of pixels: as inch or cm where it is, else as ImageJ's unit."""
+    if size is None:
+        return {"metadata": None}
+    resolution = (1 / size.x, 1 / size.y)
+    if size.unit in ("inch", "cm"):
+        unit = {"inch": "INCH", "cm": "CENTIMETER"}[size.unit]
+        return {"resolution": resolution, "resolutionunit": unit, "metadata": None}
+    description = f"ImageJ=1.11a\nunit={size.unit.replace('µ', chr(92) + 'u00B5')}\n"
+    return {"resolution": resolution, "resolutionunit": "NONE", "description": description, "metadata": None}
+
+
+class StreamedZarr(Writer):
+    """A Zarr array."""
+
+    def _write(self) -> None:
+        import zarr
+
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            chunks = tuple(min(GRID, side) for side in self.shape[:2]) + self.shape[2:]
+            array = zarr.create_array(str(partial), shape=self.shape, dtype=self.dtype, chunks=chunks)
+            array.attrs["software"] = SOFTWARE
+            if (size := self.pixel_size) is not None:
+                array.attrs["pixel_size"] = [size.y, size.x, size.unit]
+            row = 0
+            for band in self._rows():
+                array[row : row + len(band)] = band
+                row += len(band)
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            partial.rename(self.path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class WholePng(Writer):
+    """A PNG, which is written at once when all rows have come."""
+
+    def _write(self) -> None:
+        save_png(self.path, np.concatenate(list(self._rows())), self.palette)
+
+
+WRITERS: dict[str, type[Writer]] = {"png": WholePng, "tif": StreamedTiff, "zarr": StreamedZarr}
+
+
+def write_overlay(path: Path, image: np.ndarray, labels: np.ndarray) -> None:
+    """Write a PNG of the image [H, W, C], stretched to what is visible, with the classes of labels [H, W] in colour."""
+    from skimage.color import label2rgb
+    from skimage.exposure import rescale_intensity
+
+    shown = image if image.shape[2] == 3 else np.repeat(image[..., :1], 3, 2)
+    low, high = np.percentile(shown, (0.5, 99.5))
+    grey = rescale_intensity(shown.astype(np.float32), (low, max(high, low + 1e-6)), (0.0, 1.0))
+    colours = class_palette()[2:] / 255  # not white, which is an image's own
+    picture = label2rgb(labels, grey, colors=colours.tolist(), alpha=0.4, bg_label=0, saturation=1)
+    save_png(path, (picture * 255).round().astype(np.uint8))
+
+
+def write_objects(path: Path, objects: np.ndarray, labels: np.ndarray, image: np.ndarray) -> None:
+    """Write a CSV with a row for each object: `skimage.measure.regionprops` in pixels, its class, mean intensities.
+
+    Args:
+        objects: numbers [H, W] from 1, 0 outside.
+        labels: class of each pixel, [H, W].
+        image: [H, W, C].
+    """
+    from skimage.measure import regionprops_table
+
+    table = regionprops_table(objects, image, properties=(*PROPERTIES, "intensity_mean"))
+    classes = regionprops_table(objects, labels, properties=("intensity_max",))["intensity_max"].astype(int)
+    names = _columns(tuple(name for name in table if name.startswith("intensity")))
+    columns = [table[name].tolist() for name in names[:-1]]
+    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows(zip(*columns, classes.tolist(), strict=True))
+
+
+def _columns(intensities: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the columns that `regionprops_table` makes of the properties, and the class's."""
+    counts = {"centroid": 2, "bbox": 4}
+    names = [
+        name if name not in counts else f"{name}-{index}" for name in PROPERTIES for index in range(counts.get(name, 1))
+    ]
+    return (*names, *intensities, "class")
+
+
+def write_rois(path: Path, objects: np.ndarray) -> None:
+    """Write the outlines of objects [H, W] as a zip of ROIs for ImageJ, named by their numbers."""
+    from roifile import ImagejRoi, roiwrite
+    from skimage.measure import find_contours, regionprops
+
+    rois = []
+    for region in regionprops(objects):
+        outline = max(find_contours(np.pad(region.image, 1).astype(float), 0.5), key=len)
+        # ImageJ's coordinates are (x, y), and count from a pixel's corner.
+        points = outline[:, ::-1] + np.array(region.bbox[1::-1]) - 0.5
+        rois.append(ImagejRoi.frompoints(points, name=str(region.label)))
+    with written_whole(path) as temporary:
+        temporary.unlink()
+        roiwrite(temporary, rois)
+        with zipfile.ZipFile(temporary, "a") as archive:
+            archive.comment = SOFTWARE.encode()

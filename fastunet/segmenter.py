@@ -1,0 +1,215 @@
+"""A trained run as one object: from a file or an array to labels, whole or part by part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastunet.checks import ConfigError, DataError
+from fastunet.data import mask_from_labels, moments, normalize
+from fastunet.data.sources import Source, open_source, source_of_array
+from fastunet.inference.outputs import (
+    GRID,
+    WRITERS,
+    StreamedTiff,
+    Wanted,
+    class_palette,
+    write_objects,
+    write_overlay,
+    write_rois,
+)
+from fastunet.inference.predict import Prediction, labels_of
+from fastunet.inference.tiling import Window, field_of, parts_of
+from fastunet.morphology import connected_components, split_objects
+from fastunet.train.checkpoint import RunConfig, load_run
+from fastunet.train.config import TILE, too_small
+from fastunet.unet import UNet
+
+
+def load(run: str | Path, device: str | torch.device = "auto") -> Segmenter:
+    """Load what `fastunet train` has left in the folder `run`, onto a device: "auto" is a GPU where there is one.
+
+    Raises:
+        DataError: missing or broken files.
+        ConfigError: a GPU that is not there.
+    """
+    model, config = load_run(run)
+    has_cuda = torch.cuda.is_available()
+    target = torch.device(("cuda" if has_cuda else "cpu") if device == "auto" else device)
+    if target.type == "cuda" and not has_cuda:
+        raise ConfigError(f"device: expected a CUDA device for {str(device)!r}, got none")
+    return Segmenter(model.to(target, memory_format=torch.channels_last), config)  # type: ignore[call-overload]
+
+
+class Segmenter:
+    """A trained U-Net that reads images as it was trained on them; `model` is the net and `config` its run's."""
+
+    def __init__(self, model: UNet, config: RunConfig) -> None:
+        self.model, self.config = model, config
+
+    def predict(
+        self, image: str | Path | Any, *, tile: int = TILE, tta: bool = False, probabilities: bool = False
+    ) -> np.ndarray:
+        """Return the mask of an image, uint8 [H, W]: as the masks of training were, 0 and 255 or class indices.
+
+        Args:
+            image: a file, or an array [H, W] or [H, W, C] of NumPy, torch or CuPy, in the range of the images that
+                were trained on: it is normalised here.
+            tile: edge in pixels of the tiles in which larger images go through.
+            tta: average eight flips and turns, for eight times the work.
+            probabilities: return these instead, float32 [K, H, W].
+
+        Raises:
+            DataError: an image that cannot be read, or is of another kind than those of training.
+            ConfigError: a tile too small for the net.
+        """
+        source = self.source_of(image)
+        result: np.ndarray | None = None
+        for part, found in self.parts(source, tile=tile, tta=tta):
+            values = found.numpy() if probabilities else mask_from_labels(labels_of(found).numpy(), self.classes)
+            if result is None:
+                result = np.empty((*values.shape[:-2], *source.size), values.dtype)
+            part.of(result)[...] = values
+        assert result is not None
+        return result
+
+    @property
+    def classes(self) -> int:
+        """1 for foreground and background, else the number of classes."""
+        return self.config.data.classes
+
+    def source_of(self, image: str | Path | Any) -> Source:
+        """Open a file, or take an array. Raises DataError unless it is an image of the kind that was trained on."""
+        if isinstance(image, str | os.PathLike):
+            source = open_source(Path(image))
+        elif isinstance(image, Tensor):
+            source = source_of_array(image.detach().cpu().numpy())
+        else:
+            on_gpu = hasattr(image, "__cuda_array_interface__")
+            source = source_of_array(image.get() if on_gpu else np.asarray(image))
+        self.check(source)
+        return source
+
+    def check(self, source: Source) -> None:
+        """Raise DataError unless the image is of the kind that was trained on, and large enough for the net."""
+        data, name = self.config.data, source.path or "image"
+        if source.shape[2] != data.channels:
+            raise DataError(f"{name}: expected {data.channels} channels, as in training, got {source.shape[2]}")
+        if source.dtype.name != data.dtype:
+            raise DataError(f"{name}: expected {data.dtype}, as in training, got {source.dtype.name}")
+        if reason := too_small(*source.size, *self._net()):
+            raise DataError(f"{name}: {reason}")
+
+    def check_tile(self, tile: int) -> bool:
+        """Whether tiles of that edge give what whole images give. Raises ConfigError on one too small for the net."""
+        if reason := too_small(tile, tile, *self._net()):
+            raise ConfigError(f"tile: {reason}")
+        field = field_of(self.model)
+        if field is not None:
+            parts_of(tile + 1, tile + 1, tile, field)
+        return field is not None
+
+    def write(
+        self,
+        image: str | Path,
+        stem: Path,
+        wanted: Wanted,
+        *,
+        tile: int = TILE,
+        tta: bool = False,
+        on_part: Callable[[int, int], None] = lambda done, parts: None,
+    ) -> None:
+        """Predict an image file and write what is wanted beside each other: STEM.png and so on.
+
+        Labels and probabilities of TIFF and Zarr are written while they are computed; an overlay and objects need the
+        whole image and its labels in memory.
+        """
+        source, ends = self.source_of(image), {k: stem.with_name(stem.name + e) for k, e in wanted.endings.items()}
+        many, size = self.classes > 1, source.size
+        whole = np.empty(size, np.uint8) if {"overlay", "objects"} & ends.keys() else None
+        rows: dict[str, list[np.ndarray]] = {"labels": []}
+        with ExitStack() as stack:
+            palette = class_palette() if many else None
+            kind = WRITERS[wanted.kind]
+            writers = {"labels": stack.enter_context(kind(ends["labels"], size, "uint8", palette, source.pixel_size))}
+            if (path := ends.get("probabilities")) is not None:
+                kind, shape = WRITERS[path.suffix[1:]], (*size, self.classes) if many else size
+                writers["probabilities"] = stack.enter_context(kind(path, shape, "float32", None, source.pixel_size))
+                rows["probabilities"] = []
+            for done, (count, part, found) in enumerate(self._counted_parts(source, tile, tta), 1):
+                labels = labels_of(found).numpy()
+                if whole is not None:
+                    part.of(whole)[...] = labels
+                rows["labels"].append(mask_from_labels(labels, self.classes))
+                if "probabilities" in rows:
+                    rows["probabilities"].append((found.movedim(0, -1) if many else found[0]).numpy())
+                if part.right == size[1]:
+                    for name, band in rows.items():
+                        writers[name].put(np.concatenate(band, 1))
+                        band.clear()
+                on_part(done, count)
+        if whole is not None:
+            self._write_extras(source, whole, wanted, ends)
+
+    def _counted_parts(self, source: Source, tile: int, tta: bool) -> Iterator[tuple[int, Window, Tensor]]:
+        count = len(Prediction(self.model, source.size, tile=tile, tta=tta, grid=GRID).parts)
+        return ((count, *each) for each in self.parts(source, tile=tile, tta=tta, grid=GRID))
+
+    def _write_extras(self, source: Source, labels: np.ndarray, wanted: Wanted, ends: dict[str, Path]) -> None:
+        """Write overlay, objects, their table and their outlines, of those that are wanted."""
+        image = source.window(0, source.shape[0], 0, source.shape[1])
+        if "overlay" in ends:
+            write_overlay(ends["overlay"], image, labels)
+        if "objects" in ends:
+            find = split_objects if wanted.instances == "watershed" else connected_components
+            on = next(self.model.parameters()).device
+            objects, count = find(torch.from_numpy(labels).to(on))
+            numbers = objects.cpu().numpy().astype(np.uint16 if count < 2**16 else np.uint32)
+            with StreamedTiff(ends["objects"], numbers.shape, numbers.dtype, None, source.pixel_size) as writer:
+                writer.put(numbers)
+            write_objects(ends["table"], numbers, labels, image)
+            if "rois" in ends:
+                write_rois(ends["rois"], numbers)
+
+    def _net(self) -> tuple[int, str | None]:
+        return len(self.config.model["features"]), self.config.model["norm"]
+
+    def parts(
+        self, source: Source, *, tile: int = TILE, tta: bool = False, grid: int = 1
+    ) -> Iterator[tuple[Window, Tensor]]:
+        """Give the probabilities of an image part by part, in rows: float32 [K, h, w] on the CPU.
+
+        The next part is read while one is computed. `grid`: the parts' edge is a multiple of it, where the tile has
+        room for that.
+        """
+        scale = moments(source)
+        device = next(self.model.parameters()).device
+        prediction = Prediction(self.model, source.size, tile=tile, tta=tta, grid=grid)
+        field = prediction.field
+        if tta:  # The turned image's grid may lie otherwise on the part, by less than a multiple.
+            field = field._replace(halo=field.halo + field.multiple)
+
+        def read(part: Window) -> tuple[Window, Tensor]:
+            window = part.widened(field, *source.size)
+            return window, normalize(source.window(*window), scale)[None]
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(read, prediction.parts[0])
+            for index, part in enumerate(prediction.parts):
+                outer, pixels = coming.result()
+                if index + 1 < len(prediction.parts):
+                    coming = pool.submit(read, prediction.parts[index + 1])
+                yield part, prediction.of(part, _reader(outer, pixels.to(device)))[0].cpu()
+
+
+def _reader(outer: Window, pixels: Tensor) -> Callable[[Window], Tensor]:
+    """Give the function that cuts windows of the image out of the pixels of a larger one."""
+    return lambda window: window.within(outer).of(pixels)

@@ -1,0 +1,373 @@
+"""A trained run: from files and arrays to labels, in memory and in windows, and what is written of them."""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+pytest.importorskip("zarr", reason="needs the extra train")
+
+import skimage.measure
+import tifffile
+import torch
+import zarr
+from command import fastunet as fastunet_command
+from PIL import Image
+
+import fastunet
+from fastunet.checks import ConfigError, DataError
+from fastunet.data import DataSummary, find_images, normalize, read_image, read_mask, sources
+from fastunet.data.sources import PixelSize, open_source, pixel_size_of
+from fastunet.inference.outputs import Wanted, class_palette, is_ours
+from fastunet.segmenter import Segmenter
+from fastunet.train.checkpoint import RunConfig, save_config, save_weights
+
+SIZE = (300, 421)
+TILE = 280  # two parts by two, whose edge is 256
+
+
+def smooth_image() -> np.ndarray:
+    """Smooth enough that objects are more than noise."""
+    noise = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(3))
+    smooth = torch.nn.functional.avg_pool2d(noise, 9, 1, 4)[0, 0]
+    return ((smooth - smooth.min()) / (smooth.max() - smooth.min()) * 255).byte().numpy()
+
+
+def made_run(folder: Path, classes: int = 1, channels: int = 1, **model: Any) -> Path:
+    """A run as a training leaves it, of a net that was not trained."""
+    torch.manual_seed(1)
+    net = fastunet.UNet(channels, classes, features=(2, 4), **model)
+    torch.nn.init.normal_(net.outc.conv.weight, std=4)
+    with torch.no_grad():  # every class somewhere
+        logits = net.eval()(normalize(smooth_image()[..., None].repeat(channels, 2))[None])
+        net.outc.conv.bias.sub_(logits.flatten(2).median(2).values[0])
+    folder.mkdir()
+    data = DataSummary(1, channels, classes, (0, 1), "uint8", SIZE, SIZE)
+    save_config(folder, RunConfig(model=net.config, data=data, training={}))
+    save_weights(folder, net)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["binary", "classes"])
+def segmenter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
+    return fastunet.load(made_run(tmp_path_factory.mktemp("runs") / "run", request.param), "cpu")
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return smooth_image()
+
+
+def expected_of(segmenter: Segmenter, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mask and probabilities by the public functions, of the whole image."""
+    pixels = image if image.ndim == 3 else image[..., None]
+    p = fastunet.predict(segmenter.model, normalize(pixels))
+    if segmenter.classes == 1:
+        return ((p[0] > 0.5).byte() * 255).numpy(), p.numpy()
+    return p.argmax(0).byte().numpy(), p.numpy()
+
+
+def test_files_and_arrays_give_the_same(segmenter: Segmenter, image: np.ndarray, tmp_path: Path) -> None:
+    Image.fromarray(image).save(tmp_path / "a.png")
+    mask, probabilities = expected_of(segmenter, image)
+    assert 0.05 < (mask > 0).mean() < 0.95
+    for each in (tmp_path / "a.png", str(tmp_path / "a.png"), image, image[..., None], torch.from_numpy(image)):
+        assert np.array_equal(segmenter.predict(each), mask)
+        assert np.array_equal(segmenter.predict(each, tile=TILE), mask)
+    np.testing.assert_allclose(segmenter.predict(image, probabilities=True, tile=TILE), probabilities, atol=1e-6)
+    turned = fastunet.predict(segmenter.model, normalize(image[..., None]), tta=True)
+    result = segmenter.predict(image, probabilities=True, tile=TILE, tta=True)
+    np.testing.assert_allclose(result, turned, atol=1e-6)
+
+
+def test_an_array_of_a_gpu_is_fetched(segmenter: Segmenter, image: np.ndarray) -> None:
+    class OnGpu:
+        __cuda_array_interface__: ClassVar = {"shape": image.shape}
+
+        def get(self) -> np.ndarray:
+            return image
+
+    assert np.array_equal(segmenter.predict(OnGpu()), expected_of(segmenter, image)[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.zeros((9, 9, 3), np.uint8), "image: expected 1 channels, as in training, got 3"),
+        (np.zeros((9, 9), np.uint16), "image: expected uint8, as in training, got uint16"),
+        (np.zeros((9, 9), np.int64), "image: expected uint8, uint16, float32, got int64"),
+        (np.zeros((1, 9), np.uint8), "image: expected at least 2x2 pixels for 2 levels, got 1x9"),
+        (np.zeros(9, np.uint8), r"image: expected \[H, W\] or \[H, W, C\] with pixels, got shape \[9\]"),
+        ("nothing.png", "nothing.png: expected a file, got nothing there"),
+        ("nothing.zarr", "nothing.zarr: expected a Zarr array, got: nothing there"),
+    ],
+)
+def test_other_images_are_refused(segmenter: Segmenter, wrong: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        segmenter.predict(wrong)
+
+
+def test_a_tile_must_have_room(segmenter: Segmenter) -> None:
+    assert segmenter.check_tile(18)
+    with pytest.raises(ConfigError, match="tile: expected at least 18 pixels"):
+        segmenter.check_tile(17)
+
+
+def write_tiff(path: Path, pixels: np.ndarray, **options: Any) -> Path:
+    tifffile.imwrite(path, pixels, **options)
+    return path
+
+
+STORED: dict[str, dict[str, Any]] = {
+    "strips": {},
+    "tiles": {"tile": (64, 48), "compression": "deflate", "predictor": True},
+    "planes": {"planarconfig": "separate", "photometric": "rgb"},
+    "pixels": {"planarconfig": "contig", "photometric": "rgb", "tile": (32, 32)},
+}
+
+
+@pytest.mark.parametrize("stored", [*STORED, "zarr", "zarr, channels first", "zarr, channels last", "OME-Zarr"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_windows_hold_the_images_pixels(
+    stored: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (150, 97, 3)).astype(dtype)
+    grey = stored in ("strips", "tiles", "zarr", "OME-Zarr")
+    pixels = pixels[..., :1] if grey else pixels
+    path = tmp_path / ("a.tif" if stored in STORED else "a.zarr")
+    if stored in STORED:
+        data = pixels[..., 0] if grey else np.moveaxis(pixels, -1, 0) if stored == "planes" else pixels
+        write_tiff(path, data, **STORED[stored])
+        monkeypatch.setattr(sources, "LARGE", 0)
+        monkeypatch.setattr(sources, "read_image", None)  # nothing is decoded whole
+    else:
+        data = pixels[None, None, ..., 0] if grey else np.moveaxis(pixels, -1, 0) if "first" in stored else pixels
+        place = path / "0" if stored.startswith("OME") else path
+        if stored.startswith("OME"):
+            group = zarr.create_group(str(path))
+            group.attrs["ome"] = {"multiscales": [{"datasets": [{"path": "0"}, {"path": "1"}]}]}
+        zarr.create_array(str(place), data=np.ascontiguousarray(data))
+    source = open_source(path)
+    assert (source.shape, source.dtype) == (pixels.shape, pixels.dtype)
+    assert np.array_equal(source.window(0, 150, 0, 97), pixels)
+    assert np.array_equal(source.window(31, 90, 5, 60), pixels[31:90, 5:60])
+    assert np.array_equal(np.concatenate([source[at : at + 40] for at in range(0, 150, 40)]), pixels)
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "orientation": {"extratags": [(274, "H", 1, 6)]},
+    "white is zero": {"photometric": "miniswhite"},
+    "palette": {"photometric": "palette", "colormap": np.arange(768).reshape(3, 256).astype(np.uint16) * 80},
+    "two images": {"append": True},
+    "cut off": {"cut": True},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_other_tiffs_are_read_as_ever(
+    kind: str, image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LARGE", 0)
+    path, options = tmp_path / "a.tif", dict(ODD[kind])
+    cut, append = options.pop("cut", False), options.pop("append", False)
+    write_tiff(path, image, **options)
+    if append:
+        tifffile.imwrite(path, image, append=True)
+    if cut:
+        path.write_bytes(path.read_bytes()[: image.size // 2])
+    if cut or append:
+        with pytest.raises(DataError, match=r"a\.tif: expected"):
+            open_source(path)
+    else:
+        assert np.array_equal(open_source(path).window(0, 9999, 0, 9999), read_image(path))
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "zarr"])
+def test_what_is_written_is_what_is_predicted(
+    kind: str, segmenter: Segmenter, image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LARGE", 0)
+    path = write_tiff(tmp_path / "a.tif", image, tile=(64, 64))
+    mask, probabilities = expected_of(segmenter, image)
+    (tmp_path / "out").mkdir()
+    seen: list[tuple[int, int]] = []
+    wanted = Wanted(kind, probabilities=True)
+    segmenter.write(path, tmp_path / "out/a", wanted, tile=TILE, on_part=lambda *each: seen.append(each))
+    assert seen == [(done, 4) for done in (1, 2, 3, 4)]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"a{end}" for end in wanted.endings.values()}
+    for name, end in wanted.endings.items():
+        file = tmp_path / f"out/a{end}"
+        assert is_ours(file)
+        found = read_mask(file) if name == "labels" and kind != "zarr" else None
+        if found is None:
+            found = zarr.open(str(file), mode="r")[:] if file.suffix == ".zarr" else tifffile.imread(file)
+        if name == "labels":
+            assert np.array_equal(found, mask)
+        else:
+            np.testing.assert_allclose(np.moveaxis(found, -1, 0) if found.ndim == 3 else found[None], probabilities,
+                                       atol=1e-6)  # fmt: skip
+
+
+def test_classes_have_colours(image: np.ndarray, tmp_path: Path) -> None:
+    segmenter = fastunet.load(made_run(tmp_path / "run", 3), "cpu")
+    path = write_tiff(tmp_path / "a.tif", image)
+    for kind in ("png", "tif"):
+        segmenter.write(path, tmp_path / "labels", Wanted(kind))
+        colours = np.array(Image.open(tmp_path / f"labels.{kind}").convert("RGB"))
+        assert np.array_equal(colours, class_palette()[segmenter.predict(image)])
+    assert len(np.unique(class_palette()[:9], axis=0)) == 9
+
+
+SIZES: dict[str, tuple[dict[str, Any], PixelSize | None]] = {
+    "none": ({}, None),
+    "inch": ({"resolution": (300, 150), "resolutionunit": "INCH"}, PixelSize(1 / 300, 1 / 150, "inch")),
+    "cm": ({"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}, PixelSize(5e-5, 5e-5, "cm")),
+    "ImageJ": ({"imagej": True, "resolution": (4, 2), "metadata": {"unit": "um"}}, PixelSize(0.25, 0.5, "um")),
+    "OME": ({"ome": True, "metadata": {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5}}, PixelSize(0.25, 0.5, "µm")),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_the_size_of_pixels_is_kept(kind: str, segmenter: Segmenter, image: np.ndarray, tmp_path: Path) -> None:
+    options, expected = SIZES[kind]
+    path = write_tiff(tmp_path / "a.tif", image, **options)
+    assert pixel_size_of(path) == expected
+    segmenter.write(path, tmp_path / "b", Wanted("tif", probabilities=True, instances="components"))
+    for end in (".tif", "_probabilities.tif", "_objects.tif"):
+        found = pixel_size_of(tmp_path / f"b{end}")
+        if expected is None:
+            assert found is None
+        else:
+            assert found is not None
+            assert found.unit == expected.unit
+            np.testing.assert_allclose((found.x, found.y), (expected.x, expected.y), rtol=1e-5)
+
+
+@pytest.mark.parametrize("instances", ["components", "watershed"])
+def test_objects_are_measured_as_scikit_image_does(
+    instances: str, segmenter: Segmenter, image: np.ndarray, tmp_path: Path
+) -> None:
+    """Of discs of two classes in a grid, of which some touch."""
+    roifile = pytest.importorskip("roifile", reason="needs the extra imagej")
+    y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+    labels = ((y % 40 - 20) ** 2 + (x % 31 - 15) ** 2 < 16**2).astype(np.uint8)
+    labels[(labels > 0) & (y > 160)] = min(2, segmenter.classes)
+    wanted = Wanted("png", instances=instances, rois=True, overlay=True)
+    ends = {name: tmp_path / f"b{end}" for name, end in wanted.endings.items()}
+    segmenter._write_extras(segmenter.source_of(image), labels, wanted, ends)
+    objects = tifffile.imread(ends["objects"])
+    assert np.array_equal(objects > 0, labels > 0)
+    with ends["table"].open() as file:
+        rows = list(csv.DictReader(file))
+    regions = skimage.measure.regionprops(objects, image[..., None])
+    assert len(rows) == len(regions)
+    parts, discs = skimage.measure.label(labels).max(), 8 * 14
+    assert parts < len(regions) == discs if instances == "watershed" else len(regions) == parts
+    for row, region in zip(rows, regions, strict=True):
+        assert int(row["label"]) == region.label
+        assert float(row["area"]) == region.area
+        assert (float(row["centroid-0"]), float(row["centroid-1"])) == region.centroid
+        assert float(row["perimeter"]) == region.perimeter
+        assert float(row["intensity_mean-0"]) == region.intensity_mean[0]
+        assert set(labels[objects == region.label].tolist()) == {int(row["class"])}
+    for roi, region in zip(roifile.roiread(ends["rois"]), regions, strict=True):
+        inside = skimage.measure.grid_points_in_poly(SIZE, roi.coordinates()[:, ::-1] - 0.5)
+        assert np.array_equal(inside, objects == region.label)
+    assert all(is_ours(ends[name]) for name in ("objects", "table", "rois", "overlay"))
+    shown = np.array(Image.open(ends["overlay"])).astype(int)
+    assert (np.ptp(shown[labels == 0], axis=1) == 0).all(), "background stays grey"
+    assert (np.ptp(shown[labels > 0], axis=1) > 20).all()
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "zarr"])
+def test_what_fails_leaves_nothing(kind: str, segmenter: Segmenter, image: np.ndarray, tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", image)
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def fail(done: int, parts: int) -> None:
+        if done == 3:
+            raise RuntimeError("full")
+
+    with pytest.raises(RuntimeError, match="full"):
+        segmenter.write(path, out / "a", Wanted(kind, probabilities=True), tile=TILE, on_part=fail)
+    assert list(out.iterdir()) == []
+
+
+def test_an_error_of_the_writer_is_raised(segmenter: Segmenter, image: np.ndarray, tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", image)
+    with pytest.raises(FileNotFoundError):
+        segmenter.write(path, tmp_path / "missing/a", Wanted("tif"), tile=TILE)
+
+
+def test_foreign_files_are_not_ours(tmp_path: Path, image: np.ndarray) -> None:
+    write_tiff(tmp_path / "a.tif", image)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("label,area\n1,2\n")
+    zarr.create_array(str(tmp_path / "a.zarr"), data=image)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a", "b")
+    assert not any(is_ours(file) for file in tmp_path.iterdir())
+
+
+def test_images_are_found_by_names_folders_and_patterns(tmp_path: Path, image: np.ndarray) -> None:
+    for name in ("a.png", "b.png", "sub/c.png", "data/images/d.png", "odd[1].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / name)
+    zarr.create_array(str(tmp_path / "sub/e.zarr"), data=image)
+
+    def found(*paths: str) -> list[str]:
+        return [str(p.relative_to(tmp_path)) for p in find_images(*(tmp_path / path for path in paths))]
+
+    assert found("b.png", "a.png", "b.png") == ["b.png", "a.png"]
+    assert found("?.png", "sub") == ["a.png", "b.png", "sub/c.png", "sub/e.zarr"]
+    assert found("data", "odd[1].png") == ["data/images/d.png", "odd[1].png"]
+    with pytest.raises(DataError, match=r"x\*\.png: expected files that match the pattern, got none"):
+        found("x*.png")
+
+
+def test_the_command_line(image: np.ndarray, tmp_path: Path) -> None:
+    pytest.importorskip("roifile", reason="needs the extra imagej")
+    run, out = made_run(tmp_path / "run", 3), tmp_path / "out"
+    for name in "abc":
+        write_tiff(tmp_path / f"{name}.tif", image)
+    options = ("--probabilities", "--overlay", "--instances", "watershed", "--rois", "--tile", str(TILE), "--tta")
+    result = fastunet_command("predict", run, tmp_path / "?.tif", "--out", out, *options, "--shard", "1/2")
+    assert result.returncode == 0, result.stderr
+    ends = (".tif", "_objects.csv", "_objects.tif", "_objects.zip", "_overlay.png", "_probabilities.tif")
+    assert {p.name for p in out.iterdir()} == {f"{name}{end}" for name in "ac" for end in ends}
+    expected = fastunet.load(run, "cpu").predict(image, tta=True)
+    assert (read_mask(out / "c.tif") != expected).mean() < 1e-3, "another number of threads rounds otherwise"
+    again = fastunet_command("predict", run, tmp_path / "c.tif", "--out", out, "--overlay")
+    assert again.returncode == 2
+    assert "c.tif: expected nothing there, got a file (--overwrite replaces what fastunet wrote)" in again.stderr
+    assert fastunet_command("predict", run, tmp_path / "c.tif", "--out", out, "--overwrite").returncode == 0
+    assert (read_mask(out / "c.tif") != expected).mean() > 1e-2, "no views now"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shard", "3/2"], "shard: expected I/N with 1 <= I <= N, such as 2/4, got '3/2'"),
+        (["--shard", "1/3"], "shard: expected at most the 2 images as N, got 3"),
+        (["--rois"], "rois: expected instances, of which they are the outlines, got --instances none"),
+        (["{folder}/sub/A.png"], "A.png: expected stems that differ in more than their case, got {folder}/a.png too"),
+    ],
+)
+def test_what_predict_cannot_do_is_one_line(
+    arguments: list[str], words: str, image: np.ndarray, tmp_path: Path
+) -> None:
+    run = made_run(tmp_path / "run")
+    for name in ("a.png", "b.png", "sub/A.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / name)
+    given = [argument.format(folder=tmp_path) for argument in arguments]
+    result = fastunet_command("predict", run, tmp_path / "a.png", tmp_path / "b.png", *given, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert result.stderr.endswith(f"{words.format(folder=tmp_path)}\n")
+    assert not (tmp_path / "out").exists()
