@@ -42,7 +42,7 @@ from fastunet.data import (
     split,
 )
 from fastunet.files import write_json
-from fastunet.inference.predict import evaluate
+from fastunet.inference.evaluation import evaluate
 from fastunet.metrics import SegmentationMetrics
 from fastunet.train.checkpoint import load_run
 from fastunet.train.loop import TrainConfig, train

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+import math
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from fastunet.files import check_apart, check_folder, check_replaceable, is_our_json, write_json
 from fastunet.train.config import TILE
 
-from .shared import (
-    DATA,
-    DeviceOption,
-    OverwriteOption,
-    RunArgument,
-    TileOption,
-    TtaOption,
-    console,
-    load,
-    print_scores,
-    track,
-)
+from .shared import DATA, DeviceOption, OverwriteOption, RunArgument, TileOption, TtaOption, console, load, track
 
 SCORES = ("dice", "iou", "images", "tta")  # what the file of `evaluate` holds, among other things
+
+
+class Parts(StrEnum):
+    """What is scored by how well it is kept apart."""
+
+    none, foreground, background = "none", "foreground", "background"
 
 
 def evaluate(
     run: RunArgument,
     data: Annotated[Path, DATA],
-    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores, of each image too.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Of the surface Dice, in pixels.")] = 2.0,
+    parts: Annotated[
+        Parts, typer.Option(help="Also score how well connected parts are kept apart: adapted Rand error and V-Rand.")
+    ] = Parts.none,
     tta: TtaOption = False,
     tile: TileOption = TILE,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Score RUN on every pair of DATA: Dice and IoU per class, over all pixels."""
+    """Score RUN on every pair of DATA: Dice and IoU over all pixels, and per image with outlines and intervals."""
     from fastunet.data import SegmentationDataset, find_pairs, inspect
-    from fastunet.inference.predict import evaluate as scores_of
+    from fastunet.inference.evaluation import evaluate as scores_of
+    from fastunet.inference.evaluation import scores_of_image, summary_of
 
     pairs = find_pairs(data)
     if out is not None:
@@ -45,15 +48,53 @@ def evaluate(
         check_apart(out.parent, [file for pair in pairs for file in (pair.image, pair.mask)])
         check_replaceable(out, overwrite, lambda path: is_our_json(path, SCORES))
     segmenter = load(run, device, tile)
-    model, config = segmenter.model, segmenter.config
+    names = segmenter.config.class_names
     for pair in track(pairs, "checking"):
         segmenter.source_of(pair.image)
-    dataset = SegmentationDataset(pairs, inspect(pairs, config.data.classes))
-    scores, _ = scores_of(model, track(dataset, "evaluating"), config.class_names, tile=tile, tta=tta)
+    dataset = SegmentationDataset(pairs, inspect(pairs, segmenter.classes))
+    scores, predictions = scores_of(segmenter.model, track(dataset, "predicting"), names, tile=tile, tta=tta)
+    rows = [
+        scores_of_image(predictions[index], dataset[index][1], names, tolerance=tolerance, parts=parts.value)
+        for index in track(range(len(pairs)), "scoring")
+    ]
+    summary = summary_of(rows)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, {**scores, "images": [pair.stem for pair in pairs], "tta": tta})
-    print_scores(scores, f"{len(pairs)} images of {data}")
-    seen = sorted(set(config.train) & {pair.stem for pair in pairs})
+        stems = [pair.stem for pair in pairs]
+        per_image = [{"image": stem, **_without_nan(row)} for stem, row in zip(stems, rows, strict=True)]
+        spread = {name: _without_nan(values) for name, values in summary.items()}
+        settings = {"tta": tta, "tolerance": tolerance, "parts": parts.value}
+        write_json(out, {**scores, "images": stems, **settings, "over_images": spread, "per_image": per_image})
+    print_table(scores, summary, f"{len(pairs)} images of {data}")
+    seen = sorted(set(segmenter.config.train) & {pair.stem for pair in pairs})
     if seen:
         console.print(f"note: {len(seen)} of them have the names of training images", soft_wrap=True)
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in row.items()}
+
+
+def print_table(scores: Any, summary: Any, title: str) -> None:
+    """Print the scores over all pixels, and those of images with their 95 % intervals."""
+    console.print(title, soft_wrap=True)
+    table = Table("class", "Dice", "IoU", "Dice of images", "HD95 in px", "surface Dice")
+
+    def of_images(name: str, digits: int) -> str:
+        each = summary.get(name)
+        if each is None or math.isnan(each["mean"]):
+            return "-"
+        interval = "" if math.isnan(each["low"]) else f" ({each['low']:.{digits}f} to {each['high']:.{digits}f})"
+        return f"{each['mean']:.{digits}f}{interval}"
+
+    background, *foreground = scores["dice"]
+    if len(foreground) > 1:
+        table.add_row("mean of the foreground", f"{scores['mean_dice']:.4f}", f"{scores['mean_iou']:.4f}", "", "", "")
+    for name in (*foreground, background):
+        images = (of_images(f"{key} {name}", digits) for key, digits in (("dice", 3), ("hd95", 1), ("surface_dice", 3)))
+        table.add_row(name, f"{scores['dice'][name]:.4f}", f"{scores['iou'][name]:.4f}", *images)
+    console.print(table)
+    for key, text in (("adapted_rand_error", "adapted Rand error"), ("v_rand", "V-Rand")):
+        if key in summary:
+            console.print(f"{text}: {of_images(key, 4)}")

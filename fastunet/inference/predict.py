@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fastunet.checks import ConfigError, ShapeError
 from fastunet.inference.tiling import VIEWS, Field, Window, field_of, parts_of, result_of_part
 from fastunet.inference.wrappers import as_probabilities, in_eval_mode
-
-if TYPE_CHECKING:
-    from fastunet.metrics import Scores
 
 WHOLE = Field(0, 1)  # of an image that goes through whole
 
@@ -129,26 +124,3 @@ def labels_of(probabilities: Tensor) -> Tensor:
     if probabilities.shape[-3] == 1:
         return (probabilities.squeeze(-3) > 0.5).to(torch.uint8)
     return probabilities.argmax(dim=-3).to(torch.uint8 if probabilities.shape[-3] <= 256 else torch.int32)
-
-
-def evaluate(
-    model: nn.Module,
-    samples: Dataset[tuple[Tensor, Tensor]] | Iterable[tuple[Tensor, Tensor]],
-    class_names: list[str],
-    *,
-    tile: int | None = None,
-    tta: bool = False,
-) -> tuple[Scores, list[Tensor]]:
-    """Return scores over all samples (image [C, H, W], labels [H, W]), and the predicted labels [H, W] of each, on the
-    CPU.
-    """
-    from fastunet.metrics import SegmentationMetrics
-
-    metrics = SegmentationMetrics(class_names)
-    device = next(model.parameters()).device
-    predictions = []
-    # Indexing until IndexError makes a Dataset iterable, which torch does not declare.
-    for image, labels in cast(Iterable[tuple[Tensor, Tensor]], samples):
-        predictions.append(labels_of(predict(model, image.to(device), tile=tile, tta=tta)).cpu())
-        metrics.update(predictions[-1][None], labels[None])
-    return metrics.compute(), predictions

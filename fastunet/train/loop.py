@@ -23,7 +23,7 @@ from fastunet import __version__
 from fastunet.checks import ConfigError, FastUNetError, Interrupted
 from fastunet.data import Pair, SegmentationDataset, check_foreground, find_pairs, inspect, read_image, split
 from fastunet.files import check_apart, check_folder, locked, write_json, written_whole
-from fastunet.inference.predict import evaluate
+from fastunet.inference.evaluation import evaluate
 from fastunet.losses import BCEDiceLoss, CEDiceLoss
 from fastunet.morphology import border_weights
 from fastunet.train.augmentation import Augmentation

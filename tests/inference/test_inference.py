@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 import fastunet
 from fastunet.checks import ConfigError, ShapeError
 from fastunet.inference.cuda_graphs import GraphedModel
-from fastunet.inference.predict import evaluate, labels_of
+from fastunet.inference.evaluation import evaluate
+from fastunet.inference.predict import labels_of
 
 
 class Local(nn.Module):

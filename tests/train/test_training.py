@@ -31,7 +31,7 @@ from stopped_training import TINY, Killed, killed, losses_of, stop_at
 from fastunet import UNet
 from fastunet.checks import ConfigError, DataError
 from fastunet.files import written_whole
-from fastunet.inference.predict import evaluate
+from fastunet.inference.evaluation import evaluate
 from fastunet.losses import BCEDiceLoss, CEDiceLoss
 from fastunet.morphology import border_weights
 from fastunet.train import checkpoint, loop
