@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the command line raises these errors before it needs torch
@@ -134,3 +134,9 @@ def check_weights(name: str, weights: Sequence[float] | float | Tensor | None) -
     if tensor.dim() > 1 or bool((tensor < 0).any()):
         raise ConfigError(f"{name}: expected one number >= 0 or a list of them, got {weights}")
     return tensor
+
+
+def some_of(values: Iterable[object]) -> str:
+    """Return the first five for an error, and how many more there are."""
+    texts = [str(value) for value in values]
+    return (", ".join(texts[:5]) or "none") + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .checks import ConfigError, DataError, DtypeError, FastUNetError, MissingPackageError
+from .checks import ConfigError, DataError, DtypeError, FastUNetError, MissingPackageError, some_of
 from .files import write_json, written_whole
 from .reference import ReferenceUNet
 
@@ -34,7 +34,6 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.co
 NO_WEIGHTS = ("mask_values", "n_averaged")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OURS, BRAIN = "inc.double_conv.0.weight", "encoder1.enc1conv1.weight"  # by which the two are recognised
-SHOWN = 3  # names in an error
 DIGEST, NO_DIGEST = "sha256", 64 * "0"
 
 
@@ -112,7 +111,7 @@ def recognise(weights: Mapping[str, Any], where: str) -> tuple[dict[str, Any], d
     else:
         raise DataError(
             f"{where}: expected the weights of fastunet or milesial/Pytorch-UNet (with {OURS}) or of mateuszbuda/"
-            f"brain-segmentation-pytorch (with {BRAIN}), got {len(tensors)} tensors: {_some(list(tensors))}"
+            f"brain-segmentation-pytorch (with {BRAIN}), got {len(tensors)} tensors: {some_of(tensors)}"
         )
     state = _with_statistics_as_ours(state)
     return {**_structure(state, where), "activation": "relu", "head": head}, state
@@ -129,7 +128,7 @@ def check_fits(config: Mapping[str, Any], state: Mapping[str, Tensor], where: st
     if missing or extra:
         raise DataError(
             f"{where}: expected the {len(expected)} tensors of UNet({_arguments(config)}), got {len(missing)} missing: "
-            f"{_some(missing)}; {len(extra)} unknown: {_some(extra)}"
+            f"{some_of(missing)}; {len(extra)} unknown: {some_of(extra)}"
         )
     for name, tensor in expected.items():
         if tensor.shape != state[name].shape:
@@ -371,8 +370,3 @@ def _in_one_dtype(state: Mapping[str, Tensor], dtype: torch.dtype | None, where:
 
 def _arguments(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in config.items())
-
-
-def _some(names: list[str]) -> str:
-    """Return the first of the names, or a word that there are none."""
-    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])]) or "none"

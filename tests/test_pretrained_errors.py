@@ -58,7 +58,7 @@ DOWN1 = "down1.maxpool_conv.1.double_conv"
 WRONG_STATES = {
     "unknown": (
         nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)).state_dict(),
-        r"milesial/Pytorch-UNet.*/brain-segmentation-pytorch.*got 4 tensors: 0.weight, 0.bias, 1.weight, \.\.\.",
+        r"milesial/Pytorch-UNet.*/brain-segmentation-pytorch.*got 4 tensors: 0.weight, 0.bias, 1.weight, 1.bias",
     ),
     "empty": ({}, "got 0 tensors: none"),
     "missing": (

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastunet.checks import ConfigError, DataError
+from fastunet.checks import ConfigError, DataError, some_of
 from fastunet.data.images import list_images, read_image, read_mask
 from fastunet.data.sources import Source
 
 MAX_CLASSES = 256  # labels travel and are written as uint8
 MAX_INFERRED_CLASSES = 32  # beyond, values without a gap are rather grey levels than classes
-SHOWN = 5  # names or values listed in an error
 # An image [H, W, C], its labels [H, W] and its moments.
 _Decoded = tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]
 Item = TypeVar("Item")
@@ -76,7 +75,7 @@ def find_pairs(root: str | Path) -> list[Pair]:
         if alone:
             raise DataError(
                 f"{Path(root) / folder}: expected a file for each of {len(own)} stems, "
-                f"got none for {len(alone)}: {_some(alone)}"
+                f"got none for {len(alone)}: {some_of(alone)}"
             )
     return [Pair(images[stem], masks[stem], stem) for stem in images]
 
@@ -330,8 +329,8 @@ def _check_mask_values(facts: Sequence[_Facts], classes: int | None) -> int:
         elif classes > 2:
             expected = f"class indices 0 to {classes - 1}"
         raise DataError(
-            f"{guilty.pair.mask}: expected mask values {expected}, got {_some(sorted(guilty.values))} "
-            f"(all masks together: {_some(sorted(found))})"
+            f"{guilty.pair.mask}: expected mask values {expected}, got {some_of(sorted(guilty.values))} "
+            f"(all masks together: {some_of(sorted(found))})"
         )
     if classes is None:
         check_foreground([fact.pair for fact in facts], found)
@@ -349,12 +348,6 @@ def _choose_classes(found: frozenset[int], classes: int | None) -> tuple[int, fr
     limit = range(MAX_INFERRED_CLASSES)
     count = next((value for value in limit if value not in found), MAX_INFERRED_CLASSES)
     return count, frozenset(range(count))
-
-
-def _some(values: Sequence[object]) -> str:
-    """The first few, and how many more."""
-    rest = len(values) - SHOWN
-    return ", ".join(map(str, values[:SHOWN])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from fastunet.checks import ConfigError, DataError
+from fastunet.checks import ConfigError, DataError, some_of
 from fastunet.data import DataSummary, Pair, read_image
 from fastunet.pretrained import WEIGHTS
 from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
@@ -127,7 +127,7 @@ def check_same_images(out: Path, before: RunConfig, now: RunConfig) -> None:
             name = "training" if side == "train" else "validation"
             raise DataError(
                 f"{out}: expected the {len(old)} {name} images the run was begun with, got {len(new)}, "
-                f"differing in {sorted(set(new) ^ set(old))[:5]}"
+                f"differing in {some_of(sorted(set(new) ^ set(old)))}"
             )
     for field in fields(DataSummary):
         old, new = getattr(before.data, field.name), getattr(now.data, field.name)
