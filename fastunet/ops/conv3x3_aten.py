@@ -148,35 +148,25 @@ def _conv_backward(
     grad: Tensor, args: ConvGradArgs, output_mask: list[bool], implementation: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, up, weight and bias from that of conv2d([x, up], weight, bias); output_mask says which."""
-    x, up, weight = args.x, args.up, args.weight
-    if implementation == "winograd":
-        return _winograd_backward(grad, x, up, weight, output_mask)
-    needs_x, needs_up, needs_weight, needs_bias = output_mask
-    _, shares = _by_input(x, up, weight)
+    *needs_inputs, needs_weight, needs_bias = output_mask
     # Each input with its share of the weight: nothing is joined, and no gradient is copied out of a joint one.
-    grad_x, grad_weight, grad_bias = convolution_grads(
-        grad, x, shares[0], [needs_x, needs_weight, needs_bias], padding=1
-    )
-    if up is None:
-        return grad_x, None, grad_weight, grad_bias
-    grad_up, grad_share, _ = convolution_grads(grad, up, shares[1], [needs_up, needs_weight, False], padding=1)
-    if grad_weight is not None and grad_share is not None:
-        grad_weight = strided_like(torch.cat([grad_weight, grad_share], dim=1), weight)
-    return grad_x, grad_up, grad_weight, grad_bias
-
-
-def _winograd_backward(
-    grad: Tensor, x: Tensor, up: Tensor | None, weight: Tensor, output_mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    inputs, shares = _by_input(x, up, weight)
-    side = winograd.side_of_tiles(x, weight)
-    grads, share_grads = winograd.gradients(grad, inputs, shares, side, output_mask[: len(inputs)], output_mask[2])
-    of_images = [None if g is None else strided_like(g, t) for g, t in zip(grads, inputs, strict=True)]
+    inputs, shares = _by_input(args.x, args.up, args.weight)
+    if implementation == "winograd":
+        side, needs_inputs = winograd.side_of_tiles(args.x, args.weight), needs_inputs[: len(inputs)]
+        found, of_shares = winograd.gradients(grad, inputs, shares, side, needs_inputs, needs_weight)
+        grads = [None if g is None else strided_like(g, t) for g, t in zip(found, inputs, strict=True)]
+        grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
+    else:
+        parts = [
+            convolution_grads(grad, t, share, [needed, needs_weight, needs_bias and t is args.x], padding=1)
+            for t, share, needed in zip(inputs, shares, needs_inputs, strict=False)
+        ]
+        grads, of_shares, grad_bias = [part[0] for part in parts], [part[1] for part in parts], parts[0][2]
+    weights = [g for g in of_shares if g is not None]
     grad_weight = None
-    if output_mask[2]:
-        grad_weight = strided_like(torch.cat([g for g in share_grads if g is not None], dim=1), weight)
-    grad_up = None if up is None else of_images[1]
-    return of_images[0], grad_up, grad_weight, grad.sum((0, 2, 3)) if output_mask[3] else None
+    if weights:
+        grad_weight = strided_like(weights[0] if len(weights) == 1 else torch.cat(weights, dim=1), args.weight)
+    return grads[0], None if args.up is None else grads[1], grad_weight, grad_bias
 
 
 def _by_input(x: Tensor, up: Tensor | None, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
