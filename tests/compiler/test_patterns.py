@@ -285,13 +285,6 @@ def test_a_chain_across_the_end_of_autocast_is_cut_there() -> None:
     assert patterns.descriptions == ["conv3x3"]
 
 
-def test_hooks_see_and_change_what_they_did() -> None:
-    net = chain(conv(), nn.BatchNorm2d(4), nn.ReLU())
-    net[1].register_forward_hook(lambda module, inputs, output: output * 2)
-    patterns = assert_same(net.train(), X)
-    assert patterns.descriptions == ["conv3x3 + batch_norm"]
-
-
 def test_a_parametrised_norm_is_computed_before_the_op() -> None:
     """Its gamma is made after the convolution; the op stands after both."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tracemalloc
 from pathlib import Path
 
@@ -388,13 +387,3 @@ def test_datasets_refuse_impossible_options(tmp_path: Path) -> None:
         SegmentationDataset([], summary)
     with pytest.raises(IndexError, match="0 <= index < 4, got 4"):
         SegmentationDataset(pairs, summary)[4]
-
-
-@pytest.mark.skipif(
-    "FASTUNET_ISBI" not in os.environ, reason="FASTUNET_ISBI does not name a folder of the ISBI 2012 set"
-)
-def test_the_isbi_2012_sections_are_read() -> None:
-    pairs = find_pairs(os.environ["FASTUNET_ISBI"])
-    summary = inspect(pairs)
-    assert (summary.channels, summary.classes, summary.dtype) == (1, 1, "uint8")
-    assert summary.size_min == summary.size_max == (512, 512)

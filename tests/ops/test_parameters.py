@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parameters_to_vector, prune, vector_to_parameters
-from torch.optim.swa_utils import AveragedModel
+from torch.nn.utils import prune
 
 import fastunet
 from fastunet.reference import ReferenceUNet
@@ -29,22 +28,6 @@ def image() -> Tensor:
 def scale(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.data.mul_(1.1)
-
-
-def from_a_vector(model: Net) -> None:
-    vector_to_parameters(parameters_to_vector(model.parameters()) * 1.1, model.parameters())
-
-
-def with_lbfgs(model: Net) -> None:
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(image()).square().mean()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
 
 
 def pruned(model: Net) -> None:
@@ -87,25 +70,12 @@ def copied(model: Net) -> Net:
     return copied
 
 
-def averaged(model: Net) -> nn.Module:
-    mean = AveragedModel(model)
-    mean.update_parameters(model)
-    scale(model)
-    mean.update_parameters(model)
-    return mean.module
-
-
 CHANGES: dict[str, Callable[[Net], Any]] = {
-    "a vector": from_a_vector,
-    "LBFGS": with_lbfgs,
     "pruning": pruned,
     "swap_tensors": swapped,
     "conversion by swaps": converted_by_swaps,
     "shared memory": shared,
     "deepcopy": copied,
-    "AveragedModel": averaged,
-    "channels_last": lambda model: model.to(memory_format=torch.channels_last),
-    "assigned": lambda model: model.load_state_dict(copied(model).state_dict(), assign=True),
 }
 
 
