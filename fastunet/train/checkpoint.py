@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +56,6 @@ class RunConfig:
         return [f"class {index}" for index in range(self.data.classes)]
 
 
-def save_config(run: Path, config: RunConfig) -> None:
-    """Write RUN/config.json."""
-    write_json(run / CONFIG, asdict(config))
-
-
 def load_config(run: str | Path) -> RunConfig:
     """Read RUN/config.json. Raises DataError where there is none, or one that is not a run's."""
     path = Path(run) / CONFIG
@@ -72,11 +67,6 @@ def load_config(run: str | Path) -> RunConfig:
         return RunConfig(**{**raw, "data": DataSummary(**data)})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: expected the config.json of a training run, got {error!r}") from error
-
-
-def save_weights(run: Path, model: UNet) -> None:
-    """Write RUN/model.safetensors."""
-    write_weights(run / WEIGHTS, model.state_dict())
 
 
 def load_run(run: str | Path) -> tuple[UNet, RunConfig]:

@@ -26,15 +26,9 @@ from fastunet.files import check_apart, check_folder, locked, write_json, writte
 from fastunet.inference.evaluation import evaluate
 from fastunet.losses import BCEDiceLoss, CEDiceLoss
 from fastunet.morphology import border_weights
+from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
 from fastunet.train.augmentation import Augmentation
-from fastunet.train.checkpoint import (
-    RunConfig,
-    load_checkpoint,
-    remove_checkpoints,
-    save_checkpoint,
-    save_config,
-    save_weights,
-)
+from fastunet.train.checkpoint import RunConfig, load_checkpoint, remove_checkpoints, save_checkpoint
 from fastunet.train.checks import (
     HISTORY,
     METRICS,
@@ -161,7 +155,7 @@ def _train(
     else:
         clear_run(out)
     # Only now: a resumption that is refused leaves the run as it was.
-    save_config(out, run)
+    write_json(out / CONFIG, asdict(run))
     loop.run()
     return _finish(loop, model, val_pairs or train_pairs[:REPORTED])
 
@@ -352,8 +346,8 @@ def _finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
         kept, why = int(best["step"]), f"best validation Dice of the foreground, {best['val_dice']:.4f}"
         model.load_state_dict(loop.best_weights)
     weights = f"step {kept} of {progress.step}: {why}"
-    save_weights(out, model)
-    save_config(out, replace(run, weights=weights))
+    write_weights(out / WEIGHTS, model.state_dict())
+    write_json(out / CONFIG, asdict(replace(run, weights=weights)))
     dataset = SegmentationDataset(shown, run.data)
     scores, predictions = evaluate(model, dataset, run.class_names, tile=TILE, tta=config.tta)
     metrics: dict[str, Any] = dict(scores) if run.val else {}

@@ -196,8 +196,8 @@ def test_resuming_is_exact(
 @pytest.mark.parametrize(
     ("moment", "resume"),
     [
-        *(("save_config", False), ("save_checkpoint", True), ("save_checkpoint", False)),
-        *(("save_weights", True), ("write_report", True), ("write_report", False)),
+        *(("write_json", False), ("save_checkpoint", True), ("save_checkpoint", False)),
+        *(("write_weights", True), ("write_report", True), ("write_report", False)),
     ],
 )
 def test_a_kill_at_any_moment_is_no_dead_end(
