@@ -292,18 +292,15 @@ def is_plain_block(block: Any, kind: type[DoubleConv] | type[Down] | type[Up] | 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a call of module does what kind does, and nothing else: no subclass, hook, patch, or compiled call."""
-    return type(module) is kind and kind.forward is _FORWARDS[kind] and not has_hooks(module) and not is_patched(module)
+    if type(module) is not kind or kind.forward is not _FORWARDS[kind] or has_hooks(module):
+        return False
+    # What the instance may have of its own in the place of what its class does in a call.
+    return _PATCHES.isdisjoint(vars(module))
 
 
 def has_torchs_forwards() -> bool:
     """Return whether no class of a plain module has had its forward exchanged."""
     return all(kind.forward is forward for kind, forward in _FORWARDS.items())
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Whether the instance has something of its own in the place of what its class does in a call."""
-    own = vars(module)
-    return "forward" in own or "_conv_forward" in own or "_check_input_dim" in own or "_compiled_call_impl" in own
 
 
 def is_watched(x: Any) -> bool:
@@ -319,6 +316,7 @@ def is_watched(x: Any) -> bool:
     )
 
 
+_PATCHES = frozenset(("forward", "_conv_forward", "_check_input_dim", "_compiled_call_impl"))
 _HOOKS_OF_ALL_MODULES = tuple(
     getattr(nn.modules.module, f"_global_{name}_hooks", {})
     for name in ("forward_pre", "forward", "backward_pre", "backward")

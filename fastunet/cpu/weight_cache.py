@@ -5,9 +5,8 @@ counters miss, through `.data` or of inference tensors. For that a weight's stor
 second owner: the first write takes the mark away and copies nothing. As long as all weights that something was made of
 have their marks, a few passes over them tell that it holds, which are loops in C. A weight without the mark is compared
 by a checksum, at the cost of reading it once; storages that torch did not allocate (shared memory, NumPy's) or that
-FSDP resizes take no mark and are compared each time. On a GPU the checksum waits for it, and the mark does not: whoever
-only wants to know where a weight lies asks `address`, since `data_ptr` takes the mark away. Not seen is a write by
-other means than torch, such as a NumPy array of the weight made earlier.
+FSDP resizes take no mark and are compared each time. On a GPU the checksum waits for it, and the mark does not. Not
+seen is a write by other means than torch, such as a NumPy array of the weight made earlier.
 
 What is kept belongs to the weight's storage: it goes with it, and is no part of a module's state_dict, copies or
 pickles. The tensor itself is not referred to, not even weakly, which would keep `torch.utils.swap_tensors` from it.
@@ -92,11 +91,6 @@ def uses_recorded() -> Iterator[list[Use]]:
         yield uses
     finally:
         _recorded.uses = before
-
-
-def address(t: Tensor) -> int:
-    """Return where t's values begin."""
-    return storage_address(t) + int(t.storage_offset()) * t.itemsize
 
 
 _GEOMETRY = (storage_address, Tensor.storage_offset, Tensor.size, Tensor.stride)
