@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fastunet.checks import ConfigError, DtypeError, ShapeError
 
+WARP_SPACING = 48  # pixels between the warp's control points
+WARP_STRENGTH = 4.0  # standard deviation of a control point's shift along each axis, in pixels
 BRIGHTNESS = 0.3  # largest shift, in standard deviations of the data
 CONTRAST = 0.25  # largest change of the factor
 NOISE = 0.15  # standard deviation, in those of the data
@@ -26,13 +28,11 @@ class Augmentation(nn.Module):
         flip: probability of a left-right flip, and by itself of an up-down flip.
         rotate: probability of turning by 90, 180 or 270 degrees; images that are not square turn by 180 only.
         elastic: probability of a smooth random warp.
-        elastic_spacing: of the warp's control points, in pixels.
-        elastic_strength: standard deviation of a control point's shift along each axis, in pixels.
         brightness, contrast: probability of a shift by up to 0.3 and of a factor within 1 +- 0.25.
         noise, blur: probability of Gaussian noise of standard deviation 0.15, and of a blur of sigma 0.3 to 1.2 pixels.
 
     Raises:
-        ConfigError: a probability outside [0, 1], or a spacing or strength that is not positive.
+        ConfigError: a probability outside [0, 1].
     """
 
     def __init__(
@@ -41,8 +41,6 @@ class Augmentation(nn.Module):
         flip: float = 0.5,
         rotate: float = 0.75,
         elastic: float = 0.3,
-        elastic_spacing: int = 48,
-        elastic_strength: float = 4.0,
         brightness: float = 0.3,
         contrast: float = 0.3,
         noise: float = 0.1,
@@ -54,14 +52,8 @@ class Augmentation(nn.Module):
         for name, chance in chances.items():
             if not 0 <= chance <= 1:
                 raise ConfigError(f"{name}: expected a probability from 0 to 1, got {chance}")
-        if elastic_spacing <= 0 or elastic_strength <= 0:
-            raise ConfigError(
-                f"elastic: expected spacing and strength above 0, got {elastic_spacing} and {elastic_strength}"
-            )
         self.rotate = rotate
         self.elastic = elastic
-        self.elastic_spacing = elastic_spacing
-        self.elastic_strength = elastic_strength
         flips = (K.RandomHorizontalFlip(p=flip), K.RandomVerticalFlip(p=flip))
         self.flips = K.AugmentationSequential(*flips, data_keys=["input", "mask"]) if flip else None
         lighting = (
@@ -121,8 +113,8 @@ class Augmentation(nn.Module):
         if not len(chosen):
             return images, mask
         height, width = images.shape[-2:]
-        points = (1 + max(1, height // self.elastic_spacing), 1 + max(1, width // self.elastic_spacing))
-        shifts = torch.randn(len(chosen), 2, *points, dtype=torch.float32) * self.elastic_strength
+        points = (1 + max(1, height // WARP_SPACING), 1 + max(1, width // WARP_SPACING))
+        shifts = torch.randn(len(chosen), 2, *points, dtype=torch.float32) * WARP_STRENGTH
         chosen = chosen.to(images.device)
         field = resize(shifts.to(images), (height, width), interpolation="bicubic", align_corners=True)
         mesh = create_meshgrid(height, width, normalized_coordinates=False, device=images.device, dtype=images.dtype)
