@@ -104,14 +104,19 @@ def assert_same(module: nn.Module, *inputs: Tensor, atol: float = 1e-11) -> Patt
     of inputs and parameters for random cotangents, and the buffers. In float64, so that what differs is no rounding;
     gradients to atol of the largest of the model, for a bias before a norm has rounding for a gradient and we zeros.
     """
-    plain, replaced, patterns = _pair(module)
+    torch._dynamo.reset()
+    plain, patterns = copy.deepcopy(module).double(), Patterns()
+    replaced: Any = torch.compile(copy.deepcopy(plain), backend=patterns)
     results = []
     for net in (plain, replaced):
         images = [x.detach().double().clone().requires_grad_(module.training) for x in inputs]
+        torch.manual_seed(11)  # The same dropout each time.
         with torch.set_grad_enabled(module.training):
-            outputs = flat(_seeded(net, *images))
+            outputs = flat(net(*images))
         if module.training:
-            torch.autograd.backward(outputs, _cotangents(outputs))
+            generator = torch.Generator().manual_seed(7)
+            cotangents = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
+            torch.autograd.backward(outputs, cotangents)
         grads = [p.grad for p in net.parameters()] + [x.grad for x in images]
         results.append((outputs, grads, list(net.buffers())))
     (expected, grads, buffers), (actual, other_grads, other_buffers) = results
@@ -119,24 +124,6 @@ def assert_same(module: nn.Module, *inputs: Tensor, atol: float = 1e-11) -> Patt
     compare_grads(grads, other_grads, atol)
     compare(buffers, other_buffers, atol)
     return patterns
-
-
-def _pair(module: nn.Module) -> tuple[nn.Module, Any, Patterns]:
-    """A copy of the module, one with its patterns replaced, and their account."""
-    torch._dynamo.reset()
-    plain, patterns = copy.deepcopy(module).double(), Patterns()
-    return plain, torch.compile(copy.deepcopy(plain), backend=patterns), patterns
-
-
-def _seeded(net: nn.Module, *images: Tensor) -> Any:
-    """net(*images), with the same dropout each time."""
-    torch.manual_seed(11)
-    return net(*images)
-
-
-def _cotangents(outputs: list[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
 
 
 def compare_grads(expected: list[Tensor | None], actual: list[Tensor | None], atol: float) -> None:
