@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORMS = ("batch", "instance", None)
-UPSAMPLES = ("transpose", "bilinear")
-ACTIVATIONS = ("relu", "leaky_relu")
 HEADS = (None, "sigmoid", "softmax")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "norm": ("batch", "instance", None),
+    "upsample": ("transpose", "bilinear"),
+    "activation": ("relu", "leaky_relu"),
+    "head": HEADS,
+}
 LEAKY_SLOPE = 0.01
 
 
@@ -93,11 +96,6 @@ class OutConv(nn.Module):
         return y.sigmoid() if self.head == "sigmoid" else y.softmax(dim=1)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 class ReferenceUNet(nn.Module):
     """The U-Net in plain PyTorch: [N, in_channels, H, W] to [N, out_channels, H, W], any float dtype.
 
@@ -119,10 +117,6 @@ class ReferenceUNet(nn.Module):
         head: str | None = None,
     ) -> None:
         super().__init__()
-        check_choice("norm", norm, NORMS)
-        check_choice("upsample", upsample, UPSAMPLES)
-        check_choice("activation", activation, ACTIVATIONS)
-        check_choice("head", head, HEADS)
         features = tuple(features)
         if len(features) < 2 or min(in_channels, out_channels, *features) < 1:
             raise ValueError(
@@ -138,6 +132,9 @@ class ReferenceUNet(nn.Module):
             "activation": activation,
             "head": head,
         }
+        for name, choices in CHOICES.items():
+            if (value := self.config[name]) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
         self.depth = len(features) - 1
         bilinear = upsample == "bilinear"
 
