@@ -80,14 +80,14 @@ def conv_transpose2x2_concat_conv3x3_relu(
 
 def _forward(args: FusedUpArgs, choice: dispatch.Choice) -> Tensor:
     skip, low, up_weight, up_bias, weight, bias, mean, variance, gamma, eps, slope = args
-    format = memory_format(skip, low, weight)
     if choice.implementation == "onednn":
         norm = onednn.norm_of(mean, variance, gamma, eps)
         y = onednn.conv_transpose2x2_concat_conv3x3(skip, low, up_weight, up_bias, weight, bias, norm, slope)
-        return y.contiguous(memory_format=format)
-    if choice.implementation == "triton" and low.shape[1] % 16 == 0:  # Of low's channels dispatch knows nothing.
-        return _by_kernel(args).contiguous(memory_format=format)
-    return _in_two_steps(args).contiguous(memory_format=format)
+    elif choice.implementation == "triton" and low.shape[1] % 16 == 0:  # Of low's channels dispatch knows nothing.
+        y = _by_kernel(args)
+    else:
+        y = _in_two_steps(args)
+    return y.contiguous(memory_format=memory_format(skip, low, weight))
 
 
 def _in_two_steps(args: FusedUpArgs) -> Tensor:
