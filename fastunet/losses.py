@@ -1,6 +1,6 @@
 """Dice losses with the arguments, defaults and values of MONAI's `DiceLoss`, summed in fp32 whatever the input dtype.
 
-Everything that touches pixels is in `ops.segmentation_sums`, one pass over logits and target, or in `dice_sums` where
+Everything that touches pixels is in `ops.segmentation_sums`, one pass over logits and target, or in `_dice_sums` where
 that has no such form; both return a few sums per image and channel, and the loss is arithmetic on those numbers.
 
 Source: Milletari et al. 2016, V-Net (https://arxiv.org/abs/1606.04797); soft labels: Wang et al. 2023, Dice Semimetric
@@ -25,31 +25,15 @@ Weight = Sequence[float] | float | Tensor
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def dice_sums(
-    input: Tensor,
-    target: Tensor,
-    *,
-    squared: bool = False,
-    soft_label: bool = False,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Sum overlap, prediction and truth over the pixels of each image and channel.
+def _dice_sums(probability: Tensor, target: Tensor, mask: Tensor | None, *, squared: bool, soft_label: bool) -> Tensor:
+    """Sum overlap, prediction and truth over the pixels of each image and channel, [3, N, C].
 
-    With p the input and t the target, both zero where the mask is:
+    With p the probability and t the target, both zero where the mask is:
 
         plain        sum(p*t),                      sum(p),    sum(t)
         soft_label   sum((|p| + |t| - |p-t|) / 2),  sum(|p|),  sum(|t|)
         squared      sum(p*t),                      sum(p*p),  sum(t*t)      (soft labels change nothing)
-
-    Args:
-        input: probabilities [N, C, *spatial], any float dtype.
-        target: [N, C, *spatial], any dtype.
-        mask: 1 = counts, 0 = does not; [N, 1, *spatial], or None for every pixel.
-
-    Returns:
-        [3, N, C] in fp32, or in float64 for float64 input.
     """
-    probability = _at_least_fp32(input)
     target = target.to(probability.dtype)
     if mask is not None:
         probability, target = probability * mask, target * mask
@@ -175,7 +159,7 @@ class DiceLoss(nn.Module):
         if one_hot:  # One that does not count gets class 0. In place `scatter` would be no batch for vmap.
             index = target.long() if mask is None else target.long().masked_fill(~mask, 0)
             values = torch.zeros(input.shape, device=target.device).scatter(1, index, 1.0)
-        sums = dice_sums(probability, values, squared=squared, soft_label=self.soft_label, mask=mask)
+        sums = _dice_sums(_at_least_fp32(probability), values, mask, squared=squared, soft_label=self.soft_label)
         if not entropy:
             return sums
         return torch.cat([sums, _fused_sums(input, target, mask, activation, squared=False, entropy=True)[3:]])
