@@ -12,17 +12,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet import dispatch
 from fastunet.cpu import folding, winograd
-from fastunet.cpu.activation import activate_
 from fastunet.cpu.weight_cache import prepared
 
 # Inputs of up to so many values for each image are joined.
 _FEW_VALUES = 1 << 14
 # A stride, padding or dilation.
 _ONE = [1, 1]
+# The bits of bfloat16's minus infinity as an integer: of the numbers whose sign bit is set, only NaN's are greater. A
+# threshold on integers takes a quarter of the time of torch's ReLU in bfloat16.
+_MINUS_INFINITY = -128
 
 
 class Norm(NamedTuple):
@@ -37,6 +40,16 @@ class Norm(NamedTuple):
 def norm_of(mean: Tensor | None, variance: Tensor | None, gamma: Tensor | None, eps: float) -> Norm | None:
     """The norm of an op's optional arguments."""
     return None if mean is None or variance is None else Norm(mean, variance, gamma, eps)
+
+
+def activate_(y: Tensor, slope: float | None) -> Tensor:
+    """Apply the activation of that slope in place: None is the identity, 0 ReLU, above 0 LeakyReLU."""
+    if slope is None:
+        return y
+    if slope == 0 and y.device.type == "cpu" and y.dtype == torch.bfloat16:
+        F.threshold(y.view(torch.int16), _MINUS_INFINITY, 0, inplace=True)
+        return y
+    return F.leaky_relu_(y, slope) if slope else F.relu_(y)
 
 
 def conv3x3(

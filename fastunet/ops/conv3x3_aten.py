@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastunet.cpu import onednn, winograd
-from fastunet.cpu.activation import activate_
+from fastunet.cpu.onednn import activate_
 from fastunet.ops.convolution import convolution_grads
 from fastunet.ops.epilogue import epilogue_grad
 from fastunet.ops.registration import memory_format, strided_like

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastunet import checks, dispatch
 from fastunet.cpu import onednn
-from fastunet.cpu.activation import activate_
+from fastunet.cpu.onednn import activate_
 from fastunet.ops.conv3x3_aten import convolve
 from fastunet.ops.convolution import check_eps, check_inputs, check_norm, kernel_weight
 from fastunet.ops.epilogue import arguments_of, slope_of

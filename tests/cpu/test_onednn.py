@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastunet
 from fastunet import dispatch, ops
 from fastunet.cpu import onednn
-from fastunet.cpu.activation import activate_
+from fastunet.cpu.onednn import activate_
 from fastunet.testing import parity, random_input
 from fastunet.testing.ops import Call
 
