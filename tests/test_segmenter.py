@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +24,11 @@ import fastunet
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import DataSummary, find_images, normalize, read_image, read_mask, sources
 from fastunet.data.sources import PixelSize, open_source, pixel_size_of
+from fastunet.files import write_json
 from fastunet.inference.outputs import Wanted, class_palette, is_ours
+from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
 from fastunet.segmenter import Segmenter
-from fastunet.train.checkpoint import RunConfig, save_config, save_weights
+from fastunet.train.checkpoint import RunConfig
 
 SIZE = (300, 421)
 TILE = 280  # two parts by two, whose edge is 256
@@ -48,8 +51,8 @@ def made_run(folder: Path, classes: int = 1, channels: int = 1, **model: Any) ->
         net.outc.conv.bias.sub_(logits.flatten(2).median(2).values[0])
     folder.mkdir()
     data = DataSummary(1, channels, classes, (0, 1), "uint8", SIZE, SIZE)
-    save_config(folder, RunConfig(model=net.config, data=data, training={}))
-    save_weights(folder, net)
+    write_json(folder / CONFIG, asdict(RunConfig(model=net.config, data=data, training={})))
+    write_weights(folder / WEIGHTS, net.state_dict())
     return folder
 
 

@@ -11,7 +11,7 @@ from fastunet.checks import ConfigError
 LARGEST = 2**16  # crops, batches and channels beyond would overflow sizes before memory runs out
 _MOST = sys.float_info.max
 MAX_LEVELS = 16
-TILE = 2048  # pixels: what goes through whole in validation, and where nothing else is said
+TILE = 1536  # pixels: what goes through whole in validation, and where nothing else is said
 # May differ between a run and its continuation: how long it goes on, and on what.
 RESUMABLE = ("steps", "max_minutes", "device", "workers")
 
