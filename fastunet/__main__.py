@@ -19,7 +19,7 @@ NEEDED = (
     "typer",
     "zarr",
 )
-EXTRAS = {"roifile": "imagej"}
+EXTRAS = {"bioimageio": "bioimageio", "onnx": "onnx", "onnxscript": "onnx", "roifile": "imagej"}
 
 
 def main() -> None:

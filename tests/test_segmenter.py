@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,46 +18,22 @@ import torch
 import zarr
 from command import fastunet as fastunet_command
 from PIL import Image
+from untrained_run import smooth_image, untrained_run
 
 import fastunet
 from fastunet.checks import ConfigError, DataError
-from fastunet.data import DataSummary, find_images, normalize, read_image, read_mask, sources
+from fastunet.data import find_images, normalize, read_image, read_mask, sources
 from fastunet.data.sources import PixelSize, open_source, pixel_size_of
-from fastunet.files import write_json
 from fastunet.inference.outputs import Wanted, class_palette, is_ours
-from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
 from fastunet.segmenter import Segmenter
-from fastunet.train.checkpoint import RunConfig
 
 SIZE = (300, 421)
 TILE = 280  # two parts by two, whose edge is 256
 
 
-def smooth_image() -> np.ndarray:
-    """Smooth enough that objects are more than noise."""
-    noise = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(3))
-    smooth = torch.nn.functional.avg_pool2d(noise, 9, 1, 4)[0, 0]
-    return ((smooth - smooth.min()) / (smooth.max() - smooth.min()) * 255).byte().numpy()
-
-
-def made_run(folder: Path, classes: int = 1, channels: int = 1, **model: Any) -> Path:
-    """A run as a training leaves it, of a net that was not trained."""
-    torch.manual_seed(1)
-    net = fastunet.UNet(channels, classes, features=(2, 4), **model)
-    torch.nn.init.normal_(net.outc.conv.weight, std=4)
-    with torch.no_grad():  # every class somewhere
-        logits = net.eval()(normalize(smooth_image()[..., None].repeat(channels, 2))[None])
-        net.outc.conv.bias.sub_(logits.flatten(2).median(2).values[0])
-    folder.mkdir()
-    data = DataSummary(1, channels, classes, (0, 1), "uint8", SIZE, SIZE)
-    write_json(folder / CONFIG, asdict(RunConfig(model=net.config, data=data, training={})))
-    write_weights(folder / WEIGHTS, net.state_dict())
-    return folder
-
-
 @pytest.fixture(scope="module", params=[1, 3], ids=["binary", "classes"])
 def segmenter(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Segmenter:
-    return fastunet.load(made_run(tmp_path_factory.mktemp("runs") / "run", request.param), "cpu")
+    return fastunet.load(untrained_run(tmp_path_factory.mktemp("runs") / "run", request.param), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +192,7 @@ def test_what_is_written_is_what_is_predicted(
 
 
 def test_classes_have_colours(image: np.ndarray, tmp_path: Path) -> None:
-    segmenter = fastunet.load(made_run(tmp_path / "run", 3), "cpu")
+    segmenter = fastunet.load(untrained_run(tmp_path / "run", 3), "cpu")
     path = write_tiff(tmp_path / "a.tif", image)
     for kind in ("png", "tif"):
         segmenter.write(path, tmp_path / "labels", Wanted(kind))
@@ -336,7 +311,7 @@ def test_images_are_found_by_names_folders_and_patterns(tmp_path: Path, image: n
 
 def test_the_command_line(image: np.ndarray, tmp_path: Path) -> None:
     pytest.importorskip("roifile", reason="needs the extra imagej")
-    run, out = made_run(tmp_path / "run", 3), tmp_path / "out"
+    run, out = untrained_run(tmp_path / "run", 3), tmp_path / "out"
     for name in "abc":
         write_tiff(tmp_path / f"{name}.tif", image)
     options = ("--probabilities", "--overlay", "--instances", "watershed", "--rois", "--tile", str(TILE), "--tta")
@@ -365,7 +340,7 @@ def test_the_command_line(image: np.ndarray, tmp_path: Path) -> None:
 def test_what_predict_cannot_do_is_one_line(
     arguments: list[str], words: str, image: np.ndarray, tmp_path: Path
 ) -> None:
-    run = made_run(tmp_path / "run")
+    run = untrained_run(tmp_path / "run")
     for name in ("a.png", "b.png", "sub/A.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(tmp_path / name)

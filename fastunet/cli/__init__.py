@@ -11,7 +11,7 @@ import typer
 
 from fastunet import __version__
 
-from . import bench, demo, doctor, evaluate, predict, train, tune
+from . import bench, demo, doctor, evaluate, export, predict, train, tune
 
 app = typer.Typer(
     add_completion=False,
@@ -19,7 +19,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # brackets in help are meant as they are
 )
-commands = (train.train, predict.predict, evaluate.evaluate, tune.tune, bench.bench, doctor.doctor, demo.demo)
+commands = (
+    train.train,
+    predict.predict,
+    evaluate.evaluate,
+    export.export,
+    tune.tune,
+    bench.bench,
+    doctor.doctor,
+    demo.demo,
+)
 for command in commands:
     app.command()(command)
 

@@ -1,0 +1,53 @@
+"""`fastunet export`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastunet.files import check_folder
+
+from .shared import RunArgument, console
+
+
+class Target(StrEnum):
+    """What a run is exported to, and the file's suffix."""
+
+    onnx, torch_export, bioimageio = "onnx", "torch-export", "bioimageio"
+
+    @property
+    def suffix(self) -> str:
+        return {"onnx": ".onnx", "torch-export": ".pt2", "bioimageio": ".bioimageio.zip"}[self.value]
+
+
+def export(
+    run: RunArgument,
+    to: Annotated[Target, typer.Option(help="ONNX, a program of torch.export, or a package for bioimage.io.")],
+    out: Annotated[Path | None, typer.Option(help="File to write [RUN/model with the format's suffix].")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the package for bioimage.io [the run's folder].")] = None,
+) -> None:
+    """Write RUN as one file that takes an image's pixels, of any size, to its mask: normalisation is inside."""
+    from fastunet.checks import DataError
+    from fastunet.inference import export as exports
+    from fastunet.segmenter import load
+
+    target = out or run / f"model{to.suffix}"
+    check_folder(target.parent)
+    if target.exists() or target.is_symlink():
+        raise DataError(f"{target}: expected nothing there, got a file")
+    segmenter = load(run, "cpu")
+    model, data = segmenter.model, segmenter.config.data
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with console.status(f"exporting to {to.value}"):
+        if to is Target.onnx:
+            exports.export_onnx(model, data, target)
+        elif to is Target.torch_export:
+            exports.export_torch(model, data, target)
+        else:
+            count = len(segmenter.config.train)
+            text = f"A U-Net for {data.channels} channels of {data.dtype}, trained by fastunet on {count} images."
+            exports.export_bioimageio(model, data, target, name or run.absolute().name, text)
+    console.print(f"{target}", soft_wrap=True)

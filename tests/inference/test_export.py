@@ -1,0 +1,88 @@
+"""Exported runs give the mask of `predict`, from the pixels of a file, in other runtimes."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime", reason="needs the extra test")
+pytest.importorskip("onnxscript", reason="needs the extra onnx")
+
+import onnxruntime
+import torch
+from command import fastunet as fastunet_command
+from untrained_run import smooth_image, untrained_run
+
+import fastunet
+from fastunet.inference.export import export_onnx, export_torch
+from fastunet.segmenter import Segmenter
+
+SIZES = ((1, 64, 96), (3, 37, 51), (2, 100, 33))
+
+
+def pixels_of(segmenter: Segmenter, count: int, height: int, width: int) -> np.ndarray:
+    """[N, C, H, W] in the range of the run's dtype, each image another."""
+    data = segmenter.config.data
+    whole = smooth_image().astype(np.float64) / 255
+    scale = 3.0 if data.dtype == "float32" else np.iinfo(data.dtype).max
+    parts = [[whole[9 * n + c :][:height, 31 * c :][:, :width] for c in range(data.channels)] for n in range(count)]
+    return (np.array(parts) * scale).astype(data.dtype)
+
+
+def check_like_predict(segmenter: Segmenter, pixels: np.ndarray, mask: np.ndarray, probabilities: np.ndarray) -> None:
+    assert (mask.dtype, probabilities.dtype) == (np.uint8, np.float32)
+    for index, image in enumerate(np.moveaxis(pixels, 1, -1)):
+        expected = segmenter.predict(image, probabilities=True)
+        np.testing.assert_allclose(probabilities[index], expected, rtol=0, atol=1e-5)
+        ranked = np.sort(expected, 0) if len(expected) > 1 else np.stack([1 - expected[0], expected[0]])
+        clear = np.abs(ranked[-1] - ranked[-2]) > 2e-5
+        assert clear.mean() > 0.99
+        assert np.array_equal(mask[index][clear], segmenter.predict(image)[clear])
+
+
+@pytest.mark.parametrize(
+    ("classes", "channels", "dtype", "model"),
+    [(1, 1, "uint8", {}), (3, 2, "uint16", {"norm": "instance"}), (1, 3, "float32", {"head": "sigmoid"})],
+    ids=["binary", "classes", "probabilities"],
+)
+def test_other_runtimes_give_what_predict_gives(
+    classes: int, channels: int, dtype: str, model: dict[str, str], tmp_path: Path
+) -> None:
+    segmenter = fastunet.load(untrained_run(tmp_path / "run", classes, channels, dtype, **model), "cpu")
+    export_onnx(segmenter.model, segmenter.config.data, tmp_path / "model.onnx")
+    export_torch(segmenter.model, segmenter.config.data, tmp_path / "model.pt2")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for size in SIZES:
+        pixels = pixels_of(segmenter, *size)
+        check_like_predict(segmenter, pixels, *session.run(["mask", "probabilities"], {"pixels": pixels}))
+        check_like_predict(segmenter, pixels, *(t.detach().numpy() for t in program(torch.from_numpy(pixels))))
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "model.onnx", "model.pt2"}
+
+
+def test_a_package_for_bioimageio(tmp_path: Path) -> None:
+    spec = pytest.importorskip("bioimageio.spec", reason="needs the extra bioimageio")
+    run = untrained_run(tmp_path / "cells", 3)
+    result = fastunet_command("export", run, "--to", "bioimageio")
+    assert result.returncode == 0, result.stderr
+    package = run / "model.bioimageio.zip"
+    description = spec.load_description(package, perform_io_checks=True)
+    assert description.validation_summary.status in ("valid-format", "passed")
+    assert description.name == "cells"
+    with zipfile.ZipFile(package) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    pixels, *expected = (np.load(tmp_path / f"unpacked/{name}.npy") for name in ("pixels", "mask", "probabilities"))
+    session = onnxruntime.InferenceSession(tmp_path / "unpacked/model.onnx")
+    for found, each in zip(session.run(None, {"pixels": pixels}), expected, strict=True):
+        np.testing.assert_allclose(found, each, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    run = untrained_run(tmp_path / "run")
+    (run / "model.onnx").write_text("mine")
+    result = fastunet_command("export", run, "--to", "onnx")
+    assert (result.returncode, result.stderr) == (2, f"error: {run}/model.onnx: expected nothing there, got a file\n")
+    assert (run / "model.onnx").read_text() == "mine"
