@@ -12,8 +12,9 @@ import json
 import os
 import pickle
 import re
+import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,21 @@ def save(folder: str | os.PathLike[str], config: Mapping[str, Any], state: Mappi
         _save_file(temporary, state)
         # Both are complete before the first appears: one rename follows the other.
         write_json(folder / CONFIG, {"model": config, "fastunet": __version__})
+
+
+def push(save_to: Callable[[Path], None], repo_id: str, private: bool, token: str | None) -> str:
+    """Upload the folder that `save_to` writes; `UNet.push_to_hub` says more."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        text = "push_to_hub: expected huggingface_hub, got none: pip install huggingface_hub"
+        raise MissingPackageError(text) from error
+    with tempfile.TemporaryDirectory() as folder:
+        save_to(Path(folder))
+        api = HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        text = "Upload a fastunet.UNet"
+        return str(api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=text))
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -264,6 +264,14 @@ class UNet(ReferenceUNet):
                 raise ConfigError(f"save_pretrained: expected UNet as built, {built.strip()}, got {now.strip()}")
         pretrained.save(folder, self.config, self.state_dict())
 
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face Hub, made where there is none.
+
+        Returns the commit's address. Raises as `save_pretrained`; MissingPackageError without huggingface_hub, whose
+        own errors say what the Hub refuses.
+        """
+        return pretrained.push(self.save_pretrained, repo_id, private, token)
+
     def to_reference(self) -> ReferenceUNet:
         """Return the reference model, in plain PyTorch: a copy of this one as it is now, exchanged parts and hooks too,
         without gradients.

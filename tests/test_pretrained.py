@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,3 +308,28 @@ def test_a_changed_model_is_not_saved_as_what_it_was(tmp_path: Path) -> None:
     synchronised.load_state_dict(model.state_dict())
     synchronised.save_pretrained(tmp_path / "model")
     assert_identical(UNet.from_pretrained(tmp_path / "model"), model)
+
+
+def test_a_model_comes_back_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub is a folder here, and what is asked of it is kept."""
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra train")
+    asked: list[dict[str, Any]] = []
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            self.token = token
+
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> Any:
+            asked.append({"token": self.token, "private": private, "exist_ok": exist_ok})
+            return SimpleNamespace(repo_id=f"user/{repo_id}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+            shutil.copytree(folder_path, tmp_path / repo_id)
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    model = fastunet.UNet(1, 2, features=(2, 4), norm="instance").eval()
+    assert model.push_to_hub("cells", private=True, token="t") == "https://hub/user/cells"
+    assert asked == [{"token": "t", "private": True, "exist_ok": True}]
+    again, image = fastunet.UNet.from_pretrained(tmp_path / "user/cells").eval(), torch.randn(1, 1, 9, 9)
+    assert torch.equal(again(image), model(image))
