@@ -317,6 +317,8 @@ def test_the_command_line(image: np.ndarray, tmp_path: Path) -> None:
     options = ("--probabilities", "--overlay", "--instances", "watershed", "--rois", "--tile", str(TILE), "--tta")
     result = fastunet_command("predict", run, tmp_path / "?.tif", "--out", out, *options, "--shard", "1/2")
     assert result.returncode == 0, result.stderr
+    lines = [line.partition(":")[0] for line in result.stdout.splitlines() if line]
+    assert lines == ["1 of 2", "2 of 2", f"2 predictions in {out}"]
     ends = (".tif", "_objects.csv", "_objects.tif", "_objects.zip", "_overlay.png", "_probabilities.tif")
     assert {p.name for p in out.iterdir()} == {f"{name}{end}" for name in "ac" for end in ends}
     expected = fastunet.load(run, "cpu").predict(image, tta=True)

@@ -93,6 +93,8 @@ def predict(
     with Progress(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("predicting")
         for number, (file, wanted) in enumerate(jobs, 1):
+            if not console.is_terminal:  # where a bar would show nothing
+                console.print(f"{number} of {len(jobs)}: {file}", soft_wrap=True)
             bars.reset(bar, description=f"{file.name} ({number} of {len(jobs)}), tiles", total=None)
 
             def show(done: int, parts: int) -> None:
