@@ -22,7 +22,7 @@ from untrained_run import smooth_image, untrained_run
 
 import fastunet
 from fastunet.checks import ConfigError, DataError
-from fastunet.data import find_images, normalize, read_image, read_mask, sources
+from fastunet.data import find_images, moments, normalize, read_image, read_mask, sources
 from fastunet.data.sources import PixelSize, open_source, pixel_size_of
 from fastunet.inference.outputs import Wanted, class_palette, is_ours
 from fastunet.segmenter import Segmenter
@@ -163,6 +163,24 @@ def test_other_tiffs_are_read_as_ever(
             open_source(path)
     else:
         assert np.array_equal(open_source(path).window(0, 9999, 0, 9999), read_image(path))
+
+
+@pytest.mark.parametrize("fault", ["a tile is damaged", "not finite"])
+def test_broken_pixels_are_named(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LARGE", 0)
+    pixels = np.ones((100, 90), np.float32)
+    pixels[70, 80] = np.inf if fault == "not finite" else 1
+    path = write_tiff(tmp_path / "a.tif", pixels, tile=(32, 32), compression="deflate")
+    if fault != "not finite":
+        with tifffile.TiffFile(path) as tiff:
+            at = tiff.pages[0].dataoffsets[-1]
+        content = bytearray(path.read_bytes())
+        content[at : at + 8] = bytes(8)
+        path.write_bytes(content)
+    source = open_source(path)
+    assert source.window(0, 32, 0, 32).all()
+    with pytest.raises(DataError, match=r"a\.tif: expected (readable pixels|finite values), got"):
+        moments(source)
 
 
 @pytest.mark.parametrize("kind", ["png", "tif", "zarr"])

@@ -51,12 +51,15 @@ class Source:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.read(rows, slice(None))
+        return self._checked(rows, slice(None))
 
     def window(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Read [bottom - top, right - left, C]. Raises DataError on values that are not finite, or cannot be read."""
+        return self._checked(slice(top, bottom), slice(left, right))
+
+    def _checked(self, rows: slice, columns: slice) -> np.ndarray:
         try:
-            pixels = self.read(slice(top, bottom), slice(left, right))
+            pixels = self.read(rows, columns)
         except Exception as error:  # of broken files decoders raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{self.path}: expected readable pixels, got: {reason}") from error
