@@ -253,7 +253,7 @@ def with_head(chosen: ConvConfig) -> ConvConfig:
     A head sums over channels: of pixels times weights, they are all in one warp.
     """
     if chosen.variant == HALO:
-        return replace(chosen, swapped=False, tile_h=chosen.tile_h if chosen.block_n == 64 else 16)
+        return replace(chosen, swapped=False, block_n=64)
     return replace(chosen, tile_h=min(chosen.tile_h, 16))
 
 

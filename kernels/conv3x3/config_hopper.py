@@ -6,7 +6,7 @@ import functools
 
 import torch
 from fastunet.kernels import autotune, gpu, self_test
-from fastunet.kernels.conv3x3.config import HALO, TILE_W, ConvConfig, ConvShape
+from fastunet.kernels.conv3x3.config import HALO, TILE_W, ConvConfig, ConvShape, channel_block
 from fastunet.kernels.gpu import Target, cdiv
 
 # The family of its check, which is apart from the other kernels': it synchronises by hand, and a wrong barrier hangs.
@@ -34,7 +34,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def checked_configs() -> list[ConvConfig]:
     """Return the configs that its check runs: few, because each is a kernel to compile."""
-    parts = ((32, 64, 3, 6, True), (32, 128, 2, 4, True), (16, 64, 4, 8, False))
+    parts = ((32, 64, 3, 4, True), (32, 128, 2, 4, True), (16, 64, 4, 8, False))
     return [_config(*part) for part in parts]
 
 
@@ -51,22 +51,20 @@ def fits_halo(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:
 def halo_config(shape: ConvShape, target: Target) -> ConvConfig:
     """Return the halo variant's blocks, where `fits_halo`: large tiles but for a small image, and all stages that fit.
 
-    The swapped product, which for 64 channels reads less shared memory, and whose threads hold fewer channels of a
-    norm. Unmeasured.
+    The swapped product, which reads less shared memory, and whose threads hold fewer channels of a norm. Unmeasured.
     """
-    if shape.c_out <= 64:
-        tile_h, block_n, slots, weights = 32, 64, 3, 6
-    elif cdiv(shape.width, TILE_W) * cdiv(shape.height, 32) * cdiv(shape.c_out, 128) >= target.multiprocessors:
-        tile_h, block_n, slots, weights = 32, 128, 2, 4
-    else:
+    block_n = max(64, channel_block(shape.c_out, 128))
+    tiles = cdiv(shape.width, TILE_W) * cdiv(shape.height, 32) * cdiv(shape.c_out, block_n)
+    tile_h, slots, weights = (32, 2, 4) if block_n == 128 else (32, 3, 4)
+    if shape.c_out > 64 and tiles < target.multiprocessors:
         tile_h, block_n, slots, weights = 16, 64, 4, 8
     return _config(tile_h, block_n, slots, weights, swapped=True)
 
 
 def shared_memory(chosen: ConvConfig) -> int:
-    """Return the bytes of the halo variant: both rings, y and its pooled half on their way, 16 bits each. Barriers
-    aside.
+    """Return the bytes of the halo variant: both rings, 64 channels of y and its pooled quarter on their way from each
+    of two warpgroups, 16 bits each. Barriers aside.
     """
-    pixels, block_n = chosen.tile_h * chosen.tile_w, chosen.block_n
-    rings = chosen.num_stages * (chosen.tile_h + 2) * chosen.tile_w + chosen.weight_stages * block_n
-    return 2 * (rings * chosen.block_k + pixels * block_n + pixels // 4 * block_n)
+    pixels = chosen.tile_h * chosen.tile_w
+    rings = chosen.num_stages * (chosen.tile_h + 2) * chosen.tile_w + chosen.weight_stages * chosen.block_n
+    return 2 * (rings * chosen.block_k + 2 * 64 * (pixels + pixels // 4))

@@ -95,8 +95,6 @@ def _halo_configs(heuristic: ConvConfig, channels: int, target: Target) -> list[
         for tile_h, block_n, depth, weights, swapped in itertools.product(
             heights, blocks, depths, weight_depths, orders
         )
-        # Of pixels times weights, a thread holds 32 of 128 channels, and a norm's vectors spill; the other way 4.
-        if swapped or block_n == 64
     ]
     # Half a kilobyte is for the barriers.
     return [c for c in found if config_hopper.shared_memory(c) + 512 <= target.shared_memory]

@@ -2,10 +2,13 @@
 
 Written in Gluon, because the schedule is the point. One warp produces: for each column of the window and 64 input
 channels it has the hardware copy TILE_H + 2 rows of 8 pixels, and the three weights of that column. Two warpgroups
-consume, each half of the rows: the taps of a column are the same pixels in memory, begun one row later. A program stays
-and takes one tile after the other; barriers in shared memory pass the slots of two rings, pixels and weights, back
-and forth. By the product of pixels and weights [P, N], or by that of weights and pixels [N, P] (`swapped`), which
-reads less shared memory where N is 64.
+consume, 64 output channels each: the taps of a column are the same pixels in memory, begun one row later. With blocks
+of 128 channels they share a tile. With blocks of 64 they take every second tile and turns (ping-pong): one multiplies
+while the other stores. A program stays and takes one tile after the other; barriers in shared memory pass the slots of
+two rings, pixels and weights, back and forth.
+
+The product is that of weights and pixels [N, P] (`swapped`), which reads less shared memory, or that of pixels and
+weights [P, N].
 
 Gluon's interface is private to each release of Triton: `config_hopper` says where this variant may run. Unmeasured.
 """
@@ -33,11 +36,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Input channels of one step: a row of a 128-byte swizzled tile.
 BLOCK_K = 64
+# Output channels of a warpgroup: the rows of its product.
+CHANNELS = 64
 # Registers of a consuming and of the producing thread: together what a multiprocessor has.
 _CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 40
 
 _BLOCK_K = tl.constexpr(BLOCK_K)
 _TILE_W = tl.constexpr(config.TILE_W)
+_CHANNELS = tl.constexpr(CHANNELS)
 
 
 # fmt: off
@@ -71,10 +77,9 @@ def load_column(desc, low_desc, upper, lower, image, h, w, k, full, pred, TILE_H
 
 @gluon.jit
 def produce(
-    x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights,
-    pixels_full, pixels_empty, weights_full, weights_empty, H, W, C1, C2, tiles, blocks_n,
-    TWO_INPUTS: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
-    WEIGHT_SLOTS: gl.constexpr,
+    x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights, pixels_full, pixels_empty, weights_full,
+    weights_empty, H, W, C1, C2, tiles, blocks_n, TWO_INPUTS: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
 ):
     """Fill the rings: by blocks of channels and columns of the window one slot of pixels and three of weights.
 
@@ -111,7 +116,9 @@ def produce(
                 full = weights_full.index(tap_slot)
                 mbarrier.expect(full, BLOCK_N * _BLOCK_K * 2)
                 at = [n0, (kh * 3 + kw) * channels + k]
-                tma.async_copy_global_to_shared(weight_desc, at, full, weights.index(tap_slot))
+                rows = weights.index(tap_slot * (BLOCK_N // _CHANNELS))
+                box = view(rows, weight_desc.dtype, [BLOCK_N, _BLOCK_K], weight_desc.layout)
+                tma.async_copy_global_to_shared(weight_desc, at, full, box)
                 tap_step += 1
 
 
@@ -135,49 +142,63 @@ def stage(values, memory, SWAPPED: gl.constexpr):
 
 @gluon.jit
 def consume(
-    HALF: gl.constexpr, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
-    pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, H, W,
-    C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr,
-    ACTIVATION: gl.constexpr, STORE: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr,
-    SIGMOID: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
-    WEIGHT_SLOTS: gl.constexpr,
+    NUMBER: gl.constexpr, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
+    pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, turns,
+    H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS: gl.constexpr, NORM: gl.constexpr,
+    GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, STORE: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr,
+    HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
 ):
-    """Sum up and store one half of the rows of each tile."""
-    ROWS: gl.constexpr = TILE_H // 2
-    PIXELS: gl.constexpr = ROWS * _TILE_W
-    M: gl.constexpr = BLOCK_N if SWAPPED else PIXELS
-    N: gl.constexpr = PIXELS if SWAPPED else BLOCK_N
+    """Sum up and store 64 channels, NUMBER 0 or 1: half of those of every tile, or all of every second tile.
+
+    Those who take turns share the rings, whose barriers tell even rounds from odd ones: who has the turn knows that
+    the other has seen all rounds before, and that none of its own can end without it.
+    """
+    PIXELS: gl.constexpr = TILE_H * _TILE_W
+    PARTS: gl.constexpr = BLOCK_N // _CHANNELS
+    PART: gl.constexpr = NUMBER % PARTS
+    FIRST: gl.constexpr = NUMBER // PARTS
+    EVERY: gl.constexpr = 2 // PARTS  # Of the program's tiles.
+    M: gl.constexpr = _CHANNELS if SWAPPED else PIXELS
+    N: gl.constexpr = PIXELS if SWAPPED else _CHANNELS
     AXIS: gl.constexpr = 0 if SWAPPED else 1  # That of the channels.
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
-    step = 0
-    tap_step = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    columns = 3 * ((C1 + C2) // _BLOCK_K)
+    step = FIRST * columns
+    turn = 0
+    for tile in range(gl.program_id(0) + FIRST * gl.num_programs(0), tiles, EVERY * gl.num_programs(0)):
         image, h0, w0, n0 = tile_at(tile, H, W, blocks_n, TILE_H, BLOCK_N)
-        h0 += HALF * ROWS
+        n0 += PART * _CHANNELS
         acc = gl.zeros([M, N], gl.float32, SUMS)
-        for i in range(3 * ((C1 + C2) // _BLOCK_K)):
+        if EVERY == 2:
+            mbarrier.wait(turns.index(NUMBER), (turn & 1) ^ (1 - NUMBER))
+        for i in range(columns):
             slot = step % SLOTS
             mbarrier.wait(pixels_full.index(slot), (step // SLOTS) & 1)
             for kh in gl.static_range(3):
+                tap_step = 3 * step + kh
                 tap_slot = tap_step % WEIGHT_SLOTS
                 mbarrier.wait(weights_full.index(tap_slot), (tap_step // WEIGHT_SLOTS) & 1)
-                rows = pixels.index(slot * (TILE_H + 2) + HALF * ROWS + kh)
+                rows = pixels.index(slot * (TILE_H + 2) + kh)
                 operand = view(rows, y_desc.dtype, [PIXELS, _BLOCK_K], rows.layout)
-                acc = multiply(operand, weights.index(tap_slot), acc, SWAPPED)
+                acc = multiply(operand, weights.index(tap_slot * PARTS + PART), acc, SWAPPED)
                 # All products but this one have ended: the slots of the one before it are free.
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 if kh == 0:
                     mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS), pred=i > 0)
                 last = (tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS
                 mbarrier.arrive(weights_empty.index(last), pred=i + kh > 0)
-                tap_step += 1
             step += 1
+        if EVERY == 2:
+            mbarrier.arrive(turns.index(1 - NUMBER))
         acc = warpgroup_mma_wait(0, deps=(acc,))
         # The last slots, before the epilogue: the producer fetches the next tile meanwhile.
-        mbarrier.arrive(weights_empty.index((tap_step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
+        mbarrier.arrive(weights_empty.index((3 * step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
         mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))
+        step += (EVERY - 1) * columns
+        turn += 1
 
-        n = n0 + gl.arange(0, BLOCK_N, gl.SliceLayout(1 - AXIS, SUMS))
+        n = n0 + gl.arange(0, _CHANNELS, gl.SliceLayout(1 - AXIS, SUMS))
         acc = finish(
             acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
             BIAS, NORM, GAMMA, ACTIVATION, AXIS,
@@ -189,15 +210,15 @@ def consume(
             )
         if STORE:
             tma.store_wait(0)  # Of the tile before, from the same memory.
-            stage(acc.to(y_desc.dtype), y_stage.index(HALF), SWAPPED)
+            stage(acc.to(y_desc.dtype), y_stage.index(NUMBER), SWAPPED)
             if POOL:
-                stage(pool(acc, PIXELS, BLOCK_N, SWAPPED).to(y_desc.dtype), pooled_stage.index(HALF), SWAPPED)
+                stage(pool(acc, PIXELS, _CHANNELS, SWAPPED).to(y_desc.dtype), pooled_stage.index(NUMBER), SWAPPED)
             fence_async_shared()
-            box = view(y_stage.index(HALF), y_desc.dtype, [1, ROWS, _TILE_W, BLOCK_N], y_desc.layout)
+            box = view(y_stage.index(NUMBER), y_desc.dtype, [1, TILE_H, _TILE_W, _CHANNELS], y_desc.layout)
             tma.async_copy_shared_to_global(y_desc, [image, h0, w0, n0], box)
             if POOL:
-                shape: gl.constexpr = [1, ROWS // 2, _TILE_W // 2, BLOCK_N]
-                box = view(pooled_stage.index(HALF), y_desc.dtype, shape, pooled_desc.layout)
+                shape: gl.constexpr = [1, TILE_H // 2, _TILE_W // 2, _CHANNELS]
+                box = view(pooled_stage.index(NUMBER), y_desc.dtype, shape, pooled_desc.layout)
                 tma.async_copy_shared_to_global(pooled_desc, [image, h0 // 2, w0 // 2, n0], box)
     if STORE:
         tma.store_wait(0)
@@ -209,8 +230,8 @@ def conv3x3_hopper_kernel(
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, eps, negative_slope,
     TWO_INPUTS: gl.constexpr, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr,
     STORE: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr,
-    SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
-    WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     """As conv3x3_descriptor_kernel, but for statistics, by as many programs as there are multiprocessors.
 
@@ -218,40 +239,44 @@ def conv3x3_hopper_kernel(
     """
     DTYPE: gl.constexpr = y_desc.dtype
     ROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    PIXELS: gl.constexpr = TILE_H // 2 * _TILE_W
+    PIXELS: gl.constexpr = TILE_H * _TILE_W
+    PARTS: gl.constexpr = BLOCK_N // _CHANNELS
     pixels = gl.allocate_shared_memory(DTYPE, [SLOTS * (TILE_H + 2), _TILE_W, _BLOCK_K], ROW)
-    weights = gl.allocate_shared_memory(DTYPE, [WEIGHT_SLOTS, BLOCK_N, _BLOCK_K], weight_desc.layout)
+    weights = gl.allocate_shared_memory(DTYPE, [WEIGHT_SLOTS * PARTS, _CHANNELS, _BLOCK_K], ROW)
     y_stage = weights
     pooled_stage = weights
     if STORE:
-        y_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS, BLOCK_N], ROW)
+        y_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS, _CHANNELS], ROW)
     if POOL:
-        pooled_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS // 4, BLOCK_N], ROW)
+        pooled_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS // 4, _CHANNELS], ROW)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     pixels_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     pixels_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     weights_full = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
     weights_empty = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(SLOTS):
         mbarrier.init(pixels_full.index(i), count=1)
-        mbarrier.init(pixels_empty.index(i), count=2)
+        mbarrier.init(pixels_empty.index(i), count=PARTS)
     for i in gl.static_range(WEIGHT_SLOTS):
         mbarrier.init(weights_full.index(i), count=1)
-        mbarrier.init(weights_empty.index(i), count=2)
+        mbarrier.init(weights_empty.index(i), count=PARTS)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()  # The hardware that copies sees the barriers too.
     gl.warp_specialize(
         [
             (consume, (
                 0, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
                 pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
-                weights_empty, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION,
-                STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
+                weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA,
+                ACTIVATION, STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (consume, (
                 1, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
                 pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
-                weights_empty, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA, ACTIVATION,
-                STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
+                weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA,
+                ACTIVATION, STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (produce, (
                 x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights, pixels_full, pixels_empty,
@@ -276,11 +301,11 @@ def conv3x3_launch(
     x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
 ) -> gpu.Launch:
     """Return the launch that fills the epilogue's outputs. ValueError where they are statistics, which
-    this variant does not leave, or a head of more channels than a program holds.
+    this variant does not leave, or a head of more channels than a warpgroup has.
     """
     head, channels = epilogue.head, weight.shape[0]
-    if epilogue.statistics is not None or (head is not None and channels > chosen.block_n):
-        raise ValueError("the halo variant leaves no statistics, and heads only where a program holds all channels")
+    if epilogue.statistics is not None or (head is not None and not channels <= chosen.block_n == CHANNELS):
+        raise ValueError("the halo variant leaves no statistics, and heads only where a warpgroup has all channels")
     batch, c1, height, width = x.shape
     c2 = 0 if up is None else up.shape[1]
     tile_h, block_n = chosen.tile_h, chosen.block_n
@@ -301,8 +326,8 @@ def conv3x3_launch(
         "up_desc": _boxes(second, tile_h, config.TILE_W, BLOCK_K),
         "up_low_desc": _boxes(second, 2, config.TILE_W, BLOCK_K),
         "weight_desc": TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [block_n, BLOCK_K], rows),
-        "y_desc": _boxes(y, tile_h // 2, config.TILE_W, block_n),
-        "pooled_desc": _boxes(y if pooled is None else pooled, tile_h // 4, config.TILE_W // 2, block_n),
+        "y_desc": _boxes(y, tile_h, config.TILE_W, CHANNELS),
+        "pooled_desc": _boxes(y if pooled is None else pooled, tile_h // 2, config.TILE_W // 2, CHANNELS),
         "H": height,
         "W": width,
         "C1": c1,

@@ -156,8 +156,11 @@ PROBES = [
     Case(n=2, h=33, w=20, weight_slots=6),
     Case(h=33, w=25, c2=64),
     Case(n=2, h=33, w=25, swapped=True, slots=3),
+    Case(n=2, h=17, w=20, c_out=192, block_n=128, swapped=True, slots=3, weight_slots=3),
 ]
 FREE_PIXELS = "mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))"
+HAND_OVER = "mbarrier.arrive(turns.index(1 - NUMBER))"
+TURN = "mbarrier.wait(turns.index(NUMBER)"
 LAST_WAIT = "        acc = warpgroup_mma_wait(0, deps=(acc,))\n"
 FAULTS: dict[str, list[Edit]] = {
     "the producer waits for the wrong phase of pixels": [("((step // SLOTS) & 1) ^ 1", "(step // SLOTS) & 1")],
@@ -178,20 +181,48 @@ FAULTS: dict[str, list[Edit]] = {
     "sums used before they are complete": [(LAST_WAIT, LAST_WAIT.replace("(0", "(1"))],
     "the last slots freed before the products have ended": [
         (LAST_WAIT, ""),
-        (f"        {FREE_PIXELS}\n\n", f"        {FREE_PIXELS}\n{LAST_WAIT}\n"),
+        (f"        {FREE_PIXELS}\n        step", f"        {FREE_PIXELS}\n{LAST_WAIT}        step"),
     ],
-    "the last pixels never freed": [(f"        {FREE_PIXELS}\n\n", "\n")],
+    "the last pixels never freed": [(f"        {FREE_PIXELS}\n        step", "        step")],
     "the last weights freed twice": [("pred=i + kh > 0", "pred=step + kh > 0")],
     "staging memory rewritten": [("            tma.store_wait(0)  # Of the tile before, from the same memory.\n", "")],
     "staging memory rewritten while the second copy reads it": [
         ("            tma.store_wait(0)  # Of", "            tma.store_wait(1)  # Of")
     ],
     "no fence before the copy": [("            fence_async_shared()\n            box", "            box")],
-    "a barrier of pixels with one arrival": [
-        ("mbarrier.init(pixels_empty.index(i), count=2)", "mbarrier.init(pixels_empty.index(i), count=1)")
+    "barriers of pixels with an arrival for each warpgroup, of whatever tile": [
+        ("mbarrier.init(pixels_empty.index(i), count=PARTS)", "mbarrier.init(pixels_empty.index(i), count=2)")
     ],
-    "a barrier of weights with three arrivals": [
-        ("mbarrier.init(weights_empty.index(i), count=2)", "mbarrier.init(weights_empty.index(i), count=3)")
+    "a barrier of pixels with one arrival": [
+        ("mbarrier.init(pixels_empty.index(i), count=PARTS)", "mbarrier.init(pixels_empty.index(i), count=1)")
+    ],
+    "a barrier of weights with an arrival too many": [
+        ("mbarrier.init(weights_empty.index(i), count=PARTS)", "mbarrier.init(weights_empty.index(i), count=PARTS + 1)")
+    ],
+    "a barrier of weights with one arrival": [
+        ("mbarrier.init(weights_empty.index(i), count=PARTS)", "mbarrier.init(weights_empty.index(i), count=1)")
+    ],
+    "nobody waits for its turn": [(f"{TURN}, (turn & 1) ^ (1 - NUMBER))", "pass")],
+    "a turn's wrong phase": [("(turn & 1) ^ (1 - NUMBER)", "(turn & 1) ^ NUMBER")],
+    "a turn's phase that stays": [("        turn += 1\n", "")],
+    "both may begin": [(f"{TURN}, (turn & 1) ^ (1 - NUMBER)", f"{TURN}, (turn & 1) ^ 1")],
+    "the turn never handed over": [(HAND_OVER, "pass")],
+    "the turn handed to oneself": [(HAND_OVER, "mbarrier.arrive(turns.index(NUMBER))")],
+    "the turn handed over before the products": [
+        (HAND_OVER, "pass"),
+        (
+            "(1 - NUMBER))\n        for i",
+            f"(1 - NUMBER))\n            {HAND_OVER}\n        for i",
+        ),
+    ],
+    "the other's steps not passed over": [("        step += (EVERY - 1) * columns\n", "")],
+    "the second warpgroup's steps counted from the first's": [("step = FIRST * columns", "step = 0")],
+    "both take every tile": [("EVERY: gl.constexpr = 2 // PARTS", "EVERY: gl.constexpr = 1")],
+    "both take the same tiles": [("gl.program_id(0) + FIRST * gl.num_programs(0)", "gl.program_id(0)")],
+    "both store the same channels": [("        n0 += PART * _CHANNELS\n", "")],
+    "both read the same weights": [("tap_slot * PARTS + PART", "tap_slot * PARTS")],
+    "half of the weights loaded past their slot": [
+        ("weights.index(tap_slot * (BLOCK_N // _CHANNELS))", "weights.index(tap_slot)")
     ],
     "too few bytes expected": [("(TILE_H + 2) * _TILE_W * _BLOCK_K * 2)", "TILE_H * _TILE_W * _BLOCK_K * 2)")],
     "too many bytes expected": [
@@ -201,9 +232,13 @@ FAULTS: dict[str, list[Edit]] = {
     "the lower box one row too low": [("[image, h + TILE_H, w, k]", "[image, h + TILE_H + 1, w, k]")],
     "the second input's channels counted from the first's": [("k - C1, full", "k, full")],
     "a column for a row": [("(kh * 3 + kw) * channels", "(kw * 3 + kh) * channels")],
-    "the lower half begins at the upper half's rows": [("(TILE_H + 2) + HALF * ROWS + kh", "(TILE_H + 2) + kh")],
-    "both halves store the same rows": [("        h0 += HALF * ROWS\n", "")],
-    "every program takes every tile": [("range(gl.program_id(0), tiles, gl.num_programs(0))", "range(0, tiles, 1)")],
+    "every program takes every tile": [
+        ("range(gl.program_id(0), tiles, gl.num_programs(0))", "range(0, tiles, 1)"),
+        (
+            "range(gl.program_id(0) + FIRST * gl.num_programs(0), tiles, EVERY * gl.num_programs(0))",
+            "range(FIRST, tiles, EVERY)",
+        ),
+    ],
 }
 
 
