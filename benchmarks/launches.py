@@ -126,7 +126,7 @@ def describe(launch: gpu.Launch) -> str:
     said = f"{'x'.join(blocks)} w{launch.num_warps}"
     if "SLOTS" not in arguments:
         return f"{said} s{launch.num_stages}"
-    return f"{said} s{arguments['SLOTS']}/{arguments['WEIGHT_SLOTS']}" + " swapped" * arguments["SWAPPED"]
+    return f"{said} s{arguments['SLOTS']}/{arguments['WEIGHT_SLOTS']}"
 
 
 # --- the calls ---

@@ -68,7 +68,7 @@ class ConvConfig(Config):
 
     tile_h, tile_w: pixels of an output tile. block_n: output channels. block_k: input channels of one step, or values
     of 9*C where folded. variant: one of the variants above. Of the halo variant, num_stages are those of pixels and
-    weight_stages those of weights; swapped is the product of weights and pixels in place of that of pixels and weights.
+    weight_stages those of weights.
     splits: programs that share the input channels of a tile, each with as many; a second kernel adds their sums.
     """
 
@@ -81,7 +81,6 @@ class ConvConfig(Config):
     variant: str
     max_registers: int | None = None
     weight_stages: int = 0
-    swapped: bool = False
     splits: int = 1
 
 
@@ -248,12 +247,11 @@ def with_norm(chosen: ConvConfig) -> ConvConfig:
 
 
 def with_head(chosen: ConvConfig) -> ConvConfig:
-    """Return the config for a convolution whose epilogue holds a head, which needs registers of its own.
-
-    A head sums over channels: of pixels times weights, they are all in one warp.
+    """Return the config for a convolution whose epilogue holds a head, which needs registers of its own, and the halo
+    variant's all channels in one warpgroup.
     """
     if chosen.variant == HALO:
-        return replace(chosen, swapped=False, block_n=64)
+        return replace(chosen, block_n=64)
     return replace(chosen, tile_h=min(chosen.tile_h, 16))
 
 

@@ -34,12 +34,12 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def checked_configs() -> list[ConvConfig]:
     """Return the configs that its check runs: few, because each is a kernel to compile."""
-    parts = ((32, 64, 3, 4, True), (32, 128, 2, 4, True), (16, 64, 4, 8, False))
+    parts = ((32, 64, 3, 4), (32, 128, 2, 4), (16, 64, 4, 8))
     return [_config(*part) for part in parts]
 
 
-def _config(tile_h: int, block_n: int, slots: int, weights: int, swapped: bool) -> ConvConfig:
-    return ConvConfig(tile_h, TILE_W, block_n, 64, 4, slots, HALO, weight_stages=weights, swapped=swapped)
+def _config(tile_h: int, block_n: int, slots: int, weights: int) -> ConvConfig:
+    return ConvConfig(tile_h, TILE_W, block_n, 64, 4, slots, HALO, weight_stages=weights)
 
 
 def fits_halo(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:
@@ -50,15 +50,14 @@ def fits_halo(shape: ConvShape, dtype: torch.dtype, target: Target) -> bool:
 
 def halo_config(shape: ConvShape, target: Target) -> ConvConfig:
     """Return the halo variant's blocks, where `fits_halo`: large tiles but for a small image, and all stages that fit.
-
-    The swapped product, which reads less shared memory, and whose threads hold fewer channels of a norm. Unmeasured.
+    Unmeasured.
     """
     block_n = max(64, channel_block(shape.c_out, 128))
     tiles = cdiv(shape.width, TILE_W) * cdiv(shape.height, 32) * cdiv(shape.c_out, block_n)
     tile_h, slots, weights = (32, 2, 4) if block_n == 128 else (32, 3, 4)
     if shape.c_out > 64 and tiles < target.multiprocessors:
         tile_h, block_n, slots, weights = 16, 64, 4, 8
-    return _config(tile_h, block_n, slots, weights, swapped=True)
+    return _config(tile_h, block_n, slots, weights)
 
 
 def shared_memory(chosen: ConvConfig) -> int:

@@ -89,12 +89,9 @@ def _candidates(heuristic: ConvConfig, shape: ConvShape, dtype: torch.dtype, tar
 
 def _halo_configs(heuristic: ConvConfig, channels: int, target: Target) -> list[ConvConfig]:
     blocks = (64, 128) if channels > 64 else (64,)
-    heights, depths, weight_depths, orders = (16, 32), (2, 3, 4), (4, 6, 8), (False, True)
     found = [
-        replace(heuristic, tile_h=tile_h, block_n=block_n, num_stages=depth, weight_stages=weights, swapped=swapped)
-        for tile_h, block_n, depth, weights, swapped in itertools.product(
-            heights, blocks, depths, weight_depths, orders
-        )
+        replace(heuristic, tile_h=tile_h, block_n=block_n, num_stages=depth, weight_stages=weights)
+        for tile_h, block_n, depth, weights in itertools.product((16, 32), blocks, (2, 3, 4), (4, 6, 8))
     ]
     # Half a kilobyte is for the barriers.
     return [c for c in found if config_hopper.shared_memory(c) + 512 <= target.shared_memory]

@@ -7,8 +7,8 @@ of 128 channels they share a tile. With blocks of 64 they take every second tile
 while the other stores. A program stays and takes one tile after the other; barriers in shared memory pass the slots of
 two rings, pixels and weights, back and forth.
 
-The product is that of weights and pixels [N, P] (`swapped`), which reads less shared memory, or that of pixels and
-weights [P, N].
+The product is that of weights and pixels [N, P], which reads less shared memory; for a head, whose sum over channels
+then stays within a warp, that of pixels and weights [P, N].
 
 Gluon's interface is private to each release of Triton: `config_hopper` says where this variant may run. Unmeasured.
 """
@@ -123,21 +123,12 @@ def produce(
 
 
 @gluon.jit
-def multiply(pixels, weight, acc, SWAPPED: gl.constexpr):
-    """Begin acc += pixels [P, K] @ weight [N, K].T, or its transpose."""
-    if SWAPPED:
+def multiply(pixels, weight, acc, AXIS: gl.constexpr):
+    """Begin acc += weight [N, K] @ pixels [P, K].T, or its transpose: AXIS is that of the channels."""
+    if AXIS == 0:
         return warpgroup_mma(weight, pixels.permute((1, 0)), acc, is_async=True)
     else:
         return warpgroup_mma(pixels, weight.permute((1, 0)), acc, is_async=True)
-
-
-@gluon.jit
-def stage(values, memory, SWAPPED: gl.constexpr):
-    """Write values [P, N], or [N, P], into memory [P, N]."""
-    if SWAPPED:
-        memory.permute((1, 0)).store(values)
-    else:
-        memory.store(values)
 
 
 @gluon.jit
@@ -145,9 +136,8 @@ def consume(
     NUMBER: gl.constexpr, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
     pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, turns,
     H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS: gl.constexpr, NORM: gl.constexpr,
-    GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, STORE: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr,
-    HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr,
-    SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
+    GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr,
+    SIGMOID: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
 ):
     """Sum up and store 64 channels, NUMBER 0 or 1: half of those of every tile, or all of every second tile.
 
@@ -159,9 +149,9 @@ def consume(
     PART: gl.constexpr = NUMBER % PARTS
     FIRST: gl.constexpr = NUMBER // PARTS
     EVERY: gl.constexpr = 2 // PARTS  # Of the program's tiles.
-    M: gl.constexpr = _CHANNELS if SWAPPED else PIXELS
-    N: gl.constexpr = PIXELS if SWAPPED else _CHANNELS
-    AXIS: gl.constexpr = 0 if SWAPPED else 1  # That of the channels.
+    AXIS: gl.constexpr = 1 if CLASSES > 0 else 0  # That of the channels.
+    M: gl.constexpr = PIXELS if AXIS == 1 else _CHANNELS
+    N: gl.constexpr = _CHANNELS if AXIS == 1 else PIXELS
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     columns = 3 * ((C1 + C2) // _BLOCK_K)
     step = FIRST * columns
@@ -181,7 +171,7 @@ def consume(
                 mbarrier.wait(weights_full.index(tap_slot), (tap_step // WEIGHT_SLOTS) & 1)
                 rows = pixels.index(slot * (TILE_H + 2) + kh)
                 operand = view(rows, y_desc.dtype, [PIXELS, _BLOCK_K], rows.layout)
-                acc = multiply(operand, weights.index(tap_slot * PARTS + PART), acc, SWAPPED)
+                acc = multiply(operand, weights.index(tap_slot * PARTS + PART), acc, AXIS)
                 # All products but this one have ended: the slots of the one before it are free.
                 acc = warpgroup_mma_wait(1, deps=(acc,))
                 if kh == 0:
@@ -208,11 +198,11 @@ def consume(
                 head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, image, h0, w0, H, W,
                 CLASSES, HEAD_BIAS, SIGMOID, PIXELS, AXIS, SUMS,
             )
-        if STORE:
+        else:
             tma.store_wait(0)  # Of the tile before, from the same memory.
-            stage(acc.to(y_desc.dtype), y_stage.index(NUMBER), SWAPPED)
+            y_stage.index(NUMBER).permute((1, 0)).store(acc.to(y_desc.dtype))
             if POOL:
-                stage(pool(acc, PIXELS, _CHANNELS, SWAPPED).to(y_desc.dtype), pooled_stage.index(NUMBER), SWAPPED)
+                pooled_stage.index(NUMBER).permute((1, 0)).store(pool(acc, _CHANNELS, TILE_H).to(y_desc.dtype))
             fence_async_shared()
             box = view(y_stage.index(NUMBER), y_desc.dtype, [1, TILE_H, _TILE_W, _CHANNELS], y_desc.layout)
             tma.async_copy_shared_to_global(y_desc, [image, h0, w0, n0], box)
@@ -220,7 +210,7 @@ def consume(
                 shape: gl.constexpr = [1, TILE_H // 2, _TILE_W // 2, _CHANNELS]
                 box = view(pooled_stage.index(NUMBER), y_desc.dtype, shape, pooled_desc.layout)
                 tma.async_copy_shared_to_global(pooled_desc, [image, h0 // 2, w0 // 2, n0], box)
-    if STORE:
+    if CLASSES == 0:
         tma.store_wait(0)
 
 
@@ -229,9 +219,9 @@ def conv3x3_hopper_kernel(
     x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, y_desc, pooled_desc, H, W, C1, C2, COUT, tiles, blocks_n,
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, eps, negative_slope,
     TWO_INPUTS: gl.constexpr, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr,
-    STORE: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr,
-    SWAPPED: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, TILE_H: gl.constexpr,
+    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):
     """As conv3x3_descriptor_kernel, but for statistics, by as many programs as there are multiprocessors.
 
@@ -245,7 +235,7 @@ def conv3x3_hopper_kernel(
     weights = gl.allocate_shared_memory(DTYPE, [WEIGHT_SLOTS * PARTS, _CHANNELS, _BLOCK_K], ROW)
     y_stage = weights
     pooled_stage = weights
-    if STORE:
+    if CLASSES == 0:
         y_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS, _CHANNELS], ROW)
     if POOL:
         pooled_stage = gl.allocate_shared_memory(DTYPE, [2, PIXELS // 4, _CHANNELS], ROW)
@@ -270,13 +260,13 @@ def conv3x3_hopper_kernel(
                 0, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
                 pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
                 weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA,
-                ACTIVATION, STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
+                ACTIVATION, POOL, CLASSES, HEAD_BIAS, SIGMOID, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (consume, (
                 1, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
                 pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
                 weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA,
-                ACTIVATION, STORE, POOL, CLASSES, HEAD_BIAS, SIGMOID, SWAPPED, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
+                ACTIVATION, POOL, CLASSES, HEAD_BIAS, SIGMOID, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (produce, (
                 x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights, pixels_full, pixels_empty,
@@ -300,12 +290,13 @@ def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescripto
 def conv3x3_launch(
     x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
 ) -> gpu.Launch:
-    """Return the launch that fills the epilogue's outputs. ValueError where they are statistics, which
-    this variant does not leave, or a head of more channels than a warpgroup has.
+    """Return the launch that fills the epilogue's outputs. ValueError where they are statistics, which this variant
+    does not leave, or a head beside others, or one of more channels than a warpgroup has.
     """
-    head, channels = epilogue.head, weight.shape[0]
-    if epilogue.statistics is not None or (head is not None and not channels <= chosen.block_n == CHANNELS):
-        raise ValueError("the halo variant leaves no statistics, and heads only where a warpgroup has all channels")
+    channels = weight.shape[0]
+    alone = epilogue.y is None and epilogue.pooled is None and channels <= chosen.block_n == CHANNELS
+    if epilogue.statistics is not None or (epilogue.head is not None and not alone):
+        raise ValueError(f"the halo variant leaves no statistics, and a head alone, of at most {CHANNELS} channels")
     batch, c1, height, width = x.shape
     c2 = 0 if up is None else up.shape[1]
     tile_h, block_n = chosen.tile_h, chosen.block_n
@@ -343,12 +334,10 @@ def conv3x3_launch(
         "NORM": pointers["mean_ptr"] is not None,
         "GAMMA": pointers["gamma_ptr"] is not None,
         "ACTIVATION": activation_code(epilogue.negative_slope),
-        "STORE": epilogue.y is not None,
         "POOL": pooled is not None,
         "CLASSES": given["CLASSES"],
         "HEAD_BIAS": pointers["head_bias_ptr"] is not None,
         "SIGMOID": given["SIGMOID"],
-        "SWAPPED": chosen.swapped,
         "TILE_H": tile_h,
         "BLOCK_N": block_n,
         "SLOTS": chosen.num_stages,

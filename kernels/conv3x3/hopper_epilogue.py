@@ -50,16 +50,12 @@ def finish(
 
 
 @gluon.jit
-def pool(acc, PIXELS: gl.constexpr, BLOCK_N: gl.constexpr, SWAPPED: gl.constexpr):
-    """Maxima of the 2x2 windows of sums of whole rows of pixels, [P / 4, N] or [N, P / 4]."""
-    H2: gl.constexpr = PIXELS // _TILE_W // 2
+def pool(acc, N: gl.constexpr, TILE_H: gl.constexpr):
+    """Maxima [N, P / 4] of the 2x2 windows of sums [N, P] of whole rows of pixels."""
+    H2: gl.constexpr = TILE_H // 2
     W2: gl.constexpr = _TILE_W // 2
-    if SWAPPED:
-        windows = gl.reduce(gl.reduce(acc.reshape([BLOCK_N, H2, 2, W2, 2]), 4, larger), 2, larger)
-        return windows.reshape([BLOCK_N, H2 * W2])
-    else:
-        windows = gl.reduce(gl.reduce(acc.reshape([H2, 2, W2, 2, BLOCK_N]), 3, larger), 1, larger)
-        return windows.reshape([H2 * W2, BLOCK_N])
+    windows = gl.reduce(gl.reduce(acc.reshape([N, H2, 2, W2, 2]), 4, larger), 2, larger)
+    return windows.reshape([N, H2 * W2])
 
 
 @gluon.jit

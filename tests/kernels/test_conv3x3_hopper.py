@@ -48,7 +48,6 @@ class Case:
     block_n: int = 64
     slots: int = 2
     weight_slots: int = 2
-    swapped: bool = False
     pool: bool = True
     norm: bool = False
     slope: float | None = 0.0
@@ -62,7 +61,6 @@ class Case:
         return config.ConvConfig(
             *(self.tile_h, 8, self.block_n, 64, 4, self.slots, config.HALO),
             weight_stages=self.weight_slots,
-            swapped=self.swapped,
         )
 
 
@@ -121,16 +119,15 @@ CASES = [
         for slots, weight_slots in ((2, 2), (3, 4), (4, 3))
     ),
     Case(h=33, w=9, c2=64),
-    Case(n=2, h=33, w=20, swapped=True),
+    Case(n=2, h=33, w=20),
     Case(n=2, h=8, w=17, c2=128, c_out=128, slots=3, weight_slots=4, pool=False, norm=True),
     Case(h=17, w=23, c_out=128, block_n=128, weight_slots=3, slope=0.1),
     Case(h=40, w=8, c2=64, tile_h=32, slots=4),
-    Case(h=17, w=9, c_out=72, block_n=128, swapped=True, slope=None),
+    Case(h=17, w=9, c_out=72, block_n=128, slope=None),
     Case(n=3, h=1, w=1, pool=True),
-    Case(n=1, h=3, w=200, norm=True, swapped=True),
+    Case(n=1, h=3, w=200, norm=True),
     Case(n=2, h=18, w=31, classes=1),
     Case(n=2, h=18, w=15, classes=3, norm=True, c_out=40),
-    Case(n=1, h=18, w=15, classes=2, swapped=True),
 ]
 
 
@@ -155,8 +152,8 @@ def test_the_kernel_on_the_model_in_many_orders(case: Case) -> None:
 PROBES = [
     Case(n=2, h=33, w=20, weight_slots=6),
     Case(h=33, w=25, c2=64),
-    Case(n=2, h=33, w=25, swapped=True, slots=3),
-    Case(n=2, h=17, w=20, c_out=192, block_n=128, swapped=True, slots=3, weight_slots=3),
+    Case(n=2, h=33, w=25, slots=3),
+    Case(n=2, h=17, w=20, c_out=192, block_n=128, slots=3, weight_slots=3),
 ]
 FREE_PIXELS = "mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))"
 HAND_OVER = "mbarrier.arrive(turns.index(1 - NUMBER))"
@@ -302,8 +299,14 @@ def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
 def test_what_it_cannot_store_is_an_error() -> None:
     x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
     count, partial = torch.empty(1), torch.empty(2, 1, 64)
-    with pytest.raises(ValueError, match="leaves no statistics"):
-        hopper.conv3x3_launch(x, None, weight, Case().chosen, Epilogue(x, statistics=Statistics(count, partial)))
+    head = {"head": Head(random(2, 64, 1, 1, seed=3), None, sigmoid=False), "probabilities": x[:, :2]}
+    for chosen, epilogue in (
+        (Case().chosen, Epilogue(x, statistics=Statistics(count, partial))),
+        (Case().chosen, Epilogue(x, **head)),
+        (Case(block_n=128).chosen, Epilogue(None, **head)),
+    ):
+        with pytest.raises(ValueError, match="leaves no statistics, and a head alone, of at most 64 channels"):
+            hopper.conv3x3_launch(x, None, weight, chosen, epilogue)
 
 
 # --- configurations ---

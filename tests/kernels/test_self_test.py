@@ -190,7 +190,7 @@ def test_its_check_tells_right_from_wrong(is_right: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu.Launch, "run", emulate)
     monkeypatch.setattr(dispatch, "triton_unsupported", lambda *_: None)
     config_hopper.unsupported_reason.cache_clear()
-    chosen = config.ConvConfig(16, 8, 128, 64, 4, 2, config.HALO, weight_stages=2, swapped=True)
+    chosen = config.ConvConfig(16, 8, 128, 64, 4, 2, config.HALO, weight_stages=2)
     sees = nullcontext() if is_right else pytest.raises(AssertionError, match="concat_conv3x3_bias_relu: y: ")
     with fastunet.backend("triton"), sees:
         families.check_halo(torch.float16, CPU, (1, 64, 9, 17, 128), [chosen])
