@@ -248,8 +248,9 @@ def _halo(target: gpu.Target) -> Iterator[Call]:
             yield from (_call(case, dtype, (config.CONV3X3, first)) for case in cases)
             op = "concat_conv3x3_batch_norm_relu" if shape.c2 else "conv3x3_batch_norm_relu_pool"
             case = next(case for case in cases if case.op == op)
-            case = replace(case, options={**case.options, "training": False})
-            yield from (_call(case, dtype, (config.CONV3X3, chosen)) for chosen in others)
+            for training in (False, True):  # True leaves statistics.
+                case = replace(case, options={**case.options, "training": training})
+                yield from (_call(case, dtype, (config.CONV3X3, chosen)) for chosen in others)
 
 
 def _call(

@@ -182,7 +182,8 @@ def find_breaches(compiled: Compiled, launch: gpu.Launch, math: str, capability:
     if re.search(r"\bmax(\.ftz)?\.(f32|f16|bf16)\b", compiled.ptx):
         found.append("a plain max drops NaN")
     pools = launch.kernel.__name__ == "max_pool2x2_kernel"
-    pools |= any(launch.arguments.get(name) is not None for name in ("pooled_ptr", "pooled_desc"))
+    named = any(launch.arguments.get(name) is not None for name in ("pooled_ptr", "pooled_desc"))
+    pools |= launch.arguments.get("POOL", named)
     if pools and "max.NaN." not in compiled.ptx:
         found.append("pooling without max.NaN drops NaN")
     found += _tensor_core_breaches(compiled, launch, math, capability)

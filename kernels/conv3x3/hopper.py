@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton.language as tl
 from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config
-from fastunet.kernels.conv3x3.hopper_epilogue import finish, pool, store_head
+from fastunet.kernels.conv3x3.hopper_epilogue import finish, pool, store_head, store_statistics
 from fastunet.kernels.epilogue import Epilogue, activation_code
 from fastunet.kernels.layout import weight_matrix
 from torch import Tensor
@@ -38,8 +38,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 BLOCK_K = 64
 # Output channels of a warpgroup: the rows of its product.
 CHANNELS = 64
-# Registers of a consuming and of the producing thread: together what a multiprocessor has.
-_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 216, 40
+# Registers, of 504, of a thread of the second consumer and of the producer. The first consumer has what they leave.
+_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 232, 40
 
 _BLOCK_K = tl.constexpr(BLOCK_K)
 _TILE_W = tl.constexpr(config.TILE_W)
@@ -133,11 +133,12 @@ def multiply(pixels, weight, acc, AXIS: gl.constexpr):
 
 @gluon.jit
 def consume(
-    NUMBER: gl.constexpr, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
-    pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full, weights_empty, turns,
-    H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS: gl.constexpr, NORM: gl.constexpr,
-    GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr,
-    SIGMOID: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
+    NUMBER: gl.constexpr, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr,
+    count_ptr, partial_ptr, y_desc, pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty,
+    weights_full, weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS: gl.constexpr,
+    NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, STATISTICS: gl.constexpr, POOL: gl.constexpr,
+    CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
 ):
     """Sum up and store 64 channels, NUMBER 0 or 1: half of those of every tile, or all of every second tile.
 
@@ -200,7 +201,8 @@ def consume(
             )
         else:
             tma.store_wait(0)  # Of the tile before, from the same memory.
-            y_stage.index(NUMBER).permute((1, 0)).store(acc.to(y_desc.dtype))
+            y = acc.to(y_desc.dtype)
+            y_stage.index(NUMBER).permute((1, 0)).store(y)
             if POOL:
                 pooled_stage.index(NUMBER).permute((1, 0)).store(pool(acc, _CHANNELS, TILE_H).to(y_desc.dtype))
             fence_async_shared()
@@ -210,6 +212,11 @@ def consume(
                 shape: gl.constexpr = [1, TILE_H // 2, _TILE_W // 2, _CHANNELS]
                 box = view(pooled_stage.index(NUMBER), y_desc.dtype, shape, pooled_desc.layout)
                 tma.async_copy_shared_to_global(pooled_desc, [image, h0 // 2, w0 // 2, n0], box)
+            if STATISTICS:
+                store_statistics(
+                    count_ptr, partial_ptr, y, tile // blocks_n, tiles // blocks_n, n, COUT, h0, w0, H, W, n0 == 0,
+                    TILE_H, SUMS,
+                )
     if CLASSES == 0:
         tma.store_wait(0)
 
@@ -217,13 +224,13 @@ def consume(
 @gluon.jit(do_not_specialize=["H", "W", "C1", "C2", "COUT", "tiles", "blocks_n"])
 def conv3x3_hopper_kernel(
     x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, y_desc, pooled_desc, H, W, C1, C2, COUT, tiles, blocks_n,
-    bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, eps, negative_slope,
-    TWO_INPUTS: gl.constexpr, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr,
-    POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, TILE_H: gl.constexpr,
-    BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, eps,
+    negative_slope, TWO_INPUTS: gl.constexpr, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr,
+    ACTIVATION: gl.constexpr, STATISTICS: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr,
+    HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
+    WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
-    """As conv3x3_descriptor_kernel, but for statistics, by as many programs as there are multiprocessors.
+    """As conv3x3_descriptor_kernel, by as many programs as there are multiprocessors.
 
     The low descriptors read boxes of two rows. What a flag leaves out is any tensor, and is not read.
     """
@@ -257,16 +264,18 @@ def conv3x3_hopper_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                0, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
-                pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
-                weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA,
-                ACTIVATION, POOL, CLASSES, HEAD_BIAS, SIGMOID, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
+                0, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr,
+                partial_ptr, y_desc, pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty,
+                weights_full, weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS,
+                NORM, GAMMA, ACTIVATION, STATISTICS, POOL, CLASSES, HEAD_BIAS, SIGMOID, TILE_H, BLOCK_N, SLOTS,
+                WEIGHT_SLOTS,
             )),
             (consume, (
-                1, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, y_desc,
-                pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty, weights_full,
-                weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS, NORM, GAMMA,
-                ACTIVATION, POOL, CLASSES, HEAD_BIAS, SIGMOID, TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
+                1, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr,
+                partial_ptr, y_desc, pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty,
+                weights_full, weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS,
+                NORM, GAMMA, ACTIVATION, STATISTICS, POOL, CLASSES, HEAD_BIAS, SIGMOID, TILE_H, BLOCK_N, SLOTS,
+                WEIGHT_SLOTS,
             )),
             (produce, (
                 x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights, pixels_full, pixels_empty,
@@ -290,13 +299,13 @@ def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescripto
 def conv3x3_launch(
     x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
 ) -> gpu.Launch:
-    """Return the launch that fills the epilogue's outputs. ValueError where they are statistics, which this variant
-    does not leave, or a head beside others, or one of more channels than a warpgroup has.
+    """Return the launch that fills the epilogue's outputs. ValueError where one is a head beside others, or of more
+    channels than a warpgroup has.
     """
     channels = weight.shape[0]
     alone = epilogue.y is None and epilogue.pooled is None and channels <= chosen.block_n == CHANNELS
-    if epilogue.statistics is not None or (epilogue.head is not None and not alone):
-        raise ValueError(f"the halo variant leaves no statistics, and a head alone, of at most {CHANNELS} channels")
+    if epilogue.head is not None and not alone:
+        raise ValueError(f"the halo variant has a head alone, and of at most {CHANNELS} channels")
     batch, c1, height, width = x.shape
     c2 = 0 if up is None else up.shape[1]
     tile_h, block_n = chosen.tile_h, chosen.block_n
@@ -308,7 +317,7 @@ def conv3x3_launch(
     # A window cut by the image's edge is none: there may be no pooled pixel at all.
     pooled = None if epilogue.pooled is None or not epilogue.pooled.numel() else epilogue.pooled
     given = epilogue.arguments()
-    names = ("bias", "mean", "variance", "gamma", "head", "head_weight", "head_bias")
+    names = ("bias", "mean", "variance", "gamma", "head", "head_weight", "head_bias", "count", "partial")
     pointers = {f"{name}_ptr": given[f"{name}_ptr"] for name in names}
     tiles = batch * config.tiles_per_image(chosen, height, width) * gpu.cdiv(channels, block_n)
     arguments = {
@@ -334,6 +343,7 @@ def conv3x3_launch(
         "NORM": pointers["mean_ptr"] is not None,
         "GAMMA": pointers["gamma_ptr"] is not None,
         "ACTIVATION": activation_code(epilogue.negative_slope),
+        "STATISTICS": epilogue.statistics is not None,
         "POOL": pooled is not None,
         "CLASSES": given["CLASSES"],
         "HEAD_BIAS": pointers["head_bias_ptr"] is not None,

@@ -240,24 +240,13 @@ def _run(
         launch.run(x.device)
 
 
-def choose(
-    x: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    target: gpu.Target,
-    *,
-    allow_tf32: bool,
-    leaves_statistics: bool = False,
-) -> config.ConvConfig:
-    """Return the configuration for conv2d(cat([x, up], 1), weight, padding=1).
-
-    leaves_statistics: the epilogue has such, which the halo variant does not give.
-    """
+def choose(x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, *, allow_tf32: bool) -> config.ConvConfig:
+    """Return the configuration for conv2d(cat([x, up], 1), weight, padding=1)."""
     c1, c2, channels = x.shape[1], 0 if up is None else up.shape[1], weight.shape[0]
     aligned = config.aligned(c1, c2, channels) and weight_aligned(weight)
     shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
-    if chosen.variant == config.HALO and (leaves_statistics or not halo_runs(x, config.CONV3X3)):
+    if chosen.variant == config.HALO and not halo_runs(x, config.CONV3X3):
         return config.heuristic_conv_config(shape, x.dtype, target, allow_tf32)
     return chosen
 
@@ -354,7 +343,7 @@ def conv3x3_with_statistics(
     x, up = packed(x), packed(up)
     y = empty_packed(x, weight.shape[0], *x.shape[2:])
     target = gpu.target(x.device)
-    chosen = config.with_statistics(choose(x, up, weight, target, allow_tf32=allow_tf32, leaves_statistics=True))
+    chosen = config.with_statistics(choose(x, up, weight, target, allow_tf32=allow_tf32))
     tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
     statistics = Statistics(
         count=torch.empty((tiles,), dtype=torch.float32, device=x.device),

@@ -112,10 +112,12 @@ def _language(cta: Cta) -> _Anything:
         pointer.first.loaded += int(np.broadcast_to(mask, offsets.shape).sum())
         return registers(np.where(mask, pointer.values[offsets], other))
 
-    def store(pointer: Pointer, values: Any, mask: Any) -> Steps:
+    def store(pointer: Pointer, values: Any, mask: Any = True) -> Steps:
         yield
         offsets = np.asarray(pointer.offset)[mask].astype(int)
-        pointer.values[offsets] = values[mask]
+        if offsets.max(initial=0) >= len(pointer.values):
+            raise Fault("a store past its tensor")
+        pointer.values[offsets] = np.asarray(values)[mask]
         np.add.at(pointer.written, offsets, 1)
 
     class Language(_Anything):
@@ -126,6 +128,7 @@ def _language(cta: Cta) -> _Anything:
         arange = staticmethod(lambda first, last, *_: registers(np.arange(first, last)))
         expand_dims = staticmethod(lambda values, axis: registers(np.expand_dims(values, axis)))
         sqrt = staticmethod(np.sqrt)
+        minimum = staticmethod(min)
         where = staticmethod(lambda mask, a, b: registers(np.where(mask, a, b)))
         exp = staticmethod(np.exp)
         sum = staticmethod(lambda values, axis: registers(np.sum(values, axis)))
@@ -239,10 +242,14 @@ class Globals:
         return bool(self._flat(t)[1].any())
 
     def result(self, t: Tensor) -> Tensor:
-        """What a channels_last tensor [N, C, H, W] holds now. Fault unless each of its values was written once."""
+        """What a tensor, contiguous or of images channels_last, holds now. Fault unless each of its values was written
+        once.
+        """
         flat, written = self._flat(t)
         if (written != 1).any():
             raise Fault(f"{(written == 0).sum()} values never written, {(written > 1).sum()} more than once")
+        if t.dim() != 4:
+            return torch.from_numpy(flat).reshape(t.shape)
         n, c, h, w = t.shape
         return torch.from_numpy(flat).reshape(n, h, w, c).permute(0, 3, 1, 2)
 

@@ -52,6 +52,7 @@ class Case:
     norm: bool = False
     slope: float | None = 0.0
     classes: int = 0
+    statistics: bool = False
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in vars(self).values())
@@ -86,7 +87,9 @@ def check(case: Case, seed: int, edits: list[Edit] | None = None, *, infinite: b
         for h, w in ((case.h, case.w), (case.h // 2, case.w // 2))
     )
     norm = Normalisation(mean, variance, gamma, 1e-3) if case.norm else None
-    epilogue = Epilogue(y, bias, norm, case.slope, pooled if case.pool else None)
+    tiles = case.n * config.tiles_per_image(case.chosen, case.h, case.w)
+    statistics = Statistics(torch.empty(tiles), torch.empty(2, tiles, case.c_out)) if case.statistics else None
+    epilogue = Epilogue(y, bias, norm, case.slope, pooled if case.pool else None, statistics=statistics)
     if case.classes:  # In place of y.
         head_weight, head_bias = random(case.classes, case.c_out, 1, 1, seed=9), random(case.classes, seed=10)
         head_weight = head_weight.abs() if infinite else head_weight
@@ -111,6 +114,15 @@ def check(case: Case, seed: int, edits: list[Edit] | None = None, *, infinite: b
     torch.testing.assert_close(memory.result(y), expected, rtol=0, atol=1e-9)
     if epilogue.pooled is not None and pooled.numel():
         torch.testing.assert_close(memory.result(pooled), F.max_pool2d(expected, 2), rtol=0, atol=1e-9)
+    if statistics is not None:
+        rows = [rows for image in expected.unbind() for rows in image.split(case.tile_h, 1)]
+        tiles_of_rows = [tile.flatten(1) for each in rows for tile in each.split(config.TILE_W, 2)]
+        for actual, of in (
+            (memory.result(statistics.count), lambda v: torch.tensor(v.shape[1]).double()),
+            (memory.result(statistics.partial)[0], lambda v: v.mean(1)),
+            (memory.result(statistics.partial)[1], lambda v: v.var(1, correction=0) * v.shape[1]),
+        ):
+            torch.testing.assert_close(actual, torch.stack([of(v) for v in tiles_of_rows]), rtol=0, atol=1e-9)
 
 
 CASES = [
@@ -126,6 +138,8 @@ CASES = [
     Case(h=17, w=9, c_out=72, block_n=128, slope=None),
     Case(n=3, h=1, w=1, pool=True),
     Case(n=1, h=3, w=200, norm=True),
+    Case(n=2, h=17, w=23, c_out=72, pool=False, slope=None, statistics=True),
+    Case(n=2, h=33, w=12, c_out=136, tile_h=32, block_n=128, c2=64, pool=False, slope=None, statistics=True),
     Case(n=2, h=18, w=31, classes=1),
     Case(n=2, h=18, w=15, classes=3, norm=True, c_out=40),
 ]
@@ -152,8 +166,8 @@ def test_the_kernel_on_the_model_in_many_orders(case: Case) -> None:
 PROBES = [
     Case(n=2, h=33, w=20, weight_slots=6),
     Case(h=33, w=25, c2=64),
-    Case(n=2, h=33, w=25, slots=3),
-    Case(n=2, h=17, w=20, c_out=192, block_n=128, slots=3, weight_slots=3),
+    Case(n=2, h=33, w=25, slots=3, statistics=True),
+    Case(n=2, h=17, w=20, c_out=200, block_n=128, slots=3, weight_slots=3, statistics=True),
 ]
 FREE_PIXELS = "mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))"
 HAND_OVER = "mbarrier.arrive(turns.index(1 - NUMBER))"
@@ -228,6 +242,16 @@ FAULTS: dict[str, list[Edit]] = {
     "the border one row too low": [("h0 - 1, w0 + kw - 1, k, full, k < C1", "h0, w0 + kw - 1, k, full, k < C1")],
     "the lower box one row too low": [("[image, h + TILE_H, w, k]", "[image, h + TILE_H + 1, w, k]")],
     "the second input's channels counted from the first's": [("k - C1, full", "k, full")],
+    "statistics of what is outside the image": [("gl.expand_dims(inside, 0), v - ", "True, v - ")],
+    "a mean without what it is taken about": [("pivot + step", "step")],
+    "squares that are not about the mean": [(" - count * step * step", "")],
+    "statistics that divide by whole tiles": [("gl.minimum(TILE_H, H - h0)", "TILE_H")],
+    "statistics that divide by whole rows": [("gl.minimum(_TILE_W, W - w0)", "_TILE_W")],
+    "statistics by tiles and blocks of channels": [("tile // blocks_n, tiles", "tile, tiles")],
+    "squares among the means": [("(tiles + tile) * COUT", "(tile + 1) * COUT")],
+    "statistics of channels past the last": [("+ n, m2, mask=n < COUT)", "+ n, m2)")],
+    "a count from every block of channels": [("W, n0 == 0,", "W, True,")],
+    "both count": [("H, W, n0 == 0,", "H, W, n0 < _CHANNELS * PARTS,")],
     "a column for a row": [("(kh * 3 + kw) * channels", "(kw * 3 + kh) * channels")],
     "every program takes every tile": [
         ("range(gl.program_id(0), tiles, gl.num_programs(0))", "range(0, tiles, 1)"),
@@ -242,8 +266,8 @@ FAULTS: dict[str, list[Edit]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(fault: str) -> None:
     """In some order of events of some probe; never as a success."""
-    for case in PROBES:
-        for seed in range(2 * MODES):
+    for seed in range(2 * MODES):
+        for case in PROBES:
             try:
                 check(case, seed, FAULTS[fault])
             except (Fault, AssertionError, TypeError):  # Sums still in flight are no numbers.
@@ -267,6 +291,24 @@ def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatc
     torch.testing.assert_close(run(MODULES, launch, 0).result(out), expected, rtol=0, atol=1e-9)
 
 
+def test_statistics_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each tile, which merge to those of all pixels."""
+    x, weight = random(2, 64, 19, 12, seed=1), random(192, 64, 3, 3, seed=2)
+    monkeypatch.setattr(pointer, "halo_runs", lambda *_: True)
+    with autotune.overriding("conv3x3", Case(block_n=128).chosen), gpu.recording(HOPPER) as launches:
+        y, statistics = pointer.conv3x3_with_statistics(x, weight)
+    (launch,) = launches
+    assert launch.kernel is hopper.conv3x3_hopper_kernel
+    memory = run(MODULES, launch, 0)
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    torch.testing.assert_close(memory.result(y), expected, rtol=0, atol=1e-9)
+    count, (means, m2) = memory.result(statistics.count)[:, None], memory.result(statistics.partial)
+    mean, pixels = expected.mean((0, 2, 3)), 2 * 19 * 12
+    torch.testing.assert_close((count * means).sum(0) / pixels, mean, rtol=0, atol=1e-9)
+    variance = (m2 + count * (means - mean) ** 2).sum(0) / pixels
+    torch.testing.assert_close(variance, expected.var((0, 2, 3), correction=0), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("may_run", [True, False])
 def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
     may_run: bool, monkeypatch: pytest.MonkeyPatch
@@ -287,7 +329,6 @@ def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
     message = "wrong here; the heuristic variant runs"
     with nullcontext() if may_run else pytest.warns(RuntimeWarning, match=message):
         assert choose() == (chosen if may_run else heuristic)
-    assert choose(leaves_statistics=True) == heuristic
     with autotune.overriding("conv3x3", chosen):
         if may_run:
             assert choose() == chosen
@@ -298,14 +339,12 @@ def test_a_measured_choice_falls_back_where_the_variant_may_not_run(
 
 def test_what_it_cannot_store_is_an_error() -> None:
     x, weight = random(1, 64, 9, 12, seed=1), random(64, 64, 3, 3, seed=2)
-    count, partial = torch.empty(1), torch.empty(2, 1, 64)
     head = {"head": Head(random(2, 64, 1, 1, seed=3), None, sigmoid=False), "probabilities": x[:, :2]}
     for chosen, epilogue in (
-        (Case().chosen, Epilogue(x, statistics=Statistics(count, partial))),
         (Case().chosen, Epilogue(x, **head)),
         (Case(block_n=128).chosen, Epilogue(None, **head)),
     ):
-        with pytest.raises(ValueError, match="leaves no statistics, and a head alone, of at most 64 channels"):
+        with pytest.raises(ValueError, match="a head alone, and of at most 64 channels"):
             hopper.conv3x3_launch(x, None, weight, chosen, epilogue)
 
 
