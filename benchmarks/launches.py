@@ -246,6 +246,7 @@ def _halo(target: gpu.Target) -> Iterator[Call]:
             first, *others = [chosen for chosen in found if chosen.variant == config.HALO]
             cases = [replace(case, backward=False) for case in _cases(shape) if "conv3x3" in case.op]
             yield from (_call(case, dtype, (config.CONV3X3, first)) for case in cases)
+            yield _call(_case("double_conv3x3_bias_relu", shape), dtype, (config.INPUT_GRAD, first))  # One with a mask.
             op = "concat_conv3x3_batch_norm_relu" if shape.c2 else "conv3x3_batch_norm_relu_pool"
             case = next(case for case in cases if case.op == op)
             for training in (False, True):  # True leaves statistics.

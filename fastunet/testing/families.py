@@ -46,7 +46,7 @@ def check_family(family: str, dtype: str, device: torch.device, size: Sequence[i
 def check_halo(
     dtype: torch.dtype, device: torch.device, size: Sequence[int] = _HALO_SIZE, configs: Sequence[Any] = ()
 ) -> None:
-    """Raise AssertionError unless convolutions by the halo variant are right, twice over.
+    """Raise AssertionError unless convolutions by the halo variant, and an input gradient, are right, twice over.
 
     configs: to run them with, by default those of its check. A head wants all channels in one block.
     """
@@ -66,6 +66,21 @@ def check_halo(
         with autotune.overriding(config.CONV3X3, chosen):
             for _ in range(2):
                 check(replace(case, backward=False), dtype, device)
+    with autotune.overriding(config.INPUT_GRAD, configs[0]):
+        for _ in range(2):
+            _check_masked_grad(dtype, device, n, c, h, w)
+
+
+def _check_masked_grad(dtype: torch.dtype, device: torch.device, n: int, c: int, h: int, w: int) -> None:
+    """Raise AssertionError unless the gradient of a ReLU's input before a convolution is exact on integers."""
+    from fastunet.kernels.conv3x3.grad import conv3x3_input_grad  # Late, as triton: it may be absent.
+
+    shapes = (n, c, h, w), (c, c, 3, 3), (n, c, h, w)
+    tensors = (random_integers(shape, largest=2, seed=i, device=device) for i, shape in enumerate(shapes))
+    grad, weight, x = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in tensors)
+    exact = F.conv_transpose2d(grad.double(), weight.double(), padding=1).to(dtype).double()
+    masked = conv3x3_input_grad(grad, weight, x=x, negative_slope=0.0)
+    assert_within(masked, torch.where(x > 0, exact, 0.0), 0.0)
 
 
 def check_fp8(dtype: torch.dtype, device: torch.device, height: int = 35, width: int = 18) -> None:

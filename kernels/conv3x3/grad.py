@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config, config_grad, descriptor, pointer
-from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, conv3x3_launch, halo_runs, weight_aligned
+from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, halo_runs, weight_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.reduction import empty_weight_grads, sum_rows
@@ -183,9 +183,11 @@ def _input_grads(
     chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32, op=config.INPUT_GRAD)
     if chosen.variant == config.HALO:
         # It is a convolution by the window turned around.
-        if x is None and halo_runs(grad, config.INPUT_GRAD):
-            turned = weight.transpose(0, 1).flip(2, 3)
-            conv3x3_launch(grad, None, turned, chosen, Epilogue(out), allow_tf32=allow_tf32).run(grad.device)
+        if out_up is None and halo_runs(grad, config.INPUT_GRAD):
+            from fastunet.kernels.conv3x3 import hopper  # Late: its interface is private to some releases of Triton.
+
+            epilogue = Epilogue(out, negative_slope=negative_slope)
+            hopper.conv3x3_launch(grad, None, weight.transpose(0, 1).flip(2, 3), chosen, epilogue, x).run(grad.device)
             return outs
         chosen = config.heuristic_conv_config(shape, grad.dtype, target, allow_tf32)
     arguments = {

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton.language as tl
 from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config
-from fastunet.kernels.conv3x3.hopper_epilogue import finish, pool, store_head, store_statistics
+from fastunet.kernels.conv3x3.hopper_epilogue import activate_grad, finish, pool, store_head, store_statistics
 from fastunet.kernels.epilogue import Epilogue, activation_code
 from fastunet.kernels.layout import weight_matrix
 from torch import Tensor
@@ -134,11 +134,11 @@ def multiply(pixels, weight, acc, AXIS: gl.constexpr):
 @gluon.jit
 def consume(
     NUMBER: gl.constexpr, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr,
-    count_ptr, partial_ptr, y_desc, pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty,
-    weights_full, weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS: gl.constexpr,
-    NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, STATISTICS: gl.constexpr, POOL: gl.constexpr,
-    CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr,
-    SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
+    count_ptr, partial_ptr, mask_desc, y_desc, pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full,
+    pixels_empty, weights_full, weights_empty, turns, mask_full, H, W, C1, C2, COUT, tiles, blocks_n, eps,
+    negative_slope, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr, ACTIVATION: gl.constexpr,
+    MASK: gl.constexpr, STATISTICS: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr,
+    SIGMOID: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr,
 ):
     """Sum up and store 64 channels, NUMBER 0 or 1: half of those of every tile, or all of every second tile.
 
@@ -161,6 +161,11 @@ def consume(
         image, h0, w0, n0 = tile_at(tile, H, W, blocks_n, TILE_H, BLOCK_N)
         n0 += PART * _CHANNELS
         acc = gl.zeros([M, N], gl.float32, SUMS)
+        if MASK:
+            tma.store_wait(0)  # Before the mask comes to where the tile before was stored from.
+            mbarrier.expect(mask_full.index(NUMBER), PIXELS * _CHANNELS * 2)
+            box = view(y_stage.index(NUMBER), y_desc.dtype, [1, TILE_H, _TILE_W, _CHANNELS], y_desc.layout)
+            tma.async_copy_global_to_shared(mask_desc, [image, h0, w0, n0], mask_full.index(NUMBER), box)
         if EVERY == 2:
             mbarrier.wait(turns.index(NUMBER), (turn & 1) ^ (1 - NUMBER))
         for i in range(columns):
@@ -187,13 +192,17 @@ def consume(
         mbarrier.arrive(weights_empty.index((3 * step + WEIGHT_SLOTS - 1) % WEIGHT_SLOTS))
         mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))
         step += (EVERY - 1) * columns
-        turn += 1
 
         n = n0 + gl.arange(0, _CHANNELS, gl.SliceLayout(1 - AXIS, SUMS))
-        acc = finish(
-            acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
-            BIAS, NORM, GAMMA, ACTIVATION, AXIS,
-        )
+        if MASK:
+            mbarrier.wait(mask_full.index(NUMBER), turn & 1)
+            mask = y_stage.index(NUMBER).permute((1, 0)).load(SUMS)
+            acc = activate_grad(acc, mask.to(gl.float32), negative_slope, ACTIVATION)
+        else:
+            acc = finish(
+                acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
+                BIAS, NORM, GAMMA, ACTIVATION, AXIS,
+            )
         if CLASSES > 0:
             store_head(
                 head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, image, h0, w0, H, W,
@@ -217,18 +226,19 @@ def consume(
                     count_ptr, partial_ptr, y, tile // blocks_n, tiles // blocks_n, n, COUT, h0, w0, H, W, n0 == 0,
                     TILE_H, SUMS,
                 )
+        turn += 1
     if CLASSES == 0:
         tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["H", "W", "C1", "C2", "COUT", "tiles", "blocks_n"])
 def conv3x3_hopper_kernel(
-    x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, y_desc, pooled_desc, H, W, C1, C2, COUT, tiles, blocks_n,
-    bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, eps,
-    negative_slope, TWO_INPUTS: gl.constexpr, BIAS: gl.constexpr, NORM: gl.constexpr, GAMMA: gl.constexpr,
-    ACTIVATION: gl.constexpr, STATISTICS: gl.constexpr, POOL: gl.constexpr, CLASSES: gl.constexpr,
-    HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr, SLOTS: gl.constexpr,
-    WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, mask_desc, y_desc, pooled_desc, H, W, C1, C2, COUT, tiles,
+    blocks_n, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr,
+    partial_ptr, eps, negative_slope, TWO_INPUTS: gl.constexpr, BIAS: gl.constexpr, NORM: gl.constexpr,
+    GAMMA: gl.constexpr, ACTIVATION: gl.constexpr, MASK: gl.constexpr, STATISTICS: gl.constexpr, POOL: gl.constexpr,
+    CLASSES: gl.constexpr, HEAD_BIAS: gl.constexpr, SIGMOID: gl.constexpr, TILE_H: gl.constexpr, BLOCK_N: gl.constexpr,
+    SLOTS: gl.constexpr, WEIGHT_SLOTS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     """As conv3x3_descriptor_kernel, by as many programs as there are multiprocessors.
 
@@ -252,6 +262,7 @@ def conv3x3_hopper_kernel(
     weights_full = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
     weights_empty = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], BARRIER)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    mask_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(SLOTS):
         mbarrier.init(pixels_full.index(i), count=1)
         mbarrier.init(pixels_empty.index(i), count=PARTS)
@@ -260,22 +271,23 @@ def conv3x3_hopper_kernel(
         mbarrier.init(weights_empty.index(i), count=PARTS)
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
+        mbarrier.init(mask_full.index(i), count=1)
     fence_async_shared()  # The hardware that copies sees the barriers too.
     gl.warp_specialize(
         [
             (consume, (
                 0, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr,
-                partial_ptr, y_desc, pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty,
-                weights_full, weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS,
-                NORM, GAMMA, ACTIVATION, STATISTICS, POOL, CLASSES, HEAD_BIAS, SIGMOID, TILE_H, BLOCK_N, SLOTS,
-                WEIGHT_SLOTS,
+                partial_ptr, mask_desc, y_desc, pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full,
+                pixels_empty, weights_full, weights_empty, turns, mask_full, H, W, C1, C2, COUT, tiles, blocks_n, eps,
+                negative_slope, BIAS, NORM, GAMMA, ACTIVATION, MASK, STATISTICS, POOL, CLASSES, HEAD_BIAS, SIGMOID,
+                TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (consume, (
                 1, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr,
-                partial_ptr, y_desc, pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full, pixels_empty,
-                weights_full, weights_empty, turns, H, W, C1, C2, COUT, tiles, blocks_n, eps, negative_slope, BIAS,
-                NORM, GAMMA, ACTIVATION, STATISTICS, POOL, CLASSES, HEAD_BIAS, SIGMOID, TILE_H, BLOCK_N, SLOTS,
-                WEIGHT_SLOTS,
+                partial_ptr, mask_desc, y_desc, pooled_desc, pixels, weights, y_stage, pooled_stage, pixels_full,
+                pixels_empty, weights_full, weights_empty, turns, mask_full, H, W, C1, C2, COUT, tiles, blocks_n, eps,
+                negative_slope, BIAS, NORM, GAMMA, ACTIVATION, MASK, STATISTICS, POOL, CLASSES, HEAD_BIAS, SIGMOID,
+                TILE_H, BLOCK_N, SLOTS, WEIGHT_SLOTS,
             )),
             (produce, (
                 x_desc, x_low_desc, up_desc, up_low_desc, weight_desc, pixels, weights, pixels_full, pixels_empty,
@@ -297,10 +309,18 @@ def _boxes(x: Tensor, rows: int, columns: int, channels: int) -> TensorDescripto
 
 
 def conv3x3_launch(
-    x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    chosen: config.ConvConfig,
+    epilogue: Epilogue,
+    activated: Tensor | None = None,
 ) -> gpu.Launch:
     """Return the launch that fills the epilogue's outputs. ValueError where one is a head beside others, or of more
     channels than a warpgroup has.
+
+    activated: packed, of y's shape, the output of the activation that the epilogue names. The sums are then its
+    gradient, y that of what went into it, and the epilogue has nothing else.
     """
     channels = weight.shape[0]
     alone = epilogue.y is None and epilogue.pooled is None and channels <= chosen.block_n == CHANNELS
@@ -326,6 +346,7 @@ def conv3x3_launch(
         "up_desc": _boxes(second, tile_h, config.TILE_W, BLOCK_K),
         "up_low_desc": _boxes(second, 2, config.TILE_W, BLOCK_K),
         "weight_desc": TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [block_n, BLOCK_K], rows),
+        "mask_desc": _boxes(y if activated is None else activated, tile_h, config.TILE_W, CHANNELS),
         "y_desc": _boxes(y, tile_h, config.TILE_W, CHANNELS),
         "pooled_desc": _boxes(y if pooled is None else pooled, tile_h // 2, config.TILE_W // 2, CHANNELS),
         "H": height,
@@ -343,6 +364,7 @@ def conv3x3_launch(
         "NORM": pointers["mean_ptr"] is not None,
         "GAMMA": pointers["gamma_ptr"] is not None,
         "ACTIVATION": activation_code(epilogue.negative_slope),
+        "MASK": activated is not None,
         "STATISTICS": epilogue.statistics is not None,
         "POOL": pooled is not None,
         "CLASSES": given["CLASSES"],

@@ -50,6 +50,15 @@ def finish(
 
 
 @gluon.jit
+def activate_grad(g, y, negative_slope, ACTIVATION: gl.constexpr):
+    """As tiles.activate_grad."""
+    if ACTIVATION == _LEAKY_RELU:
+        return gl.where(y > 0.0, g, g * negative_slope)
+    else:
+        return gl.where(y <= 0.0, 0.0, g)
+
+
+@gluon.jit
 def pool(acc, N: gl.constexpr, TILE_H: gl.constexpr):
     """Maxima [N, P / 4] of the 2x2 windows of sums [N, P] of whole rows of pixels."""
     H2: gl.constexpr = TILE_H // 2

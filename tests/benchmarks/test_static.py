@@ -199,6 +199,8 @@ SASS = """
         /*0010*/                   LDS.128 R4, [R2] ;
 .L_x_2:
         /*0020*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+        /*0028*/              @!P0 BRA `(.L_x_5) ;
+.L_x_4:
         /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;{}
         /*0040*/              @!P0 BRA `(.L_x_2) ;
         /*0050*/                   STS [R1], R24 ;
@@ -206,6 +208,9 @@ SASS = """
 .L_x_3:
         /*0070*/                   LDS R2, [R1] ;
         /*0080*/               @P1 BRA `(.L_x_3) ;
+.L_x_5:
+        /*0090*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3 ;
+        /*00a0*/               @P1 BRA `(.L_x_4) ;
 """
 
 

@@ -123,6 +123,11 @@ class Memory:
     def meets(self, uses: list[Use]) -> bool:
         return any(use.meets(self.first, self.last) for use in uses)
 
+    def load(self, _: Any) -> Registers:
+        if self.meets(self.buffer.loads):
+            raise Fault("memory read before its data have come")
+        return registers(self.values().copy())
+
     def store(self, values: np.ndarray) -> Steps:
         yield
         if self.meets(self.buffer.reads):

@@ -53,6 +53,7 @@ class Case:
     slope: float | None = 0.0
     classes: int = 0
     statistics: bool = False
+    mask: bool = False
 
     def __str__(self) -> str:
         return "-".join(str(value) for value in vars(self).values())
@@ -98,15 +99,22 @@ def check(case: Case, seed: int, edits: list[Edit] | None = None, *, infinite: b
         )
         head = Head(head_weight, head_bias, sigmoid=case.classes == 1)
         epilogue = Epilogue(None, bias, norm, case.slope, head=head, probabilities=y)
-    launch = hopper.conv3x3_launch(x, up, weight, case.chosen, epilogue)
+    activated = random(case.n, case.c_out, case.h, case.w, seed=11) if case.mask else None
+    if case.mask:
+        epilogue = Epilogue(y, negative_slope=case.slope)
+    launch = hopper.conv3x3_launch(x, up, weight, case.chosen, epilogue, activated)
     memory = run(MODULES, launch, seed, None if edits is None else weave(MODULES, edits))
     joined = x if up is None else torch.cat([x, up], 1)
     expected = F.conv2d(joined.double(), weight.double(), padding=1)
     if case.norm:
         expected = F.batch_norm(expected, mean.double(), variance.double(), gamma.double(), eps=1e-3)
-    expected += bias.double()[:, None, None]
-    if case.slope is not None:
-        expected = F.leaky_relu(expected, case.slope)
+    if activated is not None:
+        (expected,) = torch.autograd.grad(
+            F.leaky_relu(z := activated.double().requires_grad_(), case.slope), z, expected
+        )
+    else:
+        expected += bias.double()[:, None, None]
+        expected = expected if case.slope is None else F.leaky_relu(expected, case.slope)
     if case.classes:
         expected = F.conv2d(expected, head_weight.double(), head_bias.double())
         expected = expected.sigmoid() if case.classes == 1 else expected
@@ -140,6 +148,8 @@ CASES = [
     Case(n=1, h=3, w=200, norm=True),
     Case(n=2, h=17, w=23, c_out=72, pool=False, slope=None, statistics=True),
     Case(n=2, h=33, w=12, c_out=136, tile_h=32, block_n=128, c2=64, pool=False, slope=None, statistics=True),
+    Case(n=2, h=33, w=20, c_out=72, tile_h=32, pool=False, mask=True),
+    Case(n=2, h=17, w=12, c_out=136, block_n=128, pool=False, slope=0.1, mask=True),
     Case(n=2, h=18, w=31, classes=1),
     Case(n=2, h=18, w=15, classes=3, norm=True, c_out=40),
 ]
@@ -168,9 +178,12 @@ PROBES = [
     Case(h=33, w=25, c2=64),
     Case(n=2, h=33, w=25, slots=3, statistics=True),
     Case(n=2, h=17, w=20, c_out=200, block_n=128, slots=3, weight_slots=3, statistics=True),
+    Case(n=2, h=33, w=20, c_out=128, block_n=128, pool=False, mask=True),
+    Case(n=2, h=33, w=40, pool=False, slope=0.1, mask=True),
 ]
 FREE_PIXELS = "mbarrier.arrive(pixels_empty.index((step + SLOTS - 1) % SLOTS))"
 HAND_OVER = "mbarrier.arrive(turns.index(1 - NUMBER))"
+MASK = "mbarrier.wait(mask_full.index(NUMBER)"
 TURN = "mbarrier.wait(turns.index(NUMBER)"
 LAST_WAIT = "        acc = warpgroup_mma_wait(0, deps=(acc,))\n"
 FAULTS: dict[str, list[Edit]] = {
@@ -242,6 +255,23 @@ FAULTS: dict[str, list[Edit]] = {
     "the border one row too low": [("h0 - 1, w0 + kw - 1, k, full, k < C1", "h0, w0 + kw - 1, k, full, k < C1")],
     "the lower box one row too low": [("[image, h + TILE_H, w, k]", "[image, h + TILE_H + 1, w, k]")],
     "the second input's channels counted from the first's": [("k - C1, full", "k, full")],
+    "a mask read before it has come": [(f"{MASK}, turn & 1)", "pass")],
+    "a mask's wrong phase": [(f"{MASK}, turn & 1)", f"{MASK}, (turn & 1) ^ 1)")],
+    "a mask's phase that stays": [(f"{MASK}, turn & 1)", f"{MASK}, 0)")],
+    "a mask fetched over what is being stored": [
+        ("            tma.store_wait(0)  # Before the mask", "            pass  #")
+    ],
+    "too many bytes of a mask expected": [("PIXELS * _CHANNELS * 2)", "PIXELS * BLOCK_N * 2)")],
+    "the other's barrier of a mask": [
+        ("h0, w0, n0], mask_full.index(NUMBER), box)", "h0, w0, n0], mask_full.index(1 - NUMBER), box)")
+    ],
+    "the other's place for a mask": [
+        ("mask = y_stage.index(NUMBER)", "mask = y_stage.index(1 - NUMBER)"),
+    ],
+    "a mask of other channels": [("(mask_desc, [image, h0, w0, n0]", "(mask_desc, [image, h0, w0, 0]")],
+    "a mask of other pixels": [("(mask_desc, [image, h0, w0, n0]", "(mask_desc, [image, h0 - 1, w0, n0]")],
+    "the gradient passed where it is not": [("y <= 0.0, 0.0, g", "y > 0.0, 0.0, g")],
+    "a slope where there is none": [("y > 0.0, g, g * negative_slope", "y <= 0.0, g, g * negative_slope")],
     "statistics of what is outside the image": [("gl.expand_dims(inside, 0), v - ", "True, v - ")],
     "a mean without what it is taken about": [("pivot + step", "step")],
     "squares that are not about the mean": [(" - count * step * step", "")],
@@ -281,14 +311,16 @@ def test_a_fault_shows(fault: str) -> None:
 def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatch: pytest.MonkeyPatch) -> None:
     cotangent, weight = random(2, 64, 9, 12, seed=1), random(64, 128, 3, 3, seed=2)
     monkeypatch.setattr(grad, "halo_runs", lambda *_: True)
+    x = random(2, 128, 9, 12, seed=3)
     with autotune.overriding("conv3x3_input_grad", Case(c_out=128).chosen), gpu.recording(HOPPER) as launches:
         out = grad.conv3x3_input_grad(cotangent, weight)
-        grad.conv3x3_input_grad(cotangent, weight, x=out, negative_slope=0.0)
-    launch, masked = launches
-    assert launch.kernel is hopper.conv3x3_hopper_kernel
-    assert masked.kernel is not launch.kernel, "the activation's mask is not in this variant"
+        masked = grad.conv3x3_input_grad(cotangent, weight, x=x, negative_slope=0.0)
+        grad.conv3x3_two_input_grads(cotangent, weight, 64)
+    assert [launch.kernel is hopper.conv3x3_hopper_kernel for launch in launches] == [True, True, False]
     expected = F.conv_transpose2d(cotangent.double(), weight.double(), padding=1)
-    torch.testing.assert_close(run(MODULES, launch, 0).result(out), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(run(MODULES, launches[0], 0).result(out), expected, rtol=0, atol=1e-9)
+    expected = torch.where(x > 0, expected, 0.0)
+    torch.testing.assert_close(run(MODULES, launches[1], 0).result(masked), expected, rtol=0, atol=1e-9)
 
 
 def test_statistics_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:

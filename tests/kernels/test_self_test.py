@@ -156,11 +156,12 @@ def test_the_halo_variant_wants_sm_90_and_a_known_triton(monkeypatch: pytest.Mon
     config_hopper.unsupported_reason.cache_clear()
 
 
-def test_its_check_compiles_four_kernels_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_check_compiles_five_kernels_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[gpu.Launch] = []
     monkeypatch.setattr(gpu, "target", lambda _: HOPPER)
     monkeypatch.setattr(gpu.Launch, "run", lambda launch, _: launches.append(launch))
     monkeypatch.setattr(parity, "compare", lambda *_: None)
+    monkeypatch.setattr(families, "assert_within", lambda *_: None)
     monkeypatch.setattr(dispatch, "triton_unsupported", lambda *_: None)
     config_hopper.unsupported_reason.cache_clear()
     families.check_family(families.HALO, "bfloat16", CPU)
@@ -168,18 +169,27 @@ def test_its_check_compiles_four_kernels_that_fit(monkeypatch: pytest.MonkeyPatc
     # In training, other kernels merge the statistics and normalise.
     launches = [launch for launch in launches if launch.kernel is hopper.conv3x3_hopper_kernel]
     kinds = {str({k: v for k, v in each.arguments.items() if k.isupper()} | each.options) for each in launches}
-    assert len(launches) == 2 * len(kinds)
+    assert len(launches) == 2 * len(kinds) == 10
     assert {launch.arguments["CLASSES"] for launch in launches} == {0, 2}
-    assert sum(launch.arguments["STATISTICS"] for launch in launches) == 2
+    assert all(sum(launch.arguments[flag] for launch in launches) == 2 for flag in ("STATISTICS", "MASK"))
     assert all(launch.arguments["tiles"] > HOPPER.multiprocessors for launch in launches)
     assert all(config_hopper.shared_memory(c) + 512 <= HOPPER.shared_memory for c in config_hopper.checked_configs())
 
 
-@pytest.mark.parametrize("is_right", [True, False])
-def test_its_check_tells_right_from_wrong(is_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("edit", "seen"),
+    [
+        (None, ""),
+        (("k - C1, full", "k, full"), "concat_conv3x3_batch_norm_relu: y: "),  # Of the second input.
+        (("y <= 0.0, 0.0, g", "y < 0.0, 0.0, g"), "elements are outside the tolerance"),  # Of the mask.
+    ],
+)
+def test_its_check_tells_right_from_wrong(
+    edit: tuple[str, str] | None, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the model, whose results are rounded as the hardware's are."""
     modules = (hopper_epilogue, hopper)
-    code = None if is_right else weave(modules, [("k - C1, full", "k, full")])  # Of the second input.
+    code = None if edit is None else weave(modules, [edit])
 
     def emulate(launch: gpu.Launch, _: torch.device) -> None:
         memory = run(modules, launch, 1, code)
@@ -193,7 +203,7 @@ def test_its_check_tells_right_from_wrong(is_right: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(dispatch, "triton_unsupported", lambda *_: None)
     config_hopper.unsupported_reason.cache_clear()
     chosen = config.ConvConfig(16, 8, 128, 64, 4, 2, config.HALO, weight_stages=2)
-    sees = nullcontext() if is_right else pytest.raises(AssertionError, match="concat_conv3x3_batch_norm_relu: y: ")
+    sees = nullcontext() if edit is None else pytest.raises(AssertionError, match=seen)
     with fastunet.backend("triton"), sees:
         families.check_halo(torch.float16, CPU, (1, 64, 9, 17, 128), [chosen])
     config_hopper.unsupported_reason.cache_clear()
