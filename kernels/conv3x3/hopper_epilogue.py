@@ -110,7 +110,8 @@ def store_head(
     rows, columns, inside = tile_pixels(h0, w0, H, W, PIXELS, gl.SliceLayout(AXIS, SUMS))
     at = (((rows + image * H).to(gl.int64)) * W + columns) * CLASSES
     # Zero weights beyond COUT do not undo what the sums have there: beside an infinite pixel, NaN.
-    acc = gl.where(gl.expand_dims(n < COUT, 1 - AXIS), acc, 0.0)
+    if COUT < n.shape[0]:  # A branch: selected in every tile, 256 pixels with a norm spill.
+        acc = gl.where(gl.expand_dims(n < COUT, 1 - AXIS), acc, 0.0)
     for j in gl.static_range(CLASSES):
         z = gl.sum(acc * load_channels(head_weight_ptr + j * COUT, n, COUT, AXIS), AXIS)
         if HEAD_BIAS:
