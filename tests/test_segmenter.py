@@ -183,18 +183,20 @@ def test_broken_pixels_are_named(fault: str, tmp_path: Path, monkeypatch: pytest
         moments(source)
 
 
-@pytest.mark.parametrize("kind", ["png", "tif", "zarr"])
+@pytest.mark.parametrize("kind", ["png", "tif", "zarr", "tif, small tiles", "zarr, small tiles"])
 def test_what_is_written_is_what_is_predicted(
     kind: str, segmenter: Segmenter, image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "LARGE", 0)
     path = write_tiff(tmp_path / "a.tif", image, tile=(64, 64))
     mask, probabilities = expected_of(segmenter, image)
+    kind, _, small = kind.partition(", ")
+    tile, parts = (100, 4 * 6) if small else (TILE, 4)
     (tmp_path / "out").mkdir()
     seen: list[tuple[int, int]] = []
     wanted = Wanted(kind, probabilities=True)
-    segmenter.write(path, tmp_path / "out/a", wanted, tile=TILE, on_part=lambda *each: seen.append(each))
-    assert seen == [(done, 4) for done in (1, 2, 3, 4)]
+    segmenter.write(path, tmp_path / "out/a", wanted, tile=tile, on_part=lambda *each: seen.append(each))
+    assert seen == [(done, parts) for done in range(1, parts + 1)]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {f"a{end}" for end in wanted.endings.values()}
     for name, end in wanted.endings.items():
         file = tmp_path / f"out/a{end}"

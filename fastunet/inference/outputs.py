@@ -105,7 +105,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def put(self, band: np.ndarray) -> None:
-        """Take the next rows, [h, W] or [h, W, K]: a multiple of 256 of them, but for the last."""
+        """Take the next rows, [h, W] or [h, W, K]."""
         self._bands.put(band)
 
     def __enter__(self) -> Self:
@@ -131,14 +131,21 @@ class Writer:
         raise NotImplementedError
 
     def _rows(self) -> Iterator[np.ndarray]:
-        """Give the bands. Raises DataError where they end too early, so that nothing is left of what was written."""
-        done = 0
+        """Give bands of a multiple of 256 rows, and the rest.
+
+        Raises DataError where the rows end too early, so that nothing is left of what was written.
+        """
+        done, waiting = 0, np.empty((0, *self.shape[1:]), self.dtype)
         while (band := self._bands.get()) is not None:
             done += len(band)
-            yield band
+            waiting = np.concatenate([waiting, band])
+            whole = len(waiting) // GRID * GRID
+            yield waiting[:whole]
+            waiting = waiting[whole:]
         if done < self.shape[0]:
             self._bands.put(None)
             raise DataError(f"{self.path}: expected {self.shape[0]} rows, got {done}")
+        yield waiting
 
 
 class StreamedTiff(Writer):
