@@ -61,35 +61,22 @@ def bce_dice(logits: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, target) + dice
 
 
-def random_batch(
-    images: Tensor, masks: Tensor, rng: np.random.Generator, crop: int, batch: int
-) -> tuple[Tensor, Tensor]:
-    """`batch` random crops of images and masks [N, 1, H, W], each flipped and turned at random."""
-    xs: list[Tensor] = []
-    ys: list[Tensor] = []
-    for _ in range(batch):
-        n = rng.integers(len(images))
-        top, left = (int(rng.integers(size - crop + 1)) for size in images.shape[-2:])
-        turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-        for source, out in ((images, xs), (masks, ys)):
-            tile = torch.rot90(source[n, :, top : top + crop, left : left + crop], turns, (-2, -1))
-            out.append(tile.flip(-1) if mirror else tile)
-    return torch.stack(xs), torch.stack(ys)
+def random_crop(images: Tensor, masks: Tensor, rng: np.random.Generator, side: int) -> tuple[Tensor, Tensor]:
+    """A random crop of images and masks [N, 1, H, W], flipped and turned at random."""
+    n = rng.integers(len(images))
+    top, left = (int(rng.integers(size - side + 1)) for size in images.shape[-2:])
+    turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+    tiles = (torch.rot90(t[n, :, top : top + side, left : left + side], turns, (-2, -1)) for t in (images, masks))
+    image, mask = (tile.flip(-1) if mirror else tile for tile in tiles)
+    return image, mask
 
 
 def train_plain(
-    images: Tensor,
-    masks: Tensor,
-    *,
-    steps: int | None = None,
-    minutes: float | None = None,
-    seed: int = 0,
-    crop: int = 256,
-    batch: int = 4,
+    images: Tensor, masks: Tensor, steps: int, minutes: float | None, seed: int = 0, crop: int = 256
 ) -> tuple[nn.Module, int, float]:
-    """Train on images [N, 1, H, W] in 0..1 and masks of 0 and 1 for `steps` or `minutes`: (model, steps, seconds)."""
-    if (steps is None) == (minutes is None):
-        raise ValueError("give exactly one of steps and minutes")
+    """Train on images [N, 1, H, W] in 0..1 and masks of 0 and 1, for `minutes` if they are set, else `steps`: the
+    model, the steps and seconds taken.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = PaddedUNet(1, 1, (16, 32, 64, 128, 256)).train()
@@ -98,20 +85,14 @@ def train_plain(
     while progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = 0.5e-3 * (1 + math.cos(math.pi * progress))
-        x, y = random_batch(images, masks, rng, crop, batch)
+        x, y = map(torch.stack, zip(*(random_crop(images, masks, rng, crop) for _ in range(4)), strict=True))
         optimizer.zero_grad()
         bce_dice(model(x), y).backward()
         optimizer.step()
         step += 1
         elapsed = time.perf_counter() - start
-        progress = step / steps if steps is not None else elapsed / (60 * (minutes or 0))
+        progress = elapsed / (60 * minutes) if minutes is not None else step / steps
     return model.eval(), step, time.perf_counter() - start
-
-
-@torch.no_grad()
-def predict_plain(model: nn.Module, images: Tensor) -> Tensor:
-    """The mask (bool, [N, 1, H, W]) the plain model gives, one whole image at a time."""
-    return torch.cat([model(image[None]).sigmoid() > 0.5 for image in images])
 
 
 def load(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
@@ -127,12 +108,12 @@ def run_plain(data: Path, config: TrainConfig) -> dict[str, Any]:
     if inspect(pairs).dtype != "uint8":
         raise DataError(f"{data}: expected 8-bit images, which the plain script takes")
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
-    by_minutes = config.max_minutes is not None
-    limit = {"minutes": config.max_minutes} if by_minutes else {"steps": config.steps}
-    model, steps, seconds = train_plain(*load(train_pairs), seed=config.seed, **limit)
+    model, steps, seconds = train_plain(*load(train_pairs), config.steps, config.max_minutes, config.seed)
     images, masks = load(val_pairs)
+    with torch.no_grad():
+        found = torch.cat([model(image[None]).sigmoid() > 0.5 for image in images])
     metrics = SegmentationMetrics(CLASSES)
-    metrics.update(predict_plain(model, images)[:, 0].long(), masks[:, 0].long())
+    metrics.update(found[:, 0].long(), masks[:, 0].long())
     return {**metrics.compute(), "steps": steps, "seconds": seconds}
 
 

@@ -46,8 +46,14 @@ def measure(model: DropInModel, settings: Settings, task: str, width: int) -> Ro
     torch.manual_seed(0)
     net = model.build(width).train(task == "training")
     x = torch.randn(settings.batch, model.channels, settings.size, settings.size)
-    row = {"kind": "model", "name": model.name, **explained(net, x)}
-    allowed, exact = _rounding(net), _exact(net, x)
+    explanation = fastunet.explain(net, x)
+    left = Counter(row.reason for row in explanation.rows if not row.replaced_by).most_common()
+    row: Row = {"kind": "model", "name": model.name, "found": len(explanation.rows), "left": dict(left)}
+    row["replaced"] = explanation.replaced
+    torch.manual_seed(0)  # Dropout is the only chance in them.
+    with torch.no_grad():
+        exact = flat(copy.deepcopy(net).double()(x.double()))
+    allowed = _rounding(net)
 
     def check(provider: Provider, result: Any) -> None:
         for actual, right in zip(flat(result), exact, strict=True):
@@ -61,13 +67,6 @@ def measure(model: DropInModel, settings: Settings, task: str, width: int) -> Ro
     ]
     with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILES):
         return row | measured(settings, *prepared(providers, lambda each: [each.prepare(net, x, task)], check))
-
-
-def explained(net: nn.Module, x: Tensor) -> Row:
-    """How many patterns are found and replaced, and the reasons of those left with their number."""
-    explanation = fastunet.explain(net, x)
-    left = Counter(row.reason for row in explanation.rows if not row.replaced_by)
-    return {"found": len(explanation.rows), "replaced": explanation.replaced, "left": dict(left.most_common())}
 
 
 def _run(backend: str | None, channels_last: bool, net: nn.Module, x: Tensor, task: str) -> Callable[[], Any]:
@@ -93,13 +92,6 @@ def _run(backend: str | None, channels_last: bool, net: nn.Module, x: Tensor, ta
 def flat(outputs: Any) -> list[Tensor]:
     """The tensors of a model's outputs."""
     return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
-
-
-def _exact(net: nn.Module, x: Tensor) -> list[Tensor]:
-    """The outputs in float64. Dropout is the only chance in them, and seeded."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return flat(copy.deepcopy(net).double()(x.double()))
 
 
 def _rounding(net: nn.Module) -> float:

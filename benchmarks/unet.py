@@ -17,6 +17,7 @@ at the bottom one has a single pixel, from which batch norm has no variance.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -114,32 +115,24 @@ def compare_host(settings: Settings) -> Row:
 
 def _host_row(settings: Settings, task: str) -> Row:
     model = make_net(settings)
-    plain: Any = model.to_reference()
     batch = settings.batch if task == "inference" else max(2, settings.batch)
     x, _ = images_and_masks(settings, batch, settings.size)
-    nets = {OURS: model, PLAIN: plain}
+    nets: dict[str, Any] = {OURS: model, PLAIN: model.to_reference()}
     runs = {}
     for name, net in nets.items():
-        net = net.to(memory_format=torch.channels_last).train(task == "training")
-        runs[name] = [_host_run(net, x)]
-    row = {"kind": "net", "name": task, "status": "ok", "images": batch}
-    return measured(settings, row, runs)
+        net.to(memory_format=torch.channels_last).train(task == "training")
+        cotangent = random_cotangent(net(x)) if task == "training" else None
+        runs[name] = [functools.partial(_host_step, net, x, cotangent)]
+    return measured(settings, {"kind": "net", "name": task, "status": "ok", "images": batch}, runs)
 
 
-def _host_run(net: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """A step of forward and backward in train mode, an inference in eval mode."""
-    with torch.no_grad():
-        cotangent = random_cotangent(net(x))
-
-    def infer() -> None:
+def _host_step(net: nn.Module, x: Tensor, cotangent: Tensor | None) -> None:
+    if cotangent is None:
         with torch.no_grad():
             net(x)
-
-    def train() -> None:
+    else:
         net.zero_grad()
         net(x).backward(cotangent)
-
-    return train if net.training else infer
 
 
 # --- the command ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -16,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 def environment(device: str) -> dict[str, Any]:
     """Of this machine and tree; None for what cannot be found out."""
-    found: dict[str, Any] = {
+    changes = _git("status", "--porcelain")
+    found = {
         "device": _cpu(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -25,24 +27,18 @@ def environment(device: str) -> dict[str, Any]:
         "triton": _version("triton"),
         "numpy": _version("numpy"),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": None,
+        "dirty": None if changes is None else changes != "",
     }
-    changes = _git("status", "--porcelain")
-    if changes is not None:
-        found["dirty"] = changes != ""
-    if device == "cuda":
-        found |= _gpu()
-    return found
+    return found | (_gpu() if device == "cuda" else {})
 
 
 def _cpu() -> str:
     """The processor's name where Linux tells it, else its kind."""
-    try:
+    named = []
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _gpu() -> dict[str, Any]:
