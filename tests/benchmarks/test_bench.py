@@ -13,13 +13,13 @@ pytest.importorskip("rich", reason="needs the extra train")
 import numpy as np
 import torch
 from command import fastunet
-from fastunet.benchmarks import results, unet
+from fastunet.benchmarks import unet
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.charts import draw
 from fastunet.benchmarks.providers import OURS, Provider
 from fastunet.benchmarks.results import Unavailable
 from fastunet.benchmarks.runs import measured, prepared
-from fastunet.benchmarks.unet import default_settings, tables
+from fastunet.benchmarks.unet import tables
 from PIL import Image
 
 TINY = Settings("cpu", "float32", 16, 1, (4, 8), rounds=3, warmup=1, compiles=False)
@@ -60,14 +60,6 @@ def test_the_json_has_every_sample_and_the_ratios_of_its_rounds(done: tuple[str,
     assert report["summary"]["training"] == nets["training"]
     assert report["summary"]["not_measured"] == 0
     assert report["summary"]["layers_forward"]["onednn eager"]["compared"] == 6
-
-
-def test_the_readmes_table_takes_the_file(done: tuple[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "benchmarks" / "results"
-    (folder / "cpu").mkdir(parents=True)
-    (folder / "cpu" / "unet_cpu.json").write_bytes((done[1] / "bench.json").read_bytes())
-    ratio = json.loads((done[1] / "bench.json").read_text())["summary"]["inference"]["eager folded"]["ratio"]
-    assert f"| eager folded | {ratio:.2f} (" in results.generate(folder)
 
 
 def test_the_terminal_shows_all_that_the_file_has(done: tuple[str, Path]) -> None:
@@ -153,14 +145,6 @@ def test_cudnn_tries_its_algorithms_for_the_provider_and_not_for_what_it_is_chec
     assert states == [("prepare", True), ("run", True), ("check", False)]
 
 
-@pytest.mark.parametrize(("error", "status"), [(AssertionError("off"), "parity failed"), (OSError("x"), "failed")])
-def test_nothing_is_timed_where_ours_is_wrong_or_fails(error: Exception, status: str) -> None:
-    row = compared(Provider(OURS, "NHWC", "float32", raising(error)), provider("right"))
-    assert row["status"] == status
-    assert "samples_ms" not in row
-    assert "ratios" not in row
-
-
 def test_a_wrong_net_of_ours_ends_with_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import fastunet as library
 
@@ -196,11 +180,3 @@ def test_losing_cases_are_drawn_and_listed_like_winning_ones(tmp_path: Path) -> 
     shown = "\n".join(tables(report))
     assert "3.25" in shown
     assert "0.25" in shown
-
-
-def test_the_defaults_are_smaller_on_a_cpu_and_quick_compiles_nothing() -> None:
-    on_gpu, on_cpu = (default_settings(device, torch.bfloat16) for device in ("cuda", "cpu"))
-    assert (on_gpu.features, on_gpu.size, on_gpu.batch) == ((64, 128, 256, 512, 1024), 512, 16)
-    assert on_cpu.size * on_cpu.batch < on_gpu.size * on_gpu.batch
-    quick = default_settings("cpu", torch.bfloat16, quick=True, size=64)
-    assert (quick.compiles, quick.layers is None, quick.size, quick.dtype) == (False, False, 64, "bfloat16")

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=3)
 CONVOLUTION = "fastunet/ops/conv3x3.py"
 CALL = "    y, pooled, raw, mean, invstd = _op.invoke(args)\n"
+UPSAMPLING = "fastunet/ops/conv_transpose2x2.py"
+UP_CALL = "    return _op.invoke(UpArgs(x, weight, bias))\n"
 
 
 def git(repository: Path, *arguments: str) -> str:
@@ -44,26 +46,20 @@ def replaced(path: Path, old: str, new: str) -> None:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This tree's sources, in a repository of their own with the tags slow and wrong."""
+    """This tree's sources, in a repository of their own; the tag "bad" has a wrong convolution and slow upsampling."""
     root = tmp_path_factory.mktemp("repository")
     for folder in ("fastunet", "kernels", "benchmarks"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
     git(root, "init", "--quiet")
     (root / ".gitignore").write_text("__pycache__\n")
-
-    def tagged(name: str) -> None:
-        git(root, "add", "--all")
-        git(root, "commit", "--quiet", "--message", name)
-        git(root, "tag", name)
-
-    tagged("same")
-    replaced(root / CONVOLUTION, CALL, "    import time\n\n    time.sleep(0.05)\n" + CALL)
-    tagged("slow")
-    replaced(root / CONVOLUTION, "    import time\n\n    time.sleep(0.05)\n", "")
     replaced(root / CONVOLUTION, CALL, CALL + "    y = 1.5 * y\n")
-    tagged("wrong")
-    git(root, "checkout", "--quiet", "same", "--", "fastunet")
-    tagged("new")
+    replaced(root / UPSAMPLING, UP_CALL, "    import time\n\n    time.sleep(0.05)\n" + UP_CALL)
+    git(root, "add", "--all")
+    git(root, "commit", "--quiet", "--message", "bad")
+    git(root, "tag", "bad")
+    for file in (CONVOLUTION, UPSAMPLING):
+        shutil.copy(ROOT / file, root / file)
+    git(root, "commit", "--quiet", "--all", "--message", "good")
     return root
 
 
@@ -83,7 +79,7 @@ def files(_: Settings, request: str) -> dict[str, str]:
 def test_each_side_imports_its_own_tree(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fastunet is installed from a third tree here, this one."""
     monkeypatch.setattr(compare_commits, "ROOT", repository)
-    with compare_commits.package_of("wrong") as package, Spawned(files, TINY, path=package) as base:
+    with compare_commits.package_of("bad") as package, Spawned(files, TINY, path=package) as base:
         found = base.ask("inference", 100)
         for name, file in found.items():
             measured = name.startswith(("fastunet.testing", "fastunet.benchmarks"))
@@ -94,30 +90,24 @@ def test_each_side_imports_its_own_tree(repository: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_a_slow_commit_is_seen_to_be_slow(repository: Path, tmp_path: Path) -> None:
-    out = tmp_path / "verify.json"
-    done = run(repository, "slow", "--only", "inc.c1", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    forward, backward = json.loads(out.read_text())["rows"]
-    assert forward["ratio"]["median"] > 1.5, "its base sleeps 0.05 s in each forward pass"
-    assert forward["base_ms"] > 50
-    assert (backward["status"], backward["ratio"]["samples"]) == ("ok", 3)
-    assert "layer inc.c1 forward" in done.stdout
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(
     not cpu_accumulates_in_float32(torch.bfloat16), reason="this processor sums products of bfloat16 in bfloat16"
 )
-def test_a_wrong_commit_has_no_speed_and_is_named(repository: Path) -> None:
-    done = run(repository, "wrong", "--only", "inc.c1", "up1.up", "inference")
+def test_what_is_wrong_is_named_and_has_no_speed_and_what_is_slow_is_seen(repository: Path, tmp_path: Path) -> None:
+    done = run(repository, "bad", "--only", "inc.c1", "up1.up", "inference", "--out", str(tmp_path / "rows.json"))
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
     parity = [line for line in lines if line.startswith("parity")]
     assert parity
     assert all("PARITY FAILED in base: " in line and "conv3x3" in line for line in parity), done.stdout
     assert not any("ms" in line for line in lines if line.startswith(("net inference", "layer inc.c1")))
-    assert sum("base/new" in line for line in lines) == 2, "the transposed convolution is right"
+    assert sum("base/new" in line for line in lines) == 2, "upsampling is right"
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    forward, backward = (row for row in rows if row["name"] == "up1.up")
+    assert forward["ratio"]["median"] > 1.5, "its base sleeps 0.05 s in each forward pass"
+    assert forward["base_ms"] > 50
+    assert (backward["status"], backward["ratio"]["samples"]) == ("ok", 3)
+    assert run(repository, "HEAD", "--only", "up1.up").returncode == 0
 
 
 def test_an_unknown_commit_is_named(repository: Path) -> None:
@@ -126,7 +116,7 @@ def test_an_unknown_commit_is_named(repository: Path) -> None:
 
 
 def test_a_stopped_comparison_leaves_nothing(repository: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks", "compare-commits", "--base", "same", "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks", "compare-commits", "--base", "HEAD", "--device", "cpu"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, cwd=repository, env=environment, stdout=subprocess.DEVNULL)
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,18 +28,11 @@ class NotSupported(Exception):
     pass
 
 
-class FakeTensor(SimpleNamespace):
-    """Takes the setters of an output."""
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("set_"):
-            raise AttributeError(name)
-
-        def setter(value: Any) -> FakeTensor:
-            setattr(self, name.removeprefix("set_"), value)
-            return self
-
-        return setter
+def fake_tensor(**given: Any) -> MagicMock:
+    """It also takes the setters of an output."""
+    tensor = MagicMock()
+    tensor.configure_mock(**given)
+    return tensor
 
 
 class FakeGraph:
@@ -47,22 +42,15 @@ class FakeGraph:
         self.options, self.failing, self.count = options, failing, count
         self.nodes: dict[str, dict[str, Any]] = {}
         self.executed: list[int] = []
+        self.tensor = fake_tensor
 
-    def tensor(self, **given: Any) -> FakeTensor:
-        return FakeTensor(**given)
+    def _node(self, node: str, **given: Any) -> MagicMock:
+        self.nodes[node] = given
+        return fake_tensor(name="y", of=node)
 
-    def _node(self, name: str, given: dict[str, Any]) -> FakeTensor:
-        self.nodes[name] = given
-        return FakeTensor(name="y", of=name)
-
-    def conv_fprop(self, **given: Any) -> FakeTensor:
-        return self._node("conv", given)
-
-    def bias(self, **given: Any) -> FakeTensor:
-        return self._node("bias", given)
-
-    def relu(self, **given: Any) -> FakeTensor:
-        return self._node("relu", given)
+    conv_fprop = partialmethod(_node, "conv")
+    bias = partialmethod(_node, "bias")
+    relu = partialmethod(_node, "relu")
 
     def validate(self) -> None: ...
 
@@ -88,9 +76,6 @@ class FakeGraph:
         kernel = named["weight"].shape[2]
         y = torch.nn.functional.conv2d(named["x"], named["weight"], named["bias"].flatten(), padding=kernel // 2)
         named["y"].copy_(y.relu() if "relu" in self.nodes else y)
-
-
-FakeTensor.__hash__ = object.__hash__  # type: ignore[assignment]
 
 
 @pytest.fixture

@@ -61,13 +61,6 @@ def test_a_layers_outputs_are_what_its_modules_return() -> None:
     assert [shape for layer in unet_layers(3, 2, (4, 8, 16), 2, 16, 24) for shape in layer.outputs.values()] == returned
 
 
-def test_every_op_has_a_case_and_passes() -> None:
-    cases = parity.cases()
-    assert {case.op for case in cases} == set(ops.__all__)
-    for case in cases:
-        parity.check(case, torch.float32, CPU)
-
-
 @pytest.mark.parametrize("case", parity.cases()[len(parity.cases()) // 2 :], ids=lambda case: case.op)
 def test_every_result_that_is_off_is_caught(case: parity.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """One element of each result in turn is off: by a hundredth of the largest, of gradients by three tenths.
@@ -77,6 +70,7 @@ def test_every_result_that_is_off_is_caught(case: parity.Case, monkeypatch: pyte
     compare, caught = parity.compare, []
 
     def alter_each(actual, call) -> None:
+        compare(actual, call)
         for name in parity.expected(call):
             right = actual[name]
             flat = right.flatten().clone()

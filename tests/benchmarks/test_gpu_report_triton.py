@@ -13,8 +13,6 @@ from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config, config_search
 from kernel_device import DEVICE, INTERPRETED, MARK
 
-from fastunet.testing import parity
-
 pytestmark = MARK
 SMALL = Settings(device=DEVICE.type, size=16, batch=2, features=(8, 16), rounds=2, warmup=1, steady_seconds=0.05)
 
@@ -36,13 +34,6 @@ def test_the_kernels_are_timed_beside_others(step: Step) -> None:
     assert row["ratios"]
     if INTERPRETED:
         assert row["ratios"]["aten"]["ratio"] < 1, "the interpreter is not the kernel it says it is"
-
-
-@pytest.mark.parametrize("case", [0, 11], ids=lambda i: parity.cases()[i].op)
-def test_our_kernels_are_compared(case: int) -> None:
-    count = len(parity.cases())
-    row = gpu_steps.run_step(SMALL, Step("parity", str(count // 2 + case), "bfloat16"))
-    assert (row["status"], row["implementation"], row["reason"]) == ("ok", "triton", "")
 
 
 def alter_single_warps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,12 +70,6 @@ def test_without_results_it_says_so(tmp_path: Path) -> None:
     assert "|" not in text
 
 
-def test_a_file_that_is_not_as_expected_is_named(tmp_path: Path) -> None:
-    broken = {name: value for name, value in RESULT.items() if name != "settings"}
-    with pytest.raises(DataError, match=r"unet_cpu\.json.*settings"):
-        results.generate(write(tmp_path, "cpu/unet_cpu.json", broken))
-
-
 def test_only_what_is_between_the_markers_changes(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     write(tmp_path, "cpu/unet_cpu.json", RESULT)

@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from fake_clock import FakeClock
 
-from fastunet.measuring.timing import Quantiles, interleaved_samples, sets_past_cache
-
-
-def test_quantiles() -> None:
-    got = Quantiles.of([float(i) for i in (10, 0, 3, 1, 2, 9, 8, 7, 6, 5, 4)])
-    assert (got.median, got.p10, got.p90, got.samples) == (5.0, 1.0, 9.0, 11)
-    assert Quantiles.of([1.0, 2.0]).median == 1.5
+from fastunet.measuring.timing import interleaved_samples, sets_past_cache
 
 
 def test_runs_take_turns_in_both_orders_on_every_set() -> None:
