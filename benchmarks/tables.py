@@ -27,8 +27,8 @@ def report_of(settings: Settings, rows: Sequence[Row], **more: Any) -> Report:
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Return the ops that were right, and the rows without a time or verdict; by task ("inference", "training"), by how
-    many times each provider takes longer than ours, and its images a second; by direction and provider, how many layers
-    ours is faster in, and of how many.
+    many times each provider takes longer than ours; by direction and provider, how many layers ours is faster in, and
+    of how many.
 
     "unsteady": tasks whose figures count for nothing, since eager's own times vary too much.
     """
@@ -50,49 +50,33 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     for task in TASKS:
         nets = [row for row in rows if row["kind"] == "net" and row["name"] == task]
         summary[task] = {name: found for row in nets for name, found in row.get("ratios", {}).items()}
-        summary[f"{task}_images_per_s"] = {
-            name: 1e3 * row["images"] / times.median for row in reversed(nets) for name, times in times_ms(row).items()
-        }
     return summary
 
 
 # --- nets, layers, and what has no time ---
 
 
-def nets_table(rows: Sequence[Row]) -> str:
-    """Write a line for each implementation of each task."""
+def times_table(rows: Sequence[Row]) -> str:
+    """Write a line for each implementation of each layer, or task of the net, ours first."""
     lines = []
     for row in rows:
-        task = f"{row['name']} {row.get('variant', '')}".strip()
+        what = f"{row['name']} {row.get('variant', '')}".strip() if row["kind"] == "net" else row["name"]
         forms, bound = row.get("forms", {}), row.get("bound_ms")
         for name, times in times_ms(row).items():
             peak = row.get("peak_bytes", {}).get(name)
             figures = [
                 row.get("steady_ms", {}).get(name),
-                1e3 * row["images"] / times.median,
+                1e3 * row["images"] / times.median if "images" in row else None,
                 row["flops"] / times.median / 1e9 if "flops" in row else None,
                 None if bound is None else bound / times.median,
                 None if peak is None else peak / 1e9,
             ]
             cells = [spread_text(times), ratio_text(row["ratios"].get(name)), *map(figure, figures)]
-            lines.append([task, name, " ".join(forms.get(name, {}).values()), *cells, ""])
+            lines.append([what, name, " ".join(forms.get(name, {}).values()), *cells, ""])
         if note := _note(row):
-            lines.append([task, *[""] * 9, note])
-    header = ["task", "implementation", "form", "ms", "time / ours", "steady ms", "img/s", "TFLOP/s", "of bound", "GB"]
+            lines.append([what, *[""] * 9, note])
+    header = ["what", "implementation", "form", "ms", "time / ours", "steady ms", "img/s", "TFLOP/s", "of bound", "GB"]
     return markdown([*header, "note"], lines)
-
-
-def layers_table(rows: Sequence[Row]) -> str:
-    """Write a line for each layer, with the time / ours of every other implementation that any of them has."""
-    names = list(dict.fromkeys(name for row in rows for name in row.get("ratios", {})))
-    lines = []
-    for row in rows:
-        ours = next(iter(times_ms(row).values()), None)
-        ratios = [ratio_text(row.get("ratios", {}).get(name)) for name in names]
-        bound = [figure(row.get("bound_ms")), figure(row.get("of_bound"))]
-        times = "" if ours is None else spread_text(ours)
-        lines.append([row["name"], figure(row["flops"] / 1e9), times, *ratios, *bound, _note(row)])
-    return markdown(["layer", "GFLOP", "ours, ms", *names, "bound ms", "of bound", "note"], lines)
 
 
 def missing_table(rows: Sequence[Row]) -> str:
@@ -121,10 +105,10 @@ def render(report: Report) -> str:
     sections = {
         "Families of kernels, on small images": _parity_table(by_kind.get("smoke", [])),
         "Peak rates": _peak_rates(by_kind.get("peak rates", [])),
-        "Layers, forward": layers_table(by_kind.get("layer forward", [])),
-        "Layers, backward": layers_table(by_kind.get("layer backward", [])),
-        "Layers, forward, beside torch.compile": layers_table(by_kind.get(f"layer {COMPILED}", [])),
-        "Whole net": nets_table(by_kind.get("net", [])),
+        "Layers, forward": times_table(by_kind.get("layer forward", [])),
+        "Layers, backward": times_table(by_kind.get("layer backward", [])),
+        "Layers, forward, beside torch.compile": times_table(by_kind.get(f"layer {COMPILED}", [])),
+        "Whole net": times_table(by_kind.get("net", [])),
         "Not measured": missing_table(report["rows"]),
         "Parity with float64": _parity_table(by_kind.get("parity", [])),
         "Configurations measured": tune_table(report.get("tuned", [])),
@@ -134,8 +118,8 @@ def render(report: Report) -> str:
     machine = "\n".join(f"- {name}: {value}" for name, value in report["environment"].items())
     conditions = (
         f"Images {shape}, U-Net {features}, bfloat16. Times are medians, p10 to p90 in brackets, of samples taken in "
-        "turn with short rests (burst); `steady` is without a break. An implementation's column is its time / ours: "
-        "below 1, ours is slower. `of bound` is the least time that the measured peak rates allow / ours."
+        "turn with short rests (burst); `steady` is without a break. Where time / ours is below 1, ours is slower. "
+        "`of bound` is the least time that the measured peak rates allow / that of the implementation."
     )
     parts = ["# GPU report", machine, conditions]
     return "\n\n".join(parts + [f"## {title}\n\n{text}" for title, text in sections.items()]) + "\n"

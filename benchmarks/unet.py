@@ -38,7 +38,7 @@ from .gpu_steps import Step, describe, providers_of, runs_of
 from .providers import OURS, dtype_name
 from .results import Row, markdown
 from .runs import images_and_masks, make_net, measured
-from .tables import layers_table, missing_table, nets_table, report_of
+from .tables import missing_table, report_of, times_table
 
 # The reference model as people run it.
 PLAIN = "eager channels_last"
@@ -95,7 +95,7 @@ def report(settings: Settings, rows: Sequence[Row]) -> Row:
 def tables(report: Row) -> list[str]:
     """Write Markdown: a table of the net, one of the layers, one of what was not measured, and why."""
     kinds = {kind: [row for row in report["rows"] if row["kind"] == kind] for kind in ("net", "layer")}
-    found = [nets_table(kinds["net"]), layers_table(kinds["layer"]), missing_table(report["rows"])]
+    found = [*map(times_table, kinds.values()), missing_table(report["rows"])]
     return [f"{table}\n" for table in found if table != markdown((), ())]
 
 
