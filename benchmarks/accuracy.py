@@ -141,9 +141,6 @@ def compare_quantised(run: Path, data: Path, calibration: int) -> dict[str, Any]
     return {**scores, "loss": loss, "images": stems}
 
 
-# --- the command ---
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("data", type=Path, metavar="DATA")

@@ -146,9 +146,6 @@ def line(row: Row) -> str:
     )
 
 
-# --- the command ---
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--base", required=True, metavar="REV", help="the commit to compare with")

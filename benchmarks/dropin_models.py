@@ -64,21 +64,15 @@ def find_packages() -> Any:
     return library
 
 
-def _smp(name: str, **options: Any) -> Callable[[int], nn.Module]:
+def _smp(name: str, *, has_widths: bool = True) -> DropInModel:
     def build(width: int) -> nn.Module:
         find_packages()
         import segmentation_models_pytorch as smp
 
-        return getattr(smp, name)("resnet18", encoder_weights=None, classes=2, **options)
+        widths = {"decoder_channels": [*reversed(_levels(width)), width]} if has_widths else {}
+        return getattr(smp, name)("resnet18", encoder_weights=None, classes=2, **widths)
 
-    return build
-
-
-def _smp_decoder(name: str) -> Callable[[int], nn.Module]:
-    def build(width: int) -> nn.Module:
-        return _smp(name, decoder_channels=[width * 2**level for level in (3, 2, 1, 0)] + [width])(width)
-
-    return build
+    return DropInModel(f"smp {name}", build, channels=3, package="segmentation_models_pytorch")
 
 
 def _monai(name: str, make: Callable[[Any, int], nn.Module]) -> DropInModel:
@@ -238,7 +232,7 @@ MODELS = (
     _monai("AttentionUnet", lambda net, w: net(2, 1, 2, channels=_levels(w), strides=(2, 2, 2))),
     _nnunet("PlainConvUNet", n_conv_per_stage=(2, 2, 2, 2)),
     _nnunet("ResidualEncoderUNet", n_blocks_per_stage=(1, 2, 2, 2)),
-    DropInModel("smp Unet", _smp_decoder("Unet"), channels=3, package="segmentation_models_pytorch"),
-    DropInModel("smp UnetPlusPlus", _smp_decoder("UnetPlusPlus"), channels=3, package="segmentation_models_pytorch"),
-    DropInModel("smp FPN", _smp("FPN"), channels=3, package="segmentation_models_pytorch"),
+    _smp("Unet"),
+    _smp("UnetPlusPlus"),
+    _smp("FPN", has_widths=False),
 )

@@ -49,8 +49,6 @@ def _summary(totals: dict[str, int]) -> dict[str, Any]:
     return {name: {"bytes": total, "of_eager": total / totals["eager"]} for name, total in totals.items()}
 
 
-# --- what a step keeps ---
-
 IMPLEMENTATIONS = ("eager", "aten", "triton")
 
 
@@ -90,9 +88,6 @@ def _kept(settings: Settings, implementation: str, batch: int) -> Counter[int]:
     for t in found.values():
         kept[t.shape[2] if t.dim() == 4 else 0] += t.untyped_storage().nbytes()
     return kept
-
-
-# --- the command ---
 
 
 def table(found: dict[str, Any], part: str, unit: float) -> str:

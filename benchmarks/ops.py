@@ -92,9 +92,6 @@ def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, T
     return getattr(reference, op)(*inputs.values(), *buffers.values(), **options)
 
 
-# --- the command ---
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_settings(parser, Settings(usual_device(), rounds=30, seconds=2.0), "device", "rounds", "seconds")

@@ -202,9 +202,6 @@ def _l2_reader(device: torch.device) -> tuple[Callable[[], Any], int]:
     return run, size
 
 
-# --- the command ---
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--tflops", type=float, required=True, help="measured rate of a matrix product, TFLOP/s")

@@ -135,9 +135,6 @@ def _host_step(net: nn.Module, x: Tensor, cotangent: Tensor | None) -> None:
         net(x).backward(cotangent)
 
 
-# --- the command ---
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--host", action="store_true", help="time the calls, on next to no arithmetic")
