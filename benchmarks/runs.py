@@ -7,6 +7,7 @@ time, and is named with its reason.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -116,7 +117,7 @@ def net_runs(settings: Settings, task: str, providers: Sequence[Provider]) -> tu
             check_gradients(settings, model)
         return [provider.prepare(model, x, target if training else None)]
 
-    return prepared(providers, prepare, NetCheck(model, x, target, training=training).check)
+    return prepared(providers, prepare, net_check(model, x, target, training=training))
 
 
 # --- ops and layers ---
@@ -256,68 +257,63 @@ def distance(actual: Tensor, exact: Tensor) -> float:
     return float((actual - exact).norm() / exact.norm())
 
 
-class NetCheck:
-    """What a model gives on images x, in float64 and by plain modules, and whether a provider's first result is right.
+def net_check(model: fastunet.UNet, x: Tensor, target: Tensor, *, training: bool) -> Callable[[Provider, Tensor], None]:
+    """Return what raises AssertionError where a provider's first result on images x is off by more than is allowed: the
+    loss of a training step, or the outputs of inference, of which the last image's are looked at.
 
-    training: the result is the loss of the first step, else the outputs, of which the last image's are looked at. The
-    float64 net is run once.
+    Outputs may be twice as far from float64, relatively and in the 2-norm, as plain modules of the provider's dtype
+    are, or as far as roundings alone may take them; the loss, by what that can do to it (`loss_bound`).
     """
+    model, x, target = copy.deepcopy(model).train(training), x if training else x[-1:], target.double()
+    exact = _plain_outputs(model, x, torch.float64)
 
-    def __init__(self, model: fastunet.UNet, x: Tensor, target: Tensor, *, training: bool) -> None:
-        self._model, self._x, self._training = copy.deepcopy(model).train(training), x if training else x[-1:], training
-        self._target = target.double()
-        self._exact = self._outputs(torch.float64)
-        self._allowed: dict[str, float] = {}
+    @functools.cache
+    def allowed_share(dtype: torch.dtype) -> float:
+        plain = distance(_plain_outputs(model, x, dtype), exact)
+        return max(_TIMES_PLAIN * plain, distance(_rounded_outputs(model, x, dtype), exact))
 
-    def check(self, provider: Provider, result: Tensor) -> float:
-        """Return how far the result of the provider's first run is off: AssertionError if by more than is allowed.
-
-        Outputs may be twice as far from float64, relatively and in the 2-norm, as plain modules of the provider's dtype
-        are, or as far as roundings alone may take them; the loss, by what that can do to it (`loss_bound`).
-        """
-        if provider.dtype not in self._allowed:
-            dtype = getattr(torch, provider.dtype)
-            plain = distance(self._outputs(dtype), self._exact)
-            self._allowed[provider.dtype] = max(_TIMES_PLAIN * plain, self._rounded(dtype))
-        exact, share = self._exact, self._allowed[provider.dtype]
-        if self._training:
-            what, off = "the loss", abs(float(result) - float(bce_dice(exact, self._target)))
-            allowed = loss_bound(share, exact, self._target)
+    def check(provider: Provider, result: Tensor) -> None:
+        allowed = allowed_share(getattr(torch, provider.dtype))
+        if training:
+            what, off = "the loss", abs(float(result) - float(bce_dice(exact, target)))
+            allowed = loss_bound(allowed, exact, target)
         else:
-            what, off, allowed = "the outputs, relative", distance(result[-1:].double(), exact), share
-        if not off <= allowed:  # NaN is not.
-            raise AssertionError(f"{provider.name}: distance to float64 of {what}: {off:.2e}, allowed {allowed:.2e}")
-        return off
+            what, off = "the outputs, relative", distance(result[-1:].double(), exact)
+        assert off <= allowed, f"{provider.name}: distance to float64 of {what}: {off:.2e}, allowed {allowed:.2e}"
 
-    def _rounded(self, dtype: torch.dtype) -> float:
-        """The relative distance that roundings alone may cause: of the float64 net, each layer's result off at random.
+    return check
 
-        A convolution's by as much as `fastunet.testing` grants its sum and its result, a norm's by its result's
-        rounding. A norm of few values magnifies what came in; how much, only the net itself tells.
-        """
-        generator = torch.Generator(self._x.device).manual_seed(0)
 
-        def disturb(module: nn.Module, inputs: Any, result: Tensor) -> Tensor:
-            size = UNIT_ROUNDOFF[dtype]
-            if isinstance(module, nn.Conv2d):
-                size += 6 * module.weight[0].numel() ** 0.5 * UNIT_ROUNDOFF[torch.float32]
-            noise = torch.rand(result.shape, generator=generator, dtype=torch.float64, device=result.device)
-            return result * (1 + size * (2 * noise - 1))
+def _rounded_outputs(model: fastunet.UNet, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float64 net's outputs, each layer's result off at random as far as roundings may take it.
 
-        net = self._model.to_reference().double()
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.InstanceNorm2d):
-                module.register_forward_hook(disturb)
-        with torch.no_grad():
-            return distance(net(self._x.double()), self._exact)
+    A convolution's by as much as `fastunet.testing` grants its sum and its result, a norm's by its result's rounding.
+    A norm of few values magnifies what came in; how much, only the net itself tells.
+    """
+    generator = torch.Generator(x.device).manual_seed(0)
 
-    def _outputs(self, dtype: torch.dtype) -> Tensor:
-        """Of plain modules in that dtype (16 bits in training: under autocast), in float64."""
-        amp = self._training and dtype in (torch.bfloat16, torch.float16)
-        held = torch.float32 if amp else dtype
-        net = self._model.to_reference().to(held)
-        with torch.no_grad(), torch.autocast(self._x.device.type, dtype) if amp else nullcontext():
-            return net(self._x.to(held)).double()
+    def disturb(module: nn.Module, inputs: Any, result: Tensor) -> Tensor:
+        size = UNIT_ROUNDOFF[dtype]
+        if isinstance(module, nn.Conv2d):
+            size += 6 * module.weight[0].numel() ** 0.5 * UNIT_ROUNDOFF[torch.float32]
+        noise = torch.rand(result.shape, generator=generator, dtype=torch.float64, device=result.device)
+        return result * (1 + size * (2 * noise - 1))
+
+    net = model.to_reference().double()
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d | nn.InstanceNorm2d):
+            module.register_forward_hook(disturb)
+    with torch.no_grad():
+        return net(x.double())
+
+
+def _plain_outputs(model: fastunet.UNet, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of plain modules in that dtype (16 bits in training: under autocast), in float64."""
+    amp = model.training and dtype.itemsize == 2
+    held = torch.float32 if amp else dtype
+    net = model.to_reference().to(held)
+    with torch.no_grad(), torch.autocast(x.device.type, dtype) if amp else nullcontext():
+        return net(x.to(held)).double()
 
 
 def loss_bound(share: float, logits: Tensor, target: Tensor) -> float:

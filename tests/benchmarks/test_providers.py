@@ -10,7 +10,7 @@ from fastunet.benchmarks import providers
 from fastunet.benchmarks.cases import unet_layers
 from fastunet.benchmarks.providers import OURS, OURS_TRITON, Provider, layer_providers, net_providers
 from fastunet.benchmarks.results import Unavailable
-from fastunet.benchmarks.runs import NetCheck, check_layer, device_inputs
+from fastunet.benchmarks.runs import check_layer, device_inputs, net_check
 
 import fastunet
 from fastunet.testing import cpu_accumulates_in_float32
@@ -73,7 +73,7 @@ def test_compiled_layers_are_right_and_compiled_once() -> None:
 def test_eager_baselines_of_a_net_are_right(training: bool, dtype: torch.dtype, norm: str | None) -> None:
     model, x, target = problem(norm)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    check = NetCheck(model, x, target, training=training)
+    check = net_check(model, x, target, training=training)
     checked = []
     for provider in net_providers(CPU, dtype, training=training):
         if provider.unavailable or provider.name.startswith("compile"):
@@ -83,10 +83,10 @@ def test_eager_baselines_of_a_net_are_right(training: bool, dtype: torch.dtype, 
                 provider.prepare(model, x, target)
             continue
         right = provider.prepare(model, x, target if training else None)()
-        check.check(provider, right)
+        check(provider, right)
         for wrong in (right * (1.001 if dtype == torch.float32 else 2), right * float("nan")):
             with pytest.raises(AssertionError, match=f"{provider.name}: distance to float64"):
-                check.check(provider, wrong)
+                check(provider, wrong)
         checked.append(provider.name)
     expected = {OURS, "eager", "eager channels_last" if dtype == torch.float32 else "eager channels_last AMP"}
     if not training:
@@ -98,11 +98,11 @@ def test_eager_baselines_of_a_net_are_right(training: bool, dtype: torch.dtype, 
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_nets_are_right(training: bool) -> None:
     model, x, target = problem()
-    check = NetCheck(model, x, target, training=training)
+    check = net_check(model, x, target, training=training)
     checked = []
     for provider in net_providers(CPU, torch.float32, training=training):
         if provider.name.startswith("compile") and not provider.unavailable:
-            check.check(provider, provider.prepare(model, x, target)())
+            check(provider, provider.prepare(model, x, target)())
             checked.append(provider.name)
     assert checked == (["compile"] if training else ["compile", "compile freezing"])
 
