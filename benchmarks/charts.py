@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -72,32 +71,12 @@ def _draw_bars(axes: Axes, kind: str, bars: Sequence[Bar]) -> None:
     axes.set_xlabel(f"time / {OURS}'s, p10 to p90; left of 1, hatched, {OURS} is slower", fontsize=8)
 
 
-# --- the roofline ---
-
-# Okabe and Ito's colours; shape tells the same as colour does.
-_STYLES: dict[str, dict[str, Any]] = {
-    "faster": {"marker": "^", "color": "#009E73", "label": "measured, faster than the others"},
-    "slower": {"marker": "v", "color": "#D55E00", "label": "measured, slower than another"},
-    "alone": {"marker": "s", "color": "#0072B2", "label": "measured, nothing to compare with"},
-}
-
-
-def verdict(point: Point) -> str:
-    """Of the first implementation measured: "faster" or "slower" than the best of the others, "alone" without any."""
-    ours, *others = point.measured.values()
-    if not others:
-        return "alone"
-    return "faster" if ours < min(others) else "slower"
-
-
 def plot_roofline(points: Sequence[Point], peaks: PeakRates, path: Path) -> None:
-    """Write the roofline as a PNG: FLOP/s against FLOP per byte of memory traffic, both logarithmic.
+    """Write the roofline of measured layers as a PNG: FLOP/s against FLOP per byte of memory traffic, logarithmic.
 
     A layer's lower bound in time lies on the roof; below it, joined by a line, is what the first implementation of
-    `measured` reached, with a marker that tells whether another was faster. Raises ValueError without a point.
+    `measured` reached, with a marker that tells whether another was faster.
     """
-    if not points:
-        raise ValueError("expected at least one point to plot, got none")
     figure = Figure(figsize=(12, 7.5), dpi=110, layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
     axes.set_title("U-Net layers, forward")
@@ -111,12 +90,13 @@ def plot_roofline(points: Sequence[Point], peaks: PeakRates, path: Path) -> None
     rates = f"peak rates, memory: {peaks.copy_bytes / 1e12:.3g} TB/s, matrix products: {peak:.4g} TFLOP/s"
     axes.plot([left, ridge, right], [left * peak / ridge, peak, peak], color="black", label=rates)
     axes.plot(intensities, speeds, "o", markerfacecolor="white", color="black", label="one fused pass at these rates")
-    for kind, style in _STYLES.items():
-        for point, x, top in zip(points, intensities, speeds, strict=True):
-            if point.measured and verdict(point) == kind:
-                reached = point.work.flops / next(iter(point.measured.values())) / 1e12
-                axes.plot([x, x], [reached, top], color="grey", linewidth=0.8, zorder=1)
-                axes.plot(x, reached, linestyle="", markersize=9, **style)
+    for point, x, top in zip(points, intensities, speeds, strict=True):
+        ours, *others = point.measured.values()
+        reached = point.work.flops / ours / 1e12
+        axes.plot([x, x], [reached, top], color="grey", linewidth=0.8, zorder=1)
+        wins = ours <= min(others, default=ours)
+        colour, marker, label = (WINS, "^", "as fast as any other") if wins else (LOSES, "v", "slower than another")
+        axes.plot(x, reached, marker, markersize=9, color=colour, label=f"measured, {label}")
     in_order = sorted(zip(intensities, speeds, [point.name for point in points], strict=True))
     for i, (x, top, name) in enumerate(in_order):  # Side by side at the bottom, each led to its marker.
         at, line = ((i + 0.5) / len(points), 0.02), {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
