@@ -11,9 +11,10 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from fastunet.files import SOFTWARE, written_whole
 
+from .cases import DTYPE, fused_pass
 from .providers import OURS
-from .results import Row
-from .roofline import PeakRates, Point
+from .results import Row, times_ms
+from .roofline import PeakRates, layer_of_row
 
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
 WINS, LOSES = "#0072B2", "#D55E00"
@@ -71,11 +72,11 @@ def _draw_bars(axes: Axes, kind: str, bars: Sequence[Bar]) -> None:
     axes.set_xlabel(f"time / {OURS}'s, p10 to p90; left of 1, hatched, {OURS} is slower", fontsize=8)
 
 
-def plot_roofline(points: Sequence[Point], peaks: PeakRates, path: Path) -> None:
+def plot_roofline(rows: Sequence[Row], peaks: PeakRates, path: Path) -> None:
     """Write the roofline of measured layers as a PNG: FLOP/s against FLOP per byte of memory traffic, logarithmic.
 
-    A layer's lower bound in time lies on the roof; below it, joined by a line, is what the first implementation of
-    `measured` reached, with a marker that tells whether another was faster.
+    rows: of layers forward. A layer's lower bound in time lies on the roof; below it, joined by a line, is what ours
+    reached, with a marker that tells whether another was faster.
     """
     figure = Figure(figsize=(12, 7.5), dpi=110, layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
@@ -84,22 +85,23 @@ def plot_roofline(points: Sequence[Point], peaks: PeakRates, path: Path) -> None
     axes.set_ylabel("speed: TFLOP/s")
     axes.grid(which="major", alpha=0.25)
     peak, ridge = peaks.matmul_flops / 1e12, peaks.matmul_flops / peaks.copy_bytes
-    intensities = [point.work.flops / point.work.bytes for point in points]
-    speeds = [point.work.flops / point.bound / 1e12 for point in points]
+    works = [fused_pass(layer_of_row(row), DTYPE.itemsize) for row in rows]
+    intensities = [work.flops / work.bytes for work in works]
+    speeds = [work.flops / peaks.seconds(work) / 1e12 for work in works]
     left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
     rates = f"peak rates, memory: {peaks.copy_bytes / 1e12:.3g} TB/s, matrix products: {peak:.4g} TFLOP/s"
     axes.plot([left, ridge, right], [left * peak / ridge, peak, peak], color="black", label=rates)
     axes.plot(intensities, speeds, "o", markerfacecolor="white", color="black", label="one fused pass at these rates")
-    for point, x, top in zip(points, intensities, speeds, strict=True):
-        ours, *others = point.measured.values()
-        reached = point.work.flops / ours / 1e12
+    for row, x, top in zip(rows, intensities, speeds, strict=True):
+        ours, *others = (times.median for times in times_ms(row).values())
+        reached = row["flops"] / ours / 1e9
         axes.plot([x, x], [reached, top], color="grey", linewidth=0.8, zorder=1)
         wins = ours <= min(others, default=ours)
         colour, marker, label = (WINS, "^", "as fast as any other") if wins else (LOSES, "v", "slower than another")
         axes.plot(x, reached, marker, markersize=9, color=colour, label=f"measured, {label}")
-    in_order = sorted(zip(intensities, speeds, [point.name for point in points], strict=True))
+    in_order = sorted(zip(intensities, speeds, [row["name"] for row in rows], strict=True))
     for i, (x, top, name) in enumerate(in_order):  # Side by side at the bottom, each led to its marker.
-        at, line = ((i + 0.5) / len(points), 0.02), {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
+        at, line = ((i + 0.5) / len(rows), 0.02), {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
         axes.annotate(name, (x, top), at, textcoords="axes fraction", rotation=90, ha="center", arrowprops=line)
     axes.set_ylim(bottom=axes.get_ylim()[0] / 20)
     handles, labels = axes.get_legend_handles_labels()

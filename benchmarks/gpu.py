@@ -25,11 +25,11 @@ from fastunet.checks import ConfigError
 from fastunet.files import write_json, written_whole
 from fastunet.testing.families import FP8
 
-from .cases import DTYPE, Settings, add_settings, settings_of
+from .cases import DTYPE, Settings, add_settings, fused_pass, settings_of
 from .gpu_steps import Step, all_steps, run_steps
 from .harness.worker import Budget
 from .results import Row, times_ms
-from .roofline import PeakRates, layer_of_row, point_of, points_of_report
+from .roofline import PeakRates, layer_of_row
 from .tables import Report, render, report_of, summarise
 
 # Seconds kept for ending a process and writing the files.
@@ -48,7 +48,7 @@ def add_bounds(rows: Sequence[Row]) -> None:
     bounds = {}
     for row in rows:
         if row["kind"] == "layer" and row["variant"] != "backward":
-            row["bound_ms"] = bounds[row["name"]] = 1e3 * point_of(layer_of_row(row), peaks).bound
+            row["bound_ms"] = bounds[row["name"]] = 1e3 * peaks.seconds(fused_pass(layer_of_row(row), DTYPE.itemsize))
     for row in rows:
         if row["kind"] == "net" and row["name"] == "inference":
             row["bound_ms"] = sum(bounds.values())
@@ -67,14 +67,14 @@ def peak_rates_of(rows: Sequence[Row]) -> PeakRates | None:
 def draw_roofline(out: Path, report: Report) -> str:
     """Write roofline.png; why not, where it cannot be."""
     peaks = peak_rates_of(report["rows"])
-    points = [] if peaks is None else points_of_report(report, peaks)
-    if peaks is None or not points:
+    rows = [row for row in report["rows"] if row["kind"] == "layer" and row["variant"] == "forward" and times_ms(row)]
+    if peaks is None or not rows:
         return "no peak rates, or no layer, were measured"
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed"
     from .charts import plot_roofline
 
-    plot_roofline(points, peaks, out / "roofline.png")
+    plot_roofline(rows, peaks, out / "roofline.png")
     return ""
 
 

@@ -14,9 +14,9 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from fastunet.checks import ConfigError
 from fastunet.measuring.timing import Clock, Quantiles, clock_of, interleaved_samples
 
 from .cases import DTYPE, Layer, Pass, Settings, add_settings, eager_passes, fused_pass, settings_of
-from .results import Row, markdown, times_ms
+from .results import Row, markdown
 
 
 @dataclass(frozen=True)
@@ -43,41 +43,9 @@ class PeakRates:
         return max(work.flops / self.matmul_flops, work.bytes / self.copy_bytes)
 
 
-class Point(NamedTuple):
-    """A layer in the roofline plot: its fused pass, the least seconds of that, and those of each implementation."""
-
-    name: str
-    work: Pass
-    bound: float
-    measured: Mapping[str, float]
-
-
-def eager_seconds(layer: Layer, peaks: PeakRates, dtype: torch.dtype = DTYPE) -> float:
-    """Return the least time of the layer where every op is a pass of its own."""
-    return sum(map(peaks.seconds, eager_passes(layer, dtype.itemsize)))
-
-
-def point_of(
-    layer: Layer, peaks: PeakRates, measured: Mapping[str, float] | None = None, dtype: torch.dtype = DTYPE
-) -> Point:
-    """Place the layer, as one fused pass over tensors of dtype, in the plot."""
-    work = fused_pass(layer, dtype.itemsize)
-    return Point(layer.name, work, peaks.seconds(work), measured or {})
-
-
 def layer_of_row(row: Row) -> Layer:
     """The layer that a row of a report is of."""
     return Layer(row["name"], row["op"], {name: tuple(shape) for name, shape in row["shapes"].items()}, row["flops"])
-
-
-def points_of_report(report: Mapping[str, Any], peaks: PeakRates) -> list[Point]:
-    """The layers that a report of `gpu` has forward times of, in its order; medians."""
-    points = []
-    for row in report["rows"]:
-        if row["kind"] == "layer" and row["variant"] == "forward" and "samples_ms" in row:
-            measured = {name: times.median / 1e3 for name, times in times_ms(row).items()}
-            points.append(point_of(layer_of_row(row), peaks, measured))
-    return points
 
 
 def roofline_table(layers: Sequence[Layer], peaks: PeakRates, dtype: torch.dtype = DTYPE) -> str:
@@ -85,11 +53,12 @@ def roofline_table(layers: Sequence[Layer], peaks: PeakRates, dtype: torch.dtype
     batch = next(iter(layers[0].shapes.values()))[0]
     lines = []
     for name, part in [*((layer.name, [layer]) for layer in layers), ("total", layers)]:
-        points = [point_of(layer, peaks, dtype=dtype) for layer in part]
-        flops, moved = (sum(getattr(point.work, what) for point in points) for what in ("flops", "bytes"))
-        bound, eager = sum(point.bound for point in points), sum(eager_seconds(layer, peaks, dtype) for layer in part)
-        work = [f"{flops / batch / 1e9:.1f}", f"{moved / batch / 1e6:.1f}"]
-        lines.append([name, *work, f"{1e6 * bound:.0f}", f"{1e6 * eager:.0f}"])
+        works = [fused_pass(layer, dtype.itemsize) for layer in part]
+        flops, moved = (sum(getattr(work, what) for work in works) for what in ("flops", "bytes"))
+        bound = sum(map(peaks.seconds, works))
+        eager = sum(peaks.seconds(work) for layer in part for work in eager_passes(layer, dtype.itemsize))
+        cells = [f"{flops / batch / 1e9:.1f}", f"{moved / batch / 1e6:.1f}", f"{1e6 * bound:.0f}", f"{1e6 * eager:.0f}"]
+        lines.append([name, *cells])
     return markdown(["layer", "GFLOP/img", "MB/img", "bound µs", "eager µs"], lines)
 
 

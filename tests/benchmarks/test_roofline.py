@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,13 @@ pytest.importorskip("matplotlib", reason="needs the extra train")
 
 import torch
 from fake_clock import FakeClock
-from fastunet.benchmarks import charts, roofline
+from fastunet.benchmarks import gpu, roofline
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.cases import Layer, Settings, joined_layers, unet_layers
+from fastunet.benchmarks.cases import Layer, Settings, fused_pass, joined_layers, unet_layers
 from fastunet.benchmarks.gpu_steps import Step, describe
-from fastunet.benchmarks.roofline import PeakRates, point_of
+from fastunet.benchmarks.roofline import PeakRates
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 H100 = PeakRates(790e12, 3.0e12)
@@ -33,9 +34,9 @@ def test_what_is_left_to_gain_by_joining_layers() -> None:
     """With each up-convolution composed with the convolution that it feeds, and without the head's own pass."""
     layers = classic()
     joined = joined_layers(layers)
-    assert round(BATCH / sum(point_of(layer, H100).bound for layer in layers if layer.name != "outc")) == 1948
+    assert round(BATCH / sum(H100.seconds(fused_pass(layer, 2)) for layer in layers if layer.name != "outc")) == 1948
     *others, last = joined
-    assert round(1e6 * sum(point_of(each, H100).bound for each in (*others, layers[-2]))) == 7462
+    assert round(1e6 * sum(H100.seconds(fused_pass(each, 2)) for each in (*others, layers[-2]))) == 7462
     assert last.flops == layers[-2].flops + layers[-1].flops
     flops = sum(layer.flops for layer in joined) / sum(layer.flops for layer in layers)
     assert round(1 - flops, 3) == 0.067
@@ -44,47 +45,29 @@ def test_what_is_left_to_gain_by_joining_layers() -> None:
 # --- what was measured ---
 
 
-def small_report() -> dict[str, Any]:
-    """As gpu_report writes it: one layer faster, one slower, one timed once, one not at all."""
+def test_the_roofline_has_the_reports_forward_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer is faster than another, one slower, one timed alone, and others not at all."""
     settings = Settings(size=32, batch=2, features=(8, 16))
-    rows: list[dict[str, Any]] = [{"kind": "parity", "name": "x", "variant": "bf16"}]
+    rows: list[dict[str, Any]] = [{"kind": "peak rates", "status": "ok", "matmul": {"burst_tflops": 790}}]
+    rows[0]["copy"] = {"gb_per_s": 3000}
     times = {"inc.c1": {"triton": 1.0, "aten": 2.0}, "inc.c2": {"triton": 3.0, "aten": 2.0}, "outc": {"triton": 4.0}}
-    for layer in settings.net_layers():
-        for direction in ("forward", "backward"):
-            row = describe(settings, Step("layer", layer.name, direction))
-            if layer.name in times:
-                row["samples_ms"] = {name: [ms] for name, ms in times[layer.name].items()}
-            rows.append(row)
-    report: dict[str, Any] = json.loads(json.dumps({"settings": asdict(settings), "rows": rows}))
-    return report
-
-
-def test_points_are_the_reports_forward_layers() -> None:
-    points = roofline.points_of_report(small_report(), H100)
-    assert [(point.name, point.measured) for point in points] == [
-        ("inc.c1", {"triton": 0.001, "aten": 0.002}),
-        ("inc.c2", {"triton": 0.003, "aten": 0.002}),
-        ("outc", {"triton": 0.004}),
-    ]
-    layers = {layer.name: layer for layer in Settings(size=32, batch=2, features=(8, 16)).net_layers()}
-    assert [point.bound for point in points] == [point_of(layers[point.name], H100).bound for point in points]
-
-
-def test_the_plot_names_rates_layers_and_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-
-    texts: list[str] = []
+    for step in (Step("layer", layer.name, way) for layer in settings.net_layers() for way in ("forward", "backward")):
+        samples = {name: [ms] for name, ms in times.get(step.name, {}).items()}
+        rows.append(describe(settings, step) | ({"samples_ms": samples} if samples else {}))
+    drawn: list[Figure] = []
     save = Figure.savefig
-
-    def note(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        save(figure, *args, **kwargs)
-        texts.extend(text.get_text() for text in figure.findobj(Text))
-
-    monkeypatch.setattr(Figure, "savefig", note)
-    charts.plot_roofline(roofline.points_of_report(small_report(), H100), H100, tmp_path / "roofline.png")
-    assert {"inc.c1", "inc.c2", "outc", "peak rates, memory: 3 TB/s, matrix products: 790 TFLOP/s"} <= {*texts}
-    assert {"measured, as fast as any other", "measured, slower than another"} <= {*texts}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: drawn.append(figure) or save(figure, *a, **k))
+    assert gpu.draw_roofline(tmp_path, json.loads(json.dumps({"rows": rows}))) == ""
+    texts = {text.get_text() for text in drawn[0].findobj(Text)}
+    assert {"inc.c1", "inc.c2", "outc", "peak rates, memory: 3 TB/s, matrix products: 790 TFLOP/s"} <= texts
+    assert "up1.c1" not in texts
+    marks = [(str(line.get_label()), line.get_ydata()[0]) for line in drawn[0].axes[0].lines]
+    flops = {layer.name: layer.flops / 1e9 for layer in settings.net_layers()}
+    assert [mark for mark in marks if mark[0].startswith("measured")] == [
+        ("measured, as fast as any other", flops["inc.c1"] / 1.0),
+        ("measured, slower than another", flops["inc.c2"] / 3.0),
+        ("measured, as fast as any other", flops["outc"] / 4.0),
+    ]
     with Image.open(tmp_path / "roofline.png") as image:
         assert image.format == "PNG"
 
