@@ -25,7 +25,6 @@ from typing import Any
 
 from fastunet.checks import ConfigError
 from fastunet.files import write_json
-from fastunet.measuring.timing import Quantiles, ratio
 from fastunet.testing import parity
 
 from . import gpu_steps
@@ -34,7 +33,7 @@ from .gpu_steps import Step, parity_formats, runs_of
 from .harness.environment import ROOT, environment
 from .harness.worker import Spawned
 from .providers import OURS, Provider, Run
-from .results import Row
+from .results import Row, ratio_text, spread_text, timed, times_ms
 from .runs import samples_in_turn
 
 # Seconds for what compiles, and for what is measured.
@@ -112,8 +111,8 @@ def steps_to_compare(settings: Settings, only: Sequence[str] = ()) -> list[Step]
 def compare(
     step: Step, sides: Mapping[str, Ask], settings: Settings, clock: Callable[[], float] = time.monotonic
 ) -> Row:
-    """Return the row of one step in both trees, "base" and "new": with "ratio", or which side is off; an op of which
-    neither is has no more to say.
+    """Return the row of one step in both trees, "base" and "new": with their times and the ratio of "base" to "new",
+    or which side is off; an op of which neither is has no more to say.
     """
     rows = {label: ask(step, _FIRST) for label, ask in sides.items()}
     row: Row = {**rows["new"], **asdict(step), "name": rows["new"]["name"], "status": "ok", "reason": ""}
@@ -123,27 +122,23 @@ def compare(
         return row | {"status": next(iter(off.values()))["status"], "reason": reason}
     if step.kind == "parity":
         return row
-    seconds: dict[str, list[float]] = {label: [] for label in sides}
+    seconds: dict[str, list[float]] = {label: [] for label in reversed([*sides])}
     end = clock() + settings.seconds
     for i in range(settings.rounds):
         if i and clock() >= end:
             break
         for label in sides if i % 2 == 0 else reversed([*sides]):
             seconds[label].append(sides[label](None, _LATER))
-    medians = {f"{label}_ms": 1e3 * Quantiles.of(values).median for label, values in seconds.items()}
-    return row | {"ratio": asdict(ratio(seconds, "base", "new")), **medians}
+    return row | timed(seconds)
 
 
 def line(row: Row) -> str:
     """One row as text."""
     name = f"{row['kind']} {row['name']} {row['variant']}".strip()
-    if "ratio" not in row:
+    if "ratios" not in row:
         return f"{name:<28} {row['status'].upper()} {row['reason'][:300]}"
-    found = row["ratio"]
-    return (
-        f"{name:<28} base/new {found['median']:6.3f} [{found['p10']:.3f}, {found['p90']:.3f}]"
-        f"  base {row['base_ms']:.3f} ms  new {row['new_ms']:.3f} ms  ({found['samples']} rounds)"
-    )
+    times = "  ".join(f"{label} {spread_text(found)} ms" for label, found in times_ms(row).items())
+    return f"{name:<28} base/new {ratio_text(row['ratios']['base'])}  {times}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
