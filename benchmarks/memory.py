@@ -31,38 +31,36 @@ from .cases import Settings, add_settings, eager_passes, fused_pass, joined_laye
 from .harness.environment import environment
 from .results import markdown
 
-# --- what inference moves ---
+IMPLEMENTATIONS = ("eager", "aten", "triton")
 
 
 def moved(settings: Settings) -> dict[str, Any]:
-    """Count the bytes of a batch: by net and layer, and the "summary" of each net."""
+    """Count the bytes of a batch in inference: "by_layer" of each net, and the "summary" of each net."""
     itemsize, layers = settings.torch_dtype.itemsize, settings.net_layers()
     nets = {
         "eager": {each.name: sum(work.bytes for work in eager_passes(each, itemsize)) for each in layers},
         "fused": {each.name: fused_pass(each, itemsize).bytes for each in layers},
         "joined": {each.name: fused_pass(each, itemsize).bytes for each in joined_layers(layers)},
     }
-    return {"summary": _summary({name: sum(of.values()) for name, of in nets.items()}), "by_layer": nets}
-
-
-def _summary(totals: dict[str, int]) -> dict[str, Any]:
-    return {name: {"bytes": total, "of_eager": total / totals["eager"]} for name, total in totals.items()}
-
-
-IMPLEMENTATIONS = ("eager", "aten", "triton")
+    return _summarised("by_layer", nets)
 
 
 def kept(settings: Settings) -> dict[str, Any]:
-    """Count by implementation the bytes of each height that one image takes from forward to backward.
+    """Count the bytes that one image takes from forward to backward: "by_height" of each implementation, and "summary".
 
     What does not depend on the number of images, such as the statistics of a batch, is left out.
     """
-    by_height: dict[str, dict[int, int]] = {}
+    by_height = {}
     for name in IMPLEMENTATIONS:
         one, two = (_kept(settings, name, batch) for batch in (1, 2))
         by_height[name] = {height: two[height] - one[height] for height in sorted(two, reverse=True)}
-    totals = {name: sum(of.values()) for name, of in by_height.items()}
-    return {"summary": _summary(totals), "by_height": by_height}
+    return _summarised("by_height", by_height)
+
+
+def _summarised(part: str, columns: dict[str, Any]) -> dict[str, Any]:
+    totals = {name: sum(column.values()) for name, column in columns.items()}
+    summary = {name: {"bytes": total, "of_eager": total / totals["eager"]} for name, total in totals.items()}
+    return {"summary": summary, part: columns}
 
 
 def _kept(settings: Settings, implementation: str, batch: int) -> Counter[int]:
