@@ -33,7 +33,8 @@ def test_the_kernels_are_timed_beside_others(step: Step) -> None:
     assert (row["status"], row["why_no_triton"], row["implementation"]) == ("ok", "", "triton"), row["reason"]
     assert row["ratios"]
     if INTERPRETED:
-        assert row["ratios"]["aten"]["ratio"] < 1, "the interpreter is not the kernel it says it is"
+        others = [found["ratio"] for name, found in row["ratios"].items() if not name.startswith("fastunet")]
+        assert max(others) < 1, "the interpreter is not the kernel it says it is"
 
 
 def alter_single_warps(monkeypatch: pytest.MonkeyPatch) -> None:
