@@ -19,6 +19,7 @@ from torch import Tensor
 # Classes a fused head may have: each is a pass over the tile in registers.
 HEAD_CLASSES = 8
 E4M3 = torch.float8_e4m3fn
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LARGEST = tl.constexpr(torch.finfo(E4M3).max)
 
 
@@ -75,20 +76,46 @@ def store_head(
 
 
 @triton.jit
-def store_statistics(count_ptr, partial_ptr, y, tile, tiles, n, COUT, inside, first_block, AXIS: tl.constexpr):
+def round_in_pairs(v, DTYPE: tl.constexpr):
+    """v in DTYPE, by instructions for two values. A cast rounds one by one what is not only stored."""
+    if _INTERPRETED or DTYPE.primitive_bitwidth != 16:
+        v = v.to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        v = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [v], DTYPE.value, is_pure=True, pack=2)
+    else:
+        v = tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [v], DTYPE.value, is_pure=True, pack=2)
+    return v
+
+
+@triton.jit
+def _mean_and_m2(v, inside, count, AXIS: tl.constexpr):
+    """Mean and M2 of the `count` values v that are inside [P], or of all where that is None."""
+    mean = tl.sum(v if inside is None else tl.where(inside, v, 0.0), 1 - AXIS) / count
+    deviation = v - tl.expand_dims(mean, 1 - AXIS)
+    if inside is not None:
+        deviation = tl.where(inside, deviation, 0.0)
+    return mean, tl.sum(deviation * deviation, 1 - AXIS)
+
+
+@triton.jit
+def store_statistics(
+    count_ptr, partial_ptr, y, tile, tiles, n, COUT, inside, is_whole, first_block, AXIS: tl.constexpr
+):
     """Number, mean and M2, the sum of squared deviations, of one tile's values y as they are stored.
 
     count [tiles]; partial [2, tiles, COUT]: means, then M2s. The mean comes first and M2 is taken about it, both from
     registers: the difference of two large sums would have nothing left of a small variance (Chan et al. 1983).
+    is_whole: all pixels are inside, as most tiles' are, and nothing needs masks.
     """
-    inside = tl.expand_dims(inside, AXIS)
     v = y.to(tl.float32)
-    count = tl.sum(tl.sum(inside.to(tl.float32), 1), 0)
-    mean = tl.sum(tl.where(inside, v, 0.0), 1 - AXIS) / count
-    deviation = tl.where(inside, v - tl.expand_dims(mean, 1 - AXIS), 0.0)
+    count = tl.sum(inside.to(tl.float32), 0)
+    if is_whole:
+        mean, m2 = _mean_and_m2(v, None, count, AXIS)
+    else:
+        mean, m2 = _mean_and_m2(v, tl.expand_dims(inside, AXIS), count, AXIS)
     at = partial_ptr + tile.to(tl.int64) * COUT + n
     tl.store(at, mean, mask=n < COUT)
-    tl.store(at + tiles.to(tl.int64) * COUT, tl.sum(deviation * deviation, 1 - AXIS), mask=n < COUT)
+    tl.store(at + tiles.to(tl.int64) * COUT, m2, mask=n < COUT)
     if first_block:
         tl.store(count_ptr + tile, count)
 # fmt: on

@@ -236,11 +236,6 @@ def fp8_config(shape: ConvShape, target: Target) -> ConvConfig:
     return _descriptor_conv_config(shape, torch.float8_e4m3fn, target)
 
 
-def with_statistics(chosen: ConvConfig) -> ConvConfig:
-    """Return the config of a convolution that leaves statistics: the pointer variant spills a few values otherwise."""
-    return replace(chosen, max_registers=ALL_REGISTERS) if chosen.variant == POINTER else chosen
-
-
 def with_norm(chosen: ConvConfig) -> ConvConfig:
     """Return the config of a convolution whose epilogue normalises: a first layer's spills in the larger tile."""
     return replace(chosen, tile_h=min(chosen.tile_h, 8)) if chosen.variant == FOLDED else chosen

@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from fastunet.kernels.conv3x3 import config, config_grad
-from fastunet.kernels.epilogue import finish_sums, scale_to_e4m3, store_head, store_statistics
+from fastunet.kernels.epilogue import finish_sums, round_in_pairs, scale_to_e4m3, store_head, store_statistics
 from fastunet.kernels.layout import weight_matrix
 from fastunet.kernels.tiles import activate_grad, pixel_offsets, pool2x2_columns, tile_origin, tile_pixels
 from torch import Tensor
@@ -106,11 +106,12 @@ def conv3x3_descriptor_kernel(
         y = acc
         if y_scale_ptr is not None:
             y = scale_to_e4m3(y, y_scale_ptr)
-        y = y.to(y_desc.dtype)
+        y = round_in_pairs(y, y_desc.dtype) if partial_ptr is not None else y.to(y_desc.dtype)
         _store_box(y_desc, y, number, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
         if partial_ptr is not None:
             rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
-            store_statistics(count_ptr, partial_ptr, y, tile, tiles, n, COUT, rows >= 0, block == 0, 0)
+            is_whole = (h0 + TILE_H <= H) & (w0 + TILE_W <= W)
+            store_statistics(count_ptr, partial_ptr, y, tile, tiles, n, COUT, rows >= 0, is_whole, block == 0, 0)
     if head_ptr is not None:
         rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
         pixels = (image * H + h0) * W + w0 + pixel_offsets(W, TILE_H, TILE_W)

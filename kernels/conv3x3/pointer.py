@@ -24,6 +24,7 @@ from fastunet.kernels.epilogue import (
     Statistics,
     finish_sums,
     precision,
+    round_in_pairs,
     scale_to_e4m3,
     store_head,
     store_statistics,
@@ -94,11 +95,12 @@ def store_outputs(
         y = acc
         if y_scale_ptr is not None:
             y = scale_to_e4m3(y, y_scale_ptr)
-        y = y.to(y_ptr.dtype.element_ty)
+        y = round_in_pairs(y, y_ptr.dtype.element_ty) if partial_ptr is not None else y.to(y_ptr.dtype.element_ty)
         pointers = y_ptr + (origin + offsets)[:, None] * COUT + n[None, :]
         tl.store(pointers, y, mask=inside[:, None] & (n < COUT)[None, :])
         if partial_ptr is not None:
-            store_statistics(count_ptr, partial_ptr, y, tile, tiles, n, COUT, inside, first_block, 1)
+            is_whole = (h0 + TILE_H <= H) & (w0 + TILE_W <= W)
+            store_statistics(count_ptr, partial_ptr, y, tile, tiles, n, COUT, inside, is_whole, first_block, 1)
     if head_ptr is not None:
         store_head(
             head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, origin + offsets, inside, CLASSES, SIGMOID, 1
@@ -342,8 +344,7 @@ def conv3x3_with_statistics(
     """
     x, up = packed(x), packed(up)
     y = empty_packed(x, weight.shape[0], *x.shape[2:])
-    target = gpu.target(x.device)
-    chosen = config.with_statistics(choose(x, up, weight, target, allow_tf32=allow_tf32))
+    chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32)
     tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
     statistics = Statistics(
         count=torch.empty((tiles,), dtype=torch.float32, device=x.device),

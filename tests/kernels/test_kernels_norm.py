@@ -246,8 +246,9 @@ def normalisation_and_its_gradients(kernels: ModuleType) -> None:
 test_check, test_injected_fault_is_caught = check_tests({
     statistics_of_all_images_and_of_each: [
         ("epilogue", "v - tl.expand_dims(mean, 1 - AXIS)", "v"),
-        ("epilogue", "tl.sum(inside.to(tl.float32), 1)", "tl.sum(1.0 + 0 * inside.to(tl.float32), 1)"),
-        ("epilogue", "tl.where(inside, v - ", "tl.where(inside | True, v - "),
+        ("epilogue", "tl.sum(inside.to(tl.float32), 0)", "tl.sum(1.0 + 0 * inside.to(tl.float32), 0)"),
+        ("epilogue", "tl.where(inside, deviation, 0.0)", "deviation"),
+        ("conv3x3.pointer", "h0 + TILE_H <= H", "h0 <= H"),
         ("norm", "means - block_mean[None, :], 0.0", "means - pivot[None, :], 0.0"),
         ("norm", "m2 / (n - 1.0)", "m2 / n"),
     ],
