@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from fastunet.kernels.layout import empty_packed, packed
-from fastunet.kernels.tiles import activate_grad
+from fastunet.kernels.tiles import activate_grad, multiple
 from fastunet.kernels.windows import pixel_at, pooled_at, run_on_windows, window_origin, winner_of
 from torch import Tensor
 
@@ -30,13 +30,14 @@ def _store_grad(out_ptr, grad_y_ptr, offsets, mask, y, routed, negative_slope, A
 @triton.jit(do_not_specialize=["windows", "H", "W"])
 def activation_grad_kernel(
     y_ptr, grad_y_ptr, grad_pooled_ptr, out_ptr, windows, H, W, C, negative_slope,
-    ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """out = activation'(y) * (grad_y + unpool(grad_pooled)), all packed NHWC; a gradient that is None counts as zero.
 
     A program owns BLOCK_P windows of 2x2 pixels and BLOCK_C channels. Pixels of windows that are not whole receive
     nothing from the pool.
     """
+    C = multiple(C, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     window = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)

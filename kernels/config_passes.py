@@ -40,6 +40,9 @@ def pointwise_configs() -> dict[PassConfig, int]:
 
 # --- norms ---
 
+# Programs that a multiprocessor runs at a time of a norm's gradient, whose loads wait for memory.
+_NORM_GRAD_PROGRAMS = 5
+
 
 def statistics_config(channels: int) -> PassConfig:
     """Return the blocks for merging partial statistics, rows by channels."""
@@ -52,24 +55,27 @@ def statistics_per_split(rows: int) -> int:
 
 
 def norm_grad_config(channels: int) -> PassConfig:
-    """Return the blocks of windows for the gradient of a norm."""
+    """Return the blocks of windows for the gradient of a norm, such that registers suffice for _NORM_GRAD_PROGRAMS.
+
+    Of an odd number of channels each value has an address of its own.
+    """
     block_c = cover(channels, 4, 64)
-    return PassConfig(512 // block_c, block_c)
+    return PassConfig((512 if channels % 2 == 0 else 256) // block_c, block_c)
 
 
 def norm_grad_splits(windows: int, channels: int, target: Target) -> int:
-    """Return the parts of a group of `windows` windows: two programs for every multiprocessor, of eight steps at least.
+    """Return the parts of a group of `windows` windows: programs to fill the multiprocessors, of eight steps at least.
 
     `windows` counts those of one group, so that an image's instance norm is the same alone and in a batch. Unmeasured.
     """
     chosen = norm_grad_config(channels)
-    most = cdiv(2 * target.multiprocessors, cdiv(channels, chosen.block_c))
+    most = cdiv(_NORM_GRAD_PROGRAMS * target.multiprocessors, cdiv(channels, chosen.block_c))
     return max(1, min(most, windows // (8 * chosen.block_p)))
 
 
 def norm_grad_configs() -> dict[PassConfig, int]:
     """Return every config that norm_grad_config can choose, each with the most channels that lead to it."""
-    return {norm_grad_config(channels): channels for channels in (4, 8, 16, 32, 64)}
+    return {norm_grad_config(channels): channels for channels in (3, 7, 15, 31, 63, 4, 8, 16, 32, 64)}
 
 
 # --- the sums of segmentation_loss ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -165,9 +166,23 @@ class Launch:
             self.kernel[(self.grid,)](*(self.arguments[name] for name in self.kernel.arg_names), **self.options)
 
 
+# Arguments that say from where to where rows of channels go.
+_ROWS = ("C", "C1", "C2", "COUT", "stride_out", "stride_tap")
+
+
+def row_unit(*sizes: int) -> int:
+    """Return how many channels a vector may hold where rows begin at multiples of these sizes: 1, 2, 4 or 8."""
+    return math.gcd(8, *sizes)
+
+
 def launch(kernel: Any, grid: int, arguments: Mapping[str, Any], chosen: Config) -> Launch:
-    """Return the launch of a kernel with what it takes of the arguments, and of its config's constants."""
+    """Return the launch of a kernel with what it takes of the arguments, and of its config's constants.
+
+    UNIT is the row_unit of its rows: by itself Triton knows multiples of 16 alone.
+    """
     found = {**arguments, **chosen.constants()}
+    if "UNIT" in kernel.arg_names:
+        found["UNIT"] = row_unit(*(found[name] for name in _ROWS if name in kernel.arg_names))
     found = {name: found[name] for name in kernel.arg_names}
     return Launch(kernel, grid, found, chosen.num_warps, chosen.num_stages, chosen.max_registers)
 

@@ -6,17 +6,20 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.layout import empty_packed, packed
-from fastunet.kernels.tiles import nan_max
+from fastunet.kernels.tiles import multiple, nan_max
 from torch import Tensor
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["windows", "H", "W"])
-def max_pool2x2_kernel(x_ptr, y_ptr, windows, H, W, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def max_pool2x2_kernel(
+    x_ptr, y_ptr, windows, H, W, C, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """y[n, h, w, c] = the maximum of x[n, 2h + a, 2w + b, c] over a and b in {0, 1}, NaN if one of the four is.
 
     x [N, H, W, C], y [N, H // 2, W // 2, C]; a program owns BLOCK_P windows and BLOCK_C channels.
     """
+    C = multiple(C, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     window = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)

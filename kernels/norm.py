@@ -19,7 +19,7 @@ import triton.language as tl
 from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.epilogue import Statistics
 from fastunet.kernels.layout import dense, empty_packed, packed
-from fastunet.kernels.tiles import activate, nan_max
+from fastunet.kernels.tiles import activate, multiple, nan_max
 from fastunet.kernels.windows import pixel_at, pooled_at, run_on_windows, window_origin
 from torch import Tensor
 
@@ -141,9 +141,10 @@ def _store_pixel(
 @triton.jit(do_not_specialize=["windows", "H", "W"])
 def normalise_kernel(
     raw_ptr, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, y_ptr, pooled_ptr, windows, H, W, C, negative_slope,
-    PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """y = activation((raw - mean) * invstd * gamma + beta) and the maxima of its 2x2 windows, packed NHWC."""
+    C = multiple(C, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     window = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)

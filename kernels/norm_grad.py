@@ -18,7 +18,7 @@ from fastunet.kernels import config_passes, gpu
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.norm import Affine, load_affine, normalise_pixel
 from fastunet.kernels.reduction import sum_rows
-from fastunet.kernels.tiles import activate_grad
+from fastunet.kernels.tiles import activate_grad, multiple
 from fastunet.kernels.windows import pixel_at, pooled_at, window_arguments, window_origin, winner_of
 from torch import Tensor
 
@@ -69,12 +69,13 @@ def _window(
 def norm_sums_kernel(
     raw_ptr, grad_y_ptr, grad_pooled_ptr, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, partial_ptr,
     windows, splits, per_split, H, W, C, negative_slope,
-    PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """partial[s, group] = sum(g), sum(g * normal) [2, C] over part s of a group's `windows` windows.
 
     A program owns a part of a group and BLOCK_C channels.
     """
+    C = multiple(C, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     split = tl.program_id(0) // blocks_c % splits
@@ -114,9 +115,10 @@ def _raw_grad(offsets, mask, normal, g, out_ptr, sum_g, sum_gn, scale, per_value
 def norm_grad_kernel(
     raw_ptr, grad_y_ptr, grad_pooled_ptr, mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, sums_ptr, out_ptr,
     windows, H, W, C, negative_slope, per_value, GIVEN: tl.constexpr,
-    PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """The gradient of raw. sums [groups, 2, C] are those of norm_sums_kernel; per_value is 1 / m."""
+    C = multiple(C, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     window = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -14,19 +14,27 @@ import triton.language as tl
 from fastunet.kernels import gpu
 from torch import Tensor
 
-_BLOCK = 256
+# Rows and columns that a program reads at a time. Unmeasured.
+_ROWS, _COLUMNS = 8, 128
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["rows"])
-def sum_rows_kernel(partial_ptr, first_ptr, second_ptr, rows, split, total, BLOCK: tl.constexpr):
-    """The sum of the rows of partial [rows, total], first to last: `split` values into first, the rest into second."""
+def sum_rows_kernel(
+    partial_ptr, first_ptr, second_ptr, rows, split, total, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The sum of the rows of partial [rows, total]: `split` values into first, the rest into second.
+
+    Row r is added to sum r % BLOCK_R, first to last, and these sums in the end: many rows are not waited for in turn.
+    """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    pointers = partial_ptr + at
-    for _ in range(rows):
-        acc += tl.load(pointers, mask=at < total, other=0.0)
-        pointers += total
+    row = tl.arange(0, BLOCK_R)[:, None]
+    sums = tl.zeros((BLOCK_R, BLOCK), tl.float32)
+    pointers = partial_ptr + row.to(tl.int64) * total + at[None, :]
+    for first in range(0, rows, BLOCK_R):
+        sums += tl.load(pointers, mask=(first + row < rows) & (at < total)[None, :], other=0.0)
+        pointers += tl.cast(total, tl.int64) * BLOCK_R
+    acc = tl.sum(sums, 0)
     tl.store(first_ptr + at, acc.to(first_ptr.dtype.element_ty), mask=at < split)
     if second_ptr is not None:
         mask = (at >= split) & (at < total)
@@ -47,9 +55,10 @@ def sum_rows(partial: Tensor, first: Tensor, second: Tensor | None = None) -> No
         "rows": rows,
         "split": first.numel(),
         "total": total,
-        "BLOCK": _BLOCK,
+        "BLOCK_R": _ROWS,
+        "BLOCK": _COLUMNS,
     }
-    launch = gpu.Launch(sum_rows_kernel, gpu.cdiv(total, _BLOCK), arguments, num_warps=4, num_stages=3)
+    launch = gpu.Launch(sum_rows_kernel, gpu.cdiv(total, _COLUMNS), arguments, num_warps=4, num_stages=1)
     launch.run(partial.device)
 
 

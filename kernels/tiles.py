@@ -17,6 +17,12 @@ LEAKY_RELU = tl.constexpr(2)
 
 
 @triton.jit
+def multiple(size, UNIT: tl.constexpr):
+    """size, a multiple of UNIT, as one that the compiler knows for such: it may load UNIT channels as one vector."""
+    return size if UNIT == 1 else size // UNIT * UNIT
+
+
+@triton.jit
 def tile_origin(tile, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """Decode tile number `tile`, columns fastest, then rows, then images: image (int64), first row, first column."""
     tiles_w = tl.cdiv(W, TILE_W)

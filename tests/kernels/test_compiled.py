@@ -36,3 +36,24 @@ def test_statistics_of_a_whole_tile(capability: int, math: str) -> None:
     assert sorted("selp" in block for block in squares) == [False, True]
     # Two programs of eight warps run at a time where tiles are small enough.
     assert programs == (2 if capability < 90 else 1)
+
+
+@pytest.mark.parametrize("channels", [64, 100, 17])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kernel", ["norm_sums_kernel", "norm_grad_kernel"])
+def test_five_programs_of_a_norm_gradient_at_a_time(kernel: str, capability: int, channels: int) -> None:
+    shape = ConvShape(16, 0, channels, 128, 128)
+    result, programs = compiled(Wanted("conv3x3_batch_norm_relu_pool", shape, kernel, capability))
+    assert programs >= 5
+    assert result.spill_bytes == 0
+
+
+@pytest.mark.parametrize(("channels", "vector"), [(4, "v2.b32"), (24, "v4.b32"), (100, "v2.b32")])
+@pytest.mark.parametrize("op", ["max_pool2x2", "conv3x3_batch_norm_relu_pool"])
+def test_rows_of_channels_that_are_no_multiple_of_16_load_as_vectors(op: str, channels: int, vector: str) -> None:
+    shape = ConvShape(channels, 0, channels, 128, 128)
+    kernel = "max_pool2x2_kernel" if op == "max_pool2x2" else "normalise_kernel"
+    result, _ = compiled(Wanted(op, shape, kernel, 80))
+    loads = [line for line in result.ptx.splitlines() if "ld.global" in line]
+    assert sum(vector in line for line in loads) >= 4
+    assert not any(".b16" in line for line in loads)

@@ -327,6 +327,16 @@ BY_BOXES = {
         ("conv_transpose2x2", "gpu.cdiv(channels, block_k)", "channels // block_k"),
     ]
 }
+
+
+def rows_of_partial_sums(kernels: ModuleType) -> None:
+    for rows in (1, 8, 21):
+        partial = random_integers((rows, 150), seed=rows, device=DEVICE)
+        first, second = torch.empty(143, device=DEVICE), torch.empty(7, device=DEVICE)
+        kernels.reduction.sum_rows(partial, first, second)
+        assert torch.equal(torch.cat([first, second]), partial.sum(0))
+
+
 test_check, test_injected_fault_is_caught = check_tests({
     every_window: [("tiles", "tl.maximum(", "tl.minimum(")],
     windows_of_odd_images: [
@@ -345,7 +355,11 @@ test_check, test_injected_fault_is_caught = check_tests({
     transpose_of_several_parts: [
         ("pixel_weight_grad", "+ blocks_per_split,", "+ blocks_per_split - 1,"),
         ("pixel_weight_grad", "totals += g.to", "totals = g.to"),
-        ("reduction", "in range(rows)", "in range(1)"),
+        ("reduction", "tl.sum(sums, 0)", "tl.sum(tl.where(row > 0, sums, 0.0), 0)"),
+    ],
+    rows_of_partial_sums: [
+        ("reduction", "pointers += tl.cast(total, tl.int64) * BLOCK_R", "pointers += 0"),
+        ("reduction", "mask=at < split", "mask=at < split - 1"),
     ],
     head_with_sigmoid: [
         ("pixels", "g * y * (1.0 - y)", "g * (1.0 - y)"),
