@@ -185,7 +185,15 @@ def _convolutions(shapes: Iterable[ConvShape], **options: Any) -> Iterator[Case]
     for shape in shapes:
         turned = replace(shape, c1=shape.c_out, c_out=shape.c1)  # An input gradient's channels are a convolution's.
         yield from (_case(op, turned) for op in ("conv3x3_bias_relu", "concat_conv3x3_bias_relu"))
+        yield _halves(turned)
         yield _case(UP_CONV, replace(shape, height=shape.height | 1, width=shape.width | 1))
+
+
+def _halves(shape: ConvShape) -> Case:
+    """A concatenation of two inputs of as many channels, whose gradients may be one program's."""
+    case = _case("concat_conv3x3_bias_relu", shape)
+    weight = (shape.c_out, 2 * shape.c1, 3, 3)
+    return replace(case, shapes={**case.shapes, "up": case.shapes["skip"], "weight": weight})
 
 
 def _split(shapes: Iterable[ConvShape], dtype: torch.dtype, target: gpu.Target, *, allow_tf32: bool) -> Iterator[Call]:

@@ -48,6 +48,13 @@ def pixel_offsets(W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
+def joined_channels(first_ptr, second_ptr, N: tl.constexpr):
+    """Pointers [N] to the channels of pixel 0 of two images of N / 2 channels each, one after the other."""
+    n = tl.arange(0, N)
+    return tl.where(n < N // 2, first_ptr, second_ptr) + n % (N // 2)
+
+
+@triton.jit
 def load_pixels(x_ptr, channels, rows, origin, offsets, C):
     """x at the pixels [P] of a tile, channels [K]: [P, K], zero outside the image and beyond C.
 

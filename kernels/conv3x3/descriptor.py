@@ -15,7 +15,14 @@ import triton.language as tl
 from fastunet.kernels.conv3x3 import config, config_grad
 from fastunet.kernels.epilogue import finish_sums, round_in_pairs, scale_to_e4m3, store_head, store_statistics
 from fastunet.kernels.layout import weight_matrix
-from fastunet.kernels.tiles import activate_grad, pixel_offsets, pool2x2_columns, tile_origin, tile_pixels
+from fastunet.kernels.tiles import (
+    activate_grad,
+    joined_channels,
+    pixel_offsets,
+    pool2x2_columns,
+    tile_origin,
+    tile_pixels,
+)
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -126,17 +133,20 @@ def conv3x3_descriptor_kernel(
 
 @triton.jit(do_not_specialize=["H", "W", "steps"])
 def conv3x3_input_grad_descriptor_kernel(
-    grad_desc, weight_desc, x_desc, out_desc, out_up_desc, H, W, C1, C2, COUT, steps, negative_slope,
-    ACTIVATION: tl.constexpr,
+    grad_desc, weight_desc, x_desc, out_desc, out_up_desc, out_ptr, out_up_ptr, H, W, C1, C2, COUT, steps,
+    negative_slope, ACTIVATION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """As conv3x3_input_grad_kernel. weight_desc reads [C1 + C2, 9*COUT]; rows beyond an input's are not stored."""
+    """As conv3x3_input_grad_kernel. weight_desc reads [C1 + C2, 9*COUT]; rows beyond an input's are not stored. The
+    joined channels of two inputs go through out_ptr and out_up_ptr, else None.
+    """
     blocks1 = tl.cdiv(C1, BLOCK_N)
     blocks = blocks1 if out_up_desc is None else blocks1 + tl.cdiv(C2, BLOCK_N)
     block = tl.program_id(0) % blocks
     is_first = block < blocks1
     n0 = tl.where(is_first, block, block - blocks1) * BLOCK_N
     image, h0, w0 = tile_origin(tl.program_id(0) // blocks, H, W, TILE_H, TILE_W)
+    pixels = (image * H + h0) * W + w0 + pixel_offsets(W, TILE_H, TILE_W)
     image = image.to(tl.int32)
     acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
     acc = accumulate_boxes(
@@ -146,8 +156,12 @@ def conv3x3_input_grad_descriptor_kernel(
     if x_desc is not None:
         x = tl.trans(_load_box(x_desc, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N))
         acc = activate_grad(acc, x.to(tl.float32), negative_slope, ACTIVATION)
-    grad = acc.to(out_desc.dtype)
-    if out_up_desc is None:
+    grad = acc.to(grad_desc.dtype)
+    if out_ptr is not None:
+        rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
+        pointers = joined_channels(out_ptr, out_up_ptr, BLOCK_N) + (pixels * (BLOCK_N // 2))[:, None]
+        tl.store(pointers, tl.trans(grad), mask=(rows >= 0)[:, None])
+    elif out_up_desc is None:
         _store_box(out_desc, grad, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
     else:
         if is_first:
@@ -233,9 +247,9 @@ def operands(x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvCo
 
 
 def input_grad_operands(
-    grad: Tensor, weight: Tensor, outs: tuple[Tensor, Tensor | None], x: Tensor | None, chosen: config.ConvConfig
+    grad: Tensor, weight: Tensor, outs: tuple[Tensor | None, Tensor | None], x: Tensor | None, chosen: config.ConvConfig
 ) -> dict[str, Any]:
-    """Return what the input gradient reads and fills."""
+    """Return what the input gradient reads, and fills in boxes."""
     read = operands(grad, None, weight.transpose(0, 1), chosen)
     pixels = chosen.tile_h, chosen.tile_w, chosen.block_n
     return {

@@ -8,6 +8,7 @@ so the same inputs give the same bits on every run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.reduction import empty_weight_grads, sum_rows
 from fastunet.kernels.tiles import (
     activate_grad,
+    joined_channels,
     load_folded_taps,
     load_pixels,
     load_tap,
@@ -35,12 +37,14 @@ _CENTRE_TAP = tl.constexpr(4)
 # fmt: off
 @triton.jit
 def _input_grad(
-    grad_ptr, weight_ptr, x_ptr, out_ptr, n, C, rows, columns, origin, offsets, H, W, COUT, steps,
+    grad_ptr, weight_ptr, x_ptr, out_ptr, out_up_ptr, n, C, rows, columns, origin, offsets, H, W, COUT, steps,
     stride_out, stride_tap, stride_in, negative_slope,
-    ACTIVATION: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, FOLDED: tl.constexpr, JOINED: tl.constexpr, PRECISION: tl.constexpr,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """The gradient of the channels n of one input, which has C and whose weights begin at weight_ptr."""
+    """The gradient of the channels n of one input, or JOINED of two, which have C and whose weights begin at
+    weight_ptr.
+    """
     acc = tl.zeros((P, BLOCK_N), tl.float32)
     # The same sum as the convolution's: what was its input channel is the output's, and the window is turned around.
     if FOLDED:
@@ -58,31 +62,34 @@ def _input_grad(
     if x_ptr is not None:
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         acc = activate_grad(acc, x, negative_slope, ACTIVATION)
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    pointers = out_ptr + at
+    if JOINED:
+        pointers = joined_channels(out_ptr, out_up_ptr, BLOCK_N) + ((origin + offsets) * (BLOCK_N // 2))[:, None]
+    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["H", "W", "steps"])
 def conv3x3_input_grad_kernel(
     grad_ptr, weight_ptr, x_ptr, out_ptr, out_up_ptr, H, W, C1, C2, COUT, steps,
     stride_out, stride_tap, stride_in, negative_slope,
-    ACTIVATION: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, FOLDED: tl.constexpr, JOINED: tl.constexpr, PRECISION: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """out[p, c] = sum over taps t and channels o of grad[p moved by t, o] * weight[o, c, 8 - t], for two inputs' out.
 
     grad [N, H, W, COUT], out [N, H, W, C1], out_up [N, H, W, C2] or None. Where x, the first input, is given, it is the
     output of an ACTIVATION, and out becomes the gradient of what went into that. A program owns a tile of pixels and
-    BLOCK_N channels of one of the inputs.
+    BLOCK_N channels of one of the inputs, or JOINED all channels of both, of which each has half of BLOCK_N.
     """
     blocks1 = tl.cdiv(C1, BLOCK_N)
-    blocks = blocks1 if out_up_ptr is None else blocks1 + tl.cdiv(C2, BLOCK_N)
+    blocks = blocks1 if out_up_ptr is None or JOINED else blocks1 + tl.cdiv(C2, BLOCK_N)
     block = tl.program_id(0) % blocks
     image, h0, w0 = tile_origin(tl.program_id(0) // blocks, H, W, TILE_H, TILE_W)
     rows, columns = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
     origin = (image * H + h0) * W + w0
     offsets = pixel_offsets(W, TILE_H, TILE_W)
-    C = C1
-    if out_up_ptr is not None:
+    C = C1 + C2 if JOINED else C1
+    if out_up_ptr is not None and not JOINED:
         if block >= blocks1:
             block -= blocks1
             C = C2
@@ -90,8 +97,8 @@ def conv3x3_input_grad_kernel(
             weight_ptr += tl.cast(C1, tl.int64) * stride_in  # Of a 1 Triton makes a constant, which has no `to`.
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     _input_grad(
-        grad_ptr, weight_ptr, x_ptr, out_ptr, n, C, rows, columns, origin, offsets, H, W, COUT, steps,
-        stride_out, stride_tap, stride_in, negative_slope, ACTIVATION, FOLDED, PRECISION,
+        grad_ptr, weight_ptr, x_ptr, out_ptr, out_up_ptr, n, C, rows, columns, origin, offsets, H, W, COUT, steps,
+        stride_out, stride_tap, stride_in, negative_slope, ACTIVATION, FOLDED, JOINED, PRECISION,
         TILE_H * TILE_W, BLOCK_N, BLOCK_K,
     )
 
@@ -180,6 +187,8 @@ def _input_grads(
     c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
     aligned = config.aligned(channels_out, c1, c2) and weight_aligned(weight)
     shape = config.ConvShape(channels_out, 0, c1, height, width, aligned, c_out2=c2)
+    if c1 == c2 and 2 * c1 in (32, 64, 128):  # A block may hold the channels of both.
+        shape = replace(shape, c_out=2 * c1, c_out2=0)
     chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32, op=config.INPUT_GRAD)
     if chosen.variant == config.HALO:
         # It is a convolution by the window turned around.
@@ -190,7 +199,9 @@ def _input_grads(
             hopper.conv3x3_launch(grad, None, weight.transpose(0, 1).flip(2, 3), chosen, epilogue, x).run(grad.device)
             return outs
         chosen = config.heuristic_conv_config(shape, grad.dtype, target, allow_tf32)
+    joined = out_up is not None and chosen.block_n == shape.c_out == 2 * c1
     arguments = {
+        "JOINED": joined,
         "H": height,
         "W": width,
         "C1": c1,
@@ -202,13 +213,15 @@ def _input_grads(
     }
     if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_input_grad_descriptor_kernel
-        arguments |= descriptor.input_grad_operands(grad, weight, (out, out_up), x, chosen)
+        boxed, pointed = ((None, None), (out, out_up)) if joined else ((out, out_up), (None, None))
+        arguments |= descriptor.input_grad_operands(grad, weight, boxed, x, chosen)
+        arguments |= {"out_ptr": pointed[0], "out_up_ptr": pointed[1]}
     else:
         kernel = conv3x3_input_grad_kernel
         operands = pointer.operands(grad, None, weight, allow_tf32)
         outputs = {"x_ptr": x, "out_ptr": out, "out_up_ptr": out_up, "FOLDED": chosen.variant == config.FOLDED}
         arguments |= operands | {"grad_ptr": grad} | outputs
-    blocks = gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
+    blocks = 1 if joined else gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
     grid = batch * config.tiles_per_image(chosen, height, width) * blocks
     gpu.launch(kernel, grid, arguments, chosen).run(grad.device)
     return outs

@@ -147,7 +147,12 @@ def test_activations_without_bias(slope: float | None) -> None:
 def test_input_gradients_of_two_inputs_and_through_an_activation(target: gpu.Target | None) -> None:
     grads = KERNELS.conv3x3.grad
     with on(target, KERNELS):
-        for c1, c2, c_out, dtype in ((40, 48, 16, BFLOAT), (3, 17, 5, torch.float32), (24, 40, 48, HALF)):
+        for c1, c2, c_out, dtype in (
+            (40, 48, 16, BFLOAT),
+            (3, 17, 5, torch.float32),
+            (24, 40, 48, HALF),
+            (64, 64, 16, BFLOAT),
+        ):
             _, _, weight, _ = make_inputs(1, c1, c2, c_out, 1, 1, dtype)
             grad = random_input((1, c_out, 9, 10), dtype=dtype, device=DEVICE)
             shares = weight.split([c1, c2], dim=1)
@@ -256,6 +261,18 @@ def gradients_of_several_parts(kernels: ModuleType) -> None:
     assert_gradients(kernels, *make_inputs(1, 3, 0, 5, 33, 33, torch.float32)[::2])
 
 
+def gradients_of_two_inputs_in_one_block(kernels: ModuleType) -> None:
+    for target, channels in ((None, 16), (HOPPER, 32)):
+        _, _, weight, _ = make_inputs(1, channels, channels, 16, 1, 1, HALF, random_integers)
+        grad = random_integers((2, 16, 9, 10), dtype=HALF, device=DEVICE)
+        with on(target, kernels), kernels.gpu.recording() as launches:
+            actual = kernels.conv3x3.grad.conv3x3_two_input_grads(grad, weight, channels)
+        for each, share in zip(actual, weight.split(channels, dim=1), strict=True):
+            assert_within(each, *conv3x3_input_grad_expected(grad, share))
+        (launch,) = launches
+        assert launch.grid == 2 * -(-9 // launch.arguments["TILE_H"]) * 2
+
+
 def integers_are_exact(kernels: ModuleType) -> None:
     """Sums of small integers have no rounding: every result must be equal, not close."""
     x, up, weight, bias = make_inputs(2, 17, 3, 5, 9, 9, torch.float32, random_integers)
@@ -315,6 +332,11 @@ test_check, test_injected_fault_is_caught = check_tests({
         ("conv3x3.grad", "first + tiles_per_split,", "first + tiles_per_split - 1,"),
         ("conv3x3.grad", "totals += g.to", "totals = g.to"),
         ("reduction", "tl.sum(sums, 0)", "tl.sum(tl.where(row > 0, sums, 0.0), 0)"),
+    ],
+    gradients_of_two_inputs_in_one_block: [
+        ("tiles", "tl.where(n < N // 2, first_ptr, second_ptr)", "tl.where(n < N // 2, second_ptr, first_ptr)"),
+        ("conv3x3.grad", "C = C1 + C2 if JOINED", "C = C1 if JOINED"),
+        ("conv3x3.descriptor", "(pixels * (BLOCK_N", "(pixels // 2 * (BLOCK_N"),
     ],
     integers_are_exact: [],
     nan_and_infinity_as_in_torch: [("tiles", "tl.where(v <= 0.0, 0.0, v)", "tl.where(v > 0.0, v, 0.0)")],
