@@ -32,6 +32,16 @@ def tile_origin(tile, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
+def next_tile(image, h0, w0, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """tile_origin of the tile after that at (image, h0, w0), without its divisions."""
+    w0 += TILE_W
+    h0 = tl.where(w0 < W, h0, h0 + TILE_H)
+    w0 = tl.where(w0 < W, w0, 0)
+    image = tl.where(h0 < H, image, image + 1)
+    return image, tl.where(h0 < H, h0, 0), w0
+
+
+@triton.jit
 def tile_pixels(h0, w0, H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     """Rows [P] and columns [P] of the tile at (h0, w0). A pixel outside the image has row -2: so are all its taps."""
     p = tl.arange(0, TILE_H * TILE_W)

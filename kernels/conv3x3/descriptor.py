@@ -18,6 +18,7 @@ from fastunet.kernels.layout import weight_matrix
 from fastunet.kernels.tiles import (
     activate_grad,
     joined_channels,
+    next_tile,
     pixel_offsets,
     pool2x2_columns,
     tile_origin,
@@ -183,14 +184,15 @@ def _sum_tiles(
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     totals = tl.zeros((TILE_H * TILE_W, BLOCK_OUT), tl.float32)
     tl.assume(last > first)
+    image, h0, w0 = tile_origin(first, H, W, TILE_H, TILE_W)
+    image = image.to(tl.int32)
     for tile in range(first, last):
-        image, h0, w0 = tile_origin(tile, H, W, TILE_H, TILE_W)
-        image = image.to(tl.int32)
         g = grad_desc.load([tile * (TILE_H * TILE_W), o0])
         x = _load_box(x_desc, image, h0 + tap // 3 - 1, w0 + tap % 3 - 1, i0, TILE_H, TILE_W, BLOCK_IN)
         acc = tl.dot(tl.trans(g), x, acc)
         if WITH_BIAS:
             totals += g.to(tl.float32)
+        image, h0, w0 = next_tile(image, h0, w0, H, W, TILE_H, TILE_W)
     return acc, tl.sum(totals, 0)
 
 

@@ -25,6 +25,7 @@ from fastunet.kernels.tiles import (
     load_folded_taps,
     load_pixels,
     load_tap,
+    next_tile,
     pixel_offsets,
     tile_origin,
     tile_pixels,
@@ -112,8 +113,8 @@ def _sum_tiles(
     acc = tl.zeros((o.shape[0], i.shape[0]), tl.float32)
     totals = tl.zeros((TILE_H * TILE_W, o.shape[0]), tl.float32)
     offsets = pixel_offsets(W, TILE_H, TILE_W)
-    for tile in range(first, last):
-        image, h0, w0 = tile_origin(tile, H, W, TILE_H, TILE_W)
+    image, h0, w0 = tile_origin(first, H, W, TILE_H, TILE_W)
+    for _ in range(first, last):
         rows, columns = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
         origin = (image * H + h0) * W + w0
         g = load_pixels(grad_ptr, o, rows, origin, offsets, COUT)
@@ -124,6 +125,7 @@ def _sum_tiles(
         acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
         if WITH_BIAS:
             totals += g.to(tl.float32)
+        image, h0, w0 = next_tile(image, h0, w0, H, W, TILE_H, TILE_W)
     return acc, tl.sum(totals, 0)
 
 

@@ -57,3 +57,14 @@ def test_rows_of_channels_that_are_no_multiple_of_16_load_as_vectors(op: str, ch
     loads = [line for line in result.ptx.splitlines() if "ld.global" in line]
     assert sum(vector in line for line in loads) >= 4
     assert not any(".b16" in line for line in loads)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("op", ["conv3x3_bias_relu", "conv3x3_batch_norm_relu"])
+def test_the_loop_of_a_weight_gradient_divides_nothing(op: str, capability: int) -> None:
+    """A tile's origin follows from the one before."""
+    kernel = CONVOLUTIONS[capability].replace("conv3x3", "conv3x3_weight_grad")
+    result, _ = compiled(Wanted(op, ConvShape(64, 0, 64, 128, 128), kernel, capability))
+    products = [block for block in blocks(result.ptx) if "mma" in block]
+    assert products
+    assert not any(re.search(r"\b(div|rem)\.[su]", block) for block in products)

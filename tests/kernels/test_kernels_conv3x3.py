@@ -254,7 +254,7 @@ def leaky_sums_of_one_and_two_inputs(kernels: ModuleType) -> None:
 
 
 def gradients_tap_by_tap(kernels: ModuleType) -> None:
-    assert_gradients(kernels, *make_inputs(1, 9, 0, 8, 9, 9, torch.float32)[::2])
+    assert_gradients(kernels, *make_inputs(2, 9, 0, 8, 5, 9, torch.float32)[::2])
 
 
 def gradients_of_several_parts(kernels: ModuleType) -> None:
@@ -322,14 +322,18 @@ test_check, test_injected_fault_is_caught = check_tests({
         ("tiles", "dw = tap % 3 - 1", "dw = 1 - tap % 3"),
         ("tiles", "tl.maximum(", "tl.minimum("),
         ("tiles", "tl.where(v > 0.0, v, v *", "tl.where(v < 0.0, v, v *"),
-        ("conv3x3.pointer", "weight_ptr, C1, steps2", "weight_ptr, 0, steps2"),
+        ("conv3x3.pointer", "weight_ptr, C1 + first2, steps2", "weight_ptr, first2, steps2"),
         ("conv3x3.pointer", "for step in range(steps)", "for step in range(steps - 1)"),
         ("conv3x3.pointer", "w0 // 2, H // 2, W // 2,", "w0 // 2, H // 2, W // 2 - 1,"),
         ("epilogue", "return activate(acc,", "return activate(acc.to(tl.float16).to(tl.float32),"),
     ],
-    gradients_tap_by_tap: [("conv3x3.pointer", "8 - tap if FLIP else tap", "tap")],
+    gradients_tap_by_tap: [
+        ("conv3x3.pointer", "8 - tap if FLIP else tap", "tap"),
+        ("tiles", "tl.where(h0 < H, h0, 0)", "h0"),
+    ],
     gradients_of_several_parts: [
         ("conv3x3.grad", "first + tiles_per_split,", "first + tiles_per_split - 1,"),
+        ("tiles", "tl.where(w0 < W, h0, h0 + TILE_H)", "h0"),
         ("conv3x3.grad", "totals += g.to", "totals = g.to"),
         ("reduction", "tl.sum(sums, 0)", "tl.sum(tl.where(row > 0, sums, 0.0), 0)"),
     ],
