@@ -18,6 +18,7 @@ from fastunet.kernels.layout import weight_matrix
 from fastunet.kernels.tiles import (
     activate_grad,
     joined_channels,
+    nan_max,
     next_tile,
     pixel_offsets,
     pool2x2_columns,
@@ -179,10 +180,12 @@ def _sum_tiles(
     """Over the pixels of tiles first to last: sum of grad[p, o] * x[p moved by tap, i] [O, I], and sum of grad [O].
 
     A tile's pixels lie one after the other in memory, and grad_desc reads them as the rows of a matrix: as a box of
-    more than one row of pixels, the first operand would go through registers.
+    more than one row of pixels, the first operand would go through registers. The sums of grad are a product too, with
+    the least columns there can be: added up in registers, they would take as many as acc.
     """
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-    totals = tl.zeros((TILE_H * TILE_W, BLOCK_OUT), tl.float32)
+    totals = tl.zeros((BLOCK_OUT, 16), tl.float32)
+    ones = tl.full((TILE_H * TILE_W, 16), 1.0, tl.float32).to(grad_desc.dtype)
     tl.assume(last > first)
     image, h0, w0 = tile_origin(first, H, W, TILE_H, TILE_W)
     image = image.to(tl.int32)
@@ -191,9 +194,9 @@ def _sum_tiles(
         x = _load_box(x_desc, image, h0 + tap // 3 - 1, w0 + tap % 3 - 1, i0, TILE_H, TILE_W, BLOCK_IN)
         acc = tl.dot(tl.trans(g), x, acc)
         if WITH_BIAS:
-            totals += g.to(tl.float32)
+            totals = tl.dot(tl.trans(g), ones, totals)
         image, h0, w0 = next_tile(image, h0, w0, H, W, TILE_H, TILE_W)
-    return acc, tl.sum(totals, 0)
+    return acc, tl.reduce(totals, 1, nan_max)  # They are equal.
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_split", "H", "W"])

@@ -68,3 +68,11 @@ def test_the_loop_of_a_weight_gradient_divides_nothing(op: str, capability: int)
     products = [block for block in blocks(result.ptx) if "mma" in block]
     assert products
     assert not any(re.search(r"\b(div|rem)\.[su]", block) for block in products)
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_sums_of_a_bias_leave_room_for_a_second_program(capability: int) -> None:
+    kernel = "conv3x3_weight_grad_descriptor_kernel"
+    result, programs = compiled(Wanted("conv3x3_bias_relu", ConvShape(128, 0, 128, 128, 128), kernel, capability))
+    assert programs == 2
+    assert result.spill_bytes == result.wgmma_from_registers == 0
