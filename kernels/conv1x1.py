@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from fastunet.kernels import config_pixels, gpu
 from fastunet.kernels.layout import dense, empty_packed, on_boundary, packed
-from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 from fastunet.kernels.pixels import (
-    LINEAR,
+    ACTIVATIONS,
     SIGMOID,
     SOFTMAX,
     accumulate_rows,
@@ -22,9 +21,6 @@ from fastunet.kernels.pixels import (
 )
 from fastunet.kernels.tiles import nan_max
 from torch import Tensor
-
-# Names and values of ACTIVATION.
-ACTIVATIONS = {None: LINEAR.value, "sigmoid": SIGMOID.value, "softmax": SOFTMAX.value}
 
 
 # fmt: off
@@ -137,21 +133,3 @@ def conv1x1_input_grad(
     weight, programs = on_boundary(weight).transpose(0, 1), gpu.cdiv(out.shape[1], chosen.block_n)
     run_product(conv1x1_input_grad_kernel, arguments, weight, out, programs, chosen, allow_tf32=allow_tf32)
     return out
-
-
-def conv1x1_weight_grad(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor | None = None,
-    *,
-    activation: str | None = None,
-    with_bias: bool = False,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of conv1x1's weight and, with_bias, of its bias.
-
-    grad and y, conv1x1's output, which an activation needs: [N, Cout, H, W]; x [N, C, H, W]. Returns [Cout, C, 1, 1],
-    channels_last, and [Cout] or None, both of grad's dtype. An empty batch gives zeros.
-    """
-    code = ACTIVATIONS[activation]
-    return pixel_weight_grad(grad, x, y, activation=code, with_bias=with_bias, allow_tf32=allow_tf32)

@@ -12,7 +12,6 @@ from fastunet.kernels import config_pixels, gpu
 from fastunet.kernels.conv3x3.config import ConvConfig, tiles_per_image
 from fastunet.kernels.epilogue import E4M3, scale_to_e4m3
 from fastunet.kernels.layout import dense, empty_packed, on_boundary, packed
-from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, run_product, subpixel_step
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -188,14 +187,3 @@ def conv_transpose2x2_input_grad(grad: Tensor, weight: Tensor, *, allow_tf32: bo
     kernel = conv_transpose2x2_input_grad_kernel
     run_product(kernel, tensors, _one_run(weight), out, products, chosen, allow_tf32=allow_tf32)
     return out
-
-
-def conv_transpose2x2_weight_grad(
-    grad: Tensor, x: Tensor, *, with_bias: bool = False, allow_tf32: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of conv_transpose2x2's weight and, with_bias, of its bias.
-
-    grad [N, Cout, 2H, 2W], x [N, C, H, W]. Returns [C, Cout, 2, 2], channels_last, and [Cout] or None, both of grad's
-    dtype: sums of x[c, h, w] * grad[o, 2h + a, 2w + b] and of grad. An empty batch gives zeros.
-    """
-    return pixel_weight_grad(grad, x, subpixels=SUBPIXELS, with_bias=with_bias, allow_tf32=allow_tf32)

@@ -13,7 +13,7 @@ from fastunet.kernels.conv3x3 import config_grad
 from fastunet.kernels.epilogue import precision
 from fastunet.kernels.layout import packed
 from fastunet.kernels.pixels import (
-    LINEAR,
+    ACTIVATIONS,
     SOFTMAX,
     first_subpixels,
     load_grad,
@@ -98,18 +98,18 @@ def pixel_weight_grad(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    subpixels: int = 1,
-    activation: int = LINEAR.value,
+    activation: str | None = None,
     with_bias: bool = False,
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of a weight and, with_bias, of its bias: see pixel_weight_grad_kernel for the sums.
+    """Return the gradients of conv1x1's or conv_transpose2x2's weight and, with_bias, of its bias.
 
-    grad [N, Cout, H, W], or [N, Cout, 2H, 2W] where subpixels is 4; x [N, C, H, W]; y, of grad's shape, is the
-    activation's output. Returns [Cout, C, 1, 1] or [C, Cout, 2, 2], channels_last, and [Cout] or None, of grad's dtype;
-    an empty batch gives zeros.
+    grad is the output's, [N, Cout, H, W] of conv1x1, [N, Cout, 2H, 2W] of conv_transpose2x2; x [N, C, H, W]; y is
+    conv1x1's output, which an activation needs. Returns [Cout, C, 1, 1] or [C, Cout, 2, 2], channels_last, and [Cout]
+    or None, of grad's dtype; an empty batch gives zeros.
     """
     batch, channels, height, width = x.shape
+    subpixels = 1 if grad.shape[2] == height else 4
     channels_out, target = grad.shape[1], gpu.target(x.device)
     shape = (channels_out, channels, 1, 1) if subpixels == 1 else (channels, channels_out, 2, 2)
     grad_weight, grad_bias = empty_weight_grads(shape, grad, with_bias=with_bias)
@@ -145,7 +145,7 @@ def pixel_weight_grad(
         "stride_out": stride_out,
         "stride_sub": grad_weight.stride(3),
         "SUBPIXELS": subpixels,
-        "ACTIVATION": activation,
+        "ACTIVATION": ACTIVATIONS[activation],
         "PRECISION": precision(x.dtype, allow_tf32),
     }
     gpu.launch(pixel_weight_grad_kernel, programs * splits, arguments, chosen).run(x.device)

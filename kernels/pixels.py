@@ -20,6 +20,7 @@ from torch import Tensor
 LINEAR = tl.constexpr(0)
 SIGMOID = tl.constexpr(1)
 SOFTMAX = tl.constexpr(2)
+ACTIVATIONS = {None: LINEAR.value, "sigmoid": SIGMOID.value, "softmax": SOFTMAX.value}
 
 
 # fmt: off

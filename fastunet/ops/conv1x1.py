@@ -99,6 +99,7 @@ def _backward(args: HeadGradArgs, choice: dispatch.Choice) -> tuple[Tensor | Non
 
 def _backward_triton(args: HeadGradArgs) -> tuple[Tensor | None, ...]:
     from fastunet.kernels import conv1x1 as kernels
+    from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 
     grad, x, weight, y, activation, output_mask = args
     options: dict[str, Any] = {"activation": activation, "allow_tf32": dispatch.tf32_allowed()}
@@ -106,7 +107,7 @@ def _backward_triton(args: HeadGradArgs) -> tuple[Tensor | None, ...]:
     if output_mask[0]:
         grad_x = strided_like(kernels.conv1x1_input_grad(grad, weight, y, **options), x)
     if output_mask[1] or output_mask[2]:
-        grad_weight, grad_bias = kernels.conv1x1_weight_grad(grad, x, y, with_bias=output_mask[2], **options)
+        grad_weight, grad_bias = pixel_weight_grad(grad, x, y, with_bias=output_mask[2], **options)
         grad_weight = strided_like(grad_weight, weight) if output_mask[1] else None
     return grad_x, grad_weight, grad_bias
 

@@ -76,6 +76,7 @@ def _backward(args: UpGradArgs, choice: dispatch.Choice) -> tuple[Tensor | None,
 
 def _backward_triton(args: UpGradArgs) -> tuple[Tensor | None, ...]:
     from fastunet.kernels import conv_transpose2x2 as kernels
+    from fastunet.kernels.pixel_weight_grad import pixel_weight_grad
 
     grad, x, weight, output_mask = args
     tf32 = dispatch.tf32_allowed()
@@ -84,9 +85,7 @@ def _backward_triton(args: UpGradArgs) -> tuple[Tensor | None, ...]:
         packed = kernel_weight(weight, x, training=True)
         grad_x = strided_like(kernels.conv_transpose2x2_input_grad(grad, packed, allow_tf32=tf32), x)
     if output_mask[1] or output_mask[2]:
-        grad_weight, grad_bias = kernels.conv_transpose2x2_weight_grad(
-            grad, x, with_bias=output_mask[2], allow_tf32=tf32
-        )
+        grad_weight, grad_bias = pixel_weight_grad(grad, x, with_bias=output_mask[2], allow_tf32=tf32)
         grad_weight = strided_like(grad_weight, weight) if output_mask[1] else None
     return grad_x, grad_weight, grad_bias
 

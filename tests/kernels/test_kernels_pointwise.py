@@ -91,7 +91,7 @@ def assert_transpose(
     grad = in_layout(random_cotangent(y), layout)
     gx = kernels.conv_transpose2x2.conv_transpose2x2_input_grad(grad, weight, **tf32)
     assert_within(gx, *conv_transpose2x2_input_grad_expected(grad, weight, **rounds))
-    gw, gb = kernels.conv_transpose2x2.conv_transpose2x2_weight_grad(grad, x, with_bias=True, **tf32)
+    gw, gb = kernels.pixel_weight_grad.pixel_weight_grad(grad, x, with_bias=True, **tf32)
     assert y.dtype == gx.dtype == gw.dtype == gb.dtype == x.dtype
     assert is_packed(gx, gw)
     assert_within(gw, *conv_transpose2x2_weight_grad_expected(grad, x, **rounds))
@@ -117,7 +117,7 @@ def assert_head(
     y, grad = in_layout(y, layout), in_layout(random_cotangent(y), layout)
     gx = kernels.conv1x1.conv1x1_input_grad(grad, weight, y, **options)
     assert_within(gx, *conv1x1_input_grad_expected(grad, weight, y, **rounds))
-    gw, gb = kernels.conv1x1.conv1x1_weight_grad(grad, x, y, with_bias=True, **options)
+    gw, gb = kernels.pixel_weight_grad.pixel_weight_grad(grad, x, y, with_bias=True, **options)
     assert y.dtype == gx.dtype == gw.dtype == gb.dtype == x.dtype
     assert is_packed(gx, gw)
     assert_within(gw, *conv1x1_weight_grad_expected(grad, x, y, **rounds))
@@ -219,7 +219,7 @@ def test_layouts_of_every_tensor(layout: str, target: gpu.Target | None) -> None
         assert_transpose(KERNELS, x, weight, bias, layout=layout)
         assert_head(KERNELS, x, head_weight, bias, "softmax", layout=layout)
         y = KERNELS.conv_transpose2x2.conv_transpose2x2(x, weight)
-        assert KERNELS.conv_transpose2x2.conv_transpose2x2_weight_grad(y, x)[1] is None
+        assert KERNELS.pixel_weight_grad.pixel_weight_grad(y, x)[1] is None
 
 
 @pytest.mark.parametrize("target", [None, HOPPER])
@@ -238,7 +238,7 @@ def test_transpose_keeps_its_bits(target: gpu.Target | None) -> None:
         gx = input_grad(y, weight)
         assert torch.equal(input_grad(y[images], weight), gx[images])
         assert torch.equal(input_grad(y[1:2], weight), gx[1:2])
-        first, again = (kernels.conv_transpose2x2_weight_grad(y, x, with_bias=True) for _ in range(2))
+        first, again = (KERNELS.pixel_weight_grad.pixel_weight_grad(y, x, with_bias=True) for _ in range(2))
         assert all(map(torch.equal, first, again))
 
 
@@ -254,7 +254,7 @@ def test_head_keeps_its_bits(activation: str | None) -> None:
     assert torch.equal(kernels.conv1x1_input_grad(y[1:2], weight, y[1:2], **options), gx[1:2])
     if activation != "softmax":  # Whose sum runs over the channels in order.
         assert torch.equal(kernels.conv1x1(x, weight[permuted], bias[permuted], **options), y[:, permuted])
-    first, again = (kernels.conv1x1_weight_grad(y, x, y, with_bias=True, **options) for _ in range(2))
+    first, again = (KERNELS.pixel_weight_grad.pixel_weight_grad(y, x, y, with_bias=True, **options) for _ in range(2))
     assert all(map(torch.equal, first, again))
 
 
@@ -292,13 +292,13 @@ def transpose_of_several_parts(kernels: ModuleType) -> None:
 def transpose_of_several_steps(kernels: ModuleType) -> None:
     """Sums of small integers have no rounding: every result must be equal, not close."""
     x, weight, _, bias = make_inputs(2, 17, 5, 5, 9, torch.float32, random_integers)
-    kernels = kernels.conv_transpose2x2
+    weight_grad, kernels = kernels.pixel_weight_grad.pixel_weight_grad, kernels.conv_transpose2x2
     y = kernels.conv_transpose2x2(x, weight, bias)
     assert_within(y, conv_transpose2x2_expected(x, weight, bias).value, 0.0)
     grad = random_integers(y.shape, seed=7, device=DEVICE)
     gx = kernels.conv_transpose2x2_input_grad(grad, weight)
     assert_within(gx, conv_transpose2x2_input_grad_expected(grad, weight).value, 0.0)
-    gw, gb = kernels.conv_transpose2x2_weight_grad(grad, x, with_bias=True)
+    gw, gb = weight_grad(grad, x, with_bias=True)
     assert_within(gw, conv_transpose2x2_weight_grad_expected(grad, x).value, 0.0)
     assert_within(gb, grad.double().sum((0, 2, 3)), 0.0)
 
