@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from fastunet.kernels import autotune, config_passes, config_pixels, gpu
-from fastunet.kernels.conv3x3 import config, config_grad, config_hopper, config_search
+from fastunet.kernels import autotune, config_pixels, gpu
+from fastunet.kernels.conv3x3 import config, config_hopper, config_search
 from fastunet.kernels.conv3x3.config import ConvShape
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from fastunet import dispatch, ops
 from fastunet.testing import float32_precision, parity
 from fastunet.testing.parity import Case
 
+from . import reachable
 from .cases import UP_CONV
 
 TARGETS = tuple(gpu.SHARED_MEMORY_LIMITS)
@@ -142,7 +143,7 @@ def calls(math: str, capability: int) -> list[Call]:
     options: dict[str, Any] = {"dtype": dtype, "target": target, "allow_tf32": allow_tf32}
     shapes = [
         replace(shape, height=min(shape.height, _LARGEST), width=min(shape.width, _LARGEST))
-        for shape in config.conv_configs(**options).values()
+        for shape in reachable.convolutions(**options).values()
     ]
     widest = max(shapes, key=lambda shape: (shape.aligned, shape.c1, shape.c_out))
     if dtype == torch.float16 or capability == 86:
@@ -180,8 +181,11 @@ def _case(op: str, shape: ConvShape) -> Case:
 
 def _convolutions(shapes: Iterable[ConvShape], **options: Any) -> Iterator[Case]:
     """Those of which gradients have configurations of their own; odd sides, which upsampling does not lead to."""
-    for shape in config_grad.weight_grad_configs(**options).values():
+    for shape in reachable.weight_grads(**options).values():
         yield _case("conv3x3_bias_relu", shape)
+    for channels in (24, 72):  # Multiples of 8, of which gpu.launch tells kernels.
+        shape = ConvShape(channels, 0, channels, 32, 32)
+        yield from (_case(op, shape) for op in ("conv3x3_batch_norm_relu", "concat_conv3x3_bias_relu"))
     for shape in shapes:
         turned = replace(shape, c1=shape.c_out, c_out=shape.c1)  # An input gradient's channels are a convolution's.
         yield from (_case(op, turned) for op in ("conv3x3_bias_relu", "concat_conv3x3_bias_relu"))
@@ -211,13 +215,13 @@ def _single_pixels(dtype: torch.dtype, target: gpu.Target, *, allow_tf32: bool) 
     """The transposed convolution, and the head with every activation."""
     options: dict[str, Any] = {"dtype": dtype, "target": target, "allow_tf32": allow_tf32}
     for found in (
-        config_pixels.pixel_product_configs(**options),
-        config_pixels.pixel_weight_grad_configs(**options),
-        config_pixels.subpixel_tile_configs(dtype, target),
+        reachable.pixel_products(**options),
+        reachable.pixel_weight_grads(**options),
+        reachable.subpixel_tiles(dtype, target),
     ):
         for c_in, c_out in found.values():
             yield _case("conv_transpose2x2", ConvShape(c_in, 0, c_out, 32, 32))
-    heads = config_pixels.head_configs(**options, softmax=True).values()
+    heads = reachable.heads(**options).values()
     for (c_in, c_out), activation in itertools.product([*heads, (17, 17)], (None, "sigmoid", "softmax")):
         shapes = {"x": (2, c_in, 64, 64), "weight": (c_out, c_in, 1, 1), "bias": (c_out,)}
         yield Case("conv1x1", shapes, {"activation": activation})
@@ -225,13 +229,13 @@ def _single_pixels(dtype: torch.dtype, target: gpu.Target, *, allow_tf32: bool) 
 
 def _passes() -> Iterator[Case]:
     """Norms, pooling, and the sums of losses."""
-    for channels in (*config_passes.norm_grad_configs().values(), 100):
+    for channels in (*reachable.norm_grads().values(), 100):
         for op in ("conv3x3_batch_norm_relu_pool", "conv3x3_instance_norm_relu_pool"):
             yield _case(op, ConvShape(16, 0, channels, 256, 256))
-    for channels in (*config_passes.pointwise_configs().values(), 3, 100):  # The last two load no vectors.
+    for channels in (*reachable.pointwise().values(), 3, 100):  # The last two load no vectors.
         yield _case("max_pool2x2", ConvShape(channels, 0, 1, 64, 64))
         yield _case("conv3x3_bias_relu_pool", ConvShape(16, 0, channels, 64, 64))
-    for number, channels in enumerate((*config_passes.pixel_configs().values(), 3)):  # Three is no power of two.
+    for number, channels in enumerate((*reachable.pixels().values(), 3)):  # Three is no power of two.
         yield _sums(number, channels)
 
 

@@ -33,11 +33,6 @@ def pointwise_config(channels: int) -> PassConfig:
     return PassConfig(1024 // block_c, block_c)
 
 
-def pointwise_configs() -> dict[PassConfig, int]:
-    """Return every config that pointwise_config can choose, each with the most channels that lead to it."""
-    return {pointwise_config(channels): channels for channels in (1, 2, 4, 8, 16, 32, 64, 128)}
-
-
 # --- norms ---
 
 # Programs that a multiprocessor runs at a time of a norm's gradient, whose loads wait for memory.
@@ -73,11 +68,6 @@ def norm_grad_splits(windows: int, channels: int, target: Target) -> int:
     return max(1, min(most, windows // (8 * chosen.block_p)))
 
 
-def norm_grad_configs() -> dict[PassConfig, int]:
-    """Return every config that norm_grad_config can choose, each with the most channels that lead to it."""
-    return {norm_grad_config(channels): channels for channels in (3, 7, 15, 31, 63, 4, 8, 16, 32, 64)}
-
-
 # --- the sums of segmentation_loss ---
 
 
@@ -85,11 +75,6 @@ def pixel_config(channels: int) -> PassConfig:
     """Return blocks for a pass over whole pixels: 1024 elements, eight a thread; the sums hold five values for each."""
     block_c = cover(channels, 1, MOST_CHANNELS)
     return PassConfig(1024 // block_c, block_c)
-
-
-def pixel_configs() -> dict[PassConfig, int]:
-    """Return every config that pixel_config can choose for up to MOST_CHANNELS, each with the most that lead to it."""
-    return {pixel_config(1 << power): 1 << power for power in range(MOST_CHANNELS.bit_length())}
 
 
 def pixel_splits(pixels: int, chosen: PassConfig) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -132,42 +130,3 @@ def pixel_weight_grad_programs(chosen: PixelWeightGradConfig, c_in: int, c_out: 
 def writes_e4m3(c_in: int, c_out: int, dtype: torch.dtype, target: Target) -> bool:
     """Return whether conv_transpose2x2 can leave its result in e4m3: by descriptors, whole 16-byte vectors of it."""
     return subpixel_tile_config(c_in, c_out, dtype, target) is not None and c_out % 16 == 0
-
-
-# --- every config that a choice can give, each with channels (in, out) that lead to it ---
-
-# They lead to every config for conv_transpose2x2.
-_CHANNELS = tuple(itertools.product((17, 64, 128), (3, 17, 32, 64, 128)))
-
-
-def _reachable(choose: Callable[[int, int], T], cases: Iterable[tuple[int, int]]) -> dict[T, tuple[int, int]]:
-    found: dict[T, tuple[int, int]] = {}
-    for channels in cases:
-        found.setdefault(choose(*channels), channels)
-    return found
-
-
-def pixel_product_configs(
-    dtype: torch.dtype, target: Target, *, allow_tf32: bool
-) -> dict[PixelProductConfig, tuple[int, int]]:
-    return _reachable(lambda i, o: pixel_product_config(i, o, dtype, target, allow_tf32=allow_tf32), _CHANNELS)
-
-
-def subpixel_tile_configs(dtype: torch.dtype, target: Target) -> dict[ConvConfig, tuple[int, int]]:
-    chosen = {channels: subpixel_tile_config(*channels, dtype, target) for channels in _CHANNELS}
-    return {found: channels for channels, found in chosen.items() if found is not None}
-
-
-def head_configs(
-    dtype: torch.dtype, target: Target, *, allow_tf32: bool, softmax: bool
-) -> dict[PixelProductConfig, tuple[int, int]]:
-    return _reachable(
-        lambda i, o: head_config(i, o, dtype, target, allow_tf32=allow_tf32, softmax=softmax),
-        itertools.product((17, 64), (3, 17, 65)),
-    )
-
-
-def pixel_weight_grad_configs(
-    dtype: torch.dtype, target: Target, *, allow_tf32: bool
-) -> dict[PixelWeightGradConfig, tuple[int, int]]:
-    return _reachable(lambda i, o: pixel_weight_grad_config(i, o, dtype, target, allow_tf32=allow_tf32), _CHANNELS)

@@ -229,7 +229,8 @@ def conv_transpose2x2_concat_conv3x3(
     (batch, channels_low, height, width), channels = low.shape, skip.shape[1]
     odd_height, odd_width = (size % 2 for size in skip.shape[2:])
     shape = config.ConvShape(channels, channels_low, channels_out, height, width)
-    chosen = config.composed_config(shape, skip.dtype, gpu.target(skip.device))
+    target = gpu.target(skip.device)
+    chosen = config.conv_config(shape, skip.dtype, target, allow_tf32=False, op=config.COMPOSED)
     block_n, block_k = chosen.block_n, chosen.block_k
     arguments: dict[str, Any] = {
         **_parities("skip", skip, chosen, block_k),

@@ -15,6 +15,8 @@ IDENTITY = tl.constexpr(0)
 RELU = tl.constexpr(1)
 LEAKY_RELU = tl.constexpr(2)
 
+CENTRE_TAP = tl.constexpr(4)
+
 
 @triton.jit
 def multiple(size, UNIT: tl.constexpr):

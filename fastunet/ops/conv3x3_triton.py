@@ -113,12 +113,16 @@ def _conv_backward(grad: Tensor, args: ConvGradArgs, output_mask: list[bool]) ->
     grad_x = grad_up = grad_weight = grad_bias = None
     packed = kernel_weight(weight, x, training=True) if output_mask[0] or output_mask[1] else weight
     if output_mask[0] and up is not None and output_mask[1]:
-        grad_x, grad_up = conv3x3_grad.conv3x3_two_input_grads(grad, packed, split, allow_tf32=tf32)
+        channels = [split, up.shape[1]]
+        grad_x, grad_up = conv3x3_grad.conv3x3_input_grads(grad, packed, channels, allow_tf32=tf32)
     elif output_mask[0]:
-        activated = {} if args.input_slope is None else {"x": x, "negative_slope": args.input_slope}
-        grad_x = conv3x3_grad.conv3x3_input_grad(grad, packed[:, :split], allow_tf32=tf32, **activated)
+        of_x, activated = packed[:, :split], {}
+        if args.input_slope is not None:
+            activated = {"x": x, "negative_slope": args.input_slope}
+        (grad_x,) = conv3x3_grad.conv3x3_input_grads(grad, of_x, [split], allow_tf32=tf32, **activated)
     elif up is not None and output_mask[1]:
-        grad_up = conv3x3_grad.conv3x3_input_grad(grad, packed[:, split:], allow_tf32=tf32)
+        of_up = packed[:, split:]
+        (grad_up,) = conv3x3_grad.conv3x3_input_grads(grad, of_up, [up.shape[1]], allow_tf32=tf32)
     if output_mask[2] or output_mask[3]:
         grad_weight, grad_bias = conv3x3_grad.conv3x3_weight_grad(grad, x, with_bias=output_mask[3], allow_tf32=tf32)
         if up is not None and output_mask[2]:

@@ -8,7 +8,6 @@ from compiled code (registers, spills, shared memory); where a figure is a guess
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +48,7 @@ class ConvShape:
     """What the choice for a convolution depends on.
 
     c1, c2, c_out: channels of the two inputs (c2 may be 0) and of the output. aligned: whether rows of channels, of
-    activations and weight, start at multiples of 16 elements and so load in vectors. c_out2: channels of a second
+    activations and weight, start at multiples of 8 or 16 elements and so load in vectors. c_out2: channels of a second
     output, where an input gradient has two.
     """
 
@@ -108,18 +107,20 @@ def channel_block(channels: int, largest: int) -> int:
 
 
 def step_block(c1: int, c2: int, largest: int) -> int:
-    """Return a block of input channels: the largest power of two, 16 at least, that divides both inputs' channels."""
-    common = c1 | c2
+    """Return a block of input channels: the largest power of two that divides both inputs' channels, in whole 16s."""
+    common = cdiv(c1, 16) * 16 | cdiv(c2, 16) * 16
     return min(common & -common, largest)
 
 
 def conv_config(
     shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool, op: str = CONV3X3
 ) -> ConvConfig:
-    """Return blocks for a convolution of `shape`; `allow_tf32` matters for float32 only. op: CONV3X3, or INPUT_GRAD for
-    one that is an input gradient, whose kernels are others.
+    """Return blocks for a convolution of `shape`; `allow_tf32` matters for float32 only. op: CONV3X3, INPUT_GRAD for
+    one that is an input gradient, or COMPOSED, whose kernels are others.
     """
     found = autotune.config_for(op, shape, dtype, allow_tf32, target.name, ConvConfig)
+    if found is None and op == COMPOSED:
+        return heuristic_composed_config(shape, dtype, target)
     return found or heuristic_conv_config(shape, dtype, target, allow_tf32)
 
 
@@ -131,7 +132,7 @@ def heuristic_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target, 
     # Without tensor cores the operands lie in registers as well, and larger tiles spill.
     tile_h = 16 if tensor_cores else 8
     if fits_descriptors(dtype, target, (shape.c1, shape.c2), (shape.c_out, shape.c_out2)):
-        return _descriptor_conv_config(shape, dtype, target)
+        return descriptor_config(shape, dtype, target)
     if shape.c2 == 0 and shape.c1 < FOLDED_BELOW:
         block_k = cover(9 * shape.c1, 16, 32) if tensor_cores else 16
         registers = TWO_PROGRAMS if half and target.capability < 100 else ALL_REGISTERS
@@ -164,12 +165,14 @@ def fits_descriptors(dtype: torch.dtype, target: Target, inputs: tuple[int, ...]
     return dtype.itemsize == 2 and target.capability >= 90 and whole and max(outputs) > 32
 
 
-def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
-    """Large tiles of pixels, which halve the reading of weights, but for a small image. Unmeasured."""
+@functools.lru_cache(REMEMBERED)
+def descriptor_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
+    """Return the descriptor variant's blocks, where `fits_descriptors`, or `fits_fp8` in e4m3. Unmeasured."""
     channels_out = max(shape.c_out, shape.c_out2)
     block_n = channel_block(channels_out, 128)
     block_k = step_block(shape.c1, shape.c2, 128 // dtype.itemsize)
     blocks = cdiv(channels_out, block_n) * cdiv(shape.width, TILE_W)
+    # Large tiles of pixels halve the reading of weights, but leave a GPU idle where the image is small.
     # Of e4m3 on sm_90 the sums of a step lie in registers beside those of all: of larger tiles they spill.
     heights = (32, 16) if dtype.itemsize == 2 or target.capability >= 100 else (16,)
     tile_h = next((h for h in heights if 4 * blocks * cdiv(shape.height, h) >= target.multiprocessors), 8)
@@ -181,21 +184,14 @@ def _descriptor_conv_config(shape: ConvShape, dtype: torch.dtype, target: Target
     return ConvConfig(tile_h, TILE_W, block_n, block_k, warps, num_stages, DESCRIPTOR, limit)
 
 
-def composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
+def heuristic_composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
     """Return the blocks of an upsampling composed with the convolution after it, where `fits_descriptors`. Unmeasured.
 
     shape: c1 channels of the convolution's first input, c2 and the size of the image before the upsampling.
     """
-    found = autotune.config_for(COMPOSED, shape, dtype, False, target.name, ConvConfig)
-    return found or heuristic_composed_config(shape, dtype, target)
-
-
-@functools.lru_cache(REMEMBERED)
-def heuristic_composed_config(shape: ConvShape, dtype: torch.dtype, target: Target) -> ConvConfig:
-    """As composed_config, whatever was measured."""
     # There is a program for each of four sub-pixels: as many as of an image of twice the size.
     doubled = replace(shape, height=2 * shape.height, width=2 * shape.width)
-    return _descriptor_conv_config(doubled, dtype, target)
+    return descriptor_config(doubled, dtype, target)
 
 
 def splittings(chosen: ConvConfig, shape: ConvShape, target: Target) -> list[int]:
@@ -226,14 +222,6 @@ def fits_fp8(inputs: tuple[int, ...], c_out: int) -> bool:
     least.
     """
     return all(c % 32 == 0 for c in inputs) and c_out % 8 == 0 and c_out > 32
-
-
-@functools.lru_cache(REMEMBERED)
-def fp8_config(shape: ConvShape, target: Target) -> ConvConfig:
-    """Return the descriptor variant's blocks for e4m3, where `fits_fp8`: its steps have twice as many channels.
-    Unmeasured.
-    """
-    return _descriptor_conv_config(shape, torch.float8_e4m3fn, target)
 
 
 def with_norm(chosen: ConvConfig) -> ConvConfig:
@@ -272,16 +260,3 @@ def sizes(x: Tensor, up: Tensor | None, weight: Tensor, chosen: ConvConfig) -> d
 def conv_steps(chosen: ConvConfig, channels: int) -> int:
     """Return the steps of the inner loop over the taps of one input's channels."""
     return cdiv(9 * channels, chosen.block_k) if chosen.variant == FOLDED else 9 * cdiv(channels, chosen.block_k)
-
-
-def conv_configs(dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> dict[tuple[ConvConfig, bool], ConvShape]:
-    """Return every config that conv_config can choose for aligned and unaligned shapes, each with a shape that leads to
-    it.
-    """
-    found: dict[tuple[ConvConfig, bool], ConvShape] = {}
-    images = ((512, 512), (33, 128), (8, 8))  # They lead to the three heights of tiles.
-    for c1, c_out, (height, width) in itertools.product((1, 3, 17, 16, 32, 64), (32, 64, 128, 33), images):
-        shape = ConvShape(c1, 0, c_out, height, width, aligned(c1, c_out))
-        chosen = conv_config(shape, dtype, target, allow_tf32=allow_tf32)
-        found.setdefault((chosen, shape.aligned or chosen.variant == DESCRIPTOR), shape)
-    return found

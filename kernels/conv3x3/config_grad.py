@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +17,12 @@ from fastunet.kernels.conv3x3.config import (
     TILE_W,
     WEIGHT_GRAD,
     ConvShape,
-    aligned,
     channel_block,
     cover,
     fits_descriptors,
     stages,
 )
-from fastunet.kernels.gpu import Config, Target, cdiv
+from fastunet.kernels.gpu import Config, Target, cdiv, row_unit
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def heuristic_weight_grad_config(
     tile_h, widest = (4, 64) if half or allow_tf32 else (2, 32)
     if c_in < FOLDED_BELOW:
         return WeightGradConfig(tile_h, TILE_W, widest, cover(9 * c_in, 32, 64), 8, 2, FOLDED, ALL_REGISTERS)
-    if not aligned(c_in, c_out):
+    if row_unit(c_in, c_out) < 8:
         block_out, block_in = cover(c_out, 32, widest), cover(c_in, 32, 64)
         return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8, 2, POINTER, ALL_REGISTERS)
     block_out = channel_block(c_out, 128 if half else 64)
@@ -72,7 +70,7 @@ def heuristic_weight_grad_config(
     tile_h = 8 if half and target.capability >= 90 else 4
     wide = block_out == 128 or (not half and not allow_tf32 and block_out == block_in == 64)
     num_stages = stages(tile_h * TILE_W * (block_out + block_in) * dtype.itemsize, target)
-    limit = None if half else ALL_REGISTERS
+    limit = None if half and block_out > 32 else ALL_REGISTERS
     return WeightGradConfig(tile_h, TILE_W, block_out, block_in, 8 if wide else 4, num_stages, POINTER, limit)
 
 
@@ -101,9 +99,7 @@ def _descriptor_weight_grad_config(
 
 
 def weight_grad_programs(chosen: WeightGradConfig, c_in: int, c_out: int) -> int:
-    """Return the programs that together cover one weight gradient: channel blocks, times the taps unless they are
-    folded.
-    """
+    """Return the programs that together cover one weight gradient: channel blocks, times the taps unless folded."""
     taps_and_inputs = 1 if chosen.variant == FOLDED else 9 * cdiv(c_in, chosen.block_in)
     return taps_and_inputs * cdiv(c_out, chosen.block_out)
 
@@ -130,17 +126,3 @@ def weight_grad_splits(programs: int, tiles: int, target: Target) -> int:
     candidates = range(1, max(1, most) + 1)
     limit = _FOR_FEWER_PARTS * min(map(steps, candidates))
     return next(splits for splits in candidates if steps(splits) <= limit)
-
-
-def weight_grad_configs(
-    dtype: torch.dtype, target: Target, *, allow_tf32: bool
-) -> dict[tuple[WeightGradConfig, bool], ConvShape]:
-    """Return every config that weight_grad_config can choose, aligned or not, each with a shape that leads to it."""
-    found: dict[tuple[WeightGradConfig, bool], ConvShape] = {}
-    # They lead to the runs of pixels, whole and cut; the last to none.
-    images = ((64, 64), (2, 32), (4, 16), (8, 8), (1, 32), (2, 16), (4, 8), (1, 16), (2, 8), (63, 63))
-    for c_in, c_out, image in itertools.product((3, 7, 17, 33, 16, 32, 64, 128), (17, 33, 32, 64, 128), images):
-        shape = ConvShape(c_in, 0, c_out, *image, aligned(c_in, c_out))
-        chosen = weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
-        found.setdefault((chosen, shape.aligned or chosen.variant == DESCRIPTOR), shape)
-    return found

@@ -16,6 +16,7 @@ from fastunet.kernels.conv3x3 import config, config_grad
 from fastunet.kernels.epilogue import finish_sums, round_in_pairs, scale_to_e4m3, store_head, store_statistics
 from fastunet.kernels.layout import weight_matrix
 from fastunet.kernels.tiles import (
+    CENTRE_TAP,
     activate_grad,
     joined_channels,
     nan_max,
@@ -27,8 +28,6 @@ from fastunet.kernels.tiles import (
 )
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-_CENTRE_TAP = tl.constexpr(4)
 
 
 # fmt: off
@@ -136,14 +135,14 @@ def conv3x3_descriptor_kernel(
 @triton.jit(do_not_specialize=["H", "W", "steps"])
 def conv3x3_input_grad_descriptor_kernel(
     grad_desc, weight_desc, x_desc, out_desc, out_up_desc, out_ptr, out_up_ptr, H, W, C1, C2, COUT, steps,
-    negative_slope, ACTIVATION: tl.constexpr,
+    negative_slope, ACTIVATION: tl.constexpr, JOINED: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """As conv3x3_input_grad_kernel. weight_desc reads [C1 + C2, 9*COUT]; rows beyond an input's are not stored. The
-    joined channels of two inputs go through out_ptr and out_up_ptr, else None.
+    """As conv3x3_input_grad_kernel. weight_desc reads [C1 + C2, 9*COUT]; rows beyond an input's are not stored. JOINED
+    channels, which no box holds, go through out_ptr and out_up_ptr.
     """
     blocks1 = tl.cdiv(C1, BLOCK_N)
-    blocks = blocks1 if out_up_desc is None else blocks1 + tl.cdiv(C2, BLOCK_N)
+    blocks = blocks1 if out_up_desc is None or JOINED else blocks1 + tl.cdiv(C2, BLOCK_N)
     block = tl.program_id(0) % blocks
     is_first = block < blocks1
     n0 = tl.where(is_first, block, block - blocks1) * BLOCK_N
@@ -159,7 +158,7 @@ def conv3x3_input_grad_descriptor_kernel(
         x = tl.trans(_load_box(x_desc, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N))
         acc = activate_grad(acc, x.to(tl.float32), negative_slope, ACTIVATION)
     grad = acc.to(grad_desc.dtype)
-    if out_ptr is not None:
+    if JOINED:
         rows, _ = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
         pointers = joined_channels(out_ptr, out_up_ptr, BLOCK_N) + (pixels * (BLOCK_N // 2))[:, None]
         tl.store(pointers, tl.trans(grad), mask=(rows >= 0)[:, None])
@@ -218,7 +217,7 @@ def conv3x3_weight_grad_descriptor_kernel(
     o = o0 + tl.arange(0, BLOCK_OUT)
     i = i0 + tl.arange(0, BLOCK_IN)
 
-    if WITH_BIAS and (i0 == 0) & (tap == _CENTRE_TAP):
+    if WITH_BIAS and (i0 == 0) & (tap == CENTRE_TAP):
         acc, total = _sum_tiles(
             grad_desc, x_desc, first, last, tap, o0, i0, H, W, True, TILE_H, TILE_W, BLOCK_OUT, BLOCK_IN
         )
@@ -252,7 +251,7 @@ def operands(x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvCo
 
 
 def input_grad_operands(
-    grad: Tensor, weight: Tensor, outs: tuple[Tensor | None, Tensor | None], x: Tensor | None, chosen: config.ConvConfig
+    grad: Tensor, weight: Tensor, outs: tuple[Tensor, Tensor | None], x: Tensor | None, chosen: config.ConvConfig
 ) -> dict[str, Any]:
     """Return what the input gradient reads, and fills in boxes."""
     read = operands(grad, None, weight.transpose(0, 1), chosen)

@@ -62,7 +62,7 @@ def conv3x3_fp8(
     scales = {"y_scale": y_scale, "pooled_scale": pooled_scale if pool else None}
     epilogue = Epilogue(y, bias, norm, negative_slope, pooled, **scales)
     shape = config.ConvShape(x.shape[1], 0 if up is None else up.shape[1], channels, height, width)
-    chosen = config.fp8_config(shape, gpu.target(x.device))
+    chosen = config.descriptor_config(shape, E4M3, gpu.target(x.device))
     conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=False).run(x.device)
     return y, pooled
 

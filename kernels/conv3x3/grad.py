@@ -15,16 +15,18 @@ import triton
 import triton.language as tl
 from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config, config_grad, descriptor, pointer
-from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, halo_runs, weight_aligned
+from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, halo_runs, rows_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
 from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.reduction import empty_weight_grads, sum_rows
 from fastunet.kernels.tiles import (
+    CENTRE_TAP,
     activate_grad,
     joined_channels,
     load_folded_taps,
     load_pixels,
     load_tap,
+    multiple,
     next_tile,
     pixel_offsets,
     tile_origin,
@@ -32,21 +34,39 @@ from fastunet.kernels.tiles import (
 )
 from torch import Tensor
 
-_CENTRE_TAP = tl.constexpr(4)
-
 
 # fmt: off
-@triton.jit
-def _input_grad(
-    grad_ptr, weight_ptr, x_ptr, out_ptr, out_up_ptr, n, C, rows, columns, origin, offsets, H, W, COUT, steps,
+@triton.jit(do_not_specialize=["H", "W", "steps"])
+def conv3x3_input_grad_kernel(
+    grad_ptr, weight_ptr, x_ptr, out_ptr, out_up_ptr, H, W, C1, C2, COUT, steps,
     stride_out, stride_tap, stride_in, negative_slope,
     ACTIVATION: tl.constexpr, FOLDED: tl.constexpr, JOINED: tl.constexpr, PRECISION: tl.constexpr,
-    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """The gradient of the channels n of one input, or JOINED of two, which have C and whose weights begin at
-    weight_ptr.
+    """out[p, c] = sum over taps t and channels o of grad[p moved by t, o] * weight[o, c, 8 - t], for two inputs' out.
+
+    grad [N, H, W, COUT], out [N, H, W, C1], out_up [N, H, W, C2] or None. Where x, the first input, is given, it is the
+    output of an ACTIVATION, and out becomes the gradient of what went into that. A program owns a tile of pixels and
+    BLOCK_N channels of one of the inputs, or JOINED all channels of both, of which each has half of BLOCK_N.
     """
-    acc = tl.zeros((P, BLOCK_N), tl.float32)
+    C1, C2, COUT = multiple(C1, UNIT), multiple(C2, UNIT), multiple(COUT, UNIT)
+    stride_out, stride_tap = multiple(stride_out, UNIT), multiple(stride_tap, UNIT)
+    blocks1 = tl.cdiv(C1, BLOCK_N)
+    blocks = blocks1 if out_up_ptr is None or JOINED else blocks1 + tl.cdiv(C2, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    image, h0, w0 = tile_origin(tl.program_id(0) // blocks, H, W, TILE_H, TILE_W)
+    rows, columns = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
+    origin = (image * H + h0) * W + w0
+    offsets = pixel_offsets(W, TILE_H, TILE_W)
+    C = C1 + C2 if JOINED else C1
+    if out_up_ptr is not None and not JOINED:
+        if block >= blocks1:
+            block -= blocks1
+            C = C2
+            out_ptr = out_up_ptr
+            weight_ptr += tl.cast(C1, tl.int64) * stride_in  # Of a 1 Triton makes a constant, which has no `to`.
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
     # The same sum as the convolution's: what was its input channel is the output's, and the window is turned around.
     if FOLDED:
         acc = accumulate_folded(
@@ -67,41 +87,6 @@ def _input_grad(
     if JOINED:
         pointers = joined_channels(out_ptr, out_up_ptr, BLOCK_N) + ((origin + offsets) * (BLOCK_N // 2))[:, None]
     tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["H", "W", "steps"])
-def conv3x3_input_grad_kernel(
-    grad_ptr, weight_ptr, x_ptr, out_ptr, out_up_ptr, H, W, C1, C2, COUT, steps,
-    stride_out, stride_tap, stride_in, negative_slope,
-    ACTIVATION: tl.constexpr, FOLDED: tl.constexpr, JOINED: tl.constexpr, PRECISION: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """out[p, c] = sum over taps t and channels o of grad[p moved by t, o] * weight[o, c, 8 - t], for two inputs' out.
-
-    grad [N, H, W, COUT], out [N, H, W, C1], out_up [N, H, W, C2] or None. Where x, the first input, is given, it is the
-    output of an ACTIVATION, and out becomes the gradient of what went into that. A program owns a tile of pixels and
-    BLOCK_N channels of one of the inputs, or JOINED all channels of both, of which each has half of BLOCK_N.
-    """
-    blocks1 = tl.cdiv(C1, BLOCK_N)
-    blocks = blocks1 if out_up_ptr is None or JOINED else blocks1 + tl.cdiv(C2, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    image, h0, w0 = tile_origin(tl.program_id(0) // blocks, H, W, TILE_H, TILE_W)
-    rows, columns = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
-    origin = (image * H + h0) * W + w0
-    offsets = pixel_offsets(W, TILE_H, TILE_W)
-    C = C1 + C2 if JOINED else C1
-    if out_up_ptr is not None and not JOINED:
-        if block >= blocks1:
-            block -= blocks1
-            C = C2
-            out_ptr = out_up_ptr
-            weight_ptr += tl.cast(C1, tl.int64) * stride_in  # Of a 1 Triton makes a constant, which has no `to`.
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    _input_grad(
-        grad_ptr, weight_ptr, x_ptr, out_ptr, out_up_ptr, n, C, rows, columns, origin, offsets, H, W, COUT, steps,
-        stride_out, stride_tap, stride_in, negative_slope, ACTIVATION, FOLDED, JOINED, PRECISION,
-        TILE_H * TILE_W, BLOCK_N, BLOCK_K,
-    )
 
 
 @triton.jit
@@ -132,7 +117,7 @@ def _sum_tiles(
 @triton.jit(do_not_specialize=["tiles", "tiles_per_split", "H", "W"])
 def conv3x3_weight_grad_kernel(
     grad_ptr, x_ptr, partial_ptr, tiles, tiles_per_split, H, W, C, COUT,
-    WITH_BIAS: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_BIAS: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):
     """partial[s, o, t, i] = sum over the pixels p of split s of grad[p, o] * x[p moved by t, i].
@@ -141,6 +126,7 @@ def conv3x3_weight_grad_kernel(
     sums of grad, the bias gradient (without WITH_BIAS they are absent). One program owns a split, a tap (all nine
     where FOLDED), BLOCK_OUT output and BLOCK_IN input channels; the programs of a split are neighbours in time.
     """
+    C, COUT = multiple(C, UNIT), multiple(COUT, UNIT)
     blocks_o = tl.cdiv(COUT, BLOCK_OUT)
     blocks_i = 1 if FOLDED else tl.cdiv(C, BLOCK_IN)
     taps = 1 if FOLDED else 9
@@ -155,7 +141,7 @@ def conv3x3_weight_grad_kernel(
     partial_ptr += split.to(tl.int64) * (COUT * (9 * C + 1 if WITH_BIAS else 9 * C))
 
     # The sums of grad are taken by one program of each split and output block, in a loop of its own.
-    sums_bias = (i0 == 0) & (tap == (0 if FOLDED else _CENTRE_TAP))
+    sums_bias = (i0 == 0) & (tap == (0 if FOLDED else CENTRE_TAP))
     if WITH_BIAS and sums_bias:
         acc, total = _sum_tiles(
             grad_ptr, x_ptr, first, last, tap, o, i, H, W, C, COUT, True, FOLDED, PRECISION, TILE_H, TILE_W
@@ -171,15 +157,21 @@ def conv3x3_weight_grad_kernel(
 # fmt: on
 
 
-def _input_grads(
+def conv3x3_input_grads(
     grad: Tensor,
     weight: Tensor,
     channels: Sequence[int],
-    x: Tensor | None,
-    negative_slope: float | None,
-    allow_tf32: bool,
+    *,
+    x: Tensor | None = None,
+    negative_slope: float | None = None,
+    allow_tf32: bool = False,
 ) -> list[Tensor]:
-    """Return the gradients of one input or two, of so many channels, from grad."""
+    """Return the gradients of conv3x3's input, or of its two, which have so many channels, by one launch.
+
+    grad [N, Cout, H, W] is that of the sum; weight [Cout, C, 3, 3], C all channels. Where x, the only input, is given,
+    it is the output of the activation that negative_slope names, and the result is the gradient of what went into the
+    activation. Returns channels_last tensors of grad's dtype.
+    """
     outs = [empty_packed(grad, each, *grad.shape[2:]) for each in channels]
     if grad.numel() == 0:  # A descriptor cannot describe an empty tensor.
         return outs
@@ -187,8 +179,7 @@ def _input_grads(
     target = gpu.target(grad.device)
     batch, channels_out, height, width = grad.shape
     c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
-    aligned = config.aligned(channels_out, c1, c2) and weight_aligned(weight)
-    shape = config.ConvShape(channels_out, 0, c1, height, width, aligned, c_out2=c2)
+    shape = config.ConvShape(channels_out, 0, c1, height, width, rows_aligned(weight, channels_out, c1, c2), c_out2=c2)
     if c1 == c2 and 2 * c1 in (32, 64, 128):  # A block may hold the channels of both.
         shape = replace(shape, c_out=2 * c1, c_out2=0)
     chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32, op=config.INPUT_GRAD)
@@ -203,6 +194,8 @@ def _input_grads(
         chosen = config.heuristic_conv_config(shape, grad.dtype, target, allow_tf32)
     joined = out_up is not None and chosen.block_n == shape.c_out == 2 * c1
     arguments = {
+        "out_ptr": out,
+        "out_up_ptr": out_up,
         "JOINED": joined,
         "H": height,
         "W": width,
@@ -215,43 +208,15 @@ def _input_grads(
     }
     if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_input_grad_descriptor_kernel
-        boxed, pointed = ((None, None), (out, out_up)) if joined else ((out, out_up), (None, None))
-        arguments |= descriptor.input_grad_operands(grad, weight, boxed, x, chosen)
-        arguments |= {"out_ptr": pointed[0], "out_up_ptr": pointed[1]}
+        arguments |= descriptor.input_grad_operands(grad, weight, (out, out_up), x, chosen)
     else:
         kernel = conv3x3_input_grad_kernel
-        operands = pointer.operands(grad, None, weight, allow_tf32)
-        outputs = {"x_ptr": x, "out_ptr": out, "out_up_ptr": out_up, "FOLDED": chosen.variant == config.FOLDED}
-        arguments |= operands | {"grad_ptr": grad} | outputs
+        arguments |= pointer.operands(grad, None, weight, allow_tf32)
+        arguments |= {"grad_ptr": grad, "x_ptr": x, "FOLDED": chosen.variant == config.FOLDED}
     blocks = 1 if joined else gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
     grid = batch * config.tiles_per_image(chosen, height, width) * blocks
     gpu.launch(kernel, grid, arguments, chosen).run(grad.device)
     return outs
-
-
-def conv3x3_input_grad(
-    grad: Tensor,
-    weight: Tensor,
-    *,
-    x: Tensor | None = None,
-    negative_slope: float | None = None,
-    allow_tf32: bool = False,
-) -> Tensor:
-    """Return the input's gradient [N, C, H, W] from the sum's, grad [N, Cout, H, W], and weight [Cout, C, 3, 3].
-
-    Where x, that input, is given, it is the output of the activation that negative_slope names, and the result is the
-    gradient of what went into the activation. Returns a channels_last tensor of grad's dtype.
-    """
-    (out,) = _input_grads(grad, weight, [weight.shape[1]], x, negative_slope, allow_tf32)
-    return out
-
-
-def conv3x3_two_input_grads(
-    grad: Tensor, weight: Tensor, first: int, *, allow_tf32: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of conv3x3's two inputs, of which the first has `first` channels, by one launch."""
-    out, out_up = _input_grads(grad, weight, [first, weight.shape[1] - first], None, None, allow_tf32)
-    return out, out_up
 
 
 def conv3x3_weight_grad(

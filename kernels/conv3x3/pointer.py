@@ -33,6 +33,7 @@ from fastunet.kernels.layout import empty_packed, packed, strided_weight
 from fastunet.kernels.tiles import (
     load_folded_taps,
     load_tap,
+    multiple,
     pixel_offsets,
     pool2x2,
     tile_origin,
@@ -121,7 +122,7 @@ def conv3x3_kernel(
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
     head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, y_scale_ptr,
     ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr, FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr, UNIT: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """v[p, o] = sum over taps t and channels c of cat(x, up)[p moved by t, c] * weight[o, c, t], and y of v.
@@ -134,6 +135,8 @@ def conv3x3_kernel(
     With SPLITS above 1, sums [SPLITS, pixels, COUT] float32 takes the place of those outputs: sums[s, p, o] is the part
     of v[p, o] of the channels of split s, the s-th of equal parts of each input, of as many steps.
     """
+    C1, C2, COUT = multiple(C1, UNIT), multiple(C2, UNIT), multiple(COUT, UNIT)
+    stride_out, stride_tap = multiple(stride_out, UNIT), multiple(stride_tap, UNIT)
     # Channel blocks run fastest, then splits: programs that are neighbours in time share a pixel tile in L2.
     blocks_n = tl.cdiv(COUT, BLOCK_N)
     block = tl.program_id(0) % blocks_n
@@ -245,8 +248,7 @@ def _run(
 def choose(x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, *, allow_tf32: bool) -> config.ConvConfig:
     """Return the configuration for conv2d(cat([x, up], 1), weight, padding=1)."""
     c1, c2, channels = x.shape[1], 0 if up is None else up.shape[1], weight.shape[0]
-    aligned = config.aligned(c1, c2, channels) and weight_aligned(weight)
-    shape = config.ConvShape(c1, c2, channels, x.shape[2], x.shape[3], aligned)
+    shape = config.ConvShape(c1, c2, channels, *x.shape[2:], rows_aligned(weight, c1, c2, channels))
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
     if chosen.variant == config.HALO and not halo_runs(x, config.CONV3X3):
         return config.heuristic_conv_config(shape, x.dtype, target, allow_tf32)
@@ -265,12 +267,13 @@ def halo_runs(x: Tensor, op: str) -> bool:
     return reason is None
 
 
-def weight_aligned(weight: Tensor) -> bool:
-    """Return whether a weight [O, I, 3, 3] loads in vectors, or at least in steps known beforehand.
-
-    Beside whole rows of 16, its strides may be those of neighbouring channels: 1, or 9 in a contiguous weight.
+def rows_aligned(weight: Tensor, *channels: int) -> bool:
+    """Return whether rows of channels, and of a weight [O, I, 3, 3], load in vectors, or at least in steps known
+    beforehand: multiples of 16, and strides 1 or 9 of a contiguous weight; or all of 8, as gpu.launch tells kernels.
     """
-    return all(stride in (1, 9) or config.aligned(stride) for stride in weight.stride()[:2])
+    stride_out, stride_in, _, stride_tap = weight.stride()
+    known = all(stride in (1, 9) or config.aligned(stride) for stride in (stride_out, stride_in))
+    return (known and config.aligned(*channels)) or gpu.row_unit(*channels, stride_out, stride_tap) == 8
 
 
 def conv3x3(

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastunet.benchmarks import launches, static
+from fastunet.benchmarks import launches, reachable, static
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.launches import Job, jobs, launch_of, one_of_each, record
 from fastunet.benchmarks.static import Compiled, find_breaches, loads_between_products
-from fastunet.kernels import config_pixels, gpu
-from fastunet.kernels.conv3x3 import config, config_grad
+from fastunet.kernels import gpu
+from fastunet.kernels.conv3x3 import config
 
 from fastunet.testing import parity
 
@@ -121,11 +121,11 @@ def test_every_configuration_is_among_the_launches(math: str, capability: int) -
         chosen = [each[0] if isinstance(each, tuple) else each for each in found]
         return {blocks(each.constants().get, each) for each in chosen}
 
-    assert expected(config.conv_configs(**options)) <= of("conv3x3_")
-    assert expected(config_grad.weight_grad_configs(**options)) <= of("conv3x3_weight_grad")
-    assert expected(config_pixels.pixel_product_configs(**options)) <= of("conv_transpose2x2")
-    assert expected(config_pixels.pixel_weight_grad_configs(**options)) <= of("pixel_weight_grad")
-    assert expected(config_pixels.head_configs(**options, softmax=True)) <= of("conv1x1")
+    assert expected(reachable.convolutions(**options)) <= of("conv3x3_")
+    assert expected(reachable.weight_grads(**options)) <= of("conv3x3_weight_grad")
+    assert expected(reachable.pixel_products(**options)) <= of("conv_transpose2x2")
+    assert expected(reachable.pixel_weight_grads(**options)) <= of("pixel_weight_grad")
+    assert expected(reachable.heads(**options)) <= of("conv1x1")
 
 
 NAMES = ("TILE_H", "TILE_W", "BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_IN", "BLOCK_OUT")

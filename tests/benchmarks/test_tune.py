@@ -91,10 +91,8 @@ def test_launches_ask_for_what_a_search_tries_and_take_what_wins(op: str, channe
             elif op == config.COMPOSED:
                 parts = meta(64, 9 * c1, 1, 1)[:, :, 0, 0], meta(4 * 64, 4 * 128, 1, 1)[:, :, 0, 0]
                 composed.conv_transpose2x2_concat_conv3x3(x, low, composed.Composed(*parts, None))
-            elif c2:
-                grad.conv3x3_two_input_grads(y, weight, c1)
             else:
-                grad.conv3x3_input_grad(y, weight)
+                grad.conv3x3_input_grads(y, weight, [c1, c2] if c2 else [c1])
         return launches[0]
 
     if op == config.COMPOSED and c1 == 3:

@@ -76,3 +76,13 @@ def test_sums_of_a_bias_leave_room_for_a_second_program(capability: int) -> None
     result, programs = compiled(Wanted("conv3x3_bias_relu", ConvShape(128, 0, 128, 128, 128), kernel, capability))
     assert programs == 2
     assert result.spill_bytes == result.wgmma_from_registers == 0
+
+
+@pytest.mark.parametrize("kernel", ["conv3x3_kernel", "conv3x3_input_grad_kernel", "conv3x3_weight_grad_kernel"])
+@pytest.mark.parametrize(("capability", "channels"), [(80, 24), (90, 72)])
+def test_convolutions_of_multiples_of_8_channels_load_as_vectors(capability: int, channels: int, kernel: str) -> None:
+    shape = ConvShape(channels, 0, channels, 128, 128)
+    result, _ = compiled(Wanted("conv3x3_batch_norm_relu", shape, kernel, capability))
+    assert "cp.async.cg.shared.global" in result.ptx
+    assert not re.search(r"(ld|st)\.global\S*\.b16", result.ptx)
+    assert result.spill_bytes == 0

@@ -206,9 +206,9 @@ def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatc
     monkeypatch.setattr(grad, "halo_runs", lambda *_: True)
     x = random(2, 128, 9, 12, seed=3)
     with autotune.overriding("conv3x3_input_grad", Case(c_out=128).chosen), gpu.recording(HOPPER) as launches:
-        out = grad.conv3x3_input_grad(cotangent, weight)
-        masked = grad.conv3x3_input_grad(cotangent, weight, x=x, negative_slope=0.0)
-        grad.conv3x3_two_input_grads(cotangent, weight, 64)
+        (out,) = grad.conv3x3_input_grads(cotangent, weight, [128])
+        (masked,) = grad.conv3x3_input_grads(cotangent, weight, [128], x=x, negative_slope=0.0)
+        grad.conv3x3_input_grads(cotangent, weight, [64, 64])
     assert [launch.kernel is hopper.conv3x3_hopper_kernel for launch in launches] == [True, True, False]
     expected = F.conv_transpose2d(cotangent.double(), weight.double(), padding=1)
     torch.testing.assert_close(run(MODULES, launches[0], 0).result(out), expected, rtol=0, atol=1e-9)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastunet.benchmarks import reachable
 from fastunet.kernels import config_passes, config_pixels, gpu
 from fastunet.kernels.conv3x3 import config, config_grad
 from fastunet.kernels.conv3x3.config import ConvShape
@@ -52,7 +53,7 @@ def test_conv_config(
     c1: int, c2: int, c_out: int, h: int, w: int, aligned: bool, format: tuple[torch.dtype, bool], target: gpu.Target
 ) -> None:
     dtype, allow_tf32 = format
-    shape = ConvShape(c1, c2, c_out, h, w, aligned and config.aligned(c1, c2, c_out))
+    shape = ConvShape(c1, c2, c_out, h, w, aligned and gpu.row_unit(c1, c2, c_out) == 8)
     chosen = config.conv_config(shape, dtype, target, allow_tf32=allow_tf32)
 
     pixels = chosen.tile_h * chosen.tile_w
@@ -65,8 +66,8 @@ def test_conv_config(
     values = 9 * c1 if chosen.variant == config.FOLDED else 9 * -(-c1 // chosen.block_k) * chosen.block_k
     assert values <= covered < values + chosen.block_k
     # What runs is among what is compiled ahead of time.
-    reachable = config.conv_configs(dtype, target, allow_tf32=allow_tf32)
-    assert (chosen, shape.aligned or chosen.variant == config.DESCRIPTOR) in reachable
+    found = reachable.convolutions(dtype, target, allow_tf32=allow_tf32)
+    assert (chosen, shape.aligned or chosen.variant == config.DESCRIPTOR) in found
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -76,15 +77,15 @@ def test_weight_grad_config(
     c_in: int, c_out: int, h: int, w: int, format: tuple[torch.dtype, bool], target: gpu.Target, tiles: int
 ) -> None:
     dtype, allow_tf32 = format
-    shape = ConvShape(c_in, 0, c_out, h, w, config.aligned(c_in, c_out))
+    shape = ConvShape(c_in, 0, c_out, h, w, gpu.row_unit(c_in, c_out) == 8)
     chosen = config_grad.weight_grad_config(shape, dtype, target, allow_tf32=allow_tf32)
     assert_fits(chosen, chosen.block_out, chosen.block_in, chosen.tile_h * chosen.tile_w, dtype, target)
     if chosen.variant == config.FOLDED:
         assert chosen.block_in >= 9 * c_in
     splits = config_grad.weight_grad_splits(config_grad.weight_grad_programs(chosen, c_in, c_out), tiles, target)
     assert 1 <= splits <= max(1, tiles // 8)
-    reachable = config_grad.weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
-    assert (chosen, shape.aligned or chosen.variant == config.DESCRIPTOR) in reachable
+    found = reachable.weight_grads(dtype, target, allow_tf32=allow_tf32)
+    assert (chosen, shape.aligned or chosen.variant == config.DESCRIPTOR) in found
 
 
 def test_programs_of_a_weight_gradient_fill_their_waves() -> None:
@@ -108,9 +109,9 @@ def test_pass_configs_hold_as_many_elements(channels: int) -> None:
     assert norm.block_p * norm.block_c == (256 if channels % 2 else 512)
     assert windows.block_c < 2 * channels
     assert channels <= pixels.block_c < 2 * channels
-    assert windows in config_passes.pointwise_configs()
-    assert pixels in config_passes.pixel_configs()
-    assert norm in config_passes.norm_grad_configs()
+    assert windows in reachable.pointwise()
+    assert pixels in reachable.pixels()
+    assert norm in reachable.norm_grads()
     assert config_passes.statistics_config(channels).block_c in (16, 32)
 
 
@@ -177,8 +178,8 @@ def test_pixel_product_configs(
     if softmax and c_out <= config_pixels.LARGEST_SOFTMAX:
         assert head.block_n >= c_out
     # What runs is among what is compiled ahead of time.
-    assert transpose in config_pixels.pixel_product_configs(dtype, target, **options)
-    heads = config_pixels.head_configs(dtype, target, softmax=True, **options)
+    assert transpose in reachable.pixel_products(dtype, target, **options)
+    heads = reachable.heads(dtype, target, **options)
     assert head in heads
 
 
@@ -195,7 +196,7 @@ def test_pixel_weight_grad_configs(
         programs = config_pixels.pixel_weight_grad_programs(chosen, c_in, c_out, subpixels)
         assert programs * chosen.block_in * chosen.block_out >= subpixels * c_in * c_out
         assert 1 <= config_grad.weight_grad_splits(programs, blocks, target) <= max(1, blocks // 8)
-    assert transpose in config_pixels.pixel_weight_grad_configs(dtype, target, allow_tf32=allow_tf32)
+    assert transpose in reachable.pixel_weight_grads(dtype, target, allow_tf32=allow_tf32)
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -208,6 +209,6 @@ def test_subpixel_tile_config(c_in: int, c_out: int, format: tuple[torch.dtype, 
     elif c_out >= 64:
         assert chosen is not None
     if chosen is not None:
-        assert chosen in config_pixels.subpixel_tile_configs(dtype, target)
+        assert chosen in reachable.subpixel_tiles(dtype, target)
         assert chosen.block_n >= 64
         assert_fits(chosen, chosen.tile_h * chosen.tile_w, chosen.block_n, chosen.block_k, dtype, target)

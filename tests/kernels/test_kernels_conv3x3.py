@@ -72,7 +72,7 @@ def assert_gradients(
 ) -> None:
     """The gradients of input, weight and bias."""
     grad = in_layout(random_cotangent(x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]))), layout)
-    gx = kernels.conv3x3.grad.conv3x3_input_grad(grad, weight, allow_tf32=allow_tf32)
+    (gx,) = kernels.conv3x3.grad.conv3x3_input_grads(grad, weight, [weight.shape[1]], allow_tf32=allow_tf32)
     assert gx.is_contiguous(memory_format=torch.channels_last)
     rounds = {"allow_tf32": allow_tf32 and not INTERPRETED}
     assert_within(gx, *conv3x3_input_grad_expected(grad, weight, **rounds))
@@ -156,7 +156,7 @@ def test_input_gradients_of_two_inputs_and_through_an_activation(target: gpu.Tar
             _, _, weight, _ = make_inputs(1, c1, c2, c_out, 1, 1, dtype)
             grad = random_input((1, c_out, 9, 10), dtype=dtype, device=DEVICE)
             shares = weight.split([c1, c2], dim=1)
-            for actual, share in zip(grads.conv3x3_two_input_grads(grad, weight, c1), shares, strict=True):
+            for actual, share in zip(grads.conv3x3_input_grads(grad, weight, [c1, c2]), shares, strict=True):
                 assert actual.is_contiguous(memory_format=torch.channels_last)
                 assert_within(actual, *conv3x3_input_grad_expected(grad, share))
         for slope in (0.0, 0.1):
@@ -165,7 +165,7 @@ def test_input_gradients_of_two_inputs_and_through_an_activation(target: gpu.Tar
             grad = random_input((1, 48, 9, 10), dtype=BFLOAT, device=DEVICE, seed=9)
             value, tolerance = conv3x3_input_grad_expected(grad, weight)
             passed = torch.where(x > 0, 1.0, slope).double()
-            actual = grads.conv3x3_input_grad(grad, weight, x=x, negative_slope=slope)
+            (actual,) = grads.conv3x3_input_grads(grad, weight, [40], x=x, negative_slope=slope)
             assert_within(actual, value * passed, tolerance)
 
 
@@ -239,7 +239,8 @@ def test_what_must_not_change_a_bit() -> None:
     images = torch.tensor([2, 0, 1])
     assert torch.equal(conv3x3(x[images], weight, bias, negative_slope=0.0)[0], y[images])
     assert torch.equal(conv3x3(x[1:2], weight, bias, negative_slope=0.0)[0], y[1:2])
-    assert torch.equal(grads.conv3x3_input_grad(y[1:2], weight), grads.conv3x3_input_grad(y, weight)[1:2])
+    (alone,), (together,) = (grads.conv3x3_input_grads(each, weight, [9]) for each in (y[1:2], y))
+    assert torch.equal(alone, together[1:2])
     channels = torch.randperm(35, generator=torch.Generator().manual_seed(0))
     assert torch.equal(conv3x3(x, weight[channels], bias[channels], negative_slope=0.0)[0], y[:, channels])
     assert torch.equal(conv3x3(x * 4, weight / 2, bias * 2, negative_slope=0.0)[0], y * 2)
@@ -266,7 +267,7 @@ def gradients_of_two_inputs_in_one_block(kernels: ModuleType) -> None:
         _, _, weight, _ = make_inputs(1, channels, channels, 16, 1, 1, HALF, random_integers)
         grad = random_integers((2, 16, 9, 10), dtype=HALF, device=DEVICE)
         with on(target, kernels), kernels.gpu.recording() as launches:
-            actual = kernels.conv3x3.grad.conv3x3_two_input_grads(grad, weight, channels)
+            actual = kernels.conv3x3.grad.conv3x3_input_grads(grad, weight, [channels, channels])
         for each, share in zip(actual, weight.split(channels, dim=1), strict=True):
             assert_within(each, *conv3x3_input_grad_expected(grad, share))
         (launch,) = launches
@@ -281,7 +282,7 @@ def integers_are_exact(kernels: ModuleType) -> None:
     assert_within(y, reference, 0.0)
     assert_within(pooled, F.max_pool2d(reference, 2), 0.0)
     grad, of_up = random_integers((2, 5, 9, 9), seed=7, device=DEVICE), weight[:, 17:]
-    gx = kernels.conv3x3.grad.conv3x3_input_grad(grad, of_up)
+    (gx,) = kernels.conv3x3.grad.conv3x3_input_grads(grad, of_up, [3])
     assert_within(gx, conv3x3_input_grad_expected(grad, of_up).value, 0.0)
     for image in (x, up):
         gw, gb = kernels.conv3x3.grad.conv3x3_weight_grad(grad, image, with_bias=True)

@@ -32,7 +32,7 @@ def sums_expected(images: list[torch.Tensor], weight: torch.Tensor) -> Expected:
     shape = config.ConvShape(images[0].shape[1], sum(t.shape[1] for t in images[1:]), *weight.shape[:1], 1, 1)
     target = gpu.target(DEVICE)
     is_hopper = not INTERPRETED and target.capability == 90
-    step = config.fp8_config(shape, target).block_k if is_hopper else None
+    step = config.descriptor_config(shape, torch.float8_e4m3fn, target).block_k if is_hopper else None
     return e4m3_sums_expected(torch.cat([t.float() for t in images], 1), weight, step=step)
 
 

@@ -117,7 +117,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Callable[[], Tensor], ...]]] = 
         lambda x: pointer.conv3x3_head(x, weight(), None, Head(weight()[:2, :, 1:2, 1:2], None, True)),
         (image,),
     ),
-    "input_grad": (lambda g, x: grad.conv3x3_input_grad(g, weight(), x=x), (image, lambda: image(1))),
+    "input_grad": (
+        lambda g, x: grad.conv3x3_input_grads(g, weight(), [weight().shape[1]], x=x)[0],
+        (image, lambda: image(1)),
+    ),
     "activation_grad": (
         lambda y, p: activation_grad.activation_grad(y, y, p, 0.0),
         (image, pooled_grad),
