@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import mask_from_labels, moments, normalize
+from fastunet.data.labels import dtype_of
 from fastunet.data.sources import Source, open_source, source_of_array
 from fastunet.inference.outputs import (
     GRID,
     WRITERS,
     StreamedTiff,
     Wanted,
-    class_palette,
+    palette_of,
     write_objects,
     write_overlay,
     write_rois,
@@ -58,7 +59,7 @@ class Segmenter:
     def predict(
         self, image: str | Path | Any, *, tile: int = TILE, tta: bool = False, probabilities: bool = False
     ) -> np.ndarray:
-        """Return the mask of an image, uint8 [H, W]: as the masks of training were, 0 and 255 or class indices.
+        """Return the mask of an image [H, W]: as the masks of training were, 0 and 255, class indices or other values.
 
         Args:
             image: a file, or an array [H, W] or [H, W, C] of NumPy, torch or CuPy, in the range of the images that
@@ -74,7 +75,10 @@ class Segmenter:
         source = self.source_of(image)
         result: np.ndarray | None = None
         for part, found in self.parts(source, tile=tile, tta=tta):
-            values = found.numpy() if probabilities else mask_from_labels(labels_of(found).numpy(), self.classes)
+            if probabilities:
+                values = found.numpy()
+            else:
+                values = mask_from_labels(labels_of(found).numpy(), self.classes, self.config.data.labels)
             if result is None:
                 result = np.empty((*values.shape[:-2], *source.size), values.dtype)
             part.of(result)[...] = values
@@ -95,18 +99,23 @@ class Segmenter:
         else:
             on_gpu = hasattr(image, "__cuda_array_interface__")
             source = source_of_array(image.get() if on_gpu else np.asarray(image))
-        self.check(source)
-        return source
+        return self.check(source)
 
-    def check(self, source: Source) -> None:
-        """Raise DataError unless the image is of the kind that was trained on, and large enough for the net."""
+    def check(self, source: Source) -> Source:
+        """Return the image, a grey one as RGB where both were trained on.
+
+        Raises DataError unless it is of the kind that was trained on, and large enough for the net.
+        """
         data, name = self.config.data, source.path or "image"
+        if data.mixed and source.shape[2] == 1:
+            source = source.as_rgb()
         if source.shape[2] != data.channels:
             raise DataError(f"{name}: expected {data.channels} channels, as in training, got {source.shape[2]}")
         if source.dtype.name != data.dtype:
             raise DataError(f"{name}: expected {data.dtype}, as in training, got {source.dtype.name}")
         if reason := too_small(*source.size, *self._net()):
             raise DataError(f"{name}: {reason}")
+        return source
 
     def check_tile(self, tile: int) -> bool:
         """Whether tiles of that edge give what whole images give. Raises ConfigError on one too small for the net."""
@@ -137,9 +146,11 @@ class Segmenter:
         whole = np.empty(size, np.uint8) if {"overlay", "objects"} & ends.keys() else None
         rows: dict[str, list[np.ndarray]] = {"labels": []}
         with ExitStack() as stack:
-            palette = class_palette() if many else None
             kind = WRITERS[wanted.kind]
-            writers = {"labels": stack.enter_context(kind(ends["labels"], size, "uint8", palette, source.pixel_size))}
+            values = self.config.data.labels
+            palette = palette_of(values) if many or values else None
+            written = (size, dtype_of(values), palette, source.pixel_size)
+            writers = {"labels": stack.enter_context(kind(ends["labels"], *written))}
             if (path := ends.get("probabilities")) is not None:
                 kind, shape = WRITERS[path.suffix[1:]], (*size, self.classes) if many else size
                 writers["probabilities"] = stack.enter_context(kind(path, shape, "float32", None, source.pixel_size))
@@ -148,7 +159,7 @@ class Segmenter:
                 labels = labels_of(found).numpy()
                 if whole is not None:
                     part.of(whole)[...] = labels
-                rows["labels"].append(mask_from_labels(labels, self.classes))
+                rows["labels"].append(mask_from_labels(labels, self.classes, values))
                 if "probabilities" in rows:
                     rows["probabilities"].append((found.movedim(0, -1) if many else found[0]).numpy())
                 if part.right == size[1]:

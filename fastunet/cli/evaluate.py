@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,19 @@ from rich.table import Table
 from fastunet.files import check_apart, check_folder, check_replaceable, is_our_json, write_json
 from fastunet.train.config import TILE
 
-from .shared import DATA, DeviceOption, OverwriteOption, RunArgument, TileOption, TtaOption, console, load, track
+from .shared import (
+    DATA,
+    DeviceOption,
+    OverwriteOption,
+    RunArgument,
+    TileOption,
+    TtaOption,
+    console,
+    load,
+    pop_reading,
+    track,
+    with_reading,
+)
 
 SCORES = ("dice", "iou", "images", "tta")  # what the file of `evaluate` holds, among other things
 
@@ -24,7 +37,9 @@ class Parts(StrEnum):
     none, foreground, background = "none", "foreground", "background"
 
 
+@with_reading
 def evaluate(
+    context: typer.Context,
     run: RunArgument,
     data: Annotated[Path, DATA],
     out: Annotated[Path | None, typer.Option(help="JSON file for the scores, of each image too.")] = None,
@@ -36,13 +51,17 @@ def evaluate(
     tile: TileOption = TILE,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
+    **options: Any,
 ) -> None:
     """Score RUN on every pair of DATA: Dice and IoU over all pixels, and per image with outlines and intervals."""
     from fastunet.data import SegmentationDataset, find_pairs, inspect
+    from fastunet.data.sources import source_of_array
     from fastunet.inference.evaluation import evaluate as scores_of
     from fastunet.inference.evaluation import scores_of_image, summary_of
+    from fastunet.train.checkpoint import load_config
 
-    pairs = find_pairs(data)
+    reading = pop_reading(context, options, load_config(run).reading)
+    pairs = find_pairs(data, reading)
     if out is not None:
         check_folder(out.parent)
         check_apart(out.parent, [file for pair in pairs for file in (pair.image, pair.mask)])
@@ -50,8 +69,10 @@ def evaluate(
     segmenter = load(run, device, tile)
     names = segmenter.config.class_names
     for pair in track(pairs, "checking"):
-        segmenter.source_of(pair.image)
-    dataset = SegmentationDataset(pairs, inspect(pairs, segmenter.classes))
+        segmenter.check(source_of_array(pair.read_image(), pair.image))
+    trained = segmenter.config.data
+    found = replace(inspect(pairs, segmenter.classes, reading), channels=trained.channels, mixed=trained.mixed)
+    dataset = SegmentationDataset(pairs, found)
     scores, predictions = scores_of(segmenter.model, track(dataset, "predicting"), names, tile=tile, tta=tta)
     rows = [
         scores_of_image(predictions[index], dataset[index][1], names, tolerance=tolerance, parts=parts.value)

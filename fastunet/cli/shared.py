@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -11,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastunet.checks import check_choice
+from fastunet.data.layout import DataOptions
 
 if TYPE_CHECKING:
     from fastunet.segmenter import Segmenter
@@ -24,6 +28,30 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 TtaOption = Annotated[bool, typer.Option(help="Average eight flips and turns, for eight times the work.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what fastunet wrote there before.")]
 TileOption = Annotated[int, typer.Option(min=1, help="Edge in pixels of the tiles in which larger images go through.")]
+
+
+def with_reading(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of how data are read, which it takes out of its last argument by `pop_reading`."""
+    types = get_type_hints(DataOptions)
+    parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
+    for each in fields(DataOptions):
+        option: Any = Annotated[types[each.name], typer.Option(help=each.metadata["meaning"])]
+        place = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=option))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def pop_reading(context: typer.Context, options: dict[str, Any], before: DataOptions | None = None) -> DataOptions:
+    """Take the options of how data are read out of all: those that were typed, else those of a run `before`."""
+    given = {field.name: options.pop(field.name) for field in fields(DataOptions)}
+    typed = {name: given[name] for name in given if is_typed(context, name)}
+    return replace(before or DataOptions(), **typed)
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was given on the command line."""
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
 
 
 def parse_features(text: str) -> tuple[int, ...]:

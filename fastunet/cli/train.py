@@ -12,7 +12,17 @@ import typer
 
 from fastunet.train.config import TrainConfig
 
-from .shared import DATA, OverwriteOption, console, parse_features, print_scores, progress
+from .shared import (
+    DATA,
+    OverwriteOption,
+    console,
+    is_typed,
+    parse_features,
+    pop_reading,
+    print_scores,
+    progress,
+    with_reading,
+)
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -30,6 +40,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+@with_reading
 @_with_settings
 def train(
     context: typer.Context,
@@ -43,17 +54,18 @@ def train(
     settings["features"] = parse_features(settings["features"])
     if resume:
         # What is not said is as the run was begun.
-        from fastunet.train.checks import resumed_config
+        from fastunet.train.checks import resumed_config, run_to_resume
 
-        typed = {name for name in settings if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
-        config = resumed_config(out, {name: settings[name] for name in typed})
+        reading = pop_reading(context, settings, run_to_resume(out).reading)
+        config = resumed_config(out, {name: settings[name] for name in settings if is_typed(context, name)})
     else:
+        reading = pop_reading(context, settings)
         config = TrainConfig(**settings)
-    train_with_bar(data, out, config, resume=resume, overwrite=overwrite)
+    train_with_bar(data, out, config, reading=reading, resume=resume, overwrite=overwrite)
 
 
 def train_with_bar(
-    data: Path | None, out: Path, config: Any, *, resume: bool = False, overwrite: bool = False
+    data: Path | None, out: Path, config: Any, *, reading: Any = None, resume: bool = False, overwrite: bool = False
 ) -> dict[str, Any]:
     from fastunet.train.loop import Progress
     from fastunet.train.loop import train as train_run
@@ -67,7 +79,7 @@ def train_with_bar(
             text = f"step {standing.step}  loss {standing.loss:.3f}{dice}"
             bars.update(bar, completed=standing.fraction, description=text)
 
-        metrics = train_run(data, out, config, resume=resume, overwrite=overwrite, on_step=show)
+        metrics = train_run(data, out, config, reading=reading, resume=resume, overwrite=overwrite, on_step=show)
     print_scores(metrics, f"{len(metrics['images'])} images kept out of training")
     console.print(f"weights: {metrics['weights']}", soft_wrap=True)
     console.print(f"report: {out / 'report.png'}", soft_wrap=True)

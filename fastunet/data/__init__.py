@@ -1,16 +1,53 @@
-"""Images and masks, from files to tensors."""
+"""Images and masks, from files to tensors. What reads them is imported when it is used: options need no torch."""
 
-from fastunet.data.images import find_images as find_images
-from fastunet.data.images import read_image as read_image
-from fastunet.data.images import read_mask as read_mask
-from fastunet.data.pairs import DataSummary as DataSummary
-from fastunet.data.pairs import Pair as Pair
-from fastunet.data.pairs import SegmentationDataset as SegmentationDataset
-from fastunet.data.pairs import check_foreground as check_foreground
-from fastunet.data.pairs import find_pairs as find_pairs
-from fastunet.data.pairs import inspect as inspect
-from fastunet.data.pairs import labels_from_mask as labels_from_mask
-from fastunet.data.pairs import mask_from_labels as mask_from_labels
-from fastunet.data.pairs import moments as moments
-from fastunet.data.pairs import normalize as normalize
-from fastunet.data.pairs import split as split
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastunet.data.dataset import SegmentationDataset as SegmentationDataset
+    from fastunet.data.dataset import moments as moments
+    from fastunet.data.dataset import normalize as normalize
+    from fastunet.data.images import find_images as find_images
+    from fastunet.data.images import read_image as read_image
+    from fastunet.data.images import read_mask as read_mask
+    from fastunet.data.labels import IGNORED as IGNORED
+    from fastunet.data.labels import labels_from_mask as labels_from_mask
+    from fastunet.data.labels import mask_from_labels as mask_from_labels
+    from fastunet.data.layout import DataOptions as DataOptions
+    from fastunet.data.pairing import Pair as Pair
+    from fastunet.data.pairing import find_pairs as find_pairs
+    from fastunet.data.pairing import split as split
+    from fastunet.data.summary import DataSummary as DataSummary
+    from fastunet.data.summary import check_foreground as check_foreground
+    from fastunet.data.summary import inspect as inspect
+
+# Public name -> the module that holds it.
+_HOMES = {
+    "DataOptions": "layout",
+    "DataSummary": "summary",
+    "IGNORED": "labels",
+    "Pair": "pairing",
+    "SegmentationDataset": "dataset",
+    "check_foreground": "summary",
+    "find_images": "images",
+    "find_pairs": "pairing",
+    "inspect": "summary",
+    "labels_from_mask": "labels",
+    "mask_from_labels": "labels",
+    "moments": "dataset",
+    "normalize": "dataset",
+    "read_image": "images",
+    "read_mask": "images",
+    "split": "pairing",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastunet.data' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastunet.data.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -17,10 +17,13 @@ from fastunet.data.decoding import Picture, decode, spread, what_is_there
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
-def list_images(folder: Path) -> dict[str, Path]:
+def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
     """Map stem to file for the images of one folder, sorted by stem; hidden and other files are passed over.
 
     Stems are in Unicode's composed form (NFC): macOS decomposes the names of files, other systems leave them.
+
+    Args:
+        nested: list the folders within too; stems begin with their names.
 
     Raises:
         DataError: the folder is missing, unreadable or holds no image, or two files share a stem.
@@ -29,11 +32,12 @@ def list_images(folder: Path) -> dict[str, Path]:
         if not folder.is_dir():
             raise DataError(f"{folder}: expected a folder, got {what_is_there(folder)}")
         # A link to nothing is listed, so that reading it says so; a pipe, which reading would wait for, is not.
-        files = sorted(file for file in folder.iterdir() if file.is_file() or (file.is_symlink() and not file.exists()))
-    files = [file for file in files if not file.name.startswith(".")]
+        found = folder.rglob("*") if nested else folder.iterdir()
+        files = sorted(file for file in found if file.is_file() or (file.is_symlink() and not file.exists()))
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     images: dict[str, Path] = {}
     for file in (file for file in files if file.suffix.lower() in SUFFIXES):
-        stem = unicodedata.normalize("NFC", file.stem)
+        stem = unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix())
         if stem in images:
             raise DataError(f"{file}: expected one file per stem, got {images[stem].name} and {file.name}")
         images[stem] = file
@@ -121,18 +125,57 @@ def read_mask(path: str | Path) -> np.ndarray:
         DataError: as `read_image`, or colour channels that differ, or fractions.
     """
     path = Path(path)
+    mask, are_colours = read_codes(path)
+    if are_colours:
+        raise DataError(f"{path}: expected a mask of one channel, got 3 channels that differ")
+    return mask
+
+
+def read_codes(path: Path, *, colours: bool = False, any_numbers: bool = False) -> tuple[np.ndarray, bool]:
+    """Read the values of a mask [H, W], and tell whether they are colours, which come as 0xRRGGBB.
+
+    Args:
+        colours: whatever is there is taken as colours, also palettes.
+        any_numbers: fractions are taken too, and of colours the mean of the channels.
+
+    Raises:
+        DataError: as `read_image`, or fractions, or channels that differ and are no colours of 8 bits.
+    """
     picture = decode(path)
+    if colours and picture.palette is not None:
+        picture = Picture(picture.palette[picture.pixels[..., 0]][..., :3], 8)
     pixels = _without_alpha(path, picture)
-    mask = pixels[..., 0]
-    if any((pixels[..., channel] != mask).any() for channel in range(1, pixels.shape[2])):
+    differ = _channels_differ(pixels)
+    if any_numbers:
+        return pixels.mean(-1) if differ else _first_channel(picture, pixels), False
+    if colours or (differ and pixels.shape[2] == 3):
+        if pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
+            raise DataError(f"{path}: expected colours of 3 x 8 bits, got {pixels.shape[2]} x {pixels.dtype}")
+        red, green, blue = np.moveaxis(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.int32), -1, 0)
+        return red << 16 | green << 8 | blue, True
+    if differ:
         raise DataError(f"{path}: expected a mask of one channel, got {pixels.shape[2]} channels that differ")
-    if picture.bits == 1 and picture.palette is None:
-        mask = spread(mask, 1)
+    return _whole_numbers(path, _first_channel(picture, pixels)), False
+
+
+def _channels_differ(pixels: np.ndarray) -> bool:
+    return any((pixels[..., channel] != pixels[..., 0]).any() for channel in range(1, pixels.shape[2]))
+
+
+def _first_channel(picture: Picture, pixels: np.ndarray) -> np.ndarray:
+    mask = np.ascontiguousarray(pixels[..., 0])
+    return spread(mask, 1) if picture.bits == 1 and picture.palette is None else mask
+
+
+def _whole_numbers(path: Path, mask: np.ndarray) -> np.ndarray:
     if mask.dtype.kind in "iu":
-        return np.ascontiguousarray(mask)
+        return mask
     integers = _exact_float32(path, mask).astype(np.int64)
     if (integers != mask).any():
-        raise DataError(f"{path}: expected whole numbers in a mask, got {float(mask[integers != mask][0])}")
+        raise DataError(
+            f"{path}: expected whole numbers in a mask, got {float(mask[integers != mask][0])}: of a soft mask, "
+            "--threshold 0.5 tells foreground from background"
+        )
     return integers
 
 

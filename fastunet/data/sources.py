@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ class Source:
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         return self._checked(rows, slice(None))
+
+    def as_rgb(self) -> Source:
+        """Return a grey image as RGB, of equal channels."""
+        return replace(self, shape=(*self.size, 3), read=lambda *window: np.repeat(self.read(*window), 3, -1))
 
     def window(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Read [bottom - top, right - left, C]. Raises DataError on values that are not finite, or cannot be read."""

@@ -8,7 +8,7 @@ import queue
 import shutil
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,8 @@ import numpy as np
 import tifffile
 
 from fastunet.checks import DataError
+from fastunet.data.labels import codes_of
+from fastunet.data.layout import Value
 from fastunet.data.sources import ZARR, PixelSize
 from fastunet.files import SOFTWARE, is_our_png, save_png, written_whole
 
@@ -59,6 +61,21 @@ def class_palette() -> np.ndarray:
     """Return the colours of labels 0 to 255, uint8 [256, 3]."""
     colours = np.array(CLASS_COLOURS, np.uint8)
     return np.concatenate([np.zeros((1, 3), np.uint8), colours[np.arange(255) % len(colours)]])
+
+
+def palette_of(values: Sequence[Value]) -> np.ndarray | None:
+    """Return the colours of a mask with these values for the classes: colours are their own; none beyond 8 bits."""
+    palette = class_palette()
+    if not values:
+        return palette
+    if isinstance(values[0], tuple):
+        palette[: len(values)] = values
+        return palette
+    places = codes_of(values)
+    if places.min() < 0 or places.max() > 255:
+        return None
+    palette[places] = palette[: len(values)].copy()
+    return palette
 
 
 def is_ours(path: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fastunet.checks import DataError
-from fastunet.data import DataSummary
+from fastunet.data import DataOptions, DataSummary
 from fastunet.files import write_json
 from fastunet.pretrained import CONFIG, WEIGHTS, read_weights, write_weights
 from fastunet.unet import UNet
@@ -45,6 +45,7 @@ class RunConfig:
     train: list[str] = field(default_factory=list)  # stems of the images on either side of the split
     val: list[str] = field(default_factory=list)
     source: str = ""  # the folder they came from
+    reading: DataOptions = field(default_factory=DataOptions)  # how it is read
     weights: str = ""  # of which step, and why
     fastunet: str = ""  # the version that wrote it
 
@@ -63,10 +64,16 @@ def load_config(run: str | Path) -> RunConfig:
         raise DataError(f"{path}: expected the config.json of a training run, got no such file")
     try:
         raw = json.loads(path.read_text())
-        data: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["data"].items()}
-        return RunConfig(**{**raw, "data": DataSummary(**data)})
+        data = {name: _as_tuples(value) for name, value in raw["data"].items()}
+        reading = DataOptions(**raw.get("reading", {}))
+        return RunConfig(**{**raw, "data": DataSummary(**data), "reading": reading})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: expected the config.json of a training run, got {error!r}") from error
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON's lists, and those within, were tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def load_run(run: str | Path) -> tuple[UNet, RunConfig]:

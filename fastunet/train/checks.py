@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from fastunet.checks import ConfigError, DataError, some_of
-from fastunet.data import DataSummary, Pair, read_image
+from fastunet.data import DataOptions, DataSummary, Pair
 from fastunet.pretrained import WEIGHTS
 from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
 from fastunet.train.config import RESUMABLE, TrainConfig, multiplies_bf16, too_small
@@ -36,7 +36,7 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> RunConfig | None:
     `out` holds a run, or files of a run's names that are not a run's, or, with `resume`, no run.
     """
     if resume:
-        return _run_to_resume(out)
+        return run_to_resume(out)
     found = run_files(out)
     if not found:
         return None
@@ -52,7 +52,8 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> RunConfig | None:
     return None
 
 
-def _run_to_resume(out: Path) -> RunConfig:
+def run_to_resume(out: Path) -> RunConfig:
+    """Read the config of the run in `out`. Raises DataError where there is none."""
     if not (out / CONFIG).exists():
         raise DataError(f"{out}: expected a run to resume, got no {CONFIG}")
     return load_config(out)
@@ -73,7 +74,7 @@ def resumed_config(out: Path, changes: Mapping[str, Any]) -> TrainConfig:
         DataError: no run there.
         ConfigError: other settings differ, or a limit lies behind what is done.
     """
-    saved = _run_to_resume(out)
+    saved = run_to_resume(out)
     try:
         settings: dict[str, Any] = {**saved.training, "features": tuple(saved.training["features"])}
         before = TrainConfig(**settings)
@@ -97,6 +98,15 @@ def resumed_config(out: Path, changes: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
+def resumed_reading(out: Path, before: DataOptions, given: DataOptions | None) -> DataOptions:
+    """Give the options with which the data of a run are read. Raises ConfigError where others are given."""
+    for field in fields(DataOptions):
+        kept, new = getattr(before, field.name), getattr(given or before, field.name)
+        if new != kept:
+            raise ConfigError(f"{field.name}: expected {kept!r}, with which {out} was begun, got {new!r}")
+    return before
+
+
 def _done(out: Path) -> dict[str, Any]:
     """The progress of the newest checkpoint that can be read: whether it is whole is seen when it is loaded."""
     for folder in reversed(checkpoints(out)):
@@ -114,7 +124,7 @@ def check_sizes(pairs: list[Pair], summary: DataSummary, config: TrainConfig) ->
     if too_small(*summary.size_min, levels, config.norm) is None:
         return
     for pair in pairs:
-        height, width = read_image(pair.image).shape[:2]
+        height, width = pair.read_image().shape[:2]
         if reason := too_small(height, width, levels, config.norm):
             raise DataError(f"{pair.image}: {reason}")
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from fastunet import __version__
 from fastunet.checks import ConfigError, FastUNetError, Interrupted
-from fastunet.data import Pair, SegmentationDataset, check_foreground, find_pairs, inspect, read_image, split
+from fastunet.data import DataOptions, Pair, SegmentationDataset, check_foreground, find_pairs, inspect, split
 from fastunet.files import check_apart, check_folder, locked, write_json, written_whole
 from fastunet.inference.evaluation import evaluate
 from fastunet.losses import BCEDiceLoss, CEDiceLoss
@@ -39,6 +39,7 @@ from fastunet.train.checks import (
     clear_run,
     make_accelerator,
     resumed_config,
+    resumed_reading,
 )
 from fastunet.train.config import TILE, TrainConfig
 from fastunet.train.report import Sample, write_report
@@ -80,11 +81,12 @@ def train(
     out: str | Path,
     config: TrainConfig | None = None,
     *,
+    reading: DataOptions | None = None,
     resume: bool = False,
     overwrite: bool = False,
     on_step: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a U-Net on `data/images` and `data/masks`; leave a run in `out`, and return its metrics.
+    """Train a U-Net on `data/images` and `data/masks`, or as `reading` says; leave a run in `out`; return its metrics.
 
     The run holds model.safetensors, config.json, metrics.json, history.csv, report.png and its last checkpoint. The
     weights are those of the step with the best validation Dice of the foreground. All files are read and checked
@@ -113,19 +115,25 @@ def train(
             config = resumed_config(out, {} if config is None else asdict(config))
             config.check()
             data = data or before.source
+            reading = resumed_reading(out, before.reading, reading)
         if not data:
             raise ConfigError("data: expected a folder of images and masks, got none")
-        return _train(Path(data), out, config or TrainConfig(), before, on_step)
+        return _train(Path(data), reading or DataOptions(), out, config or TrainConfig(), before, on_step)
 
 
 def _train(
-    data: Path, out: Path, config: TrainConfig, before: RunConfig | None, on_step: Callable[[Progress], None] | None
+    data: Path,
+    reading: DataOptions,
+    out: Path,
+    config: TrainConfig,
+    before: RunConfig | None,
+    on_step: Callable[[Progress], None] | None,
 ) -> dict[str, Any]:
     accelerator = make_accelerator(config)
-    pairs = find_pairs(data)
+    pairs = find_pairs(data, reading)
     check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
-    summary = inspect(pairs, config.classes)
-    check_foreground(pairs, summary.mask_values)
+    summary = inspect(pairs, config.classes, reading)
+    check_foreground(pairs, summary)
     check_sizes(pairs, summary, config)
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
 
@@ -143,6 +151,7 @@ def _train(
         train=[pair.stem for pair in train_pairs],
         val=[pair.stem for pair in val_pairs],
         source=str(data.absolute()),
+        reading=reading,
         weights="" if before is None else before.weights,
         fastunet=__version__,
     )
@@ -364,7 +373,7 @@ def _finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
     write_json(out / METRICS, metrics)
     _write_history(out, progress.history)
     samples = [
-        Sample(pair.stem, read_image(pair.image), dataset[i][1].numpy(), predictions[i].numpy())
+        Sample(pair.stem, pair.read_image(), dataset[i][1].numpy(), predictions[i].numpy())
         for i, pair in enumerate(shown[:REPORTED])
     ]
     write_report(out / REPORT, progress.history, samples, run.class_names)

@@ -11,7 +11,7 @@ pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
 import torch
-from image_files import noise, save
+from image_files import noise, save, save_tiff
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import (
@@ -158,7 +158,7 @@ def test_normalising_takes_little_memory(dtype: str, channels: int) -> None:
 
 MISFITS = {
     "masks/c.png": (np.zeros((10, 12), np.uint8), r"expected height x width 12 x 10 as of c\.png, got 10 x 12"),
-    "images/b.png": (noise((12, 10, 3)), r"expected 1 channels as in a\.png, got 3"),
+    "images/b.png": (noise((12, 10, 5)), r"expected 1 channels as in a\.png, got 5"),
     "images/d.png": (noise((12, 10), "uint16"), r"expected uint8 as in a\.png, got uint16"),
     "masks/b.png": (None, "expected a readable image"),
 }
@@ -170,6 +170,8 @@ def test_a_file_that_does_not_fit_the_others_is_named(tmp_path: Path, name: str)
     pixels, message = MISFITS[name]
     if pixels is None:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
+    elif pixels.ndim == 3:  # of 5 channels, which PNG does not have: the content says what a file is
+        save_tiff(tmp_path / name, pixels, photometric="minisblack", planarconfig="contig")
     else:
         save(tmp_path / name, pixels)
     with pytest.raises(DataError, match=rf"{name}: {message}"):
@@ -281,6 +283,20 @@ def test_labels_and_masks_convert_both_ways() -> None:
     indices = np.array([[0, 4, 2]], np.uint16)
     np.testing.assert_array_equal(mask_from_labels(labels_from_mask(indices, classes=5), classes=5), indices)
     assert mask_from_labels(np.array([[0, 255]]), classes=256).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "mask"),
+    [
+        ((0, 128, 255), "uint8", [0, 128, 255]),
+        ((1, 2, 1000), "uint16", [1, 2, 1000]),
+        (((0, 0, 0), (9, 0, 0), (0, 9, 0)), "uint8", [0, 1, 2]),
+    ],
+)
+def test_masks_are_written_with_the_values_that_were_given(values: tuple, dtype: str, mask: list[int]) -> None:
+    written = mask_from_labels(np.array([0, 1, 2], np.uint8), 3, values)
+    assert written.dtype == dtype
+    assert written.tolist() == mask
 
 
 @pytest.mark.parametrize("value", [-1, 256])

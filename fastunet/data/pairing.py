@@ -1,0 +1,137 @@
+"""Find images and their masks in a folder, however it is laid out, and share them out for training and validation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastunet.checks import ConfigError, DataError, some_of
+from fastunet.data.images import list_images, read_codes, read_image
+from fastunet.data.layout import DataOptions
+
+# Names of the folders of a data set that is split already; those of "test" belong to neither side.
+SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image and its mask; `stem` is the file name that they share, without suffix, below their folders."""
+
+    image: Path
+    mask: Path
+    stem: str
+    side: str = ""  # of a split that the folders make: train or val
+
+    def read_image(self) -> np.ndarray:
+        """Return the image [H, W, C]; see `fastunet.data.read_image`."""
+        return read_image(self.image)
+
+    def read_codes(self, *, colours: bool = False, any_numbers: bool = False) -> tuple[np.ndarray, bool]:
+        """Return the values of the mask [H, W], and whether they are colours; see `fastunet.data.images.read_codes`."""
+        return read_codes(self.mask, colours=colours, any_numbers=any_numbers)
+
+
+def find_pairs(root: str | Path, options: DataOptions | None = None) -> list[Pair]:
+    """Pair images with masks by stem, sorted by stem: those of `root/images` with those of `root/masks`, if not else.
+
+    Folders within are searched too. Where `root` holds train/ and val/ instead, each with images and masks, or images
+    and masks hold them, they are the two sides of the split.
+
+    Raises:
+        DataError: a folder is missing or without images, two files share a stem, or stems without a partner.
+        ConfigError: options that contradict each other.
+    """
+    root, options = Path(root), options or DataOptions()
+    options.check()
+    pairs = [pair for prefix, folder in _roots(root, options) for pair in _pairs_in(folder, options, prefix)]
+    sides = {pair.side for pair in pairs}
+    if "train" in sides:  # what is in other folders, such as test/, is kept out of training
+        pairs = [pair for pair in pairs if pair.side]
+    return sorted(pairs, key=lambda pair: pair.stem)
+
+
+def _roots(root: Path, options: DataOptions) -> list[tuple[str, Path]]:
+    """Give the folders that hold images and masks, and what the stems of each begin with."""
+    if os.path.lexists(root / options.images) or not os.path.isdir(root):
+        return [("", root)]
+    folders = [folder for folder in sorted(root.iterdir()) if (folder / options.images).is_dir()]
+    sides = [folder for folder in folders if folder.name.casefold() in SIDES]
+    return [(f"{folder.name}/", folder) for folder in sides] or [("", root)]
+
+
+def _pairs_in(root: Path, options: DataOptions, prefix: str) -> list[Pair]:
+    images_folder, masks_folder, suffix = root / options.images, root / options.masks, options.mask_suffix
+    try:
+        images, masks = (list_images(folder, nested=True) for folder in (images_folder, masks_folder))
+    except DataError as error:
+        raise DataError(f"{error}{_hint_of_folders(root)}") from error
+    if images_folder.resolve() == masks_folder.resolve():
+        if not suffix:
+            raise ConfigError(f"mask_suffix: expected what tells masks from images in {images_folder}, got nothing")
+        images = {stem: file for stem, file in images.items() if not stem.endswith(suffix)}
+    if suffix:
+        names = [file.name for file in masks.values()]
+        masks = {stem.removesuffix(suffix): file for stem, file in masks.items() if stem.endswith(suffix)}
+        if not masks:
+            raise DataError(f"{masks_folder}: expected masks whose stems end in {suffix!r}, got {some_of(names)}")
+    for folder, own, other in ((masks_folder, images, masks), (images_folder, masks, images)):
+        alone = [file.name for stem, file in own.items() if stem not in other]
+        if alone:
+            raise DataError(
+                f"{folder}: expected a file for each of {len(own)} stems, "
+                f"got none for {len(alone)}: {some_of(alone)}{_hint_of_stems(images, masks)}"
+            )
+    return [Pair(images[stem], masks[stem], prefix + stem, _side_of(prefix + stem)) for stem in images]
+
+
+def _side_of(stem: str) -> str:
+    first, slash, _ = stem.partition("/")
+    return SIDES.get(first.casefold(), "") if slash else ""
+
+
+def _hint_of_folders(root: Path) -> str:
+    """Name the folders that are there instead of images/ and masks/."""
+    if not os.path.isdir(root):
+        return ""
+    names = sorted(each.name for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
+    return f": the folders there are {some_of(names)}; name yours by --images and --masks" if names else ""
+
+
+def _hint_of_stems(images: dict[str, Path], masks: dict[str, Path]) -> str:
+    """Say what all stems of masks have beyond those of images, if it is one thing."""
+    beyond = {next((mask[len(stem) :] for stem in images if mask.startswith(stem)), "") for mask in masks}
+    return f": --mask-suffix {beyond.pop()}" if len(beyond) == 1 and beyond != {""} else ""
+
+
+def split(pairs: Sequence[Pair], val_fraction: float, seed: int | None = None) -> tuple[list[Pair], list[Pair]]:
+    """Split into training and validation pairs, each sorted by stem; the same stems and seed give the same split.
+
+    Pairs that folders have split already, into train/ and val/, stay as they are. Else the last stems are for
+    validation without a seed, with one a random choice. In a stack of sections, a film or the fields of one slide,
+    neighbours are nearly the same picture: a random split tests on what was trained on. At least one pair stays on
+    either side, unless `val_fraction` is 0.
+
+    Raises:
+        ConfigError: `val_fraction` outside [0, 1).
+        DataError: fewer than two pairs to share out.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"val_fraction: expected 0 <= fraction < 1, got {val_fraction}")
+    ordered = sorted(pairs, key=lambda pair: pair.stem)
+    if {pair.side for pair in ordered} == {"train", "val"}:
+        return [pair for pair in ordered if pair.side == "train"], [pair for pair in ordered if pair.side == "val"]
+    if val_fraction == 0:
+        return ordered, []
+    if len(ordered) < 2:
+        names = ", ".join(str(pair.image) for pair in ordered) or "none"
+        raise DataError(f"data: expected at least 2 pairs to keep one for validation, got {len(ordered)} ({names})")
+    count = min(max(round(len(ordered) * val_fraction), 1), len(ordered) - 1)
+    last = np.arange(len(ordered))[::-1]
+    order = last if seed is None else np.random.default_rng(seed).permutation(len(ordered))
+    chosen = set(order[:count].tolist())
+    train = [pair for index, pair in enumerate(ordered) if index not in chosen]
+    return train, [ordered[index] for index in sorted(chosen)]

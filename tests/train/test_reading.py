@@ -1,0 +1,67 @@
+"""How a run's data are read is kept with it: resumed, evaluated and predicted on without being told again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import numpy as np
+from command import fastunet
+from image_files import noise, save
+from PIL import Image
+from stopped_training import TINY
+
+import fastunet as library
+from fastunet.checks import ConfigError
+from fastunet.data import DataOptions
+from fastunet.train.checkpoint import load_config
+from fastunet.train.loop import train
+
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
+SHORT = ["--steps", "2", "--features", "4,8", "--crop", "32", "--batch-size", "2", "--precision", "fp32"]
+
+
+def folder(root: Path, values: tuple[int, ...], colours: bool = False) -> Path:
+    for index in range(3):
+        mask = np.full((32, 32), values[0], np.uint8)
+        for place, value in enumerate(values[1:]):
+            mask[4:20, 12 * place + 2 : 12 * place + 10] = value
+        save(root / "raw" / f"{index}.png", noise((32, 32), seed=index) // 4 + mask // 2)
+        red = np.stack([mask, 0 * mask, 0 * mask], -1)
+        save(root / "truth" / f"{index}_mask.png", red if colours else mask)
+    return root
+
+
+def test_a_run_keeps_how_its_data_are_read(tmp_path: Path) -> None:
+    data, out = folder(tmp_path / "data", (10, 60, 200)), tmp_path / "run"
+    options = ["--images", "raw", "--masks", "truth", "--mask-suffix", "_mask", "--labels", "10,60,200"]
+    result = fastunet("train", data, "--out", out, *SHORT, *options)
+    assert result.returncode == 0, result.stderr
+    run = load_config(out)
+    assert run.reading == DataOptions("raw", "truth", "_mask", "10,60,200")
+    assert (run.data.classes, run.data.labels) == (3, (10, 60, 200))
+    assert fastunet("train", "--out", out, "--resume", "--steps", "3").returncode == 0
+    refused = fastunet("train", "--out", out, "--resume", "--labels", "10,200")
+    assert refused.returncode == 2
+    assert "labels: expected '10,60,200', with which" in refused.stderr
+    assert fastunet("evaluate", out, data).returncode == 0
+    assert fastunet("evaluate", out, data, "--masks", "gone").returncode == 2
+    assert fastunet("predict", out, data / "raw", "--out", tmp_path / "labels").returncode == 0
+    for name in ("0", "1", "2"):
+        assert set(np.unique(np.asarray(Image.open(tmp_path / "labels" / f"{name}.png")))) <= {10, 60, 200}
+    mask = library.load(out, "cpu").predict(data / "raw" / "0.png")
+    assert set(np.unique(mask)) <= {10, 60, 200}
+
+
+def test_predictions_have_the_colours_of_the_masks(tmp_path: Path) -> None:
+    data, out = folder(tmp_path / "data", (0, 200), colours=True), tmp_path / "run"
+    reading = DataOptions("raw", "truth", "_mask", "0:0:0,200:0:0")
+    train(data, out, TINY, reading=reading)
+    with pytest.raises(ConfigError, match="mask_suffix: expected '_mask', with which"):
+        train(data, out, TINY, reading=DataOptions("raw", "truth", labels="0:0:0,200:0:0"), resume=True)
+    assert fastunet("predict", out, data / "raw", "--out", tmp_path / "labels").returncode == 0
+    with Image.open(tmp_path / "labels" / "0.png") as image:
+        assert {colour for _, colour in image.convert("RGB").getcolors()} <= {(0, 0, 0), (200, 0, 0)}
