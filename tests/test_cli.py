@@ -144,7 +144,7 @@ def test_help_shows_commands_and_defaults() -> None:
     assert "[256; 512 on a GPU; 128 --quick]" in " ".join(shown["bench"].split())
 
 
-COMMANDS = ("train", "predict", "evaluate", "tune", "bench", "doctor", "demo")
+COMMANDS = ("check", "train", "predict", "evaluate", "tune", "bench", "doctor", "demo")
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

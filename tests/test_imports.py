@@ -192,7 +192,7 @@ def test_help_and_wrong_arguments_do_not_wait_for_torch() -> None:
         """
 import contextlib, io, sys
 from fastunet.__main__ import main
-commands = ("train", "predict", "evaluate", "tune", "bench", "doctor", "demo")
+commands = ("check", "train", "predict", "evaluate", "tune", "bench", "doctor", "demo")
 good = [["--version"], ["--help"], *([command, "--help"] for command in commands)]
 wrong = [["nothing"], ["train"], ["predict", "--tile", "0"], ["tune", "--size", "0"], ["bench", "--quick", "--all"]]
 wrong += [["train", "--out", "x", *option] for option in (["--steps", "many"], ["--features", "4;8"])]

@@ -11,7 +11,7 @@ import typer
 
 from fastunet import __version__
 
-from . import bench, demo, doctor, evaluate, export, predict, train, tune
+from . import bench, check, demo, doctor, evaluate, export, predict, train, tune
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # brackets in help are meant as they are
 )
 commands = (
+    check.check,
     train.train,
     predict.predict,
     evaluate.evaluate,

@@ -12,6 +12,7 @@ import typer
 
 from fastunet.train.config import TrainConfig
 
+from .check import print_survey
 from .shared import (
     DATA,
     OverwriteOption,
@@ -79,7 +80,16 @@ def train_with_bar(
             text = f"step {standing.step}  loss {standing.loss:.3f}{dice}"
             bars.update(bar, completed=standing.fraction, description=text)
 
-        metrics = train_run(data, out, config, reading=reading, resume=resume, overwrite=overwrite, on_step=show)
+        metrics = train_run(
+            data,
+            out,
+            config,
+            reading=reading,
+            resume=resume,
+            overwrite=overwrite,
+            on_step=show,
+            on_data=lambda found: print_survey(found, "data"),
+        )
     print_scores(metrics, f"{len(metrics['images'])} images kept out of training")
     console.print(f"weights: {metrics['weights']}", soft_wrap=True)
     console.print(f"report: {out / 'report.png'}", soft_wrap=True)

@@ -46,6 +46,15 @@ def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
     return dict(sorted(images.items()))
 
 
+def list_others(folder: Path) -> list[Path]:
+    """List the files of a folder that are no images by their suffix, but hidden ones."""
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and file.suffix.lower() not in SUFFIXES and not file.name.startswith(".")
+    )
+
+
 def find_images(*paths: str | Path) -> list[Path]:
     """List the images to predict on: files, Zarr arrays, the files of folders or of a data root's `images/`, patterns.
 

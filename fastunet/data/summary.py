@@ -49,6 +49,15 @@ class DataSummary:
         """Whether labels may be `IGNORED`."""
         return bool(self.ignore)
 
+    def class_text(self, label: int) -> str:
+        """Name a class by its label and what stands for it in masks."""
+        name = f"class {label}" if self.classes > 1 else ("background", "foreground")[label]
+        if self.threshold is not None:
+            return f"{name} ({'below' if label == 0 else 'from'} {self.threshold:g})"
+        if self.labels:
+            return f"{name} ({text_of(self.labels[label])})"
+        return name
+
     def in_channels(self, image: np.ndarray) -> np.ndarray:
         """Return a grey image [H, W, 1] as RGB where others are; any other as it is."""
         return np.repeat(image, 3, -1) if self.mixed and image.shape[2] == 1 else image

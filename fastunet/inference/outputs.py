@@ -246,7 +246,12 @@ WRITERS: dict[str, type[Writer]] = {"png": WholePng, "tif": StreamedTiff, "zarr"
 
 
 def write_overlay(path: Path, image: np.ndarray, labels: np.ndarray) -> None:
-    """Write a PNG of the image [H, W, C], stretched to what is visible, with the classes of labels [H, W] in colour."""
+    """Write a PNG of `overlay_of` the image [H, W, C] and its labels [H, W]."""
+    save_png(path, overlay_of(image, labels))
+
+
+def overlay_of(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return an image [H, W, C], stretched to what is visible, its labels [H, W] in colour: [H, W, 3]."""
     from skimage.color import label2rgb
     from skimage.exposure import rescale_intensity
 
@@ -255,7 +260,7 @@ def write_overlay(path: Path, image: np.ndarray, labels: np.ndarray) -> None:
     grey = rescale_intensity(shown.astype(np.float32), (low, max(high, low + 1e-6)), (0.0, 1.0))
     colours = class_palette()[2:] / 255  # not white, which is an image's own
     picture = label2rgb(labels, grey, colors=colours.tolist(), alpha=0.4, bg_label=0, saturation=1)
-    save_png(path, (picture * 255).round().astype(np.uint8))
+    return (picture * 255).round().astype(np.uint8)
 
 
 def write_objects(path: Path, objects: np.ndarray, labels: np.ndarray, image: np.ndarray) -> None:

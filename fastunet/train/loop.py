@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from fastunet import __version__
 from fastunet.checks import ConfigError, FastUNetError, Interrupted
-from fastunet.data import DataOptions, Pair, SegmentationDataset, check_foreground, find_pairs, inspect, split
+from fastunet.data import DataOptions, Pair, SegmentationDataset, find_pairs, split
+from fastunet.data.survey import Survey, survey_pairs
 from fastunet.files import check_apart, check_folder, locked, write_json, written_whole
 from fastunet.inference.evaluation import evaluate
 from fastunet.losses import BCEDiceLoss, CEDiceLoss
@@ -85,12 +86,14 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     on_step: Callable[[Progress], None] | None = None,
+    on_data: Callable[[Survey], None] | None = None,
 ) -> dict[str, Any]:
     """Train a U-Net on `data/images` and `data/masks`, or as `reading` says; leave a run in `out`; return its metrics.
 
     The run holds model.safetensors, config.json, metrics.json, history.csv, report.png and its last checkpoint. The
     weights are those of the step with the best validation Dice of the foreground. All files are read and checked
-    before training begins. Ctrl-C or SIGTERM ends it after the step under way with a checkpoint.
+    before training begins; `on_data` is told what they hold. Ctrl-C or SIGTERM ends it after the step under way with a
+    checkpoint.
 
     `resume` goes on with a run, wherever it was stopped, even killed: with its own settings if `config` is None, and
     its own images if `data` is. A finished one goes on if `config` has higher limits; else it is only finished again.
@@ -118,7 +121,7 @@ def train(
             reading = resumed_reading(out, before.reading, reading)
         if not data:
             raise ConfigError("data: expected a folder of images and masks, got none")
-        return _train(Path(data), reading or DataOptions(), out, config or TrainConfig(), before, on_step)
+        return _train(Path(data), reading or DataOptions(), out, config or TrainConfig(), before, on_step, on_data)
 
 
 def _train(
@@ -128,12 +131,15 @@ def _train(
     config: TrainConfig,
     before: RunConfig | None,
     on_step: Callable[[Progress], None] | None,
+    on_data: Callable[[Survey], None] | None,
 ) -> dict[str, Any]:
     accelerator = make_accelerator(config)
     pairs = find_pairs(data, reading)
     check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
-    summary = inspect(pairs, config.classes, reading)
-    check_foreground(pairs, summary)
+    found = survey_pairs(pairs, reading, config.classes, val_fraction=config.val_fraction, seed=config.split_seed)
+    if on_data is not None:
+        on_data(found)
+    summary = found.checked()
     check_sizes(pairs, summary, config)
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
 

@@ -1,0 +1,123 @@
+"""`fastunet check`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fastunet.checks import DataError
+from fastunet.files import check_apart, check_folder, check_replaceable, is_our_png
+from fastunet.train.config import TrainConfig
+
+from .shared import DATA, OverwriteOption, console, pop_reading, progress, with_reading
+
+if TYPE_CHECKING:
+    from fastunet.data.survey import Survey
+
+SHOWN = 8  # images in the picture
+
+
+@with_reading
+def check(
+    context: typer.Context,
+    data: Annotated[Path, DATA],
+    out: Annotated[Path | None, typer.Option(help="PNG for a picture of some images with their masks.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes [inferred from the masks].")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of the images kept out.")] = TrainConfig().val_fraction,
+    overwrite: OverwriteOption = False,
+    **options: Any,
+) -> None:
+    """Read every file of DATA; tell what it holds, what is odd about it, and what a training would refuse, and why."""
+    from fastunet.data.survey import survey
+
+    reading = pop_reading(context, options)
+    with progress() as bars:
+        bar = bars.add_task("reading", total=1.0)
+
+        def show(done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=total)
+
+        found = survey(data, reading, classes, val_fraction=val_fraction, on_pair=show)
+    if out is not None and found.facts:
+        check_folder(out.parent)
+        check_apart(out.parent, [file for fact in found.facts for file in (fact.pair.image, fact.pair.mask)])
+        check_replaceable(out, overwrite, is_our_png)
+    print_survey(found, str(data))
+    if out is not None and found.summary is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draw(out, found)
+        console.print(f"picture: {out}", soft_wrap=True)
+    if found.problems:
+        for problem in found.problems[1:]:
+            console.print(f"problem: {problem}", soft_wrap=True)
+        raise DataError(found.problems[0])
+
+
+def print_survey(found: Survey, title: str) -> None:
+    """Print what a data set holds as a table, and what is odd about it below."""
+    if found.facts:
+        console.print(title, soft_wrap=True)
+        table = Table(show_header=False)
+        for row in _rows(found):
+            table.add_row(*row)
+        console.print(table)
+    for note in found.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+
+
+def _rows(found: Survey) -> list[tuple[str, str]]:
+    facts = found.facts
+    sizes = sorted({fact.shape[:2] for fact in facts})
+    count = f"{len(facts)}: {len(found.train)} to train on, {len(found.val)} kept out"
+    if unread := len(found.train) + len(found.val) - len(facts):
+        count = f"{len(facts)}, and {unread} that cannot be read"
+    text = f"{sizes[0][0]} x {sizes[0][1]}"
+    if len(sizes) > 1:
+        text = f"{len(sizes)} sizes, from {text} to {sizes[-1][0]} x {sizes[-1][1]}"
+    rows = [("images", count), ("height x width", text)]
+    for name, values in (
+        ("channels", [str(fact.shape[2]) for fact in facts]),
+        ("type", [fact.dtype for fact in facts]),
+    ):
+        kinds = sorted(set(values))
+        rows.append((name, kinds[0] if len(kinds) == 1 else ", ".join(f"{k} ({values.count(k)})" for k in kinds)))
+    shares = ((each.name, f"{100 * each.share:.1f} % of the pixels, in {each.images} images") for each in found.shares)
+    return [*rows, *shares]
+
+
+def draw(path: Path, found: Survey) -> None:
+    """Write a PNG: the share of each class, and some images with their masks in colour, evenly from first to last."""
+    from matplotlib.figure import Figure
+
+    from fastunet.data.labels import IGNORED
+    from fastunet.files import SOFTWARE, written_whole
+    from fastunet.inference.outputs import CLASS_COLOURS, overlay_of
+
+    assert found.summary is not None
+    count = min(SHOWN, len(found.facts))
+    places = [round(each * (len(found.facts) - 1) / max(count - 1, 1)) for each in range(count)]
+    lines = math.ceil(count / 4)
+    figure = Figure(figsize=(12, 1.4 + 3.2 * lines), dpi=110, layout="constrained")
+    (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.4, 3.2 * lines])
+    axes = top.subplots()
+    left = 0.0
+    for label, each in enumerate(found.shares):
+        colour = "#444444" if label == 0 else [part / 255 for part in CLASS_COLOURS[label % len(CLASS_COLOURS)]]
+        axes.barh(0, each.share, left=left, color=colour, label=f"{each.name}: {100 * each.share:.1f} %")
+        left += each.share
+    axes.set(xlim=(0, 1), yticks=[], xlabel="share of the pixels")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    grid = bottom.subplots(lines, 4, squeeze=False)
+    for place in grid.flat:
+        place.axis("off")
+    for place, index in zip(grid.flat, places, strict=False):
+        pair = found.facts[index].pair
+        labels = found.summary.labels_of(pair)
+        place.imshow(overlay_of(pair.read_image(), labels * (labels != IGNORED)))
+        place.set_title(pair.stem[-36:], fontsize=9)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, metadata={"Software": SOFTWARE})

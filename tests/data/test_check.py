@@ -1,0 +1,116 @@
+"""`fastunet check`: what a folder holds, what is odd about it, and every reason why it would be refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import numpy as np
+from command import fastunet
+from image_files import noise, save
+from PIL import Image
+
+from fastunet.checks import DataError
+from fastunet.data import DataOptions
+from fastunet.data.survey import survey
+
+
+def write_data(root: Path, count: int = 5) -> Path:
+    """Images of which a quarter is foreground."""
+    for index in range(count):
+        mask = np.zeros((16, 20), np.uint8)
+        mask[:8, :10] = 255
+        save(root / "images" / f"{index}.png", noise((16, 20), seed=index))
+        save(root / "masks" / f"{index}.png", mask)
+    return root
+
+
+def test_the_share_of_each_class_is_counted(tmp_path: Path) -> None:
+    found = survey(write_data(tmp_path))
+    assert [(each.name, each.share, each.images) for each in found.shares] == [
+        ("background", 0.75, 5),
+        ("foreground", 0.25, 5),
+    ]
+    assert (found.problems, found.notes, len(found.train), len(found.val)) == ([], [], 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "shares"),
+    [
+        (DataOptions(labels="0,255"), ["background (0)", "foreground (255)"], [0.75, 0.25]),
+        (DataOptions(threshold=200), ["background (below 200)", "foreground (from 200)"], [0.75, 0.25]),
+        (DataOptions(ignore="7"), ["background", "foreground", "ignored"], [0.75 - 1 / 16, 0.25, 1 / 16]),
+        (DataOptions(ignore="7", threshold=9), None, [0.75 - 1 / 16, 0.25, 1 / 16]),
+        (DataOptions(labels="0,7,255"), ["class 0 (0)", "class 1 (7)", "class 2 (255)"], [0.6875, 0.0625, 0.25]),
+    ],
+)
+def test_shares_follow_the_options(
+    options: DataOptions, names: list[str] | None, shares: list[float], tmp_path: Path
+) -> None:
+    write_data(tmp_path)
+    if options.ignore or "7" in options.labels:
+        for index in range(5):
+            mask = np.zeros((16, 20), np.uint8)
+            mask[:8, :10], mask[-1] = 255, 7
+            save(tmp_path / "masks" / f"{index}.png", mask)
+    found = survey(tmp_path, options)
+    assert names is None or [each.name for each in found.shares] == names
+    np.testing.assert_allclose([each.share for each in found.shares], shares)
+
+
+def test_what_is_odd_is_noted(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    for name, source in (("4", "0"), ("2", "1")):
+        (tmp_path / "images" / f"{name}.png").write_bytes((tmp_path / "images" / f"{source}.png").read_bytes())
+    (tmp_path / "masks" / "notes.txt").write_text("")
+    save(tmp_path / "images" / "3.png", noise((16, 20, 3)))
+    assert survey(tmp_path).notes == [
+        "4 grey images beside RGB are taken as RGB: 0.png, 1.png, 2.png, 4.png",
+        "equal images on both sides of the split, which flatters the scores: 0 = 4",
+        "equal images on one side of the split: 1 = 2",
+        "1 other files are passed over: notes.txt",
+    ]
+
+
+def test_every_problem_is_found_and_not_only_the_first(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    (tmp_path / "images" / "1.png").write_bytes(b"")
+    save(tmp_path / "masks" / "2.png", np.zeros((9, 9), np.uint8))
+    save(tmp_path / "masks" / "3.png", np.full((16, 20), 3, np.uint8))
+    found = survey(tmp_path)
+    assert len(found.facts) == 3
+    for problem, words in zip(
+        found.problems, ("1.png: .*an empty file", "2.png: .*got 9 x 9", "3.png: .*got 3 "), strict=True
+    ):
+        with pytest.raises(DataError, match=words):
+            raise DataError(problem)
+    with pytest.raises(DataError, match="an empty file"):
+        found.checked()
+
+
+def test_the_command_prints_and_draws(tmp_path: Path) -> None:
+    data, picture = write_data(tmp_path / "data", 9), tmp_path / "pictures" / "check.png"
+    result = fastunet("check", data, "--out", picture)
+    assert result.returncode == 0, result.stderr
+    for words in ("9: 8 to train on, 1 kept out", "16 x 20", "uint8", "25.0 % of the pixels, in 9 images"):
+        assert words in result.stdout
+    with Image.open(picture) as image:
+        assert image.width > 1000
+    assert "--overwrite" in fastunet("check", data, "--out", picture).stderr
+    assert fastunet("check", data, "--out", picture, "--overwrite").returncode == 0
+    assert fastunet("check", data, "--out", data / "images" / "check.png").returncode == 2
+
+
+def test_the_command_ends_with_the_first_problem(tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    for name in ("1", "2"):
+        (data / "images" / f"{name}.png").write_bytes(b"")
+    result = fastunet("check", data)
+    assert result.returncode == 2
+    assert "3, and 2 that cannot be read" in result.stdout
+    assert "problem: " in result.stdout
+    assert result.stderr.startswith(f"error: {data / 'images' / '1.png'}: expected a readable image")
+    assert fastunet("check", tmp_path / "gone").returncode == 2
