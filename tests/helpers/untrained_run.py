@@ -25,12 +25,11 @@ def smooth_image(height: int = 300, width: int = 421) -> np.ndarray:
 
 def untrained_run(folder: Path, classes: int = 1, channels: int = 1, dtype: str = "uint8", **model: Any) -> Path:
     torch.manual_seed(1)
-    net = fastunet.UNet(channels, classes, features=(2, 4), **model).eval()
+    net = fastunet.UNet(channels, classes, features=(2, 4), **{"activation": "leaky_relu"} | model).eval()
     torch.nn.init.normal_(net.outc.conv.weight, std=1.0 if model.get("norm") == "instance" else 4.0)
     with torch.no_grad():
         logits = net(normalize(smooth_image()[..., None].repeat(channels, 2))[None])
-        # Not to the median itself, which large parts may have.
-        net.outc.conv.bias.sub_(logits.flatten(2).median(2).values[0] + 0.05)
+        net.outc.conv.bias.sub_(logits.flatten(2).median(2).values[0])
     folder.mkdir()
     data = DataSummary(1, channels, classes, (0, 1), dtype, (16, 16), (16, 16))
     write_json(folder / CONFIG, asdict(RunConfig(model=net.config, data=data, training={})))

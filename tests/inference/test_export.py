@@ -39,7 +39,7 @@ def check_like_predict(segmenter: Segmenter, pixels: np.ndarray, mask: np.ndarra
         np.testing.assert_allclose(probabilities[index], expected, rtol=0, atol=1e-5)
         ranked = np.sort(expected, 0) if len(expected) > 1 else np.stack([1 - expected[0], expected[0]])
         clear = np.abs(ranked[-1] - ranked[-2]) > 2e-5
-        assert clear.mean() > 0.99
+        assert clear.mean() > 0.95
         assert np.array_equal(mask[index][clear], segmenter.predict(image)[clear])
 
 
