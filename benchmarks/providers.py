@@ -30,7 +30,7 @@ from fastunet.losses import BCEDiceLoss
 from fastunet.reference import functional as reference
 from fastunet.testing import parity
 
-from . import cudnn_graph
+from . import cudnn_graph, runtimes
 from .cases import Layer
 from .results import Unavailable
 
@@ -227,6 +227,10 @@ def net_providers(
     for name, mode in COMPILED_NETS.items():
         if mode != "freezing" or not training:
             add(name, plain(mode=mode), compile_unsupported(device, mode, thorough=thorough))
+    for name in () if training else runtimes.NAMES:
+        prepare = functools.partial(runtimes.prepare, name, dtype)
+        unsupported = runtimes.unavailable(name, device, dtype)
+        found.append(Provider(name, "NCHW", dtype_name(dtype), prepare, unsupported))
     return found
 
 

@@ -6,7 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from fastunet.benchmarks import providers
+from fastunet.benchmarks import providers, runtimes
 from fastunet.benchmarks.cases import unet_layers
 from fastunet.benchmarks.providers import OURS, OURS_TRITON, Provider, layer_providers, net_providers
 from fastunet.benchmarks.results import Unavailable
@@ -91,6 +91,7 @@ def test_eager_baselines_of_a_net_are_right(training: bool, dtype: torch.dtype, 
     expected = {OURS, "eager", "eager channels_last" if dtype == torch.float32 else "eager channels_last AMP"}
     if not training:
         expected |= {"eager channels_last"} | ({"eager folded"} if norm else set())
+        expected |= {name for name in runtimes.NAMES if not runtimes.unavailable(name, CPU, dtype)}
     assert set(checked) == expected
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "prepare changed the model"
 
@@ -123,6 +124,9 @@ def test_what_cannot_run_says_why() -> None:
     )
     reasons = {name: provider.unavailable for name, provider in found.items() if provider.unavailable}
     assert reasons.pop(OURS_TRITON)
+    assert reasons.pop("ONNX Runtime") == "its convolutions on a CPU are in float32"
+    assert reasons.pop("OpenVINO", "needs openvino: ").startswith("needs openvino: ")
+    assert runtimes.unavailable("OpenVINO", torch.device("cuda"), torch.float32) == "measured on CPUs only"
     assert reasons == {
         "cudnn graph": "the device is cpu, not cuda",
         "fastunet CUDA graph": "CUDA graphs need CUDA, the device is cpu",
