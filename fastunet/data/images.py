@@ -12,9 +12,20 @@ from pathlib import Path
 import numpy as np
 
 from fastunet.checks import DataError
-from fastunet.data.decoding import Picture, decode, spread, what_is_there
+from fastunet.data.decoding import decode, spread
+from fastunet.data.picture import Picture, what_is_there
+from fastunet.data.volumes import is_zarr
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".npy", ".nii", ".nii.gz", ".dcm", ".tif", ".tiff",
+)  # fmt: skip
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix of an image, as its name has it, or nothing."""
+    name = path.name.lower()
+    found = max((suffix for suffix in (*SUFFIXES, ".zarr") if name.endswith(suffix)), key=len, default="")
+    return path.name[len(name) - len(found) :] if found else ""
 
 
 def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
@@ -31,13 +42,16 @@ def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
     with _named(folder):
         if not folder.is_dir():
             raise DataError(f"{folder}: expected a folder, got {what_is_there(folder)}")
-        # A link to nothing is listed, so that reading it says so; a pipe, which reading would wait for, is not.
         found = folder.rglob("*") if nested else folder.iterdir()
+        # A link to nothing is listed, so that reading it says so; a pipe, which reading would wait for, is not.
         files = sorted(file for file in found if file.is_file() or (file.is_symlink() and not file.exists()))
+        arrays = [file.parent for file in files if nested and is_zarr(file.parent)]
+        tops = [folder for folder in arrays if not any(is_zarr(parent) for parent in folder.parents)]
+        files = sorted({*tops, *(file for file in files if not any(map(is_zarr, file.parents)))}) if tops else files
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     images: dict[str, Path] = {}
-    for file in (file for file in files if file.suffix.lower() in SUFFIXES):
-        stem = unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix())
+    for file in (file for file in files if suffix_of(file) or (nested and is_zarr(file))):
+        stem = unicodedata.normalize("NFC", file.relative_to(folder).as_posix().removesuffix(suffix_of(file)))
         if stem in images:
             raise DataError(f"{file}: expected one file per stem, got {images[stem].name} and {file.name}")
         images[stem] = file
@@ -49,9 +63,7 @@ def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
 def list_others(folder: Path) -> list[Path]:
     """List the files of a folder that are no images by their suffix, but hidden ones."""
     return sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file() and file.suffix.lower() not in SUFFIXES and not file.name.startswith(".")
+        file for file in folder.iterdir() if file.is_file() and not suffix_of(file) and not file.name.startswith(".")
     )
 
 
@@ -76,21 +88,16 @@ def find_images(*paths: str | Path) -> list[Path]:
 def _images_at(path: Path) -> list[Path]:
     with _named(path):
         if path.is_file():
-            if path.suffix.lower() not in SUFFIXES:
+            if not suffix_of(path):
                 raise DataError(f"{path}: expected an image ({' '.join(SUFFIXES)}), got suffix {path.suffix!r}")
             return [path]
         if is_zarr(path):
             return [path]
         arrays = sorted(each for each in path.iterdir() if is_zarr(each)) if path.is_dir() else []
         subfolder = path / "images"
-        if arrays and not any(each.suffix.lower() in SUFFIXES for each in path.iterdir()):
+        if arrays and not any(each.is_file() and suffix_of(each) for each in path.iterdir()):
             return arrays
         return [*list_images(subfolder if subfolder.is_dir() else path).values(), *arrays]
-
-
-def is_zarr(path: Path) -> bool:
-    """Whether a Zarr array or group is there."""
-    return any((path / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup"))
 
 
 @contextmanager
@@ -102,15 +109,15 @@ def _named(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: expected a readable file or folder, got: {error.strerror}") from error
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, section: int | None = None) -> np.ndarray:
     """Read one image as [H, W, C] in its file's own range: uint8, uint16 or float32.
 
-    The format is told by the content: PNG, JPEG, BMP, TIFF, GIF or WebP. Grey gives C = 1; palettes, CMYK and YCbCr
-    become RGB; 1, 2 and 4 bits are spread over 0 to 255; 0 is black, also in a TIFF that stores white as 0; the
-    orientation of EXIF and TIFF is applied. Other integer and float types become float32 where that loses nothing. An
-    alpha channel is dropped if it is opaque everywhere; if not, the colours behind it mean nothing by themselves and
-    the file is refused. Of a TIFF, the axis of samples or channels comes last wherever it is stored; so does an unnamed
-    axis of length 3 or 4.
+    The format is told by the content: PNG, JPEG, BMP, TIFF, GIF, WebP, NPY, NIfTI, DICOM or Zarr. Grey gives C = 1;
+    palettes, CMYK and YCbCr become RGB; 1, 2 and 4 bits are spread over 0 to 255; 0 is black, also in a TIFF that
+    stores white as 0; the orientation of EXIF and TIFF is applied. Other integer and float types become float32 where
+    that loses nothing. An alpha channel is dropped if it is opaque everywhere; if not, the colours behind it mean
+    nothing by themselves and the file is refused. Of a TIFF, the axis of samples or channels comes last wherever it is
+    stored; so does an unnamed axis of length 3 or 4. Of a file that holds several images, `section` is one's number.
 
     Raises:
         DataError: unreadable or truncated; a header that claims more than the file can hold, or more than the memory
@@ -118,7 +125,7 @@ def read_image(path: str | Path) -> np.ndarray:
             hold; a colour space that is not converted.
     """
     path = Path(path)
-    picture = decode(path)
+    picture = decode(path, section)
     if picture.palette is not None:
         colours = picture.palette[picture.pixels[..., 0]]
         bits, alpha = 8 * colours.itemsize, 3 if colours.shape[2] == 4 else None
@@ -127,30 +134,33 @@ def read_image(path: str | Path) -> np.ndarray:
     return pixels if pixels.dtype in (np.uint8, np.uint16) else _exact_float32(path, pixels)
 
 
-def read_mask(path: str | Path) -> np.ndarray:
+def read_mask(path: str | Path, section: int | None = None) -> np.ndarray:
     """Read one mask as integers [H, W], the values of the file: palette indices stay indices, 1-bit becomes 0 and 255.
 
     Raises:
         DataError: as `read_image`, or colour channels that differ, or fractions.
     """
     path = Path(path)
-    mask, are_colours = read_codes(path)
+    mask, are_colours = read_codes(path, section)
     if are_colours:
         raise DataError(f"{path}: expected a mask of one channel, got 3 channels that differ")
     return mask
 
 
-def read_codes(path: Path, *, colours: bool = False, any_numbers: bool = False) -> tuple[np.ndarray, bool]:
+def read_codes(
+    path: Path, section: int | None = None, *, colours: bool = False, any_numbers: bool = False
+) -> tuple[np.ndarray, bool]:
     """Read the values of a mask [H, W], and tell whether they are colours, which come as 0xRRGGBB.
 
     Args:
+        section: of a file that holds several.
         colours: whatever is there is taken as colours, also palettes.
         any_numbers: fractions are taken too, and of colours the mean of the channels.
 
     Raises:
         DataError: as `read_image`, or fractions, or channels that differ and are no colours of 8 bits.
     """
-    picture = decode(path)
+    picture = decode(path, section)
     if colours and picture.palette is not None:
         picture = Picture(picture.palette[picture.pixels[..., 0]][..., :3], 8)
     pixels = _without_alpha(path, picture)

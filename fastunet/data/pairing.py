@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastunet.checks import ConfigError, DataError, some_of
+from fastunet.data.decoding import count_sections
 from fastunet.data.images import list_images, read_codes, read_image
 from fastunet.data.layout import DataOptions
 
@@ -25,14 +26,20 @@ class Pair:
     mask: Path
     stem: str
     side: str = ""  # of a split that the folders make: train or val
+    section: int | None = None  # of both files, where they hold several
+
+    @property
+    def mask_name(self) -> str:
+        """Name the mask in an error."""
+        return str(self.mask) if self.section is None else f"{self.mask} (section {self.section})"
 
     def read_image(self) -> np.ndarray:
         """Return the image [H, W, C]; see `fastunet.data.read_image`."""
-        return read_image(self.image)
+        return read_image(self.image, self.section)
 
     def read_codes(self, *, colours: bool = False, any_numbers: bool = False) -> tuple[np.ndarray, bool]:
         """Return the values of the mask [H, W], and whether they are colours; see `fastunet.data.images.read_codes`."""
-        return read_codes(self.mask, colours=colours, any_numbers=any_numbers)
+        return read_codes(self.mask, self.section, colours=colours, any_numbers=any_numbers)
 
 
 def find_pairs(root: str | Path, options: DataOptions | None = None) -> list[Pair]:
@@ -49,6 +56,10 @@ def find_pairs(root: str | Path, options: DataOptions | None = None) -> list[Pai
     options.check()
     pairs = [pair for prefix, folder in _roots(root, options) for pair in _pairs_in(folder, options, prefix)]
     sides = {pair.side for pair in pairs}
+    stems = [pair.stem for pair in pairs]
+    if len(set(stems)) < len(stems):
+        twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+        raise DataError(f"{root}: expected one image for each stem, of sections too, got two of {some_of(twice)}")
     if "train" in sides:  # what is in other folders, such as test/, is kept out of training
         pairs = [pair for pair in pairs if pair.side]
     return sorted(pairs, key=lambda pair: pair.stem)
@@ -85,7 +96,18 @@ def _pairs_in(root: Path, options: DataOptions, prefix: str) -> list[Pair]:
                 f"{folder}: expected a file for each of {len(own)} stems, "
                 f"got none for {len(alone)}: {some_of(alone)}{_hint_of_stems(images, masks)}"
             )
-    return [Pair(images[stem], masks[stem], prefix + stem, _side_of(prefix + stem)) for stem in images]
+    return [pair for stem in images for pair in _sections_of(images[stem], masks[stem], prefix + stem)]
+
+
+def _sections_of(image: Path, mask: Path, stem: str) -> list[Pair]:
+    """Give a pair for each section of two stacks; where the mask is one image, so is the other, of several channels."""
+    count, images = count_sections(mask), count_sections(image)
+    if count == 1:
+        return [Pair(image, mask, stem, _side_of(stem))]
+    if images != count:
+        raise DataError(f"{mask}: expected {images} sections as of {image.name}, got a stack of {count} sections")
+    digits = max(3, len(str(count - 1)))
+    return [Pair(image, mask, f"{stem}_{number:0{digits}d}", _side_of(stem), number) for number in range(count)]
 
 
 def _side_of(stem: str) -> str:

@@ -14,8 +14,10 @@ import tifffile
 from tifffile import COMPRESSION, PHOTOMETRIC
 
 from fastunet.checks import DataError
-from fastunet.data.decoding import ALPHA_SAMPLES, BLANK, TIFF, TIFF_EXPANSION, check_segments, what_is_there
-from fastunet.data.images import is_zarr, read_image
+from fastunet.data.images import read_image
+from fastunet.data.picture import BLANK, what_is_there
+from fastunet.data.tiff import ALPHA_SAMPLES, TIFF, TIFF_EXPANSION, check_segments
+from fastunet.data.volumes import is_zarr
 
 ZARR = ".zarr"
 LARGE = 2**26  # bytes of pixels from which a TIFF is read in windows
@@ -102,7 +104,8 @@ def open_source(path: str | Path) -> Source:
     return source or source_of_array(read_image(path), path, pixel_size_of(path))
 
 
-def _open_zarr(path: Path) -> Source:
+def zarr_array(path: Path) -> Any:
+    """Open a Zarr array, of an OME-Zarr group that of the largest resolution. Raises DataError where there is none."""
     import zarr
 
     try:
@@ -116,6 +119,11 @@ def _open_zarr(path: Path) -> Source:
     except Exception as error:
         got = " ".join(str(error).split()) if path.exists() else what_is_there(path)
         raise DataError(f"{path}: expected a Zarr array, got: {got or type(error).__name__}") from error
+    return found
+
+
+def _open_zarr(path: Path) -> Source:
+    found = zarr_array(path)
     kept = [axis for axis, length in enumerate(found.shape) if length != 1 or axis >= found.ndim - 2]
     if len(kept) not in (2, 3) or 0 in found.shape or found.dtype.name not in DTYPES:
         raise DataError(

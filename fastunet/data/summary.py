@@ -75,7 +75,7 @@ class DataSummary:
                 raise DataError("expected a mask of numbers, got colours")
             return labels_of(mask, self.classes, values=self.labels, ignore=self.ignore, threshold=self.threshold)
         except DataError as error:
-            raise DataError(f"{pair.mask}: {error}") from error
+            raise DataError(f"{pair.mask_name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def read_facts(pair: Pair, options: DataOptions) -> Facts:
     mask, are_colours = pair.read_codes(colours=options.are_colours, any_numbers=options.threshold is not None)
     if image.shape[:2] != mask.shape:
         expected, actual = (f"{height} x {width}" for height, width in (image.shape[:2], mask.shape))
-        raise DataError(f"{pair.mask}: expected height x width {expected} as of {pair.image.name}, got {actual}")
+        raise DataError(f"{pair.mask_name}: expected height x width {expected} as of {pair.image.name}, got {actual}")
     if options.threshold is not None:
         labels = labels_of(mask, 1, ignore=options.ignored_values, threshold=options.threshold)
         # Ignored pixels stay what they are, so that they are known of the mask.
@@ -211,11 +211,9 @@ def _check_mask_values(facts: Sequence[Facts], classes: int | None, options: Dat
         expected += ", or class indices 0 to K-1 (if some never occur, give the number of classes)"
     elif classes > 2:
         expected = f"class indices 0 to {classes - 1}"
-    cause = likely_cause(guilty.pair.mask, found, is_instances)
+    cause, mask = likely_cause(guilty.pair.mask, found, is_instances), guilty.pair.mask_name
     got, all_values = (some_of(map(text_of, sorted(values))) for values in (guilty.values, found))
-    raise DataError(
-        f"{guilty.pair.mask}: expected mask values {expected}, got {got} (all masks together: {all_values}): {cause}"
-    )
+    raise DataError(f"{mask}: expected mask values {expected}, got {got} (all masks together: {all_values}): {cause}")
 
 
 def _choose_classes(found: frozenset[Value], classes: int | None) -> tuple[int, frozenset[Value]]:

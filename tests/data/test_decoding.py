@@ -19,7 +19,9 @@ from image_files import png, tiff
 from PIL import Image
 
 from fastunet.checks import DataError
-from fastunet.data import decoding
+from fastunet.data import decoding, picture
+from fastunet.data import tiff as tiff_decoding
+from fastunet.data.decoding import count_sections
 from fastunet.data.images import read_image, read_mask
 
 HUGE = {256: 45000, 257: 45000}
@@ -50,6 +52,38 @@ def described(text: str) -> bytes:
 def peak_memory() -> int:
     """In KiB."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header.encode() + bytes(16)
+
+
+def nifti(*size: int) -> bytes:
+    header = bytearray(352)
+    struct.pack_into("<i", header, 0, 348)
+    struct.pack_into("<8h", header, 40, len(size), *size, *[1] * (7 - len(size)))
+    struct.pack_into("<hh", header, 70, 2, 8)
+    struct.pack_into("<f", header, 108, 352)
+    header[344:348] = b"n+1\0"
+    return bytes(header) + bytes(16)
+
+
+def dicom(rows: int, columns: int, frames: str) -> bytes:
+    def element(group: int, number: int, kind: str, value: bytes) -> bytes:
+        long = kind in ("OB", "OW")
+        size = struct.pack("<2xI" if long else "<H", len(value))
+        return struct.pack("<HH", group, number) + kind.encode() + size + value
+
+    syntax = element(2, 0x10, "UI", b"1.2.840.10008.1.2.1\0")
+    image = [
+        element(0x28, 2, "US", struct.pack("<H", 1)),
+        element(0x28, 4, "CS", b"MONOCHROME2 "),
+        element(0x28, 8, "IS", frames.encode()),
+        *(element(0x28, place, "US", struct.pack("<H", value)) for place, value in ((0x10, rows), (0x11, columns))),
+        *(element(0x28, 0x100 + place, "US", struct.pack("<H", value)) for place, value in enumerate((16, 16, 15, 0))),
+        element(0x7FE0, 0x10, "OW", bytes(16)),
+    ]
+    return bytes(128) + b"DICM" + element(2, 0, "UL", struct.pack("<I", len(syntax))) + syntax + b"".join(image)
 
 
 SEGMENT = jpeg(60000, 60000, imagecodecs.jpeg_encode(np.zeros((16, 16), np.uint8)))
@@ -84,6 +118,10 @@ LIES = {
     "bmp": patched(encoded("BMP"), 18, "<ii", 45000, -45000),
     "bmp-runs": patched(patched(encoded("BMP"), 18, "<ii", 45000, 45000), 28, "<HI", 8, 1),
     "gif": patched(encoded("GIF"), 6, "<HH", 65535, 65535),
+    "npy": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 1000000)}"),
+    "npy-objects": npy("{'descr': '|O', 'fortran_order': False, 'shape': (4, 4)}"),
+    "nifti": nifti(32000, 32000),
+    "dicom": dicom(65535, 65535, "1 "),
     "webp": patched(encoded("WEBP"), 26, "<HH", 16383, 16383),
 }
 
@@ -100,6 +138,24 @@ def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_allocat
             read(path)
         assert "\n" not in str(caught.value)
     assert peak_memory() - before < 64 * 2**10
+
+
+STACKS = {
+    "npy": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 45000, 45000)}"),
+    "nifti": nifti(32000, 32000, 32000),
+    "dicom": dicom(65535, 65534, "1000000 "),
+    "tiff": described('{"shape": [1000000000000, 4, 4]}'),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_section_of_more_than_the_file_holds_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.tif"
+    path.write_bytes(STACKS[name])
+    count_sections(path)
+    for section in (0, 7):
+        with pytest.raises(DataError, match=r"x\.tif: expected a readable image, got: .*a header that claims"):
+            read_image(path, section)
 
 
 CLAIMS = {"imagej": "ImageJ=1.11a\nimages=1000000000\nslices=1000000000\n", "ome": "PlaneCount='1000000000'"}
@@ -129,15 +185,16 @@ def test_what_the_memory_has_no_room_for_is_refused(tmp_path: Path, name: str, m
     path = tmp_path / name
     Image.new("L", (100, 100)).save(path)
     memory = psutil.virtual_memory()
-    monkeypatch.setattr(decoding.psutil, "virtual_memory", lambda: memory._replace(available=20_000))
+    monkeypatch.setattr(picture.psutil, "virtual_memory", lambda: memory._replace(available=20_000))
     with pytest.raises(DataError, match=rf"{name}: expected an image that takes at most 0\.0 GiB .*got 100 x 100"):
         read_image(path)
-    monkeypatch.setattr(decoding.psutil, "virtual_memory", lambda: memory._replace(available=50_000))
+    monkeypatch.setattr(picture.psutil, "virtual_memory", lambda: memory._replace(available=50_000))
     assert read_image(path).shape == (100, 100, 1)
 
     def fails(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(decoding, "_upright", fails)
+    for module in (decoding, tiff_decoding):
+        monkeypatch.setattr(module, "upright", fails)
     with pytest.raises(DataError, match=rf"{name}: expected an image that fits into memory"):
         read_image(path)

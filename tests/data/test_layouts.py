@@ -11,8 +11,10 @@ import pytest
 pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
+import tifffile
 from image_files import noise, save
 from PIL import Image
+from stack_files import write_dicom, write_gif, write_nifti, write_ome, write_pages, write_stacks, write_zarr
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import IGNORED, DataOptions, SegmentationDataset, find_pairs, inspect, split
@@ -90,6 +92,28 @@ def palette(root: Path) -> None:
         mask.save(root / "masks" / f"{stem}.png")
 
 
+def five_channels(root: Path) -> None:
+    """As OME-TIFF has them: of each image the first is the picture."""
+    folder(root)
+    for index, stem in enumerate(names()):
+        (root / "images" / f"{stem}.png").unlink()
+        channels = np.stack([picture(index), *noise((4, *SIZE))])
+        tifffile.imwrite(
+            root / "images" / f"{stem}.ome.tif", channels, photometric="minisblack", metadata={"axes": "CYX"}
+        )
+        (root / "masks" / f"{stem}.png").rename(root / "masks" / f"{stem}.ome.png")
+
+
+def stack(root: Path, name: str, write: Callable[[Path, np.ndarray], object], masks: str = "") -> None:
+    """Write one file of all images, and one of all masks."""
+    write_stacks(
+        root,
+        {"images": name, "masks": masks or name},
+        {"images": [picture(index) for index in range(COUNT)], "masks": [truth(index, 2) for index in range(COUNT)]},
+        write,
+    )
+
+
 LAYOUTS = {
     "images/ and masks/": Layout(folder),
     "other names of folders": Layout(
@@ -117,6 +141,15 @@ LAYOUTS = {
         lambda root: folder(root, lambda labels: labels * np.float32(0.9) + np.float32(0.05), masks="masks/{}.tif"),
         DataOptions(threshold=0.5),
     ),
+    "GIF and WebP": Layout(lambda root: folder(root, images="images/{}.webp", masks="masks/{}.gif")),
+    "a stack of pages": Layout(lambda root: stack(root, "s.tif", write_pages)),
+    "a Z stack of OME": Layout(lambda root: stack(root, "s.ome.tif", write_ome)),
+    "channels of OME": Layout(five_channels),
+    "frames of GIF": Layout(lambda root: stack(root, "s.gif", write_gif)),
+    "NPY": Layout(lambda root: stack(root, "s.npy", np.save)),
+    "NIfTI": Layout(lambda root: stack(root, "s.nii.gz", write_nifti, "s.nii")),
+    "Zarr": Layout(lambda root: stack(root, "s.zarr", write_zarr)),
+    "DICOM": Layout(lambda root: stack(root, "s.dcm", write_dicom)),
 }
 
 
@@ -131,7 +164,8 @@ def test_a_layout_reads_as_the_same_images_and_labels(name: str, tmp_path: Path)
     assert summary.ignored == bool(layout.options.ignore)
     dataset = SegmentationDataset(pairs, summary)
     for index, pair in enumerate(pairs):
-        np.testing.assert_array_equal(pair.read_image()[..., 0], picture(index))
+        if pair.image.suffix != ".webp":  # lossy
+            np.testing.assert_array_equal(pair.read_image()[..., 0], picture(index))
         expected = layout.truth_of(truth(index, layout.classes))
         np.testing.assert_array_equal(dataset[index][1], expected)
         assert IGNORED in expected or not summary.ignored
@@ -147,7 +181,15 @@ def instances(root: Path) -> None:
         save(root / "masks" / f"{stem}.png", mask)
 
 
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+STACKS = (("images", 7), ("masks", 6))
+
+
+def make(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "instance labels": (instances, r"looks like instance labels.*--threshold 1 .*--classes"),
     "lossy masks": (
         lambda root: folder(root, masks="masks/{}.jpg"),
@@ -173,6 +215,17 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "names of folders": (
         lambda root: folder(root, images="raw/{}.png", masks="truth/{}.png"),
         r"images: expected a folder, got nothing there: the folders there are raw, truth; name yours by --images",
+    ),
+    "stacks of unequal length": (
+        lambda root: [np.save(make(root / kind) / "s.npy", np.zeros((n, *SIZE), "u1")) for kind, n in STACKS],
+        r"masks/s\.npy: expected 7 sections as of s\.npy, got a stack of 6 sections",
+    ),
+    "a stack of one mask": (
+        lambda root: (
+            write_pages(make(root / "images") / "s.tif", noise((7, *SIZE))),
+            save(root / "masks/s.png", noise(SIZE)),
+        ),
+        r"s\.tif: expected one image, got a stack of shape .* which is 7 sections",
     ),
     "fractions": (
         lambda root: folder(root, lambda labels: labels * np.float32(0.9), masks="masks/{}.tif"),

@@ -1,0 +1,90 @@
+"""Sections of stacks and volumes: which there are, and what each holds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import numpy as np
+import tifffile
+import zarr
+from image_files import noise
+from stack_files import write_dicom, write_nifti
+
+from fastunet.checks import MissingPackageError
+from fastunet.data import find_pairs, inspect, read_image
+from fastunet.data.decoding import count_sections
+
+SIZE = (40, 48)
+
+
+def test_three_pages_are_sections_and_no_colours(tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        sections = noise((3, *SIZE)) // (1 if kind == "images" else 128)
+        (tmp_path / kind).mkdir()
+        tifffile.imwrite(tmp_path / kind / "s.tif", sections, photometric="minisblack")
+    pairs = find_pairs(tmp_path)
+    assert [(pair.stem, pair.section) for pair in pairs] == [("s_000", 0), ("s_001", 1), ("s_002", 2)]
+    assert inspect(pairs).channels == 1
+    np.testing.assert_array_equal(pairs[2].read_image()[..., 0], noise((3, *SIZE))[2])
+
+
+@pytest.mark.parametrize("axes", ["ZCYX", "CZYX", "TZCYX"])
+@pytest.mark.parametrize("kind", ["imagej", "ome"])
+def test_sections_have_the_channels_that_are_named(tmp_path: Path, axes: str, kind: str) -> None:
+    sizes = {"T": 2, "Z": 3, "C": 2, "Y": SIZE[0], "X": SIZE[1]}
+    if kind == "imagej":
+        axes = "".join(axis for axis in "TZCYX" if axis in axes)
+    pixels = noise(tuple(sizes[axis] for axis in axes))
+    path = tmp_path / "s.tif"
+    tifffile.imwrite(path, pixels, photometric="minisblack", metadata={"axes": axes}, **{kind: True})
+    sections = np.moveaxis(pixels, axes.index("C"), -1).reshape(-1, *SIZE, 2)
+    assert count_sections(path) == len(sections)
+    for index, section in enumerate(sections):
+        np.testing.assert_array_equal(read_image(path, index), section)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sections"), [((5, 6, 3), 1), ((5, 6), 1), ((3, 5, 6), 3), ((7, 5, 6, 2), 7), ((7, 5, 6, 1), 7)]
+)
+def test_arrays_have_sections_first_and_channels_last(tmp_path: Path, shape: tuple[int, ...], sections: int) -> None:
+    pixels = noise(shape)
+    np.save(tmp_path / "s.npy", pixels)
+    zarr.create_array(str(tmp_path / "s.zarr"), data=pixels)
+    for path in (tmp_path / "s.npy", tmp_path / "s.zarr"):
+        assert count_sections(path) == sections
+        found = np.stack([read_image(path, index) for index in range(sections)])
+        np.testing.assert_array_equal(found.reshape(shape), pixels)
+
+
+@pytest.mark.parametrize(("package", "name"), [("nibabel", "s.nii"), ("pydicom", "s.dcm")])
+def test_a_missing_package_is_named_with_its_extra(
+    package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = {"nibabel": write_nifti, "pydicom": write_dicom}[package]
+    write(tmp_path / name, noise((2, *SIZE)))
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = {"nibabel": "nifti", "pydicom": "dicom"}[package]
+    with pytest.raises(MissingPackageError, match=rf"{name}: expected the package {package} .*'fastunet\[{extra}\]'"):
+        count_sections(tmp_path / name)
+
+
+def test_values_of_nifti_and_dicom_are_scaled(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel", reason="needs the extra nifti")
+    image = nibabel.Nifti1Image(noise((4, 5, 1)).astype(np.int16), np.eye(4))
+    image.header.set_slope_inter(0.5, -1)
+    nibabel.save(image, tmp_path / "s.nii")
+    stored = np.asarray(nibabel.load(tmp_path / "s.nii").dataobj)[..., 0].T
+    found = read_image(tmp_path / "s.nii")
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found[..., 0], stored)
+    write_dicom(tmp_path / "s.dcm", noise((1, *SIZE)))
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
+    dataset = pydicom.dcmread(tmp_path / "s.dcm")
+    dataset.RescaleSlope, dataset.RescaleIntercept, dataset.PhotometricInterpretation = "2", "-1024", "MONOCHROME1"
+    dataset.save_as(tmp_path / "s.dcm")
+    np.testing.assert_array_equal(read_image(tmp_path / "s.dcm")[..., 0], (255.0 - noise(SIZE)) * 2 - 1024)

@@ -1,0 +1,63 @@
+"""Files of several sections for tests, as other programs write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from PIL import Image
+
+
+def write_stacks(
+    root: Path,
+    files: Mapping[str, str],
+    sections: Mapping[str, Sequence[np.ndarray]],
+    write: Callable[[Path, np.ndarray], object],
+) -> None:
+    """Write the sections of each folder as one file of it."""
+    for folder, name in files.items():
+        (root / folder).mkdir(parents=True)
+        write(root / folder / name, np.stack(sections[folder]))
+
+
+def write_gif(path: Path, sections: np.ndarray) -> None:
+    frames = [Image.fromarray(section) for section in sections]
+    frames[0].save(path, save_all=True, append_images=frames[1:], optimize=False)
+
+
+def write_nifti(path: Path, sections: np.ndarray) -> None:
+    nibabel = pytest.importorskip("nibabel", reason="needs the extra nifti")
+    nibabel.save(nibabel.Nifti1Image(sections.transpose(2, 1, 0), np.diag([2.0, 3.0, 4.0, 1.0])), path)
+
+
+def write_zarr(path: Path, sections: np.ndarray) -> None:
+    zarr.create_array(str(path), data=sections)
+
+
+def write_dicom(path: Path, sections: np.ndarray) -> None:
+    pytest.importorskip("pydicom", reason="needs the extra dicom")
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = SecondaryCaptureImageStorage
+    dataset.SOPInstanceUID = "1.2.3"
+    dataset.NumberOfFrames, dataset.Rows, dataset.Columns = sections.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 8, 8, 7, 0
+    dataset.PixelData = sections.tobytes()
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def write_pages(path: Path, sections: np.ndarray) -> None:
+    tifffile.imwrite(path, sections, photometric="minisblack", compression="zlib", metadata=None)
+
+
+def write_ome(path: Path, sections: np.ndarray) -> None:
+    tifffile.imwrite(path, sections, ome=True, photometric="minisblack", metadata={"axes": "ZYX"})
