@@ -41,6 +41,15 @@ class TrainConfig:
     border_weight: float = _setting(
         0.0, "Weight of background between close objects, w0 of the U-Net paper (10 there); 0: none.", low=0, high=1e6
     )
+    augment: str = _setting(
+        "default",
+        "none; light (flips, quarter turns); default (warps and lighting too); strong (any angle, zoom and gamma too).",
+        choices=("none", "light", "default", "strong"),
+    )
+    flip: bool = _setting(
+        True,
+        "Mirror and turn by quarters; not where orientation means something (strong then turns by 15 degrees).",
+    )
     val_fraction: float = _setting(0.15, "Share of the images kept out for the metrics; 0 keeps none.")
     split: str = _setting(
         "last", "Which: the last by name (in a stack, neighbours are alike), or random.", choices=("last", "random")

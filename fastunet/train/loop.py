@@ -28,7 +28,7 @@ from fastunet.inference.evaluation import evaluate
 from fastunet.losses import BCEDiceLoss, CEDiceLoss
 from fastunet.morphology import border_weights
 from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
-from fastunet.train.augmentation import Augmentation
+from fastunet.train.augmentation import augmentation_of
 from fastunet.train.checkpoint import RunConfig, load_checkpoint, remove_checkpoints, save_checkpoint
 from fastunet.train.checks import (
     HISTORY,
@@ -194,7 +194,7 @@ class _Loop:
     ) -> None:
         self.accelerator, self.config, self.run_config, self.out = accelerator, config, run, out
         self.val, self.on_step = val, on_step or (lambda progress: None)
-        self.augmentation = Augmentation()
+        self.augmentation = augmentation_of(config.augment, flip=config.flip)
         self.loss = BCEDiceLoss(batch=True) if run.data.classes == 1 else CEDiceLoss(batch=True)
         gpu = accelerator.device.type != "cpu"
         workers = config.workers if config.workers is not None else (4 if gpu else 0)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastunet.checks import ConfigError, DtypeError, ShapeError
-from fastunet.train.augmentation import BRIGHTNESS, CONTRAST, Augmentation
+from fastunet.train.augmentation import BRIGHTNESS, CONTRAST, SCALE, Augmentation, augmentation_of
 
-OFF = dict.fromkeys(("flip", "rotate", "elastic", "brightness", "contrast", "noise", "blur"), 0.0)
+OFF = dict.fromkeys(("flip", "rotate", "elastic", "affine", "brightness", "contrast", "gamma", "noise", "blur"), 0.0)
 
 
 def make_batch(batch: int = 6, size: tuple[int, int] = (32, 32), channels: int = 2) -> tuple[Tensor, Tensor]:
@@ -83,6 +83,59 @@ def test_the_warp_takes_each_image_by_chance_and_by_itself() -> None:
     changed = (images.squeeze(1) != labels).flatten(1).any(1)
     assert 40 <= changed.sum() <= 80
     assert len(torch.unique(images.flatten(1), dim=0)) == changed.sum() + 1
+
+
+@pytest.mark.parametrize("largest", [180.0, 15.0])
+def test_turns_by_any_angle_and_zooms_move_points_alike(largest: float) -> None:
+    """About the centre, by one angle and one zoom an image, within their ranges, labels with it."""
+    torch.manual_seed(6)
+    side = torch.arange(65.0) - 32
+    y, x = side[:, None].expand(65, 65), side.expand(65, 65)
+    images = torch.stack([x, y]).repeat(64, 1, 1, 1)
+    labels = torch.zeros(64, 65, 65, dtype=torch.int64)
+    labels[:, :, 40:] = 7
+    augmentation = Augmentation(**OFF | {"affine": 0.5}, largest_angle=largest)
+    moved, moved_labels = augmentation(images, labels)
+    inner = moved[:, :, 24:41, 24:41]  # what reflection at the edges does not reach
+    dx, dy = inner.diff(dim=3).mean((2, 3)), inner.diff(dim=2).mean((2, 3))
+    zooms, angles = 1 / dx.norm(dim=1), torch.atan2(dx[:, 1], dx[:, 0]).rad2deg().abs()
+    torch.testing.assert_close(dx, torch.stack([dy[:, 1], -dy[:, 0]], 1), rtol=0, atol=1e-4)  # a similarity
+    assert inner[:, :, 8, 8].abs().max() < 1e-4
+    assert torch.equal(inner[:, 0] > 7.5, moved_labels[:, 24:41, 24:41] == 7)
+    turned = angles > 1e-3
+    assert 16 < turned.sum() < 48
+    assert torch.equal(moved[~turned], images[~turned])
+    assert SCALE[0] - 1e-4 <= zooms.min() < 0.8
+    assert 1.25 < zooms.max() <= SCALE[1] + 1e-4
+    assert 0.8 * largest < angles.max() <= largest + 1e-3
+
+
+def test_gamma_bends_an_image_and_keeps_its_mean_and_deviation() -> None:
+    torch.manual_seed(7)
+    images, labels = make_batch(batch=32)
+    images = images * 3 - 5
+    bent, _ = only(gamma=0.5)(images, labels)
+    changed = (bent - images).abs().amax((1, 2, 3)) > 1e-3
+    assert 6 <= changed.sum() <= 26
+    for statistic in (torch.mean, torch.std):
+        torch.testing.assert_close(statistic(bent, (1, 2, 3)), statistic(images, (1, 2, 3)), rtol=1e-4, atol=1e-4)
+    order = images[changed].flatten(1).argsort(1)
+    assert (bent[changed].flatten(1).gather(1, order).diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("level", "moves", "lights"), [("none", 0, 0), ("light", 1, 0), ("default", 1, 1), ("strong", 1, 1)]
+)
+def test_a_level_without_flips_keeps_what_is_upright(level: str, moves: int, lights: int) -> None:
+    torch.manual_seed(8)
+    _, labels = make_batch(batch=16)
+    images = labels.unsqueeze(1).float()
+    changed, moved = augmentation_of(level, flip=True)(images, labels)
+    assert torch.equal(moved, labels) != moves
+    assert torch.equal(changed.squeeze(1), moved) != lights
+    upright = torch.arange(64).expand(64, 64, 64)  # grows to the right
+    _, moved = augmentation_of(level, flip=False)(upright.unsqueeze(1).float(), upright)
+    assert (moved[:, 16:48, 40].float().mean(1) > moved[:, 16:48, 24].float().mean(1)).all()
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "noise", "blur"])
