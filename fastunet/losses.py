@@ -9,6 +9,7 @@ Losses (https://arxiv.org/abs/2303.16296).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, dispatch
 from .checks import ConfigError, ShapeError
 from .ops.segmentation_sums import segmentation_sums
 
@@ -65,6 +66,9 @@ class DiceLoss(nn.Module):
             input = target.
         ignore_index: class or label whose pixels do not count. A one-hot target marks a label outside its classes by
             zeros in every channel.
+        across_ranks: take the images of all ranks of torch.distributed for one batch, of which each rank has as many:
+            every rank gets the same loss, and its share of the gradient times the number of ranks, which
+            DistributedDataParallel averages.
 
     Raises:
         ConfigError: options that contradict each other or lie outside their range.
@@ -88,6 +92,7 @@ class DiceLoss(nn.Module):
         weight: Weight | None = None,
         soft_label: bool = False,
         ignore_index: int | None = None,
+        across_ranks: bool = False,
     ) -> None:
         super().__init__()
         if other_act is not None and not callable(other_act):
@@ -106,6 +111,7 @@ class DiceLoss(nn.Module):
         self.batch = batch
         self.soft_label = soft_label
         self.ignore_index = ignore_index
+        self.across_ranks = across_ranks
         self.register_buffer("class_weight", checks.check_weights("weight", weight))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -126,7 +132,14 @@ class DiceLoss(nn.Module):
         return self._reduce(self._sums(input, target), input.dim() - 2)
 
     def _sums(self, input: Tensor, target: Tensor, *, entropy: bool = False) -> Tensor:
-        """Check both, and sum over the pixels: [3, N, C], with `entropy` the rows of `segmentation_sums` below them."""
+        """Check both, and sum over the pixels: [3, N, C], with `entropy` the rows of `segmentation_sums` below them.
+
+        N are the images of this rank, or of all.
+        """
+        sums = self._sums_of_rank(input, target, entropy=entropy)
+        return _of_all_ranks(sums) if self.across_ranks else sums
+
+    def _sums_of_rank(self, input: Tensor, target: Tensor, *, entropy: bool) -> Tensor:
         checks.check_images("input", input)
         if target.dim() != input.dim():
             raise ShapeError(
@@ -243,7 +256,11 @@ class BCEDiceLoss(nn.Module):
         if self.reduction == "sum":
             return total
         mask = _ignore_mask(target, self.dice.ignore_index)
-        return total / input.numel() if mask is None else _safe_ratio(total, mask.sum() * input.shape[1])
+        if mask is None:
+            return total / (sums.shape[1] * math.prod(input.shape[1:]))
+        counted = mask.flatten(1).sum(1)
+        counted = _of_all_ranks(counted[None, :, None]) if self.dice.across_ranks else counted
+        return _safe_ratio(total, counted.sum() * input.shape[1])
 
 
 class CEDiceLoss(nn.Module):
@@ -314,9 +331,31 @@ class CEDiceLoss(nn.Module):
         if self.reduction == "sum":
             return total
         if target.shape == input.shape:  # Over probabilities, torch divides by the number of pixels, not by weights.
-            return total * input.shape[1] / input.numel()
+            return total * input.shape[1] / (sums.shape[1] * math.prod(input.shape[1:]))
         count = (sums[2] * weight).sum()
         return total / count if self.dice.ignore_index is None else _safe_ratio(total, count)
+
+
+def _of_all_ranks(sums: Tensor) -> Tensor:
+    """Concatenate the images of all ranks, [..., N, C] to [..., ranks * N, C], for autograd too."""
+    return sums if dispatch.ranks() == 1 else _Gather.apply(sums)
+
+
+class _Gather(torch.autograd.Function):
+    """Torch's own, of torch.distributed.nn, is deprecated without another in public."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor) -> Tensor:
+        parts = [torch.empty_like(sums) for _ in range(dispatch.ranks())]
+        torch.distributed.all_gather(parts, sums.contiguous())
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Add up what the loss of each rank, which is the same, says of this one's images."""
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(grad)
+        return grad.chunk(dispatch.ranks(), dim=1)[torch.distributed.get_rank()]
 
 
 def _fused_sums(

@@ -61,14 +61,16 @@ class SegmentationMetrics:
         counts = torch.bincount((truth * classes + predicted).flatten(), minlength=classes**2)
         self._confusion = self._confusion.to(counts.device) + counts.view(classes, classes)
 
-    def compute(self) -> Scores:
-        """Score everything counted so far.
+    def compute(self, *, across_ranks: bool = True) -> Scores:
+        """Score everything counted so far, by all processes of torch.distributed, which all call it, or by this one.
 
         Raises:
             DataError: nothing counted yet.
         """
         confusion = self._confusion.clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if across_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_backend() == "nccl":
+                confusion = confusion.cuda()  # a rank that counted nothing has it on the CPU
             torch.distributed.all_reduce(confusion)
         confusion = confusion.cpu().double()
         total = confusion.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -71,6 +72,8 @@ def train_with_bar(
     from fastunet.train.loop import Progress
     from fastunet.train.loop import train as train_run
 
+    if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
+        return train_run(data, out, config, reading=reading, resume=resume, overwrite=overwrite)
     with progress() as bars:
         bar = bars.add_task("reading", total=1.0)
 

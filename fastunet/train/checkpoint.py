@@ -91,13 +91,19 @@ def save_checkpoint(
     """Keep the training state and `progress` (JSON) as RUN/checkpoint-NNNNNN, NNNNNN = progress["step"].
 
     `best`: the weights to be kept in the end, where they are not those of this step. The folder gets its name when it
-    is complete and on the disk; only then older ones are removed but the last.
+    is complete and on the disk; only then older ones are removed but the last. All ranks call it: each keeps the state
+    of its generators, and the first one all the rest.
     """
     target = run / f"checkpoint-{progress['step']:06d}"
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
         if best is not None:
             write_weights(partial / BEST, best)
         write_json(partial / PROGRESS, progress)

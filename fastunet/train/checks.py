@@ -9,15 +9,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-
 from fastunet.checks import ConfigError, DataError, some_of
 from fastunet.data import DataOptions, DataSummary, Pair
 from fastunet.pretrained import WEIGHTS
 from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
-from fastunet.train.config import RESUMABLE, TrainConfig, multiplies_bf16, too_small
+from fastunet.train.config import RESUMABLE, TrainConfig, too_small
 
 HISTORY, METRICS, REPORT = "history.csv", "metrics.json", "report.png"
 RESULTS = (WEIGHTS, METRICS, REPORT)
@@ -143,23 +139,3 @@ def check_same_images(out: Path, before: RunConfig, now: RunConfig) -> None:
         old, new = getattr(before.data, field.name), getattr(now.data, field.name)
         if new != old:
             raise DataError(f"{out}: expected {field.name} {old} of the images the run was begun with, got {new}")
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Device and precision. Raises ConfigError where the machine does not have them."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: expected a CUDA device for 'cuda', got none")
-    cpu = config.device == "cpu"
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(cpu) else "fp32"
-    # accelerate keeps device and precision for the whole process; a second training may choose others.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
-    except ValueError as error:
-        raise ConfigError(f"precision: expected one that the device has, got {precision}: {error}") from error
-    if accelerator.num_processes > 1:
-        # Each process would stop at a time of its own.
-        raise ConfigError(f"fastunet trains in one process, got {accelerator.num_processes}")
-    return accelerator

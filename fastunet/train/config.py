@@ -29,7 +29,7 @@ class TrainConfig:
     max_minutes: float | None = _setting(
         None, "Limit of the training loop in minutes; the schedule ends by the limit that comes first."
     )
-    batch_size: int = _setting(4, "Crops per step.", low=1, high=LARGEST)
+    batch_size: int = _setting(4, "Crops per step, of each process.", low=1, high=LARGEST)
     # Below 3 augmentation has nothing to blur.
     crop: int = _setting(256, "Edge of the crops in pixels.", low=3, high=LARGEST)
     features: tuple[int, ...] = _setting((16, 32, 64, 128, 256), "Channels of each level.")
@@ -60,6 +60,9 @@ class TrainConfig:
         "auto",
         "auto (bf16 where the hardware multiplies it natively), fp32, bf16 or fp16.",
         choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    sync_batch_norm: bool = _setting(
+        False, "Statistics of batch norm over the batches of all GPUs (torchrun), by torch's module."
     )
     device: str = _setting("auto", "auto, cpu or cuda.", choices=("auto", "cpu", "cuda"))
     workers: int | None = _setting(None, "Processes that read images [4 beside a GPU, else 0].", low=0, high=256)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fastunet import __version__
@@ -24,9 +22,6 @@ from fastunet.checks import ConfigError, FastUNetError, Interrupted
 from fastunet.data import DataOptions, Pair, SegmentationDataset, find_pairs, split
 from fastunet.data.survey import Survey, survey_pairs
 from fastunet.files import check_apart, check_folder, locked, write_json, written_whole
-from fastunet.inference.evaluation import evaluate
-from fastunet.losses import BCEDiceLoss, CEDiceLoss
-from fastunet.morphology import border_weights
 from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
 from fastunet.train.augmentation import augmentation_of
 from fastunet.train.checkpoint import RunConfig, load_checkpoint, remove_checkpoints, save_checkpoint
@@ -38,17 +33,25 @@ from fastunet.train.checks import (
     check_same_images,
     check_sizes,
     clear_run,
-    make_accelerator,
     resumed_config,
     resumed_reading,
 )
-from fastunet.train.config import TILE, TrainConfig
+from fastunet.train.config import TrainConfig
+from fastunet.train.distributed import (
+    agree,
+    is_first_rank,
+    make_accelerator,
+    naming_lost_ranks,
+    stop_requests,
+    with_synchronised_norms,
+)
+from fastunet.train.loss import TrainingLoss, rate_at
 from fastunet.train.report import Sample, write_report
+from fastunet.train.validation import predicted_labels, validate
 from fastunet.tuning import tune
 from fastunet.unet import UNet
 
 VALIDATIONS = 10  # per run
-WARMUP = 0.03  # of the run
 REPORTED = 4  # images in the report
 SHORTEST_EPOCH = 100  # steps: starting workers anew costs nothing beside it
 
@@ -69,6 +72,7 @@ class Progress:
     history: list[dict[str, float]]
     loss_sum: float = 0.0
     unreported: int = 0
+    processes: int = 1  # it is trained in
 
     @property
     def best(self) -> dict[str, float] | None:
@@ -95,6 +99,8 @@ def train(
     before training begins; `on_data` is told what they hold. Ctrl-C or SIGTERM ends it after the step under way with a
     checkpoint.
 
+    Of several processes (torchrun, accelerate launch) each takes its part of every batch, and the first one writes.
+
     `resume` goes on with a run, wherever it was stopped, even killed: with its own settings if `config` is None, and
     its own images if `data` is. A finished one goes on if `config` has higher limits; else it is only finished again.
     On the CPU the steps that follow are to the bit those of a run that was never stopped. `overwrite` begins anew.
@@ -112,7 +118,7 @@ def train(
     if str(out) != str(out).encode(errors="replace").decode():
         raise ConfigError(f"out: expected a name in UTF-8, which safetensors wants, got {str(out)!r}")
     check_folder(out)
-    with locked(out):
+    with locked(out) if is_first_rank() else nullcontext():
         before = check_out(out, resume, overwrite)
         if before is not None:
             config = resumed_config(out, {} if config is None else asdict(config))
@@ -144,12 +150,14 @@ def _train(
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
 
     set_seed(config.seed)
-    model = UNet(
+    model: Any = UNet(
         summary.channels,
         summary.classes,
         features=config.features,
         norm=None if config.norm == "none" else config.norm,
     )
+    if config.sync_batch_norm:
+        model = with_synchronised_norms(model, accelerator)
     run = RunConfig(
         model=model.config,
         data=summary,
@@ -165,14 +173,19 @@ def _train(
         check_same_images(out, before, run)
     val = SegmentationDataset(val_pairs, summary) if val_pairs else None
     loop = _Loop(accelerator, model, config, run, out, train_pairs, val, on_step)
-    if before is not None:
-        loop.restore()
-    else:
-        clear_run(out)
-    # Only now: a resumption that is refused leaves the run as it was.
-    write_json(out / CONFIG, asdict(run))
-    loop.run()
-    return _finish(loop, model, val_pairs or train_pairs[:REPORTED])
+    with naming_lost_ranks(accelerator, out):
+        if before is not None:
+            loop.restore()
+        elif accelerator.is_main_process:
+            clear_run(out)
+        if accelerator.is_main_process:
+            # Only now: a resumption that is refused leaves the run as it was.
+            write_json(out / CONFIG, asdict(run))
+        loop.run()
+        metrics = _finish(loop, model, val_pairs or train_pairs[:REPORTED])
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return metrics
 
 
 # --- the loop ---
@@ -195,11 +208,13 @@ class _Loop:
         self.accelerator, self.config, self.run_config, self.out = accelerator, config, run, out
         self.val, self.on_step = val, on_step or (lambda progress: None)
         self.augmentation = augmentation_of(config.augment, flip=config.flip)
-        self.loss = BCEDiceLoss(batch=True) if run.data.classes == 1 else CEDiceLoss(batch=True)
+        self.loss = TrainingLoss(run.data.classes, border_weight=config.border_weight)
         gpu = accelerator.device.type != "cpu"
         workers = config.workers if config.workers is not None else (4 if gpu else 0)
-        self.steps_per_epoch = max(SHORTEST_EPOCH, math.ceil(len(pairs) / config.batch_size))
-        length = config.batch_size * self.steps_per_epoch
+        self.ranks, self.rank = accelerator.num_processes, accelerator.process_index
+        whole_batch = config.batch_size * self.ranks
+        self.steps_per_epoch = max(SHORTEST_EPOCH, math.ceil(len(pairs) / whole_batch))
+        length = whole_batch * self.steps_per_epoch
         self.dataset = SegmentationDataset(pairs, run.data, crop=config.crop, length=length, seed=config.seed)
         # Its own generator: the loader would draw from that of the augmentation, once more after a resumption.
         self.loading = {"num_workers": workers, "pin_memory": gpu, "generator": torch.Generator()}
@@ -209,13 +224,20 @@ class _Loop:
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.best_weights: Mapping[str, Tensor] | None = None
-        self.progress = Progress(step=0, epoch=0, seconds=0.0, fraction=0.0, loss=math.nan, history=[])
+        first = Progress(step=0, epoch=0, seconds=0.0, fraction=0.0, loss=math.nan, history=[], processes=self.ranks)
+        self.progress = first
+        if self.rank:
+            torch.manual_seed(config.seed + self.rank)  # of the augmentation, by now
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole, or from the start where there is none."""
         found = load_checkpoint(self.out, self.accelerator)
         if found is not None:
             self.progress, self.best_weights = Progress(**found[0]), found[1]
+            if self.progress.processes != self.ranks:
+                raise ConfigError(
+                    f"processes: expected {self.progress.processes}, with which {self.out} was begun, got {self.ranks}"
+                )
             self._advance(self.progress.seconds)
             if self._is_best():
                 self.best_weights = self._weights()
@@ -225,9 +247,13 @@ class _Loop:
         self._tune()
         progress, batches = self.progress, self._batches()
         start = time.perf_counter() - progress.seconds
-        with _stop_requests() as stop:
+        with stop_requests(self.accelerator) as stop:
             while progress.fraction < 1:
-                progress.loss = self._step(*next(batches))
+                loss = self._step(*next(batches))
+                # Asked once: a signal between saving and leaving would otherwise leave without saving.
+                progress.loss, stopping, seconds = agree(
+                    self.accelerator, loss, bool(stop), time.perf_counter() - start
+                )
                 if not math.isfinite(progress.loss):
                     raise FastUNetError(
                         f"step {progress.step + 1}: expected a finite loss, got {progress.loss}; try a lower lr"
@@ -236,12 +262,10 @@ class _Loop:
                 progress.unreported += 1
                 before = progress.fraction
                 progress.step += 1
-                self._advance(time.perf_counter() - start)
+                self._advance(seconds)
                 due = int(progress.fraction * VALIDATIONS) > int(before * VALIDATIONS)
                 if due:
                     self._validate()
-                # Asked once: a signal between saving and leaving would otherwise leave without saving.
-                stopping = bool(stop)
                 if due or stopping:
                     others = None if self._is_best() else self.best_weights
                     save_checkpoint(self.out, self.accelerator, asdict(progress), others)
@@ -254,7 +278,7 @@ class _Loop:
         channels, crop, device = self.run_config.data.channels, self.config.crop, self.accelerator.device
         if device.type == "cuda":
             x = torch.zeros(self.config.batch_size, channels, crop, crop, device=device)
-            tune(self.model.train(), x.contiguous(memory_format=torch.channels_last))
+            tune(self._unwrapped().train(), x.contiguous(memory_format=torch.channels_last))
 
     def _advance(self, seconds: float) -> None:
         progress, config = self.progress, self.config
@@ -265,11 +289,13 @@ class _Loop:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from the present step on."""
         size, device = self.config.batch_size, self.accelerator.device
+        first, stride = self.rank * size, self.ranks * size
         while True:
             self.progress.epoch, position = divmod(self.progress.step, self.steps_per_epoch)
             self.dataset.set_epoch(self.progress.epoch)
-            rest = range(position * size, len(self.dataset))
-            for images, labels in DataLoader(self.dataset, size, sampler=rest, **self.loading):
+            begins = range(first + position * stride, len(self.dataset), stride)
+            rest = [list(range(begin, begin + size)) for begin in begins]
+            for images, labels in DataLoader(self.dataset, batch_sampler=rest, **self.loading):
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
@@ -278,26 +304,10 @@ class _Loop:
         images, labels = self.augmentation(images, labels)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss_of(self.model(images), labels)
+        loss = self.loss(self.model(images), labels)
         self.accelerator.backward(loss)
         self.optimizer.step()
         return loss.item()
-
-    def _loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss over all classes, background too: foreground's Dice alone hardly sees a rare background."""
-        if self.run_config.data.classes > 1:
-            loss = self.loss(logits, labels)
-        else:
-            foreground = labels.unsqueeze(1)
-            loss = self.loss(torch.cat([logits, -logits], dim=1), torch.cat([foreground, 1 - foreground], dim=1))
-        return loss + self._border_loss(logits, labels) if self.config.border_weight else loss
-
-    def _border_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The cross entropy of background between close objects, by the weights that the paper adds to the others."""
-        weights = border_weights(labels, strength=self.config.border_weight)
-        if self.run_config.data.classes > 1:
-            return (weights * F.cross_entropy(logits.float(), labels, reduction="none")).mean()
-        return (weights * F.softplus(logits.squeeze(1).float())).mean()  # of labels 0, as all weighted ones are
 
     def _validate(self) -> None:
         progress = self.progress
@@ -305,49 +315,29 @@ class _Loop:
         progress.loss_sum, progress.unreported = 0.0, 0
         row = {"step": progress.step, "minutes": progress.seconds / 60, "train_loss": train_loss}
         if self.val is not None:
-            scores, _ = evaluate(self.model, self.val, self.run_config.class_names, tile=TILE)
+            scores = validate(self._unwrapped(), self.val, self.run_config.class_names, part=self.part)
             row |= {"val_dice": scores["mean_dice"]} | {f"val_dice {k}": v for k, v in scores["dice"].items()}
         progress.history.append(row)
         if self._is_best():
             self.best_weights = self._weights()
-        _write_history(self.out, progress.history)
+        if self.accelerator.is_main_process:
+            _write_history(self.out, progress.history)
 
     def _is_best(self) -> bool:
         """Whether the present weights are those of the best validation."""
         best = self.progress.best
         return best is not None and best["step"] == self.progress.step
 
+    @property
+    def part(self) -> slice:
+        """Which images this rank is to be validated on."""
+        return slice(self.rank, None, self.ranks)
+
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
     def _weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-
-
-def rate_at(fraction: float) -> float:
-    """The learning rate, as a share of its peak, when that fraction of the run is done: linear warm-up, then cosine."""
-    if fraction < WARMUP:
-        return (fraction + 1e-3) / (WARMUP + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * (fraction - WARMUP) / (1 - WARMUP)))
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM asks to stop; a second one interrupts at once."""
-    requests: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if requests:
-            raise KeyboardInterrupt
-        requests.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = {number: signal.signal(number, ask) for number in numbers}
-    except ValueError:  # not the main thread: whoever runs it there handles signals
-        previous = {}
-    try:
-        yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._unwrapped().state_dict().items()}
 
 
 # --- the end ---
@@ -360,28 +350,30 @@ def _finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
     if (best := progress.best) is not None and loop.best_weights is not None:
         kept, why = int(best["step"]), f"best validation Dice of the foreground, {best['val_dice']:.4f}"
         model.load_state_dict(loop.best_weights)
-    weights = f"step {kept} of {progress.step}: {why}"
-    write_weights(out / WEIGHTS, model.state_dict())
-    write_json(out / CONFIG, asdict(replace(run, weights=weights)))
     dataset = SegmentationDataset(shown, run.data)
-    scores, predictions = evaluate(model, dataset, run.class_names, tile=TILE, tta=config.tta)
+    scores = validate(model, dataset, run.class_names, tta=config.tta, part=loop.part)
     metrics: dict[str, Any] = dict(scores) if run.val else {}
     metrics |= {
         "images": run.val,
         "tta": config.tta,
-        "weights": weights,
+        "weights": f"step {kept} of {progress.step}: {why}",
         "steps": progress.step,
         "seconds": progress.seconds,
         "device": str(loop.accelerator.device),
+        "processes": progress.processes,
         "precision": loop.accelerator.mixed_precision.replace("no", "fp32"),
         "torch": torch.__version__,
     }
+    if not loop.accelerator.is_main_process:
+        return metrics
+    write_weights(out / WEIGHTS, model.state_dict())
+    write_json(out / CONFIG, asdict(replace(run, weights=metrics["weights"])))
     write_json(out / METRICS, metrics)
     _write_history(out, progress.history)
-    samples = [
-        Sample(pair.stem, pair.read_image(), dataset[i][1].numpy(), predictions[i].numpy())
-        for i, pair in enumerate(shown[:REPORTED])
-    ]
+    samples = []
+    for (image, labels), pair in zip((dataset[i] for i in range(len(shown[:REPORTED]))), shown, strict=False):
+        prediction = predicted_labels(model, image, tta=config.tta).cpu()
+        samples.append(Sample(pair.stem, pair.read_image(), labels.numpy(), prediction.numpy()))
     write_report(out / REPORT, progress.history, samples, run.class_names)
     remove_checkpoints(out, keep=1)
     return metrics

@@ -122,10 +122,11 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
     for row, sample in zip(rows, samples, strict=True):
         grey, metrics = _displayable(sample.image), SegmentationMetrics(class_names)
         metrics.update(*(torch.from_numpy(t.astype(np.int64))[None] for t in (sample.prediction, sample.truth)))
+        dice = metrics.compute(across_ranks=False)["mean_dice"]
         pictures = {
             sample.name[:NAME_LENGTH].encode(errors="replace").decode(): grey,
             "truth": _colour_labels(sample.truth),
-            f"prediction: Dice {metrics.compute()['mean_dice']:.3f}": _colour_labels(sample.prediction),
+            f"prediction: Dice {dice:.3f}": _colour_labels(sample.prediction),
             "errors": _overlay_errors(grey, sample),
         }
         for axes, (title, picture) in zip(row, pictures.items(), strict=True):

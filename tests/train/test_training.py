@@ -31,12 +31,12 @@ from stopped_training import TINY, Killed, killed, losses_of, stop_at
 from fastunet import UNet
 from fastunet.checks import ConfigError, DataError
 from fastunet.files import written_whole
-from fastunet.inference.evaluation import evaluate
-from fastunet.losses import BCEDiceLoss, CEDiceLoss
 from fastunet.morphology import border_weights
 from fastunet.train import checkpoint, loop
 from fastunet.train.checkpoint import checkpoints, read_progress
-from fastunet.train.loop import rate_at, train
+from fastunet.train.loop import train
+from fastunet.train.loss import TrainingLoss, rate_at
+from fastunet.train.validation import validate
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
@@ -81,10 +81,9 @@ def test_training_learns(data: Path, tmp_path: Path) -> None:
 
 def test_the_loss_of_a_binary_mask_sees_both_sides_alike() -> None:
     """Dice of the foreground alone hardly sees a rare background."""
-    training: Any = Mock(loss=BCEDiceLoss(batch=True), config=loop.TrainConfig(), **{"run_config.data.classes": 1})
+    loss = TrainingLoss(1)
     logits, labels = torch.randn(2, 1, 8, 8), torch.randint(2, (2, 8, 8))
-    loss, mirrored = (loop._Loop._loss_of(training, *each) for each in ((logits, labels), (-logits, 1 - labels)))
-    torch.testing.assert_close(loss, mirrored)
+    torch.testing.assert_close(loss(logits, labels), loss(-logits, 1 - labels))
 
 
 @pytest.mark.parametrize("classes", [1, 3])
@@ -94,13 +93,7 @@ def test_borders_weigh_in_the_cross_entropy(classes: int) -> None:
     labels[:, 2:5, 2:9] = 1
     labels[:, 7:10, 2:9] = classes - 1 if classes > 1 else 1
     logits = torch.randn(2, classes, 12, 12)
-    losses = []
-    for weight in (0.0, 7.0):
-        run = {"run_config.data.classes": classes}
-        config = loop.TrainConfig(border_weight=weight)
-        training: Any = Mock(loss=(BCEDiceLoss if classes == 1 else CEDiceLoss)(batch=True), config=config, **run)
-        training._border_loss = lambda *each, self=training: loop._Loop._border_loss(self, *each)
-        losses.append(loop._Loop._loss_of(training, logits, labels))
+    losses = [TrainingLoss(classes, border_weight=weight)(logits, labels) for weight in (0.0, 7.0)]
     both = torch.cat([torch.zeros_like(logits), logits], 1) if classes == 1 else logits
     each = -both.log_softmax(1).gather(1, labels[:, None])[:, 0]
     expected = (border_weights(labels, strength=7.0) * each).mean()
@@ -339,12 +332,10 @@ def test_the_weights_are_the_best_by_validation(
 ) -> None:
     dice = iter([0.1, 0.2, 0.8, 0.3, 0.8, *5 * [0.5]])
 
-    def scored(model: UNet, samples: Any, names: list[str], *, tile: int, tta: bool | None = None) -> Any:
-        if tta is None:
-            return {"mean_dice": next(dice), "dice": {}}, []
-        return evaluate(model, samples, names, tile=tile, tta=tta)
+    def scored(model: UNet, samples: Any, names: list[str], *, part: slice, tta: bool | None = None) -> Any:
+        return {"mean_dice": next(dice), "dice": {}} if tta is None else validate(model, samples, names, tta=tta)
 
-    monkeypatch.setattr(loop, "evaluate", scored)
+    monkeypatch.setattr(loop, "validate", scored)
     states: dict[int, dict[str, torch.Tensor]] = {}
     weights = loop._Loop._weights
 

@@ -15,9 +15,10 @@ from stopped_training import TINY, losses_of
 
 from fastunet.checks import ConfigError, DataError, FastUNetError
 from fastunet.data.synthetic import write_dataset
-from fastunet.train import checkpoint, loop
+from fastunet.train import checkpoint
 from fastunet.train.checkpoint import checkpoints
 from fastunet.train.loop import train
+from fastunet.train.loss import TrainingLoss
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
@@ -112,7 +113,7 @@ def test_resume_wants_the_same_settings_and_images(data: Path, stopped: Path, tm
 
 
 def test_a_loss_that_is_not_finite_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop._Loop, "_loss_of", lambda self, logits, labels: logits.sum() * float("nan"))
+    monkeypatch.setattr(TrainingLoss, "forward", lambda self, logits, labels: logits.sum() * float("nan"))
     with pytest.raises(FastUNetError, match="step 1: expected a finite loss, got nan"):
         train(data, tmp_path / "run", TINY)
 

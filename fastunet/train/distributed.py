@@ -1,0 +1,114 @@
+"""A training in several processes (ranks), one a GPU, as torchrun and accelerate launch begin them.
+
+Each rank takes its part of every batch, and of the images to be validated on; the first one alone writes. What decides
+how the training goes on (the loss, a request to stop, the clock) is the same number in all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from fastunet.checks import ConfigError, FastUNetError
+from fastunet.train.config import TrainConfig, multiplies_bf16
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes, as its launcher says: before the ranks have met."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Choose device and precision, and meet the other ranks.
+
+    Raises ConfigError where the machine does not have them.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: expected a CUDA device for 'cuda', got none")
+    cpu = config.device == "cpu"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(cpu) else "fp32"
+    # accelerate keeps device and precision for the whole process; a second training may choose others.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    except ValueError as error:
+        raise ConfigError(f"precision: expected one that the device has, got {precision}: {error}") from error
+    if config.sync_batch_norm and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise ConfigError("sync_batch_norm: expected GPUs, whose torch alone has it, got processes on the CPU")
+    return accelerator
+
+
+def with_synchronised_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Have batch norms take their statistics over all ranks, by torch's module, in place of the fused ops."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if accelerator.num_processes > 1 else model
+
+
+def agree(accelerator: Accelerator, loss: float, stopping: bool, seconds: float) -> tuple[float, bool, float]:
+    """Return the mean loss of all ranks, whether any of them is to stop, and the first one's clock."""
+    ranks = accelerator.num_processes
+    if ranks == 1:
+        return loss, stopping, seconds
+    clock = seconds if accelerator.is_main_process else 0.0
+    on_gpu = accelerator.device.type == "cuda"
+    shared = torch.tensor([loss / ranks, stopping, clock], dtype=torch.float64, device="cuda" if on_gpu else "cpu")
+    torch.distributed.all_reduce(shared)
+    mean, stops, seconds = shared.tolist()
+    return mean, stops > 0, seconds
+
+
+@contextmanager
+def naming_lost_ranks(accelerator: Accelerator, out: Path) -> Iterator[None]:
+    """Raise FastUNetError where a rank has ended without the others, in place of what its broken connection raises."""
+    try:
+        yield
+    except FastUNetError:
+        raise
+    except RuntimeError as error:
+        ours = accelerator.num_processes == 1
+        if ours or not (isinstance(error, torch.distributed.DistError) or _is_of_gloo(str(error))):
+            raise
+        text = " ".join(str(error).split())
+        raise FastUNetError(
+            f"process {accelerator.process_index}: expected all {accelerator.num_processes} processes to go on, got "
+            f"one that has ended ({text}); its own error says why, and --resume continues from {out}"
+        ) from error
+
+
+def _is_of_gloo(message: str) -> bool:
+    return any(sign in message for sign in ("gloo", "Connection closed by peer", "Connection reset by peer"))
+
+
+@contextmanager
+def stop_requests(accelerator: Accelerator) -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM asks to stop; in a single process a second one interrupts at once.
+
+    Of several, torchrun passes on what the terminal has sent them already: there it kills what does not end.
+    """
+    requests: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if requests and accelerator.num_processes == 1:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.signal(number, ask) for number in numbers}
+    except ValueError:  # not the main thread: whoever runs it there handles signals
+        previous = {}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
