@@ -27,7 +27,7 @@ from fastunet.checks import DataError
 from fastunet.cli import demo, doctor, tune
 from fastunet.data import synthetic
 from fastunet.data.synthetic import write_dataset
-from fastunet.inference import predict
+from fastunet.inference import evaluation
 from fastunet.train.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
@@ -362,14 +362,14 @@ def test_what_the_system_refuses_is_one_line(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(predict, "evaluate", fail)
+    monkeypatch.setattr(evaluation, "evaluate", fail)
     line = error_of(fastunet("evaluate", run, data))
     for word in words:
         assert word in line
 
 
 def test_an_error_of_ours_keeps_its_traceback(run: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "evaluate", lambda: None)
+    monkeypatch.setattr(evaluation, "evaluate", lambda: None)
     with pytest.raises(TypeError):
         fastunet("evaluate", run, data)
 

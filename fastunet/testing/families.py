@@ -73,13 +73,13 @@ def check_halo(
 
 def _check_masked_grad(dtype: torch.dtype, device: torch.device, n: int, c: int, h: int, w: int) -> None:
     """Raise AssertionError unless the gradient of a ReLU's input before a convolution is exact on integers."""
-    from fastunet.kernels.conv3x3.grad import conv3x3_input_grad  # Late, as triton: it may be absent.
+    from fastunet.kernels.conv3x3.grad import conv3x3_input_grads  # Late, as triton: it may be absent.
 
     shapes = (n, c, h, w), (c, c, 3, 3), (n, c, h, w)
     tensors = (random_integers(shape, largest=2, seed=i, device=device) for i, shape in enumerate(shapes))
     grad, weight, x = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in tensors)
     exact = F.conv_transpose2d(grad.double(), weight.double(), padding=1).to(dtype).double()
-    masked = conv3x3_input_grad(grad, weight, x=x, negative_slope=0.0)
+    (masked,) = conv3x3_input_grads(grad, weight, [c], x=x, negative_slope=0.0)
     assert_within(masked, torch.where(x > 0, exact, 0.0), 0.0)
 
 
