@@ -1,0 +1,181 @@
+"""The documentation says what is so: its tutorial runs, its links lead somewhere, its messages and commands exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer", reason="needs the extra train")
+
+import torch
+from command import fastunet
+from typer.main import get_command
+
+from fastunet import UNet
+from fastunet.cli import app
+from fastunet.compiler import backend
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+MOST_BYTES_OF_PICTURES = 200_000
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """The code blocks of a page, each with its language, in their order."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [(language, text) for language, text in found if language in languages]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `fastunet` commands in a block of shell, as lists of words."""
+    lines = re.sub(r"\$\w+", "1", text).splitlines()  # a variable stands for a number
+    words = [shlex.split(line, comments=True) for line in lines if re.match(r"\s*(srun )?fastunet ", line)]
+    return [line[line.index("fastunet") + 1 :] for line in words]
+
+
+def cli_commands() -> dict[str, Any]:
+    group: Any = get_command(app)
+    return group.commands
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for language, text in blocks(DOCS / "tutorial.md", "python", "sh"):
+        if language == "python":
+            exec(text, names)
+            continue
+        assert len(commands(text)) == len(text.splitlines())
+        for words in commands(text):
+            result = fastunet(*words)
+            assert result.returncode == 0, result.stderr
+    assert names["mask"].shape == (128, 128)
+    # The files that its tables name are those that are there.
+    tables = re.findall(r"^\| (`[^|]*) \|", prose(DOCS / "tutorial.md"), re.MULTILINE)
+    for name in re.findall(r"`([\w.-]+)`", " ".join(tables)):
+        folder = "LABELS" if name.startswith("cell_") else "RUN"
+        # The last command goes on with the run, and replaces its checkpoint.
+        assert (tmp_path / folder / name.replace("000100", "000120")).exists(), name
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and Python-Markdown make them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower())).strip("-") for heading in headings}
+
+
+def links(page: Path) -> Iterator[str]:
+    yield from re.findall(r"\]\(([^)\s]+)\)", prose(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page if not name else DOCS / name
+        assert target.is_file(), f"{page.name}: {link}"
+        assert DOCS in target.resolve().parents, f"{page.name}: {link} leaves the documentation"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == [page.name for page in PAGES]
+
+
+def test_pictures_are_small_and_shown() -> None:
+    pictures = [path for path in DOCS.rglob("*") if path.suffix in (".png", ".svg")]
+    assert sum(path.stat().st_size for path in pictures) < MOST_BYTES_OF_PICTURES
+    shown = {link for page in PAGES for link in links(page)}
+    assert {str(path.relative_to(DOCS)) for path in pictures} <= shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_its_code_is_valid(page: Path) -> None:
+    for _, text in blocks(page, "python"):
+        if page.name != "ops.md":  # whose blocks are signatures
+            compile(text, page.name, "exec")
+    for _, text in blocks(page, "sh", "console"):
+        for name, *words in commands(text):
+            cli_commands()[name].make_context(name, list(words), resilient_parsing="--help" in words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_in_its_prose_exist(page: Path) -> None:
+    known = {option for each in cli_commands().values() for parameter in each.params for option in parameter.opts}
+    text = prose(page)
+    if page.name == "migrating.md":  # the first column has the options of others
+        text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
+    for option in re.findall(r"`(--[\w-]+)[^`]*`", text):
+        assert option in known, f"{page.name}: {option}"
+
+
+def messages() -> set[str]:
+    """All texts in the sources, with an ellipsis for each part that is known only when they run."""
+    found = set()
+    for path in (*(ROOT / "fastunet").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value.strip())
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.add("".join(map(str, parts)).strip())
+    return found
+
+
+def test_the_messages_of_troubleshooting_exist() -> None:
+    quoted = re.findall(r"^\| `(.*?)` \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 50
+    known = messages()
+    assert not [message for message in quoted if message not in known]
+
+
+def test_the_generated_pages_are_up_to_date(generate: ModuleType) -> None:
+    remedy = "run `python docs/generate.py`"
+    assert (DOCS / "ops.md").read_text() == generate.ops_page(), remedy
+    performance = (DOCS / "performance.md").read_text()
+    assert performance == generate.performance_page(performance), remedy
+
+
+def test_the_examples_of_migrating_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backend, "default_fallback", lambda: "eager")  # inductor's compiling takes longer than all else
+    torch.save(UNet(1, 2, features=(4, 8)).state_dict(), "checkpoint_epoch5.pth")
+    names: dict = {}
+    for _, text in blocks(DOCS / "migrating.md", "python"):
+        exec(text, names)
+    assert names["compiled"](names["x"]).shape == (1, 8, 64, 64)
+    assert names["logits"].grad.isfinite().all()
+
+
+def test_the_example_of_a_training_loop_runs() -> None:
+    ((_, text),) = blocks(DOCS / "training.md", "python")
+    names: dict = {}
+    exec(text.replace("UNet(3, 2)", "UNet(3, 2, features=(4, 8))"), names)
+    assert names["loss"].isfinite()
