@@ -64,6 +64,7 @@ static-releases: $(VENV)/dev.stamp
 # The README's figures of speed, from the files in benchmarks/results.
 perf-table: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks perf-table
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -95,10 +95,16 @@ _TASKS = {"inference": "inference", "training": "training step"}
 Result = Mapping[str, Any]
 
 
-def generate(folder: Path) -> str:
-    """What stands between the markers: a table for each file, GPUs first, or that there is none."""
+# What the README shows of them; docs/performance.md has all.
+README_FILES = ("gpu_report.json", "unet_float32.json")
+
+
+def generate(folder: Path, names: Sequence[str] | None = None) -> str:
+    """Return a table for each file, GPUs first, or that there is none. names: of those alone."""
     parts: dict[str, list[str]] = {"gpu": [], "cpu": [], "drop-in": []}
     for path in (*sorted(folder.glob("*/gpu_report.json")), *sorted(folder.glob("cpu/*.json"))):
+        if names is not None and path.name not in names:
+            continue
         result, place = json.loads(path.read_text()), path.relative_to(folder.parents[1])
         try:
             if any(result.get("summary", {}).get(task) for task in _TASKS):
@@ -178,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Rewrite the README. Returns 0."""
     readme = options.root / "README.md"
-    text = replace_between(readme.read_text(), generate(options.root / "benchmarks" / "results"))
+    text = replace_between(readme.read_text(), generate(options.root / "benchmarks" / "results", README_FILES))
     with written_whole(readme) as temporary:
         temporary.write_text(text)
     return 0
