@@ -60,8 +60,9 @@ def evaluate(
     from fastunet.inference.evaluation import scores_of_image, summary_of
     from fastunet.train.checkpoint import load_config
 
-    reading = pop_reading(context, options, load_config(run).reading)
-    pairs = find_pairs(data, reading)
+    config = load_config(run)
+    reading = pop_reading(context, options, config.reading)
+    pairs = find_pairs(data, reading, config.data.names)
     if out is not None:
         check_folder(out.parent)
         check_apart(out.parent, [file for pair in pairs for file in (pair.image, pair.mask)])

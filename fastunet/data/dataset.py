@@ -129,7 +129,8 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def _read(self, pair: Pair) -> _Decoded:
         image = self.summary.in_channels(pair.read_image())
-        return image, self.summary.labels_of(pair), moments(image)
+        height, width = image.shape[:2]
+        return image, self.summary.labels_of(pair, (height, width)), moments(image)
 
 
 def _random_crop(

@@ -20,7 +20,7 @@ class DataOptions:
     """How DATA is read, with what each option means as `fastunet check --help` shows it."""
 
     images: str = _option("images", "Folder of the images, in DATA.")
-    masks: str = _option("masks", "Folder of the masks, in DATA.")
+    masks: str = _option("masks", "Folder of the masks or their outlines, in DATA, or a file of COCO.")
     mask_suffix: str = _option("", "What the names of masks have beyond those of images, such as _mask.")
     labels: str = _option(
         "",

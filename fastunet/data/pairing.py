@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from fastunet.checks import ConfigError, DataError, some_of
 from fastunet.data.decoding import count_sections
 from fastunet.data.images import list_images, read_codes, read_image
 from fastunet.data.layout import DataOptions
+from fastunet.data.outlines import SUFFIXES, annotation_files, check_options, draw, names_of
 
 # Names of the folders of a data set that is split already; those of "test" belong to neither side.
 SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -27,6 +28,12 @@ class Pair:
     stem: str
     side: str = ""  # of a split that the folders make: train or val
     section: int | None = None  # of both files, where they hold several
+    names: tuple[str, ...] = ()  # of the classes but the background's, where the mask is a file of outlines
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the mask is a file of outlines."""
+        return self.mask.suffix.lower() in SUFFIXES
 
     @property
     def mask_name(self) -> str:
@@ -37,16 +44,27 @@ class Pair:
         """Return the image [H, W, C]; see `fastunet.data.read_image`."""
         return read_image(self.image, self.section)
 
-    def read_codes(self, *, colours: bool = False, any_numbers: bool = False) -> tuple[np.ndarray, bool]:
-        """Return the values of the mask [H, W], and whether they are colours; see `fastunet.data.images.read_codes`."""
+    def read_codes(
+        self, size: tuple[int, int] | None = None, *, colours: bool = False, any_numbers: bool = False
+    ) -> tuple[np.ndarray, bool]:
+        """Return the values of the mask [H, W], and whether they are colours; see `fastunet.data.images.read_codes`.
+
+        `size` is the image's, height and width, where it has been read: outlines are drawn on as many pixels.
+        """
+        if self.names:
+            height, width = size or self.read_image().shape[:2]
+            return draw(self.mask, self.stem, self.names, (height, width)), False
         return read_codes(self.mask, self.section, colours=colours, any_numbers=any_numbers)
 
 
-def find_pairs(root: str | Path, options: DataOptions | None = None) -> list[Pair]:
+def find_pairs(root: str | Path, options: DataOptions | None = None, names: tuple[str, ...] = ()) -> list[Pair]:
     """Pair images with masks by stem, sorted by stem: those of `root/images` with those of `root/masks`, if not else.
 
     Folders within are searched too. Where `root` holds train/ and val/ instead, each with images and masks, or images
-    and masks hold them, they are the two sides of the split.
+    and masks hold them, they are the two sides of the split. Masks may be files of outlines, or one file of COCO.
+
+    Args:
+        names: of the classes of outlines, where a model knows them already; none: all that occur.
 
     Raises:
         DataError: a folder is missing or without images, two files share a stem, or stems without a partner.
@@ -60,6 +78,10 @@ def find_pairs(root: str | Path, options: DataOptions | None = None) -> list[Pai
     if len(set(stems)) < len(stems):
         twice = sorted({stem for stem in stems if stems.count(stem) > 1})
         raise DataError(f"{root}: expected one image for each stem, of sections too, got two of {some_of(twice)}")
+    if drawn := [pair for pair in pairs if pair.is_drawn]:
+        check_options(options, drawn[0].mask)
+        found = names_of([pair.mask for pair in drawn], names)
+        pairs = [replace(pair, names=found) for pair in pairs]
     if "train" in sides:  # what is in other folders, such as test/, is kept out of training
         pairs = [pair for pair in pairs if pair.side]
     return sorted(pairs, key=lambda pair: pair.stem)
@@ -76,11 +98,14 @@ def _roots(root: Path, options: DataOptions) -> list[tuple[str, Path]]:
 
 def _pairs_in(root: Path, options: DataOptions, prefix: str) -> list[Pair]:
     images_folder, masks_folder, suffix = root / options.images, root / options.masks, options.mask_suffix
+    together = images_folder.resolve() == masks_folder.resolve()
     try:
-        images, masks = (list_images(folder, nested=True) for folder in (images_folder, masks_folder))
+        images = list_images(images_folder, nested=True)
+        masks = _masks_in(masks_folder, images, together=together and not suffix)
     except DataError as error:
         raise DataError(f"{error}{_hint_of_folders(root)}") from error
-    if images_folder.resolve() == masks_folder.resolve():
+    is_drawn = any(file.suffix.lower() in SUFFIXES for file in masks.values())
+    if together and not is_drawn:
         if not suffix:
             raise ConfigError(f"mask_suffix: expected what tells masks from images in {images_folder}, got nothing")
         images = {stem: file for stem, file in images.items() if not stem.endswith(suffix)}
@@ -99,9 +124,23 @@ def _pairs_in(root: Path, options: DataOptions, prefix: str) -> list[Pair]:
     return [pair for stem in images for pair in _sections_of(images[stem], masks[stem], prefix + stem)]
 
 
+def _masks_in(folder: Path, images: dict[str, Path], together: bool) -> dict[str, Path]:
+    """Map stem to mask: images, or files of outlines where there are no images, or only those `together` with them."""
+    if folder.is_file() and folder.suffix.lower() == ".json":
+        return annotation_files(folder, images)
+    try:
+        masks = list_images(folder, nested=True)
+    except DataError:
+        masks = {}
+        if not os.path.isdir(folder) or not annotation_files(folder, images):
+            raise
+    return annotation_files(folder, images) or masks if together or not masks else masks
+
+
 def _sections_of(image: Path, mask: Path, stem: str) -> list[Pair]:
     """Give a pair for each section of two stacks; where the mask is one image, so is the other, of several channels."""
-    count, images = count_sections(mask), count_sections(image)
+    images = count_sections(image)
+    count = 1 if mask.suffix.lower() in SUFFIXES else count_sections(mask)
     if count == 1:
         return [Pair(image, mask, stem, _side_of(stem))]
     if images != count:

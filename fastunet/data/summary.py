@@ -43,6 +43,7 @@ class DataSummary:
     ignore: tuple[Value, ...] = ()  # values of pixels that do not count
     threshold: float | None = None  # foreground from this value on
     mixed: bool = False  # some images are grey, others RGB
+    names: tuple[str, ...] = ()  # of the classes but the background's, where they have any
 
     @property
     def ignored(self) -> bool:
@@ -51,6 +52,8 @@ class DataSummary:
 
     def class_text(self, label: int) -> str:
         """Name a class by its label and what stands for it in masks."""
+        if self.names:
+            return ("background", *self.names)[label]
         name = f"class {label}" if self.classes > 1 else ("background", "foreground")[label]
         if self.threshold is not None:
             return f"{name} ({'below' if label == 0 else 'from'} {self.threshold:g})"
@@ -62,14 +65,16 @@ class DataSummary:
         """Return a grey image [H, W, 1] as RGB where others are; any other as it is."""
         return np.repeat(image, 3, -1) if self.mixed and image.shape[2] == 1 else image
 
-    def labels_of(self, pair: Pair) -> np.ndarray:
+    def labels_of(self, pair: Pair, size: tuple[int, int] | None = None) -> np.ndarray:
         """Read the mask of a pair as uint8 labels [H, W]: class indices, or `IGNORED`.
+
+        `size` is the image's, where it has been read.
 
         Raises:
             DataError: a file that has changed since it was inspected.
         """
         colours = any(isinstance(value, tuple) for value in self.labels + self.ignore)
-        mask, are_colours = pair.read_codes(colours=colours, any_numbers=self.threshold is not None)
+        mask, are_colours = pair.read_codes(size, colours=colours, any_numbers=self.threshold is not None)
         try:
             if are_colours and not colours:
                 raise DataError("expected a mask of numbers, got colours")
@@ -151,6 +156,7 @@ def sum_up(facts: Sequence[Facts], classes: int | None, options: DataOptions) ->
         ignore=options.ignored_values,
         threshold=options.threshold,
         mixed=len(channels) > 1,
+        names=first.pair.names,
     )
     if classes is None:
         check_foreground([fact.pair for fact in facts], summary)
@@ -172,7 +178,9 @@ def check_foreground(pairs: Sequence[Pair], summary: DataSummary) -> None:
 def read_facts(pair: Pair, options: DataOptions) -> Facts:
     """Read the files of a pair. Raises DataError where one cannot be read, or their sizes differ."""
     image = pair.read_image()
-    mask, are_colours = pair.read_codes(colours=options.are_colours, any_numbers=options.threshold is not None)
+    height, width = image.shape[:2]
+    any_numbers = options.threshold is not None
+    mask, are_colours = pair.read_codes((height, width), colours=options.are_colours, any_numbers=any_numbers)
     if image.shape[:2] != mask.shape:
         expected, actual = (f"{height} x {width}" for height, width in (image.shape[:2], mask.shape))
         raise DataError(f"{pair.mask_name}: expected height x width {expected} as of {pair.image.name}, got {actual}")
@@ -182,7 +190,7 @@ def read_facts(pair: Pair, options: DataOptions) -> Facts:
         mask = np.where(labels > 1, mask, labels)
     codes, numbers = np.unique(mask, return_counts=True)
     counts = {int(code): int(number) for code, number in zip(codes, numbers, strict=True)}
-    parts = parts_of_values(mask) if len(counts) > 3 and not (are_colours or options.labels) else 0
+    parts = parts_of_values(mask) if len(counts) > 3 and not (are_colours or options.labels or pair.names) else 0
     digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16, usedforsecurity=False).hexdigest()
     return Facts(pair, image.shape, image.dtype.name, digest, counts, are_colours, parts)
 
@@ -191,7 +199,10 @@ def _check_mask_values(facts: Sequence[Facts], classes: int | None, options: Dat
     """Give the number of classes (1 = binary), or name the first file whose values do not fit."""
     ignored = frozenset(options.ignored_values)
     found: frozenset[Value] = frozenset().union(*(fact.values for fact in facts)) - ignored
-    given = options.label_values
+    names = facts[0].pair.names
+    given = tuple(range(len(names) + 1)) if names else options.label_values
+    if names and classes is not None and max(classes, 2) != len(given):
+        raise ConfigError(f"classes: expected {len(given)}, the background and {', '.join(names)}, got {classes}")
     is_instances = not given and classes is None and are_instances((fact.counts, fact.parts) for fact in facts)
     if given:
         count, allowed = (1 if len(given) == 2 else len(given)), frozenset(given)

@@ -52,6 +52,8 @@ class RunConfig:
     @property
     def class_names(self) -> list[str]:
         """Names of labels 0, 1, ..."""
+        if self.data.names:
+            return ["background", *self.data.names]
         if self.data.classes == 1:
             return ["background", "foreground"]
         return [f"class {index}" for index in range(self.data.classes)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -114,6 +115,76 @@ def stack(root: Path, name: str, write: Callable[[Path, np.ndarray], object], ma
     )
 
 
+NAMES = ("cell", "nucleus")
+
+
+def squares(index: int) -> list[tuple[str, np.ndarray]]:
+    """The class and the corners (x, y) of the squares of `truth`."""
+    found = []
+    for label, name in enumerate(NAMES, 1):
+        rows, columns = np.nonzero(truth(index, 3) == label)
+        left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        found.append((name, np.array([(left, top), (right, top), (right, bottom), (left, bottom)], float)))
+    return found
+
+
+def only_images(root: Path, folder: str = "images") -> None:
+    for index, stem in enumerate(names()):
+        save(root / folder / f"{stem}.png", picture(index))
+
+
+def coco(root: Path) -> None:
+    """Nucleus has the lower number, and is written as runs."""
+    only_images(root)
+    images, annotations = [], []
+    for index, stem in enumerate(names()):
+        images.append({"id": 10 + index, "file_name": f"{stem}.png", "height": SIZE[0], "width": SIZE[1]})
+        (_, corners), _ = squares(index)
+        mask = (truth(index, 3) == 2).T.ravel()
+        edges = np.flatnonzero(np.diff(mask.astype(int))) + 1
+        runs = np.diff([0, *edges, mask.size]).tolist()
+        common = {"image_id": 10 + index}
+        annotations += [
+            {"category_id": 7, "segmentation": [corners.ravel().tolist()], **common},
+            {"category_id": 9, "segmentation": {"counts": runs, "size": list(SIZE)}, **common},
+        ]
+    categories = [{"id": 7, "name": "cell"}, {"id": 9, "name": "nucleus"}]
+    found = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "truth.json").write_text(json.dumps(found))
+
+
+def labelme(root: Path) -> None:
+    only_images(root, ".")
+    for index, stem in enumerate(names()):
+        (cell, corners), (nucleus, others) = squares(index)
+        shapes = [
+            {"label": cell, "points": corners.tolist(), "shape_type": "polygon"},
+            {"label": nucleus, "points": others[[0, 2]].tolist(), "shape_type": "rectangle"},
+        ]
+        (root / f"{stem}.json").write_text(json.dumps({"shapes": shapes, "imagePath": f"{stem}.png"}))
+
+
+def yolo(root: Path) -> None:
+    only_images(root)
+    (root / "labels").mkdir()
+    (root / "labels" / "classes.txt").write_text("\n".join(NAMES))
+    for index, stem in enumerate(names()):
+        lines = [
+            " ".join([str(NAMES.index(name)), *(f"{value:.9f}" for value in (corners / SIZE[::-1]).ravel())])
+            for name, corners in squares(index)
+        ]
+        (root / "labels" / f"{stem}.txt").write_text("\n".join(lines))
+
+
+def rois(root: Path) -> None:
+    roifile = pytest.importorskip("roifile", reason="needs the extra imagej")
+    only_images(root)
+    (root / "masks").mkdir()
+    for index, stem in enumerate(names()):
+        roi = roifile.ImagejRoi.frompoints(squares(index)[0][1], name="one")
+        roi.tofile(root / "masks" / f"{stem}.roi")
+
+
 LAYOUTS = {
     "images/ and masks/": Layout(folder),
     "other names of folders": Layout(
@@ -150,6 +221,10 @@ LAYOUTS = {
     "NIfTI": Layout(lambda root: stack(root, "s.nii.gz", write_nifti, "s.nii")),
     "Zarr": Layout(lambda root: stack(root, "s.zarr", write_zarr)),
     "DICOM": Layout(lambda root: stack(root, "s.dcm", write_dicom)),
+    "COCO": Layout(coco, DataOptions(masks="truth.json"), 3),
+    "labelme": Layout(labelme, DataOptions(".", "."), 3),
+    "YOLO": Layout(yolo, DataOptions(masks="labels"), 3),
+    "ROIs of ImageJ": Layout(rois),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,32 @@ def test_predictions_have_the_colours_of_the_masks(tmp_path: Path) -> None:
     assert fastunet("predict", out, data / "raw", "--out", tmp_path / "labels").returncode == 0
     with Image.open(tmp_path / "labels" / "0.png") as image:
         assert {colour for _, colour in image.convert("RGB").getcolors()} <= {(0, 0, 0), (200, 0, 0)}
+
+
+def test_a_run_on_outlines_of_sections_knows_the_names_of_its_classes(tmp_path: Path) -> None:
+    """A run keeps the order of its classes, whatever those of the data it is scored on."""
+    for root, names in (("data", ("nucleus", "cell")), ("other", ("cell",))):
+        for index in range(3):
+            save(tmp_path / root / "images" / f"{index}.png", noise((32, 32), seed=index))
+            outlines = [
+                {"label": name, "points": [[2 + 12 * place, 4], [12 + 12 * place, 20]], "shape_type": "rectangle"}
+                for place, name in enumerate(names)
+            ]
+            (tmp_path / root / "masks").mkdir(exist_ok=True)
+            (tmp_path / root / "masks" / f"{index}.json").write_text(json.dumps({"shapes": outlines}))
+    out, scores = tmp_path / "run", tmp_path / "scores.json"
+    metrics = train(tmp_path / "data", out, TINY)
+    assert list(metrics["dice"]) == ["background", "cell", "nucleus"]
+    assert fastunet("evaluate", out, tmp_path / "other", "--out", scores).returncode == 0
+    assert list(json.loads(scores.read_text())["dice"]) == ["background", "cell", "nucleus"]
+
+
+def test_a_stack_trains_and_is_scored_section_by_section(tmp_path: Path) -> None:
+    masks = np.broadcast_to(np.arange(32, dtype=np.uint8) // 16, (5, 32, 32))
+    for kind, sections in (("images", noise((5, 32, 32))), ("masks", masks)):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        np.save(tmp_path / "data" / kind / "s.npy", sections)
+    train(tmp_path / "data", tmp_path / "run", TINY)
+    run = load_config(tmp_path / "run")
+    assert (run.train, run.val) == ([f"s_00{n}" for n in range(4)], ["s_004"])
+    assert fastunet("evaluate", tmp_path / "run", tmp_path / "data").returncode == 0
