@@ -54,7 +54,7 @@ def evaluate(
     **options: Any,
 ) -> None:
     """Score RUN on every pair of DATA: Dice and IoU over all pixels, and per image with outlines and intervals."""
-    from fastunet.data import SegmentationDataset, find_pairs, inspect
+    from fastunet.data import IGNORED, SegmentationDataset, find_pairs, inspect
     from fastunet.data.sources import source_of_array
     from fastunet.inference.evaluation import evaluate as scores_of
     from fastunet.inference.evaluation import scores_of_image, summary_of
@@ -74,9 +74,12 @@ def evaluate(
     trained = segmenter.config.data
     found = replace(inspect(pairs, segmenter.classes, reading), channels=trained.channels, mixed=trained.mixed)
     dataset = SegmentationDataset(pairs, found)
-    scores, predictions = scores_of(segmenter.model, track(dataset, "predicting"), names, tile=tile, tta=tta)
+    ignored = IGNORED if found.ignored else None
+    samples = track(dataset, "predicting")
+    scores, predictions = scores_of(segmenter.model, samples, names, tile=tile, tta=tta, ignored=ignored)
+    how: dict[str, Any] = {"tolerance": tolerance, "parts": parts.value, "ignored": ignored}
     rows = [
-        scores_of_image(predictions[index], dataset[index][1], names, tolerance=tolerance, parts=parts.value)
+        scores_of_image(predictions[index], dataset[index][1], names, **how)
         for index in track(range(len(pairs)), "scoring")
     ]
     summary = summary_of(rows)

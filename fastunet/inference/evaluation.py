@@ -27,9 +27,12 @@ def evaluate(
     *,
     tile: int | None = None,
     tta: bool = False,
+    ignored: int | None = None,
 ) -> tuple[Scores, list[Tensor]]:
     """Return scores over all samples (image [C, H, W], labels [H, W]), and the predicted labels [H, W] of each, on the
     CPU.
+
+    Pixels whose label is `ignored` do not count.
     """
     metrics = SegmentationMetrics(class_names)
     device = next(model.parameters()).device
@@ -37,12 +40,24 @@ def evaluate(
     # Indexing until IndexError makes a Dataset iterable, which torch does not declare.
     for image, labels in cast(Iterable[tuple[Tensor, Tensor]], samples):
         predictions.append(labels_of(predict(model, image.to(device), tile=tile, tta=tta)).cpu())
-        metrics.update(predictions[-1][None], labels[None])
+        metrics.update(*_counted(predictions[-1], labels, ignored))
     return metrics.compute(), predictions
 
 
+def _counted(prediction: Tensor, truth: Tensor, ignored: int | None) -> tuple[Tensor, Tensor]:
+    """Return the labels of the pixels that count, [1, N], of prediction and truth."""
+    counts = truth == truth if ignored is None else truth != ignored
+    return prediction[counts][None], truth[counts][None]
+
+
 def scores_of_image(
-    prediction: Tensor, truth: Tensor, class_names: Sequence[str], *, tolerance: float = 2.0, parts: str = "none"
+    prediction: Tensor,
+    truth: Tensor,
+    class_names: Sequence[str],
+    *,
+    tolerance: float = 2.0,
+    parts: str = "none",
+    ignored: int | None = None,
 ) -> dict[str, float]:
     """Score one image's labels [H, W] against the truth, each foreground class by itself.
 
@@ -50,7 +65,9 @@ def scores_of_image(
     between the two outlines in pixels, and `surface_dice NAME`, the share of both within `tolerance` pixels of each
     other: MONAI's values, NaN where the class is missing in one or both. With `parts` of the foreground, or of the
     background that it separates: `adapted_rand_error` as scikit-image's, and `v_rand`, the Rand F-score of the ISBI
-    2012 challenge (Arganda-Carreras et al. 2015), for which the predicted parts are first grown together.
+    2012 challenge (Arganda-Carreras et al. 2015), for which the predicted parts are first grown together. Pixels whose
+    true label is `ignored` do not count, and lie outside of all outlines and parts, the true and the predicted; where
+    none is left, all scores are NaN.
 
     Raises:
         ConfigError: another choice of parts.
@@ -60,19 +77,30 @@ def scores_of_image(
 
     check_choice("parts", parts, PARTS)
     metrics = SegmentationMetrics(class_names)
-    metrics.update(prediction[None], truth[None])
-    counted = metrics.compute()
+    pixels = _counted(prediction, truth, ignored)
+    dice = iou = dict.fromkeys(class_names, math.nan)
+    if pixels[0].numel():
+        metrics.update(*pixels)
+        dice, iou = (counted := metrics.compute())["dice"], counted["iou"]
+
+    def without_ignored(value: int) -> tuple[Tensor, Tensor]:
+        if ignored is None:
+            return prediction, truth
+        return prediction.masked_fill(truth == ignored, value), truth.masked_fill(truth == ignored, value)
+
     found: dict[str, float] = {}
     for label, name in enumerate(class_names[1:], 1):
-        both = [(labels == label)[None, None].float() for labels in (prediction, truth)]
+        both = [(labels == label)[None, None].float() for labels in without_ignored(0)]
         with warnings.catch_warnings():  # of a class that is missing, which the NaN says
             warnings.simplefilter("ignore")
             hd95 = compute_hausdorff_distance(*both, include_background=True, percentile=95).item()
             surface = compute_surface_dice(*both, class_thresholds=[tolerance], include_background=True).item()
-        found[f"dice {name}"], found[f"iou {name}"] = counted["dice"][name], counted["iou"][name]
+        found[f"dice {name}"], found[f"iou {name}"] = dice[name], iou[name]
         found[f"hd95 {name}"] = hd95 if math.isfinite(hd95) else math.nan
         found[f"surface_dice {name}"] = surface
-    return found | (_rand(prediction, truth, parts) if parts != "none" else {})
+    if parts == "none":
+        return found
+    return found | _rand(*without_ignored(1 if parts == "background" else 0), parts)
 
 
 def _rand(prediction: Tensor, truth: Tensor, parts: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastunet.checks import ConfigError
-from fastunet.inference.evaluation import scores_of_image, summary_of
+from fastunet.inference.evaluation import evaluate, scores_of_image, summary_of
 
 NAMES = ["background", "a", "b"]
 
@@ -97,3 +97,24 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     assert summary_of([{"dice": 0.5}])["dice"] == pytest.approx(
         {"mean": 0.5, "low": math.nan, "high": math.nan, "images": 1}, nan_ok=True
     )
+
+
+@pytest.mark.parametrize("parts", ["none", "foreground", "background"])
+def test_ignored_pixels_count_nowhere(parts: str) -> None:
+    """What is predicted there changes no score; of the rest it is as if the image ended there."""
+    truth = torch.zeros(16, 24, dtype=torch.long)
+    truth[4:9, 3:9] = 1
+    prediction = truth.roll(1, 0)
+    expected = scores_of_image(prediction, truth, NAMES[:2], parts=parts)
+    for value in (0, 1):
+        wider, labels = (torch.nn.functional.pad(each, (0, 0, 0, 8), value=value) for each in (prediction, truth))
+        labels[16:] = 255
+        found = scores_of_image(wider, labels, NAMES[:2], parts=parts, ignored=255)
+        assert found == pytest.approx(expected, nan_ok=True)
+    nothing = scores_of_image(prediction, torch.full_like(truth, 255), NAMES[:2], ignored=255)
+    assert all(math.isnan(value) for value in nothing.values())
+    model = torch.nn.Conv2d(1, 1, 1)
+    torch.nn.init.constant_(model.weight, 1.0)
+    torch.nn.init.constant_(model.bias, -0.5)
+    scores, _ = evaluate(model, [(wider[None].float(), labels)], NAMES[:2], ignored=255)
+    assert scores["dice"][NAMES[1]] == pytest.approx(expected[f"dice {NAMES[1]}"])

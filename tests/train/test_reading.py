@@ -95,3 +95,26 @@ def test_a_stack_trains_and_is_scored_section_by_section(tmp_path: Path) -> None
     run = load_config(tmp_path / "run")
     assert (run.train, run.val) == ([f"s_00{n}" for n in range(4)], ["s_004"])
     assert fastunet("evaluate", tmp_path / "run", tmp_path / "data").returncode == 0
+
+
+def test_ignored_pixels_of_a_mask_are_not_scored(tmp_path: Path) -> None:
+    """A run on masks without any is scored on others that have some."""
+    train(bordered(tmp_path / "data", 0), tmp_path / "run", TINY)
+    scores = []
+    for name, border in (("whole", 0), ("some", 255)):
+        out = tmp_path / f"{name}.json"
+        data = bordered(tmp_path / name, border)
+        result = fastunet("evaluate", tmp_path / "run", data, "--out", out, "--ignore", "255")
+        assert result.returncode == 0, result.stderr
+        scores.append(json.loads(out.read_text())["accuracy"])
+    assert scores[0] != scores[1]
+
+
+def bordered(root: Path, border: int) -> Path:
+    """Masks of 0 and 1, with another value in a quarter of them."""
+    for index in range(3):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[4:20, 4:20], mask[:8] = 1, border
+        save(root / "images" / f"{index}.png", noise((32, 32), seed=index))
+        save(root / "masks" / f"{index}.png", mask)
+    return root
