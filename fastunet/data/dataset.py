@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastunet.checks import ConfigError, DataError
+from fastunet.data.labels import IGNORED
 from fastunet.data.pairing import Pair
 from fastunet.data.sources import Source
 from fastunet.data.summary import DataSummary, in_threads
@@ -63,6 +64,9 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
     only on (seed, epoch, index), in whatever order and process they are drawn; every `len(pairs)` indices visit each
     image once. An image smaller than the crop is extended by reflection, its labels with it.
 
+    `balance` is the share of crops that hold a pixel of a foreground class drawn among those of the image, a rare one
+    as often as another.
+
     Args:
         summary: of the pairs, from `inspect`.
         crop: edge in pixels, or None.
@@ -82,6 +86,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         crop: int | None = None,
         length: int | None = None,
         seed: int = 0,
+        balance: float = 0.0,
         memory_limit: int = 2 * 2**30,
     ) -> None:
         if not pairs:
@@ -96,6 +101,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         self.crop = crop
         self.length = len(self.pairs) if length is None else length
         self.seed = seed
+        self.balance = balance
         self.epoch = 0
         height, width = summary.size_max
         bytes_per_pixel = summary.channels * np.dtype(summary.dtype).itemsize + 1
@@ -119,9 +125,8 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
             order = np.random.default_rng((self.seed, self.epoch, pass_over_images)).permutation(len(self.pairs))
             image, labels, own_moments = self._load(int(order[position]))
             # The fourth number keeps the two generators apart.
-            image, labels = _random_crop(
-                image, labels, self.crop, np.random.default_rng((self.seed, self.epoch, index, 1))
-            )
+            generator = np.random.default_rng((self.seed, self.epoch, index, 1))
+            image, labels = _random_crop(image, labels, self.crop, generator, self.balance)
         return normalize(image, own_moments), torch.from_numpy(labels.astype(np.int64))
 
     def _load(self, index: int) -> _Decoded:
@@ -134,13 +139,27 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _random_crop(
-    image: np.ndarray, labels: np.ndarray, size: int, generator: np.random.Generator
+    image: np.ndarray, labels: np.ndarray, size: int, generator: np.random.Generator, balance: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut the same random square of `size` from image [H, W, C] and labels [H, W]."""
     image, labels = _reflect_to(image, size), _reflect_to(labels, size)
     top, left = (int(generator.integers(extent - size + 1)) for extent in labels.shape)
+    if balance and generator.random() < balance:
+        top, left = _corner_around_class(labels, size, generator) or (top, left)
     window = (slice(top, top + size), slice(left, left + size))
     return image[window], labels[window]
+
+
+def _corner_around_class(labels: np.ndarray, size: int, generator: np.random.Generator) -> tuple[int, int] | None:
+    """Draw the corner of a crop around a pixel of a foreground class, each as likely; None where there is none."""
+    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=IGNORED + 1)[1:IGNORED]) + 1
+    if not len(present):
+        return None
+    pixels = np.flatnonzero(labels.ravel() == generator.choice(present))
+    pixel = divmod(int(generator.choice(pixels)), labels.shape[1])
+    ranges = ((max(0, at - size + 1), min(at, extent - size)) for at, extent in zip(pixel, labels.shape, strict=True))
+    top, left = (int(generator.integers(low, high + 1)) for low, high in ranges)
+    return top, left
 
 
 def _reflect_to(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -50,6 +51,15 @@ class TrainConfig:
         True,
         "Mirror and turn by quarters; not where orientation means something (strong then turns by 15 degrees).",
     )
+    balance: float = _setting(
+        0.0,
+        "Share of the crops around a pixel of a foreground class, a rare one as often as another.",
+        low=0.0,
+        high=1.0,
+    )
+    class_weights: str = _setting(
+        "none", "Of the loss: none, balanced (by how rare a class is), or a number for each class: 1,2,5."
+    )
     val_fraction: float = _setting(0.15, "Share of the images kept out for the metrics; 0 keeps none.")
     split: str = _setting(
         "last", "Which: the last by name (in a stack, neighbours are alike), or random.", choices=("last", "random")
@@ -73,6 +83,21 @@ class TrainConfig:
         """The seed for `data.split`."""
         return self.seed if self.split == "random" else None
 
+    def weights_of_classes(self) -> list[float] | None:
+        """Return the weights that were given as numbers; None for others. Raises ConfigError on a wrong one."""
+        if self.class_weights in ("none", "balanced"):
+            return None
+        try:
+            weights = [float(part) for part in self.class_weights.split(",")]
+        except ValueError:
+            weights = [0.0]
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ConfigError(
+                f"class_weights: expected none, balanced or positive numbers with commas between, got "
+                f"{self.class_weights!r}"
+            )
+        return weights
+
     def check(self) -> None:
         """Raise ConfigError on a value out of range, or where a crop leaves a norm nothing to take statistics of."""
         for each in fields(self):
@@ -89,6 +114,7 @@ class TrainConfig:
                 raise ConfigError(f"{name}: expected more than 0, got {value}")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction: expected 0 <= fraction < 1, got {self.val_fraction}")
+        self.weights_of_classes()
         levels = len(self.features)
         if not (2 <= levels <= MAX_LEVELS and all(1 <= width <= LARGEST for width in self.features)):
             got = ",".join(map(str, self.features))

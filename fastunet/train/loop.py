@@ -45,7 +45,7 @@ from fastunet.train.distributed import (
     stop_requests,
     with_synchronised_norms,
 )
-from fastunet.train.loss import TrainingLoss, rate_at
+from fastunet.train.loss import TrainingLoss, class_weights, rate_at
 from fastunet.train.report import Sample, write_report
 from fastunet.train.validation import predicted_labels, validate
 from fastunet.tuning import tune
@@ -208,14 +208,21 @@ class _Loop:
         self.accelerator, self.config, self.run_config, self.out = accelerator, config, run, out
         self.val, self.on_step = val, on_step or (lambda progress: None)
         self.augmentation = augmentation_of(config.augment, flip=config.flip)
-        self.loss = TrainingLoss(run.data.classes, border_weight=config.border_weight)
+        weights = None
+        if config.class_weights != "none":
+            weights = class_weights(pairs, run.data, config.weights_of_classes())
+        self.loss = TrainingLoss(
+            run.data.classes, border_weight=config.border_weight, ignored=run.data.ignored, weights=weights
+        ).to(accelerator.device)
         gpu = accelerator.device.type != "cpu"
         workers = config.workers if config.workers is not None else (4 if gpu else 0)
         self.ranks, self.rank = accelerator.num_processes, accelerator.process_index
         whole_batch = config.batch_size * self.ranks
         self.steps_per_epoch = max(SHORTEST_EPOCH, math.ceil(len(pairs) / whole_batch))
         length = whole_batch * self.steps_per_epoch
-        self.dataset = SegmentationDataset(pairs, run.data, crop=config.crop, length=length, seed=config.seed)
+        self.dataset = SegmentationDataset(
+            pairs, run.data, crop=config.crop, length=length, seed=config.seed, balance=config.balance
+        )
         # Its own generator: the loader would draw from that of the augmentation, once more after a resumption.
         self.loading = {"num_workers": workers, "pin_memory": gpu, "generator": torch.Generator()}
         # As the images are: convolutions would rearrange contiguous weights, and their gradients, at every step.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastunet.checks import ConfigError
+from fastunet.data import DataSummary, Pair
+from fastunet.data.labels import IGNORED
 from fastunet.losses import BCEDiceLoss, CEDiceLoss
 from fastunet.morphology import border_weights
 
@@ -22,30 +27,74 @@ class TrainingLoss(nn.Module):
     Args:
         classes: 1 for foreground and background, of which there is one logit.
         border_weight: w0 of `border_weights`, by which the cross entropy of background between close objects is added.
+        ignored: whether labels may be `IGNORED`, which count nowhere.
+        weights: of the pixels of each class in the cross entropy, and of its Dice; of mean 1 over the pixels of the
+            data, as `class_weights` gives them.
     """
 
-    def __init__(self, classes: int, *, border_weight: float = 0.0) -> None:
+    def __init__(
+        self, classes: int, *, border_weight: float = 0.0, ignored: bool = False, weights: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.classes = classes
         self.border_weight = border_weight
-        kind = BCEDiceLoss if classes == 1 else CEDiceLoss
-        self.loss = kind(batch=True, across_ranks=True)
+        self.ignored = ignored
+        self.loss = (_binary_loss if classes == 1 else _loss_of_classes)(IGNORED if ignored else None, weights)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss, a scalar, of logits [N, C, H, W] and labels [N, H, W]."""
         if self.classes > 1:
             loss = self.loss(logits, labels)
         else:
-            foreground = labels.unsqueeze(1)
-            loss = self.loss(torch.cat([logits, -logits], dim=1), torch.cat([foreground, 1 - foreground], dim=1))
+            # Of an ignored pixel both are 0, by which the loss knows it.
+            sides = torch.stack([labels == 1, labels == 0], dim=1).to(labels.dtype)
+            loss = self.loss(torch.cat([logits, -logits], dim=1), sides)
         return loss + self._border_loss(logits, labels) if self.border_weight else loss
 
     def _border_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The cross entropy of background between close objects, by the weights that the paper adds to the others."""
         weights = border_weights(labels, strength=self.border_weight)
+        if self.ignored:  # taken for objects; their own weight is 0
+            labels = labels.masked_fill(labels == IGNORED, 0)
         if self.classes > 1:
             return (weights * F.cross_entropy(logits.float(), labels, reduction="none")).mean()
         return (weights * F.softplus(logits.squeeze(1).float())).mean()  # of labels 0, as all weighted ones are
+
+
+def _binary_loss(ignore_index: int | None, weights: Tensor | None) -> BCEDiceLoss:
+    """The loss of two channels, foreground and background, of which one's logit is the other's negative."""
+    if weights is None:
+        return BCEDiceLoss(batch=True, across_ranks=True, ignore_index=ignore_index)
+    background, foreground = weights.tolist()
+    ratio = torch.tensor([foreground / background, background / foreground])
+    # In each channel one side has weight 1; the factor gives both their own, on average over the channels.
+    factor = 2 * foreground * background / (foreground + background)
+    mean_one = weights.flip(0) / weights.mean()
+    return BCEDiceLoss(
+        batch=True, across_ranks=True, ignore_index=ignore_index, pos_weight=ratio, bce_weight=factor, weight=mean_one
+    )
+
+
+def _loss_of_classes(ignore_index: int | None, weights: Tensor | None) -> CEDiceLoss:
+    mean_one = None if weights is None else weights / weights.mean()
+    return CEDiceLoss(batch=True, across_ranks=True, ignore_index=ignore_index, weight=mean_one)
+
+
+def class_weights(pairs: Sequence[Pair], summary: DataSummary, given: list[float] | None) -> Tensor:
+    """Weigh classes as given, or by one over their pixels; float32 of mean 1 over all pixels that count.
+
+    A class that no mask holds gets the weight of the rarest that one does.
+
+    Raises:
+        ConfigError: other than one weight per class given.
+    """
+    classes = max(summary.classes, 2)
+    if given is not None and len(given) != classes:
+        raise ConfigError(f"class_weights: expected {classes} numbers, one for each class, got {len(given)}")
+    counts = sum(np.bincount(summary.labels_of(pair).ravel(), minlength=IGNORED + 1)[:classes] for pair in pairs)
+    shares = torch.as_tensor(counts / np.sum(counts), dtype=torch.float64)
+    weights = 1 / shares.clamp_min(shares[shares > 0].min()) if given is None else torch.tensor(given).double()
+    return (weights / (weights * shares).sum()).float()
 
 
 def rate_at(fraction: float) -> float:

@@ -37,7 +37,10 @@ ERROR_COLOURS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One image [H, W, C] as read from its file, and integer labels [H, W], true and predicted; 0 is background."""
+    """One image [H, W, C] as read from its file, and integer labels [H, W], true and predicted; 0 is background.
+
+    A true label beyond the classes marks a pixel that does not count.
+    """
 
     name: str
     image: np.ndarray
@@ -121,13 +124,15 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
     rows = figure.subplots(len(samples), 4, squeeze=False)
     for row, sample in zip(rows, samples, strict=True):
         grey, metrics = _displayable(sample.image), SegmentationMetrics(class_names)
-        metrics.update(*(torch.from_numpy(t.astype(np.int64))[None] for t in (sample.prediction, sample.truth)))
+        counted = sample.truth < len(class_names)
+        both = (labels[counted].astype(np.int64) for labels in (sample.prediction, sample.truth))
+        metrics.update(*(torch.from_numpy(labels)[None] for labels in both))
         dice = metrics.compute(across_ranks=False)["mean_dice"]
         pictures = {
             sample.name[:NAME_LENGTH].encode(errors="replace").decode(): grey,
             "truth": _colour_labels(sample.truth),
             f"prediction: Dice {dice:.3f}": _colour_labels(sample.prediction),
-            "errors": _overlay_errors(grey, sample),
+            "errors": _overlay_errors(grey, sample, counted),
         }
         for axes, (title, picture) in zip(row, pictures.items(), strict=True):
             axes.imshow(picture)
@@ -159,12 +164,12 @@ def _colour_labels(labels: np.ndarray) -> np.ndarray:
     return class_palette()[labels] / 255
 
 
-def _overlay_errors(image: np.ndarray, sample: Sample) -> np.ndarray:
-    """Tint the image [H, W, 3] by what the prediction did at each pixel."""
+def _overlay_errors(image: np.ndarray, sample: Sample, counted: np.ndarray) -> np.ndarray:
+    """Tint the image [H, W, 3] by what the prediction did at each pixel that counts."""
     true, predicted = sample.truth > 0, sample.prediction > 0
     same = sample.truth == sample.prediction
     areas = (true & same, ~true & predicted, true & ~predicted, true & predicted & ~same)
     picture = 0.75 * image
     for area, (colour, opacity) in zip(areas, ERROR_COLOURS.values(), strict=True):
-        picture[area] = (1 - opacity) * picture[area] + opacity * np.array(to_rgb(colour))
+        picture[area & counted] = (1 - opacity) * picture[area & counted] + opacity * np.array(to_rgb(colour))
     return picture

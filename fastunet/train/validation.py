@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet.data import SegmentationDataset
+from fastunet.data.labels import IGNORED
 from fastunet.inference.predict import labels_of, predict
 from fastunet.metrics import Scores, SegmentationMetrics
 from fastunet.train.config import TILE
@@ -24,7 +25,10 @@ def validate(
     device = next(model.parameters()).device
     for index in range(len(samples))[part]:
         image, labels = samples[index]
-        metrics.update(predicted_labels(model, image, tta=tta)[None], labels.to(device)[None])
+        prediction, labels = predicted_labels(model, image, tta=tta), labels.to(device)
+        if samples.summary.ignored:
+            prediction, labels = (each[labels != IGNORED] for each in (prediction, labels))
+        metrics.update(prediction[None], labels[None])
     return metrics.compute()
 
 
