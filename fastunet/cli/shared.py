@@ -50,8 +50,8 @@ def pop_reading(context: typer.Context, options: dict[str, Any], before: DataOpt
 
 
 def is_typed(context: typer.Context, name: str) -> bool:
-    """Whether an option was given on the command line."""
-    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    """Whether an option was given on the command line, or in the file of `--config`."""
+    return getattr(context.get_parameter_source(name), "name", "") in ("COMMANDLINE", "DEFAULT_MAP")
 
 
 def parse_features(text: str) -> tuple[int, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import tomllib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from fastunet.checks import ConfigError
 from fastunet.train.config import TrainConfig
 
 from .check import print_survey
@@ -42,12 +45,42 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the options that a TOML file, or the config.json of a run, gives, where the command line gives none."""
+    if path is None:
+        return None
+    try:
+        text = path.read_text()
+        found: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # of decoding, JSON and TOML alike
+        raise ConfigError(f"{path}: expected settings in TOML, or the config.json of a run, got: {error}") from None
+    if "training" in found:
+        found = {**found["training"], **found.get("reading", {}), "data": found.get("source")}
+    names = {each.name for each in context.command.params} - {"config"}
+    if unknown := sorted(found.keys() - names):
+        raise ConfigError(f"{path}: expected names of options, got {', '.join(unknown)}")
+    context.default_map = {
+        name: ",".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in found.items()
+        if value is not None
+    }
+    return path
+
+
+CONFIG = typer.Option(
+    callback=_read_config,
+    is_eager=True,
+    help="TOML file of these options (max_minutes = 10), or the config.json of a run; what is typed goes before.",
+)
+
+
 @with_reading
 @_with_settings
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the run: weights, settings, metrics, report.")],
     data: Annotated[Path | None, DATA] = None,
+    config: Annotated[Path | None, CONFIG] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, as it was begun.")] = False,
     overwrite: OverwriteOption = False,
     **settings: Any,
@@ -59,11 +92,11 @@ def train(
         from fastunet.train.checks import resumed_config, run_to_resume
 
         reading = pop_reading(context, settings, run_to_resume(out).reading)
-        config = resumed_config(out, {name: settings[name] for name in settings if is_typed(context, name)})
+        chosen = resumed_config(out, {name: settings[name] for name in settings if is_typed(context, name)})
     else:
         reading = pop_reading(context, settings)
-        config = TrainConfig(**settings)
-    train_with_bar(data, out, config, reading=reading, resume=resume, overwrite=overwrite)
+        chosen = TrainConfig(**settings)
+    train_with_bar(data, out, chosen, reading=reading, resume=resume, overwrite=overwrite)
 
 
 def train_with_bar(

@@ -14,7 +14,7 @@ _MOST = sys.float_info.max
 MAX_LEVELS = 16
 TILE = 1536  # pixels: what goes through whole in validation, and where nothing else is said
 # May differ between a run and its continuation: how long it goes on, and on what.
-RESUMABLE = ("steps", "max_minutes", "device", "workers")
+RESUMABLE = ("steps", "max_minutes", "patience", "device", "workers")
 
 
 def _setting(default: Any, meaning: str, *, low: Any = None, high: Any = None, choices: tuple[str, ...] = ()) -> Any:
@@ -39,6 +39,16 @@ class TrainConfig:
         1e-3, "Peak learning rate of AdamW: it rises over the first 3 % and falls along a cosine.", low=0, high=_MOST
     )
     weight_decay: float = _setting(5e-2, "Of AdamW.", low=0, high=_MOST)
+    ema: float = _setting(
+        0.0,
+        "Decay a step of the moving average of weights that is validated and kept, 0.999 say; 0: none.",
+        low=0.0,
+        high=0.999999,
+    )
+    patience: int | None = _setting(
+        None, "End after so many validations, of ten in a run, without a better one [never].", low=1, high=sys.maxsize
+    )
+    init: str = _setting("", "Weights to begin with: a RUN or a file of weights [random ones].")
     border_weight: float = _setting(
         0.0, "Weight of background between close objects, w0 of the U-Net paper (10 there); 0: none.", low=0, high=1e6
     )

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fastunet.data.survey import Survey, survey_pairs
 from fastunet.files import check_apart, check_folder, locked, write_json, written_whole
 from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
 from fastunet.train.augmentation import augmentation_of
-from fastunet.train.checkpoint import RunConfig, load_checkpoint, remove_checkpoints, save_checkpoint
+from fastunet.train.checkpoint import RunConfig, checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
 from fastunet.train.checks import (
     HISTORY,
     METRICS,
@@ -46,39 +46,16 @@ from fastunet.train.distributed import (
     with_synchronised_norms,
 )
 from fastunet.train.loss import TrainingLoss, class_weights, rate_at
+from fastunet.train.progress import Progress
 from fastunet.train.report import Sample, write_report
 from fastunet.train.validation import predicted_labels, validate
+from fastunet.train.weights import load_initial, moving_average
 from fastunet.tuning import tune
 from fastunet.unet import UNet
 
 VALIDATIONS = 10  # per run
 REPORTED = 4  # images in the report
 SHORTEST_EPOCH = 100  # steps: starting workers anew costs nothing beside it
-
-
-@dataclass
-class Progress:
-    """Where a training run stands: handed to the caller after each step.
-
-    `seconds` counts the training loop alone, over all its continuations; `history` has a row per validation, and
-    `loss_sum` is of the `unreported` steps since the last.
-    """
-
-    step: int
-    epoch: int
-    seconds: float
-    fraction: float
-    loss: float
-    history: list[dict[str, float]]
-    loss_sum: float = 0.0
-    unreported: int = 0
-    processes: int = 1  # it is trained in
-
-    @property
-    def best(self) -> dict[str, float] | None:
-        """The row of the best validation, the first of equals; None where nothing was validated."""
-        rows = [row for row in self.history if "val_dice" in row]
-        return max(rows, key=lambda row: row["val_dice"]) if rows else None
 
 
 def train(
@@ -156,6 +133,8 @@ def _train(
         features=config.features,
         norm=None if config.norm == "none" else config.norm,
     )
+    if config.init and not checkpoints(out):
+        load_initial(model, config.init)
     if config.sync_batch_norm:
         model = with_synchronised_norms(model, accelerator)
     run = RunConfig(
@@ -229,7 +208,10 @@ class _Loop:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # fused: one pass over the weights instead of a dozen.
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        average = moving_average(model, config.ema) if config.ema else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # Prepared, it is part of every checkpoint.
+        self.average = None if average is None else accelerator.prepare_model(average, evaluation_mode=True)
         self.best_weights: Mapping[str, Tensor] | None = None
         first = Progress(step=0, epoch=0, seconds=0.0, fraction=0.0, loss=math.nan, history=[], processes=self.ranks)
         self.progress = first
@@ -255,7 +237,7 @@ class _Loop:
         progress, batches = self.progress, self._batches()
         start = time.perf_counter() - progress.seconds
         with stop_requests(self.accelerator) as stop:
-            while progress.fraction < 1:
+            while not self._is_over():
                 loss = self._step(*next(batches))
                 # Asked once: a signal between saving and leaving would otherwise leave without saving.
                 progress.loss, stopping, seconds = agree(
@@ -277,8 +259,14 @@ class _Loop:
                     others = None if self._is_best() else self.best_weights
                     save_checkpoint(self.out, self.accelerator, asdict(progress), others)
                 self.on_step(progress)
-                if stopping and progress.fraction < 1:
+                if stopping and not self._is_over():
                     raise Interrupted(f"stopped at step {progress.step}; --resume continues from {self.out}")
+
+    def _is_over(self) -> bool:
+        patience = self.config.patience
+        return self.progress.fraction >= 1 or (
+            patience is not None and self.progress.validations_since_best >= patience
+        )
 
     def _tune(self) -> None:
         """Measure on a GPU what its layers are fastest with, before the first step and its clock."""
@@ -314,6 +302,8 @@ class _Loop:
         loss = self.loss(self.model(images), labels)
         self.accelerator.backward(loss)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self._unwrapped())
         return loss.item()
 
     def _validate(self) -> None:
@@ -322,7 +312,8 @@ class _Loop:
         progress.loss_sum, progress.unreported = 0.0, 0
         row = {"step": progress.step, "minutes": progress.seconds / 60, "train_loss": train_loss}
         if self.val is not None:
-            scores = validate(self._unwrapped(), self.val, self.run_config.class_names, part=self.part)
+            with self.accelerator.autocast():  # the average has none of its own
+                scores = validate(self._validated(), self.val, self.run_config.class_names, part=self.part)
             row |= {"val_dice": scores["mean_dice"]} | {f"val_dice {k}": v for k, v in scores["dice"].items()}
         progress.history.append(row)
         if self._is_best():
@@ -343,8 +334,12 @@ class _Loop:
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
+    def _validated(self) -> Any:
+        """The model whose weights are kept: the moving average, or the trained one."""
+        return self._unwrapped() if self.average is None else self.average.module
+
     def _weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu().clone() for name, tensor in self._unwrapped().state_dict().items()}
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._validated().state_dict().items()}
 
 
 # --- the end ---
@@ -354,6 +349,8 @@ def _finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
     """Write weights, metrics, history and report. Killed within it, a run is finished by resuming it."""
     config, run, out, progress = loop.config, loop.run_config, loop.out, loop.progress
     kept, why = progress.step, "the last, as no images were kept out to choose by"
+    if loop.average is not None:
+        model.load_state_dict(loop.average.module.state_dict())
     if (best := progress.best) is not None and loop.best_weights is not None:
         kept, why = int(best["step"]), f"best validation Dice of the foreground, {best['val_dice']:.4f}"
         model.load_state_dict(loop.best_weights)

@@ -60,3 +60,15 @@ def tiff(tags: dict[int, int], data: bytes = b"\0" * 16, following: int = 0) -> 
     entries = b"".join(struct.pack("<HHQQ", tag, 16, 1, value) for tag, value in kept.items())  # of 64 bits each
     header = b"II+\0" + struct.pack("<HHQ", 8, 0, 16 + len(data))
     return header + data + struct.pack("<Q", len(kept)) + entries + struct.pack("<Q", following)
+
+
+def write_masks(root: Path, mask: np.ndarray, count: int = 4) -> Path:
+    """A data folder of equal masks, the images being the masks with noise."""
+    generator = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+    for index in range(count):
+        image = mask // 2 + generator.integers(0, 40, mask.shape).astype(np.uint8)
+        Image.fromarray(image).save(root / f"images/{index}.png")
+        Image.fromarray(mask).save(root / f"masks/{index}.png")
+    return root

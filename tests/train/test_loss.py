@@ -11,7 +11,7 @@ pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
 import torch
-from PIL import Image
+from image_files import write_masks
 from stopped_training import TINY
 
 from fastunet.checks import ConfigError
@@ -20,18 +20,6 @@ from fastunet.data.labels import IGNORED
 from fastunet.train.config import TrainConfig
 from fastunet.train.loop import train
 from fastunet.train.loss import TrainingLoss, class_weights
-
-
-def write_masks(root: Path, mask: np.ndarray, count: int = 4) -> Path:
-    """A data folder of equal masks, the images being the masks with noise."""
-    generator = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (root / name).mkdir(parents=True)
-    for index in range(count):
-        image = mask // 2 + generator.integers(0, 40, mask.shape).astype(np.uint8)
-        Image.fromarray(image).save(root / f"images/{index}.png")
-        Image.fromarray(mask).save(root / f"masks/{index}.png")
-    return root
 
 
 @pytest.mark.parametrize("border", [0.0, 7.0])

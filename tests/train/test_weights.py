@@ -1,0 +1,123 @@
+"""The weights a training begins with, their moving average, its early end, and settings from a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import torch
+from command import fastunet
+from image_files import write_masks
+from safetensors.torch import load_file
+from stopped_training import TINY, killed, losses_of, stop_at
+
+from fastunet import UNet
+from fastunet.checks import ConfigError
+from fastunet.train import loop
+from fastunet.train.checkpoint import load_config
+from fastunet.train.loop import train
+
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
+
+
+def test_the_moving_average_is_what_is_kept_and_resuming_it_is_exact(data: Path, tmp_path: Path) -> None:
+    config = replace(TINY, ema=0.5, val_fraction=0.0, device="cpu")
+    seen: list[dict[str, torch.Tensor]] = []
+    step = loop._Loop._step
+
+    def note(self: loop._Loop, images: torch.Tensor, labels: torch.Tensor) -> float:
+        loss = step(self, images, labels)
+        seen.append({name: value.clone() for name, value in self._unwrapped().state_dict().items()})
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "_step", note)
+        losses = losses_of(data, tmp_path / "whole", config)
+    average = seen[0]
+    for weights in seen[1:]:
+        average = {name: (average[name] + weights[name]) / 2 for name in average}
+    kept = load_file(tmp_path / "whole/model.safetensors")
+    for name in (name for name in kept if kept[name].is_floating_point()):
+        torch.testing.assert_close(kept[name], average[name])
+    assert not torch.equal(kept["outc.conv.weight"], seen[-1]["outc.conv.weight"])
+
+    first = losses_of(data, tmp_path / "run", config, stop=stop_at(4, killed))
+    assert first | losses_of(None, tmp_path / "run", None, resume=True) == losses
+    again = load_file(tmp_path / "run/model.safetensors")
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+def test_no_better_validation_for_long_enough_ends_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dice = iter([0.1, 0.5, 0.4, 0.3, 0.6, 0.2, *[0.5] * 9])
+
+    def scored(*args: Any, tta: bool | None = None, **options: Any) -> dict[str, Any]:
+        return {"mean_dice": next(dice) if tta is None else 0.0, "dice": {}}
+
+    monkeypatch.setattr(loop, "validate", scored)
+    assert list(losses_of(data, tmp_path / "run", replace(TINY, patience=2))) == [1, 2, 3, 4]
+    assert losses_of(None, tmp_path / "run", None, resume=True) == {}
+    assert load_config(tmp_path / "run").weights == "step 2 of 4: best validation Dice of the foreground, 0.5000"
+    assert list(losses_of(None, tmp_path / "run", replace(TINY, patience=4), resume=True)) == list(range(5, 10))
+
+
+def test_a_training_begins_with_the_weights_of_another(data: Path, run: Path, tmp_path: Path) -> None:
+    """Its head too, but for other classes."""
+    begun: list[dict[str, torch.Tensor]] = []
+    step = loop._Loop._step
+
+    def note(self: loop._Loop, images: torch.Tensor, labels: torch.Tensor) -> float:
+        begun.append({name: value.clone() for name, value in self._unwrapped().state_dict().items()})
+        return step(self, images, labels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "_step", note)
+        train(data, tmp_path / "same", replace(TINY, steps=1, init=str(run)))
+        labels = np.repeat(np.array([0, 1, 2, 3], np.uint8), 16)[None].repeat(64, 0)
+        three = write_masks(tmp_path / "three", labels)
+        train(three, tmp_path / "more", replace(TINY, steps=1, init=str(run)))
+    weights = UNet.from_pretrained(run).state_dict()
+    same, more = begun
+    assert all(torch.equal(same[name], weights[name]) for name in weights)
+    assert all(torch.equal(more[name], weights[name]) for name in weights if not name.startswith("outc."))
+    assert more["outc.conv.weight"].shape[0] == 4
+    with pytest.raises(ConfigError, match=r"init: expected weights of features \(4, 4\), got \(4, 8\) in "):
+        train(data, tmp_path / "other", replace(TINY, init=str(run), features=(4, 4)))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_file_gives_what_options_do(data: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 2, "features": [4, 8], "crop": 32, "batch_size": 2, "augment": "light"}
+    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+    file = tmp_path / "settings.toml"
+    file.write_text(f'{text}flip = false\nthreshold = 1\ndata = "{data}"\n')
+    typed = ["--steps", "1", "--precision", "fp32"]
+    result = fastunet("train", "--config", file, "--out", tmp_path / "a", *typed)
+    assert result.returncode == 0, result.stderr
+    first = load_config(tmp_path / "a")
+    expected = {**settings, "steps": 1, "flip": False, "precision": "fp32"}
+    assert {name: first.training[name] for name in expected} == expected
+    assert first.reading.threshold == 1
+    result = fastunet("train", "--config", tmp_path / "a/config.json", "--out", tmp_path / "b")
+    assert result.returncode == 0, result.stderr
+    second = load_config(tmp_path / "b")
+    assert (second.training, second.reading, second.source) == (first.training, first.reading, first.source)
+    file.write_text("stepz = 2\n")
+    result = fastunet("train", data, "--config", file, "--out", tmp_path / "c")
+    assert (result.returncode, result.stderr) == (2, f"error: {file}: expected names of options, got stepz\n")
+    file.write_text("steps = \n")
+    result = fastunet("train", data, "--config", file, "--out", tmp_path / "c")
+    assert result.returncode == 2
+    assert "expected settings in TOML" in result.stderr
+    file.write_text('steps = "many"\n')
+    result = fastunet("train", data, "--config", file, "--out", tmp_path / "c")
+    assert result.returncode == 2
+    assert "--steps" in result.stderr
