@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from fastunet.checks import ConfigError, DataError
-from fastunet.data import mask_from_labels, moments, normalize
+from fastunet.data import mask_from_labels, moments, normalize, read_image
+from fastunet.data.decoding import count_sections
 from fastunet.data.labels import dtype_of
-from fastunet.data.sources import Source, open_source, source_of_array
+from fastunet.data.sources import Source, open_source, pixel_size_of, source_of_array
+from fastunet.data.volumes import is_zarr
 from fastunet.inference.outputs import (
     GRID,
     WRITERS,
     StreamedTiff,
     Wanted,
     palette_of,
+    write_nifti,
     write_objects,
     write_overlay,
     write_rois,
@@ -62,8 +65,8 @@ class Segmenter:
         """Return the mask of an image [H, W]: as the masks of training were, 0 and 255, class indices or other values.
 
         Args:
-            image: a file, or an array [H, W] or [H, W, C] of NumPy, torch or CuPy, in the range of the images that
-                were trained on: it is normalised here.
+            image: a file, a source, or an array [H, W] or [H, W, C] of NumPy, torch or CuPy, in the range of the
+                images that were trained on: it is normalised here.
             tile: edge in pixels of the tiles in which larger images go through.
             tta: average eight flips and turns, for eight times the work.
             probabilities: return these instead, float32 [K, H, W].
@@ -72,7 +75,7 @@ class Segmenter:
             DataError: an image that cannot be read, or is of another kind than those of training.
             ConfigError: a tile too small for the net.
         """
-        source = self.source_of(image)
+        source = image if isinstance(image, Source) else self.source_of(image)
         result: np.ndarray | None = None
         for part, found in self.parts(source, tile=tile, tta=tta):
             if probabilities:
@@ -90,10 +93,22 @@ class Segmenter:
         """1 for foreground and background, else the number of classes."""
         return self.config.data.classes
 
-    def source_of(self, image: str | Path | Any) -> Source:
-        """Open a file, or take an array. Raises DataError unless it is an image of the kind that was trained on."""
+    def sections_of(self, path: Path) -> list[int | None]:
+        """Number the images of a file: None of one image, whose pages may be its channels; Zarr arrays are one."""
+        count = 1 if is_zarr(path) else count_sections(path)
+        return [None] if count in (1, self.config.data.channels) else list(range(count))
+
+    def source_of(self, image: str | Path | Any, section: int | None = None) -> Source:
+        """Open a file, or a section of one, or take an array.
+
+        Raises DataError unless it is an image of the kind that was trained on.
+        """
         if isinstance(image, str | os.PathLike):
-            source = open_source(Path(image))
+            path = Path(image)
+            if section is None:
+                source = open_source(path)
+            else:
+                source = source_of_array(read_image(path, section), path, pixel_size_of(path))
         elif isinstance(image, Tensor):
             source = source_of_array(image.detach().cpu().numpy())
         else:
@@ -132,16 +147,18 @@ class Segmenter:
         stem: Path,
         wanted: Wanted,
         *,
+        section: int | None = None,
         tile: int = TILE,
         tta: bool = False,
         on_part: Callable[[int, int], None] = lambda done, parts: None,
     ) -> None:
-        """Predict an image file and write what is wanted beside each other: STEM.png and so on.
+        """Predict an image file, or a section of one, and write what is wanted beside each other: STEM.png and so on.
 
         Labels and probabilities of TIFF and Zarr are written while they are computed; an overlay and objects need the
         whole image and its labels in memory.
         """
-        source, ends = self.source_of(image), {k: stem.with_name(stem.name + e) for k, e in wanted.endings.items()}
+        source = self.source_of(image, section)
+        ends = {k: stem.with_name(stem.name + e) for k, e in wanted.endings.items()}
         many, size = self.classes > 1, source.size
         whole = np.empty(size, np.uint8) if {"overlay", "objects"} & ends.keys() else None
         rows: dict[str, list[np.ndarray]] = {"labels": []}
@@ -169,6 +186,22 @@ class Segmenter:
                 on_part(done, count)
         if whole is not None:
             self._write_extras(source, whole, wanted, ends)
+
+    def write_volume(
+        self,
+        image: Path,
+        path: Path,
+        *,
+        tile: int = TILE,
+        tta: bool = False,
+        on_part: Callable[[int, int], None] = lambda done, parts: None,
+    ) -> None:
+        """Predict all slices of a NIfTI file, and write their labels as another of the same place in the body."""
+        sections, masks = self.sections_of(image), []
+        for done, section in enumerate(sections, 1):
+            masks.append(self.predict(self.source_of(image, section), tile=tile, tta=tta))
+            on_part(done, len(sections))
+        write_nifti(path, np.stack(masks), image)
 
     def _counted_parts(self, source: Source, tile: int, tta: bool) -> Iterator[tuple[int, Window, Tensor]]:
         count = len(Prediction(self.model, source.size, tile=tile, tta=tta, grid=GRID).parts)

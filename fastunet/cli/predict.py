@@ -16,6 +16,8 @@ from fastunet.train.config import TILE
 
 from .shared import DeviceOption, OverwriteOption, RunArgument, TileOption, TtaOption, console, load, track
 
+NIFTI = "nii.gz"
+
 
 class Format(StrEnum):
     """Formats of predictions."""
@@ -37,7 +39,8 @@ def predict(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the predictions.")],
     format: Annotated[
-        Format, typer.Option(help="Of the labels: auto is tif for TIFF, zarr for Zarr, png for all others.")
+        Format,
+        typer.Option(help="Of the labels: auto is tif for TIFF, zarr for Zarr, nii.gz for NIfTI, png for all others."),
     ] = Format.auto,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write OUT/<stem>_probabilities, float32.")
@@ -62,6 +65,8 @@ def predict(
 ) -> None:
     """Write OUT/<stem>.png (or .tif, .zarr) for each image: labels, or 0 and 255 where there is one class."""
     from fastunet.data import find_images
+    from fastunet.data.images import suffix_of
+    from fastunet.data.pairing import section_name
     from fastunet.data.sources import ZARR
     from fastunet.inference.outputs import Wanted, is_ours
 
@@ -72,27 +77,34 @@ def predict(
     files = _sharded(find_images(*images), shard)
     check_folder(out)
     check_apart(out, files)
-    kinds = {".tif": "tif", ".tiff": "tif", ZARR: "zarr"}
-    jobs: list[tuple[Path, Wanted]] = []
+    segmenter = load(run, device, tile)
+    kinds = {".tif": "tif", ".tiff": "tif", ZARR: "zarr", ".nii": NIFTI, ".nii.gz": NIFTI}
+    jobs: list[tuple[Path, int | None, str, Wanted]] = []
     stems: dict[str, Path] = {}
     for file in files:
-        other = stems.setdefault(file.stem.casefold(), file)
-        if other is not file:
-            raise DataError(f"{file}: expected stems that differ in more than their case, got {other} too")
-        kind = kinds.get(file.suffix.lower(), "png") if format is Format.auto else format.value
+        suffix = suffix_of(file)
+        stem = file.name.removesuffix(suffix) if suffix else file.stem
+        kind = kinds.get(suffix.lower(), "png") if format is Format.auto else format.value
         wanted = Wanted(kind, probabilities, overlay, instances.value, rois)
-        for ending in wanted.endings.values():
-            check_replaceable(out / f"{file.stem}{ending}", overwrite, is_ours)
-        jobs.append((file, wanted))
-    segmenter = load(run, device, tile)
+        if kind == NIFTI and len(wanted.endings) > 1:
+            raise ConfigError(f"format: expected png, tif or zarr for more than the labels of {file}, got auto")
+        sections = [None] if kind == NIFTI else segmenter.sections_of(file)
+        for section in sections:
+            name = stem if section is None else section_name(stem, section, len(sections))
+            if stems.setdefault(name.casefold(), file) is not file:
+                other = stems[name.casefold()]
+                raise DataError(f"{file}: expected stems that differ in more than their case, got {other} too")
+            for ending in wanted.endings.values():
+                check_replaceable(out / f"{name}{ending}", overwrite, is_ours)
+            jobs.append((file, section, name, wanted))
     for file in track(files, "checking"):
-        segmenter.source_of(file)
+        segmenter.source_of(file, segmenter.sections_of(file)[0])
     out.mkdir(parents=True, exist_ok=True)
     description = TextColumn("{task.description}", markup=False)
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("predicting")
-        for number, (file, wanted) in enumerate(jobs, 1):
+        for number, (file, section, name, wanted) in enumerate(jobs, 1):
             if not console.is_terminal:  # where a bar would show nothing
                 console.print(f"{number} of {len(jobs)}: {file}", soft_wrap=True)
             bars.reset(bar, description=f"{file.name} ({number} of {len(jobs)}), tiles", total=None)
@@ -100,8 +112,11 @@ def predict(
             def show(done: int, parts: int) -> None:
                 bars.update(bar, completed=done, total=parts)
 
-            segmenter.write(file, out / file.stem, wanted, tile=tile, tta=tta, on_part=show)
-    console.print(f"{len(files)} predictions in {out}", soft_wrap=True)
+            if wanted.kind == NIFTI:
+                segmenter.write_volume(file, out / f"{name}.{NIFTI}", tile=tile, tta=tta, on_part=show)
+            else:
+                segmenter.write(file, out / name, wanted, section=section, tile=tile, tta=tta, on_part=show)
+    console.print(f"{len(jobs)} predictions in {out}", soft_wrap=True)
 
 
 def _sharded(files: list[Path], shard: str) -> list[Path]:

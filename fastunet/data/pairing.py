@@ -145,8 +145,12 @@ def _sections_of(image: Path, mask: Path, stem: str) -> list[Pair]:
         return [Pair(image, mask, stem, _side_of(stem))]
     if images != count:
         raise DataError(f"{mask}: expected {images} sections as of {image.name}, got a stack of {count} sections")
-    digits = max(3, len(str(count - 1)))
-    return [Pair(image, mask, f"{stem}_{number:0{digits}d}", _side_of(stem), number) for number in range(count)]
+    return [Pair(image, mask, section_name(stem, n, count), _side_of(stem), n) for n in range(count)]
+
+
+def section_name(stem: str, section: int, count: int) -> str:
+    """Return the stem of one section of `count`, such as stack_003."""
+    return f"{stem}_{section:0{max(3, len(str(count - 1)))}d}"
 
 
 def _side_of(stem: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import math
 import queue
 import shutil
@@ -36,7 +37,7 @@ PROPERTIES = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to write of a prediction, beside the labels in a file of `kind`: png, tif or zarr."""
+    """What to write of a prediction, beside the labels in a file of `kind`: png, tif, zarr, or nii.gz alone."""
 
     kind: str = "png"
     probabilities: bool = False
@@ -89,6 +90,10 @@ def is_ours(path: Path) -> bool:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 return archive.comment == SOFTWARE.encode()
+        if path.suffix == ".gz":
+            import nibabel
+
+            return bytes(nibabel.Nifti1Image.from_filename(path).header["descrip"].item()) == SOFTWARE.encode()
         if path.suffix == ZARR:
             import zarr
 
@@ -243,6 +248,21 @@ class WholePng(Writer):
 
 
 WRITERS: dict[str, type[Writer]] = {"png": WholePng, "tif": StreamedTiff, "zarr": StreamedZarr}
+
+
+def write_nifti(path: Path, masks: np.ndarray, like: Path) -> None:
+    """Write masks [N, H, W] as NIfTI with the axes, affine and units of the file they were predicted on."""
+    import nibabel
+
+    source: Any = nibabel.load(like)
+    volume = masks.transpose(2, 1, 0)
+    image = nibabel.Nifti1Image(volume if len(source.shape) > 2 else volume[..., 0], source.affine)
+    for name in ("qform", "sform"):
+        getattr(image, f"set_{name}")(source.affine, int(source.header[f"{name}_code"]))
+    image.header.set_xyzt_units(*source.header.get_xyzt_units())
+    image.header["descrip"] = SOFTWARE.encode()
+    with written_whole(path) as temporary:
+        temporary.write_bytes(gzip.compress(image.to_bytes()))
 
 
 def write_overlay(path: Path, image: np.ndarray, labels: np.ndarray) -> None:

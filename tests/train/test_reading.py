@@ -118,3 +118,33 @@ def bordered(root: Path, border: int) -> Path:
         save(root / "images" / f"{index}.png", noise((32, 32), seed=index))
         save(root / "masks" / f"{index}.png", mask)
     return root
+
+
+def test_stacks_are_predicted_section_by_section_and_nifti_stays_where_it_was(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel", reason="needs the extra nifti")
+    train(bordered(tmp_path / "data", 0), tmp_path / "run", TINY)
+    volume = noise((24, 32, 3))
+    affine = np.array([[0, 2, 0, 5], [-3, 0, 0, 6], [0, 0, 4, 7], [0, 0, 0, 1]], float)
+    images, out = tmp_path / "images", tmp_path / "labels"
+    images.mkdir()
+    image = nibabel.Nifti1Image(volume, affine)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, images / "v.nii.gz")
+    np.save(images / "s.npy", volume.transpose(2, 1, 0))
+    result = fastunet("predict", tmp_path / "run", images, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert {file.name for file in out.iterdir()} == {"v.nii.gz", "s_000.png", "s_001.png", "s_002.png"}
+    found = nibabel.load(out / "v.nii.gz")
+    assert (found.shape, found.header.get_xyzt_units()) == ((24, 32, 3), ("mm", "unknown"))
+    np.testing.assert_array_equal(found.affine, affine)
+    segmenter = library.load(tmp_path / "run", "cpu")
+    for index in range(3):
+        expected = segmenter.predict(volume[..., index].T)
+        np.testing.assert_array_equal(np.asarray(Image.open(out / f"s_00{index}.png")), expected)
+        np.testing.assert_array_equal(np.asarray(found.dataobj)[..., index].T, expected)
+    assert "--overwrite" in fastunet("predict", tmp_path / "run", images / "v.nii.gz", "--out", out).stderr
+    again = ("predict", tmp_path / "run", images / "v.nii.gz", "--out", out, "--overwrite")
+    assert fastunet(*again).returncode == 0
+    assert "more than the labels" in fastunet(*again, "--overlay").stderr
+    nibabel.save(image, out / "v.nii.gz")
+    assert "expected a file that fastunet wrote" in fastunet(*again).stderr
