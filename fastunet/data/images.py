@@ -45,9 +45,10 @@ def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
         found = folder.rglob("*") if nested else folder.iterdir()
         # A link to nothing is listed, so that reading it says so; a pipe, which reading would wait for, is not.
         files = sorted(file for file in found if file.is_file() or (file.is_symlink() and not file.exists()))
-        arrays = [file.parent for file in files if nested and is_zarr(file.parent)]
-        tops = [folder for folder in arrays if not any(is_zarr(parent) for parent in folder.parents)]
-        files = sorted({*tops, *(file for file in files if not any(map(is_zarr, file.parents)))}) if tops else files
+        arrays = {folder for folder in {file.parent for file in files} if nested and is_zarr(folder)}
+        if arrays:  # each is one image, whatever is in it
+            files = [file for file in files if arrays.isdisjoint(file.parents)]
+            files = sorted([*files, *(array for array in arrays if arrays.isdisjoint(array.parents))])
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     images: dict[str, Path] = {}
     for file in (file for file in files if suffix_of(file) or (nested and is_zarr(file))):

@@ -82,6 +82,8 @@ def labels_of(
         DataError: a value that is none of these.
     """
     codes = codes_of(values)
+    if values:  # which a mask of 8 bits may not hold
+        mask = mask.astype(np.promote_types(mask.dtype, np.int32))
     skipped = np.isin(mask, codes_of(ignore)) if ignore else None
     kept = mask if skipped is None else np.where(skipped, mask.dtype.type(codes[0] if values else 0), mask)
     if threshold is not None:

@@ -139,11 +139,10 @@ def _masks_in(folder: Path, images: dict[str, Path], together: bool) -> dict[str
 
 def _sections_of(image: Path, mask: Path, stem: str) -> list[Pair]:
     """Give a pair for each section of two stacks; where the mask is one image, so is the other, of several channels."""
-    images = count_sections(image)
     count = 1 if mask.suffix.lower() in SUFFIXES else count_sections(mask)
     if count == 1:
         return [Pair(image, mask, stem, _side_of(stem))]
-    if images != count:
+    if (images := count_sections(image)) != count:
         raise DataError(f"{mask}: expected {images} sections as of {image.name}, got a stack of {count} sections")
     return [Pair(image, mask, section_name(stem, n, count), _side_of(stem), n) for n in range(count)]
 

@@ -396,3 +396,28 @@ def test_a_mask_that_has_changed_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"field_1\.png: mask: expected 0, 127, 254, got 5"):
         SegmentationDataset(pairs, summary)
     assert replace(summary, labels=(0, 5, 127, 254)).labels_of(pairs[1]).max() == 1
+
+
+def test_labels_may_be_larger_than_a_mask_holds(tmp_path: Path) -> None:
+    """Of 16-bit masks those without large values are often written with 8."""
+    options = DataOptions(labels="300,1,7", ignore="9")
+    folder(tmp_path, lambda labels: np.array([300, 1, 7], np.uint16)[labels], 3)
+    small = np.full(SIZE, 7, np.uint8)
+    small[0] = 9
+    save(tmp_path / "masks" / "field_1.png", small)
+    pairs = find_pairs(tmp_path, options)
+    summary = inspect(pairs, options=options)
+    np.testing.assert_array_equal(summary.labels_of(pairs[0]), truth(0, 3))
+    assert summary.labels_of(pairs[1])[:2, 0].tolist() == [IGNORED, 2]
+
+
+def test_arrays_of_zarr_are_images_whatever_is_in_them(tmp_path: Path) -> None:
+    folder(tmp_path)
+    for kind, pixels in (("images", picture(9)), ("masks", truth(1, 2) * 255)):
+        array = tmp_path / kind / "within" / "field_9.zarr"
+        write_zarr(array, pixels)
+        save(array / "c" / "preview.png", picture(0))
+    pairs = find_pairs(tmp_path)
+    assert [pair.stem for pair in pairs] == [*names(), "within/field_9"]
+    assert inspect(pairs).classes == 1
+    np.testing.assert_array_equal(pairs[-1].read_image()[..., 0], picture(9))
