@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .checks import ConfigError, DataError, DtypeError, ShapeError
 
+PIXELS = 2**22  # counted at a time, in 8 bytes each
+
 
 class Scores(TypedDict):
     """Result of `SegmentationMetrics.compute`: 0 is worst, 1 is best.
@@ -56,9 +58,11 @@ class SegmentationMetrics:
             raise ShapeError(
                 f"prediction: expected the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)}"
             )
-        predicted, truth = self._checked("prediction", prediction), self._checked("target", target)
         classes = len(self.class_names)
-        counts = torch.bincount((truth * classes + predicted).flatten(), minlength=classes**2)
+        counts = torch.zeros(classes**2, dtype=torch.int64, device=target.device)
+        for part in zip(prediction.flatten().split(PIXELS), target.flatten().split(PIXELS), strict=True):
+            predicted, truth = self._checked("prediction", part[0]), self._checked("target", part[1])
+            counts += torch.bincount(truth * classes + predicted, minlength=classes**2)
         self._confusion = self._confusion.to(counts.device) + counts.view(classes, classes)
 
     def compute(self, *, across_ranks: bool = True) -> Scores:
