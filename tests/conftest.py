@@ -60,6 +60,7 @@ def ieee() -> Iterator[None]:
 @pytest.fixture
 def undrawn_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings leave an empty report, which would take longer to draw than they do."""
-    from fastunet.train import loop
+    from fastunet.train import results
 
-    monkeypatch.setattr(loop, "write_report", lambda path, *_: path.write_bytes(b""))
+    for name in ("write_report", "write_html"):
+        monkeypatch.setattr(results, name, lambda path, *_: path.write_bytes(b""))

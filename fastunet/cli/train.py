@@ -7,6 +7,7 @@ import json
 import os
 import tomllib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -28,6 +29,8 @@ from .shared import (
     progress,
     with_reading,
 )
+
+QUIET = 1.0  # minutes without a line, at the most, where there is no terminal
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -85,7 +88,7 @@ def train(
     overwrite: OverwriteOption = False,
     **settings: Any,
 ) -> None:
-    """Train a U-Net on DATA; leave model, settings, metrics, history and report.png in OUT."""
+    """Train a U-Net on DATA; leave model, settings, metrics, history and reports in OUT."""
     settings["features"] = parse_features(settings["features"])
     if resume:
         # What is not said is as the run was begun.
@@ -107,14 +110,21 @@ def train_with_bar(
 
     if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
         return train_run(data, out, config, reading=reading, resume=resume, overwrite=overwrite)
-    with progress() as bars:
-        bar = bars.add_task("reading", total=1.0)
+    with progress() if console.is_terminal else nullcontext() as bars:
+        bar = None if bars is None else bars.add_task("reading", total=1.0)
+        printed = 0.0  # minutes
 
         def show(standing: Progress) -> None:
+            nonlocal printed
             last = standing.history[-1] if standing.history else {}
             dice = f"  validation Dice {last['val_dice']:.3f}" if "val_dice" in last else ""
             text = f"step {standing.step}  loss {standing.loss:.3f}{dice}"
-            bars.update(bar, completed=standing.fraction, description=text)
+            minutes = standing.seconds / 60
+            if bars is not None and bar is not None:
+                bars.update(bar, completed=standing.fraction, description=text)
+            elif last.get("step") == standing.step or minutes - printed >= QUIET:
+                printed = minutes
+                console.print(f"{standing.fraction:.0%}  {minutes:.1f} minutes  {text}", soft_wrap=True)
 
         metrics = train_run(
             data,
@@ -128,5 +138,5 @@ def train_with_bar(
         )
     print_scores(metrics, f"{len(metrics['images'])} images kept out of training")
     console.print(f"weights: {metrics['weights']}", soft_wrap=True)
-    console.print(f"report: {out / 'report.png'}", soft_wrap=True)
+    console.print(f"report: {out / 'report.html'} and report.png", soft_wrap=True)
     return metrics

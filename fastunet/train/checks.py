@@ -15,8 +15,8 @@ from fastunet.pretrained import WEIGHTS
 from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
 from fastunet.train.config import RESUMABLE, TrainConfig, too_small
 
-HISTORY, METRICS, REPORT = "history.csv", "metrics.json", "report.png"
-RESULTS = (WEIGHTS, METRICS, REPORT)
+HISTORY, METRICS, REPORT, HTML = "history.csv", "metrics.json", "report.png", "report.html"
+RESULTS = (WEIGHTS, METRICS, REPORT, HTML)
 
 
 def run_files(out: Path) -> list[Path]:

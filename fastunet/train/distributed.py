@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 
+from fastunet import dispatch
 from fastunet.checks import ConfigError, FastUNetError
 from fastunet.train.config import TrainConfig, multiplies_bf16
 
@@ -60,11 +61,17 @@ def agree(accelerator: Accelerator, loss: float, stopping: bool, seconds: float)
     if ranks == 1:
         return loss, stopping, seconds
     clock = seconds if accelerator.is_main_process else 0.0
-    on_gpu = accelerator.device.type == "cuda"
-    shared = torch.tensor([loss / ranks, stopping, clock], dtype=torch.float64, device="cuda" if on_gpu else "cpu")
-    torch.distributed.all_reduce(shared)
-    mean, stops, seconds = shared.tolist()
+    shared = torch.tensor([loss / ranks, stopping, clock], dtype=torch.float64)
+    mean, stops, seconds = sum_of_ranks(shared, accelerator.device).tolist()
     return mean, stops > 0, seconds
+
+
+def sum_of_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """Add up what each rank has, by way of the device on which they meet."""
+    if dispatch.ranks() > 1:
+        values = values.to(device)
+        torch.distributed.all_reduce(values)
+    return values
 
 
 @contextmanager

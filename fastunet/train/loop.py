@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,11 @@ from fastunet import __version__
 from fastunet.checks import ConfigError, FastUNetError, Interrupted
 from fastunet.data import DataOptions, Pair, SegmentationDataset, find_pairs, split
 from fastunet.data.survey import Survey, survey_pairs
-from fastunet.files import check_apart, check_folder, locked, write_json, written_whole
-from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
+from fastunet.files import check_apart, check_folder, locked, write_json
+from fastunet.pretrained import CONFIG
 from fastunet.train.augmentation import augmentation_of
-from fastunet.train.checkpoint import RunConfig, checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
+from fastunet.train.checkpoint import RunConfig, checkpoints, load_checkpoint, save_checkpoint
 from fastunet.train.checks import (
-    HISTORY,
-    METRICS,
-    REPORT,
     check_out,
     check_same_images,
     check_sizes,
@@ -47,14 +43,13 @@ from fastunet.train.distributed import (
 )
 from fastunet.train.loss import TrainingLoss, class_weights, rate_at
 from fastunet.train.progress import Progress
-from fastunet.train.report import Sample, write_report
-from fastunet.train.validation import predicted_labels, validate
+from fastunet.train.results import REPORTED, finish, write_history
+from fastunet.train.validation import validate
 from fastunet.train.weights import load_initial, moving_average
 from fastunet.tuning import tune
 from fastunet.unet import UNet
 
 VALIDATIONS = 10  # per run
-REPORTED = 4  # images in the report
 SHORTEST_EPOCH = 100  # steps: starting workers anew costs nothing beside it
 
 
@@ -71,10 +66,10 @@ def train(
 ) -> dict[str, Any]:
     """Train a U-Net on `data/images` and `data/masks`, or as `reading` says; leave a run in `out`; return its metrics.
 
-    The run holds model.safetensors, config.json, metrics.json, history.csv, report.png and its last checkpoint. The
-    weights are those of the step with the best validation Dice of the foreground. All files are read and checked
-    before training begins; `on_data` is told what they hold. Ctrl-C or SIGTERM ends it after the step under way with a
-    checkpoint.
+    The run holds model.safetensors, config.json, metrics.json, history.csv, report.html, report.png and its last
+    checkpoint. The weights are those of the step with the best validation Dice of the foreground. All files are read
+    and checked before training begins; `on_data` is told what they hold. Ctrl-C or SIGTERM ends it after the step under
+    way with a checkpoint.
 
     Of several processes (torchrun, accelerate launch) each takes its part of every batch, and the first one writes.
 
@@ -161,7 +156,7 @@ def _train(
             # Only now: a resumption that is refused leaves the run as it was.
             write_json(out / CONFIG, asdict(run))
         loop.run()
-        metrics = _finish(loop, model, val_pairs or train_pairs[:REPORTED])
+        metrics = finish(loop, model, val_pairs or train_pairs[:REPORTED])
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
@@ -319,7 +314,7 @@ class _Loop:
         if self._is_best():
             self.best_weights = self._weights()
         if self.accelerator.is_main_process:
-            _write_history(self.out, progress.history)
+            write_history(self.out, progress.history)
 
     def _is_best(self) -> bool:
         """Whether the present weights are those of the best validation."""
@@ -340,51 +335,3 @@ class _Loop:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().cpu().clone() for name, tensor in self._validated().state_dict().items()}
-
-
-# --- the end ---
-
-
-def _finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
-    """Write weights, metrics, history and report. Killed within it, a run is finished by resuming it."""
-    config, run, out, progress = loop.config, loop.run_config, loop.out, loop.progress
-    kept, why = progress.step, "the last, as no images were kept out to choose by"
-    if loop.average is not None:
-        model.load_state_dict(loop.average.module.state_dict())
-    if (best := progress.best) is not None and loop.best_weights is not None:
-        kept, why = int(best["step"]), f"best validation Dice of the foreground, {best['val_dice']:.4f}"
-        model.load_state_dict(loop.best_weights)
-    dataset = SegmentationDataset(shown, run.data)
-    scores = validate(model, dataset, run.class_names, tta=config.tta, part=loop.part)
-    metrics: dict[str, Any] = dict(scores) if run.val else {}
-    metrics |= {
-        "images": run.val,
-        "tta": config.tta,
-        "weights": f"step {kept} of {progress.step}: {why}",
-        "steps": progress.step,
-        "seconds": progress.seconds,
-        "device": str(loop.accelerator.device),
-        "processes": progress.processes,
-        "precision": loop.accelerator.mixed_precision.replace("no", "fp32"),
-        "torch": torch.__version__,
-    }
-    if not loop.accelerator.is_main_process:
-        return metrics
-    write_weights(out / WEIGHTS, model.state_dict())
-    write_json(out / CONFIG, asdict(replace(run, weights=metrics["weights"])))
-    write_json(out / METRICS, metrics)
-    _write_history(out, progress.history)
-    samples = []
-    for (image, labels), pair in zip((dataset[i] for i in range(len(shown[:REPORTED]))), shown, strict=False):
-        prediction = predicted_labels(model, image, tta=config.tta).cpu()
-        samples.append(Sample(pair.stem, pair.read_image(), labels.numpy(), prediction.numpy()))
-    write_report(out / REPORT, progress.history, samples, run.class_names)
-    remove_checkpoints(out, keep=1)
-    return metrics
-
-
-def _write_history(out: Path, history: list[dict[str, float]]) -> None:
-    with written_whole(out / HISTORY) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ WIDTH = 12.0  # inches
 CURVES_HEIGHT = 3.3
 LEGEND_HEIGHT = 0.6
 DPI = 110
+MOST_SHOWN = 1024  # pixels along an edge; a picture of the figure has some 330
 NAME_LENGTH = 36  # characters that fit above a picture
 STRETCH = (0.5, 99.5)  # percentiles of an image that are shown as black and white
 # The last of those of classes.
@@ -77,15 +78,15 @@ def write_report(
     if samples:
         heights = [CURVES_HEIGHT, pictures_height]
         (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
-        _draw_curves(top, history)
+        draw_curves(top, history)
         _draw_samples(bottom, samples, class_names)
     else:
-        _draw_curves(figure, history)
+        draw_curves(figure, history)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
-def _draw_curves(figure: Figure | SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
+def draw_curves(figure: Figure | SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
     """Training loss and validation Dice against steps, side by side."""
     left, right = figure.subplots(1, 2)
     losses = _draw_curve(left, history, "train_loss", "training loss", "#0072B2")
@@ -123,15 +124,17 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
     """A row of four pictures per sample, and the legends below."""
     rows = figure.subplots(len(samples), 4, squeeze=False)
     for row, sample in zip(rows, samples, strict=True):
-        grey, metrics = _displayable(sample.image), SegmentationMetrics(class_names)
+        metrics = SegmentationMetrics(class_names)
         counted = sample.truth < len(class_names)
-        both = (labels[counted].astype(np.int64) for labels in (sample.prediction, sample.truth))
+        both = (labels[counted] for labels in (sample.prediction, sample.truth))
         metrics.update(*(torch.from_numpy(labels)[None] for labels in both))
         dice = metrics.compute(across_ranks=False)["mean_dice"]
+        sample, counted = thinned(sample), counted[_every(sample)]
+        grey = displayable(sample.image)
         pictures = {
             sample.name[:NAME_LENGTH].encode(errors="replace").decode(): grey,
-            "truth": _colour_labels(sample.truth),
-            f"prediction: Dice {dice:.3f}": _colour_labels(sample.prediction),
+            "truth": colour_labels(sample.truth),
+            f"prediction: Dice {dice:.3f}": colour_labels(sample.prediction),
             "errors": _overlay_errors(grey, sample, counted),
         }
         for axes, (title, picture) in zip(row, pictures.items(), strict=True):
@@ -151,7 +154,19 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
         figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, title="classes")
 
 
-def _displayable(image: np.ndarray) -> np.ndarray:
+def _every(sample: Sample) -> tuple[slice, slice]:
+    """Select every so many rows and columns: some more than are drawn."""
+    step = -(-max(sample.truth.shape) // MOST_SHOWN)
+    return slice(None, None, step), slice(None, None, step)
+
+
+def thinned(sample: Sample) -> Sample:
+    """Leave out rows and columns that would not be seen."""
+    chosen = _every(sample)
+    return replace(sample, image=sample.image[chosen], truth=sample.truth[chosen], prediction=sample.prediction[chosen])
+
+
+def displayable(image: np.ndarray) -> np.ndarray:
     """Stretch an image [H, W, C] of any dtype to RGB in 0..1; of other than 3 channels the first is shown."""
     shown = image if image.shape[2] == 3 else image[..., :1]
     low, high = np.percentile(shown, STRETCH)
@@ -159,7 +174,7 @@ def _displayable(image: np.ndarray) -> np.ndarray:
     return np.broadcast_to(scaled, (*image.shape[:2], 3))
 
 
-def _colour_labels(labels: np.ndarray) -> np.ndarray:
+def colour_labels(labels: np.ndarray) -> np.ndarray:
     """Give each label its colour, RGB in 0..1."""
     return class_palette()[labels] / 255
 

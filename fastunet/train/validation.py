@@ -10,6 +10,7 @@ from fastunet.data.labels import IGNORED
 from fastunet.inference.predict import labels_of, predict
 from fastunet.metrics import Scores, SegmentationMetrics
 from fastunet.train.config import TILE
+from fastunet.train.distributed import sum_of_ranks
 
 
 def validate(
@@ -21,15 +22,27 @@ def validate(
     part: slice = slice(None),
 ) -> Scores:
     """Score a model on all samples, whole or in exact tiles; of several ranks each predicts its `part` of them."""
+    return validate_each(model, samples, class_names, tta=tta, part=part)[0]
+
+
+def validate_each(
+    model: nn.Module, samples: SegmentationDataset, class_names: list[str], *, tta: bool = False, part: slice
+) -> tuple[Scores, list[float]]:
+    """Score a model as `validate`, and give the mean Dice of the foreground in each image."""
     metrics = SegmentationMetrics(class_names)
+    dice = torch.zeros(len(samples), dtype=torch.float64)
     device = next(model.parameters()).device
     for index in range(len(samples))[part]:
         image, labels = samples[index]
         prediction, labels = predicted_labels(model, image, tta=tta), labels.to(device)
         if samples.summary.ignored:
             prediction, labels = (each[labels != IGNORED] for each in (prediction, labels))
-        metrics.update(prediction[None], labels[None])
-    return metrics.compute()
+        metrics.update(prediction, labels)
+        if labels.numel():
+            image_metrics = SegmentationMetrics(class_names)
+            image_metrics.update(prediction, labels)
+            dice[index] = image_metrics.compute(across_ranks=False)["mean_dice"]
+    return metrics.compute(), sum_of_ranks(dice, device).tolist()
 
 
 def predicted_labels(model: nn.Module, image: Tensor, *, tta: bool = False) -> Tensor:

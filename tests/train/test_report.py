@@ -121,13 +121,31 @@ def test_any_image_can_be_shown(tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == settings
 
 
+def test_large_pictures_are_thinned_but_scored_whole(tmp_path: Path, figures: list[Figure]) -> None:
+    truth = np.zeros((2500, 600), np.uint8)
+    truth[:, ::2] = 1
+    sample = Sample("a.png", np.zeros((2500, 600, 3), np.uint8), truth, np.ones_like(truth))
+    write_report(tmp_path / "report.png", HISTORY, [sample])
+    shown = panels(figures[0])
+    assert {picture.shape[:2] for picture in shown.values()} == {(834, 200)}
+    assert "prediction: Dice 0.667" in shown
+
+
+def test_what_is_beyond_the_classes_is_no_error(tmp_path: Path, figures: list[Figure]) -> None:
+    truth, prediction = np.array([[1, 255], [255, 0]], np.uint8), np.array([[1, 1], [0, 0]], np.uint8)
+    write_report(tmp_path / "report.png", HISTORY, [Sample("a.png", np.zeros((2, 2, 1), np.uint8), truth, prediction)])
+    shown = panels(figures[0])
+    assert "prediction: Dice 1.000" in shown
+    assert (shown["errors"][0, 1] == 0).all()
+
+
 def test_images_are_stretched_to_their_own_range() -> None:
     ramp = np.linspace(1000, 1100, 1001).reshape(7, 143, 1).astype(np.float32)
-    shown = fastunet.train.report._displayable(ramp)
+    shown = fastunet.train.report.displayable(ramp)
     assert shown.shape == (7, 143, 3)
     assert (shown.min(), shown.max()) == (0, 1)
     np.testing.assert_allclose(np.median(shown), 0.5, atol=0.01)
-    assert (fastunet.train.report._displayable(np.full((2, 2, 1), 9, np.uint8)) == 0).all()
+    assert (fastunet.train.report.displayable(np.full((2, 2, 1), 9, np.uint8)) == 0).all()
 
 
 def test_sizes_that_differ_are_named(tmp_path: Path) -> None:

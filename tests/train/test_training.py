@@ -32,11 +32,10 @@ from fastunet import UNet
 from fastunet.checks import ConfigError, DataError
 from fastunet.files import written_whole
 from fastunet.morphology import border_weights
-from fastunet.train import checkpoint, loop
+from fastunet.train import checkpoint, loop, results
 from fastunet.train.checkpoint import checkpoints, read_progress
 from fastunet.train.loop import train
 from fastunet.train.loss import TrainingLoss, rate_at
-from fastunet.train.validation import validate
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
@@ -47,6 +46,7 @@ def test_what_a_run_leaves(run: Path) -> None:
         "history.csv",
         "metrics.json",
         "model.safetensors",
+        "report.html",
         "report.png",
         "checkpoint-000010",
     }
@@ -198,7 +198,7 @@ def test_a_kill_at_any_moment_is_no_dead_end(
 ) -> None:
     """Nor does it change what comes of the training."""
     with monkeypatch.context() as patch:
-        patch.setattr(loop, moment, killed)
+        patch.setattr(results if moment in ("write_weights", "write_report") else loop, moment, killed)
         losses_of(data, tmp_path / "run", TINY)
     if resume:
         train(None, tmp_path / "run", resume=True)
@@ -332,8 +332,8 @@ def test_the_weights_are_the_best_by_validation(
 ) -> None:
     dice = iter([0.1, 0.2, 0.8, 0.3, 0.8, *5 * [0.5]])
 
-    def scored(model: UNet, samples: Any, names: list[str], *, part: slice, tta: bool | None = None) -> Any:
-        return {"mean_dice": next(dice), "dice": {}} if tta is None else validate(model, samples, names, tta=tta)
+    def scored(model: UNet, samples: Any, names: list[str], *, part: slice) -> Any:
+        return {"mean_dice": next(dice), "dice": {}}
 
     monkeypatch.setattr(loop, "validate", scored)
     states: dict[int, dict[str, torch.Tensor]] = {}

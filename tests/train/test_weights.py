@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,7 @@ def test_no_better_validation_for_long_enough_ends_it(
 ) -> None:
     dice = iter([0.1, 0.5, 0.4, 0.3, 0.6, 0.2, *[0.5] * 9])
 
-    def scored(*args: Any, tta: bool | None = None, **options: Any) -> dict[str, Any]:
-        return {"mean_dice": next(dice) if tta is None else 0.0, "dice": {}}
-
-    monkeypatch.setattr(loop, "validate", scored)
+    monkeypatch.setattr(loop, "validate", lambda *args, **options: {"mean_dice": next(dice), "dice": {}})
     assert list(losses_of(data, tmp_path / "run", replace(TINY, patience=2))) == [1, 2, 3, 4]
     assert losses_of(None, tmp_path / "run", None, resume=True) == {}
     assert load_config(tmp_path / "run").weights == "step 2 of 4: best validation Dice of the foreground, 0.5000"
@@ -102,6 +100,8 @@ def test_a_file_gives_what_options_do(data: Path, tmp_path: Path) -> None:
     typed = ["--steps", "1", "--precision", "fp32"]
     result = fastunet("train", "--config", file, "--out", tmp_path / "a", *typed)
     assert result.returncode == 0, result.stderr
+    # Without a terminal a line for each validation.
+    assert re.search(r"^100%  0\.\d minutes  step 1  loss \d\.\d{3}  validation Dice 0\.\d{3}$", result.stdout, re.M)
     first = load_config(tmp_path / "a")
     expected = {**settings, "steps": 1, "flip": False, "precision": "fp32"}
     assert {name: first.training[name] for name in expected} == expected

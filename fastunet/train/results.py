@@ -1,0 +1,98 @@
+"""What a training leaves when it is over: weights, metrics, history and reports."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastunet.data import Pair, SegmentationDataset
+from fastunet.files import write_json, written_whole
+from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
+from fastunet.train.checkpoint import RunConfig, remove_checkpoints
+from fastunet.train.checks import HISTORY, HTML, METRICS, REPORT
+from fastunet.train.html import write_html
+from fastunet.train.report import Sample, write_report
+from fastunet.train.validation import predicted_labels, validate_each
+from fastunet.unet import UNet
+
+if TYPE_CHECKING:
+    from fastunet.train.loop import _Loop
+
+REPORTED = 4  # images in the report
+EXTREMES = 3  # the best and the worst images in report.html, so many of each
+
+
+def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
+    """Write weights, metrics, history and report. Killed within it, a run is finished by resuming it."""
+    config, run, out, progress = loop.config, loop.run_config, loop.out, loop.progress
+    kept, why = progress.step, "the last, as no images were kept out to choose by"
+    if loop.average is not None:
+        model.load_state_dict(loop.average.module.state_dict())
+    if (best := progress.best) is not None and loop.best_weights is not None:
+        kept, why = int(best["step"]), f"best validation Dice of the foreground, {best['val_dice']:.4f}"
+        model.load_state_dict(loop.best_weights)
+    dataset = SegmentationDataset(shown, run.data)
+    scores, dice = validate_each(model, dataset, run.class_names, tta=config.tta, part=loop.part)
+    metrics: dict[str, Any] = dict(scores) if run.val else {}
+    metrics |= {
+        "images": run.val,
+        "tta": config.tta,
+        "weights": f"step {kept} of {progress.step}: {why}",
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "device": str(loop.accelerator.device),
+        "processes": progress.processes,
+        "precision": loop.accelerator.mixed_precision.replace("no", "fp32"),
+        "torch": torch.__version__,
+    }
+    if not loop.accelerator.is_main_process:
+        return metrics
+    write_weights(out / WEIGHTS, model.state_dict())
+    write_json(out / CONFIG, asdict(replace(run, weights=metrics["weights"])))
+    write_json(out / METRICS, metrics)
+    write_history(out, progress.history)
+    samples = [_sample(loop, model, dataset, index) for index in range(len(shown[:REPORTED]))]
+    write_report(out / REPORT, progress.history, samples, run.class_names)
+    order = sorted(range(len(shown)), key=lambda index: -dice[index])
+    ends = sorted({*order[:EXTREMES], *order[-EXTREMES:]}, key=order.index)
+    extremes = [(_sample(loop, model, dataset, index), dice[index]) for index in ends]
+    ranking = [(shown[index].stem, dice[index]) for index in order]
+    write_html(out / HTML, progress.history, extremes, metrics, ranking, _described(run, metrics))
+    remove_checkpoints(out, keep=1)
+    return metrics
+
+
+def _sample(loop: _Loop, model: UNet, dataset: SegmentationDataset, index: int) -> Sample:
+    """Predict one image again: all predictions at once would not fit into memory."""
+    (image, labels), pair = dataset[index], dataset.pairs[index]
+    prediction = predicted_labels(model, image, tta=loop.config.tta).cpu()
+    return Sample(pair.stem, pair.read_image(), labels.numpy().astype(np.uint8), prediction.numpy())
+
+
+def _described(run: RunConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What was trained on what, by name."""
+    return {
+        "data": run.source,
+        "training images": f"{len(run.train)}: {', '.join(run.train)}",
+        "images kept out": f"{len(run.val)}: {', '.join(run.val)}",
+        "size": f"{run.data.size_min} to {run.data.size_max}, {run.data.channels} channels, {run.data.dtype}",
+        "classes": ", ".join(run.class_names),
+        **{name: metrics[name] for name in ("steps", "seconds", "device", "processes", "precision", "torch")},
+        "fastunet": run.fastunet,
+        **{f"model: {name}": value for name, value in run.model.items()},
+        **{f"setting: {name}": value for name, value in run.training.items()},
+    }
+
+
+def write_history(out: Path, history: list[dict[str, float]]) -> None:
+    """Write a row per validation as RUN/history.csv."""
+    with written_whole(out / HISTORY) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
