@@ -11,7 +11,6 @@ import argparse
 import inspect
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,14 +106,15 @@ def accuracy_table() -> str:
 
 def speed_tables() -> str:
     """Return the tables that the README has too."""
-    from benchmarks.results import generate
+    from fastunet.benchmarks.results import generate
 
     return generate(RESULTS)
 
 
 def losing_cases() -> str:
     """Return a line for each net and provider that fastunet is slower than."""
-    from benchmarks.results import _DROP_IN, spread_text
+    from fastunet.benchmarks.results import _DROP_IN, spread_text
+
     from fastunet.measuring.timing import Quantiles, ratio
 
     lines = ["| net | task | faster provider | its time / time of fastunet |", "|---|---|---|--:|"]
@@ -186,7 +186,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, metavar="FOLDER")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     (DOCS / "ops.md").write_text(ops_page())
     performance = DOCS / "performance.md"
     performance.write_text(performance_page(performance.read_text()))
