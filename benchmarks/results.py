@@ -130,7 +130,7 @@ def _section(path: Path, result: Result) -> str:
 
 
 # The columns of other people's models: the time of the first over that of the second.
-_DROP_IN = (
+DROP_IN = (
     ("eager", "fastunet"),
     ("inductor", "fastunet"),
     ("inductor channels_last", "fastunet.compile"),
@@ -139,11 +139,11 @@ _DROP_IN = (
 
 def _drop_in_section(path: Path, result: Result) -> str:
     """Conditions, and by model what is replaced, what is left and why, and how many times as long the others take."""
-    names = [f"{other} / {ours}" for other, ours in _DROP_IN]
+    names = [f"{other} / {ours}" for other, ours in DROP_IN]
     lines = []
     for row in result["rows"]:
         left = "; ".join(f"{count}: {reason.partition(':')[0]}" for reason, count in row["left"].items())
-        ratios = [_drop_in_ratio(row["samples_ms"], *pair) for pair in _DROP_IN]
+        ratios = [_drop_in_ratio(row["samples_ms"], *pair) for pair in DROP_IN]
         lines.append([row["name"], str(row["found"]), str(row["replaced"]), left, *ratios])
     settings = result["settings"]
     table = markdown(["model", "found", "replaced", "left, and why", *names], lines, ["found", "replaced", *names])

@@ -113,7 +113,7 @@ def speed_tables() -> str:
 
 def losing_cases() -> str:
     """Return a line for each net and provider that fastunet is slower than."""
-    from fastunet.benchmarks.results import _DROP_IN, spread_text
+    from fastunet.benchmarks.results import DROP_IN, spread_text
 
     from fastunet.measuring.timing import Quantiles, ratio
 
@@ -132,7 +132,7 @@ def losing_cases() -> str:
                 add(net, path, task, provider, Quantiles(found["ratio"], found["p10"], found["p90"], found["rounds"]))
         if path.name.startswith("drop_in_"):
             for row in result["rows"]:
-                for other, ours in _DROP_IN:
+                for other, ours in DROP_IN:
                     if other in row["samples_ms"] and ours in row["samples_ms"]:
                         found = ratio(row["samples_ms"], other, ours)
                         add(row["name"], path, settings["task"], f"{other}, of {ours}", found)
