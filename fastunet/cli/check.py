@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from fastunet.checks import DataError
+from fastunet.checks import DataError, some_of
 from fastunet.files import check_apart, check_folder, check_replaceable, is_our_png
 from fastunet.train.config import TrainConfig
 
@@ -70,6 +70,9 @@ def print_survey(found: Survey, title: str) -> None:
 
 
 def _rows(found: Survey) -> list[tuple[str, str]]:
+    from fastunet.data.labels import code_of
+    from fastunet.data.layout import text_of
+
     facts = found.facts
     sizes = sorted({fact.shape[:2] for fact in facts})
     count = f"{len(facts)}: {len(found.train)} to train on, {len(found.val)} kept out"
@@ -85,6 +88,9 @@ def _rows(found: Survey) -> list[tuple[str, str]]:
     ):
         kinds = sorted(set(values))
         rows.append((name, kinds[0] if len(kinds) == 1 else ", ".join(f"{k} ({values.count(k)})" for k in kinds)))
+    if found.summary is None:  # of masks that fit, the classes say it
+        in_masks: set[Any] = set().union(*(fact.values for fact in facts))
+        rows.append(("mask values", some_of(map(text_of, sorted(in_masks, key=code_of)))))
     shares = ((each.name, f"{100 * each.share:.1f} % of the pixels, in {each.images} images") for each in found.shares)
     return [*rows, *shares]
 

@@ -56,6 +56,7 @@ def codes_of(values: Iterable[Value]) -> np.ndarray:
 
 
 def code_of(value: Value) -> int:
+    """Return a value as an integer."""
     return value[0] << 16 | value[1] << 8 | value[2] if isinstance(value, tuple) else value
 
 

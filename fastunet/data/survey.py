@@ -134,6 +134,9 @@ def survey_pairs(
         if facts:
             summary = sum_up(facts, classes, options)
             check_foreground(pairs, summary)
+    except DataError as error:
+        problems.append(str(error))
+    try:
         train, val = split(pairs, val_fraction, seed)
     except DataError as error:
         problems.append(str(error))

@@ -106,6 +106,11 @@ def test_the_command_prints_and_draws(tmp_path: Path) -> None:
 
 def test_the_command_ends_with_the_first_problem(tmp_path: Path) -> None:
     data = write_data(tmp_path)
+    save(data / "masks" / "4.png", np.full((16, 20), 9, np.uint8))
+    result = fastunet("check", data)
+    assert result.returncode == 2
+    assert "5: 4 to train on, 1 kept out" in result.stdout
+    assert "0, 9, 255" in result.stdout
     for name in ("1", "2"):
         (data / "images" / f"{name}.png").write_bytes(b"")
     result = fastunet("check", data)
