@@ -178,14 +178,33 @@ def _coco(file: Path, changed: int) -> tuple[dict[str, list[Outline]], dict[str,
     images: dict[str, list[Outline]] = {stem: [] for stem in stems.values()}
     for each in data.get("annotations", []):
         outlines, name = each["segmentation"], names[each["category_id"]]
-        if isinstance(outlines, dict) and isinstance(outlines["counts"], str):
-            raise ValueError("compressed runs (RLE): write them as polygons, or as lists of lengths")
         if isinstance(outlines, dict):
-            outline = Outline(name, runs=tuple(map(int, outlines["counts"])))
+            runs = outlines["counts"]
+            outline = Outline(name, runs=_unpacked(runs) if isinstance(runs, str) else tuple(map(int, runs)))
         else:
             outline = Outline(name, tuple(_points(np.reshape(part, (-1, 2))) for part in outlines))
         images[stems[each["image_id"]]].append(outline)
     return images, {name: int(number) for number, name in names.items()}
+
+
+def _unpacked(text: str) -> tuple[int, ...]:
+    """Read the runs that COCO's tools write as text: 5 bits a character, the lowest first, the sixth where more follow.
+
+    From the fourth on each run is the difference to the one but last.
+    """
+    runs: list[int] = []
+    value = place = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{character!r} in compressed runs")
+        value |= (bits & 31) << place
+        place += 5
+        if not bits & 32:
+            value -= (bits & 16) << place - 4  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = place = 0
+    return tuple(runs)
 
 
 def _points(points: Any) -> np.ndarray:

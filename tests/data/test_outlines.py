@@ -120,6 +120,22 @@ def test_classes_are_in_the_order_of_their_numbers_and_a_model_keeps_its_own(tmp
         find_pairs(tmp_path, options)
 
 
+@pytest.mark.parametrize(
+    ("text", "runs"),
+    [
+        ("hb0", [600]),  # 24, 18 and, as the fifth bit of 18 is no sign, 0
+        ("0hb0", [0, 600]),
+        ("532[b0", [5, 3, 2, 590]),  # the last as the difference to 3
+        ("5\\92nFi8", [5, 300, 2, 10, 283]),  # -290, by its sign
+    ],
+)
+def test_compressed_runs_are_read_as_coco_writes_them(text: str, runs: list[int], tmp_path: Path) -> None:
+    """Transcribed from rleToString of COCO's maskApi.c."""
+    (tmp_path / "a.json").write_text(json.dumps(coco(segmentation={"counts": text, "size": list(SIZE)})))
+    expected = np.repeat(np.arange(len(runs)) % 2, runs).reshape(SIZE[::-1]).T
+    np.testing.assert_array_equal(draw(tmp_path / "a.json", "a", ("z", "a"), SIZE), expected)
+
+
 REFUSED: dict[str, tuple[str, Any, str]] = {
     "a box of YOLO": ("a.txt", "0 0.5 0.5 0.1 0.1", "as of yolo, got: a box in line 1, and not a polygon"),
     "pixels in YOLO": ("a.txt", "0 10 20 30 40 50 60", "60 in line 1, and not shares of width and height"),
@@ -130,7 +146,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "two corners": ("a.json", {"shapes": [shape("x", [[0, 0], [1, 1]])]}, "a polygon of 2 corners"),
     "no corners": ("a.json", {"shapes": [{"label": "x"}]}, "as of labelme, got: KeyError 'points'"),
     "no class": ("a.json", coco(category_id=99), "as of coco, got: KeyError 99"),
-    "compressed runs": ("a.json", coco(segmentation={"counts": "abc"}), "compressed runs"),
+    "a letter in runs": ("a.json", coco(segmentation={"counts": "~"}), "'~' in compressed runs"),
     "runs of another size": ("a.json", coco(segmentation={"counts": [5, 5]}), "runs of 10 pixels for .* 20 x 30"),
     "a broken ROI": ("a.roi", "Iout", "expected outlines as of roi, got: "),
     "nothing": ("a.json", {"shapes": []}, "expected outlines of at least one class, got none"),
