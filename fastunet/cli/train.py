@@ -84,12 +84,19 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the run: weights, settings, metrics, report.")],
     data: Annotated[Path | None, DATA] = None,
     config: Annotated[Path | None, CONFIG] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Cross-validate: a run in OUT/fold-1 and on for each of so many parts; again, it goes on."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, as it was begun.")] = False,
     overwrite: OverwriteOption = False,
     **settings: Any,
 ) -> None:
     """Train a U-Net on DATA; leave model, settings, metrics, history and reports in OUT."""
     settings["features"] = parse_features(settings["features"])
+    if folds is not None:
+        _cross_validate(folds, data, out, settings, context, resume=resume, overwrite=overwrite)
+        return
     if resume:
         # What is not said is as the run was begun.
         from fastunet.train.checks import resumed_config, run_to_resume
@@ -100,6 +107,32 @@ def train(
         reading = pop_reading(context, settings)
         chosen = TrainConfig(**settings)
     train_with_bar(data, out, chosen, reading=reading, resume=resume, overwrite=overwrite)
+
+
+def _cross_validate(
+    folds: int,
+    data: Path | None,
+    out: Path,
+    settings: dict[str, Any],
+    context: typer.Context,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    from fastunet.train.folds import SUMMARY, train_folds
+
+    if resume or settings["fold"]:
+        raise ConfigError("folds: expected neither --resume (the same command goes on) nor --fold beside it")
+    reading = pop_reading(context, settings)
+
+    def train_one(fold: str, folder: Path, begun: bool) -> dict[str, Any]:
+        console.print(f"fold {fold}")
+        chosen = TrainConfig(**{**settings, "fold": fold})
+        return train_with_bar(data, folder, chosen, reading=reading, resume=begun, overwrite=overwrite)
+
+    found = train_folds(folds, out, overwrite, train_one)
+    dice = found["mean_dice"]
+    console.print(f"Dice over {folds} folds: {dice['mean']:.4f} +- {dice['std']:.4f}; {out / SUMMARY}", soft_wrap=True)
 
 
 def train_with_bar(

@@ -171,24 +171,28 @@ def _hint_of_stems(images: dict[str, Path], masks: dict[str, Path]) -> str:
     return f": --mask-suffix {beyond.pop()}" if len(beyond) == 1 and beyond != {""} else ""
 
 
-def split(pairs: Sequence[Pair], val_fraction: float, seed: int | None = None) -> tuple[list[Pair], list[Pair]]:
+def split(
+    pairs: Sequence[Pair], val_fraction: float, seed: int | None = None, fold: tuple[int, int] | None = None
+) -> tuple[list[Pair], list[Pair]]:
     """Split into training and validation pairs, each sorted by stem; the same stems and seed give the same split.
 
     Pairs that folders have split already, into train/ and val/, stay as they are. Else the last stems are for
     validation without a seed, with one a random choice. In a stack of sections, a film or the fields of one slide,
     neighbours are nearly the same picture: a random split tests on what was trained on. At least one pair stays on
-    either side, unless `val_fraction` is 0.
+    either side, unless `val_fraction` is 0. A `fold` (I, N) keeps out the I-th of N equal parts instead of the last.
 
     Raises:
         ConfigError: `val_fraction` outside [0, 1).
-        DataError: fewer than two pairs to share out.
+        DataError: fewer than two pairs to share out, or than folds; folds of pairs that are split already.
     """
     if not 0 <= val_fraction < 1:
         raise ConfigError(f"val_fraction: expected 0 <= fraction < 1, got {val_fraction}")
     ordered = sorted(pairs, key=lambda pair: pair.stem)
     if {pair.side for pair in ordered} == {"train", "val"}:
+        if fold is not None:
+            raise DataError("data: expected images that no folders train/ and val/ have split, for folds of them")
         return [pair for pair in ordered if pair.side == "train"], [pair for pair in ordered if pair.side == "val"]
-    if val_fraction == 0:
+    if val_fraction == 0 and fold is None:
         return ordered, []
     if len(ordered) < 2:
         names = ", ".join(str(pair.image) for pair in ordered) or "none"
@@ -196,6 +200,8 @@ def split(pairs: Sequence[Pair], val_fraction: float, seed: int | None = None) -
     count = min(max(round(len(ordered) * val_fraction), 1), len(ordered) - 1)
     last = np.arange(len(ordered))[::-1]
     order = last if seed is None else np.random.default_rng(seed).permutation(len(ordered))
-    chosen = set(order[:count].tolist())
+    if fold is not None and fold[1] > len(ordered):
+        raise DataError(f"data: expected at least {fold[1]} pairs for as many folds, got {len(ordered)}")
+    chosen = set((order[:count] if fold is None else np.array_split(order[::-1], fold[1])[fold[0] - 1]).tolist())
     train = [pair for index, pair in enumerate(ordered) if index not in chosen]
     return train, [ordered[index] for index in sorted(chosen)]

@@ -103,12 +103,13 @@ def survey_pairs(
     *,
     val_fraction: float = 0.15,
     seed: int | None = None,
+    fold: tuple[int, int] | None = None,
     on_pair: Callable[[int, int], None] = lambda done, total: None,
 ) -> Survey:
     """Read every file once, and collect all that is wrong or odd; see `inspect`, which raises the first.
 
     Args:
-        val_fraction, seed: of the split, as in `split`.
+        val_fraction, seed, fold: of the split, as in `split`.
         on_pair: is called with the number of pairs that are read, and of all.
 
     Raises:
@@ -137,7 +138,7 @@ def survey_pairs(
     except DataError as error:
         problems.append(str(error))
     try:
-        train, val = split(pairs, val_fraction, seed)
+        train, val = split(pairs, val_fraction, seed, fold)
     except DataError as error:
         problems.append(str(error))
     notes = _notes_on_channels(facts) + _notes_on_duplicates(facts, {pair.stem for pair in val})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -71,6 +72,7 @@ class TrainConfig:
         "none", "Of the loss: none, balanced (by how rare a class is), or a number for each class: 1,2,5."
     )
     val_fraction: float = _setting(0.15, "Share of the images kept out for the metrics; 0 keeps none.")
+    fold: str = _setting("", "Which part is kept out instead: 2/5 keeps the second fifth [the last by val_fraction].")
     split: str = _setting(
         "last", "Which: the last by name (in a stack, neighbours are alike), or random.", choices=("last", "random")
     )
@@ -92,6 +94,17 @@ class TrainConfig:
     def split_seed(self) -> int | None:
         """The seed for `data.split`."""
         return self.seed if self.split == "random" else None
+
+    @property
+    def fold_number(self) -> tuple[int, int] | None:
+        """Which of how many folds is kept out. Raises ConfigError on a text that does not say."""
+        if not self.fold:
+            return None
+        found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", self.fold)
+        number, count = (int(part) for part in found.groups()) if found else (1, 1)
+        if not number <= count > 1:
+            raise ConfigError(f"fold: expected I/N with 1 <= I <= N and N of at least 2, got {self.fold!r}")
+        return number, count
 
     def weights_of_classes(self) -> list[float] | None:
         """Return the weights that were given as numbers; None for others. Raises ConfigError on a wrong one."""
@@ -125,6 +138,7 @@ class TrainConfig:
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"val_fraction: expected 0 <= fraction < 1, got {self.val_fraction}")
         self.weights_of_classes()
+        _ = self.fold_number
         levels = len(self.features)
         if not (2 <= levels <= MAX_LEVELS and all(1 <= width <= LARGEST for width in self.features)):
             got = ",".join(map(str, self.features))

@@ -114,12 +114,19 @@ def _train(
     accelerator = make_accelerator(config)
     pairs = find_pairs(data, reading)
     check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
-    found = survey_pairs(pairs, reading, config.classes, val_fraction=config.val_fraction, seed=config.split_seed)
+    found = survey_pairs(
+        pairs,
+        reading,
+        config.classes,
+        val_fraction=config.val_fraction,
+        seed=config.split_seed,
+        fold=config.fold_number,
+    )
     if on_data is not None:
         on_data(found)
     summary = found.checked()
     check_sizes(pairs, summary, config)
-    train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
+    train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed, config.fold_number)
 
     set_seed(config.seed)
     model: Any = UNet(
