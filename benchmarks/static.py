@@ -123,15 +123,15 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
     with contextlib.redirect_stdout(log):
         built = launch.kernel.warmup(*arguments, grid=(launch.grid,), **launch.options)
     report, is_halo = log.getvalue(), _is_halo(launch)
-    rows = map(int, re.findall(r"tt\.dot\b.* -> tensor<(\d+)x", built.asm["ttir"]))
+    # Gluon has no such text, and no other form than warpgroups'.
+    rows = [_WARPGROUP_ROWS] if is_halo else map(int, re.findall(r"tt\.dot\b.* -> tensor<(\d+)x", built.asm["ttir"]))
     return Compiled(
         registers=int(re.findall(r"Used (\d+) registers", report)[-1]),
         spill_bytes=sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)),
         shared_memory=built.metadata.shared,
         warnings=tuple(re.findall(r"\(C75\d\d\).*", report)),
         ptx=built.asm["ptx"],
-        # Gluon's have no other form than warpgroups'.
-        product_rows=_WARPGROUP_ROWS if is_halo else min(rows, default=0),
+        product_rows=min(rows, default=0),
         loads_between_products=loads_between_products(_disassembled(built.asm["cubin"])) if is_halo else 0,
     )
 
