@@ -133,7 +133,8 @@ NAMES = ("TILE_H", "TILE_W", "BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_IN", "BLOCK
 
 def test_a_few_compile_cleanly_and_one_that_cannot_is_a_failed_row(on_hopper: list[Job]) -> None:
     found = {job.kernel: job for job in on_hopper}
-    chosen = [found[f"{name}_kernel"] for name in ("conv3x3_descriptor", "norm_sums", "max_pool2x2")]
+    names = ("conv3x3_descriptor", "norm_sums", "max_pool2x2", "conv3x3_hopper")
+    chosen = [found[f"{name}_kernel"] for name in names if f"{name}_kernel" in found]  # the last: up to Triton 3.7
     rows = list(static.run_jobs([replace(chosen[0], capability=70), *chosen], 1))
     assert "KeyError" in rows.pop(0).breaches[0]
     for row in rows:
