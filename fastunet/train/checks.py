@@ -14,6 +14,7 @@ from fastunet.data import DataOptions, DataSummary, Pair
 from fastunet.pretrained import WEIGHTS
 from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
 from fastunet.train.config import RESUMABLE, TrainConfig, too_small
+from fastunet.train.events import EVENTS
 
 HISTORY, METRICS, REPORT, HTML = "history.csv", "metrics.json", "report.png", "report.html"
 RESULTS = (WEIGHTS, METRICS, REPORT, HTML)
@@ -22,7 +23,7 @@ RESULTS = (WEIGHTS, METRICS, REPORT, HTML)
 def run_files(out: Path) -> list[Path]:
     """List what is in `out` under the names of a run's files and checkpoints."""
     named = [out / name for name in (CONFIG, HISTORY, *RESULTS)]
-    return [path for path in named if os.path.lexists(path)] + checkpoints(out)
+    return [path for path in named if os.path.lexists(path)] + checkpoints(out) + sorted(out.glob(f"{EVENTS}*"))
 
 
 def check_out(out: Path, resume: bool, overwrite: bool) -> RunConfig | None:
@@ -40,7 +41,7 @@ def check_out(out: Path, resume: bool, overwrite: bool) -> RunConfig | None:
         load_config(out)
     except DataError:
         raise DataError(f"{out}: expected a folder without files of a run's names, got {found[0].name}") from None
-    if not overwrite and any(path.name not in (CONFIG, HISTORY) for path in found):
+    if not overwrite and any(path.name not in (CONFIG, HISTORY) and EVENTS not in path.name for path in found):
         raise DataError(
             f"{out}: expected a folder without a run, got one that holds {CONFIG} (--resume continues it, "
             "--overwrite begins anew)"

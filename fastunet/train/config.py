@@ -15,7 +15,7 @@ _MOST = sys.float_info.max
 MAX_LEVELS = 16
 TILE = 1536  # pixels: what goes through whole in validation, and where nothing else is said
 # May differ between a run and its continuation: how long it goes on, and on what.
-RESUMABLE = ("steps", "max_minutes", "patience", "device", "workers")
+RESUMABLE = ("steps", "max_minutes", "patience", "tensorboard", "device", "workers")
 
 
 def _setting(default: Any, meaning: str, *, low: Any = None, high: Any = None, choices: tuple[str, ...] = ()) -> Any:
@@ -78,6 +78,7 @@ class TrainConfig:
     )
     classes: int | None = _setting(None, "Number of classes [inferred from the masks].", low=1, high=256)
     tta: bool = _setting(False, "Average eight flips and turns for the metrics, for eight times the work.")
+    tensorboard: bool = _setting(False, "Event files for TensorBoard (`tensorboard --logdir OUT`), beside history.csv.")
     precision: str = _setting(
         "auto",
         "auto (bf16 where the hardware multiplies it natively), fp32, bf16 or fp16.",

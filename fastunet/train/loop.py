@@ -41,6 +41,7 @@ from fastunet.train.distributed import (
     stop_requests,
     with_synchronised_norms,
 )
+from fastunet.train.events import check_tensorboard, write_events
 from fastunet.train.loss import TrainingLoss, class_weights, rate_at
 from fastunet.train.progress import Progress
 from fastunet.train.results import REPORTED, finish, write_history
@@ -111,6 +112,8 @@ def _train(
     on_step: Callable[[Progress], None] | None,
     on_data: Callable[[Survey], None] | None,
 ) -> dict[str, Any]:
+    if config.tensorboard:
+        check_tensorboard()
     accelerator = make_accelerator(config)
     pairs = find_pairs(data, reading)
     check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
@@ -322,6 +325,8 @@ class _Loop:
             self.best_weights = self._weights()
         if self.accelerator.is_main_process:
             write_history(self.out, progress.history)
+            if self.config.tensorboard:
+                write_events(self.out, row, self.config.lr * rate_at(progress.fraction))
 
     def _is_best(self) -> bool:
         """Whether the present weights are those of the best validation."""
