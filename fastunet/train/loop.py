@@ -138,7 +138,7 @@ def _train(
         features=config.features,
         norm=None if config.norm == "none" else config.norm,
     )
-    if config.init and not checkpoints(out):
+    if config.init and (before is None or not checkpoints(out)):
         load_initial(model, config.init)
     if config.sync_batch_norm:
         model = with_synchronised_norms(model, accelerator)

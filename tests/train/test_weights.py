@@ -82,8 +82,10 @@ def test_a_training_begins_with_the_weights_of_another(data: Path, run: Path, tm
         labels = np.repeat(np.array([0, 1, 2, 3], np.uint8), 16)[None].repeat(64, 0)
         three = write_masks(tmp_path / "three", labels)
         train(three, tmp_path / "more", replace(TINY, steps=1, init=str(run)))
+        train(data, tmp_path / "same", replace(TINY, steps=1, init=str(run)), overwrite=True)
     weights = UNet.from_pretrained(run).state_dict()
-    same, more = begun
+    same, more, again = begun
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
     assert all(torch.equal(same[name], weights[name]) for name in weights)
     assert all(torch.equal(more[name], weights[name]) for name in weights if not name.startswith("outc."))
     assert more["outc.conv.weight"].shape[0] == 4
