@@ -44,8 +44,9 @@ class Spawned:
     def close(self) -> None:
         """End the process, whatever it is doing."""
         if self._process is not None:
-            self._process.kill()
-            self._process.join()
+            if self._process.pid is not None:  # A signal may have come while it was being started.
+                self._process.kill()
+                self._process.join()
             self._connection.close()
             self._process = None
 

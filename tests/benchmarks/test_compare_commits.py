@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,15 @@ def test_a_stopped_comparison_leaves_nothing(repository: Path, tmp_path: Path) -
         process.kill()
         process.wait()
     assert not [*tmp_path.glob("fastunet-compare-*")]
+
+
+def test_a_signal_while_a_process_starts_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(process: BaseProcess) -> None:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(BaseProcess, "start", start)
+    with pytest.raises(SystemExit, match="143"), Spawned(abs) as worker:
+        worker.ask(-1, 1.0)
 
 
 def compared(seconds: dict[str, list[float]], status: str = "ok") -> tuple[dict, list[str]]:
