@@ -17,6 +17,7 @@ from fastunet.checks import ConfigError, DataError
 from fastunet.data import mask_from_labels, moments, normalize, read_image
 from fastunet.data.decoding import count_sections
 from fastunet.data.labels import dtype_of
+from fastunet.data.morphology import connected_components, split_objects
 from fastunet.data.sources import Source, open_source, pixel_size_of, source_of_array
 from fastunet.data.volumes import is_zarr
 from fastunet.inference.outputs import (
@@ -32,7 +33,6 @@ from fastunet.inference.outputs import (
 )
 from fastunet.inference.predict import Prediction, labels_of
 from fastunet.inference.tiling import Window, field_of, parts_of
-from fastunet.morphology import connected_components, split_objects
 from fastunet.train.checkpoint import RunConfig, load_run
 from fastunet.train.config import TILE, too_small
 from fastunet.unet import UNet

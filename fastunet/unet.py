@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastunet import dispatch, modules, pretrained, reference
 from fastunet.checks import ConfigError, ShapeError, check_activation, check_together
 from fastunet.cpu.folded_layers import FoldedLayer, Folding
-from fastunet.model_state import Memo
+from fastunet.cpu.model_state import Memo
 from fastunet.ops.registration import is_plain_call
 from fastunet.reference import ReferenceUNet
 

@@ -21,13 +21,11 @@ FLOORS = {
     "dispatch": 2,
     "cpu": 3,
     "measuring": 3,
-    "model_state": 4,
     "ops": 4,
     "testing": 5,
     "pretrained": 5,
     "losses": 5,
     "metrics": 5,
-    "morphology": 5,
     "modules": 5,
     "unet": 6,
     "compiler": 6,
@@ -36,6 +34,8 @@ FLOORS = {
     "explanation": 8,
     "tuning": 9,
     "train": 10,
+    "augmentation": 11,
+    "training": 11,
     "segmenter": 11,
     "cli": 12,
     "__main__": 13,
@@ -149,7 +149,7 @@ try:
     fastunet.nothing
 except AttributeError as error:
     assert "no attribute 'nothing'" in str(error)
-for name in ("train.loop", "data.synthetic", "testing", "ops", "kernels.conv3x3.config"):
+for name in ("training", "data.synthetic", "testing", "ops", "kernels.conv3x3.config"):
     importlib.import_module("fastunet." + name)
 fastunet.UNet(1, 1, features=(2, 4))(torch.zeros(2, 1, 4, 4)).square().mean().backward()
 assert not torch.cuda.is_initialized()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fastunet import dispatch
 from fastunet.checks import ConfigError, DeviceError
+from fastunet.cpu.model_state import ModelState, autocast_dtype
 from fastunet.cpu.weight_cache import Use, uses_recorded
-from fastunet.model_state import ModelState, autocast_dtype
 from fastunet.ops.registration import check_untransformed
 
 # Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.

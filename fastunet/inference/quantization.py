@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastunet import dispatch, measuring, modules, ops
 from fastunet.checks import ConfigError, DataError
-from fastunet.model_state import autocast_dtype
+from fastunet.cpu.model_state import autocast_dtype
 from fastunet.ops.registration import check_untransformed
 from fastunet.torch_private import untraced
 from fastunet.unet import UNet

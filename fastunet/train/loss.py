@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from fastunet.checks import ConfigError
 from fastunet.data import DataSummary, Pair
 from fastunet.data.labels import IGNORED
+from fastunet.data.morphology import border_weights
 from fastunet.losses import BCEDiceLoss, CEDiceLoss
-from fastunet.morphology import border_weights
 
 WARMUP = 0.03  # of the run
 

@@ -30,8 +30,8 @@ from stopped_training import TINY, Killed, killed, losses_of, stop_at
 
 from fastunet import UNet
 from fastunet.checks import ConfigError, DataError
+from fastunet.data.morphology import border_weights
 from fastunet.files import written_whole
-from fastunet.morphology import border_weights
 from fastunet.train import checkpoint, loop, results
 from fastunet.train.checkpoint import checkpoints, read_progress
 from fastunet.train.loop import train

@@ -12,9 +12,9 @@ import skimage.measure
 import torch
 from torch import Tensor
 
-from fastunet import morphology
 from fastunet.checks import ConfigError, ShapeError
-from fastunet.morphology import border_weights, connected_components, split_objects
+from fastunet.data import morphology
+from fastunet.data.morphology import border_weights, connected_components, split_objects
 
 
 def scattered(seed: int, height: int = 40, width: int = 52, classes: int = 2) -> Tensor:
