@@ -77,7 +77,7 @@ class Segmenter:
         """
         source = image if isinstance(image, Source) else self.source_of(image)
         result: np.ndarray | None = None
-        for part, found in self.parts(source, tile=tile, tta=tta):
+        for part, found in self.parts(source, Prediction(self.model, source.size, tile=tile, tta=tta)):
             if probabilities:
                 values = found.numpy()
             else:
@@ -172,7 +172,8 @@ class Segmenter:
                 kind, shape = WRITERS[path.suffix[1:]], (*size, self.classes) if many else size
                 writers["probabilities"] = stack.enter_context(kind(path, shape, "float32", None, source.pixel_size))
                 rows["probabilities"] = []
-            for done, (count, part, found) in enumerate(self._counted_parts(source, tile, tta), 1):
+            prediction = Prediction(self.model, size, tile=tile, tta=tta, grid=GRID)
+            for done, (part, found) in enumerate(self.parts(source, prediction), 1):
                 labels = labels_of(found).numpy()
                 if whole is not None:
                     part.of(whole)[...] = labels
@@ -183,7 +184,7 @@ class Segmenter:
                     for name, band in rows.items():
                         writers[name].put(np.concatenate(band, 1))
                         band.clear()
-                on_part(done, count)
+                on_part(done, len(prediction.parts))
         if whole is not None:
             self._write_extras(source, whole, wanted, ends)
 
@@ -202,10 +203,6 @@ class Segmenter:
             masks.append(self.predict(self.source_of(image, section), tile=tile, tta=tta))
             on_part(done, len(sections))
         write_nifti(path, np.stack(masks), image)
-
-    def _counted_parts(self, source: Source, tile: int, tta: bool) -> Iterator[tuple[int, Window, Tensor]]:
-        count = len(Prediction(self.model, source.size, tile=tile, tta=tta, grid=GRID).parts)
-        return ((count, *each) for each in self.parts(source, tile=tile, tta=tta, grid=GRID))
 
     def _write_extras(self, source: Source, labels: np.ndarray, wanted: Wanted, ends: dict[str, Path]) -> None:
         """Write overlay, objects, their table and their outlines, of those that are wanted."""
@@ -226,19 +223,15 @@ class Segmenter:
     def _net(self) -> tuple[int, str | None]:
         return len(self.config.model["features"]), self.config.model["norm"]
 
-    def parts(
-        self, source: Source, *, tile: int = TILE, tta: bool = False, grid: int = 1
-    ) -> Iterator[tuple[Window, Tensor]]:
+    def parts(self, source: Source, prediction: Prediction) -> Iterator[tuple[Window, Tensor]]:
         """Give the probabilities of an image part by part, in rows: float32 [K, h, w] on the CPU.
 
-        The next part is read while one is computed. `grid`: the parts' edge is a multiple of it, where the tile has
-        room for that.
+        The next part is read while one is computed.
         """
         scale = moments(source)
         device = next(self.model.parameters()).device
-        prediction = Prediction(self.model, source.size, tile=tile, tta=tta, grid=grid)
         field = prediction.field
-        if tta:  # The turned image's grid may lie otherwise on the part, by less than a multiple.
+        if prediction.views > 1:  # The turned image's grid may lie otherwise on the part, by less than a multiple.
             field = field._replace(halo=field.halo + field.multiple)
 
         def read(part: Window) -> tuple[Window, Tensor]:
