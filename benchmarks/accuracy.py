@@ -1,12 +1,14 @@
 """What training and 8 bits come to in accuracy, on images that were kept out.
 
-    python -m benchmarks accuracy DATA --minutes 4 --out DIR
-    python -m benchmarks accuracy DATA --steps 400 --out DIR
+    python -m benchmarks accuracy DATA --minutes 4 --seeds 3 --out DIR
+    python -m benchmarks accuracy DATA --minutes 4 --seeds 3 --train-images 6 --out DIR
+    python -m benchmarks accuracy --rare --minutes 4 --seeds 3 --out DIR
 
 trains fastunet and the U-Net people write by hand today, the way they train it: same images, same split, same minutes
-or same steps. Plain PyTorch, NCHW float32, features 16..256, random 256x256 crops with flips and quarter turns, batches
-of 4, AdamW at 1e-3 with a cosine schedule, BCE + Dice; nothing of fastunet's is used in it. Writes
-DIR/accuracy_<limit>.json. DATA holds grey 8-bit images of one size and binary masks.
+or steps (`--steps`), once for each seed. Plain PyTorch, NCHW float32, features 16..256, random 256x256 crops with flips
+and quarter turns, batches of 4, AdamW at 1e-3 with a cosine schedule, BCE + Dice; nothing of fastunet's is used in it.
+Writes DIR/accuracy_<limit>.json. DATA holds grey 8-bit images of one size and binary masks; `--rare` makes some, of
+whose pixels 0.3 % are foreground; `--train-images` leaves only the first so many to train on.
 
     python -m benchmarks accuracy DATA --quantised RUN --out DIR [--calibration 4]
 
@@ -21,7 +23,9 @@ import json
 import math
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -30,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastunet
-from fastunet.checks import DataError
+from fastunet.checks import ConfigError, DataError
 from fastunet.data import (
     Pair,
     SegmentationDataset,
@@ -41,8 +45,9 @@ from fastunet.data import (
     read_mask,
     split,
 )
+from fastunet.data.synthetic import write_dataset
 from fastunet.files import write_json
-from fastunet.inference.evaluation import evaluate
+from fastunet.inference.evaluation import evaluate, scores_of_image
 from fastunet.metrics import SegmentationMetrics
 from fastunet.train.checkpoint import load_run
 from fastunet.train.loop import TrainConfig, train
@@ -51,6 +56,8 @@ from .dropin_models import PaddedUNet
 from .harness.environment import environment
 
 CLASSES = ["background", "foreground"]
+# Few, small cells among the same debris: 0.3 % of the pixels.
+RARE: dict[str, Any] = {"count": 24, "size": 512, "seed": 0, "radii": (4.0, 7.0), "area_per_cell": 2**17}
 
 # --- the plain script ---
 
@@ -102,19 +109,65 @@ def load(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     return images.float() / 255, masks.float()[:, None]
 
 
-def run_plain(data: Path, config: TrainConfig) -> dict[str, Any]:
-    """Train and score the plain script on the split that `config` makes."""
+def run_plain(train_pairs: list[Pair], config: TrainConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """Train the plain script: the model, and what it took."""
+    model, steps, seconds = train_plain(*load(train_pairs), config.steps, config.max_minutes, config.seed)
+    return model, {"steps": steps, "seconds": seconds}
+
+
+# --- both ---
+
+
+def link(pairs: list[Pair], root: Path) -> None:
+    """Link the files of pairs into `root/images` and `root/masks`."""
+    for pair in pairs:
+        for folder, file in (("images", pair.image), ("masks", pair.mask)):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            (root / folder / f"{pair.stem}{file.suffix}").symlink_to(file.absolute())
+
+
+def scores(found: list[Tensor], pairs: list[Pair]) -> dict[str, Any]:
+    """Dice of both classes over the pixels of all images, and the mean V-Rand of the parts of foreground."""
+    metrics, rand = SegmentationMetrics(CLASSES), []
+    for labels, pair in zip(found, pairs, strict=True):
+        truth = torch.from_numpy(labels_from_mask(read_mask(pair.mask), 1)).long()
+        metrics.update(labels[None], truth[None])
+        rand.append(scores_of_image(labels, truth, CLASSES, parts="foreground")["v_rand"])
+    return {"dice": metrics.compute()["dice"], "v_rand": float(np.nanmean(rand))}
+
+
+def compare(data: Path, config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Train both on the split that `config` makes of a folder, and score both on the images kept out."""
     pairs = find_pairs(data)
     if inspect(pairs).dtype != "uint8":
         raise DataError(f"{data}: expected 8-bit images, which the plain script takes")
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
-    model, steps, seconds = train_plain(*load(train_pairs), config.steps, config.max_minutes, config.seed)
-    images, masks = load(val_pairs)
+    model, plain = run_plain(train_pairs, config)
+    images, _ = load(val_pairs)
     with torch.no_grad():
-        found = torch.cat([model(image[None]).sigmoid() > 0.5 for image in images])
-    metrics = SegmentationMetrics(CLASSES)
-    metrics.update(found[:, 0].long(), masks[:, 0].long())
-    return {**metrics.compute(), "steps": steps, "seconds": seconds}
+        plain |= scores([(model(image[None])[0, 0] > 0).long() for image in images], val_pairs)
+    print(f"plain    {config.seed}:", json.dumps(plain), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        metrics = train(data, run, config)
+        segmenter = fastunet.load(run, device="cpu")
+        ours = {name: metrics[name] for name in ("steps", "seconds", "precision")}
+        ours |= scores([torch.from_numpy(segmenter.predict(pair.image) > 0).long() for pair in val_pairs], val_pairs)
+    print(f"fastunet {config.seed}:", json.dumps(ours), flush=True)
+    return {"plain": plain, "fastunet": ours}
+
+
+def means(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean scores of each over the seeds, and by how much fastunet's are higher."""
+    summary: dict[str, Any] = {}
+    for who in ("plain", "fastunet"):
+        found = [run[who] for run in runs]
+        dice = {name: fmean(each["dice"][name] for each in found) for name in CLASSES}
+        summary[who] = {"dice": dice} | {
+            key: fmean(each[key] for each in found) for key in ("v_rand", "steps", "seconds")
+        }
+    ours, plain = summary["fastunet"]["dice"], summary["plain"]["dice"]
+    return summary | {"dice_margin": {name: ours[name] - plain[name] for name in CLASSES}}
 
 
 # --- 8 bits ---
@@ -133,27 +186,32 @@ def compare_quantised(run: Path, data: Path, calibration: int) -> dict[str, Any]
     known = SegmentationDataset((seen or judged)[:calibration], summary)
     quantised = fastunet.quantize(model, (known[i][0][None] for i in range(len(known))))
     images = SegmentationDataset(judged, summary)
-    scores = {
+    found: dict[str, Any] = {
         name: evaluate(net, images, config.class_names)[0] for name, net in (("float", model), ("e4m3", quantised))
     }
-    loss = scores["float"]["mean_dice"] - scores["e4m3"]["mean_dice"]
+    loss = found["float"]["mean_dice"] - found["e4m3"]["mean_dice"]
     stems = {"calibration": [pair.stem for pair in (seen or judged)[:calibration]], "judged": [p.stem for p in judged]}
-    return {**scores, "loss": loss, "images": stems}
+    return {**found, "loss": loss, "images": stems}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("data", type=Path, metavar="DATA")
+    parser.add_argument("data", type=Path, nargs="?", metavar="DATA")
+    parser.add_argument("--rare", action="store_true", help="make images of whose pixels 0.3 %% are foreground instead")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--minutes", type=float, help="of training, for each of the two")
     what.add_argument("--steps", type=int, help="of training, for each of the two")
     what.add_argument("--quantised", type=Path, metavar="RUN", help="score this model in 8 bits instead")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the JSON")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each of the two")
+    parser.add_argument("--train-images", type=int, metavar="N", help="train on the first N of those not kept out")
     parser.add_argument("--calibration", type=int, default=4, help="images that tell the ranges of 8 bits")
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write. Returns 0."""
+    if options.rare == (options.data is not None):
+        raise ConfigError("expected either DATA or --rare")
     name, found = _quantised(options) if options.quantised is not None else _trained(options)
     options.out.mkdir(parents=True, exist_ok=True)
     machine = environment("cpu") | {"threads": torch.get_num_threads()}
@@ -172,12 +230,19 @@ def _quantised(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _trained(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     limit = {"max_minutes": options.minutes} if options.minutes is not None else {"steps": options.steps}
     config = TrainConfig(device="cpu", **limit)
-    plain = run_plain(options.data, config)
-    print("plain:   ", json.dumps(plain["dice"]), plain["steps"], "steps", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        ours = train(options.data, Path(folder) / "run", config)
-    print("fastunet:", json.dumps(ours["dice"]), ours["steps"], "steps")
-    margins = {name: ours["dice"][name] - plain["dice"][name] for name in CLASSES}
-    print("margin:  ", json.dumps(margins))
     name = f"minutes_{options.minutes:g}" if options.minutes is not None else f"steps_{options.steps}"
-    return f"accuracy_{name}", {"summary": {"dice_margin": margins}, "plain": plain, "fastunet": ours}
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data
+        if options.rare:
+            data, name = Path(folder) / "rare", f"{name}_rare"
+            write_dataset(data, **RARE)
+        if options.train_images is not None:
+            train_pairs, val_pairs = split(find_pairs(data), config.val_fraction, config.split_seed)
+            kept = train_pairs[: options.train_images]
+            data, name = Path(folder) / "few", f"{name}_images_{len(kept)}"
+            link([*kept, *val_pairs], data)
+            config = replace(config, val_fraction=len(val_pairs) / (len(kept) + len(val_pairs)))
+        runs = [{"seed": seed} | compare(data, replace(config, seed=seed)) for seed in range(options.seeds)]
+    summary = means(runs)
+    print(json.dumps(summary, indent=1))
+    return f"accuracy_{name}", {"summary": summary, "runs": runs}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from fastunet.files import save_png
 
 SMALLEST = 32
 RADII = (11.0, 25.0)
-CELL_AREA = 1900  # field per cell that is tried to be placed
+CELL_AREA = 1900  # field per cell
 WAVES = np.arange(2, 7)  # harmonics of a cell's outline
 BRIGHTNESS = (0.14, 0.6)
 PHOTONS = 110.0  # per pixel at full brightness: sets the shot noise
@@ -26,25 +27,36 @@ READ_NOISE = 0.012
 BLUR = 1.1  # sigma
 
 
-def cells(count: int, size: int = 256, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def cells(
+    count: int,
+    size: int = 256,
+    seed: int = 0,
+    *,
+    radii: tuple[float, float] = RADII,
+    area_per_cell: int = CELL_AREA,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Make images and masks, uint8 [size, size] each; masks hold 0 and 255. The same arguments give the same pixels.
+
+    Radii are drawn from a range, and so many cells are tried to be placed as the field holds `area_per_cell`.
 
     Raises:
         ConfigError: `count` below 1 or `size` below 32.
     """
     if count < 1 or size < SMALLEST:
         raise ConfigError(f"cells: expected count >= 1 and size >= {SMALLEST}, got {count} and {size}")
-    pictures = [_micrograph(size, generator) for generator in np.random.default_rng(seed).spawn(count)]
+    pictures = [
+        _micrograph(size, generator, radii, area_per_cell) for generator in np.random.default_rng(seed).spawn(count)
+    ]
     return [image for image, _ in pictures], [mask for _, mask in pictures]
 
 
-def write_dataset(root: str | Path, count: int, size: int = 256, seed: int = 0) -> None:
-    """Write `cells` to `root/images` and `root/masks` as cell_000.png, cell_001.png, ...
+def write_dataset(root: str | Path, count: int, size: int = 256, seed: int = 0, **sizes: Any) -> None:
+    """Write `cells` to `root/images` and `root/masks` as cell_000.png, cell_001.png, ...; `sizes` are its others.
 
     Raises:
         DataError: one of the files is there already, of whatever content.
     """
-    pictures = cells(count, size, seed)
+    pictures = cells(count, size, seed, **sizes)
     folders = [Path(root) / name for name in ("images", "masks")]
     files = [[folder / f"cell_{index:03}.png" for index in range(count)] for folder in folders]
     if taken := [file for file in (*files[0], *files[1]) if os.path.lexists(file)]:
@@ -55,12 +67,14 @@ def write_dataset(root: str | Path, count: int, size: int = 256, seed: int = 0) 
             save_png(file, array)
 
 
-def _micrograph(size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _micrograph(
+    size: int, generator: np.random.Generator, radii: tuple[float, float], area_per_cell: int
+) -> tuple[np.ndarray, np.ndarray]:
     """One image and its mask."""
     light = np.zeros((size, size))
     inside = np.zeros((size, size), bool)
     texture = _smooth_noise(size, 1.5, generator)
-    for row, column, radius in _place_cells(size, generator):
+    for row, column, radius in _place_cells(size, generator, radii, area_per_cell):
         _add_cell(light, inside, texture, row, column, radius, generator)
     for number, sigmas, amplitudes in (
         (size**2 // 6500, (14.0, 34.0), (0.08, 0.3)),  # cells out of focus
@@ -78,12 +92,14 @@ def _micrograph(size: int, generator: np.random.Generator) -> tuple[np.ndarray, 
     return (np.clip(signal, 0, 1) * 255).astype(np.uint8), inside.astype(np.uint8) * 255
 
 
-def _place_cells(size: int, generator: np.random.Generator) -> list[tuple[float, float, float]]:
+def _place_cells(
+    size: int, generator: np.random.Generator, radii: tuple[float, float], area_per_cell: int
+) -> list[tuple[float, float, float]]:
     """Choose (row, column, radius) at random, some across the border, none on top of another."""
     placed: list[tuple[float, float, float]] = []
-    for _ in range(4 * size**2 // CELL_AREA):
+    for _ in range(4 * size**2 // area_per_cell):
         row, column = generator.uniform(-5, size + 5, 2)
-        radius = generator.uniform(*RADII)
+        radius = generator.uniform(*radii)
         if all(np.hypot(row - r, column - c) > 1.02 * (radius + other) for r, c, other in placed):
             placed.append((row, column, radius))
     return placed
