@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import dispatch, ops, reference
-from fastunet.cpu.folded_layers import FoldedLayer, run_layer, statistics_of
+from fastunet.cpu.folded_layers import activate, run_layer, statistics_of
+from fastunet.cpu.onednn import ComposedLayer, convolve_composed, pointwise
 from fastunet.ops.conv3x3 import ConvArgs, conv3x3
 from fastunet.reference.unet import HEADS, padding_to
 from fastunet.torch_private import has_hooks, in_transform
@@ -41,13 +42,19 @@ class DoubleConv(reference.DoubleConv):
         conv1, norm1, _, conv2, norm2, _ = self.double_conv
         return [(conv1, norm1), (conv2, norm2)]
 
-    def layered(self, x: Tensor, folded: Iterator[FoldedLayer] | None) -> Tensor:
+    def layered(self, x: Tensor, folded: Iterator[Any] | None) -> Tensor:
         """forward of x by ATen's layers, none of which is watched; folded: of a `Folding`, in inference."""
-        conv1, norm1, act1, conv2, norm2, act2 = self.double_conv
+        conv1, norm1, act1, *_ = self.double_conv
         if folded is None:
-            x = act1.forward(norm1.forward(conv1.forward(x)))
+            return self.layered_second(act1.forward(norm1.forward(conv1.forward(x))), None)
+        return self.layered_second(run_layer(norm1, act1, x, next(folded)), folded)
+
+    def layered_second(self, x: Tensor, folded: Iterator[Any] | None) -> Tensor:
+        """The rest of `layered`, from the output of the first three on."""
+        _, _, _, conv2, norm2, act2 = self.double_conv
+        if folded is None:
             return act2.forward(norm2.forward(conv2.forward(x)))
-        return run_layer(norm2, act2, run_layer(norm1, act1, x, folded), folded)
+        return run_layer(norm2, act2, x, next(folded))
 
     def fused(self, x: Tensor, up: Tensor | None = None, *, head: OutConv | None = None) -> Tensor:
         """forward of x, or of [x, up] without joining them; with head, head(forward(...))."""
@@ -137,9 +144,20 @@ class Up(reference.Up):
         is_torchs = is_plain(self.up, nn.ConvTranspose2d) or is_plain(self.up, nn.Upsample)
         return is_torchs and is_plain_block(self.conv, DoubleConv)
 
-    def layered(self, low: Tensor, skip: Tensor, folded: Iterator[FoldedLayer] | None) -> Tensor:
-        """forward(low, skip) by ATen's layers, none of which is watched."""
-        return self.conv.layered(torch.cat([skip, padded_to(self.up.forward(low), skip)], dim=1), folded)
+    def layered(self, low: Tensor, skip: Tensor, folded: Iterator[Any] | None) -> Tensor:
+        """forward(low, skip) by ATen's layers, none of which is watched; folded: of a `Folding`, in inference."""
+        layer = None if folded is None else next(folded)
+        _, norm, act, *_ = self.conv.double_conv
+        if isinstance(layer, ComposedLayer):
+            return self.conv.layered_second(activate(act, convolve_composed(layer, skip, low)), folded)
+        x = torch.cat([skip, padded_to(self.up.forward(low), skip)], dim=1)
+        if layer is None:
+            return self.conv.layered(x, None)
+        return self.conv.layered_second(run_layer(norm, act, x, layer), folded)
+
+    def composed_up(self, low: Tensor, skip: Tensor) -> Any:
+        """Return the upsampling where it is computed together with the convolution after it, else None."""
+        return self.up if self._composes(low, skip) else None
 
     def fused(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
         """forward(low, skip); with head, head(forward(low, skip))."""
@@ -180,6 +198,12 @@ class OutConv(reference.OutConv):
     def has_plain_layers(self) -> bool:
         """Whether one op computes it."""
         return self.head in HEADS and _is_convolution(self.conv, 1)
+
+    def layered(self, x: Tensor, *, in_inference: bool) -> Tensor:
+        """forward of x by ATen's layers; in inference by oneDNN's, where ATen's own loop takes over at few channels."""
+        if in_inference and dispatch.has_onednn():
+            return self.activate(pointwise(x, self.conv.weight, self.conv.bias))
+        return super().forward(x)
 
     def fused(self, x: Tensor) -> Tensor:
         return ops.conv1x1(x, self.conv.weight, self.conv.bias, activation=self.head)

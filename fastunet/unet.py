@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import dispatch, modules, pretrained, reference
 from fastunet.checks import ConfigError, ShapeError, check_activation, check_together
-from fastunet.cpu.folded_layers import FoldedLayer, Folding
+from fastunet.cpu.folded_layers import Folding, Layer
 from fastunet.cpu.model_state import Memo
+from fastunet.cpu.pooling import max_pool2x2
 from fastunet.ops.registration import is_plain_call
 from fastunet.reference import ReferenceUNet
 
@@ -114,15 +114,15 @@ class UNet(ReferenceUNet):
             x = block.fused(x, skips.pop())
         return last.fused(x, skips.pop(), head=self.head)
 
-    def _by_layers(self, x: Tensor, folded: Iterator[FoldedLayer] | None) -> Tensor:
+    def _by_layers(self, x: Tensor, folded: Iterator[Any] | None) -> Tensor:
         skips = []
         for block in self.encoder:
             skips.append(block.layered(x, folded))
-            x = F.max_pool2d(skips[-1], 2)
+            x = max_pool2x2(skips[-1])
         x = self.bottleneck.layered(x, folded)
         for block in self.decoder:
             x = block.layered(x, skips.pop(), folded)
-        return reference.OutConv.forward(self.head, x)
+        return self.head.layered(x, in_inference=folded is not None)
 
     def _way(self, x: Tensor) -> Any:
         """How to compute the net: by its modules, where one's own call is asked for; by their layers, where all is left
@@ -147,14 +147,20 @@ class UNet(ReferenceUNet):
         return isinstance(self._way(x.new_empty(1, device="cpu").expand(x.shape)), Folding)
 
     def _way_by_size(self, x: Tensor) -> Any:
-        levels = [torch.Size(side >> level for side in x.shape[2:]) for level in range(self.depth + 1)]
-        levels += reversed(levels[:-1])
-        images = [x.new_empty(1).expand(x.shape[0], 1, *level) for level in levels for _ in range(2)]
-        layers = [*zip(self._convolutions(), images, strict=True)]
-        is_inference = not torch.is_grad_enabled() and not any(norm.training for (_, norm), _ in layers)
-        if is_inference and dispatch.is_small([(image, conv.weight) for (conv, _), image in layers]):
-            return Folding(self._convolutions())
-        is_left = all(modules.is_left_to_aten(conv, norm, image) for (conv, norm), image in layers)
+        sizes = [[side >> level for side in x.shape[2:]] for level in range(self.depth + 1)]
+        images = [x.new_empty(1).expand(x.shape[0], 1, *size) for size in sizes]
+        layers = [
+            Layer(conv, norm, None, image)
+            for block, image in zip(self._descent(), images, strict=True)
+            for conv, norm in block.convolutions()
+        ]
+        for block, low, skip in zip(self.decoder, images[:0:-1], images[-2::-1], strict=True):
+            (conv1, norm1), (conv2, norm2) = block.conv.convolutions()
+            layers += [Layer(conv1, norm1, block.composed_up(low, skip), skip), Layer(conv2, norm2, None, skip)]
+        is_inference = not torch.is_grad_enabled() and not any(layer.norm.training for layer in layers)
+        if is_inference and dispatch.is_small([(layer.image, layer.conv.weight) for layer in layers]):
+            return Folding(layers)
+        is_left = all(modules.is_left_to_aten(layer.conv, layer.norm, layer.image) for layer in layers)
         return LAYERS if is_left else OPS
 
     def _has_plain_layers(self) -> bool:
@@ -188,11 +194,6 @@ class UNet(ReferenceUNet):
 
     def _descent(self) -> list[Any]:
         return [self.inc, *(down.block for down in self.downs)]
-
-    def _convolutions(self) -> list[tuple[Any, Any]]:
-        """The 3x3 convolutions in order, each with its norm."""
-        blocks = [*self._descent(), *(up.conv for up in self.decoder)]
-        return [layer for block in blocks for layer in block.convolutions()]
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         """Raise ShapeError for what the layers as they are cannot take, before any of them runs."""

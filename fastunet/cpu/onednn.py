@@ -65,8 +65,8 @@ def conv3x3(
 
     def make() -> tuple[Tensor | None, Tensor, Tensor | None]:
         folded, shift = _folded(weight, bias, norm)
-        packed = None if up is None else _pack(folded[:, x.shape[1] :], up)
-        return packed, _pack(folded[:, : x.shape[1]], x), _as(shift, x)
+        packed = None if up is None else pack(folded[:, x.shape[1] :], up)
+        return packed, pack(folded[:, : x.shape[1]], x), _as(shift, x)
 
     kind = ("conv3x3", x.dtype, x.shape[1], None if norm is None else norm.eps)
     of_up, of_x, shift = prepared(kind, _sources(weight, bias, norm), make)
@@ -100,31 +100,59 @@ def conv_transpose2x2_concat_conv3x3(
     """conv3x3(skip, up, ...) of up = conv_transpose2d(low, up_weight, up_bias, stride=2), padded with zeros below and
     right to skip's size, which is never computed: the two weights are composed.
     """
-    split = skip.shape[1]
-    is_wide = dispatch.winograd_wins(skip, weight[:, :split])
-    side = winograd.side_of_tiles(skip, weight[:, :split]) if is_wide else 0
+    is_wide = dispatch.winograd_wins(skip, weight[:, : skip.shape[1]])
+    side = winograd.side_of_tiles(skip, weight[:, : skip.shape[1]]) if is_wide else 0
 
-    def make() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        folded, shift = _folded(weight, bias, norm)
-        of_up = folded[:, split:]
-        border = None
-        if up_bias is not None:
-            of_bias = folding.upsampled_bias(up_bias.detach().float(), of_up)
-            inner, border = of_bias[:, 1, 1], folding.border_of(of_bias)
-            shift = inner if shift is None else shift + inner
-        composed = _pack_transpose(folding.compose_upsampling(up_weight.detach().float(), of_up), low, padding=1)
-        of_skip = winograd.transformed(folded[:, :split], side) if side else _pack(folded[:, :split], skip)
-        return composed, of_skip, _as(shift, skip), _as(border, skip)
+    def make() -> ComposedLayer:
+        return compose(skip, low, up_weight, up_bias, *_folded(weight, bias, norm), side)
 
     kind = ("conv_transpose2x2_concat_conv3x3", skip.dtype, side, None if norm is None else norm.eps)
-    sources = [*_sources(weight, bias, norm), up_weight, up_bias]
-    composed, of_skip, shift, border = prepared(kind, sources, make)
-    y = _convolve_transpose(low, composed, shift, padding=1, output_padding=[size % 2 for size in skip.shape[2:]])
-    if border is not None:
-        y = folding.add_border_(y, border)
+    layer = prepared(kind, [*_sources(weight, bias, norm), up_weight, up_bias], make)
+    return activate_(convolve_composed(layer, skip, low, side), slope)
+
+
+class ComposedLayer(NamedTuple):
+    """An upsampling with the convolution after it: the weight of both, the skip's, and what the biases add."""
+
+    composed: Tensor
+    of_skip: Tensor
+    shift: Tensor | None
+    border: Tensor | None
+
+
+def compose(
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    side: int = 0,
+) -> ComposedLayer:
+    """Prepare weights and bias in float32, the norm folded in, for images like skip and low; side: of Winograd's tiles,
+    0 for oneDNN.
+    """
+    split = skip.shape[1]
+    of_up = weight[:, split:]
+    border = None
+    if up_bias is not None:
+        of_bias = folding.upsampled_bias(up_bias.detach().float(), of_up)
+        inner, border = of_bias[:, 1, 1], folding.border_of(of_bias)
+        shift = inner if shift is None else shift + inner
+    composed = _pack_transpose(folding.compose_upsampling(up_weight.detach().float(), of_up), low, padding=1)
+    of_skip = winograd.transformed(weight[:, :split], side) if side else pack(weight[:, :split], skip)
+    return ComposedLayer(composed, of_skip, _as(shift, skip), _as(border, skip))
+
+
+def convolve_composed(layer: ComposedLayer, skip: Tensor, low: Tensor, side: int = 0) -> Tensor:
+    """Return the convolution of [skip, the upsampled low], before its activation."""
+    odd = [size % 2 for size in skip.shape[2:]]
+    y = _convolve_transpose(low, layer.composed, layer.shift, padding=1, output_padding=odd)
+    if layer.border is not None:
+        y = folding.add_border_(y, layer.border)
     if side:
-        return activate_(y.add_(winograd.convolve_transformed([skip], [of_skip], None, side)), slope)
-    return activate_(_convolve_add_(y, skip, of_skip), slope)
+        return y.add_(winograd.convolve_transformed([skip], [layer.of_skip], None, side))
+    return _convolve_add_(y, skip, layer.of_skip)
 
 
 def _convolve_winograd(inputs: list[Tensor], weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
@@ -157,7 +185,8 @@ def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
     return None if t is None else t.to(x.dtype)
 
 
-def _pack(weight: Tensor, x: Tensor) -> Tensor:
+def pack(weight: Tensor, x: Tensor) -> Tensor:
+    """Return a 3x3 weight in the order in which oneDNN multiplies images like x by it."""
     weight = weight.to(x.dtype).contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._reorder_convolution_weight(weight, _ONE, _ONE, _ONE, 1, list(x.shape))
 
@@ -169,7 +198,12 @@ def _pack_transpose(weight: Tensor, low: Tensor, *, padding: int) -> Tensor:
 
 def convolve(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """Return conv2d(x, packed, bias, padding=1); packed may also be a plain weight."""
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, _ONE, _ONE, _ONE, 1, "none", [], "")
+    return torch.ops.mkldnn._convolution_pointwise.default(x, packed, bias, _ONE, _ONE, _ONE, 1, "none", [], "")
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return conv2d(x, weight, bias) of a 1x1 weight as it is."""
+    return torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, [0, 0], _ONE, _ONE, 1, "none", [], "")
 
 
 def _convolve_add_(y: Tensor, x: Tensor, packed: Tensor) -> Tensor:

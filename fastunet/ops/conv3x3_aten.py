@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastunet.cpu import onednn, winograd
 from fastunet.cpu.onednn import activate_
+from fastunet.cpu.pooling import max_pool2x2
 from fastunet.ops.convolution import convolution_grads
 from fastunet.ops.epilogue import epilogue_grad
 from fastunet.ops.registration import memory_format, strided_like
@@ -35,7 +36,7 @@ def forward(args: ConvArgs, implementation: str) -> tuple[Tensor | None, ...]:
         y, mean, invstd = (_batch_norm if args.norm == "batch" else _instance_norm)(raw, args)
         y = activate_(y.contiguous(memory_format=format), args.slope)
     y = y.contiguous(memory_format=format)
-    pooled = F.max_pool2d(y, 2).contiguous(memory_format=format) if args.pool else None
+    pooled = max_pool2x2(y).contiguous(memory_format=format) if args.pool else None
     return (y, pooled, raw, mean, invstd) if args.needs_backward else (y, pooled, None, None, None)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from fastunet import checks, dispatch
+from fastunet.cpu import pooling
 from fastunet.ops.epilogue import epilogue_grad
 from fastunet.ops.registration import define, empty_in, memory_format, strided_like
 from fastunet.reference import functional as reference
@@ -49,7 +49,7 @@ def _forward(args: PoolArgs, choice: dispatch.Choice) -> Tensor:
 
         y = kernels.max_pool2x2(args.x)
     else:
-        y = F.max_pool2d(args.x, 2)
+        y = pooling.max_pool2x2(args.x)
     return y.contiguous(memory_format=memory_format(args.x))
 
 

@@ -90,7 +90,10 @@ class OutConv(nn.Module):
         return f"head={self.head!r}"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+        return self.activate(self.conv(x))
+
+    def activate(self, y: Tensor) -> Tensor:
+        """Return what the head makes of the logits."""
         if self.head is None:
             return y
         return y.sigmoid() if self.head == "sigmoid" else y.softmax(dim=1)
