@@ -45,11 +45,14 @@ class MissingPackageError(FastUNetError, ModuleNotFoundError):
     """A package of one of fastunet's extras is not installed: the message names both."""
 
 
-def check_activation(op: str, **tensors: Tensor) -> None:
-    """Raise unless each tensor is a 4-D floating-point image batch [N, C, H, W]."""
+def check_activation(op: str, *, dims: int = 2, **tensors: Tensor) -> None:
+    """Raise unless each tensor is a floating-point batch of images [N, C, H, W], with dims=3 of volumes [N, C, D, H,
+    W].
+    """
+    shape = "[N, C, H, W]" if dims == 2 else "[N, C, D, H, W]"
     for name, t in tensors.items():
-        if t.dim() != 4:
-            raise ShapeError(f"{op}: {name}: expected a 4-D tensor [N, C, H, W], got {list(t.shape)}")
+        if t.dim() != dims + 2:
+            raise ShapeError(f"{op}: {name}: expected a {dims + 2}-D tensor {shape}, got {list(t.shape)}")
         if not t.is_floating_point():
             raise DtypeError(f"{op}: {name}: expected a floating-point tensor, got {t.dtype}")
 

@@ -46,6 +46,9 @@ _SMALL_PRODUCTS, _SMALL_WEIGHTS = 45_000_000, 1 << 20
 # Up to so many an upsampling and the convolution after it are quicker one after the other.
 _FEW_PRODUCTS_OF_TWO = 1 << 24
 
+# Why nothing of ours runs a net of volumes.
+VOLUMES = "three dimensions run on torch's own layers"
+
 # From which speedup on a kernel replaces ATen: what is less is within the noise of a clock that moves.
 LEAST_SPEEDUP = 1.03
 

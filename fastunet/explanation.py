@@ -25,7 +25,7 @@ from fastunet.torch_private import FakeTensorMode, TorchDispatchMode, original
 from fastunet.unet import UNet
 
 # ATen ops worth a line of their own: layers that run beside our ops.
-_ATEN_LAYERS = ("convolution", "batch_norm", "max_pool2d", "upsample", "cat", "pad", "relu")
+_ATEN_LAYERS = ("convolution", "batch_norm", "max_pool", "upsample", "cat", "pad", "relu")
 _SMALL = "the net is so small that ATen's layers, one after the other, cost the host least"
 _OWN_BLOCKS = (modules.DoubleConv, modules.Up, modules.OutConv)
 
@@ -233,7 +233,9 @@ class _Recorder(TorchDispatchMode):
             choice = given.choice(training=torch.is_grad_enabled())
             self._note(getattr(given, "name", name), args, choice)
         elif not self.is_within and any(part in name for part in _ATEN_LAYERS):
-            self._note(name, args, dispatch.Choice("aten", "not one of fastunet's ops"))
+            is_of_volumes = any(isinstance(a, Tensor) and a.dim() == 5 for a in args)
+            reason = dispatch.VOLUMES if is_of_volumes else "not one of fastunet's ops"
+            self._note(name, args, dispatch.Choice("aten", reason))
         return func(*args, **(kwargs or {}))
 
     def _note(self, op: str, args: Any, choice: dispatch.Choice) -> None:

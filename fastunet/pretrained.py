@@ -25,9 +25,10 @@ from . import __version__
 from .checks import ConfigError, DataError, DtypeError, FastUNetError, MissingPackageError, some_of
 from .files import write_json, written_whole
 from .reference import ReferenceUNet
+from .reference.unet import LAYERS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-STRUCTURE = ("in_channels", "out_channels", "features", "norm", "upsample")  # what weights tell
+STRUCTURE = ("in_channels", "out_channels", "features", "norm", "upsample", "dims")  # what weights tell
 FREE = ("activation", "head")  # what they do not
 NESTS = ("state_dict", "model_state_dict", "model", "net")  # where training scripts put it among other things
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")  # DataParallel, torch.compile, a LightningModule's attribute
@@ -298,7 +299,7 @@ def _from_brain_segmentation(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {renamed(name): tensor for name, tensor in tensors.items()}
     for level in range(1, depth + 1):
         joined, up = f"up{level}.conv.double_conv.0.weight", state.get(f"up{level}.up.weight")
-        if up is not None and joined in state and up.dim() == state[joined].dim() == 4:
+        if up is not None and joined in state and up.dim() == state[joined].dim() > 1:
             state[joined] = state[joined].roll(-up.shape[1], dims=1)
     return state
 
@@ -329,10 +330,13 @@ def _with_statistics_as_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _structure(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """Return the arguments of UNet that the weights tell."""
 
+    # A convolution's weight is [out, in, *kernel], whose kernel has as many sides as the image.
+    dims = 3 if state[OURS].dim() == 5 else 2
+
     def size(name: str, axis: int) -> int:
-        if name not in state or state[name].dim() != 4:
+        if name not in state or state[name].dim() != dims + 2:
             got = list(state[name].shape) if name in state else "none"
-            raise DataError(f"{where}: {name}: expected a 4-D tensor, got {got}")
+            raise DataError(f"{where}: {name}: expected a {dims + 2}-D tensor, got {got}")
         return state[name].shape[axis]
 
     def level(index: int) -> str:
@@ -350,7 +354,8 @@ def _structure(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
         "out_channels": size("outc.conv.weight", 0),
         "features": tuple(features),
         "norm": "batch" if batch else "instance" if affine else None,
-        "upsample": "transpose" if transposed else "bilinear",
+        "upsample": "transpose" if transposed else LAYERS[dims].interpolation,
+        "dims": dims,
     }
 
 
@@ -361,7 +366,7 @@ def _agreed(found: dict[str, Any], given: Mapping[str, Any], error: type[FastUNe
     """Return what was found, overridden by what is given. Raises `error` where the weights contradict."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     same = dict(found)
-    if found["upsample"] == "bilinear" and isinstance(values.get("features"), tuple):
+    if found["upsample"] != "transpose" and isinstance(values.get("features"), tuple):
         same["features"] = (*found["features"][:-1], *values["features"][-1:])  # No weight depends on the last.
     for name in STRUCTURE:
         if name in values and values[name] != same[name]:

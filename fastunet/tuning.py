@@ -13,6 +13,7 @@ from fastunet.explanation import Explanation, calls, explain, has_own_blocks
 from fastunet.kernels import autotune, gpu
 from fastunet.measuring.timing import Quantiles, clock_of, interleaved_samples
 from fastunet.ops.registration import Op
+from fastunet.unet import check_is_of_images
 
 # Layers that could not gain this share of their time are not measured.
 _LEAST_GAIN = 0.05
@@ -39,8 +40,9 @@ def tune(
 
     seconds: to measure in; by default what is left to this process of FASTUNET_TUNE_SECONDS. neighbours: how many
     configurations of each kernel are tried beside the heuristic one, None for all. on_layer: is told how many layers
-    are done, of how many, and which is next.
+    are done, of how many, and which is next. Raises ConfigError for a UNet of volumes.
     """
+    check_is_of_images("tune", model)
     if example.device.type == "cuda" and dispatch.triton_unsupported(example.device, torch.float32) is None:
         budget = measuring.process_budget if seconds is None else measuring.Budget(seconds)
         try:

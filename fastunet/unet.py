@@ -43,9 +43,12 @@ class UNet(ReferenceUNet):
         features: channels of each level, from the image to the bottom.
         norm: "batch", "instance" (affine), or None, where the convolutions have a bias instead.
         upsample: "transpose" (2x2 transposed convolution) or "bilinear" (align_corners=True, and half as many channels
-            at each level's end).
+            at each level's end); of volumes "transpose" or "trilinear".
         activation: "relu", or "leaky_relu" with slope 0.01.
         head: None, "sigmoid", or "softmax" over the channels.
+        dims: 2, of images, or 3, of volumes [N, C, D, H, W]: the same net of torch's own 3-D layers, none of them
+            fused, for forward and backward alone. Prediction in tiles, training by `fastunet train`, export,
+            quantisation, `graphed` and `tune` are of images.
         n_channels, n_classes, bilinear: in_channels, out_channels and upsample as milesial/Pytorch-UNet spells them.
 
     In inference each upsampling may be folded into the convolution after it: on the CPU in float32, by the Triton
@@ -77,6 +80,7 @@ class UNet(ReferenceUNet):
         n_channels: int | None = None,
         n_classes: int | None = None,
         bilinear: bool | None = None,
+        dims: int = 2,
     ) -> None:
         spelled = None if bilinear is None else "bilinear" if bilinear else "transpose"
         super().__init__(
@@ -87,6 +91,7 @@ class UNet(ReferenceUNet):
             upsample=_either("upsample", upsample, "bilinear", spelled, default="transpose"),
             activation=activation,
             head=head,
+            dims=dims,
         )
         self._memo = Memo()
 
@@ -128,6 +133,9 @@ class UNet(ReferenceUNet):
         """How to compute the net: by its modules, where one's own call is asked for; by their layers, where all is left
         to ATen, which gains nothing of knowing the neighbours, or where the net is small; else by fused ops.
         """
+        if self.dims == 3:
+            self._check_sides(x)
+            return MODULES
         if torch.compiler.is_compiling():
             return OPS if self._has_plain_layers() else MODULES
         signature: Any = None
@@ -197,18 +205,22 @@ class UNet(ReferenceUNet):
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         """Raise ShapeError for what the layers as they are cannot take, before any of them runs."""
-        check_activation("UNet", input=x)
-        channels, least = weight.shape[1], 2**self.depth
+        channels = weight.shape[1]
+        self._check_sides(x)
         if x.shape[1] != channels:
             raise ShapeError(f"UNet: expected {channels} input channels, got {x.shape[1]} in {list(x.shape)}")
-        height, width = x.shape[2:]
-        if height < least or width < least:
-            raise ShapeError(f"UNet: expected height and width >= {least} (2**depth), got {height}x{width}")
-        ends_in_a_pixel = height < 2 * least and width < 2 * least
-        if ends_in_a_pixel and any(isinstance(layer, nn.InstanceNorm2d) for layer in self.bottleneck.modules()):
+
+    def _check_sides(self, x: Tensor) -> None:
+        """Raise ShapeError for what is no image (or volume), or is too small for as many levels."""
+        check_activation("UNet", dims=self.dims, input=x)
+        least, sides, first = 2**self.depth, x.shape[2:], "depth, " if self.dims == 3 else ""
+        if min(sides) < least:
+            raise ShapeError(f"UNet: expected {first}height and width >= {least} (2**depth), got {_by(sides)}")
+        norms = (nn.InstanceNorm2d, nn.InstanceNorm3d)
+        if max(sides) < 2 * least and any(isinstance(layer, norms) for layer in self.downs[-1].modules()):
             raise ShapeError(
                 f"UNet: instance norm needs more than one pixel at the bottom: "
-                f"expected height or width >= {2 * least} (2**(depth + 1)), got {height}x{width}"
+                f"expected {first}height or width >= {2 * least} (2**(depth + 1)), got {_by(sides)}"
             )
 
     @classmethod
@@ -261,7 +273,7 @@ class UNet(ReferenceUNet):
             plain = type(self)(**self.config)
         # SyncBatchNorm has batch norm's weights and means the same.
         for now, built in zip(str(self).splitlines(), str(plain).splitlines(), strict=False):
-            if now.replace("SyncBatchNorm", "BatchNorm2d") != built:
+            if now.replace("SyncBatchNorm", f"BatchNorm{self.dims}d") != built:
                 raise ConfigError(f"save_pretrained: expected UNet as built, {built.strip()}, got {now.strip()}")
         pretrained.save(folder, self.config, self.state_dict())
 
@@ -288,6 +300,16 @@ class UNet(ReferenceUNet):
                     module.__class__ = plain
         model.zero_grad()
         return model
+
+
+def _by(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides))
+
+
+def check_is_of_images(what: str, model: nn.Module) -> None:
+    """Raise ConfigError where a U-Net of volumes, which has the model alone, is the model or within it."""
+    if any(isinstance(module, ReferenceUNet) and module.dims == 3 for module in model.modules()):
+        raise ConfigError(f"{what}: expected a UNet of images (dims=2), got dims=3: {dispatch.VOLUMES}")
 
 
 _REFERENCES: dict[type[nn.Module], type[nn.Module]] = {

@@ -34,6 +34,7 @@ def doctor() -> None:
     console.print(f"fastunet {__version__}, Python {platform.python_version()}, {platform.platform()}", soft_wrap=True)
     console.print(_package_table())
     console.print(_device_table())
+    console.print(f"volumes, UNet(dims=3): {dispatch.VOLUMES}", soft_wrap=True)
     backend = dispatch.selected_backend()
     console.print(f"backend: {backend} (FASTUNET_BACKEND or fastunet.backend changes it)", soft_wrap=True)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:

@@ -235,7 +235,8 @@ def _unsupported(node: Node) -> str | None:
     if name == "interpolate":
         return "upsampling by interpolation has no op: the convolution after it takes its result unjoined"
     if name.endswith(("1d", "3d")):
-        return f"{name}: the ops are for images [N, C, H, W]"
+        volumes = f"{dispatch.VOLUMES}; " if name.endswith("3d") else ""
+        return f"{name}: {volumes}the ops are for images [N, C, H, W]"
     if not is_image(node) or not is_image(given["input"]):
         value = value_of(node)
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

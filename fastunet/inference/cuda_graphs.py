@@ -19,6 +19,7 @@ from fastunet.checks import ConfigError, DeviceError
 from fastunet.cpu.model_state import ModelState, autocast_dtype
 from fastunet.cpu.weight_cache import Use, uses_recorded
 from fastunet.ops.registration import check_untransformed
+from fastunet.unet import check_is_of_images
 
 # Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.
 _WARMUP = 3
@@ -34,7 +35,8 @@ def graphed(model: nn.Module, *, most: int = 8) -> GraphedModel:
     or something was prepared of them (an upsampling composed with a convolution), the graphs are recorded again. The
     model must do the same work whatever the values of its images, and no work of its own on the CPU.
 
-    Raises ConfigError for a model in train mode, at the call, and DeviceError for images that are not on a GPU.
+    Raises ConfigError for a UNet of volumes, and, at the call, for a model in train mode; DeviceError for images that
+    are not on a GPU.
     """
     return GraphedModel(model, most=most)
 
@@ -56,6 +58,7 @@ class GraphedModel(nn.Module):
         super().__init__()
         if most < 1:
             raise ConfigError(f"graphed: most: expected at least 1 graph, got {most}")
+        check_is_of_images("graphed", model)
         self.model = model
         self.training = model.training
         self._most, self._record = most, record or _record

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastunet.checks import ConfigError
 from fastunet.data import DataSummary
 from fastunet.files import SOFTWARE, written_whole
-from fastunet.unet import UNet
+from fastunet.unet import UNet, check_is_of_images
 
 PIXELS = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 
@@ -27,6 +27,7 @@ class Pipeline(nn.Module):
     """
 
     def __init__(self, model: UNet, data: DataSummary) -> None:
+        check_is_of_images("export", model)
         super().__init__()
         self.net = model.to_reference().float().cpu().eval()
         self.is_binary = data.classes == 1

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastunet.checks import ConfigError, ShapeError
 from fastunet.inference.tiling import VIEWS, Field, Window, field_of, parts_of, result_of_part
 from fastunet.inference.wrappers import as_probabilities, in_eval_mode
+from fastunet.unet import check_is_of_images
 
 WHOLE = Field(0, 1)  # of an image that goes through whole
 
@@ -43,9 +44,11 @@ def predict(
 
     Raises:
         ShapeError: the image is neither 3-D nor 4-D, or what the model itself refuses.
-        ConfigError: tile or overlap out of range; a model that gives something else than a tensor [N, K, H, W], or of
-            which it cannot be told whether that is logits: a traced or exported one, or other code around a U-Net.
+        ConfigError: tile or overlap out of range; a UNet of volumes; a model that gives something else than a tensor
+            [N, K, H, W], or of which it cannot be told whether that is logits: a traced or exported one, or other code
+            around a U-Net.
     """
+    check_is_of_images("predict", model)
     if image.dim() not in (3, 4):
         raise ShapeError(f"predict: image: expected [C, H, W] or [N, C, H, W], got {list(image.shape)}")
     batch = image if image.dim() == 4 else image[None]

@@ -25,7 +25,7 @@ from fastunet.checks import ConfigError, DataError
 from fastunet.cpu.model_state import autocast_dtype
 from fastunet.ops.registration import check_untransformed
 from fastunet.torch_private import untraced
-from fastunet.unet import UNet
+from fastunet.unet import UNet, check_is_of_images
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -50,7 +50,7 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
     they are.
 
     Raises:
-        ConfigError: a model with instance norm, with hooks or exchanged parts, or quantised before.
+        ConfigError: a model of volumes, with instance norm, with hooks or exchanged parts, or quantised before.
         DataError: no images, or calibration that met no finite value.
     """
     _check(model)
@@ -72,6 +72,7 @@ def quantize(model: UNet, images: Tensor | Iterable[Tensor]) -> UNet:
 
 def _check(model: UNet) -> None:
     """Raise ConfigError unless the blocks are fastunet's as they were built, with norms that can be quantised."""
+    check_is_of_images("quantize", model)
     if type(model).forward is not UNet.forward:
         raise ConfigError(f"quantize: expected UNet's forward, got {type(model).__name__}'s own")
     kinds = {"inc": modules.DoubleConv, "down": modules.Down, "up": modules.Up, "outc": modules.OutConv}

@@ -20,7 +20,7 @@ def load_initial(model: UNet, source: str) -> None:
         ConfigError: of another architecture.
     """
     other = UNet.from_pretrained(source)
-    for name in ("in_channels", "features", "norm", "upsample"):
+    for name in ("dims", "in_channels", "features", "norm", "upsample"):
         kept, new = other.config[name], model.config[name]
         if kept != new:
             raise ConfigError(f"init: expected weights of {name} {new}, got {kept} in {source}")
