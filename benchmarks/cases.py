@@ -7,8 +7,8 @@ output once. Eager, every op of the composition is a pass of its own, which read
     (y -> pooled) for a convolution; conv and bias for a transposed convolution and the head.
 
 Nothing is taken to stay in a cache from one pass to the next. Weights are read once a batch. The norm is inference's,
-by given statistics. An index that pooling leaves for its gradient is not counted, nor is the padding of images whose
-sides 2**depth does not divide.
+by given statistics, but for instance norm, which first reads its own. An index that pooling leaves for its gradient is
+not counted, nor is the padding of images whose sides 2**depth does not divide.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ TASKS = ("inference", "training")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CONV = "conv3x3_bias_relu"
 UP_CONV = "conv_transpose2x2_concat_conv3x3_relu"
+CONV_3D = "conv3x3x3_instance_norm_leaky_relu"
 
 Shape = tuple[int, ...]
 
@@ -130,7 +131,8 @@ class Layer:
     """One op of a net: its name there ("down1.c2"), the public op, the shapes of its tensors by parameter name, and the
     multiplications and additions of one forward pass over the batch.
 
-    input_has_grad: whether its backward computes the gradient of its input: not for the image.
+    input_has_grad: whether its backward computes the gradient of its input: not for the image. stride: of a
+    convolution.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Layer:
     shapes: Mapping[str, Shape]
     flops: int
     input_has_grad: bool = True
+    stride: int = 1
 
     @property
     def inputs(self) -> dict[str, Shape]:
@@ -152,13 +155,13 @@ class Layer:
     @property
     def outputs(self) -> dict[str, Shape]:
         """The shapes of what it returns: "y" and, of a pooling op, "pooled"."""
-        batch, _, height, width = next(iter(self.inputs.values()))
-        if self.op == "conv_transpose2x2":
-            return {"y": (batch, self.shapes["weight"][1], 2 * height, 2 * width)}
+        batch, _, *sides = next(iter(self.inputs.values()))
+        if self.op in ("conv_transpose2x2", "conv_transpose2x2x2"):
+            return {"y": (batch, self.shapes["weight"][1], *(2 * side for side in sides))}
         channels = self.shapes.get("head_weight", self.shapes["weight"])[0]
-        shapes: dict[str, Shape] = {"y": (batch, channels, height, width)}
+        shapes: dict[str, Shape] = {"y": (batch, channels, *(-(-side // self.stride) for side in sides))}
         if self.op.endswith("_pool"):
-            shapes["pooled"] = (batch, channels, height // 2, width // 2)
+            shapes["pooled"] = (batch, channels, *(side // 2 for side in sides))
         return shapes
 
     @property
@@ -223,6 +226,42 @@ def joined_layers(layers: Sequence[Layer]) -> list[Layer]:
     return [*found, joined]
 
 
+def nnunet_layers(in_channels: int, out_channels: int, features: Sequence[int], batch: int, size: int) -> list[Layer]:
+    """List the layers of nnU-Net's 3d_fullres net, its PlainConvUNet, in the order they run, for cubes of size voxels a
+    side.
+
+    Twice convolution, instance norm and leaky ReLU in each stage, up and down; the first of a lower stage has stride 2.
+    """
+    layers: list[Layer] = []
+
+    def add(
+        name: str, op: str, side: int, kernel: int, c_in: int, c_out: int, *, skip: int = 0, stride: int = 1
+    ) -> None:
+        volume = (side,) * 3
+        shapes: dict[str, Shape] = {"x": (batch, c_in, *volume)}
+        if skip:
+            shapes = {"skip": (batch, skip, *volume), "up": (batch, c_in - skip, *volume)}
+        channels = (c_in, c_out) if op.startswith("conv_transpose") else (c_out, c_in)
+        shapes |= {"weight": (*channels, *(kernel,) * 3), "bias": (c_out,)}
+        if "norm" in op:
+            shapes |= {"gamma": (c_out,), "beta": (c_out,)}
+        flops = 2 * batch * math.prod(-(-s // stride) for s in volume) * math.prod(shapes["weight"])
+        layers.append(Layer(name, op, shapes, flops, input_has_grad=bool(layers), stride=stride))
+
+    *skips, _ = features
+    for stage, (c_in, c) in enumerate(zip((in_channels, *skips), features, strict=True)):
+        stride = 2 if stage else 1
+        add(f"down{stage}.c1", CONV_3D, size >> max(stage - 1, 0), 3, c_in, c, stride=stride)
+        add(f"down{stage}.c2", CONV_3D, size >> stage, 3, c, c)
+    for i, (low, c) in enumerate(zip(reversed(features), reversed(skips), strict=False), 1):
+        stage = len(skips) - i
+        add(f"up{i}.up", "conv_transpose2x2x2", size >> (stage + 1), 2, low, c)
+        add(f"up{i}.c1", f"concat_{CONV_3D}", size >> stage, 3, 2 * c, c, skip=c)
+        add(f"up{i}.c2", CONV_3D, size >> stage, 3, c, c)
+    add("outc", "conv1x1x1", size, 1, features[0], out_channels)
+    return layers
+
+
 # --- work ---
 
 
@@ -240,10 +279,20 @@ class Pass:
 def fused_pass(layer: Layer, itemsize: int) -> Pass:
     """The layer with each byte of its tensors, of itemsize bytes an element, moved once: no implementation moves less.
 
-    (It holds for instance norm too, but nothing that computes each sum once can reach it: the sums must all be there
-    before the first is normalised.)
+    (It holds for instance norm too, but what computes each sum once reaches it only if the layer after it normalises
+    what it loads: the sums must all be there before the first is normalised.)
     """
     return Pass(layer.op, layer.flops, _bytes((*layer.shapes.values(), *layer.outputs.values()), itemsize))
+
+
+def statistics_passes(layer: Layer, itemsize: int) -> list[Pass]:
+    """The layer as a pass whose epilogue has the statistics of its result and, where it has an instance norm, one that
+    normalises and activates. Partial sums are not counted.
+    """
+    passes = [fused_pass(layer, itemsize)]
+    if "instance_norm" in layer.op:
+        passes.append(Pass("norm and activation", 0, 2 * _bytes([layer.outputs["y"]], itemsize)))
+    return passes
 
 
 def eager_passes(layer: Layer, itemsize: int) -> list[Pass]:
@@ -253,7 +302,7 @@ def eager_passes(layer: Layer, itemsize: int) -> list[Pass]:
     if "up" in layer.inputs:
         passes.append(Pass("cat", 0, 2 * inputs))
     passes.append(Pass("conv", layer.flops, inputs + _bytes(layer.parameters.values(), itemsize) + y))
-    passes.append(Pass("bias or norm", 0, 2 * y))
+    passes.append(Pass("bias or norm", 0, (3 if "instance_norm" in layer.op else 2) * y))
     if "conv3x3" in layer.op:
         passes.append(Pass("activation", 0, 2 * y))
     if "pooled" in layer.outputs:

@@ -10,6 +10,12 @@ PyTorch, and in fastunet on ATen and on its Triton kernels. The nets run on tens
 prints for every layer the bytes to and from memory of an eager net, in which every op is a pass of its own, and of the
 kernels: each layer as one pass, and layers joined as on sm_90 and above (see cases.py). A launch moves each byte of its
 tensors once, as long as L2 keeps a tile's halo while its neighbours run, and the weights throughout.
+
+    python -m benchmarks memory volumes [--batch 1] [--features 32 64 ...] [--size 128] [--out JSON]
+
+prints the same of nnU-Net's 3d_fullres net, for which there are no kernels: eager; with statistics in each
+convolution's epilogue, norm and activation as one pass, and nothing concatenated; and with norm and activation where
+the next layer loads.
 """
 
 from __future__ import annotations
@@ -27,11 +33,24 @@ import fastunet
 from fastunet.files import write_json
 from fastunet.reference import ReferenceUNet
 
-from .cases import Settings, add_settings, eager_passes, fused_pass, joined_layers, settings_of
+from .cases import (
+    Settings,
+    add_settings,
+    eager_passes,
+    fused_pass,
+    joined_layers,
+    nnunet_layers,
+    settings_of,
+    statistics_passes,
+)
 from .harness.environment import environment
 from .results import markdown
 
 IMPLEMENTATIONS = ("eager", "aten", "triton")
+# nnU-Net's, of 3d_fullres.
+VOLUMES = Settings(
+    size=128, batch=1, features=(32, 64, 128, 256, 320, 320), in_channels=1, out_channels=2, norm="instance"
+)
 
 
 def moved(settings: Settings) -> dict[str, Any]:
@@ -43,6 +62,19 @@ def moved(settings: Settings) -> dict[str, Any]:
         "joined": {each.name: fused_pass(each, itemsize).bytes for each in joined_layers(layers)},
     }
     return _summarised("by_layer", nets)
+
+
+def moved_in_volumes(settings: Settings) -> dict[str, Any]:
+    """Count the bytes of a batch of patches in a forward pass, as `moved`; and "flops", of each layer."""
+    itemsize = settings.torch_dtype.itemsize
+    channels = settings.in_channels, settings.out_channels, settings.features
+    layers = nnunet_layers(*channels, settings.batch, settings.size)
+    nets = {
+        "eager": {each.name: sum(work.bytes for work in eager_passes(each, itemsize)) for each in layers},
+        "statistics": {each.name: sum(work.bytes for work in statistics_passes(each, itemsize)) for each in layers},
+        "on load": {each.name: fused_pass(each, itemsize).bytes for each in layers},
+    }
+    return {**_summarised("by_layer", nets), "flops": {each.name: each.flops for each in layers}}
 
 
 def kept(settings: Settings) -> dict[str, Any]:
@@ -100,23 +132,26 @@ def table(found: dict[str, Any], part: str, unit: float) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("what", choices=("kept", "moved"))
-    add_settings(parser, Settings(), "features", "size", "dtype", "batch")
+    parser.add_argument("what", choices=("kept", "moved", "volumes"))
+    add_settings(parser, None, "features", "size", "dtype", "batch")
     parser.add_argument("--norm", choices=("batch", "instance", "none"), default="batch", help="of what is kept")
     parser.add_argument("--out", type=Path, metavar="JSON")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the table; with --out write it as JSON. Returns 0."""
-    settings = settings_of(options, norm=None if options.norm == "none" else options.norm)
-    found = (kept if options.what == "kept" else moved)(settings)
-    images = f"images of {options.size}x{options.size}, {options.dtype}"
+    options.usual = VOLUMES if options.what == "volumes" else Settings()
+    norm = "instance" if options.what == "volumes" else None if options.norm == "none" else options.norm
+    settings = settings_of(options, norm=norm)
+    found = {"kept": kept, "moved": moved, "volumes": moved_in_volumes}[options.what](settings)
+    sides = "x".join([str(settings.size)] * (3 if options.what == "volumes" else 2))
+    images = f"images of {sides}, {settings.dtype}"
     if options.what == "kept":
         print(f"MB that one of the {images}, keeps for its backward\n")
         print(table(found, "by_height", 1e6))
     else:
-        print(f"MB that inference moves for one of {options.batch} {images}\n")
-        print(table(found, "by_layer", 1e6 * options.batch))
+        print(f"MB that inference moves for one of {settings.batch} {images}\n")
+        print(table(found, "by_layer", 1e6 * settings.batch))
     if options.out is not None:
         machine = {name: value for name, value in environment("cpu").items() if name in ("commit", "dirty", "torch")}
         said = {name: getattr(settings, name) for name in ("size", "features", "dtype", "batch", "norm")}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.cases import Settings
-from fastunet.benchmarks.memory import kept, moved
+from fastunet.benchmarks.cases import Layer, Settings, nnunet_layers
+from fastunet.benchmarks.dropin_models import find_packages
+from fastunet.benchmarks.memory import VOLUMES, kept, moved
+from torch import nn
 
 pytest.importorskip("triton", reason="asks what the Triton kernels would keep")
 
@@ -49,6 +53,60 @@ def test_the_kernels_move_less_than_a_quarter_of_what_eager_does(capsys: pytest.
     assert round(found["summary"]["joined"]["of_eager"], 2) == 0.23
     assert main(["memory", "moved"]) == 0
     assert "| total | 2141.4 | 675.5 | 483.2 |" in capsys.readouterr().out
+
+
+def test_bytes_of_volumes_are_those_counted_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two stages, of 8 and 4 voxels a side, in 16 bits."""
+    out = tmp_path / "volumes.json"
+    assert main(["memory", "volumes", "--features", "4", "6", "--size", "8", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    upper, lower = 2 * 4 * 8**3, 2 * 6 * 4**3
+    three = 3 * 2  # a bias, the norm's weight and its bias
+    strided, joined = 2 * 6 * 4 * 27 + three * 6, 2 * 4 * 8 * 27 + three * 4
+    for name, parameters, inputs, y, copies in (
+        ("down1.c1", strided, upper, lower, 0),
+        ("up1.c1", joined, 2 * upper, upper, 2 * 2 * upper),
+    ):
+        loaded = parameters + inputs + y
+        # Eager: the norm reads twice and writes, the activation reads and writes.
+        expected = {"eager": loaded + copies + 5 * y, "statistics": loaded + 2 * y, "on load": loaded}
+        assert {net: layers[name] for net, layers in found["by_layer"].items()} == expected
+    assert found["flops"]["down1.c1"] == 2 * 6 * 4 * 27 * 4**3
+    assert found["flops"]["up1.up"] == 2 * 6 * 4 * 8 * 4**3
+    assert "| of eager | 1.000 |" in capsys.readouterr().out
+
+
+def test_the_layers_of_volumes_are_nnunets() -> None:
+    """Of its own package: every convolution, with what it reads and writes."""
+    find_packages()
+    unet: Any = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    stages = len(VOLUMES.features)
+    with torch.device("meta"):
+        net = unet.PlainConvUNet(
+            1, stages, VOLUMES.features, nn.Conv3d, 3, (1, *[2] * (stages - 1)), 2, VOLUMES.out_channels, 2,
+            conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+        )  # fmt: skip
+        x = torch.empty(1, 1, *[VOLUMES.size] * 3)
+    seen = []
+
+    def note(module: Any, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+        seen.append((inputs[0].shape, module.weight.shape, y.shape))
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            module.register_forward_hook(note)
+    net(x)
+
+    def shapes(layer: Layer) -> tuple[tuple[int, ...], ...]:
+        first, *second = layer.inputs.values()
+        channels = first[1] + sum(shape[1] for shape in second)
+        return (first[0], channels, *first[2:]), layer.shapes["weight"], layer.outputs["y"]
+
+    layers = nnunet_layers(1, VOLUMES.out_channels, VOLUMES.features, 1, VOLUMES.size)
+    assert [shapes(layer) for layer in layers] == [tuple(map(tuple, each)) for each in seen]
+    assert sum("instance_norm" in layer.op for layer in layers) == sum(
+        isinstance(module, nn.InstanceNorm3d) for module in set(net.modules())
+    )
 
 
 @pytest.mark.parametrize(
