@@ -1,4 +1,4 @@
-"""README and docs/pytorch.md quote only what a file in benchmarks/results/ says, and their examples run."""
+"""README, docs/pytorch.md and docs/volumes.md quote only what a file in benchmarks/results/ says, and examples run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastunet.kernels import gpu
 
 import fastunet
 from fastunet.compiler import backend
@@ -15,6 +16,7 @@ from fastunet.compiler import backend
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTORCH = (ROOT / "docs/pytorch.md").read_text()
+VOLUMES = (ROOT / "docs/volumes.md").read_text()
 
 
 def test_what_a_training_gives_is_in_the_result_files() -> None:
@@ -41,6 +43,56 @@ def test_the_moved_bytes_are_the_result_files() -> None:
     text = PYTORCH
     assert f"moves {ours} MB for every 512x512 image" in text
     assert f"every op is a pass of its own {eager} MB" in text
+
+
+def test_the_bytes_of_volumes_are_the_result_files() -> None:
+    """And the arithmetic on them: least times by the rates that the page names, and shares of the FLOPs."""
+    found = json.loads((ROOT / "benchmarks/results/traffic_volumes.json").read_text())
+    flops = found["flops"]
+    rows = re.findall(r"^\| .* \| (\d+) \| (\d\.\d\d) \| (\d+) \|$", VOLUMES, re.MULTILINE)
+    assert "790 TFLOP/s and bytes at 3.0 TB/s" in VOLUMES
+    for name, row in zip(found["summary"], rows, strict=True):
+        summary, layers = found["summary"][name], found["by_layer"][name]
+        least = sum(max(flops[layer] / 790e12, layers[layer] / 3.0e12) for layer in layers)
+        assert row == (f"{summary['bytes'] / 1e6:.0f}", f"{summary['of_eager']:.2f}", f"{1e6 * least:.0f}"), name
+    total = sum(flops.values())
+    assert f"bfloat16, {total / 1e9:.0f} GFLOP (" in VOLUMES
+    assert f"products alone would take {1e6 * total / 790e12:.0f} µs" in VOLUMES
+
+    def share(pattern: str) -> str:
+        return f"{100 * sum(n for layer, n in flops.items() if re.fullmatch(pattern, layer)) / total:.1f} %"
+
+    highest, first, strided, lowest = map(
+        share, (r"(down0|up5)\.c.", r"down0\.c1", r"down[1-5]\.c1", r"(down[45]|up1)\.c.")
+    )
+    assert f"{highest} of the FLOPs are in the four" in VOLUMES
+    assert f"{first} in the first of them" in VOLUMES
+    assert f"{strided} in the five of stride 2, {lowest} in all of the two lowest" in VOLUMES
+
+
+def test_the_plan_of_volumes_fits_the_hardware() -> None:
+    """Its bytes and clocks, from the tile: planes of 32x8 voxels of 64 channels, and of 32."""
+    room, products = (
+        gpu.known_target(90).shared_memory,
+        2048,
+    )  # bytes; products a clock of a multiprocessor's tensor cores
+    box, narrow = 34 * 8 * 64 * 2, 34 * 8 * 32 * 2
+    weight, paired = 64 * 64 * 2, 64 * 32 * 2
+    one, two = 256 * 64 * 64 * 27 // products, 2 * 256 * 64 * 64 * 27 // products
+    memory = 2 * box + 9 * weight + 2 * 256 * 64 * 2, 4 * narrow + 12 * paired + 4 * 256 * 32 * 2
+    assert max(memory) <= room
+    pairs = 36 * 2 * 64 * 256 * 32 // products
+    for text in (
+        f"| {9 * box:,} | {12 * box:,} |",
+        f"| {27 * weight:,} | {27 * weight:,} |",
+        f"| {one:,} | {two:,} |",
+        f"| {(9 * box + 27 * weight) / one:.1f} | {(12 * box + 27 * weight) / two:.1f} |",
+        f"by two warpgroups, would need {(9 * box + 54 * weight) / two:.1f}:",
+        f"\n{memory[0]:,} of {room:,} bytes",
+        f"are {memory[1]:,} bytes. {(18 * narrow + 36 * paired) / pairs:.1f} bytes a clock",
+        f"at 32 channels in; {18 * narrow / pairs:.1f} where",
+    ):
+        assert text in VOLUMES, text
 
 
 def test_what_8_bits_cost_is_the_result_files() -> None:
