@@ -77,7 +77,8 @@ def replace_patterns(graph_module: GraphModule, *, force: bool = False) -> list[
     """Put the ops into a graph, in the place of the patterns to be replaced; all that were found."""
     everything = []
     for inner, found in find_patterns(graph_module, force=force):
-        rewriting.replace(inner, [pattern for pattern in found if pattern.is_replaced])
+        if replaced := [pattern for pattern in found if pattern.is_replaced]:
+            rewriting.replace(inner, replaced)  # A graph in which nothing gains stays as it came.
         everything += found
     return everything
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fastunet import dispatch
 from fastunet.compiler.fx_nodes import Order, arguments, is_image, layer_of, name_of, only_user, value_of
+from fastunet.cpu import winograd
 
 WITH_UPSAMPLING = "conv_transpose2x2_concat_conv3x3_relu"
 WITH_HEAD = "conv3x3_relu_conv1x1"
@@ -30,6 +32,11 @@ _GEOMETRY: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {
 # The speedup from which a kernel replaces what inductor compiles, which may also fuse it with what surrounds it; and
 # over ATen, where inductor was not measured: all that fusing can gain a classic U-Net at a GPU's peak rates is a third.
 _OVER_INDUCTOR, _OVER_ATEN = 1.1, 1.33
+# The share of its convolutions' multiplications that a graph must spare by Winograd's algorithm, to pay for the fusion
+# and the memory formats of inductor's that end at such layers. Measured in training on two cores: graphs that spare 5 %
+# lose, with 25 and 27 % a step is as long as inductor's to 2 % (benchmarks/results/cpu/drop_in_training.json); the
+# classic net, with 47 %, is 1.19 times as fast (unet_float32.json).
+_SPARED = 1 / 3
 
 
 @dataclass
@@ -77,7 +84,34 @@ def find(graph_module: GraphModule, *, force: bool = False, device: torch.device
     for node in graph_module.graph.nodes:
         if name_of(node) in _ANCHORS and node not in search.covered:
             search.add(node)
+    if not force:
+        _leave_what_spares_little(search.patterns)
     return search.patterns
+
+
+def _leave_what_spares_little(patterns: list[Pattern]) -> None:
+    """Leave the layers that Winograd's algorithm would run unless together they spare the graph enough."""
+    by_winograd = [pattern for pattern in patterns if pattern.is_replaced and pattern.runs_on == "winograd"]
+    given = [(arguments(pattern.anchor), pattern) for pattern in by_winograd]
+    spared = sum(winograd.spared(value_of(a["input"]), value_of(a["weight"])) * _products(p) for a, p in given)
+    everything = sum(map(_products, patterns)) if by_winograd else 0
+    for pattern in by_winograd if spared < _SPARED * everything else ():
+        pattern.is_replaced = False
+        pattern.reason = (
+            f"Winograd's algorithm would spare {spared / everything:.0%} of the graph's multiplications, "
+            f"too little beside inductor's fusion: expected {_SPARED:.0%}"
+        )
+
+
+def _products(pattern: Pattern) -> float:
+    """How many products of weights and pixels the anchor adds up for one image; no end of them at an open size."""
+    given = arguments(pattern.anchor)
+    weight = value_of(given.get("weight"))
+    if weight is None:
+        return 0
+    is_transposed = name_of(pattern.anchor).startswith("conv_transpose")
+    sizes = [*value_of(given["input"] if is_transposed else pattern.anchor).shape[2:]]
+    return weight.numel() * math.prod(sizes) if all(isinstance(size, int) for size in sizes) else math.inf
 
 
 def _gains_little(choice: dispatch.Choice) -> bool:

@@ -129,8 +129,10 @@ def _shift_running_mean(graph: Any, pattern: Pattern) -> None:
 
 def replace_replicate_pads(graph_module: GraphModule) -> None:
     """Pad images that have a gradient by copies of their edges, in place of F.pad's "replicate" mode: of its backward
-    inductor expects other strides than it gets, and raises at run time (seen with torch 2.13).
+    inductor expects other strides than it gets, and raises at run time (seen with torch 2.13, where
+    a convolution is before it).
     """
+    pads = []
     for node in graph_module.graph.nodes:
         if name_of(node) == "pad" and arguments(node)["mode"] == "replicate" and is_image(node):
             given = arguments(node)
@@ -138,16 +140,22 @@ def replace_replicate_pads(graph_module: GraphModule) -> None:
             if value_of(node).requires_grad and widths_fit:
                 node.op, node.target = "call_function", replicate_pad
                 node.args, node.kwargs = (given["input"], given["pad"]), {}
-    graph_module.recompile()
+                pads.append(node)
+    if pads:
+        graph_module.recompile()
 
 
 def replicate_pad(x: Tensor, widths: Sequence[int]) -> Tensor:
     """Compute F.pad(x, [left, right, above, below], "replicate") of x [N, C, H, W], where no width is negative."""
     left, right, above, below = widths
-    n, c, h, _ = x.shape
-    wide = torch.cat([x[..., :1].expand(n, c, h, left), x, x[..., -1:].expand(n, c, h, right)], dim=3)
-    w = wide.shape[3]
-    return torch.cat([wide[..., :1, :].expand(n, c, above, w), wide, wide[..., -1:, :].expand(n, c, below, w)], dim=2)
+    y = x
+    for axis, before, after in ((3, left, right), (2, above, below)):
+        first, last = y.narrow(axis, 0, 1), y.narrow(axis, y.shape[axis] - 1, 1)
+        # Often none is needed, as of sizes that halve and double again: then nothing is copied, nor a gradient cut.
+        parts = [(first, before), (y, 1), (last, after)]
+        edges = [part if width == 1 else part.repeat_interleave(width, axis) for part, width in parts if width]
+        y = torch.cat(edges, dim=axis) if len(edges) > 1 else y
+    return y.clone() if y is x else y
 
 
 # --- memory format ---

@@ -205,6 +205,12 @@ def side_of_tiles(x: Tensor, weight: Tensor) -> int:
     return 4 if x.shape[2] * x.shape[3] * _WEIGHTS_PER_PIXEL >= weight.shape[0] * weight.shape[1] else 2
 
 
+def spared(x: Tensor, weight: Tensor) -> float:
+    """Return which share of a direct convolution's multiplications `convolve` does without."""
+    m = side_of_tiles(x, weight)
+    return 1 - (m + 2) ** 2 / (9 * m**2)
+
+
 def _transformed_weight(weight: Tensor, m: int, name: str) -> Tensor:
     """[(m + 2)^2, Cout, Cin] of weight [Cout, Cin, 3, 3]."""
     channels_out, channels = weight.shape[:2]
