@@ -118,6 +118,7 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
     triton.knobs.compilation.always_compile = True  # The cache would give back the code without ptxas's report.
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.runtime.driver.set_active(_Driver(capability))
+    launch.kernel.device_caches.clear()  # Nor is this process's own to give it back.
     arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
     log = io.StringIO()
     with contextlib.redirect_stdout(log):

@@ -143,6 +143,14 @@ def test_a_few_compile_cleanly_and_one_that_cannot_is_a_failed_row(on_hopper: li
         assert row.compiled.registers > 16
 
 
+def test_one_process_may_compile_a_kernel_twice(on_hopper: list[Job]) -> None:
+    job = next(job for job in on_hopper if job.kernel == "max_pool2x2_kernel")
+    first, again = static.run_jobs([job, job], 1)
+    assert first.compiled is not None
+    assert first.compiled.registers > 8
+    assert again == first
+
+
 ABSENT = Job("no op", "no kernel", "bfloat16", 90, 0, 0)
 
 
