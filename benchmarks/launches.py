@@ -156,7 +156,6 @@ def calls(math: str, capability: int) -> list[Call]:
     found = [_call(case, dtype) for case in cases]
     found += _split(shapes, **options)
     contiguous = [_case("conv3x3_bias_relu", replace(shape, height=8, width=8)) for shape in shapes]
-    contiguous.append(_case("conv_transpose2x2", widest))
     found += [_call(case, dtype, channels_last=False) for case in contiguous]
     if dtype == torch.bfloat16:
         found += _halo(target)
@@ -221,8 +220,10 @@ def _single_pixels(dtype: torch.dtype, target: gpu.Target, *, allow_tf32: bool) 
     ):
         for c_in, c_out in found.values():
             yield _case("conv_transpose2x2", ConvShape(c_in, 0, c_out, 32, 32))
-    heads = reachable.heads(**options).values()
-    for (c_in, c_out), activation in itertools.product([*heads, (17, 17)], (None, "sigmoid", "softmax")):
+    for channels in (24, 72):  # Multiples of 8, of which gpu.launch tells kernels.
+        yield _case("conv_transpose2x2", ConvShape(channels, 0, channels, 32, 32))
+    heads = [*reachable.heads(**options).values(), (17, 17), (24, 3), (72, 72)]
+    for (c_in, c_out), activation in itertools.product(heads, (None, "sigmoid", "softmax")):
         shapes = {"x": (2, c_in, 64, 64), "weight": (c_out, c_in, 1, 1), "bias": (c_out,)}
         yield Case("conv1x1", shapes, {"activation": activation})
 

@@ -11,12 +11,11 @@ from fastunet.kernels.conv3x3.config import (
     DESCRIPTOR,
     TILE_W,
     ConvConfig,
-    aligned,
     channel_block,
     fits_descriptors,
     stages,
 )
-from fastunet.kernels.gpu import Config, Target, cdiv
+from fastunet.kernels.gpu import Config, Target, cdiv, row_unit
 
 T = TypeVar("T")
 
@@ -56,7 +55,7 @@ def pixel_product_config(
     half = dtype.itemsize == 2
     tensor_cores = half or allow_tf32
     block_p = 128 if tensor_cores else 64
-    if not aligned(c_in, c_out):  # Loads go element by element: small steps and many threads hold the addresses.
+    if row_unit(c_in, c_out) < 8:  # Loads go element by element: small steps and many threads hold the addresses.
         return PixelProductConfig(block_p, 32, 16, 8, num_stages=1, max_registers=ALL_REGISTERS)
     # Rows of channels are cut by masks: a step may be wider than they are.
     block_k = 16 if not tensor_cores else 64 if half and target.capability >= 90 else 32
@@ -87,7 +86,7 @@ def head_config(
     tensor_cores = half or allow_tf32
     block_n = 16 if c_out <= 16 else 64 if c_out <= 64 or not softmax else 256
     block_p = 128 if tensor_cores and block_n < 256 else 64 if tensor_cores or block_n < 256 else 16
-    block_k = 32 if tensor_cores and aligned(c_in) else 16
+    block_k = 32 if tensor_cores and row_unit(c_in) == 8 else 16
     num_stages = stages((block_p + block_n) * block_k * dtype.itemsize, target)
     return PixelProductConfig(block_p, block_n, block_k, 8, num_stages, ALL_REGISTERS)
 
@@ -111,7 +110,7 @@ def pixel_weight_grad_config(
     """Return the blocks for the gradient of conv_transpose2x2's weight, c_in by c_out."""
     half = dtype.itemsize == 2
     tensor_cores = half or allow_tf32
-    if not aligned(c_in, c_out):
+    if row_unit(c_in, c_out) < 8:
         return head_weight_grad_config(c_out, dtype, allow_tf32=allow_tf32)
     block_in = 128 if half and c_in % 128 == 0 else 64
     block_out = 128 if block_in == 128 and c_out % 128 == 0 else 64

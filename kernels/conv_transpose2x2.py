@@ -11,8 +11,9 @@ import triton.language as tl
 from fastunet.kernels import config_pixels, gpu
 from fastunet.kernels.conv3x3.config import ConvConfig, tiles_per_image
 from fastunet.kernels.epilogue import E4M3, scale_to_e4m3
-from fastunet.kernels.layout import dense, empty_packed, on_boundary, packed
+from fastunet.kernels.layout import dense, empty_packed, packed
 from fastunet.kernels.pixels import accumulate_rows, first_subpixels, pixel_rows, run_product, subpixel_step
+from fastunet.kernels.tiles import multiple
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -22,13 +23,15 @@ SUBPIXELS = 4
 # fmt: off
 @triton.jit(do_not_specialize=["pixels", "W"])
 def conv_transpose2x2_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, pixels, W, C, COUT, stride_in, stride_out, stride_sub,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, pixels, W, C, COUT, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """y[n, 2h + a, 2w + b, o] = sum over channels c of x[n, h, w, c] * weight[c, o, a, b] + bias[o].
 
-    x [N, H, W, C], y [N, 2H, 2W, COUT]; a program owns BLOCK_P pixels of x, one sub-pixel and BLOCK_N channels of y.
+    x [N, H, W, C], weight [C, 2, 2, COUT], y [N, 2H, 2W, COUT]; a program owns BLOCK_P pixels of x, one sub-pixel and
+    BLOCK_N channels of y.
     """
+    C, COUT = multiple(C, UNIT), multiple(COUT, UNIT)
     # Channel blocks and sub-pixels run fastest: programs that are neighbours in time share their pixels of x in L2.
     blocks_n = tl.cdiv(COUT, BLOCK_N)
     pid = tl.program_id(0)
@@ -39,7 +42,7 @@ def conv_transpose2x2_kernel(
 
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     acc = accumulate_rows(
-        acc, x_ptr, rows, mask_p, C, W, weight_ptr + sub * stride_sub, n, COUT, stride_in, stride_out, 0,
+        acc, x_ptr, rows, mask_p, C, W, weight_ptr + sub * COUT, n, COUT, 4 * COUT, 1, 0,
         1, PRECISION, BLOCK_K,
     )
     if bias_ptr is not None:
@@ -84,31 +87,26 @@ def conv_transpose2x2_descriptor_kernel(
 
 @triton.jit(do_not_specialize=["pixels", "W"])
 def conv_transpose2x2_input_grad_kernel(
-    grad_ptr, weight_ptr, out_ptr, pixels, W, C, COUT, stride_in, stride_out, stride_sub,
-    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad_ptr, weight_ptr, out_ptr, pixels, W, C, COUT, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """out[n, h, w, c] = sum over a, b and output channels o of grad[n, 2h + a, 2w + b, o] * weight[c, o, a, b].
 
-    grad [N, 2H, 2W, COUT], out [N, H, W, C]; a program owns BLOCK_P pixels and BLOCK_N channels of out.
+    grad [N, 2H, 2W, COUT], weight [C, 2, 2, COUT], out [N, H, W, C]; a program owns BLOCK_P pixels and BLOCK_N channels
+    of out.
     """
+    C, COUT = multiple(C, UNIT), multiple(COUT, UNIT)
     blocks_n = tl.cdiv(C, BLOCK_N)
     n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, mask_p = pixel_rows(tl.program_id(0) // blocks_n, pixels, BLOCK_P)
     acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     acc = accumulate_rows(
-        acc, grad_ptr, first_subpixels(rows, W), mask_p, COUT, W, weight_ptr, n, C, stride_out, stride_in, stride_sub,
+        acc, grad_ptr, first_subpixels(rows, W), mask_p, COUT, W, weight_ptr, n, C, 1, 4 * COUT, COUT,
         4, PRECISION, BLOCK_K,
     )
     pointers = out_ptr + (rows * C)[:, None] + n[None, :]
     tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask_p[:, None] & (n < C)[None, :])
 # fmt: on
-
-
-def _one_run(weight: Tensor) -> Tensor:
-    """Return weight with its four sub-pixels in one strided run from a 16-byte boundary on, copied only where it is
-    not.
-    """
-    return on_boundary(weight if weight.stride(2) == 2 * weight.stride(3) else weight.contiguous())
 
 
 def _weight_matrix(weight: Tensor) -> Tensor:
@@ -170,8 +168,10 @@ def conv_transpose2x2(
     if y_scale is not None:
         raise ValueError("y_scale: expected a shape and target of the descriptor variant, got others")
     chosen = config_pixels.pixel_product_config(channels, channels_out, x.dtype, target, allow_tf32=allow_tf32)
-    tensors, products = {"x_ptr": x, "bias_ptr": bias, "y_ptr": y}, SUBPIXELS * gpu.cdiv(channels_out, chosen.block_n)
-    run_product(conv_transpose2x2_kernel, tensors, _one_run(weight), x, products, chosen, allow_tf32=allow_tf32)
+    arguments = {"x_ptr": x, "weight_ptr": packed(weight), "bias_ptr": bias, "y_ptr": y}
+    arguments |= {"C": channels, "COUT": channels_out}
+    programs = SUBPIXELS * gpu.cdiv(channels_out, chosen.block_n)
+    run_product(conv_transpose2x2_kernel, arguments, x, programs, chosen, allow_tf32=allow_tf32)
     return y
 
 
@@ -183,7 +183,8 @@ def conv_transpose2x2_input_grad(grad: Tensor, weight: Tensor, *, allow_tf32: bo
     out = empty_packed(grad, weight.shape[0], grad.shape[2] // 2, grad.shape[3] // 2)
     (channels, channels_out), target = weight.shape[:2], gpu.target(grad.device)
     chosen = config_pixels.pixel_product_config(channels_out, channels, grad.dtype, target, allow_tf32=allow_tf32)
-    tensors, products = {"grad_ptr": packed(grad), "out_ptr": out}, gpu.cdiv(channels, chosen.block_n)
-    kernel = conv_transpose2x2_input_grad_kernel
-    run_product(kernel, tensors, _one_run(weight), out, products, chosen, allow_tf32=allow_tf32)
+    arguments = {"grad_ptr": packed(grad), "weight_ptr": packed(weight), "out_ptr": out}
+    arguments |= {"C": channels, "COUT": channels_out}
+    programs = gpu.cdiv(channels, chosen.block_n)
+    run_product(conv_transpose2x2_input_grad_kernel, arguments, out, programs, chosen, allow_tf32=allow_tf32)
     return out

@@ -166,8 +166,9 @@ class Launch:
             self.kernel[(self.grid,)](*(self.arguments[name] for name in self.kernel.arg_names), **self.options)
 
 
-# Arguments that say from where to where rows of channels go.
-_ROWS = ("C", "C1", "C2", "COUT", "stride_out", "stride_tap")
+# Constants of kernels, each the row_unit of those of these arguments that the kernel has: all by which rows of channels
+# go, or, where a head's few classes are not to decide how its input loads, one of them.
+_UNITS = {"UNIT": ("C", "C1", "C2", "COUT", "stride_out", "stride_tap"), "UNIT_C": ("C",), "UNIT_COUT": ("COUT",)}
 
 
 def row_unit(*sizes: int) -> int:
@@ -176,13 +177,12 @@ def row_unit(*sizes: int) -> int:
 
 
 def launch(kernel: Any, grid: int, arguments: Mapping[str, Any], chosen: Config) -> Launch:
-    """Return the launch of a kernel with what it takes of the arguments, and of its config's constants.
-
-    UNIT is the row_unit of its rows: by itself Triton knows multiples of 16 alone.
+    """Return the launch of a kernel with what it takes of the arguments, of its config's constants, and of the units of
+    its rows: by itself Triton knows multiples of 16 alone.
     """
     found = {**arguments, **chosen.constants()}
-    if "UNIT" in kernel.arg_names:
-        found["UNIT"] = row_unit(*(found[name] for name in _ROWS if name in kernel.arg_names))
+    for unit in _UNITS.keys() & set(kernel.arg_names):
+        found[unit] = row_unit(*(found[name] for name in _UNITS[unit] if name in kernel.arg_names))
     found = {name: found[name] for name in kernel.arg_names}
     return Launch(kernel, grid, found, chosen.num_warps, chosen.num_stages, chosen.max_registers)
 

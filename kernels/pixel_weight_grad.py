@@ -23,6 +23,7 @@ from fastunet.kernels.pixels import (
     subpixel_step,
 )
 from fastunet.kernels.reduction import empty_weight_grads, sum_rows
+from fastunet.kernels.tiles import multiple
 from torch import Tensor
 
 
@@ -53,17 +54,18 @@ def _sum_blocks(
 @triton.jit(do_not_specialize=["pixels", "blocks", "blocks_per_split", "W"])
 def pixel_weight_grad_kernel(
     x_ptr, grad_ptr, y_ptr, partial_ptr, bias_partial_ptr, pixels, blocks, blocks_per_split, W, C, COUT,
-    stride_in, stride_out, stride_sub,
     SUBPIXELS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT_C: tl.constexpr, UNIT_COUT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):
     """partial[s, i, o, q] = the sum over the pixels p of split s of x[p, i] * g[p's sub-pixel q, o].
 
-    x [pixels, C]; g [pixels * SUBPIXELS, COUT] is grad, carried through the ACTIVATION whose output is y. partial
-    float32 [splits, C*COUT*SUBPIXELS] lies in the weight's memory order, which the strides tell; bias_partial
+    x [pixels, C]; g [pixels * SUBPIXELS, COUT] is grad, carried through the ACTIVATION whose output is y. partial,
+    float32, has the weight's memory order: [splits, COUT, C], or [splits, C, 4, COUT] of four sub-pixels. bias_partial
     [splits * SUBPIXELS, COUT] or None takes the sums of g, of each split and sub-pixel. A program owns a split, a
     sub-pixel, BLOCK_IN input and BLOCK_OUT output channels; the programs of a split are neighbours in time.
     """
+    C, COUT = multiple(C, UNIT_C), multiple(COUT, UNIT_COUT)
     blocks_o = tl.cdiv(COUT, BLOCK_OUT)
     blocks_i = tl.cdiv(C, BLOCK_IN)
     pid = tl.program_id(0)
@@ -87,9 +89,12 @@ def pixel_weight_grad_kernel(
             x_ptr, grad_ptr, y_ptr, first, last, sub, i, o, pixels, W, C, COUT, False,
             SUBPIXELS, ACTIVATION, PRECISION, BLOCK_P,
         )
-    partial_ptr += split.to(tl.int64) * (C * COUT * SUBPIXELS) + sub * stride_sub
-    pointers = partial_ptr + (i * stride_in)[:, None] + (o * stride_out)[None, :]
-    tl.store(pointers, acc, mask=(i < C)[:, None] & (o < COUT)[None, :])
+    partial_ptr += split.to(tl.int64) * (C * COUT * SUBPIXELS)
+    if SUBPIXELS == 4:
+        offsets = ((4 * i + sub) * COUT)[:, None] + o[None, :]
+    else:
+        offsets = i[:, None] + (o * C)[None, :]
+    tl.store(partial_ptr + offsets, acc, mask=(i < C)[:, None] & (o < COUT)[None, :])
 # fmt: on
 
 
@@ -128,7 +133,6 @@ def pixel_weight_grad(
     bias_partial = None
     if grad_bias is not None:
         bias_partial = torch.empty((splits * subpixels, channels_out), dtype=torch.float32, device=x.device)
-    stride_in, stride_out = grad_weight.stride()[1::-1] if subpixels == 1 else grad_weight.stride()[:2]
     arguments = {
         "x_ptr": packed(x),
         "grad_ptr": packed(grad),
@@ -141,9 +145,6 @@ def pixel_weight_grad(
         "W": width,
         "C": channels,
         "COUT": channels_out,
-        "stride_in": stride_in,
-        "stride_out": stride_out,
-        "stride_sub": grad_weight.stride(3),
         "SUBPIXELS": subpixels,
         "ACTIVATION": ACTIVATIONS[activation],
         "PRECISION": precision(x.dtype, allow_tf32),

@@ -108,14 +108,13 @@ def load_grad(grad_ptr, y_ptr, rows, mask_p, dots, channels, C, ACTIVATION: tl.c
 def run_product(
     kernel: triton.JITFunction,
     arguments: Mapping[str, Any],
-    weight: Tensor,
     image: Tensor,
     programs: int,
     chosen: PixelProductConfig,
     *,
     allow_tf32: bool,
 ) -> None:
-    """Launch a product of pixels with a weight, its channels in and out first, then sub-pixels.
+    """Launch a product of pixels with a packed weight. arguments: those that other products have not, or otherwise.
 
     image: one of as many pixels as there are products for. programs: for each block of them.
     """
@@ -123,14 +122,8 @@ def run_product(
     pixels = batch * height * width
     arguments = {
         **arguments,
-        "weight_ptr": weight,
         "pixels": pixels,
         "W": width,
-        "C": weight.shape[0],
-        "COUT": weight.shape[1],
-        "stride_in": weight.stride(0),
-        "stride_out": weight.stride(1),
-        "stride_sub": weight.stride(3),
         "PRECISION": precision(image.dtype, allow_tf32),
     }
     gpu.launch(kernel, gpu.cdiv(pixels, chosen.block_p) * programs, arguments, chosen).run(image.device)

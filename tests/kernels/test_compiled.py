@@ -87,3 +87,29 @@ def test_convolutions_of_multiples_of_8_channels_load_as_vectors(capability: int
     assert "cp.async.cg.shared.global" in result.ptx
     assert not re.search(r"(ld|st)\.global\S*\.b16", result.ptx)
     assert result.spill_bytes == 0
+
+
+@pytest.mark.parametrize("channels", [24, 72])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "kernel", ["conv_transpose2x2_kernel", "conv_transpose2x2_input_grad_kernel", "pixel_weight_grad_kernel"]
+)
+def test_transposed_convolutions_of_multiples_of_8_channels_load_as_vectors(
+    kernel: str, capability: int, channels: int
+) -> None:
+    shape = ConvShape(channels, 0, channels, 128, 128)
+    result, _ = compiled(Wanted("conv_transpose2x2", shape, kernel, capability))
+    assert "cp.async.cg.shared.global" in result.ptx
+    assert not re.search(r"(ld|st)\.global\S*\.b16", result.ptx)
+    assert result.spill_bytes == 0
+
+
+@pytest.mark.parametrize("kernel", ["conv1x1_kernel", "conv1x1_input_grad_kernel", "pixel_weight_grad_kernel"])
+@pytest.mark.parametrize(("capability", "channels"), [(80, 24), (90, 72)])
+def test_a_head_loads_multiples_of_8_channels_as_vectors_whatever_its_classes(
+    capability: int, channels: int, kernel: str
+) -> None:
+    shape = ConvShape(channels, 0, 3, 128, 128)
+    result, _ = compiled(Wanted("conv1x1", shape, kernel, capability))
+    assert re.search(r"(cp\.async\.cg\.shared\.global|[ls][dt]\.global\S*\.v4\.b32)", result.ptx)
+    assert result.spill_bytes == 0

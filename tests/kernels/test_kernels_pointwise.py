@@ -348,7 +348,7 @@ test_check, test_injected_fault_is_caught = check_tests({
         ("pixels", "sub // 2 * 2 * W + sub % 2", "sub % 2 * 2 * W + sub // 2"),
         ("pixels", "4 * rows - 2 * (rows % W)", "4 * rows - 2 * (rows % (W + 1))"),
         ("pixels", "tl.cdiv(C, BLOCK_K) * SUBPIXELS", "(C // BLOCK_K) * SUBPIXELS"),
-        ("conv_transpose2x2", "weight_ptr + sub * stride_sub", "weight_ptr"),
+        ("conv_transpose2x2", "weight_ptr + sub * COUT", "weight_ptr"),
         ("conv_transpose2x2", "if bias_ptr is not None:\n        acc +=", "if False:\n        acc +="),
         ("pixel_weight_grad", "(split * SUBPIXELS + sub) * COUT", "split * SUBPIXELS * COUT"),
     ],
