@@ -82,6 +82,11 @@ class Compiled:
         names = {"wgmma": "wgmma.mma_async.", "tcgen05": "tcgen05.mma.", "mma": "mma.sync."}
         return {kind: count for kind, name in names.items() if (count := self.ptx.count(name))}
 
+    @property
+    def register_operands(self) -> int:
+        """How many wgmma have an operand from registers: braces after those of the result."""
+        return len(re.findall(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", self.ptx))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -216,9 +221,8 @@ def _tensor_core_breaches(compiled: Compiled, launch: gpu.Launch, math: str, cap
     # The gradient of conv1x1's input goes through the activation where it is loaded.
     name = launch.kernel.__name__
     computes_operand = name == "conv1x1_input_grad_kernel" and launch.arguments["y_ptr"] is not None
-    from_registers = len(re.findall(r"wgmma\.mma_async[^;]*\}\s*,\s*\{", compiled.ptx))
-    if from_registers and not computes_operand and math in ("bfloat16", "float16"):
-        found.append(f"{from_registers} wgmma with an operand from registers")
+    if compiled.register_operands and not computes_operand and math in ("bfloat16", "float16"):
+        found.append(f"{compiled.register_operands} wgmma with an operand from registers")
     return found
 
 
