@@ -1,4 +1,4 @@
-"""Image files for tests: noise, and how it is saved, also as libraries would not."""
+"""Image files for tests: noise, and how it is saved, also as libraries would not; a folder of images and masks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def save(path: Path, pixels: np.ndarray) -> Path:
     else:
         Image.fromarray(pixels).save(path)
     return path
+
+
+def make_data(root: Path, count: int = 4, size: tuple[int, int] = (12, 10)) -> Path:
+    """Write `count` grey images a, b, ... with binary masks of which each has some foreground."""
+    for index, stem in enumerate("abcdefgh"[:count]):
+        save(root / "images" / f"{stem}.png", noise(size, seed=index))
+        mask = np.zeros(size, np.uint8)
+        mask[index : index + 3, 2:5] = 255
+        save(root / "masks" / f"{stem}.png", mask)
+    return root
 
 
 def save_tiff(path: Path, pixels: np.ndarray, **options: Any) -> Path:
