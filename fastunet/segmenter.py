@@ -25,6 +25,7 @@ from fastunet.inference.outputs import (
     WRITERS,
     StreamedTiff,
     Wanted,
+    Writer,
     palette_of,
     write_nifti,
     write_objects,
@@ -158,35 +159,21 @@ class Segmenter:
         whole image and its labels in memory.
         """
         source = self.source_of(image, section)
-        ends = {k: stem.with_name(stem.name + e) for k, e in wanted.endings.items()}
-        many, size = self.classes > 1, source.size
-        whole = np.empty(size, np.uint8) if {"overlay", "objects"} & ends.keys() else None
-        rows: dict[str, list[np.ndarray]] = {"labels": []}
+        paths = {name: stem.with_name(stem.name + ending) for name, ending in wanted.endings.items()}
+        whole = np.empty(source.size, np.uint8) if {"overlay", "objects"} & paths.keys() else None
+        prediction = Prediction(self.model, source.size, tile=tile, tta=tta, grid=GRID)
         with ExitStack() as stack:
-            kind = WRITERS[wanted.kind]
-            values = self.config.data.labels
-            palette = palette_of(values) if many or values else None
-            written = (size, dtype_of(values), palette, source.pixel_size)
-            writers = {"labels": stack.enter_context(kind(ends["labels"], *written))}
-            if (path := ends.get("probabilities")) is not None:
-                kind, shape = WRITERS[path.suffix[1:]], (*size, self.classes) if many else size
-                writers["probabilities"] = stack.enter_context(kind(path, shape, "float32", None, source.pixel_size))
-                rows["probabilities"] = []
-            prediction = Prediction(self.model, size, tile=tile, tta=tta, grid=GRID)
+            writers = {name: stack.enter_context(writer) for name, writer in self._writers(source, paths).items()}
             for done, (part, found) in enumerate(self.parts(source, prediction), 1):
                 labels = labels_of(found).numpy()
+                writers["labels"].put(mask_from_labels(labels, self.classes, self.config.data.labels))
+                if "probabilities" in writers:
+                    writers["probabilities"].put((found.movedim(0, -1) if self.classes > 1 else found[0]).numpy())
                 if whole is not None:
                     part.of(whole)[...] = labels
-                rows["labels"].append(mask_from_labels(labels, self.classes, values))
-                if "probabilities" in rows:
-                    rows["probabilities"].append((found.movedim(0, -1) if many else found[0]).numpy())
-                if part.right == size[1]:
-                    for name, band in rows.items():
-                        writers[name].put(np.concatenate(band, 1))
-                        band.clear()
                 on_part(done, len(prediction.parts))
         if whole is not None:
-            self._write_extras(source, whole, wanted, ends)
+            self._write_extras(source, whole, wanted, paths)
 
     def write_volume(
         self,
@@ -204,21 +191,34 @@ class Segmenter:
             on_part(done, len(sections))
         write_nifti(path, np.stack(masks), image)
 
-    def _write_extras(self, source: Source, labels: np.ndarray, wanted: Wanted, ends: dict[str, Path]) -> None:
+    def _writers(self, source: Source, paths: dict[str, Path]) -> dict[str, Writer]:
+        """Return what writes labels and, if wanted, probabilities while they are computed."""
+        values = self.config.data.labels
+        palette = palette_of(values) if self.classes > 1 or values else None
+        labels, probabilities = paths["labels"], paths.get("probabilities")
+        kind = WRITERS[labels.suffix[1:]]
+        found = {"labels": kind(labels, source.size, dtype_of(values), palette, source.pixel_size)}
+        if probabilities is not None:
+            kind = WRITERS[probabilities.suffix[1:]]
+            shape = (*source.size, self.classes) if self.classes > 1 else source.size
+            found["probabilities"] = kind(probabilities, shape, "float32", pixel_size=source.pixel_size)
+        return found
+
+    def _write_extras(self, source: Source, labels: np.ndarray, wanted: Wanted, paths: dict[str, Path]) -> None:
         """Write overlay, objects, their table and their outlines, of those that are wanted."""
         image = source.window(0, source.shape[0], 0, source.shape[1])
-        if "overlay" in ends:
-            write_overlay(ends["overlay"], image, labels)
-        if "objects" in ends:
+        if "overlay" in paths:
+            write_overlay(paths["overlay"], image, labels)
+        if "objects" in paths:
             find = split_objects if wanted.instances == "watershed" else connected_components
             on = next(self.model.parameters()).device
             objects, count = find(torch.from_numpy(labels).to(on))
             numbers = objects.cpu().numpy().astype(np.uint16 if count < 2**16 else np.uint32)
-            with StreamedTiff(ends["objects"], numbers.shape, numbers.dtype, None, source.pixel_size) as writer:
+            with StreamedTiff(paths["objects"], numbers.shape, numbers.dtype, pixel_size=source.pixel_size) as writer:
                 writer.put(numbers)
-            write_objects(ends["table"], numbers, labels, image)
-            if "rois" in ends:
-                write_rois(ends["rois"], numbers)
+            write_objects(paths["table"], numbers, labels, image)
+            if "rois" in paths:
+                write_rois(paths["rois"], numbers)
 
     def _net(self) -> tuple[int, str | None]:
         return len(self.config.model["features"]), self.config.model["norm"]

@@ -122,13 +122,17 @@ class Writer:
         pixel_size: PixelSize | None = None,
     ) -> None:
         self.path, self.shape, self.dtype, self.palette, self.pixel_size = path, shape, dtype, palette, pixel_size
+        self._parts: list[np.ndarray] = []
         self._bands: queue.Queue[np.ndarray | None] = queue.Queue(2)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def put(self, band: np.ndarray) -> None:
-        """Take the next rows, [h, W] or [h, W, K]."""
-        self._bands.put(band)
+    def put(self, part: np.ndarray) -> None:
+        """Take the next pixels, [h, w] or [h, w, K]: whole rows, or parts of them from left to right."""
+        self._parts.append(part)
+        if sum(part.shape[1] for part in self._parts) == self.shape[1]:
+            self._bands.put(np.concatenate(self._parts, 1))
+            self._parts.clear()
 
     def __enter__(self) -> Self:
         self._thread.start()
