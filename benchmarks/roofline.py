@@ -91,7 +91,6 @@ def burst_and_steady(
     clock: Clock,
     *,
     seconds: float,
-    warmup: int = 3,
     now: Callable[[], float] = time.perf_counter,
     pause: Callable[[float], None] = time.sleep,
 ) -> tuple[Quantiles, Quantiles]:
@@ -99,7 +98,7 @@ def burst_and_steady(
 
     A GPU begins at its highest clock and lowers it when its power limit is reached.
     """
-    for _ in range(warmup):
+    for _ in range(3):  # Warm-up.
         run()
     clock.wait()
     pause(1.0)

@@ -35,11 +35,11 @@ def connected_components(labels: Tensor) -> tuple[Tensor, int]:
     return to_tensor(numbers).to(torch.int32), total
 
 
-def split_objects(labels: Tensor, prominence: float = 1.0) -> tuple[Tensor, int]:
+def split_objects(labels: Tensor) -> tuple[Tensor, int]:
     """Number objects as `connected_components`, and cut those that touch, by watershed of the distance to their edge.
 
-    prominence: in pixels, how much narrower than two parts the neck between them must be for them to be two. Beucher
-    and Lantuejoul 1979; scikit-image's `h_maxima` and `watershed`, on the CPU.
+    Two parts are two where the neck between them is narrower by a pixel. Beucher and Lantuejoul 1979; scikit-image's
+    `h_maxima` and `watershed`, on the CPU.
     """
     from scipy import ndimage
     from skimage.morphology import h_maxima
@@ -56,7 +56,7 @@ def split_objects(labels: Tensor, prominence: float = 1.0) -> tuple[Tensor, int]
     objects, total = np.zeros(components.shape, np.int32), 0
     for label in np.unique(classes[classes != 0]):  # each by itself, so that none grows into another
         own = classes == label
-        markers, count = ndimage.label(h_maxima(np.where(own, depth, 0), prominence), EIGHT)
+        markers, count = ndimage.label(h_maxima(np.where(own, depth, 0), 1.0), EIGHT)
         # One that is too thin to stand out by so much is one object.
         missing = np.setdiff1d(components[own], components[markers > 0])
         for number, peak in enumerate(ndimage.maximum_position(depth, components, missing), count + 1):

@@ -79,7 +79,6 @@ def survey(
     classes: int | None = None,
     *,
     val_fraction: float = 0.15,
-    seed: int | None = None,
     on_pair: Callable[[int, int], None] = lambda done, total: None,
 ) -> Survey:
     """Find the pairs of a data folder, and survey them as `survey_pairs`.
@@ -92,7 +91,7 @@ def survey(
         pairs = find_pairs(root, options)
     except DataError as error:
         return Survey([], None, [str(error)], [], [], [])
-    found = survey_pairs(pairs, options, classes, val_fraction=val_fraction, seed=seed, on_pair=on_pair)
+    found = survey_pairs(pairs, options, classes, val_fraction=val_fraction, on_pair=on_pair)
     return replace(found, notes=[*found.notes, *_notes_on_others(pairs)])
 
 

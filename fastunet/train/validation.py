@@ -18,11 +18,10 @@ def validate(
     samples: SegmentationDataset,
     class_names: list[str],
     *,
-    tta: bool = False,
-    part: slice = slice(None),
+    part: slice,
 ) -> Scores:
     """Score a model on all samples, whole or in exact tiles; of several ranks each predicts its `part` of them."""
-    return validate_each(model, samples, class_names, tta=tta, part=part)[0]
+    return validate_each(model, samples, class_names, part=part)[0]
 
 
 def validate_each(
