@@ -257,7 +257,11 @@ def _halo(target: gpu.Target) -> Iterator[Call]:
         if config_hopper.fits_halo(shape, dtype, target):
             found = config_search.feasible_configs(config.CONV3X3, shape, dtype, target, allow_tf32=False)
             first, *others = [chosen for chosen in found if chosen.variant == config.HALO]
-            cases = [replace(case, backward=False) for case in _cases(shape) if "conv3x3" in case.op]
+            cases = [
+                replace(case, backward=False)
+                for case in _cases(shape)
+                if "conv3x3" in case.op and "stride" not in case.options
+            ]
             yield from (_call(case, dtype, (config.CONV3X3, first)) for case in cases)
             yield _call(_case("double_conv3x3_bias_relu", shape), dtype, (config.INPUT_GRAD, first))  # One with a mask.
             op = "concat_conv3x3_batch_norm_relu" if shape.c2 else "conv3x3_batch_norm_relu_pool"

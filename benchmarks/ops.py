@@ -47,8 +47,9 @@ class Work:
 
     @property
     def group(self) -> str:
-        """What it is compared within. Batch norm comes in two forms."""
+        """What it is compared within. Batch norm comes in two forms, convolutions also by stride 2."""
         given = "-given-statistics" if self.case.options.get("training") is False else ""
+        given += "-stride-2" if self.case.options.get("stride") == 2 else ""
         return f"{self.case.op}{given} {dtype_name(self.dtype)} {self.direction}"
 
     def providers(self, device: torch.device) -> list[Provider]:

@@ -31,12 +31,18 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # pixels and products on, and up to so many weights for each pixel, which is where it wins with a single image.
 WINOGRAD_OPS = ("conv3x3_batch_norm_relu", "conv3x3_bias_relu", "conv3x3_instance_norm_relu")
 _WINOGRAD_CHANNELS, _WINOGRAD_PIXELS, _WINOGRAD_PRODUCTS, _WINOGRAD_WEIGHTS_PER_PIXEL = 128, 1024, 1 << 25, 1024
+# By stride 2 an op goes by another name: it has kernels, checks and measurements of its own.
+STRIDE2 = "_stride2"
+STRIDED_OPS = tuple(op + STRIDE2 for op in WINOGRAD_OPS)
 # The op whose kernel is for some GPUs and sizes only: elsewhere its two steps are ops of their own.
 FUSED_UP = "conv_transpose2x2_concat_conv3x3_relu"
 # Ops with convolutions whose weights can be prepared once for inference on the CPU.
-ONEDNN_OPS = (*WINOGRAD_OPS, "conv3x3_relu_conv1x1", "conv_transpose2x2", FUSED_UP)
+ONEDNN_OPS = (*WINOGRAD_OPS, *STRIDED_OPS, "conv3x3_relu_conv1x1", "conv_transpose2x2", FUSED_UP)
 # Ops that have Triton kernels, forward and backward.
-TRITON_OPS = (*ONEDNN_OPS, "conv1x1", "max_pool2x2", "segmentation_sums")
+TRITON_OPS = (
+    *(op for op in ONEDNN_OPS if op not in STRIDED_OPS),
+    *("conv1x1", "max_pool2x2", "segmentation_sums"),
+)
 
 # A call of oneDNN has a fixed cost, several times that of ATen's own convolution: it has lost up to so many products,
 # and weights, which ATen arranges at every call.
@@ -162,7 +168,7 @@ def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
     if _selected == "aten":
         return Choice("aten", "backend is set to aten")
     if _selected == "auto" and op in ONEDNN_OPS and weight is not None and not training and x.device.type == "cpu":
-        products = _products(x, weight)
+        products = _products(x, weight) / (4 if op in STRIDED_OPS else 1)
         if products <= _FEW_PRODUCTS and weight.numel() <= _FEW_WEIGHTS:
             return Choice("aten", "so small a layer costs the host less by ATen than with prepared weights")
         if op == FUSED_UP and products <= _FEW_PRODUCTS_OF_TWO:
@@ -317,19 +323,19 @@ def winograd_wins(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-# Up to so many pixels in a batch, and from so many weights, oneDNN's weight gradient takes up to eight times as long as
-# the matrix product it stands for in bfloat16, and up to twice as long in float32.
+# Up to so many pixels of a batch's results, and from so many weights, oneDNN's weight gradient takes up to eight times
+# as long as the matrix product it stands for in bfloat16, and up to twice as long in float32.
 _FEW_PIXELS, _MANY_WEIGHTS = 1024, 1 << 20
 
 
-def aten_is_slow(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether the weight gradient of a 3x3 convolution on the CPU is better computed as a matrix product."""
+def aten_is_slow(x: Tensor, weight: Tensor | None, stride: int = 1) -> bool:
+    """Whether the weight gradient of a 3x3 convolution of x on the CPU is better computed as a matrix product."""
     return (
         weight is not None
         and x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float32)
         and weight.numel() >= _MANY_WEIGHTS
-        and x.shape[0] * x.shape[2] * x.shape[3] <= _FEW_PIXELS
+        and x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) <= _FEW_PIXELS
     )
 
 

@@ -21,7 +21,7 @@ from fastunet.cpu.weight_cache import prepared
 
 # Inputs of up to so many values for each image are joined.
 _FEW_VALUES = 1 << 14
-# A stride, padding or dilation.
+# A padding or dilation.
 _ONE = [1, 1]
 # The bits of bfloat16's minus infinity as an integer: of the numbers whose sign bit is set, only NaN's are greater. A
 # threshold on integers takes a quarter of the time of torch's ReLU in bfloat16.
@@ -53,26 +53,34 @@ def activate_(y: Tensor, slope: float | None) -> Tensor:
 
 
 def conv3x3(
-    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, norm: Norm | None, slope: float | None
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None,
+    slope: float | None,
+    stride: int = 1,
 ) -> Tensor:
-    """activation(norm(conv2d([x, up], weight, padding=1)) + bias) in x's dtype; the arguments as the ops have them."""
+    """activation(norm(conv2d([x, up], weight, stride=stride, padding=1)) + bias) in x's dtype; the arguments as the ops
+    have them.
+    """
     # In 16 bits the sum of the first input would be rounded before the second's; of small ones a copy costs less than
     # a second call.
     if up is not None and (x.dtype != torch.float32 or x[0].numel() <= _FEW_VALUES):
         x, up = torch.cat([x, up], dim=1), None
-    if dispatch.winograd_wins(x, weight):
+    if stride == 1 and dispatch.winograd_wins(x, weight):
         return activate_(_convolve_winograd([x] if up is None else [x, up], weight, bias, norm), slope)
 
     def make() -> tuple[Tensor | None, Tensor, Tensor | None]:
         folded, shift = _folded(weight, bias, norm)
-        packed = None if up is None else pack(folded[:, x.shape[1] :], up)
-        return packed, pack(folded[:, : x.shape[1]], x), _as(shift, x)
+        packed = None if up is None else pack(folded[:, x.shape[1] :], up, stride)
+        return packed, pack(folded[:, : x.shape[1]], x, stride), _as(shift, x)
 
-    kind = ("conv3x3", x.dtype, x.shape[1], None if norm is None else norm.eps)
+    kind = ("conv3x3", x.dtype, x.shape[1], stride, None if norm is None else norm.eps)
     of_up, of_x, shift = prepared(kind, _sources(weight, bias, norm), make)
-    y = convolve(x, of_x, shift)
+    y = convolve(x, of_x, shift, stride)
     if up is not None and of_up is not None:
-        y = _convolve_add_(y, up, of_up)
+        y = _convolve_add_(y, up, of_up, stride)
     return activate_(y, slope)
 
 
@@ -185,10 +193,10 @@ def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
     return None if t is None else t.to(x.dtype)
 
 
-def pack(weight: Tensor, x: Tensor) -> Tensor:
+def pack(weight: Tensor, x: Tensor, stride: int = 1) -> Tensor:
     """Return a 3x3 weight in the order in which oneDNN multiplies images like x by it."""
     weight = weight.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, _ONE, _ONE, _ONE, 1, list(x.shape))
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, _ONE, [stride] * 2, _ONE, 1, list(x.shape))
 
 
 def _pack_transpose(weight: Tensor, low: Tensor, *, padding: int) -> Tensor:
@@ -196,9 +204,10 @@ def _pack_transpose(weight: Tensor, low: Tensor, *, padding: int) -> Tensor:
     return reorder(weight.to(low.dtype), [padding] * 2, [0, 0], [2, 2], _ONE, 1, list(low.shape))
 
 
-def convolve(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """Return conv2d(x, packed, bias, padding=1); packed may also be a plain weight."""
-    return torch.ops.mkldnn._convolution_pointwise.default(x, packed, bias, _ONE, _ONE, _ONE, 1, "none", [], "")
+def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    """Return conv2d(x, packed, bias, stride=stride, padding=1); packed may also be a plain weight."""
+    geometry = (_ONE, [stride] * 2, _ONE, 1)
+    return torch.ops.mkldnn._convolution_pointwise.default(x, packed, bias, *geometry, "none", [], "")
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,9 +215,10 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, [0, 0], _ONE, _ONE, 1, "none", [], "")
 
 
-def _convolve_add_(y: Tensor, x: Tensor, packed: Tensor) -> Tensor:
-    """y += conv2d(x, weight, padding=1)."""
-    return torch.ops.mkldnn._convolution_pointwise_(y, x, packed, None, _ONE, _ONE, _ONE, 1, "add", 1.0, None, [], "")
+def _convolve_add_(y: Tensor, x: Tensor, packed: Tensor, stride: int = 1) -> Tensor:
+    """y += conv2d(x, weight, stride=stride, padding=1)."""
+    geometry = (_ONE, [stride] * 2, _ONE, 1)
+    return torch.ops.mkldnn._convolution_pointwise_(y, x, packed, None, *geometry, "add", 1.0, None, [], "")
 
 
 def _convolve_transpose(

@@ -28,7 +28,7 @@ NAMES = {
 
 
 class ConvArgs(NamedTuple):
-    """y = activation(norm(conv2d([x, up], weight, padding=1)) + bias), and with pool max_pool2d(y, 2)."""
+    """y = activation(norm(conv2d([x, up], weight, stride, padding=1)) + bias), and with pool max_pool2d(y, 2)."""
 
     x: Tensor  # [N, C1, H, W]
     up: Tensor | None  # [N, C2, H, W], concatenated after x
@@ -43,13 +43,20 @@ class ConvArgs(NamedTuple):
     eps: float = 0.0
     slope: float | None = None  # of the activation's negative side: None is the identity, 0 is ReLU
     pool: bool = False
+    stride: int = 1  # or 2: y is [N, Cout, ceil(H / 2), ceil(W / 2)]
     input_slope: float | None = None  # x is the output of such an activation, which leaves its backward to this op
     grad_is_ready: bool = False  # y's gradient comes from such an op, already carried through this one's activation
     needs_backward: bool = False  # there will be a backward
 
     @property
     def name(self) -> str:
-        return NAMES[self.norm]
+        return NAMES[self.norm] + (dispatch.STRIDE2 if self.stride == 2 else "")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of y."""
+        h, w = self.x.shape[2:]
+        return (h, w) if self.stride == 1 else ((h + 1) // 2, (w + 1) // 2)
 
     def choice(self, *, training: bool = False) -> dispatch.Choice:
         return dispatch.choose(
@@ -82,6 +89,7 @@ class ConvGradArgs(NamedTuple):
     eps: float
     slope: float | None
     input_slope: float | None
+    stride: int
     output_mask: list[bool]
 
 
@@ -100,7 +108,7 @@ def _forward(args: ConvArgs, choice: dispatch.Choice) -> tuple[Tensor | None, ..
 def _forward_fake(args: ConvArgs) -> tuple[Tensor | None, ...]:
     x, weight = args.x, args.weight
     format = memory_format(x, args.up, weight)
-    (n, _, h, w), channels = x.shape, weight.shape[0]
+    n, channels, (h, w) = x.shape[0], weight.shape[0], args.size
     y = empty_in(format, x, n, channels, h, w)
     pooled = empty_in(format, x, n, channels, h // 2, w // 2) if args.pool else None
     if not args.needs_backward or args.norm == "none":
@@ -115,15 +123,15 @@ def _forward_fake(args: ConvArgs) -> tuple[Tensor | None, ...]:
 def _composition(args: ConvArgs) -> tuple[Tensor | None, ...]:
     """Compute it by torch functions. The last arguments are between two ops: here each undoes its own activation."""
     joined = args.x if args.up is None else torch.cat([args.x, args.up], dim=1)
-    activation = arguments_of(args.slope)
+    options = {"stride": args.stride, **arguments_of(args.slope)}
     if args.norm == "none":
-        y = reference.conv3x3_bias_relu(joined, args.weight, args.bias, **activation)
+        y = reference.conv3x3_bias_relu(joined, args.weight, args.bias, **options)
     elif args.norm == "instance":
         affine = (args.gamma, args.bias)
-        y = reference.conv3x3_instance_norm_relu(joined, args.weight, *affine, eps=args.eps, **activation)
+        y = reference.conv3x3_instance_norm_relu(joined, args.weight, *affine, eps=args.eps, **options)
     else:
         norm = (args.gamma, args.bias, args.running_mean, args.running_var)
-        options = {"training": args.training, "momentum": args.momentum, "eps": args.eps, **activation}
+        options = {"training": args.training, "momentum": args.momentum, "eps": args.eps, **options}
         y = reference.conv3x3_batch_norm_relu(joined, args.weight, *norm, **options)
     return y, reference.max_pool2x2(y) if args.pool else None, None, None, None
 
@@ -154,7 +162,7 @@ class Conv3x3(Function):
         kept = (args.bias, args.gamma, *running, raw, mean, invstd) if has_norm else (None,) * 7
         recompute.save(ctx, args.x, args.up, args.weight, *kept, y if needs_y else None)
         ctx.is_recomputable = on_triton and (args.norm == "instance" or args.training)
-        ctx.options = args.norm, args.training, args.eps, slope, args.input_slope
+        ctx.options = args.norm, args.training, args.eps, slope, args.input_slope, args.stride
         ctx.pool = args.pool
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(raw, mean, invstd, *(() if args.pool else (pooled,)))
@@ -166,7 +174,7 @@ class Conv3x3(Function):
         if grad_y is not None or grad_pooled is not None:
             needed = dict(zip(ConvArgs._fields, ctx.needs_input_grad, strict=True))
             output_mask = [needed[name] for name in _DIFFERENTIABLE]
-            *_, input_slope = ctx.options
+            *_, input_slope, _ = ctx.options
             saved = recompute.saved(ctx, reads_values=needed["weight"] or input_slope is not None)
             found = _backward_op(grad_y, grad_pooled if ctx.pool else None, *saved, *ctx.options, output_mask)
             grads = {name: grad for name, grad in zip(_DIFFERENTIABLE, found, strict=True) if needed[name]}
@@ -203,7 +211,12 @@ def conv3x3(what: str, args: ConvArgs) -> tuple[Tensor, Any]:
 def check(what: str, args: ConvArgs) -> None:
     """Raise ShapeError, DtypeError, DeviceError or ConfigError for what the op cannot take, before any work."""
     x, weight = args.x, args.weight
-    check_inputs(what, x, args.up, weight, args.pool)
+    check_inputs(what, x, args.up, weight)
+    if args.stride not in (1, 2):
+        raise checks.ConfigError(f"{what}: stride: expected 1 or 2, got {args.stride}")
+    height, width = args.size
+    if args.pool:
+        checks.check_pooled(what, height, width)
     if args.norm == "none":
         if args.bias is None:
             return
@@ -218,10 +231,10 @@ def check(what: str, args: ConvArgs) -> None:
         check_pair(what, **running)
     check_eps(what, args.eps, training=args.training)
     if args.norm == "instance":
-        if x.shape[2] * x.shape[3] == 1:
+        if height * width == 1:
             raise checks.ShapeError(f"{what}: expected more than 1 pixel per image, got input {list(x.shape)}")
         return
-    if args.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+    if args.training and x.shape[0] * height * width == 1:
         raise checks.ShapeError(
             f"{what}: expected more than 1 value per channel when training, got input {list(x.shape)}"
         )
@@ -280,19 +293,26 @@ def _documented(op: Any, name: str, doc: str, signature: inspect.Signature) -> A
 
 @_op_of
 def conv3x3_bias_relu(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = True, negative_slope: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    relu: bool = True,
+    negative_slope: float = 0.0,
 ) -> ConvArgs:
-    """Compute relu(conv2d(x, weight, bias, padding=1)) in one pass.
+    """Compute relu(conv2d(x, weight, bias, stride=stride, padding=1)) in one pass.
 
     x [N, Cin, H, W], weight [Cout, Cin, 3, 3], bias [Cout] or None, all of one floating dtype and device; the result is
-    [N, Cout, H, W] in that dtype, channels_last if x or weight is. relu=False leaves the activation out;
-    negative_slope > 0 makes it LeakyReLU. Equal to `F.relu(F.conv2d(x, weight, bias, padding=1))`, NaN included.
+    [N, Cout, H, W] in that dtype, with stride=2 [N, Cout, ceil(H / 2), ceil(W / 2)], channels_last if x or weight is.
+    relu=False leaves the activation out; negative_slope > 0 makes it LeakyReLU. Equal to
+    `F.relu(F.conv2d(x, weight, bias, stride=stride, padding=1))`, NaN included.
     Raises ShapeError, DtypeError, DeviceError or ConfigError before any work.
 
     On the CPU, float32 of 128 channels and more runs by Winograd's algorithm where that is faster. Its rounding errors
     go by the largest values of a tile of 6x6 pixels, and a NaN or infinity makes all results of its tile NaN.
     """
-    return ConvArgs(x, None, weight, bias, slope=slope_of(relu, negative_slope))
+    return ConvArgs(x, None, weight, bias, slope=slope_of(relu, negative_slope), stride=stride)
 
 
 @_op_of
@@ -307,19 +327,20 @@ def conv3x3_batch_norm_relu(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    stride: int = 1,
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> ConvArgs:
-    """Compute relu(batch_norm(conv2d(x, weight, padding=1), running_mean, running_var, gamma, beta, training, momentum,
-    eps)).
+    """Compute relu(batch_norm(conv2d(x, weight, stride=stride, padding=1), running_mean, running_var, gamma, beta,
+    training, momentum, eps)).
 
     x [N, Cin, H, W], weight [Cout, Cin, 3, 3], the other tensors [Cout] or None, of x's dtype or float32. training=True
     takes the statistics of this batch (Ioffe & Szegedy 2015) and moves the running ones in place by momentum, with the
     unbiased variance, as torch does; training=False takes the running ones. The rest as conv3x3_bias_relu. Raises
     ValueError, as torch does, where training has one value per channel.
     """
-    slope = slope_of(relu, negative_slope)
-    return ConvArgs(x, None, weight, beta, "batch", gamma, running_mean, running_var, training, momentum, eps, slope)
+    norm = ("batch", gamma, running_mean, running_var, training, momentum, eps)
+    return ConvArgs(x, None, weight, beta, *norm, slope_of(relu, negative_slope), stride=stride)
 
 
 @_op_of
@@ -330,17 +351,19 @@ def conv3x3_instance_norm_relu(
     beta: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    stride: int = 1,
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> ConvArgs:
-    """Compute relu(instance_norm(conv2d(x, weight, padding=1), weight=gamma, bias=beta, eps=eps)).
+    """Compute relu(instance_norm(conv2d(x, weight, stride=stride, padding=1), weight=gamma, bias=beta, eps=eps)).
 
     Each image and channel is normalised by its own mean and biased variance (Ulyanov et al. 2016), in training and
     inference alike; a channels_last input stays so, which torch's instance norm does not do. gamma and beta [Cout],
     both or neither, in x's dtype or float32; the rest as conv3x3_bias_relu. Raises ValueError, as torch does, on images
     of one pixel.
     """
-    return ConvArgs(x, None, weight, beta, "instance", gamma, eps=eps, slope=slope_of(relu, negative_slope))
+    slope = slope_of(relu, negative_slope)
+    return ConvArgs(x, None, weight, beta, "instance", gamma, eps=eps, slope=slope, stride=stride)
 
 
 conv3x3_bias_relu_pool = _pooled(conv3x3_bias_relu)

@@ -24,15 +24,16 @@ aten = torch.ops.aten
 def forward(args: ConvArgs, implementation: str) -> tuple[Tensor | None, ...]:
     """(y, pooled, raw, mean, invstd), the last three None unless a backward needs them."""
     x, up, weight, bias = args[:4]
+    how = implementation, args.stride
     format = memory_format(x, up, weight)
     raw = mean = invstd = None
     if implementation == "onednn" and args.norm != "instance":
         norm = onednn.norm_of(args.running_mean, args.running_var, args.gamma, args.eps)
-        y = onednn.conv3x3(x, up, weight, bias, norm, args.slope)
+        y = onednn.conv3x3(x, up, weight, bias, norm, args.slope, args.stride)
     elif args.norm == "none":
-        y = activate_(convolve(x, up, weight, bias, implementation), args.slope)
+        y = activate_(convolve(x, up, weight, bias, *how), args.slope)
     else:
-        raw = convolve(x, up, weight, None, implementation).contiguous(memory_format=format)
+        raw = convolve(x, up, weight, None, *how).contiguous(memory_format=format)
         y, mean, invstd = (_batch_norm if args.norm == "batch" else _instance_norm)(raw, args)
         y = activate_(y.contiguous(memory_format=format), args.slope)
     y = y.contiguous(memory_format=format)
@@ -70,16 +71,18 @@ def statistics_dtype(gamma: Tensor | None, raw: Tensor) -> torch.dtype:
     return torch.promote_types((raw if gamma is None else gamma).dtype, torch.float32)
 
 
-def convolve(x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
-    """conv2d([x, up], weight, bias, padding=1), by "onednn", "winograd" or ATen, in x's dtype: a compiled graph may
-    have left the casts of autocast to an implementation that does not run.
+def convolve(
+    x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, implementation: str, stride: int = 1
+) -> Tensor:
+    """conv2d([x, up], weight, bias, stride=stride, padding=1), by "onednn", "winograd" (of stride 1) or ATen, in x's
+    dtype: a compiled graph may have left the casts of autocast to an implementation that does not run.
     """
     if implementation == "onednn":
-        return onednn.conv3x3(x, up, weight, bias, None, None)
+        return onednn.conv3x3(x, up, weight, bias, None, None, stride)
     if implementation == "winograd":
         return winograd.convolve(*_by_input(x, up, weight), bias, winograd.side_of_tiles(x, weight))
     joined = x if up is None else torch.cat([x, up], dim=1)
-    return F.conv2d(joined, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
+    return F.conv2d(joined, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding=1)
 
 
 # --- backward ---
@@ -159,7 +162,9 @@ def _conv_backward(
         grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
     else:
         parts = [
-            convolution_grads(grad, t, share, [needed, needs_weight, needs_bias and t is args.x], padding=1)
+            convolution_grads(
+                *(grad, t, share, [needed, needs_weight, needs_bias and t is args.x]), stride=args.stride, padding=1
+            )
             for t, share, needed in zip(inputs, shares, needs_inputs, strict=False)
         ]
         grads, of_shares, grad_bias = [part[0] for part in parts], [part[1] for part in parts], parts[0][2]

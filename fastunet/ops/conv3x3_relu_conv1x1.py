@@ -58,7 +58,7 @@ def conv3x3_relu_conv1x1(
     For inference: the result has no gradient, and asking for one raises. The rest as conv3x3_bias_relu.
     """
     mean, variance, gamma, eps = norm if norm is not None else (None, None, None, 0.0)
-    check_inputs(NAME, x, None, weight, pool=False)
+    check_inputs(NAME, x, None, weight)
     check_eps(NAME, eps)
     check_norm(NAME, x, weight, bias=bias, running_mean=mean, running_var=variance, gamma=gamma)
     classes = checks.check_convolution(NAME, head_weight, weight.shape[0], 1)

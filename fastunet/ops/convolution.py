@@ -11,19 +11,17 @@ from fastunet.cpu.weight_cache import prepared
 from fastunet.ops.registration import strided_like, suggests_channels_last
 
 
-def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor, pool: bool) -> None:
+def check_inputs(name: str, x: Tensor, up: Tensor | None, weight: Tensor) -> None:
     """Raise for what no op can take that begins with a 3x3 convolution of x, or of x and up concatenated."""
     # As almost always, and then there is nothing to explain.
     is_right = weight.shape[1:] == (*x.shape[1:2], 3, 3) and weight.dtype == x.dtype and weight.device == x.device
-    if up is None and not pool and x.dim() == 4 and is_right and x.is_floating_point():
+    if up is None and x.dim() == 4 and is_right and x.is_floating_point():
         return
     checks.check_activation(name, x=x)
     if up is not None:
         checks.check_same_images(name, x, up)
     checks.check_convolution(name, weight, x.shape[1] + (up.shape[1] if up is not None else 0), 3)
     checks.check_together(name, x, weight=weight)
-    if pool:
-        checks.check_pooled(name, *x.shape[2:])
 
 
 def check_eps(name: str, eps: float, *, training: bool = False) -> None:
@@ -76,11 +74,10 @@ def convolution_grads(
     transposed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return gradients of x, weight and bias, those that output_mask asks for, each with the strides of its tensor."""
-    if output_mask[1] and padding == 1 and dispatch.aten_is_slow(x, weight):
-        grad_x, _, grad_bias = convolution_grads(
-            grad, x, weight, [output_mask[0], False, output_mask[2]], padding=padding
-        )
-        return grad_x, strided_like(_weight_grad_by_matmul(grad, x), weight), grad_bias
+    if output_mask[1] and padding == 1 and dispatch.aten_is_slow(x, weight, stride):
+        others = [output_mask[0], False, output_mask[2]]
+        grad_x, _, grad_bias = convolution_grads(grad, x, weight, others, stride=stride, padding=padding)
+        return grad_x, strided_like(_weight_grad_by_matmul(grad, x, stride), weight), grad_bias
     bias_sizes = [weight.shape[1 if transposed else 0]] if output_mask[2] else None
     geometry = ([stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1)
     grads = torch.ops.aten.convolution_backward(grad, x, weight, bias_sizes, *geometry, output_mask)
@@ -92,9 +89,11 @@ def convolution_grads(
     )
 
 
-def _weight_grad_by_matmul(grad: Tensor, x: Tensor) -> Tensor:
-    """Of conv2d(x, weight, padding=1) with a 3x3 kernel: grad^T [Cout, N H W] times the windows of x [N H W, 9 Cin]."""
-    windows = F.pad(x, [1, 1, 1, 1]).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 4, 5, 1)
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+def _weight_grad_by_matmul(grad: Tensor, x: Tensor, stride: int) -> Tensor:
+    """Of conv2d(x, weight, stride=stride, padding=1) with a 3x3 kernel: grad^T [Cout, N H W] times the windows of x
+    [N H W, 9 Cin].
+    """
+    windows = F.pad(x, [1, 1, 1, 1]).unfold(2, 3, stride).unfold(3, 3, stride).permute(0, 2, 3, 4, 5, 1)
+    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     rows = grad.permute(1, 0, 2, 3).reshape(-1, pixels)
     return (rows @ windows.reshape(pixels, -1)).view(-1, 3, 3, x.shape[1]).permute(0, 3, 1, 2)

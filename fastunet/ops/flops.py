@@ -54,7 +54,7 @@ def _formula(names: Sequence[str]) -> Callable[..., int]:
     def flops(*args: Any, **_: Any) -> int:
         """Count those of an op's arguments, each tensor as its shape."""
         given = dict(zip(names, args, strict=True))
-        total = _flops(given["x" if "x" in given else "skip"], given["weight"])
+        total = _flops(given["x" if "x" in given else "skip"], given["weight"], given.get("stride", 1))
         if "output_mask" in given:  # Of x, up where there is one, and weight, in this order; then of others.
             *of_images, of_weight = given["output_mask"][: names.index("weight") - names.index("x") + 1]
             total *= any(of_images) + of_weight
@@ -67,6 +67,6 @@ def _formula(names: Sequence[str]) -> Callable[..., int]:
     return flops
 
 
-def _flops(image: Any, weight: Any) -> int:
-    """Of a convolution that keeps the size, or a transposed one that doubles it, and of each of its gradients."""
-    return 2 * image[0] * prod(image[2:]) * prod(weight)
+def _flops(image: Any, weight: Any, stride: int = 1) -> int:
+    """Of a convolution by that stride, or a transposed one that doubles the size, and of each of its gradients."""
+    return 2 * image[0] * prod((side + stride - 1) // stride for side in image[2:]) * prod(weight)

@@ -34,6 +34,7 @@ Changed = typing.Annotated[Tensor | None, "changed"]
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    int: "int",
     float: "float",
     float | None: "float?",
     bool: "bool",
@@ -209,7 +210,8 @@ def _is_torchs(op: Op, args: Any) -> bool:
     choice = args.choice(training=True)
     if choice.unmeasured is not None:
         choice = measuring.settle(op.invoke, args, choice)
-    return choice.implementation == "aten" and not dispatch.aten_is_slow(args[0], getattr(args, "weight", None))
+    slow = dispatch.aten_is_slow(args[0], getattr(args, "weight", None), getattr(args, "stride", 1))
+    return choice.implementation == "aten" and not slow
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

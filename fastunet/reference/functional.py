@@ -29,9 +29,11 @@ def max_pool2x2(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 2)
 
 
-def conv3x3_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, **activation: Any) -> Tensor:
-    """Compute activate(conv2d(x, weight, bias)), zeros around the image."""
-    return activate(F.conv2d(x, weight, bias, padding=1), **activation)
+def conv3x3_bias_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, **activation: Any
+) -> Tensor:
+    """Compute activate(conv2d(x, weight, bias)), zeros around the image; by stride 2 of every second pixel."""
+    return activate(F.conv2d(x, weight, bias, stride, padding=1), **activation)
 
 
 def conv3x3_batch_norm_relu(
@@ -45,12 +47,13 @@ def conv3x3_batch_norm_relu(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    stride: int = 1,
     **activation: Any,
 ) -> Tensor:
     """Compute activate(batch_norm(conv2d(x, weight))); in training the running statistics are updated in place, as
     torch does.
     """
-    y = F.conv2d(x, weight, padding=1)
+    y = F.conv2d(x, weight, stride=stride, padding=1)
     return activate(F.batch_norm(y, running_mean, running_var, gamma, beta, training, momentum, eps), **activation)
 
 
@@ -61,10 +64,11 @@ def conv3x3_instance_norm_relu(
     beta: Tensor | None = None,
     *,
     eps: float = 1e-5,
+    stride: int = 1,
     **activation: Any,
 ) -> Tensor:
     """Compute activate(instance_norm(conv2d(x, weight))), statistics of each image and channel."""
-    y = F.conv2d(x, weight, padding=1)
+    y = F.conv2d(x, weight, stride=stride, padding=1)
     return activate(F.instance_norm(y, weight=gamma, bias=beta, eps=eps), **activation)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,16 +25,16 @@ def conv3x3_expected(
     bias: Tensor | None = None,
     *,
     up: Operand | None = None,
+    stride: int = 1,
     negative_slope: float | None = None,
     **rounds: Any,
 ) -> Expected:
-    """Compute activation(conv2d(cat([x, up], 1), weight, bias, padding=1)); negative_slope None is no activation, 0
-    ReLU.
+    """Compute activation(conv2d(cat([x, up], 1), weight, bias, stride, padding=1)); negative_slope None is no
+    activation, 0 ReLU.
     """
     inputs = Expected.of(x) if up is None else join(Expected.of(x), Expected.of(up))
-    return bilinear(partial(F.conv2d, padding=1), inputs, weight, weight[0].numel(), bias=bias, **rounds).activate(
-        negative_slope
-    )
+    convolve = partial(F.conv2d, stride=stride, padding=1)
+    return bilinear(convolve, inputs, weight, weight[0].numel(), bias=bias, **rounds).activate(negative_slope)
 
 
 def composed_sums_expected(
@@ -87,14 +88,22 @@ def e4m3_sums_expected(x: Tensor, weight: Tensor, *, step: int | None = None) ->
     return Expected(value, truncations * E4M3_TRUNCATION * aligned + across)
 
 
-def conv3x3_input_grad_expected(grad: Operand, weight: Tensor, **rounds: Any) -> Expected:
-    """Return the gradient of the convolution's input: a sum of 9*Cout products."""
-    return bilinear(partial(F.conv_transpose2d, padding=1), grad, weight, 9 * weight.shape[0], **rounds)
+def conv3x3_input_grad_expected(
+    grad: Operand, weight: Tensor, *, stride: int = 1, size: Sequence[int] = (), **rounds: Any
+) -> Expected:
+    """Return the gradient of the convolution's input: a sum of 9*Cout products; by stride 2, of an input of that height
+    and width, of four taps' at most.
+    """
+    convolve = partial(F.conv_transpose2d, padding=1)
+    if stride == 1:
+        return bilinear(convolve, grad, weight, 9 * weight.shape[0], **rounds)
+    convolve = partial(convolve, stride=stride, output_padding=[1 - side % 2 for side in size])
+    return bilinear(convolve, grad, weight, 4 * weight.shape[0], **rounds)
 
 
-def conv3x3_weight_grad_expected(grad: Operand, x: Operand, **rounds: Any) -> Expected:
-    """Return the gradient of the convolution's weight: a sum of N*H*W products."""
-    return weight_grad_expected(grad, x, 3, padding=1, **rounds)
+def conv3x3_weight_grad_expected(grad: Operand, x: Operand, *, stride: int = 1, **rounds: Any) -> Expected:
+    """Return the gradient of the convolution's weight: a sum of as many products as grad has pixels."""
+    return weight_grad_expected(grad, x, 3, stride=stride, padding=1, **rounds)
 
 
 def weight_grad_expected(

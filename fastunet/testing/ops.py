@@ -58,6 +58,10 @@ class Call:
         return self.options.get("negative_slope", 0.0) if self.options.get("relu", True) else None
 
     @property
+    def stride(self) -> int:
+        return self.options.get("stride", 1)
+
+    @property
     def multiplies(self) -> bool:
         """Whether the activation does more than keep or drop a value."""
         return bool(self.slope)
@@ -78,8 +82,9 @@ def expected(call: Call) -> Results:
 
 def _convolve_grads(call: Call, grad: Expected, x: Expected, weight: Tensor) -> tuple[Expected, Expected]:
     """Return gradients of input and weight."""
-    of_input = conv3x3_input_grad_expected(grad, weight, **call.rounds)
-    return of_input, conv3x3_weight_grad_expected(grad, x, **call.rounds)
+    size = x.value.shape[2:]
+    of_input = conv3x3_input_grad_expected(grad, weight, stride=call.stride, size=size, **call.rounds)
+    return of_input, conv3x3_weight_grad_expected(grad, x, stride=call.stride, **call.rounds)
 
 
 def _joined(call: Call) -> Expected:
@@ -128,7 +133,7 @@ def _bias_grad(call: Call, grad: Expected) -> Expected:
 
 def _conv3x3_bias_relu(call: Call) -> Results:
     x, weight, bias = _joined(call), call.inputs["weight"], call.inputs.get("bias")
-    before = conv3x3_expected(x, weight, bias, **call.rounds)
+    before = conv3x3_expected(x, weight, bias, stride=call.stride, **call.rounds)
     y, results = _finish(call, before)
     if call.cotangents:
         grad = _finish_grad(call, y, before, stored=True)
@@ -163,7 +168,7 @@ def _double_conv3x3_bias_relu(call: Call) -> Results:
 def _conv3x3_norm_relu(call: Call) -> Results:
     x, weight, eps = _joined(call), call.inputs["weight"], call.options["eps"]
     gamma, beta = (Expected.exact(call.inputs[name])[None, :, None, None] for name in ("gamma", "beta"))
-    raw = conv3x3_expected(x, weight, **call.rounds)
+    raw = conv3x3_expected(x, weight, stride=call.stride, **call.rounds)
     dims = (2, 3) if "instance" in call.op else (0, 2, 3)
     uses_running = bool(call.buffers) and not call.options["training"]
     count = math.prod(raw.value.shape[d] for d in dims)

@@ -25,8 +25,10 @@ FORMATS: Mapping[str, tuple[torch.dtype, bool]] = {
     "float32": (torch.float32, False),
     "tf32": (torch.float32, True),
 }
+EMPTY: Mapping[str, Any] = {}
 _NORM = {"eps": 1e-3, "negative_slope": 0.1}
 _TRAINING = {**_NORM, "training": True, "momentum": 0.3}
+_STRIDED = {"stride": 2}
 # Parameters of a norm, which mixed precision keeps in float32.
 _FLOAT32 = ("gamma", "beta")
 
@@ -73,13 +75,17 @@ def cases_of(n: int, c: int, h: int, w: int, c_out: int) -> list[Case]:
         Case("conv3x3_bias_relu", plain | bias),
         Case("conv3x3_bias_relu_pool", plain | bias),
         Case("concat_conv3x3_bias_relu", concat | bias, {"negative_slope": 0.1}),
+        Case("conv3x3_bias_relu", plain | bias, _STRIDED),
         Case("double_conv3x3_bias_relu", {"x": x, **weights}, {"pool": True}),
         Case(batch, plain | affine, _TRAINING, channels),
         Case(batch, plain | affine, {**_TRAINING, "training": False}, channels),
         Case(f"{batch}_pool", plain | affine, _TRAINING, channels),
         Case(f"concat_{batch}", concat | affine, _TRAINING, channels),
+        Case(f"concat_{batch}", concat | affine, _TRAINING | _STRIDED, channels),
+        Case(f"{batch}_pool", plain | affine, {**_TRAINING, **_STRIDED, "training": False}, channels),
         Case(instance, plain | affine, _NORM),
         Case(f"{instance}_pool", plain | affine, _NORM),
+        Case(instance, plain | affine, _NORM | _STRIDED),
         Case(f"concat_{instance}", concat | affine, _NORM),
         Case("max_pool2x2", {"x": x}),
         Case("conv_transpose2x2", {"x": x, "weight": (c, c_out, 2, 2), "bias": channels}),
@@ -91,11 +97,12 @@ def cases_of(n: int, c: int, h: int, w: int, c_out: int) -> list[Case]:
     ]
 
 
-def registered(op: str) -> str:
-    """Return the name of the registered op that a public one calls, by which dispatch knows it."""
+def registered(op: str, options: Mapping[str, Any]) -> str:
+    """Return the name by which dispatch knows the op that a public one calls with these options."""
     if op == "sigmoid_dice_loss":
         return "segmentation_sums"
-    return op.removeprefix("concat_").removeprefix("double_").removesuffix("_pool")
+    name = op.removeprefix("concat_").removeprefix("double_").removesuffix("_pool")
+    return name + dispatch.STRIDE2 if options.get("stride") == 2 else name
 
 
 def make_inputs(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -153,7 +160,7 @@ def check(
     cotangents = [random_cotangent(y, seed=20 + i) for i, y in enumerate(outputs)] if case.backward else []
     actual = results_of(outputs, inputs, cotangents) | buffers
     exact = {name: t.detach() for name, t in inputs.items()}
-    known = how(case.op, actual, allow_tf32) | {"composes": _composes(case.op, exact)}
+    known = how(case.op, actual, allow_tf32, case.options) | {"composes": _composes(case.op, exact)}
     compare(actual, Call(case.op, exact, case.options, before, cotangents, **known))
 
 
@@ -177,13 +184,15 @@ def results_of(
     return results
 
 
-def how(op: str, results: Mapping[str, Tensor], allow_tf32: bool = False) -> dict[str, Any]:
+def how(
+    op: str, results: Mapping[str, Tensor], allow_tf32: bool = False, options: Mapping[str, Any] = EMPTY
+) -> dict[str, Any]:
     """Return what a `Call` must know of the implementation that gave the results."""
     y = results["y"]
     return {
         "allow_tf32": allow_tf32 and y.is_cuda,  # A CPU has no TF32.
         "y": y if op in DECIDED_BY_Y else None,
-        "stores_steps": implementation_of(op, y.dtype, y.device).implementation == "aten",
+        "stores_steps": implementation_of(op, y.dtype, y.device, options).implementation == "aten",
     }
 
 
@@ -202,9 +211,11 @@ def compare(actual: Mapping[str, Tensor], call: Call, *, without: Sequence[str] 
             raise AssertionError(f"{call.op}: {name}: {error}") from error
 
 
-def implementation_of(op: str, dtype: torch.dtype, device: torch.device) -> dispatch.Choice:
-    """Return what runs the public op under the backend in force, and why."""
-    return dispatch.choose(registered(op), torch.empty(0, dtype=dtype, device=device))
+def implementation_of(
+    op: str, dtype: torch.dtype, device: torch.device, options: Mapping[str, Any] = EMPTY
+) -> dispatch.Choice:
+    """Return what runs the public op with these options under the backend in force, and why."""
+    return dispatch.choose(registered(op, options), torch.empty(0, dtype=dtype, device=device))
 
 
 def backends_for(op: str, device: torch.device, dtype: torch.dtype) -> tuple[list[str], str]:

@@ -14,6 +14,7 @@ import fastunet
 from fastunet import dispatch, ops
 from fastunet.cpu import onednn
 from fastunet.cpu.onednn import activate_
+from fastunet.ops import convolution
 from fastunet.testing import parity, random_input
 from fastunet.testing.ops import Call
 
@@ -47,11 +48,22 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+# A second input by stride 2, whose first one's sum it is added to where that is large, and joined where it is small.
+TWO_BY_STRIDE_2 = [
+    parity.Case(
+        "concat_conv3x3_bias_relu",
+        {"skip": (2, 8, h, w), "up": (2, 5, h, w), "weight": (24, 13, 3, 3), "bias": (24,)},
+        {"stride": 2},
+    )
+    for h, w in ((51, 48), (64, 65), (9, 10))
+]
+
+
 def inference_cases() -> list[parity.Case]:
     return [
         case
-        for case in parity.cases()
-        if parity.registered(case.op) in dispatch.ONEDNN_OPS and not case.options.get("training")
+        for case in [*parity.cases(), *TWO_BY_STRIDE_2]
+        if parity.registered(case.op, case.options) in dispatch.ONEDNN_OPS and not case.options.get("training")
     ]
 
 
@@ -86,6 +98,17 @@ def test_within_bounds_under_autocast(case: parity.Case, calls: list[str]) -> No
     y = outputs[0] if case.op in parity.DECIDED_BY_Y else None
     call = Call(case.op, exact, case.options, {}, [], y=y, stores_steps=True)
     parity.compare(parity.results_of(outputs, {}, []), call)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_weight_gradient_as_a_matrix_product(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many weights and few pixels, where oneDNN's is slow."""
+    asked: list[int] = []
+    by_matmul = convolution._weight_grad_by_matmul
+    monkeypatch.setattr(convolution, "_weight_grad_by_matmul", lambda *args: asked.append(args[-1]) or by_matmul(*args))
+    shapes = {"x": (2, 512, 7, 6), "weight": (228, 512, 3, 3), "bias": (228,)}
+    parity.check(parity.Case("conv3x3_bias_relu", shapes, {"stride": stride}), torch.float32, torch.device("cpu"))
+    assert asked == [stride]
 
 
 def test_relu_of_every_bfloat16_is_torchs() -> None:

@@ -24,6 +24,7 @@ GOOD = {"x": torch.zeros(1, 2, 4, 4), "weight": torch.zeros(3, 2, 3, 3), "bias":
         ({"weight": torch.zeros(3, 2, 3, 3, device="meta")}, checks.DeviceError, "expected device cpu .* got meta"),
         ({"bias": torch.zeros(4)}, checks.ShapeError, r"bias: expected shape \[3\], got \[4\]"),
         ({"bias": torch.zeros(3).double()}, checks.DtypeError, "bias: expected dtype torch.float32"),
+        ({"stride": 3}, checks.ConfigError, "stride: expected 1 or 2, got 3"),
         ({"negative_slope": -0.1}, checks.ConfigError, r"negative_slope: expected .* got -0.1"),
     ],
 )
@@ -51,6 +52,13 @@ def test_more_bad_arguments() -> None:
         ops.concat_conv3x3_bias_relu(x, torch.zeros(1, 1, 2, 4), torch.zeros(3, 3, 3, 3))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         ops.conv3x3_batch_norm_relu(x[:, :, :1, :1], w, p, p, p, p, training=True)
+    # By stride 2 what counts is the output.
+    with pytest.raises(checks.ShapeError, match="height and width >= 2 for 2x2 pooling, got 1x2"):
+        ops.conv3x3_bias_relu_pool(x[:, :, :2], w, stride=2)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ops.conv3x3_batch_norm_relu(x[:, :, :2, :2], w, p, p, p, p, training=True, stride=2)
+    with pytest.raises(ValueError, match="more than 1 pixel"):
+        ops.conv3x3_instance_norm_relu(x[:, :, :2, :1], w, stride=2)
     with pytest.raises(checks.ConfigError, match="running_mean and running_var when not training"):
         ops.conv3x3_batch_norm_relu(x, w, p, p, None, None, training=False)
     with pytest.raises(checks.ConfigError, match="both gamma and beta"):

@@ -57,7 +57,7 @@ def expanded(t: Tensor) -> Tensor:
 # The interpreter is slow, and layouts are put right before the kernels.
 LAYOUTS = (beside,) if BACKENDS == ["triton"] else (beside, every_third, offset, expanded)
 _WITH_VECTORS = (c for c in (*CASES, *INFERENCE) if c.buffers or any(s and len(s) == 1 for s in c.shapes))
-VECTORS = [*{case.op: case for case in _WITH_VECTORS}.values()]
+VECTORS = [*{(case.op, case.options.get("stride")): case for case in _WITH_VECTORS}.values()]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -122,7 +122,8 @@ def test_an_empty_batch_has_empty_results_and_zero_gradients(case: Case, dispatc
 def empty_instance_norm(case: Case, tensors: list[Tensor | None]) -> list[Tensor]:
     """What torch gives without gamma and beta; with them its instance norm raises IndexError on an empty batch."""
     joined = torch.cat(tensors[:2], 1) if "concat" in case.op else tensors[0]
-    y = torch.nn.functional.conv2d(joined, tensors[2 if "concat" in case.op else 1], padding=1)
+    weight, stride = tensors[2 if "concat" in case.op else 1], case.options.get("stride", 1)
+    y = torch.nn.functional.conv2d(joined, weight, stride=stride, padding=1)
     outputs = (y, torch.nn.functional.max_pool2d(y, 2)) if "pool" in case.op else (y,)
     return [*outputs, *(torch.zeros_like(t) for t in tensors if t is not None)]
 

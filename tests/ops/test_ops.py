@@ -43,13 +43,21 @@ EVAL = {**TRAIN, "training": False}
 FORMS = {"{}": (X, W3), "{}_pool": (X, W3), "concat_{}": (SKIP, UP, W3_CAT)}
 # By op, its parameters and options.
 VARIANTS: dict[str, list[tuple[tuple, dict]]] = {
-    "conv3x3_bias_relu": [((CHANNELS,), {}), ((None,), {"relu": False}), ((CHANNELS,), {"negative_slope": 0.25})],
+    "conv3x3_bias_relu": [
+        *(((CHANNELS,), {}), ((CHANNELS,), {"stride": 2})),
+        *(((None,), {"relu": False}), ((CHANNELS,), {"negative_slope": 0.25})),
+    ],
     "conv3x3_batch_norm_relu": [
         ((CHANNELS, CHANNELS), TRAIN),
         ((CHANNELS, CHANNELS), EVAL),
+        ((CHANNELS, CHANNELS), {**EVAL, "stride": 2}),
+        ((CHANNELS, CHANNELS), {**TRAIN, "stride": 2, "negative_slope": 0.25}),
         ((None, None), {**TRAIN, "negative_slope": 0.25}),
     ],
-    "conv3x3_instance_norm_relu": [((CHANNELS, CHANNELS), {}), ((None, None), {"relu": False})],
+    "conv3x3_instance_norm_relu": [
+        *(((CHANNELS, CHANNELS), {}), ((CHANNELS, CHANNELS), {"stride": 2})),
+        ((None, None), {"relu": False}),
+    ],
 }
 CASES = [
     *(
@@ -92,14 +100,17 @@ def case_of(op: str, **options: Any) -> Case:
     return next(c for c in CASES if c.op == op and options.items() <= c.options.items())
 
 
-# One case of each op, for what no argument changes, and one of each way through the registered ops.
-EACH_OP = [*{case.op: case for case in CASES}.values()]
+# One case of each op and stride, for what no argument else changes, and one of each way through the registered ops.
+EACH_OP = [*{(case.op, case.options.get("stride")): case for case in CASES}.values()]
 REGISTERED = [
     case_of("conv3x3_bias_relu_pool", negative_slope=0.25),
     case_of("concat_conv3x3_bias_relu"),
     case_of("conv3x3_batch_norm_relu_pool", training=True),
     case_of("concat_conv3x3_batch_norm_relu", training=False),
     case_of("concat_conv3x3_instance_norm_relu"),
+    case_of("conv3x3_bias_relu_pool", stride=2),
+    case_of("concat_conv3x3_batch_norm_relu", training=True, stride=2),
+    case_of("conv3x3_instance_norm_relu", stride=2),
     case_of("max_pool2x2"),
     case_of("conv_transpose2x2"),
     case_of("conv1x1", activation="softmax"),
