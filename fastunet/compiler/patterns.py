@@ -24,7 +24,7 @@ _ANCHORS = (
 _PLAIN: dict[str, Any] = {"dilation": (1, 1), "groups": 1}
 _TWICE: dict[str, Any] = {"stride": (2, 2), "padding": (0, 0)}
 _GEOMETRY: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {
-    ("conv2d", (3, 3)): {"stride": (1, 1), "padding": (1, 1), **_PLAIN},
+    ("conv2d", (3, 3)): {"stride": (1, 1), "padding": (1, 1), **_PLAIN},  # or stride (2, 2)
     ("conv2d", (1, 1)): {"stride": (1, 1), "padding": (0, 0), **_PLAIN},
     ("conv_transpose2d", (2, 2)): {**_TWICE, "output_padding": (0, 0), **_PLAIN},
     ("max_pool2d", (2, 2)): {**_TWICE, "dilation": (1, 1), "ceil_mode": False, "return_indices": False},
@@ -48,6 +48,7 @@ class Pattern:
     op: str | None = None  # None where none computes exactly this
     reason: str = ""  # why there is no op, or why `runs_on` runs
     runs_on: str | None = None  # "triton", "onednn" or "aten", what the op would run on here
+    interpolation: Node | None = None  # an upsampling that stays where it is, but whose result is not concatenated
     cat: Node | None = None  # this and the next seven: the other nodes it takes in, where it has them
     norm: Node | None = None
     activation: Node | None = None
@@ -150,8 +151,12 @@ class _Search:
             if not pattern.is_replaced:
                 why = "the op would run on ATen here" if is_atens else "inductor's fusion gains as much, or may"
                 pattern.reason = f"{why}: {choice.reason}"
+        described = pattern.parts
+        if pattern.interpolation is not None:
+            described = [pattern.interpolation, *described]
+            pattern.reason += "; the upsampling before it is left, and its result not concatenated"
         # While the graph still has the nodes.
-        pattern.layer, pattern.description = layer_of(node), " + ".join(map(_described, pattern.parts))
+        pattern.layer, pattern.description = layer_of(node), " + ".join(map(_described, described))
         self.patterns.append(pattern)
         self.covered.update(pattern.nodes)
 
@@ -180,17 +185,20 @@ class _Search:
 
     def _grow(self, pattern: Pattern) -> None:
         """Take what follows a 3x3 convolution, what is concatenated before it, and what inference has around it."""
-        pattern.op = "conv3x3_bias_relu"
-        self._take_norm(pattern)
+        strided = dispatch.STRIDE2 if stride_of(pattern.anchor) == 2 else ""
+        pattern.op = "conv3x3_bias_relu" + strided
+        self._take_norm(pattern, strided)
         user = self._take_idle(pattern)
         if user is not None and slope_of(user) is not None:
             self._take(pattern, activation=user)
         joined = arguments(pattern.anchor)["input"]
         if _is_plain_cat(joined) and only_user(joined) is not None:
             self._take(pattern, cat=joined)
+        if pattern.cat is not None:
+            self._take_interpolation(pattern)
         norm = pattern.norm
         by_running = norm is not None and name_of(norm) == "batch_norm" and arguments(norm)["training"] is False
-        is_foldable = not _has_gradient(pattern) and (norm is None or by_running)
+        is_foldable = not strided and not _has_gradient(pattern) and (norm is None or by_running)
         if is_foldable and (self._take_upsampling(pattern) or self._take_head(pattern)):
             return
         for user in pattern.result.users:
@@ -206,17 +214,29 @@ class _Search:
             user = only_user(user)
         return user
 
-    def _take_norm(self, pattern: Pattern) -> None:
+    def _take_norm(self, pattern: Pattern, strided: str) -> None:
         user = self._take_idle(pattern)
         kind = None if user is None else _norm_kind(user)
         if user is None or kind is None:
             return
-        op = f"conv3x3_{kind}_relu"
+        op = f"conv3x3_{kind}_relu{strided}"
         # Inference on the CPU folds batch norm away; instance norm it computes as ATen does, where another backend
         # makes one pass of it and of all that follows.
         is_better = kind != "instance_norm" or self._choice(op, pattern).implementation != "onednn"
         if (self.force or is_better) and self._take(pattern, norm=user):
             pattern.op = op
+
+    def _take_interpolation(self, pattern: Pattern) -> None:
+        """Name the upsampling by interpolation that gives one of the concatenated inputs, maybe padded: another backend
+        computes it, and the op takes its result for one of its images.
+        """
+        assert pattern.cat is not None
+        for node in arguments(pattern.cat)["tensors"]:
+            source = arguments(node)["input"] if name_of(node) == "pad" else node
+            if name_of(source) == "interpolate" and only_user(source) is not None and only_user(node) is not None:
+                pattern.interpolation = source
+                self.patterns = [found for found in self.patterns if found.anchor is not source]
+                return
 
     def _take_upsampling(self, pattern: Pattern) -> bool:
         """Take the transposed convolution that gives the second of the concatenated inputs, where one op has both."""
@@ -267,7 +287,7 @@ def _unsupported(node: Node) -> str | None:
     """Return why no op computes what this anchor calls, or None."""
     name, given = name_of(node), arguments(node)
     if name == "interpolate":
-        return "upsampling by interpolation has no op: the convolution after it takes its result unjoined"
+        return "upsampling by interpolation has no op, and no 3x3 convolution takes its result beside another image"
     if name.endswith(("1d", "3d")):
         volumes = f"{dispatch.VOLUMES}; " if name.endswith("3d") else ""
         return f"{name}: {volumes}the ops are for images [N, C, H, W]"
@@ -299,6 +319,8 @@ def _geometry_unsupported(node: Node) -> str | None:
         actual["padding"] = expected["padding"]
     if name == "max_pool2d" and given["stride"] in (None, []):
         actual["stride"] = sides
+    if (name, sides, actual["stride"]) == ("conv2d", (3, 3), (2, 2)):
+        expected = {**expected, "stride": (2, 2)}
     wrong = [f"{key} {value} instead of {expected[key]}" for key, value in actual.items() if value != expected[key]]
     return f"{name} of {kernel} with {', '.join(wrong)}" if wrong else None
 
@@ -316,6 +338,11 @@ def _pair(value: Any) -> tuple[Any, Any]:
 
 def _is_idle(node: Node) -> bool:
     return name_of(node) == "dropout" and (not arguments(node)["training"] or arguments(node)["p"] == 0)
+
+
+def stride_of(anchor: Node) -> int:
+    """Return the ops' `stride` argument for a 3x3 convolution whose geometry is one of theirs, 1 for anything else."""
+    return int(_pair(arguments(anchor)["stride"])[0]) if name_of(anchor) == "conv2d" else 1
 
 
 def slope_of(activation: Node | None) -> float | None:
@@ -384,5 +411,7 @@ def _described(node: Node) -> str:
     if name in ("conv2d", "conv_transpose2d"):
         weight = value_of(arguments(node)["weight"])
         kernel = "x".join(str(s) for s in weight.shape[2:]) if isinstance(weight, Tensor) else ""
-        return name.removesuffix("2d") + kernel
+        stride = _pair(arguments(node)["stride"]) if name == "conv2d" else (1, 1)
+        by = "" if stride == (1, 1) else f" of stride {'x'.join(map(str, stride))}"
+        return name.removesuffix("2d") + kernel + by
     return {"max_pool2d": "max_pool", "interpolate": "upsample"}.get(name, name)

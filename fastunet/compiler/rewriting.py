@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastunet.compiler.fx_nodes import arguments, has_effect, is_image, name_of, value_of
-from fastunet.compiler.patterns import Pattern, slope_of
+from fastunet.compiler.patterns import Pattern, slope_of, stride_of
 from fastunet.cpu import folding
+from fastunet.dispatch import STRIDE2
 from fastunet.ops.conv3x3 import NAMES
 from fastunet.ops.registration import Op, op_named
 
@@ -70,7 +71,8 @@ def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Any]]:
     activation = None if pattern.head_activation is None else name_of(pattern.head_activation)
     # All that any op may take: the same by several names.
     given = {"x": x, "skip": x, "up": up, "weight": anchor.get("weight"), "bias": anchor.get("bias"), "pool": pool}
-    given |= {"slope": slope_of(pattern.activation), "activation": activation, "sigmoid": activation is not None}
+    given |= {"slope": slope_of(pattern.activation), "stride": stride_of(pattern.anchor)}
+    given |= {"activation": activation, "sigmoid": activation is not None}
     given |= {"gamma": None, "eps": 0.0, **_norm(graph, pattern)}
     given |= {"mean": given.get("running_mean"), "variance": given.get("running_var")}
     if pattern.head is not None:
@@ -79,7 +81,8 @@ def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Any]]:
     if pattern.up is not None:
         of_up = arguments(pattern.up)
         given |= {"low": of_up["input"], "up_weight": of_up["weight"], "up_bias": of_up["bias"]}
-    op = op_named("conv3x3" if pattern.op in NAMES.values() else str(pattern.op))
+    name = str(pattern.op).removesuffix(STRIDE2)
+    op = op_named("conv3x3" if name in NAMES.values() else name)
     return op, {name: given[name] for name in op.arguments._fields if name in given}
 
 
@@ -88,7 +91,7 @@ def _norm(graph: Any, pattern: Pattern) -> dict[str, Any]:
     if pattern.norm is None:
         return {}
     norm, bias = arguments(pattern.norm), arguments(pattern.anchor)["bias"]
-    if pattern.op == NAMES["instance"]:
+    if name_of(pattern.norm) == "instance_norm":
         gamma, beta = _with_idle_bias(graph, norm, bias)
         return {"norm": "instance", "gamma": gamma, "bias": beta, "eps": norm["eps"]}
     gamma, beta = norm["weight"], norm["bias"]

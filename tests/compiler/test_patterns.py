@@ -93,6 +93,15 @@ ONE_OP = {
         "conv3x3 + batch_norm + relu",
     ),
     "pool": (lambda: chain(conv(), nn.ReLU(), nn.MaxPool2d(2)), "conv3x3 + relu + max_pool"),
+    "stride": (lambda: chain(conv(stride=2)), "conv3x3 of stride 2x2"),
+    "stride and batch norm": (
+        lambda: chain(conv(stride=(2, 2)), nn.BatchNorm2d(4), nn.LeakyReLU(), nn.MaxPool2d(2)),
+        "conv3x3 of stride 2x2 + batch_norm + leaky_relu + max_pool",
+    ),
+    "stride and instance norm": (
+        lambda: chain(conv(stride=2, bias=False), nn.InstanceNorm2d(4, affine=True), nn.ReLU()),
+        "conv3x3 of stride 2x2 + instance_norm + relu",
+    ),
     "transposed": (lambda: chain(nn.ConvTranspose2d(3, 4, 2, stride=2)), "conv_transpose2x2"),
     "head": (lambda: chain(nn.Conv2d(3, 4, 1)), "conv1x1"),
     "sigmoid": (lambda: chain(nn.Conv2d(3, 4, 1), nn.Sigmoid()), "conv1x1 + sigmoid"),
@@ -131,7 +140,9 @@ def pruned(module: nn.Conv2d) -> nn.Conv2d:
 
 
 LEFT = {
-    "stride": (lambda: conv(stride=2), "stride (2, 2) instead of (1, 1)"),
+    "stride": (lambda: conv(stride=3), "stride (3, 3) instead of (1, 1)"),
+    "oblong stride": (lambda: conv(stride=(2, 1)), "stride (2, 1) instead of (1, 1)"),
+    "stride of a head": (lambda: nn.Conv2d(3, 4, 1, stride=2), "stride (2, 2) instead of (1, 1)"),
     "padding": (lambda: conv(padding=0), "padding (0, 0) instead of (1, 1)"),
     "groups": (lambda: conv(out=3, groups=3), "groups 3 instead of 1"),
     "padding mode": (lambda: conv(padding_mode="reflect"), "padding (0, 0) instead of (1, 1)"),
@@ -141,7 +152,7 @@ LEFT = {
     "output padding": (lambda: nn.ConvTranspose2d(3, 4, 2, stride=2, output_padding=1), "output_padding (1, 1)"),
     "overlapping pool": (lambda: nn.MaxPool2d(3, 2, 1), "max_pool2d of 3x3"),
     "ceil": (lambda: nn.MaxPool2d(2, ceil_mode=True), "ceil_mode"),
-    "upsampling": (lambda: nn.Upsample(scale_factor=2), "upsampling by interpolation"),
+    "upsampling": (lambda: nn.Upsample(scale_factor=2), "upsampling by interpolation has no op"),
     "parametrised": (lambda: parametrizations.weight_norm(conv()), "its weight is computed"),
     "pruned": (lambda: pruned(conv()), "its weight is computed"),
 }
@@ -340,6 +351,40 @@ def test_joined_inputs_of_odd_sizes(mode: str) -> None:
     assert patterns.descriptions == ["conv_transpose2x2", "cat + conv3x3 + relu"]
 
 
+@pytest.mark.parametrize("order", ["skip first", "up first"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "nearest"}, *({"mode": "bilinear", "align_corners": corners} for corners in (False, True))],
+    ids=str,
+)
+def test_an_interpolated_input_is_not_concatenated(options: dict[str, Any], stride: int, order: str) -> None:
+    """It is one pattern with the convolution, which alone is replaced."""
+    net = joined(order, nn.Upsample(scale_factor=2, **options))
+    net.conv = conv(8, 4, stride=stride)
+    patterns = assert_same(net.train(), torch.randn(2, 3, 8, 6), torch.randn(2, 5, 4, 3))
+    convolved = "conv3x3" if stride == 1 else "conv3x3 of stride 2x2"
+    assert [pattern.description for pattern in patterns.found] == [f"upsample + cat + {convolved} + relu"]
+    assert "the upsampling before it is left" in patterns.found[0].reason
+    assert patterns.descriptions == [pattern.description for pattern in patterns.found]
+
+
+def test_an_interpolated_input_may_be_padded_and_is_one_patterns() -> None:
+    up = nn.Upsample(scale_factor=2, mode="bilinear")
+    net = joined("skip first", up, lambda up, skip: F.pad(up, (0, 1, 0, 1)))
+    net.conv = conv(8, 4)
+    images = torch.randn(2, 3, 9, 7), torch.randn(2, 5, 4, 3)
+    assert assert_same(net.train(), *images).descriptions == ["upsample + cat + conv3x3 + relu"]
+
+    def twice(m: Any, skip: Tensor, low: Tensor) -> Tensor:
+        high = m.up(low)
+        return m.a(torch.cat([skip, high], 1)) + m.b(high)
+
+    used_twice = Net(twice, up=up, a=conv(8), b=conv(5))
+    patterns = assert_same(used_twice.train(), images[0][:, :, :8, :6], images[1])
+    assert [pattern.description for pattern in patterns.found] == ["upsample", "cat + conv3x3", "conv3x3"]
+
+
 def test_three_inputs_or_another_dimension_are_joined_as_before() -> None:
     three = Net(lambda m, x: m.conv(torch.cat([x, x, x], 1)), conv=conv(9))
     assert assert_same(three.train(), X).descriptions == ["conv3x3"]
@@ -386,8 +431,13 @@ def test_the_step_up_is_one_op_in_inference(pad: str | None) -> None:
         # Inductor makes one pass of the norm and the activation; the convolution's weight is prepared.
         (lambda: chain(conv(), nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU()), "conv3x3"),
         (lambda: chain(conv(), nn.BatchNorm2d(4, affine=False), nn.ReLU()), "conv3x3 + batch_norm + relu"),
+        # The op with a head has no stride.
+        (
+            lambda: chain(conv(stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+            "conv3x3 of stride 2x2 + batch_norm + relu",
+        ),
     ],
-    ids=["head", "instance norm", "bias before batch norm"],
+    ids=["head", "instance norm", "bias before batch norm", "stride"],
 )
 def test_what_inference_folds(make: Callable[[], nn.Module], expected: str) -> None:
     assert folded(make(), X) == [expected]
