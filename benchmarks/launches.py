@@ -55,7 +55,7 @@ class Call(NamedTuple):
 @dataclass(frozen=True)
 class Job:
     """One compilation: of what call number `call` launches as number `index`, in a number format of `parity.FORMATS`,
-    for the usual GPU of that capability.
+    for the usual GPU of that capability; a convolution of that stride.
     """
 
     op: str
@@ -64,6 +64,7 @@ class Job:
     capability: int
     call: int
     index: int
+    stride: int = 1
 
 
 def jobs(
@@ -76,12 +77,15 @@ def jobs(
             for index, launch in enumerate(record(call, math, capability) if call.op in of else ()):
                 if (key := _specialisation(launch)) not in seen:
                     seen.add(key)
-                    yield Job(call.op, launch.kernel.__name__, math, capability, number, index)
+                    stride = launch.arguments.get("STRIDE", 1)
+                    yield Job(call.op, launch.kernel.__name__, math, capability, number, index, stride)
 
 
 def one_of_each(found: Iterable[Job]) -> list[Job]:
-    """Return the last job of each kernel, on 8 bits for itself, and target: most have their largest blocks then."""
-    return list({(job.kernel, job.op == E4M3, job.capability): job for job in found}.values())
+    """Return the last job of each kernel, on 8 bits and by stride 2 for itself, and target: most have their largest
+    blocks then.
+    """
+    return list({(job.kernel, job.stride, job.op == E4M3, job.capability): job for job in found}.values())
 
 
 def launch_of(job: Job) -> gpu.Launch:

@@ -32,17 +32,14 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WINOGRAD_OPS = ("conv3x3_batch_norm_relu", "conv3x3_bias_relu", "conv3x3_instance_norm_relu")
 _WINOGRAD_CHANNELS, _WINOGRAD_PIXELS, _WINOGRAD_PRODUCTS, _WINOGRAD_WEIGHTS_PER_PIXEL = 128, 1024, 1 << 25, 1024
 # By stride 2 an op goes by another name: it has kernels, checks and measurements of its own.
-STRIDE2 = "_stride2"
+STRIDE2 = autotune.STRIDE2
 STRIDED_OPS = tuple(op + STRIDE2 for op in WINOGRAD_OPS)
 # The op whose kernel is for some GPUs and sizes only: elsewhere its two steps are ops of their own.
 FUSED_UP = "conv_transpose2x2_concat_conv3x3_relu"
 # Ops with convolutions whose weights can be prepared once for inference on the CPU.
 ONEDNN_OPS = (*WINOGRAD_OPS, *STRIDED_OPS, "conv3x3_relu_conv1x1", "conv_transpose2x2", FUSED_UP)
 # Ops that have Triton kernels, forward and backward.
-TRITON_OPS = (
-    *(op for op in ONEDNN_OPS if op not in STRIDED_OPS),
-    *("conv1x1", "max_pool2x2", "segmentation_sums"),
-)
+TRITON_OPS = (*ONEDNN_OPS, "conv1x1", "max_pool2x2", "segmentation_sums")
 
 # A call of oneDNN has a fixed cost, several times that of ATen's own convolution: it has lost up to so many products,
 # and weights, which ATen arranges at every call.

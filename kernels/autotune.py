@@ -36,6 +36,9 @@ from torch import Tensor
 TUNED = Path(__file__).parent / "tuned"
 _REMEMBERED = 4096
 
+# At the end of the names of ops, and of kernels with configurations, that are known for themselves by stride 2.
+STRIDE2 = "_stride2"
+
 T = TypeVar("T")
 Row = dict[str, Any]
 Key = tuple[Any, ...]

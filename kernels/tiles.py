@@ -60,6 +60,21 @@ def pixel_offsets(W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
+def strided(H, W, STRIDE: tl.constexpr):
+    """Height and width of what a 3x3 convolution by STRIDE makes of an image H x W."""
+    return H if STRIDE == 1 else (H + 1) // 2, W if STRIDE == 1 else (W + 1) // 2
+
+
+@triton.jit
+def read_pixels(image, h0, w0, rows, columns, H, W, STRIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """What a tile of outputs at (h0, w0) has at the centre of its windows, in an image H x W: rows and columns [P], the
+    first one's index, and how many pixels each lies beyond it. A row outside stays outside.
+    """
+    origin = (image * H + h0 * STRIDE) * W + w0 * STRIDE
+    return rows * STRIDE, columns * STRIDE, origin, pixel_offsets(W, TILE_H, TILE_W) * STRIDE
+
+
+@triton.jit
 def joined_channels(first_ptr, second_ptr, N: tl.constexpr):
     """Pointers [N] to the channels of pixel 0 of two images of N / 2 channels each, one after the other."""
     n = tl.arange(0, N)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from fastunet import dispatch
 from fastunet.kernels.activation_grad import activation_grad
 from fastunet.kernels.conv3x3 import grad as conv3x3_grad
 from fastunet.kernels.conv3x3 import pointer as kernels
+from fastunet.kernels.conv3x3.strided import strided_input_grads
 from fastunet.kernels.norm import Affine, finish_statistics, normalise
 from fastunet.kernels.norm_grad import norm_grad
 from fastunet.ops.convolution import kernel_weight
@@ -32,7 +35,7 @@ def forward(args: ConvArgs) -> tuple[Tensor | None, ...]:
         if args.running_mean is not None and args.running_var is not None:
             norm = kernels.Normalisation(args.running_mean, args.running_var, args.gamma, args.eps)
         options = {"norm": norm, "negative_slope": args.slope, "pool": args.pool, "allow_tf32": tf32}
-        y, pooled = kernels.conv3x3(x, weight, args.bias, up=up, **options)
+        y, pooled = kernels.conv3x3(x, weight, args.bias, up=up, stride=args.stride, **options)
     else:
         raw, statistics = _convolved(args, weight)
         y, pooled = normalise(raw, Affine(*statistics, args.gamma, args.bias), args.slope, pool=args.pool)
@@ -49,11 +52,11 @@ def _convolved(args: ConvArgs, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Te
     """Return the convolution's output, and mean and invstd to normalise it by, float32 [groups, Cout]; running ones
     move.
     """
-    tf32 = dispatch.tf32_allowed()
+    options: dict[str, Any] = {"up": args.up, "stride": args.stride, "allow_tf32": dispatch.tf32_allowed()}
     if args.norm == "batch" and not args.training:
-        raw, _ = kernels.conv3x3(args.x, weight, up=args.up, allow_tf32=tf32)
+        raw, _ = kernels.conv3x3(args.x, weight, **options)
         return raw, _running_statistics(args)
-    raw, sums = kernels.conv3x3_with_statistics(args.x, weight, up=args.up, allow_tf32=tf32)
+    raw, sums = kernels.conv3x3_with_statistics(args.x, weight, **options)
     if args.norm == "instance":
         return raw, finish_statistics(sums, args.x.shape[0], eps=args.eps)
     running = None if args.running_mean is None or args.running_var is None else (args.running_mean, args.running_var)
@@ -112,21 +115,25 @@ def _conv_backward(grad: Tensor, args: ConvGradArgs, output_mask: list[bool]) ->
     split = x.shape[1]
     grad_x = grad_up = grad_weight = grad_bias = None
     packed = kernel_weight(weight, x, training=True) if output_mask[0] or output_mask[1] else weight
+    input_grads: Callable[..., list[Tensor]] = partial(conv3x3_grad.conv3x3_input_grads, allow_tf32=tf32)
+    if args.stride == 2:
+        assert args.input_slope is None, "two convolutions in one call have stride 1"
+        input_grads = partial(strided_input_grads, size=x.shape[2:], allow_tf32=tf32)
     if output_mask[0] and up is not None and output_mask[1]:
-        channels = [split, up.shape[1]]
-        grad_x, grad_up = conv3x3_grad.conv3x3_input_grads(grad, packed, channels, allow_tf32=tf32)
+        grad_x, grad_up = input_grads(grad, packed, [split, up.shape[1]])
     elif output_mask[0]:
         of_x, activated = packed[:, :split], {}
         if args.input_slope is not None:
             activated = {"x": x, "negative_slope": args.input_slope}
-        (grad_x,) = conv3x3_grad.conv3x3_input_grads(grad, of_x, [split], allow_tf32=tf32, **activated)
+        (grad_x,) = input_grads(grad, of_x, [split], **activated)
     elif up is not None and output_mask[1]:
         of_up = packed[:, split:]
-        (grad_up,) = conv3x3_grad.conv3x3_input_grads(grad, of_up, [up.shape[1]], allow_tf32=tf32)
+        (grad_up,) = input_grads(grad, of_up, [up.shape[1]])
     if output_mask[2] or output_mask[3]:
-        grad_weight, grad_bias = conv3x3_grad.conv3x3_weight_grad(grad, x, with_bias=output_mask[3], allow_tf32=tf32)
+        options = {"stride": args.stride, "allow_tf32": tf32}
+        grad_weight, grad_bias = conv3x3_grad.conv3x3_weight_grad(grad, x, with_bias=output_mask[3], **options)
         if up is not None and output_mask[2]:
-            of_up, _ = conv3x3_grad.conv3x3_weight_grad(grad, up, allow_tf32=tf32)
+            of_up, _ = conv3x3_grad.conv3x3_weight_grad(grad, up, **options)
             grad_weight = torch.cat([grad_weight, of_up], dim=1)
     return (
         None if grad_x is None else strided_like(grad_x, x),

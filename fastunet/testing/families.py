@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fastunet
+from fastunet import dispatch
 
 from .budget import assert_within, float32_precision, random_integers
 from .parity import FORMATS, cases_of, check, registered
@@ -38,7 +39,8 @@ def check_family(family: str, dtype: str, device: torch.device, size: Sequence[i
         elif family == HALO:
             check_halo(format, device)
         else:
-            sizes = [size, (size[0], 3, *size[2:])] if family == "conv3x3_bias_relu" else [size]  # As of a first layer.
+            has_first = family.removesuffix(dispatch.STRIDE2) == "conv3x3_bias_relu"
+            sizes = [size, (size[0], 3, *size[2:])] if has_first else [size]  # As of a first layer.
             for case in (
                 case for each in sizes for case in cases_of(*each) if registered(case.op, case.options) == family
             ):

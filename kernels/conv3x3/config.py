@@ -116,12 +116,20 @@ def conv_config(
     shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool, op: str = CONV3X3
 ) -> ConvConfig:
     """Return blocks for a convolution of `shape`; `allow_tf32` matters for float32 only. op: CONV3X3, INPUT_GRAD for
-    one that is an input gradient, or COMPOSED, whose kernels are others.
+    one that is an input gradient, or COMPOSED, whose kernels are others; the first two also with autotune.STRIDE2, by
+    which height and width of `shape` are those of the output.
     """
     found = autotune.config_for(op, shape, dtype, allow_tf32, target.name, ConvConfig)
     if found is None and op == COMPOSED:
         return heuristic_composed_config(shape, dtype, target)
+    if op.endswith(autotune.STRIDE2):
+        target = gathering(target)
     return found or heuristic_conv_config(shape, dtype, target, allow_tf32)
+
+
+def gathering(target: Target) -> Target:
+    """Return the target as one without descriptors, for kernels of stride 2, which gather through pointers."""
+    return replace(target, capability=min(target.capability, 89))
 
 
 @functools.lru_cache(REMEMBERED)

@@ -20,6 +20,7 @@ from fastunet.kernels.conv3x3.config import (
     channel_block,
     cover,
     fits_descriptors,
+    gathering,
     stages,
 )
 from fastunet.kernels.gpu import Config, Target, cdiv, row_unit
@@ -43,9 +44,15 @@ class WeightGradConfig(Config):
     max_registers: int | None = None
 
 
-def weight_grad_config(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool) -> WeightGradConfig:
-    """Return the blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only."""
-    found = autotune.config_for(WEIGHT_GRAD, shape, dtype, allow_tf32, target.name, WeightGradConfig)
+def weight_grad_config(
+    shape: ConvShape, dtype: torch.dtype, target: Target, *, allow_tf32: bool, op: str = WEIGHT_GRAD
+) -> WeightGradConfig:
+    """Return the blocks for the gradient of a weight [c_out, c1, 3, 3]; `allow_tf32` matters for float32 only. op:
+    WEIGHT_GRAD, by stride 2 with autotune.STRIDE2.
+    """
+    found = autotune.config_for(op, shape, dtype, allow_tf32, target.name, WeightGradConfig)
+    if op.endswith(autotune.STRIDE2):
+        target = gathering(target)
     return found or heuristic_weight_grad_config(shape, dtype, target, allow_tf32)
 
 

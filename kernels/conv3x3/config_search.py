@@ -14,6 +14,7 @@ from dataclasses import astuple, replace
 from typing import TypeVar
 
 import torch
+from fastunet.kernels import autotune
 from fastunet.kernels.conv3x3 import config, config_grad, config_hopper
 from fastunet.kernels.conv3x3.config import (
     ALL_REGISTERS,
@@ -41,7 +42,9 @@ def feasible_configs(
     """Return the configs to try for an op by one of `config`'s names, the heuristic one first; `allow_tf32` matters for
     float32.
     """
-    if op == config.WEIGHT_GRAD:
+    if op.endswith(autotune.STRIDE2):
+        target = config.gathering(target)
+    if op.removesuffix(autotune.STRIDE2) == config.WEIGHT_GRAD:
         return _weight_grad_configs(shape, dtype, target, allow_tf32)
     if op == config.COMPOSED:
         heuristic = config.heuristic_composed_config(shape, dtype, target)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels import gpu
+from fastunet.kernels import autotune, gpu
 from fastunet.kernels.conv3x3 import config, config_grad, descriptor, pointer
 from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, halo_runs, rows_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
@@ -29,6 +29,8 @@ from fastunet.kernels.tiles import (
     multiple,
     next_tile,
     pixel_offsets,
+    read_pixels,
+    strided,
     tile_origin,
     tile_pixels,
 )
@@ -92,39 +94,46 @@ def conv3x3_input_grad_kernel(
 @triton.jit
 def _sum_tiles(
     grad_ptr, x_ptr, first, last, tap, o, i, H, W, C, COUT, WITH_BIAS: tl.constexpr, FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    PRECISION: tl.constexpr, STRIDE: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):
-    """Over the pixels of tiles first to last: sum of grad[p, o] * x[p moved by tap, i] [O, I], and sum of grad [O]."""
+    """Over the pixels p of tiles first to last: sum of grad[p, o] * x[STRIDE*p moved by tap, i] [O, I], and of grad."""
     acc = tl.zeros((o.shape[0], i.shape[0]), tl.float32)
     totals = tl.zeros((TILE_H * TILE_W, o.shape[0]), tl.float32)
-    offsets = pixel_offsets(W, TILE_H, TILE_W)
-    image, h0, w0 = tile_origin(first, H, W, TILE_H, TILE_W)
+    HO, WO = strided(H, W, STRIDE)
+    offsets = pixel_offsets(WO, TILE_H, TILE_W)
+    image, h0, w0 = tile_origin(first, HO, WO, TILE_H, TILE_W)
     for _ in range(first, last):
-        rows, columns = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
-        origin = (image * H + h0) * W + w0
+        rows, columns = tile_pixels(h0, w0, HO, WO, TILE_H, TILE_W)
+        origin = (image * HO + h0) * WO + w0
         g = load_pixels(grad_ptr, o, rows, origin, offsets, COUT)
+        offsets_in = offsets
+        if STRIDE > 1:
+            rows, columns, origin, offsets_in = read_pixels(
+                image, h0, w0, rows, columns, H, W, STRIDE, TILE_H, TILE_W
+            )
         if FOLDED:
-            x = load_folded_taps(x_ptr, i, rows, columns, origin, offsets, H, W, C)
+            x = load_folded_taps(x_ptr, i, rows, columns, origin, offsets_in, H, W, C)
         else:
-            x = load_tap(x_ptr, tap, i, rows, columns, origin, offsets, H, W, C)
+            x = load_tap(x_ptr, tap, i, rows, columns, origin, offsets_in, H, W, C)
         acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
         if WITH_BIAS:
             totals += g.to(tl.float32)
-        image, h0, w0 = next_tile(image, h0, w0, H, W, TILE_H, TILE_W)
+        image, h0, w0 = next_tile(image, h0, w0, HO, WO, TILE_H, TILE_W)
     return acc, tl.sum(totals, 0)
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_split", "H", "W"])
 def conv3x3_weight_grad_kernel(
     grad_ptr, x_ptr, partial_ptr, tiles, tiles_per_split, H, W, C, COUT,
-    WITH_BIAS: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    WITH_BIAS: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, STRIDE: tl.constexpr, UNIT: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):
-    """partial[s, o, t, i] = sum over the pixels p of split s of grad[p, o] * x[p moved by t, i].
+    """partial[s, o, t, i] = sum over the pixels p of split s of grad[p, o] * x[STRIDE*p moved by t, i].
 
-    grad [N, H, W, COUT], x [N, H, W, C]; partial float32 [splits, COUT*9*C + COUT], whose last COUT values are the
-    sums of grad, the bias gradient (without WITH_BIAS they are absent). One program owns a split, a tap (all nine
-    where FOLDED), BLOCK_OUT output and BLOCK_IN input channels; the programs of a split are neighbours in time.
+    grad [N, ceil(H / STRIDE), ceil(W / STRIDE), COUT], x [N, H, W, C]; partial float32 [splits, COUT*9*C + COUT], whose
+    last COUT values are the sums of grad, the bias gradient (without WITH_BIAS they are absent). One program owns a
+    split, a tap (all nine where FOLDED), BLOCK_OUT output and BLOCK_IN input channels; the programs of a split are
+    neighbours in time.
     """
     C, COUT = multiple(C, UNIT), multiple(COUT, UNIT)
     blocks_o = tl.cdiv(COUT, BLOCK_OUT)
@@ -144,12 +153,14 @@ def conv3x3_weight_grad_kernel(
     sums_bias = (i0 == 0) & (tap == (0 if FOLDED else CENTRE_TAP))
     if WITH_BIAS and sums_bias:
         acc, total = _sum_tiles(
-            grad_ptr, x_ptr, first, last, tap, o, i, H, W, C, COUT, True, FOLDED, PRECISION, TILE_H, TILE_W
+            grad_ptr, x_ptr, first, last, tap, o, i, H, W, C, COUT, True, FOLDED, PRECISION, STRIDE, TILE_H,
+            TILE_W,
         )
         tl.store(partial_ptr + COUT * 9 * C + o, total, mask=o < COUT)
     else:
         acc, _ = _sum_tiles(
-            grad_ptr, x_ptr, first, last, tap, o, i, H, W, C, COUT, False, FOLDED, PRECISION, TILE_H, TILE_W
+            grad_ptr, x_ptr, first, last, tap, o, i, H, W, C, COUT, False, FOLDED, PRECISION, STRIDE,
+            TILE_H, TILE_W,
         )
     columns = 9 * C if FOLDED else C
     pointers = partial_ptr + (o * 9 * C)[:, None] + (tap * C + i)[None, :]
@@ -220,12 +231,13 @@ def conv3x3_input_grads(
 
 
 def conv3x3_weight_grad(
-    grad: Tensor, x: Tensor, *, with_bias: bool = False, allow_tf32: bool = False
+    grad: Tensor, x: Tensor, *, with_bias: bool = False, stride: int = 1, allow_tf32: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of conv3x3's weight and, with_bias, of its bias from that of its sum.
 
-    grad [N, Cout, H, W] and x [N, C, H, W], one of conv3x3's inputs. Returns [Cout, C, 3, 3], channels_last, and
-    [Cout] or None, both of grad's dtype; float32 sums, in a fixed order. An empty batch gives zeros.
+    grad [N, Cout, ceil(H / stride), ceil(W / stride)] and x [N, C, H, W], one of conv3x3's inputs. Returns [Cout, C, 3,
+    3], channels_last, and [Cout] or None, both of grad's dtype; float32 sums, in a fixed order. An empty batch gives
+    zeros.
     """
     batch, channels, height, width = x.shape
     channels_out, target = grad.shape[1], gpu.target(x.device)
@@ -233,10 +245,11 @@ def conv3x3_weight_grad(
     if batch == 0:
         return grad_weight, grad_bias
     grad, x = packed(grad), packed(x)
-    shape = config.ConvShape(channels, 0, channels_out, height, width)
-    chosen = config_grad.weight_grad_config(shape, x.dtype, target, allow_tf32=allow_tf32)
+    shape = config.ConvShape(channels, 0, channels_out, *grad.shape[2:])
+    op = config.WEIGHT_GRAD + (autotune.STRIDE2 if stride == 2 else "")
+    chosen = config_grad.weight_grad_config(shape, x.dtype, target, allow_tf32=allow_tf32, op=op)
     programs = config_grad.weight_grad_programs(chosen, channels, channels_out)
-    tiles = batch * config.tiles_per_image(chosen, height, width)
+    tiles = batch * config.tiles_per_image(chosen, *grad.shape[2:])
     per_split = gpu.cdiv(tiles, config_grad.weight_grad_splits(programs, tiles, target))
     splits = gpu.cdiv(tiles, per_split)
     total = channels_out * (9 * channels + with_bias)
@@ -257,7 +270,7 @@ def conv3x3_weight_grad(
     else:
         kernel = conv3x3_weight_grad_kernel
         arguments |= {"grad_ptr": grad, "x_ptr": x, "FOLDED": chosen.variant == config.FOLDED}
-        arguments["PRECISION"] = precision(x.dtype, allow_tf32)
+        arguments |= {"PRECISION": precision(x.dtype, allow_tf32), "STRIDE": stride}
     gpu.launch(kernel, programs * splits, arguments, chosen).run(x.device)
     sum_rows(partial, grad_weight, grad_bias)
     return grad_weight, grad_bias

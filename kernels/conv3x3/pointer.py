@@ -1,4 +1,4 @@
-"""3x3 convolution, stride 1, zero padding 1, with what follows it in its epilogue.
+"""3x3 convolution, stride 1 or 2, zero padding 1, with what follows it in its epilogue.
 
 An implicit GEMM on packed NHWC activations: a program owns a tile of P pixels and BLOCK_N output channels, and steps
 through the taps and the input channels. Here it gathers its [P, BLOCK_K] operand from shifted pixels, on any GPU;
@@ -36,6 +36,8 @@ from fastunet.kernels.tiles import (
     multiple,
     pixel_offsets,
     pool2x2,
+    read_pixels,
+    strided,
     tile_origin,
     tile_pixels,
 )
@@ -122,14 +124,14 @@ def conv3x3_kernel(
     bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope,
     head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, y_scale_ptr,
     ACTIVATION: tl.constexpr, CLASSES: tl.constexpr, SIGMOID: tl.constexpr, FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr, SPLITS: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr, STRIDE: tl.constexpr, UNIT: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """v[p, o] = sum over taps t and channels c of cat(x, up)[p moved by t, c] * weight[o, c, t], and y of v.
+    """v[p, o] = sum over taps t and channels c of cat(x, up)[STRIDE*p moved by t, c] * weight[o, c, t], and y of v.
 
-    x [N, H, W, C1], up [N, H, W, C2] or None. y [N, H, W, COUT] is v after `finish_sums`; pooled [N, H // 2, W // 2,
-    COUT] takes the maxima of its 2x2 windows, head [N, H, W, CLASSES] its 1x1 convolution, count and partial the
-    statistics of each of the `tiles`. Each of these outputs may be None.
+    x [N, H, W, C1], up [N, H, W, C2] or None. y [N, HO, WO, COUT], HO = ceil(H / STRIDE), is v after `finish_sums`;
+    pooled [N, HO // 2, WO // 2, COUT] takes the maxima of its 2x2 windows, head [N, HO, WO, CLASSES] its 1x1
+    convolution, count and partial the statistics of each of the `tiles`. Each of these outputs may be None.
     steps1 and steps2 are the steps for each input: 9*ceil(C/BLOCK_K), or ceil(9*C/BLOCK_K) where FOLDED.
 
     With SPLITS above 1, sums [SPLITS, pixels, COUT] float32 takes the place of those outputs: sums[s, p, o] is the part
@@ -143,10 +145,16 @@ def conv3x3_kernel(
     split = tl.program_id(0) // blocks_n % SPLITS
     tile = tl.program_id(0) // (blocks_n * SPLITS)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    image, h0, w0 = tile_origin(tile, H, W, TILE_H, TILE_W)
-    rows, columns = tile_pixels(h0, w0, H, W, TILE_H, TILE_W)
-    origin = (image * H + h0) * W + w0
-    offsets = pixel_offsets(W, TILE_H, TILE_W)
+    HO, WO = strided(H, W, STRIDE)
+    image, h0, w0 = tile_origin(tile, HO, WO, TILE_H, TILE_W)
+    rows, columns = tile_pixels(h0, w0, HO, WO, TILE_H, TILE_W)
+    origin = (image * HO + h0) * WO + w0
+    offsets = pixel_offsets(WO, TILE_H, TILE_W)
+    rows_in, columns_in, origin_in, offsets_in = rows, columns, origin, offsets
+    if STRIDE > 1:
+        rows_in, columns_in, origin_in, offsets_in = read_pixels(
+            image, h0, w0, rows, columns, H, W, STRIDE, TILE_H, TILE_W
+        )
 
     first1 = 0
     first2 = 0
@@ -157,18 +165,18 @@ def conv3x3_kernel(
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
     if FOLDED:
         acc = accumulate_folded(
-            acc, x_ptr, weight_ptr, steps1, n, rows, columns, origin, offsets, H, W, C1, COUT,
+            acc, x_ptr, weight_ptr, steps1, n, rows_in, columns_in, origin_in, offsets_in, H, W, C1, COUT,
             stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
         )
     else:
         acc = accumulate(
-            acc, x_ptr + first1, weight_ptr, first1, steps1, n, rows, columns, origin, offsets, H, W, C1, COUT,
-            stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
+            acc, x_ptr + first1, weight_ptr, first1, steps1, n, rows_in, columns_in, origin_in, offsets_in, H, W, C1,
+            COUT, stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
         )
         if up_ptr is not None:
             acc = accumulate(
-                acc, up_ptr + first2, weight_ptr, C1 + first2, steps2, n, rows, columns, origin, offsets, H, W, C2,
-                COUT, stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
+                acc, up_ptr + first2, weight_ptr, C1 + first2, steps2, n, rows_in, columns_in, origin_in, offsets_in,
+                H, W, C2, COUT, stride_out, stride_tap, stride_in, False, PRECISION, BLOCK_K,
             )
 
     if sums_ptr is not None:
@@ -179,7 +187,7 @@ def conv3x3_kernel(
     )
     store_outputs(
         acc, y_ptr, y_scale_ptr, pooled_ptr, head_ptr, head_weight_ptr, head_bias_ptr, count_ptr, partial_ptr, image,
-        h0, w0, tile, tiles, n, block == 0, H, W, COUT, rows, origin, offsets, CLASSES, SIGMOID,
+        h0, w0, tile, tiles, n, block == 0, HO, WO, COUT, rows, origin, offsets, CLASSES, SIGMOID,
         TILE_H, TILE_W, BLOCK_N,
     )
 # fmt: on
@@ -208,15 +216,16 @@ def conv3x3_launch(
     *,
     allow_tf32: bool,
     sums: Tensor | None = None,
+    stride: int = 1,
 ) -> gpu.Launch:
     """Return the launch, in any variant, that fills the epilogue's outputs from packed x and up, or where it splits the
-    input channels, sums [splits, pixels, Cout].
+    input channels, sums [splits, pixels, Cout]. stride 2 is for those that gather.
     """
     if chosen.variant == config.HALO:
         from fastunet.kernels.conv3x3 import hopper  # Late: its interface is private to some releases of Triton.
 
         return hopper.conv3x3_launch(x, up, weight, chosen, epilogue)
-    tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
+    tiles = x.shape[0] * config.tiles_per_image(chosen, *size_by(stride, x))
     arguments = {**config.sizes(x, up, weight, chosen), "tiles": tiles, **epilogue.arguments()}
     arguments |= {"sums_ptr": sums, "pixels": None if sums is None else sums.shape[1], "SPLITS": chosen.splits}
     kernel = conv3x3_kernel
@@ -228,16 +237,29 @@ def conv3x3_launch(
         arguments["pooled_desc"] = descriptor.boxes(epilogue.pooled, *windows, chosen.block_n)
     else:
         arguments |= {**operands(x, up, weight, allow_tf32), "FOLDED": chosen.variant == config.FOLDED}
+        arguments["STRIDE"] = stride
     grid = tiles * gpu.cdiv(weight.shape[0], chosen.block_n) * chosen.splits
     return gpu.launch(kernel, grid, arguments, chosen)
 
 
+def size_by(stride: int, x: Tensor) -> tuple[int, int]:
+    """Return height and width of what a convolution by that stride makes of x."""
+    return gpu.cdiv(x.shape[2], stride), gpu.cdiv(x.shape[3], stride)
+
+
 def _run(
-    x: Tensor, up: Tensor | None, weight: Tensor, chosen: config.ConvConfig, epilogue: Epilogue, *, allow_tf32: bool
+    x: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    chosen: config.ConvConfig,
+    epilogue: Epilogue,
+    *,
+    allow_tf32: bool,
+    stride: int = 1,
 ) -> None:
     """Fill the epilogue's outputs, by one kernel, or by two where the sums are split."""
     if chosen.splits == 1:
-        conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32).run(x.device)
+        conv3x3_launch(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32, stride=stride).run(x.device)
         return
     from fastunet.kernels.conv3x3 import split_k  # Late: its kernels call this module's.
 
@@ -245,10 +267,15 @@ def _run(
         launch.run(x.device)
 
 
-def choose(x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, *, allow_tf32: bool) -> config.ConvConfig:
-    """Return the configuration for conv2d(cat([x, up], 1), weight, padding=1)."""
+def choose(
+    x: Tensor, up: Tensor | None, weight: Tensor, target: gpu.Target, *, allow_tf32: bool, stride: int = 1
+) -> config.ConvConfig:
+    """Return the configuration for conv2d(cat([x, up], 1), weight, stride=stride, padding=1)."""
     c1, c2, channels = x.shape[1], 0 if up is None else up.shape[1], weight.shape[0]
-    shape = config.ConvShape(c1, c2, channels, *x.shape[2:], rows_aligned(weight, c1, c2, channels))
+    shape = config.ConvShape(c1, c2, channels, *size_by(stride, x), rows_aligned(weight, c1, c2, channels))
+    if stride == 2:
+        op = config.CONV3X3 + autotune.STRIDE2
+        return config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32, op=op)
     chosen = config.conv_config(shape, x.dtype, target, allow_tf32=allow_tf32)
     if chosen.variant == config.HALO and not halo_runs(x, config.CONV3X3):
         return config.heuristic_conv_config(shape, x.dtype, target, allow_tf32)
@@ -285,29 +312,31 @@ def conv3x3(
     norm: Normalisation | None = None,
     negative_slope: float | None = None,
     pool: bool = False,
+    stride: int = 1,
     allow_tf32: bool = False,
     y_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return activation(norm(conv2d(cat([x, up], 1), weight, padding=1)) + bias) and, with pool, its 2x2 maxima.
+    """Return activation(norm(conv2d(cat([x, up], 1), weight, stride=stride, padding=1)) + bias) and, with pool, its 2x2
+    maxima.
 
     x [N, C1, H, W], up [N, C2, H, W] or None, weight [Cout, C1 + C2, 3, 3] in any layout, all of one dtype and device,
     which the caller has checked; bias [Cout] or None and the norm's tensors may be float32 instead. negative_slope:
-    None for no activation, 0 for ReLU, above 0 for LeakyReLU. Returns y [N, Cout, H, W] and pooled [N, Cout, H // 2,
-    W // 2] or None, channels_last. float32 sums; allow_tf32 lets float32 inputs be rounded to TF32 on tensor cores.
-    y_scale: one float32, by which y is divided, in e4m3; of an image of fewer than FOLDED_BELOW channels, else
-    ValueError.
+    None for no activation, 0 for ReLU, above 0 for LeakyReLU. Returns y [N, Cout, HO, WO], HO = ceil(H / stride), and
+    pooled [N, Cout, HO // 2, WO // 2] or None, channels_last. float32 sums; allow_tf32 lets float32 inputs be rounded
+    to TF32 on tensor cores. y_scale: one float32, by which y is divided, in e4m3; of an image of fewer than
+    FOLDED_BELOW channels, else ValueError.
     """
     if y_scale is not None and (up is not None or x.shape[1] >= config.FOLDED_BELOW):
         raise ValueError(f"y_scale: expected one image of fewer than {config.FOLDED_BELOW} channels, got {x.shape[1]}")
     x, up = packed(x), packed(up)
-    height, width = x.shape[2:]
+    height, width = size_by(stride, x)
     y = empty_packed(x, weight.shape[0], height, width, None if y_scale is None else E4M3)
     pooled = empty_packed(x, weight.shape[0], height // 2, width // 2) if pool else None
     if y.numel():  # A descriptor cannot describe an empty tensor.
-        chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32)
+        chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32, stride=stride)
         chosen = chosen if norm is None else config.with_norm(chosen)
         epilogue = Epilogue(y, bias, norm, negative_slope, pooled, y_scale=y_scale)
-        _run(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32)
+        _run(x, up, weight, chosen, epilogue, allow_tf32=allow_tf32, stride=stride)
     return y, pooled
 
 
@@ -339,20 +368,20 @@ def conv3x3_head(
 
 
 def conv3x3_with_statistics(
-    x: Tensor, weight: Tensor, *, up: Tensor | None = None, allow_tf32: bool = False
+    x: Tensor, weight: Tensor, *, up: Tensor | None = None, stride: int = 1, allow_tf32: bool = False
 ) -> tuple[Tensor, Statistics]:
-    """Return conv2d(cat([x, up], 1), weight, padding=1) [N, Cout, H, W], and the partial statistics of what it wrote.
+    """Return conv2d(cat([x, up], 1), weight, stride=stride, padding=1), and the partial statistics of what it wrote.
 
     The tiles of an image are neighbours, and images follow each other. As conv3x3 otherwise.
     """
     x, up = packed(x), packed(up)
-    y = empty_packed(x, weight.shape[0], *x.shape[2:])
-    chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32)
-    tiles = x.shape[0] * config.tiles_per_image(chosen, *x.shape[2:])
+    y = empty_packed(x, weight.shape[0], *size_by(stride, x))
+    chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32, stride=stride)
+    tiles = x.shape[0] * config.tiles_per_image(chosen, *y.shape[2:])
     statistics = Statistics(
         count=torch.empty((tiles,), dtype=torch.float32, device=x.device),
         partial=torch.empty((2, tiles, weight.shape[0]), dtype=torch.float32, device=x.device),
     )
     if y.numel():
-        _run(x, up, weight, chosen, Epilogue(y, statistics=statistics), allow_tf32=allow_tf32)
+        _run(x, up, weight, chosen, Epilogue(y, statistics=statistics), allow_tf32=allow_tf32, stride=stride)
     return y, statistics

@@ -26,7 +26,7 @@ from fastunet.kernels import (
     norm_grad,
     reduction,
 )
-from fastunet.kernels.conv3x3 import config_grad, grad, pointer
+from fastunet.kernels.conv3x3 import config_grad, grad, pointer, strided
 from fastunet.kernels.epilogue import Head
 from kernel_device import INTERPRETED, MARK
 from torch import Tensor
@@ -121,6 +121,11 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Callable[[], Tensor], ...]]] = 
         lambda g, x: grad.conv3x3_input_grads(g, weight(), [weight().shape[1]], x=x)[0],
         (image, lambda: image(1)),
     ),
+    "strided": (lambda x: pointer.conv3x3(x, weight(), stride=2), (image,)),
+    "strided_input_grad": (
+        lambda g: strided.strided_input_grads(g, weight(), [CHANNELS], (SIDE, SIDE))[0],
+        (pooled_grad,),
+    ),
     "activation_grad": (
         lambda y, p: activation_grad.activation_grad(y, y, p, 0.0),
         (image, pooled_grad),
@@ -142,7 +147,7 @@ def test_last_image_is_as_alone(call: str, launched: list[gpu.Launch], many: Cal
     images = [make() for make in inputs]
     alone = outputs(function(*images))
     together = outputs(function(*map(many, images)))
-    assert max(t.numel() for t in together) * {"head": 8, "max_pool": 4}.get(call, 1) > 2**31
+    assert max(t.numel() for t in together) * {"head": 8, "max_pool": 4, "strided": 4}.get(call, 1) > 2**31
     assert max(launch.grid for launch in launched) > LAST_PROGRAMS
     for a, b in zip(alone, together, strict=True):
         rows = min(b.shape[2], 8)  # The last programs cover the last rows of the image.

@@ -232,6 +232,8 @@ def test_statistics_of_values_whose_squares_overflow() -> None:
 # --- which kernels run, and what dispatch and autograd make of them ---
 
 CONV_GRADS = ["conv3x3_input_grad_kernel", "conv3x3_weight_grad_kernel", "sum_rows_kernel"]
+# Of two inputs by one launch, and of each one's share of the weight.
+STRIDED = ["conv3x3_strided_input_grad_kernel", *CONV_GRADS[1:] * 2]
 PIXEL_SUMS = ["pixel_weight_grad_kernel", "sum_rows_kernel"]
 TRANSPOSE = ["conv_transpose2x2_kernel", "conv_transpose2x2_input_grad_kernel"]
 HEAD = ["conv1x1_kernel", "conv1x1_input_grad_kernel"]
@@ -247,6 +249,11 @@ ALL, NONE, IMAGE, WEIGHT = (True,) * 3, (False,) * 3, (True, False, False), (Fal
         (case_of("conv3x3_bias_relu_pool"), ALL, ["conv3x3_kernel", "activation_grad_kernel", *CONV_GRADS]),
         (case_of(BATCH, training=True), (*ALL, True), [*STATISTICS, "norm_grad_kernel", *CONV_GRADS]),
         (case_of(BATCH, training=False), (*NONE, False), ["conv3x3_kernel"]),
+        (
+            case_of("concat_conv3x3_bias_relu", stride=2),
+            (True,) * 4,
+            ["conv3x3_kernel", "activation_grad_kernel", *STRIDED],
+        ),
         (case_of("max_pool2x2"), (True,), ["max_pool2x2_kernel", "activation_grad_kernel"]),
         *(
             (case_of(op), needs_grad, names)

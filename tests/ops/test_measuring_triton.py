@@ -36,6 +36,26 @@ def test_the_check_finds_a_wrong_kernel_and_no_other(wrong_pooling: None) -> Non
         families.check_family("max_pool2x2", "float32", DEVICE, size)
 
 
+@pytest.mark.parametrize("family", dispatch.STRIDED_OPS)
+def test_by_stride_2_an_op_is_checked_for_itself(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every kernel of its own; one that is wrong takes nothing away from stride 1."""
+    size, run = (1, 16, 6, 5, 16), gpu.Launch.run
+    with gpu.recording() as launches:
+        families.check_family(family, "float32", DEVICE, size)
+    strided = {launch.kernel.__name__ for launch in launches if launch.arguments.get("STRIDE") == 2}
+    assert strided == {"conv3x3_kernel", "conv3x3_weight_grad_kernel"}
+
+    def altered(launch: gpu.Launch, device: torch.device) -> None:
+        run(launch, device)
+        if "strided_input_grad" in launch.kernel.__name__:
+            launch.arguments["out_ptr"].mul_(1.5)
+
+    monkeypatch.setattr(gpu.Launch, "run", altered)
+    with pytest.raises(AssertionError, match=r"grad (x|skip): "):
+        families.check_family(family, "float32", DEVICE, size)
+    families.check_family(family.removesuffix(autotune.STRIDE2), "float32", DEVICE, size)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs e4m3 by compiled kernels alone")
 def test_the_checks_of_the_variants_for_hopper_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "INTERPRETER", dataclasses.replace(gpu.known_target(90), multiprocessors=4))

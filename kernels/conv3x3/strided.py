@@ -1,0 +1,132 @@
+"""The gradient of the inputs of the 3x3 convolution by stride 2, whose other kernels have the stride as a constant.
+
+Of the input's pixels, those of even row and column are read by one tap of the window, those of an odd row or column by
+two, and those of both by four. So there are four phases, each an image of a quarter of the pixels; a program sums the
+taps of one of them, and none of the products is by a zero that a stride puts in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from fastunet.kernels import autotune, gpu
+from fastunet.kernels.conv3x3 import config, pointer
+from fastunet.kernels.conv3x3.pointer import rows_aligned
+from fastunet.kernels.layout import empty_packed, packed
+from fastunet.kernels.tiles import load_tap, multiple, pixel_offsets, strided, tile_origin, tile_pixels
+from torch import Tensor
+
+_PHASES = tl.constexpr(4)
+
+
+# fmt: off
+@triton.jit
+def accumulate_phase(
+    acc, grad_ptr, weight_ptr, blocks_k, odd_h, odd_w, n, rows, columns, origin, offsets, HO, WO, COUT, C,
+    stride_out, stride_tap, stride_in, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """acc [P, N] += grad [P, COUT] @ the weights [COUT, N], over the taps that read a phase: of an even row tap row 1,
+    at its own output; of an odd one tap row 0, at the output after it, and 2, at the one before; so for columns.
+    """
+    k = tl.arange(0, BLOCK_K)
+    weight_pointers = weight_ptr + n.to(tl.int64)[None, :] * stride_in + k[:, None] * stride_out
+    taps = (1 + odd_h) * (1 + odd_w)
+    steps = taps * blocks_k
+    tl.assume(steps > 0)
+    for step in range(steps):
+        tap = step % taps
+        k0 = step // taps * BLOCK_K
+        i = tap // (1 + odd_w)
+        j = tap % (1 + odd_w)
+        # load_tap moves by tap // 3 - 1 and tap % 3 - 1: here by 1 for the first of two taps, else by 0.
+        moved = (1 + odd_h * (1 - i)) * 3 + 1 + odd_w * (1 - j)
+        weight_tap = (1 - odd_h + 2 * i) * 3 + 1 - odd_w + 2 * j
+        a = load_tap(grad_ptr, moved, k0 + k, rows, columns, origin, offsets, HO, WO, COUT)
+        pointers = weight_pointers + (k0.to(tl.int64) * stride_out + weight_tap * stride_tap)
+        b = tl.load(pointers, mask=(k0 + k < COUT)[:, None] & (n < C)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["H", "W", "blocks_k"])
+def conv3x3_strided_input_grad_kernel(
+    grad_ptr, weight_ptr, out_ptr, out_up_ptr, H, W, C1, C2, COUT, blocks_k, stride_out, stride_tap, stride_in,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """out[q, c] = sum over outputs p, taps t with 2p moved by t = q, and channels o of grad[p, o] * weight[o, c, t].
+
+    grad [N, ceil(H / 2), ceil(W / 2), COUT], out [N, H, W, C1], out_up [N, H, W, C2] or None. A program owns a phase of
+    a tile of 2*TILE_H x 2*TILE_W pixels and BLOCK_N channels of one of the inputs; the phases of a tile, which read
+    the same of grad, are neighbours in time.
+    """
+    C1, C2, COUT = multiple(C1, UNIT), multiple(C2, UNIT), multiple(COUT, UNIT)
+    stride_out, stride_tap = multiple(stride_out, UNIT), multiple(stride_tap, UNIT)
+    blocks1 = tl.cdiv(C1, BLOCK_N)
+    blocks = blocks1 if out_up_ptr is None else blocks1 + tl.cdiv(C2, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    phase = tl.program_id(0) // blocks % _PHASES
+    odd_h = phase // 2
+    odd_w = phase % 2
+    HO, WO = strided(H, W, 2)
+    image, h0, w0 = tile_origin(tl.program_id(0) // (blocks * _PHASES), HO, WO, TILE_H, TILE_W)
+    # Of an odd side there is a pixel less in the odd phase.
+    rows, columns = tile_pixels(h0, w0, (H + 1 - odd_h) // 2, (W + 1 - odd_w) // 2, TILE_H, TILE_W)
+    C = C1
+    if out_up_ptr is not None:
+        if block >= blocks1:
+            block -= blocks1
+            C = C2
+            out_ptr = out_up_ptr
+            weight_ptr += tl.cast(C1, tl.int64) * stride_in  # Of a 1 Triton makes a constant, which has no `to`.
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((TILE_H * TILE_W, BLOCK_N), tl.float32)
+    acc = accumulate_phase(
+        acc, grad_ptr, weight_ptr, blocks_k, odd_h, odd_w, n, rows, columns, (image * HO + h0) * WO + w0,
+        pixel_offsets(WO, TILE_H, TILE_W), HO, WO, COUT, C, stride_out, stride_tap, stride_in, PRECISION, BLOCK_K,
+    )
+    origin = (image * H + 2 * h0 + odd_h) * W + 2 * w0 + odd_w
+    at = (origin + 2 * pixel_offsets(W, TILE_H, TILE_W))[:, None] * C + n[None, :]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(rows >= 0)[:, None] & (n < C)[None, :])
+# fmt: on
+
+
+def strided_input_grads(
+    grad: Tensor, weight: Tensor, channels: Sequence[int], size: Sequence[int], *, allow_tf32: bool = False
+) -> list[Tensor]:
+    """Return the gradients of the input of conv3x3 by stride 2, or of its two, which have so many channels, by one
+    launch.
+
+    grad [N, Cout, ceil(H / 2), ceil(W / 2)] is that of the sum; weight [Cout, C, 3, 3], C all channels; size: H and W.
+    Returns channels_last tensors [N, each of channels, H, W] of grad's dtype.
+    """
+    outs = [empty_packed(grad, each, *size) for each in channels]
+    if grad.numel() == 0:
+        return outs
+    (out, out_up), grad = [*outs, None][:2], packed(grad)
+    batch, channels_out, height, width = grad.shape
+    c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
+    aligned = rows_aligned(weight, channels_out, c1, c2)
+    # There is no variant with folded taps, which fewer channels would have.
+    deep = max(channels_out, config.FOLDED_BELOW)
+    shape = config.ConvShape(deep, 0, c1, height, width, aligned, c_out2=c2)
+    op = config.INPUT_GRAD + autotune.STRIDE2
+    chosen = config.conv_config(shape, grad.dtype, gpu.target(grad.device), allow_tf32=allow_tf32, op=op)
+    arguments = {
+        **pointer.operands(grad, None, weight, allow_tf32),
+        "grad_ptr": grad,
+        "out_ptr": out,
+        "out_up_ptr": out_up,
+        "H": size[0],
+        "W": size[1],
+        "C1": c1,
+        "C2": c2,
+        "COUT": channels_out,
+        "blocks_k": gpu.cdiv(channels_out, chosen.block_k),
+    }
+    blocks = gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
+    grid = 4 * batch * config.tiles_per_image(chosen, height, width) * blocks
+    gpu.launch(conv3x3_strided_input_grad_kernel, grid, arguments, chosen).run(grad.device)
+    return outs

@@ -1,0 +1,203 @@
+"""The conv3x3 kernels by stride 2, run by Triton's interpreter, against float64 under the derived tolerance."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastunet.kernels import autotune, gpu
+from fastunet.kernels.conv3x3 import config, config_grad, config_search
+from fastunet.kernels.epilogue import Normalisation
+from injected_faults import check_tests, load
+from kernel_device import DEVICE, DTYPES, HOPPER, INTERPRETED, MANY_SPLITS, MARK, on
+from torch import Tensor
+
+from fastunet.testing import (
+    assert_within,
+    bias_grad_expected,
+    conv3x3_expected,
+    conv3x3_input_grad_expected,
+    conv3x3_weight_grad_expected,
+    random_cotangent,
+    random_input,
+    random_integers,
+)
+
+pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
+KERNELS = load()
+HALF, BFLOAT = torch.float16, torch.bfloat16
+Shape = tuple[int, int, int, int, int, int]
+
+
+def assert_right(kernels: ModuleType, shape: Shape, dtype: torch.dtype, *, allow_tf32: bool = False) -> None:
+    """Outputs, and the gradients of one input and of two, of the weight and of the bias."""
+    n, c1, c2, c_out, h, w = shape
+    options = {"dtype": dtype, "device": DEVICE}
+    x, up = random_input((n, c1, h, w), seed=1, **options), random_input((n, c2, h, w), seed=2, **options)
+    weight, bias = random_input((c_out, c1 + c2, 3, 3), seed=3, **options), random_input((c_out,), seed=4, **options)
+    given, rounds = {"allow_tf32": allow_tf32}, {"allow_tf32": allow_tf32 and not INTERPRETED}
+    both, pool = {"up": up if c2 else None, "stride": 2, "negative_slope": 0.0}, min(h, w) > 2
+    y, pooled = kernels.conv3x3.pointer.conv3x3(x, weight, bias, pool=pool, **both, **given)
+    expected = conv3x3_expected(x, weight, bias, **both, **rounds)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_within(y, *expected)
+    if pool:
+        assert_within(pooled, *expected.pool())
+    grad, size = random_cotangent(y), {"size": (h, w)}
+    joint = conv3x3_input_grad_expected(grad, weight, stride=2, **size, **rounds)
+    channels = [c1, c2] if c2 else [c1]
+    grads = kernels.conv3x3.strided.strided_input_grads(grad, weight, channels, **size, **given)
+    parts = zip(*(t.split(channels, 1) for t in joint), strict=True)
+    for actual, part in zip(grads, parts, strict=True):
+        assert actual.is_contiguous(memory_format=torch.channels_last)
+        assert_within(actual, *part)
+    gw, gb = kernels.conv3x3.grad.conv3x3_weight_grad(grad, x, with_bias=True, stride=2, **given)
+    assert_within(gw, *conv3x3_weight_grad_expected(grad, x, stride=2, **rounds))
+    assert_within(gb, *bias_grad_expected(grad))
+
+
+# n, c1, c2, c_out, h, w: folded taps, rows that no vector load fits, whole vectors; inner tiles, and cut by every edge;
+# every parity of the sides, sides of one pixel and of two.
+FOLDED, UNALIGNED, ALIGNED = (1, 3, 0, 5, 35, 18), (2, 5, 3, 17, 6, 13), (1, 32, 16, 48, 19, 34)
+CASES = [
+    *((FOLDED, dtype, None) for dtype in DTYPES),
+    (UNALIGNED, torch.float32, None),
+    (UNALIGNED, HALF, None),
+    (ALIGNED, BFLOAT, None),
+    ((1, 16, 16, 16, 18, 17), torch.float32, None),
+    ((1, 1, 0, 1, 2, 33), BFLOAT, None),
+    ((2, 33, 0, 5, 1, 1), torch.float32, None),
+    ((1, 8, 0, 8, 2, 2), HALF, None),
+    ((0, 3, 0, 4, 4, 4), torch.float32, None),
+    ((2, 16, 0, 16, 32, 33), BFLOAT, MANY_SPLITS),
+    # Where stride 1 has descriptors.
+    ((1, 64, 16, 64, 17, 34), BFLOAT, HOPPER),
+    ((2, 16, 0, 40, 16, 32), HALF, HOPPER),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "target"), CASES, ids=str)
+def test_parity(shape: Shape, dtype: torch.dtype, target: gpu.Target | None) -> None:
+    with on(target, KERNELS):
+        assert_right(KERNELS, shape, dtype)
+
+
+def test_tf32() -> None:
+    assert_right(KERNELS, (1, 32, 16, 64, 9, 18), torch.float32, allow_tf32=True)
+
+
+@pytest.mark.parametrize(("h", "w"), [*itertools.product((7, 8), (9, 10))])
+def test_sums_of_integers_are_exact(h: int, w: int) -> None:
+    exact_on_integers(KERNELS, h, w)
+
+
+def exact_on_integers(kernels: ModuleType, h: int, w: int) -> None:
+    """By norm, too, of statistics that change nothing, and as raw sums with statistics of their own."""
+    x, up = (random_integers((2, c, h, w), seed=c, device=DEVICE) for c in (4, 3))
+    weight, bias = random_integers((6, 7, 3, 3), seed=1, device=DEVICE), random_integers((6,), seed=2, device=DEVICE)
+    leaves = [t.double().requires_grad_() for t in (x, up, weight)]
+    exact = F.conv2d(torch.cat(leaves[:2], 1), leaves[2], stride=2, padding=1)
+    one = torch.ones(6, device=DEVICE)
+    norm = Normalisation(0 * one, one, None, 0.0)
+    y, pooled = kernels.conv3x3.pointer.conv3x3(x, weight, bias, up=up, norm=norm, pool=True, stride=2)
+    assert_within(y, (exact + bias.double()[:, None, None]).detach(), 0.0)
+    assert torch.equal(pooled, F.max_pool2d(y, 2))
+    raw, statistics = kernels.conv3x3.pointer.conv3x3_with_statistics(x, weight, up=up, stride=2)
+    assert_within(raw, exact.detach(), 0.0)
+    assert float(statistics.count.sum()) == exact[:, 0].numel()
+    sums = (statistics.partial[0] * statistics.count[:, None]).sum(0) / statistics.count.sum()
+    torch.testing.assert_close(sums.double(), exact.detach().mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    grad = random_integers(tuple(exact.shape), seed=3, device=DEVICE)
+    expected = torch.autograd.grad(exact, leaves, grad.double())
+    actual = kernels.conv3x3.strided.strided_input_grads(grad, weight, [4, 3], (h, w))
+    weights = [kernels.conv3x3.grad.conv3x3_weight_grad(grad, t, stride=2)[0] for t in (x, up)]
+    for a, b in zip([*actual, torch.cat(weights, 1)], expected, strict=True):
+        assert_within(a, b, 0.0)
+
+
+def test_an_image_is_the_same_alone_and_in_any_order() -> None:
+    x = random_input((3, 16, 9, 20), dtype=HALF, device=DEVICE)
+    weight, order = random_input((24, 16, 3, 3), dtype=HALF, device=DEVICE), [2, 0, 1]
+    y, _ = KERNELS.conv3x3.pointer.conv3x3(x, weight, stride=2)
+    grad = random_cotangent(y)
+
+    def input_grad(grad: Tensor) -> Tensor:
+        return KERNELS.conv3x3.strided.strided_input_grads(grad, weight, [16], (9, 20))[0]
+
+    for some in (order, [1]):
+        assert torch.equal(KERNELS.conv3x3.pointer.conv3x3(x[some], weight, stride=2)[0], y[some])
+        assert torch.equal(input_grad(grad[some]), input_grad(grad)[some])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_configurations_gather_and_come_from_the_table(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptors, halos or split sums, whatever stride 1 has; a measured one stands in the heuristic's place."""
+    target, shape = gpu.known_target(capability), config.ConvShape(64, 0, 64, 64, 64)
+    choose = {
+        config.CONV3X3: config.conv_config,
+        config.INPUT_GRAD: config.conv_config,
+        config.WEIGHT_GRAD: config_grad.weight_grad_config,
+    }
+    for base, chosen_by in choose.items():
+        op, options = base + autotune.STRIDE2, {"allow_tf32": False}
+        heuristic = chosen_by(shape, BFLOAT, target, **options, op=op)
+        found = config_search.feasible_configs(op, shape, BFLOAT, target, **options)
+        assert found[0] == heuristic
+        assert len(found) > 1
+        assert {each.variant for each in found} == {config.POINTER}
+        assert {getattr(each, "splits", 1) for each in found} == {1}
+        row = autotune.config_row(op, shape, BFLOAT, False, found[-1])
+        monkeypatch.setattr(autotune, "_tables", {target.name: autotune.by_key([row])})
+        autotune._config.cache_clear()
+        assert chosen_by(shape, BFLOAT, target, **options, op=op) == found[-1]
+        assert chosen_by(shape, BFLOAT, target, **options, op=base) != found[-1]
+        autotune._config.cache_clear()
+
+
+def gathers(kernels: ModuleType) -> None:
+    exact_on_integers(kernels, 7, 10)
+    exact_on_integers(kernels, 18, 35)
+
+
+def folds(kernels: ModuleType) -> None:
+    assert_right(kernels, (1, 3, 0, 5, 19, 18), torch.float32)
+
+
+TILES, POINTERS, GRAD, PHASES = "tiles", "conv3x3.pointer", "conv3x3.grad", "conv3x3.strided"
+test_check, test_injected_fault_is_caught = check_tests(
+    {
+        gathers: [
+            (TILES, "else (H + 1) // 2", "else H // 2"),
+            (TILES, "else (W + 1) // 2", "else W // 2"),
+            (TILES, "(image * H + h0 * STRIDE) * W", "(image * H + h0) * W"),
+            (TILES, "* W + w0 * STRIDE", "* W + w0"),
+            (TILES, "return rows * STRIDE, columns * STRIDE", "return rows, columns * STRIDE"),
+            (TILES, "return rows * STRIDE, columns * STRIDE", "return rows * STRIDE, columns"),
+            (TILES, "TILE_W) * STRIDE", "TILE_W)"),
+            (GRAD, "next_tile(image, h0, w0, HO, WO", "next_tile(image, h0, w0, H, W"),
+            (GRAD, "origin = (image * HO + h0) * WO + w0\n        g", "origin = (image * H + h0) * W + w0\n        g"),
+            (PHASES, "odd_h * (1 - i)", "odd_h * i"),
+            (PHASES, "odd_w * (1 - j)", "odd_w * j"),
+            (PHASES, "(1 - odd_h + 2 * i)", "(1 + odd_h - 2 * i)"),
+            (PHASES, "1 - odd_w + 2 * j", "1 + odd_w - 2 * j"),
+            (PHASES, "taps = (1 + odd_h) * (1 + odd_w)", "taps = 1 + odd_h + odd_w"),
+            (PHASES, "(H + 1 - odd_h) // 2", "(H - odd_h) // 2"),
+            (PHASES, "(W + 1 - odd_w) // 2", "(W - odd_w) // 2"),
+            (PHASES, "2 * h0 + odd_h", "2 * h0"),
+            (PHASES, "2 * w0 + odd_w", "2 * w0"),
+            (PHASES, "weight_ptr += tl.cast(C1, tl.int64) * stride_in", "weight_ptr += 0"),
+            (PHASES, "(k0 + k < COUT)[:, None]", "(k0 + k < COUT - 1)[:, None]"),
+        ],
+        folds: [
+            (POINTERS, "steps1, n, rows_in, columns_in, origin_in", "steps1, n, rows, columns_in, origin_in"),
+            (
+                GRAD,
+                "load_folded_taps(x_ptr, i, rows, columns, origin, offsets_in",
+                "load_folded_taps(x_ptr, i, rows, columns, origin, offsets",
+            ),
+        ],
+    }
+)
