@@ -152,7 +152,7 @@ def calls(math: str, capability: int) -> list[Call]:
     widest = max(shapes, key=lambda shape: (shape.aligned, shape.c1, shape.c_out))
     if dtype == torch.float16 or capability == 86:
         return [_call(case, dtype) for case in _cases(widest)]
-    cases = [case for shape in shapes for case in _cases(shape) if case.op in _CONVOLUTIONS]
+    cases = [case for shape in shapes for case in _cases(shape) if case.op in _CONVOLUTIONS or _stride(case) == 2]
     for case in _cases(widest):
         leaky = {"negative_slope": 0.1} if "conv3x3" in case.op else {}
         cases.append(replace(case, options={**case.options, **leaky}))
@@ -168,14 +168,24 @@ def calls(math: str, capability: int) -> list[Call]:
 
 
 def _cases(shape: ConvShape) -> list[Case]:
-    """Every op with ReLU on images of that size; those without a backward also with a norm, as nets have it."""
+    """Every op with ReLU on images of that size, by stride 2 on those that come to it; those without a backward also
+    with a norm, as nets have it.
+    """
     found, each = [], torch.ones(shape.c_out)
-    for case in parity.cases_of(2, shape.c1, shape.height, shape.width, shape.c_out):
+    by_stride = {
+        stride: parity.cases_of(2, shape.c1, stride * shape.height, stride * shape.width, shape.c_out)
+        for stride in (1, 2)
+    }
+    for case in (case for stride, cases in by_stride.items() for case in cases if _stride(case) == stride):
         options = {name: value for name, value in case.options.items() if name != "negative_slope"}
         found.append(replace(case, options=options))
         if not case.backward:
             found.append(replace(case, options={**options, "norm": (each, each, each, 1e-5)}))
     return found
+
+
+def _stride(case: Case) -> int:
+    return case.options.get("stride", 1)
 
 
 def _case(op: str, shape: ConvShape) -> Case:

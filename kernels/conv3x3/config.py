@@ -123,13 +123,21 @@ def conv_config(
     if found is None and op == COMPOSED:
         return heuristic_composed_config(shape, dtype, target)
     if op.endswith(autotune.STRIDE2):
-        target = gathering(target)
+        return found or by_stride_2(heuristic_conv_config(shape, dtype, gathering(target), allow_tf32), target)
     return found or heuristic_conv_config(shape, dtype, target, allow_tf32)
 
 
 def gathering(target: Target) -> Target:
     """Return the target as one without descriptors, for kernels of stride 2, which gather through pointers."""
     return replace(target, capability=min(target.capability, 89))
+
+
+def by_stride_2(chosen: ConvConfig, target: Target) -> ConvConfig:
+    """Return a heuristic config, which is one for `gathering`, for stride 2 on the target itself: pixels that are read
+    lie apart from those written, which takes registers, and so do the products of sm_90.
+    """
+    spills = chosen.variant == POINTER and (chosen.num_warps == 4 or target.capability >= 90)
+    return replace(chosen, max_registers=ALL_REGISTERS) if spills else chosen
 
 
 @functools.lru_cache(REMEMBERED)

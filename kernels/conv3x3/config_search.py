@@ -42,6 +42,7 @@ def feasible_configs(
     """Return the configs to try for an op by one of `config`'s names, the heuristic one first; `allow_tf32` matters for
     float32.
     """
+    actual = target
     if op.endswith(autotune.STRIDE2):
         target = config.gathering(target)
     if op.removesuffix(autotune.STRIDE2) == config.WEIGHT_GRAD:
@@ -50,6 +51,8 @@ def feasible_configs(
         heuristic = config.heuristic_composed_config(shape, dtype, target)
         return _nearest_first({heuristic.variant: heuristic}, _candidates(heuristic, shape, dtype, target))
     variants = conv_variants(shape, dtype, target, allow_tf32=allow_tf32)
+    if op.endswith(autotune.STRIDE2):
+        variants = {name: config.by_stride_2(each, actual) for name, each in variants.items()}
     found = [candidate for each in variants.values() for candidate in _candidates(each, shape, dtype, target)]
     if op == config.CONV3X3:  # An input gradient is one too, but its kernels split no sums.
         for each in variants.values():
