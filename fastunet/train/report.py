@@ -78,29 +78,35 @@ def write_report(
     if samples:
         heights = [CURVES_HEIGHT, pictures_height]
         (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
-        draw_curves(top, history)
+        _draw_curves(top, history)
         _draw_samples(bottom, samples, class_names)
     else:
-        draw_curves(figure, history)
+        _draw_curves(figure, history)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
-def draw_curves(figure: Figure | SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
-    """Training loss and validation Dice against steps, side by side."""
+def _draw_curves(figure: Figure | SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
+    """Draw training loss and validation Dice side by side."""
     left, right = figure.subplots(1, 2)
-    losses = _draw_curve(left, history, "train_loss", "training loss", "#0072B2")
+    draw_loss(left, history)
+    draw_dice(right, history)
+
+
+def draw_loss(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the training loss against steps."""
+    losses = _draw_curve(axes, history, "train_loss", "training loss", "#0072B2")
     if losses:
-        left.set_ylim(bottom=min(0.0, *losses))
-    dice = _draw_curve(right, history, "val_dice", "validation Dice", "#009E73")
+        axes.set_ylim(bottom=min(0.0, *losses))
+
+
+def draw_dice(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the validation Dice against steps."""
+    dice = _draw_curve(axes, history, "val_dice", "validation Dice", "#009E73")
     if dice:
-        right.axhline(max(dice), color="0.6", linewidth=0.8, linestyle="--", zorder=0)
-        right.set_title(f"validation Dice: best {max(dice):.3f}, last {dice[-1]:.3f}", fontsize=11)
-        right.set_ylim(max(0.0, min(dice) - 0.05), 1.0)
-    for axes in (left, right):
-        if history:
-            axes.set_xlim(0, 1.02 * max(history[-1]["step"], 1))
-        axes.set_xlabel(f"steps ({history[-1]['minutes']:.1f} minutes in all)" if history else "steps")
+        axes.axhline(max(dice), color="0.6", linewidth=0.8, linestyle="--", zorder=0)
+        axes.set_title(f"validation Dice: best {max(dice):.3f}, last {dice[-1]:.3f}", fontsize=11)
+        axes.set_ylim(max(0.0, min(dice) - 0.05), 1.0)
 
 
 def _draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, title: str, colour: str) -> list[float]:
@@ -111,6 +117,10 @@ def _draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, titl
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("steps")
+    if history:
+        axes.set_xlim(0, 1.02 * max(history[-1]["step"], 1))
+        axes.set_xlabel(f"steps ({history[-1]['minutes']:.1f} minutes in all)")
     if not points:
         axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", va="center", color="0.5")
         return []

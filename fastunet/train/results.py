@@ -63,7 +63,7 @@ def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
     ends = sorted({*order[:EXTREMES], *order[-EXTREMES:]}, key=order.index)
     extremes = [(_sample(loop, model, dataset, index), dice[index]) for index in ends]
     ranking = [(shown[index].stem, dice[index]) for index in order]
-    write_html(out / HTML, progress.history, extremes, metrics, ranking, _described(run, metrics))
+    write_html(out / HTML, progress.history, extremes, metrics, ranking, _described(run, metrics), run.class_names)
     remove_checkpoints(out, keep=1)
     return metrics
 
@@ -75,18 +75,26 @@ def _sample(loop: _Loop, model: UNet, dataset: SegmentationDataset, index: int) 
     return Sample(pair.stem, pair.read_image(), labels.numpy().astype(np.uint8), prediction.numpy())
 
 
-def _described(run: RunConfig, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What was trained on what, by name."""
+def _described(run: RunConfig, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Tell what was trained on what: values by name, in tables by their headings."""
+    smallest, largest = ("{} x {}".format(*size) for size in (run.data.size_min, run.data.size_max))
+    run_of = {name: metrics[name] for name in ("device", "processes", "precision", "torch")}
     return {
-        "data": run.source,
-        "training images": f"{len(run.train)}: {', '.join(run.train)}",
-        "images kept out": f"{len(run.val)}: {', '.join(run.val)}",
-        "size": f"{run.data.size_min} to {run.data.size_max}, {run.data.channels} channels, {run.data.dtype}",
-        "classes": ", ".join(run.class_names),
-        **{name: metrics[name] for name in ("steps", "seconds", "device", "processes", "precision", "torch")},
-        "fastunet": run.fastunet,
-        **{f"model: {name}": value for name, value in run.model.items()},
-        **{f"setting: {name}": value for name, value in run.training.items()},
+        "data and run": {
+            "data": run.source,
+            "training images": f"{len(run.train)}: {', '.join(run.train)}",
+            "images kept out": f"{len(run.val)}: {', '.join(run.val)}" if run.val else "none",
+            "height x width": smallest if smallest == largest else f"{smallest} to {largest}",
+            "channels": run.data.channels,
+            "values": run.data.dtype,
+            "classes": run.class_names,
+            "steps": metrics["steps"],
+            "minutes": f"{metrics['seconds'] / 60:.1f}",
+            **run_of,
+            "fastunet": run.fastunet,
+        },
+        "model": run.model,
+        "settings of the training": run.training,
     }
 
 

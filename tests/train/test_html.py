@@ -58,11 +58,19 @@ def test_a_page_has_layers_to_slide_between_and_escapes_names(tmp_path: Path) ->
     sample = Sample("<b>&.png", np.arange(4, dtype=np.uint8).reshape(2, 2, 1), truth, prediction)
     history = [{"step": 1, "minutes": 0.5, "train_loss": 1.0, "val_dice": 0.5}]
     metrics = {"weights": "step 1", "images": ["a"], "dice": {"x": 0.25}, "iou": {"x": 0.125}}
-    write_html(tmp_path / "report.html", history, [(sample, 0.5)], metrics, [("<b>&", 0.5)], {"data": "/a<b"})
+    write_html(
+        tmp_path / "report.html",
+        history,
+        [(sample, 0.5)],
+        metrics,
+        [("<b>&", 0.5)],
+        {"data": {"from": "/a<b"}},
+        ["w", "x", "y"],
+    )
     page = Page((tmp_path / "report.html").read_text())
-    assert page.cells == ["x", "0.2500", "0.1250", "<b>&", "0.5000", "data", "/a<b"]
-    (_, curves), *layers = page.images
-    assert curves.shape[1] == 1320
+    assert page.cells == ["x", "0.2500", "0.1250", "<b>&", "0.5000", "from", "/a<b"]
+    curves, layers = page.images[:2], page.images[2:]
+    assert [name for name, _ in curves] == ["Training loss against steps", "Validation Dice against steps"]
     assert [name for name, _ in layers] == ["image", "truth", "prediction"]
     assert layers[0][1][1, 1].tolist() == [255, 255, 255]
     for (_, shown), labels in zip(layers[1:], (truth, prediction), strict=True):
@@ -77,5 +85,5 @@ def test_the_report_of_a_run_needs_no_network(run: Path) -> None:
     for name in metrics["images"]:
         assert name in page.cells
     assert f"{metrics['dice']['foreground']:.4f}" in page.cells
-    assert len(page.images) == 1 + 3 * len(metrics["images"])
-    assert {"setting: lr", "0.001", "model: features", "(4, 8)"} <= set(page.cells)
+    assert len(page.images) == 2 + 3 * len(metrics["images"])
+    assert {"lr", "0.001", "features", "4, 8"} <= set(page.cells)
