@@ -186,8 +186,9 @@ def compare_quantised(run: Path, data: Path, calibration: int) -> dict[str, Any]
     known = SegmentationDataset((seen or judged)[:calibration], summary)
     quantised = fastunet.quantize(model, (known[i][0][None] for i in range(len(known))))
     images = SegmentationDataset(judged, summary)
+    wholes = [images.whole(index) for index in range(len(judged))]
     found: dict[str, Any] = {
-        name: evaluate(net, images, config.class_names)[0] for name, net in (("float", model), ("e4m3", quantised))
+        name: evaluate(net, wholes, config.class_names)[0] for name, net in (("float", model), ("e4m3", quantised))
     }
     loss = found["float"]["mean_dice"] - found["e4m3"]["mean_dice"]
     stems = {"calibration": [pair.stem for pair in (seen or judged)[:calibration]], "judged": [p.stem for p in judged]}

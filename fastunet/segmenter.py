@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastunet.checks import ConfigError, DataError
-from fastunet.data import mask_from_labels, moments, normalize, read_image
+from fastunet.data import mask_from_labels, read_image
 from fastunet.data.decoding import count_sections
 from fastunet.data.labels import dtype_of
 from fastunet.data.morphology import connected_components, split_objects
@@ -33,7 +32,8 @@ from fastunet.inference.outputs import (
     write_rois,
 )
 from fastunet.inference.predict import Prediction, labels_of
-from fastunet.inference.tiling import Window, field_of, parts_of
+from fastunet.inference.streaming import predict_parts
+from fastunet.inference.tiling import field_of, parts_of
 from fastunet.train.checkpoint import RunConfig, load_run
 from fastunet.train.config import TILE, too_small
 from fastunet.unet import UNet
@@ -78,11 +78,11 @@ class Segmenter:
         """
         source = image if isinstance(image, Source) else self.source_of(image)
         result: np.ndarray | None = None
-        for part, found in self.parts(source, Prediction(self.model, source.size, tile=tile, tta=tta)):
+        for part, found in predict_parts(Prediction(self.model, source.size, tile=tile, tta=tta), source):
             if probabilities:
-                values = found.numpy()
+                values = found.cpu().numpy()
             else:
-                values = mask_from_labels(labels_of(found).numpy(), self.classes, self.config.data.labels)
+                values = mask_from_labels(labels_of(found).cpu().numpy(), self.classes, self.config.data.labels)
             if result is None:
                 result = np.empty((*values.shape[:-2], *source.size), values.dtype)
             part.of(result)[...] = values
@@ -164,11 +164,11 @@ class Segmenter:
         prediction = Prediction(self.model, source.size, tile=tile, tta=tta, grid=GRID)
         with ExitStack() as stack:
             writers = {name: stack.enter_context(writer) for name, writer in self._writers(source, paths).items()}
-            for done, (part, found) in enumerate(self.parts(source, prediction), 1):
-                labels = labels_of(found).numpy()
+            for done, (part, found) in enumerate(predict_parts(prediction, source), 1):
+                labels = labels_of(found).cpu().numpy()
                 writers["labels"].put(mask_from_labels(labels, self.classes, self.config.data.labels))
                 if "probabilities" in writers:
-                    writers["probabilities"].put((found.movedim(0, -1) if self.classes > 1 else found[0]).numpy())
+                    writers["probabilities"].put((found.movedim(0, -1) if self.classes > 1 else found[0]).cpu().numpy())
                 if whole is not None:
                     part.of(whole)[...] = labels
                 on_part(done, len(prediction.parts))
@@ -222,31 +222,3 @@ class Segmenter:
 
     def _net(self) -> tuple[int, str | None]:
         return len(self.config.model["features"]), self.config.model["norm"]
-
-    def parts(self, source: Source, prediction: Prediction) -> Iterator[tuple[Window, Tensor]]:
-        """Give the probabilities of an image part by part, in rows: float32 [K, h, w] on the CPU.
-
-        The next part is read while one is computed.
-        """
-        scale = moments(source)
-        device = next(self.model.parameters()).device
-        field = prediction.field
-        if prediction.views > 1:  # The turned image's grid may lie otherwise on the part, by less than a multiple.
-            field = field._replace(halo=field.halo + field.multiple)
-
-        def read(part: Window) -> tuple[Window, Tensor]:
-            window = part.widened(field, *source.size)
-            return window, normalize(source.window(*window), scale)[None]
-
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(read, prediction.parts[0])
-            for index, part in enumerate(prediction.parts):
-                outer, pixels = coming.result()
-                if index + 1 < len(prediction.parts):
-                    coming = pool.submit(read, prediction.parts[index + 1])
-                yield part, prediction.of(part, _reader(outer, pixels.to(device)))[0].cpu()
-
-
-def _reader(outer: Window, pixels: Tensor) -> Callable[[Window], Tensor]:
-    """Give the function that cuts windows of the image out of the pixels of a larger one."""
-    return lambda window: window.within(outer).of(pixels)

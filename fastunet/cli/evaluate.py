@@ -55,9 +55,8 @@ def evaluate(
 ) -> None:
     """Score RUN on every pair of DATA: Dice and IoU over all pixels, and per image with outlines and intervals."""
     from fastunet.data import IGNORED, SegmentationDataset, find_pairs, inspect
-    from fastunet.data.sources import source_of_array
     from fastunet.inference.evaluation import evaluate as scores_of
-    from fastunet.inference.evaluation import scores_of_image, summary_of
+    from fastunet.inference.evaluation import summary_of
     from fastunet.train.checkpoint import load_config
 
     config = load_config(run)
@@ -70,18 +69,14 @@ def evaluate(
     segmenter = load(run, device, tile)
     names = segmenter.config.class_names
     for pair in track(pairs, "checking"):
-        segmenter.check(source_of_array(pair.read_image(), pair.image))
+        segmenter.check(pair.open_image())
     trained = segmenter.config.data
     found = replace(inspect(pairs, segmenter.classes, reading), channels=trained.channels, mixed=trained.mixed)
-    dataset = SegmentationDataset(pairs, found)
+    dataset = SegmentationDataset(pairs, found, memory_limit=0)  # each is read once
+    samples = (dataset.whole(index) for index in track(range(len(pairs)), "scoring"))
     ignored = IGNORED if found.ignored else None
-    samples = track(dataset, "predicting")
-    scores, predictions = scores_of(segmenter.model, samples, names, tile=tile, tta=tta, ignored=ignored)
     how: dict[str, Any] = {"tolerance": tolerance, "parts": parts.value, "ignored": ignored}
-    rows = [
-        scores_of_image(predictions[index], dataset[index][1], names, **how)
-        for index in track(range(len(pairs)), "scoring")
-    ]
+    scores, rows = scores_of(segmenter.model, samples, names, tile=tile, tta=tta, **how)
     summary = summary_of(rows)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

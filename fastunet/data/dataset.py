@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +14,23 @@ from torch.utils.data import Dataset
 from fastunet.checks import ConfigError, DataError
 from fastunet.data.labels import IGNORED
 from fastunet.data.pairing import Pair
-from fastunet.data.sources import Source
+from fastunet.data.sources import Source, source_of_array
 from fastunet.data.summary import DataSummary, in_threads
 
+Moments = tuple[np.ndarray, np.ndarray]
 # An image [H, W, C], its labels [H, W] and its moments.
-_Decoded = tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]
+_Decoded = tuple[np.ndarray, np.ndarray, Moments]
 
 
-def moments(image: np.ndarray | Source) -> tuple[np.ndarray, np.ndarray]:
+class Whole(NamedTuple):
+    """A pair that is read in windows: what is made of it takes no memory that grows with its pixels."""
+
+    image: Source
+    labels: np.ndarray  # uint8 [H, W]: class indices, or `IGNORED`
+    moments: Moments  # of the image
+
+
+def moments(image: np.ndarray | Source) -> Moments:
     """Mean and standard deviation per channel of an image [H, W, C], float64 [C]; 1 for that of a constant channel."""
     pixels = image.shape[0] * image.shape[1]
     mean = sum(block.sum((0, 1), dtype=np.float64) for block in _blocks(image)) / pixels
@@ -31,7 +41,7 @@ def moments(image: np.ndarray | Source) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.where(std > 0, std, 1.0)
 
 
-def normalize(image: np.ndarray, mean_and_std: tuple[np.ndarray, np.ndarray] | None = None) -> Tensor:
+def normalize(image: np.ndarray, mean_and_std: Moments | None = None) -> Tensor:
     """Turn an image [H, W, C] of any dtype into (image - mean) / std, float32 [C, H, W].
 
     Each image goes by its own `moments`, so that exposure and staining, which differ from image to image, drop out; a
@@ -128,6 +138,17 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
             generator = np.random.default_rng((self.seed, self.epoch, index, 1))
             image, labels = _random_crop(image, labels, self.crop, generator, self.balance)
         return normalize(image, own_moments), torch.from_numpy(labels.astype(np.int64))
+
+    def whole(self, index: int) -> Whole:
+        """Return the image and labels of pair `index`: from memory where they are kept there, else from the disk."""
+        pair = self.pairs[index]
+        if self._decoded is not None:
+            image, labels, own_moments = self._decoded[index]
+            return Whole(source_of_array(image, pair.image), labels, own_moments)
+        source = pair.open_image()
+        if self.summary.mixed and source.shape[2] == 1:
+            source = source.as_rgb()
+        return Whole(source, self.summary.labels_of(pair, source.size), moments(source))
 
     def _load(self, index: int) -> _Decoded:
         return self._read(self.pairs[index]) if self._decoded is None else self._decoded[index]

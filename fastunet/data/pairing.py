@@ -14,6 +14,7 @@ from fastunet.data.decoding import count_sections
 from fastunet.data.images import list_images, read_codes, read_image
 from fastunet.data.layout import DataOptions
 from fastunet.data.outlines import SUFFIXES, annotation_files, check_options, draw, names_of
+from fastunet.data.sources import Source, open_source, source_of_array
 
 # Names of the folders of a data set that is split already; those of "test" belong to neither side.
 SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -43,6 +44,12 @@ class Pair:
     def read_image(self) -> np.ndarray:
         """Return the image [H, W, C]; see `fastunet.data.read_image`."""
         return read_image(self.image, self.section)
+
+    def open_image(self) -> Source:
+        """Open the image, to be read in windows: from the disk where it is a large TIFF."""
+        if self.section is None and self.image.is_file():
+            return open_source(self.image)
+        return source_of_array(self.read_image(), self.image)
 
     def read_codes(
         self, size: tuple[int, int] | None = None, *, colours: bool = False, any_numbers: bool = False

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fastunet.checks import check_choice
-from fastunet.inference.predict import labels_of, predict
+from fastunet.data.dataset import Whole
+from fastunet.inference.streaming import predict_labels
 from fastunet.metrics import Scores, SegmentationMetrics
 
 RESAMPLES = 2000  # of the images, for an interval
@@ -22,26 +23,25 @@ PARTS = ("none", "foreground", "background")
 
 def evaluate(
     model: nn.Module,
-    samples: Dataset[tuple[Tensor, Tensor]] | Iterable[tuple[Tensor, Tensor]],
+    samples: Iterable[Whole],
     class_names: list[str],
     *,
     tile: int | None = None,
     tta: bool = False,
+    tolerance: float = 2.0,
+    parts: str = "none",
     ignored: int | None = None,
-) -> tuple[Scores, list[Tensor]]:
-    """Return scores over all samples (image [C, H, W], labels [H, W]), and the predicted labels [H, W] of each, on the
-    CPU.
+) -> tuple[Scores, list[dict[str, float]]]:
+    """Return scores over all samples, and those of each image; see `predict` and `scores_of_image`.
 
-    Pixels whose label is `ignored` do not count.
+    Nothing is kept of an image but its scores. Pixels whose label is `ignored` do not count.
     """
-    metrics = SegmentationMetrics(class_names)
-    device = next(model.parameters()).device
-    predictions = []
-    # Indexing until IndexError makes a Dataset iterable, which torch does not declare.
-    for image, labels in cast(Iterable[tuple[Tensor, Tensor]], samples):
-        predictions.append(labels_of(predict(model, image.to(device), tile=tile, tta=tta)).cpu())
-        metrics.update(*_counted(predictions[-1], labels, ignored))
-    return metrics.compute(), predictions
+    metrics, rows = SegmentationMetrics(class_names), []
+    for image, labels, scale in samples:
+        prediction, truth = predict_labels(model, image, scale, tile=tile, tta=tta), torch.from_numpy(labels)
+        metrics.update(*_counted(prediction, truth, ignored))
+        rows.append(scores_of_image(prediction, truth, class_names, tolerance=tolerance, parts=parts, ignored=ignored))
+    return metrics.compute(), rows
 
 
 def _counted(prediction: Tensor, truth: Tensor, ignored: int | None) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from fastunet.data import Pair, SegmentationDataset
 from fastunet.files import write_json, written_whole
+from fastunet.inference.streaming import predict_labels
 from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
 from fastunet.train.checkpoint import RunConfig, remove_checkpoints
 from fastunet.train.checks import HISTORY, HTML, METRICS, REPORT
+from fastunet.train.config import TILE
 from fastunet.train.html import write_html
 from fastunet.train.report import Sample, write_report
-from fastunet.train.validation import predicted_labels, validate_each
+from fastunet.train.validation import validate_each
 from fastunet.unet import UNet
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
 
 def _sample(loop: _Loop, model: UNet, dataset: SegmentationDataset, index: int) -> Sample:
     """Predict one image again: all predictions at once would not fit into memory."""
-    (image, labels), pair = dataset[index], dataset.pairs[index]
-    prediction = predicted_labels(model, image, tta=loop.config.tta).cpu()
-    return Sample(pair.stem, pair.read_image(), labels.numpy().astype(np.uint8), prediction.numpy())
+    (image, labels, scale), pair = dataset.whole(index), dataset.pairs[index]
+    prediction = predict_labels(model, image, scale, tile=TILE, tta=loop.config.tta)
+    return Sample(pair.stem, pair.read_image(), labels, prediction.numpy())
 
 
 def _described(run: RunConfig, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

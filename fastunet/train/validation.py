@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastunet.data import SegmentationDataset
 from fastunet.data.labels import IGNORED
-from fastunet.inference.predict import labels_of, predict
+from fastunet.inference.streaming import predict_labels
 from fastunet.metrics import Scores, SegmentationMetrics
 from fastunet.train.config import TILE
 from fastunet.train.distributed import sum_of_ranks
@@ -32,8 +32,9 @@ def validate_each(
     dice = torch.zeros(len(samples), dtype=torch.float64)
     device = next(model.parameters()).device
     for index in range(len(samples))[part]:
-        image, labels = samples[index]
-        prediction, labels = predicted_labels(model, image, tta=tta), labels.to(device)
+        image, truth, scale = samples.whole(index)
+        labels = torch.from_numpy(truth)
+        prediction = predict_labels(model, image, scale, tile=TILE, tta=tta)
         if samples.summary.ignored:
             prediction, labels = (each[labels != IGNORED] for each in (prediction, labels))
         metrics.update(prediction, labels)
@@ -42,10 +43,3 @@ def validate_each(
             image_metrics.update(prediction, labels)
             dice[index] = image_metrics.compute(across_ranks=False)["mean_dice"]
     return metrics.compute(), sum_of_ranks(dice, device).tolist()
-
-
-def predicted_labels(model: nn.Module, image: Tensor, *, tta: bool = False) -> Tensor:
-    """Predict the labels [H, W] of an image [C, H, W], on the model's device."""
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        return labels_of(predict(model, image.to(device), tile=TILE, tta=tta))

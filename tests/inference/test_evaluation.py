@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastunet.checks import ConfigError
+from fastunet.data.dataset import Whole
+from fastunet.data.sources import source_of_array
 from fastunet.inference.evaluation import evaluate, scores_of_image, summary_of
 
 NAMES = ["background", "a", "b"]
@@ -116,5 +118,8 @@ def test_ignored_pixels_count_nowhere(parts: str) -> None:
     model = torch.nn.Conv2d(1, 1, 1)
     torch.nn.init.constant_(model.weight, 1.0)
     torch.nn.init.constant_(model.bias, -0.5)
-    scores, _ = evaluate(model, [(wider[None].float(), labels)], NAMES[:2], ignored=255)
+    image = source_of_array(wider.numpy().astype(np.float32))
+    sample = Whole(image, labels.numpy().astype(np.uint8), (np.zeros(1), np.ones(1)))
+    scores, rows = evaluate(model, [sample], NAMES[:2], parts=parts, ignored=255)
+    assert rows == [pytest.approx(expected, nan_ok=True)]
     assert scores["dice"][NAMES[1]] == pytest.approx(expected[f"dice {NAMES[1]}"])

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastunet
 from fastunet.checks import ConfigError, ShapeError
+from fastunet.data.dataset import Whole, moments
+from fastunet.data.sources import source_of_array
 from fastunet.inference.cuda_graphs import GraphedModel
 from fastunet.inference.evaluation import evaluate
 from fastunet.inference.predict import labels_of
+from fastunet.inference.streaming import predict_labels
 
 
 class Local(nn.Module):
@@ -247,8 +251,8 @@ def test_evaluate_scores_what_is_predicted() -> None:
     model = Local(1)
     nn.init.zeros_(model.conv.weight)
     nn.init.ones_(model.conv.bias)  # everything is foreground
-    labels = torch.tensor([[1, 1], [1, 0]])
-    scores, predictions = evaluate(model, [(torch.zeros(1, 2, 2), labels)], ["background", "foreground"])
-    assert predictions[0].tolist() == [[1, 1], [1, 1]]
+    source, labels = source_of_array(np.zeros((2, 2), np.uint8)), np.array([[1, 1], [1, 0]], np.uint8)
+    assert predict_labels(model, source).tolist() == [[1, 1], [1, 1]]
+    scores, _ = evaluate(model, [Whole(source, labels, moments(source))], ["background", "foreground"])
     assert scores["dice"]["background"] == 0
     assert scores["dice"]["foreground"] == pytest.approx(6 / 7)
