@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from fastunet import dispatch
 from fastunet.checks import ConfigError, FastUNetError
 from fastunet.train.config import TrainConfig, multiplies_bf16
+
+LONGEST_READING = timedelta(days=1)  # that the other ranks wait for
+Result = TypeVar("Result")
 
 
 def is_first_rank() -> bool:
@@ -64,6 +68,26 @@ def agree(accelerator: Accelerator, loss: float, stopping: bool, seconds: float)
     shared = torch.tensor([loss / ranks, stopping, clock], dtype=torch.float64)
     mean, stops, seconds = sum_of_ranks(shared, accelerator.device).tolist()
     return mean, stops > 0, seconds
+
+
+def of_first_rank(make: Callable[[], Result]) -> Result:
+    """Have the first rank make something, and return it in all of them; what it raises is raised in all."""
+    if dispatch.ranks() == 1:
+        return make()
+    # Of its own, as that of GPUs waits for minutes only.
+    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_READING)
+    outcome: list[tuple[Result | None, Exception | None]] = [(None, None)]
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome = [(make(), None)]
+        except Exception as error:
+            outcome = [(None, error)]
+    torch.distributed.broadcast_object_list(outcome, src=0, group=group)
+    torch.distributed.destroy_process_group(group)
+    result, raised = outcome[0]
+    if raised is not None:
+        raise raised
+    return result  # type: ignore[return-value]
 
 
 def sum_of_ranks(values: Tensor, device: torch.device) -> Tensor:

@@ -38,6 +38,7 @@ from fastunet.train.distributed import (
     is_first_rank,
     make_accelerator,
     naming_lost_ranks,
+    of_first_rank,
     stop_requests,
     with_synchronised_norms,
 )
@@ -115,16 +116,7 @@ def _train(
     if config.tensorboard:
         check_tensorboard()
     accelerator = make_accelerator(config)
-    pairs = find_pairs(data, reading)
-    check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
-    found = survey_pairs(
-        pairs,
-        reading,
-        config.classes,
-        val_fraction=config.val_fraction,
-        seed=config.split_seed,
-        fold=config.fold_number,
-    )
+    pairs, found = of_first_rank(lambda: _read(data, reading, out, config))
     if on_data is not None:
         on_data(found)
     summary = found.checked()
@@ -170,6 +162,21 @@ def _train(
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
+
+
+def _read(data: Path, reading: DataOptions, out: Path, config: TrainConfig) -> tuple[list[Pair], Survey]:
+    """Find the pairs, and read every file of them."""
+    pairs = find_pairs(data, reading)
+    check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
+    found = survey_pairs(
+        pairs,
+        reading,
+        config.classes,
+        val_fraction=config.val_fraction,
+        seed=config.split_seed,
+        fold=config.fold_number,
+    )
+    return pairs, found
 
 
 # --- the loop ---

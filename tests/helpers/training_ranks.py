@@ -15,13 +15,16 @@ from killed_training import FORKS
 from stopped_training import losses_of, stop_at
 
 from fastunet.checks import FastUNetError
+from fastunet.data import DataOptions, Pair, survey
+from fastunet.data.summary import Facts, read_facts
 from fastunet.train.loop import TrainConfig
 
 
 def train_in_ranks(data: Path, out: Path, config: TrainConfig | None, results: Path, **options: Any) -> list[int]:
     """Train in two processes; return their exit codes. Rank R writes its losses, or its error, as results/R.json.
 
-    options: `resume`, and `dies_at`, the step after which the second one is killed.
+    options: `resume`; `dies_at`, the step after which the second one is killed; `readings`, a file that gets a line for
+    each pair that a rank surveys.
     """
     results.mkdir(exist_ok=True)
     with socket.socket() as probe:
@@ -49,8 +52,19 @@ def _rank(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dies_at = options.pop("dies_at", None)
     stop = stop_at(dies_at, lambda: os.kill(os.getpid(), signal.SIGKILL)) if rank == 1 else lambda progress: None
+    if (readings := options.pop("readings", None)) is not None:
+        _record(rank, readings)
     try:
         result: Any = losses_of(data, out, config, stop=stop, **options)
     except FastUNetError as error:
         result = str(error)
     (results / f"{rank}.json").write_text(json.dumps(result))
+
+
+def _record(rank: int, readings: Path) -> None:
+    def recorded(pair: Pair, options: DataOptions) -> Facts:
+        with readings.open("a") as file:
+            file.write(f"{rank} {pair.stem}\n")
+        return read_facts(pair, options)
+
+    survey.read_facts = recorded

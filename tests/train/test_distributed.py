@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -45,6 +47,24 @@ def test_two_ranks_give_the_losses_of_one_with_the_doubled_batch(data: Path, tmp
     scores = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one")]
     assert scores[0]["mean_dice"] == pytest.approx(scores[1]["mean_dice"], rel=1e-3)
     assert [score["processes"] for score in scores] == [2, 1]
+
+
+@pytest.mark.usefixtures("undrawn_reports")
+def test_the_first_rank_reads_for_all(data: Path, tmp_path: Path) -> None:
+    """Every file is surveyed once; what is wrong with one ends all ranks, by one message."""
+    readings = tmp_path / "readings"
+    config = replace(CONFIG, steps=2)
+    assert train_in_ranks(data, tmp_path / "run", config, tmp_path / "results", readings=readings) == [0, 0]
+    stems = sorted(path.stem for path in (data / "images").iterdir())
+    assert sorted(readings.read_text().splitlines()) == [f"0 {stem}" for stem in stems]
+
+    broken = shutil.copytree(data, tmp_path / "broken")
+    (broken / "masks" / f"{stems[0]}.png").write_bytes(b"")
+    assert train_in_ranks(broken, tmp_path / "none", config, tmp_path / "errors") == [0, 0]
+    first, second = (losses_in(tmp_path / "errors", rank) for rank in range(2))
+    assert first == second
+    assert re.fullmatch(rf".*{stems[0]}\.png: expected .*, got: an empty file", first)
+    assert not (tmp_path / "none" / "config.json").exists()
 
 
 @pytest.mark.slow
