@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from fastunet.checks import ConfigError, DataError, FastUNetError
+from fastunet.data import yolo
 from fastunet.data.layout import DataOptions
 from fastunet.data.volumes import import_extra
 
 SUFFIXES = (".json", ".txt", ".roi", ".zip")
-CLASSES = "classes.txt"  # of YOLO: a name a line
 BACKGROUND = ("background", "_background_")  # names of what is class 0
 LINES = ("LINE", "FREELINE", "POLYLINE", "ANGLE", "POINT")  # ROIs without an area
 CIRCLE = 64  # corners
@@ -64,7 +64,7 @@ def annotation_files(folder: Path, stems: Iterable[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
         place = file.relative_to(folder)
-        if file.suffix.lower() not in SUFFIXES or file.name == CLASSES or any(p.startswith(".") for p in place.parts):
+        if file.suffix.lower() not in SUFFIXES or file.name == yolo.LIST or any(p.startswith(".") for p in place.parts):
             continue
         stem = place.with_suffix("").as_posix()
         if stem in found:
@@ -153,7 +153,7 @@ def _classes_of(file: Path) -> dict[str, int]:
     outlines = _read(file, kind)
     if kind == "coco":
         return _coco(file, file.stat().st_mtime_ns)[1]
-    names = _yolo_names(file) if kind == "yolo" else []
+    names = yolo.names_above(file) if kind == "yolo" else []
     listed = {name: number for number, name in enumerate(names)}
     found = {outline.name for outline in outlines[""]}
     return listed or {name: int(name) if name.isdecimal() else 0 for name in found}
@@ -231,7 +231,7 @@ def _labelme(file: Path) -> list[Outline]:
 
 
 def _yolo(file: Path) -> list[Outline]:
-    outlines, names = [], _yolo_names(file)
+    outlines, names = [], yolo.names_above(file)
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if not (parts := line.split()):
             continue
@@ -245,11 +245,6 @@ def _yolo(file: Path) -> list[Outline]:
             raise ValueError(f"{points.max():g} in line {number}, and not shares of width and height")
         outlines.append(Outline(names[place] if names else str(place), (points,), is_relative=True))
     return outlines
-
-
-def _yolo_names(file: Path) -> list[str]:
-    listed = file.parent / CLASSES
-    return listed.read_text().split() if listed.is_file() else []
 
 
 def _rois(file: Path) -> list[Outline]:

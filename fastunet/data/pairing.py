@@ -13,11 +13,15 @@ from fastunet.checks import ConfigError, DataError, some_of
 from fastunet.data.decoding import count_sections
 from fastunet.data.images import list_images, read_codes, read_image
 from fastunet.data.layout import DataOptions
+from fastunet.data.mask_folders import files_in_order, is_folder, read_objects, with_folders
 from fastunet.data.outlines import SUFFIXES, annotation_files, check_options, draw, names_of
 from fastunet.data.sources import Source, open_source, source_of_array
+from fastunet.data.yolo import folders_of
 
 # Names of the folders of a data set that is split already; those of "test" belong to neither side.
 SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+
+YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,12 @@ class Pair:
     """One image and its mask; `stem` is the file name that they share, without suffix, below their folders."""
 
     image: Path
-    mask: Path
+    mask: Path  # a file; or a folder: of a mask for each object, or of one for each section
     stem: str
     side: str = ""  # of a split that the folders make: train or val
-    section: int | None = None  # of both files, where they hold several
+    section: int | None = (
+        None  # of both files, where they hold several; or of the image, and the place in a mask folder
+    )
     names: tuple[str, ...] = ()  # of the classes but the background's, where the mask is a file of outlines
 
     @property
@@ -61,6 +67,10 @@ class Pair:
         if self.names:
             height, width = size or self.read_image().shape[:2]
             return draw(self.mask, self.stem, self.names, (height, width)), False
+        if is_folder(self.mask) and self.section is None:
+            return read_objects(self.mask), False
+        if is_folder(self.mask):
+            return read_codes(files_in_order(self.mask)[self.section or 0], colours=colours, any_numbers=any_numbers)
         return read_codes(self.mask, self.section, colours=colours, any_numbers=any_numbers)
 
 
@@ -68,7 +78,9 @@ def find_pairs(root: str | Path, options: DataOptions | None = None, names: tupl
     """Pair images with masks by stem, sorted by stem: those of `root/images` with those of `root/masks`, if not else.
 
     Folders within are searched too. Where `root` holds train/ and val/ instead, each with images and masks, or images
-    and masks hold them, they are the two sides of the split. Masks may be files of outlines, or one file of COCO.
+    and masks hold them, they are the two sides of the split. Masks may be files of outlines, or one file of COCO. Where
+    the masks of an image lie in a folder of its name, they are of one object or one section each; so may `root` hold a
+    folder for each image, with images/ and masks/. `root` may be YOLO's data.yaml, which names them.
 
     Args:
         names: of the classes of outlines, where a model knows them already; none: all that occur.
@@ -79,7 +91,7 @@ def find_pairs(root: str | Path, options: DataOptions | None = None, names: tupl
     """
     root, options = Path(root), options or DataOptions()
     options.check()
-    pairs = [pair for prefix, folder in _roots(root, options) for pair in _pairs_in(folder, options, prefix)]
+    pairs = [pair for place in _roots(root, options) for pair in _pairs_in(*place)]
     sides = {pair.side for pair in pairs}
     stems = [pair.stem for pair in pairs]
     if len(set(stems)) < len(stems):
@@ -94,16 +106,26 @@ def find_pairs(root: str | Path, options: DataOptions | None = None, names: tupl
     return sorted(pairs, key=lambda pair: pair.stem)
 
 
-def _roots(root: Path, options: DataOptions) -> list[tuple[str, Path]]:
-    """Give the folders that hold images and masks, and what the stems of each begin with."""
+def _roots(root: Path, options: DataOptions) -> list[tuple[str, Path, DataOptions]]:
+    """Give the folders that hold images and masks, how each is read, and what its stems begin with."""
+    if root.suffix.lower() in YAML:
+        sides = folders_of(root)
+        return [
+            (f"{side}/", root.parent, replace(options, images=str(images.resolve()), masks=str(labels.resolve())))
+            for side, (images, labels) in sides.items()
+        ]
+    return [(prefix, folder, options) for prefix, folder in _folders(root, options)]
+
+
+def _folders(root: Path, options: DataOptions) -> list[tuple[str, Path]]:
     if os.path.lexists(root / options.images) or not os.path.isdir(root):
         return [("", root)]
     folders = [folder for folder in sorted(root.iterdir()) if (folder / options.images).is_dir()]
     sides = [folder for folder in folders if folder.name.casefold() in SIDES]
-    return [(f"{folder.name}/", folder) for folder in sides] or [("", root)]
+    return [(f"{folder.name}/", folder) for folder in sides or folders] or [("", root)]
 
 
-def _pairs_in(root: Path, options: DataOptions, prefix: str) -> list[Pair]:
+def _pairs_in(prefix: str, root: Path, options: DataOptions) -> list[Pair]:
     images_folder, masks_folder, suffix = root / options.images, root / options.masks, options.mask_suffix
     together = images_folder.resolve() == masks_folder.resolve()
     try:
@@ -111,11 +133,15 @@ def _pairs_in(root: Path, options: DataOptions, prefix: str) -> list[Pair]:
         masks = _masks_in(masks_folder, images, together=together and not suffix)
     except DataError as error:
         raise DataError(f"{error}{_hint_of_folders(root)}") from error
+    if prefix and prefix[:-1].casefold() not in SIDES and len(images) == 1 and not masks.keys() & images.keys():
+        (image,) = images.values()  # in a folder of its own, with a mask for each object
+        return [Pair(image, masks_folder, prefix[:-1])]
     is_drawn = any(file.suffix.lower() in SUFFIXES for file in masks.values())
     if together and not is_drawn:
         if not suffix:
             raise ConfigError(f"mask_suffix: expected what tells masks from images in {images_folder}, got nothing")
         images = {stem: file for stem, file in images.items() if not stem.endswith(suffix)}
+    masks = with_folders(images, masks)
     if suffix:
         names = [file.name for file in masks.values()]
         masks = {stem.removesuffix(suffix): file for stem, file in masks.items() if stem.endswith(suffix)}
@@ -146,6 +172,13 @@ def _masks_in(folder: Path, images: dict[str, Path], together: bool) -> dict[str
 
 def _sections_of(image: Path, mask: Path, stem: str) -> list[Pair]:
     """Give a pair for each section of two stacks; where the mask is one image, so is the other, of several channels."""
+    if is_folder(mask):
+        sections, masks = count_sections(image), len(files_in_order(mask))
+        if sections > 1 and sections != masks:
+            raise DataError(f"{mask}: expected {sections} masks, one for each section of {image.name}, got {masks}")
+        numbers = range(sections) if sections > 1 else ()
+        pairs = [Pair(image, mask, section_name(stem, n, sections), _side_of(stem), n) for n in numbers]
+        return pairs or [Pair(image, mask, stem, _side_of(stem))]
     count = 1 if mask.suffix.lower() in SUFFIXES else count_sections(mask)
     if count == 1:
         return [Pair(image, mask, stem, _side_of(stem))]

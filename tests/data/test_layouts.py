@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -11,19 +11,115 @@ import pytest
 pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
-from data_layouts import COLOURS, COUNT, LAYOUTS, SIZE, folder, names, picture, sides, truth
 from image_files import noise, save
-from stack_files import write_pages, write_zarr
+from layout_files import (
+    COLOURS,
+    COUNT,
+    NAMES,
+    SIZE,
+    a_folder_each,
+    coco,
+    five_channels,
+    folder,
+    ignored_border,
+    instances,
+    labelme,
+    make,
+    masks_of_objects,
+    masks_of_sections,
+    names,
+    palette,
+    picture,
+    rois,
+    sides,
+    stack,
+    truth,
+    with_border,
+    yolo,
+    yolo_with_yaml,
+)
+from stack_files import write_dicom, write_gif, write_nifti, write_ome, write_pages, write_zarr
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import IGNORED, DataOptions, SegmentationDataset, find_pairs, inspect, split
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a folder is written, how it is read, and the labels that it then has."""
+
+    write: Callable[[Path], None]
+    options: DataOptions = field(default_factory=DataOptions)
+    classes: int = 2
+    truth_of: Callable[[np.ndarray], np.ndarray] = lambda labels: labels
+    data: str = ""  # below the folder
+
+
+LAYOUTS = {
+    "images/ and masks/": Layout(folder),
+    "other names of folders": Layout(
+        lambda root: folder(root, images="raw/{}.png", masks="truth/{}.png"), DataOptions("raw", "truth")
+    ),
+    "a suffix, beside each other": Layout(
+        lambda root: folder(root, images="{}.png", masks="{}_mask.png"), DataOptions(".", ".", "_mask")
+    ),
+    "nested": Layout(lambda root: folder(root, images="images/a/{}.png", masks="masks/a/{}.png")),
+    "train/ and val/": Layout(sides),
+    "any values": Layout(lambda root: folder(root, lambda labels: labels * 127, 3), DataOptions(labels="0,127,254"), 3),
+    "1 and 2": Layout(lambda root: folder(root, lambda labels: labels + 1), DataOptions(labels="1,2")),
+    "ignored values": Layout(
+        lambda root: folder(root, with_border), DataOptions(ignore="255"), truth_of=ignored_border
+    ),
+    "colours": Layout(
+        lambda root: folder(root, lambda labels: COLOURS[labels], 3),
+        DataOptions(labels="0:0:0,255:0:0,0:0:255"),
+        3,
+    ),
+    "palettes": Layout(palette, classes=3),
+    "palettes by colour": Layout(palette, DataOptions(labels="0:0:0,255:0:0,0:0:255"), 3),
+    "lossy masks": Layout(lambda root: folder(root, masks="masks/{}.jpg"), DataOptions(threshold=128)),
+    "soft masks": Layout(
+        lambda root: folder(root, lambda labels: labels * np.float32(0.9) + np.float32(0.05), masks="masks/{}.tif"),
+        DataOptions(threshold=0.5),
+    ),
+    "GIF and WebP": Layout(lambda root: folder(root, images="images/{}.webp", masks="masks/{}.gif")),
+    "a stack of pages": Layout(lambda root: stack(root, "s.tif", write_pages)),
+    "a Z stack of OME": Layout(lambda root: stack(root, "s.ome.tif", write_ome)),
+    "channels of OME": Layout(five_channels),
+    "frames of GIF": Layout(lambda root: stack(root, "s.gif", write_gif)),
+    "NPY": Layout(lambda root: stack(root, "s.npy", np.save)),
+    "NIfTI": Layout(lambda root: stack(root, "s.nii.gz", write_nifti, "s.nii")),
+    "Zarr": Layout(lambda root: stack(root, "s.zarr", write_zarr)),
+    "DICOM": Layout(lambda root: stack(root, "s.dcm", write_dicom)),
+    "COCO": Layout(coco, DataOptions(masks="truth.json"), 3),
+    "labelme": Layout(labelme, DataOptions(".", "."), 3),
+    "YOLO": Layout(yolo, DataOptions(masks="labels"), 3),
+    "ROIs of ImageJ": Layout(rois),
+    "YOLO's data.yaml, names by number": Layout(
+        lambda root: yolo_with_yaml(
+            root, "path: .\ntrain: images/train\nval: images/val\nnames: {1: nucleus, 0: cell}"
+        ),
+        classes=3,
+        data="data.yaml",
+    ),
+    "YOLO's data.yaml, folders of sides": Layout(
+        lambda root: yolo_with_yaml(
+            root, "train: ../train/images\nval: ../val/images\nnames: [cell, nucleus]", "{}/images", "{}/labels"
+        ),
+        classes=3,
+        data="data.yaml",
+    ),
+    "a folder for each image, a mask for each object": Layout(a_folder_each),
+    "a folder of masks for each image": Layout(masks_of_objects),
+    "a stack, and a mask for each section": Layout(masks_of_sections),
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_reads_as_the_same_images_and_labels(name: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
     layout.write(tmp_path)
-    pairs = find_pairs(tmp_path, layout.options)
+    pairs = find_pairs(tmp_path / layout.data, layout.options)
     summary = inspect(pairs, options=layout.options)
     assert len({pair.stem for pair in pairs}) == COUNT
     assert summary.classes == (1 if layout.classes == 2 else layout.classes)
@@ -37,22 +133,7 @@ def test_a_layout_reads_as_the_same_images_and_labels(name: str, tmp_path: Path)
         assert IGNORED in expected or not summary.ignored
 
 
-def instances(root: Path) -> None:
-    """Of each image the objects have numbers of their own: 4, 5, 6 and 7."""
-    folder(root)
-    for index, stem in enumerate(names()):
-        mask = np.zeros(SIZE, np.uint8)
-        for number in range(4 + index):
-            mask[2:20, 6 * number : 6 * number + 4] = number + 1
-        save(root / "masks" / f"{stem}.png", mask)
-
-
 STACKS = (("images", 7), ("masks", 6))
-
-
-def make(path: Path) -> Path:
-    path.mkdir(parents=True)
-    return path
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -93,6 +174,18 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"s\.tif: expected one image, got a stack of shape .* which is 7 sections",
     ),
+    "masks of sections that are missing": (
+        lambda root: masks_of_sections(root, count=3),
+        r"masks/s: expected 4 masks, one for each section of s\.tif, got 3",
+    ),
+    "objects of two values": (
+        lambda root: (masks_of_objects(root), save(root / "masks/field_1/0.png", truth(1, 3))),
+        r"field_1/0\.png: expected 0 and one value in the mask of an object, got 1, 2",
+    ),
+    "objects of other sizes": (
+        lambda root: (masks_of_objects(root), save(root / "masks/field_1/1.png", truth(1, 2)[1:])),
+        r"field_1/1\.png: expected the size of the other masks, \(40, 48\), got \(39, 48\)",
+    ),
     "fractions": (
         lambda root: folder(root, lambda labels: labels * np.float32(0.9), masks="masks/{}.tif"),
         r"expected whole numbers in a mask, got 0\.\d+: of a soft mask, --threshold 0\.5",
@@ -107,6 +200,35 @@ def test_what_is_refused_is_named_by_its_likely_cause(name: str, tmp_path: Path)
     with pytest.raises(DataError, match=message) as caught:
         inspect(find_pairs(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+BAD_YAML = {
+    "a list of files": (
+        "train: train.txt\nnames: [a]",
+        r"data\.yaml: expected a folder named images, .* got 'train.txt'",
+    ),
+    "no sides": ("names: [a]", r"as train, got None: put the images there"),
+    "no names": ("train: images/train", r"expected names, a list or numbered from 0, got None"),
+    "gaps": ("train: images/train\nnames: {1: a}", r"expected names, a list or numbered from 0, got \{1: 'a'\}"),
+    "no settings": ("a", r"expected settings by name \(train, val, names\), got str"),
+    "no YAML": ("a: [", r"data\.yaml: expected YAML, got: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_YAML)
+def test_a_data_yaml_that_is_not_read_is_refused(name: str, tmp_path: Path) -> None:
+    text, message = BAD_YAML[name]
+    yolo_with_yaml(tmp_path, text)
+    with pytest.raises(DataError, match=message):
+        find_pairs(tmp_path / "data.yaml")
+
+
+def test_sides_of_a_data_yaml_are_kept(tmp_path: Path) -> None:
+    layout = LAYOUTS["YOLO's data.yaml, folders of sides"]
+    layout.write(tmp_path)
+    pairs = find_pairs(tmp_path / "data.yaml")
+    assert [pair.stem for pair in split(pairs, 0.5)[1]] == ["val/field_3"]
+    assert pairs[0].names == NAMES
 
 
 def test_instances_train_as_foreground_or_as_classes_where_asked(tmp_path: Path) -> None:

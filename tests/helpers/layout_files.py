@@ -1,10 +1,10 @@
-"""Data folders as people have them: how each is written, how it is read, and the labels it then has."""
+"""Data folders for tests, laid out as people have them: of the same images and labels."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,7 @@ import pytest
 import tifffile
 from image_files import noise, save
 from PIL import Image
-from stack_files import write_dicom, write_gif, write_nifti, write_ome, write_pages, write_stacks, write_zarr
-
-from fastunet.data import DataOptions
+from stack_files import write_pages, write_stacks
 
 SIZE = (40, 48)
 COUNT = 4
@@ -34,6 +32,11 @@ def truth(index: int, classes: int) -> np.ndarray:
     return labels
 
 
+def make(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
 def names() -> list[str]:
     return [f"field_{index}" for index in range(COUNT)]
 
@@ -50,16 +53,6 @@ def folder(
     for index, stem in enumerate(names()):
         save(root / images.format(stem), picture_of(index))
         save(root / masks.format(stem), mask_of(truth(index, classes)))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a folder is written, how it is read, and the labels that it then has."""
-
-    write: Callable[[Path], None]
-    options: DataOptions = field(default_factory=DataOptions)
-    classes: int = 2
-    truth_of: Callable[[np.ndarray], np.ndarray] = lambda labels: labels
 
 
 def sides(root: Path) -> None:
@@ -181,44 +174,55 @@ def rois(root: Path) -> None:
         roi.tofile(root / "masks" / f"{stem}.roi")
 
 
-LAYOUTS = {
-    "images/ and masks/": Layout(folder),
-    "other names of folders": Layout(
-        lambda root: folder(root, images="raw/{}.png", masks="truth/{}.png"), DataOptions("raw", "truth")
-    ),
-    "a suffix, beside each other": Layout(
-        lambda root: folder(root, images="{}.png", masks="{}_mask.png"), DataOptions(".", ".", "_mask")
-    ),
-    "nested": Layout(lambda root: folder(root, images="images/a/{}.png", masks="masks/a/{}.png")),
-    "train/ and val/": Layout(sides),
-    "any values": Layout(lambda root: folder(root, lambda labels: labels * 127, 3), DataOptions(labels="0,127,254"), 3),
-    "1 and 2": Layout(lambda root: folder(root, lambda labels: labels + 1), DataOptions(labels="1,2")),
-    "ignored values": Layout(
-        lambda root: folder(root, with_border), DataOptions(ignore="255"), truth_of=ignored_border
-    ),
-    "colours": Layout(
-        lambda root: folder(root, lambda labels: COLOURS[labels], 3),
-        DataOptions(labels="0:0:0,255:0:0,0:0:255"),
-        3,
-    ),
-    "palettes": Layout(palette, classes=3),
-    "palettes by colour": Layout(palette, DataOptions(labels="0:0:0,255:0:0,0:0:255"), 3),
-    "lossy masks": Layout(lambda root: folder(root, masks="masks/{}.jpg"), DataOptions(threshold=128)),
-    "soft masks": Layout(
-        lambda root: folder(root, lambda labels: labels * np.float32(0.9) + np.float32(0.05), masks="masks/{}.tif"),
-        DataOptions(threshold=0.5),
-    ),
-    "GIF and WebP": Layout(lambda root: folder(root, images="images/{}.webp", masks="masks/{}.gif")),
-    "a stack of pages": Layout(lambda root: stack(root, "s.tif", write_pages)),
-    "a Z stack of OME": Layout(lambda root: stack(root, "s.ome.tif", write_ome)),
-    "channels of OME": Layout(five_channels),
-    "frames of GIF": Layout(lambda root: stack(root, "s.gif", write_gif)),
-    "NPY": Layout(lambda root: stack(root, "s.npy", np.save)),
-    "NIfTI": Layout(lambda root: stack(root, "s.nii.gz", write_nifti, "s.nii")),
-    "Zarr": Layout(lambda root: stack(root, "s.zarr", write_zarr)),
-    "DICOM": Layout(lambda root: stack(root, "s.dcm", write_dicom)),
-    "COCO": Layout(coco, DataOptions(masks="truth.json"), 3),
-    "labelme": Layout(labelme, DataOptions(".", "."), 3),
-    "YOLO": Layout(yolo, DataOptions(masks="labels"), 3),
-    "ROIs of ImageJ": Layout(rois),
-}
+def yolo_with_yaml(root: Path, text: str, images: str = "images/{}", labels: str = "labels/{}") -> None:
+    """Three images to train on and one to validate on."""
+    yolo(root / "made")
+    (root / "data.yaml").write_text(text)
+    for index, stem in enumerate(names()):
+        side = "train" if index < 3 else "val"
+        for source, kind, suffix in (("images", images, "png"), ("labels", labels, "txt")):
+            target = root / kind.format(side) / f"{stem}.{suffix}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(root / "made" / source / f"{stem}.{suffix}", target)
+    shutil.rmtree(root / "made")
+
+
+def objects_of(labels: np.ndarray) -> list[np.ndarray]:
+    """Take the foreground apart, as masks of one object each, of which two lie over each other."""
+    columns = np.flatnonzero(labels.any(0))
+    first, second = labels.copy(), labels.copy()
+    first[:, columns[len(columns) // 2 + 1] :] = 0
+    second[:, : columns[len(columns) // 2 - 1]] = 0
+    return [first, second * 255]
+
+
+def a_folder_each(root: Path) -> None:
+    """As the Data Science Bowl of 2018 has them."""
+    for index, stem in enumerate(names()):
+        save(root / stem / "images" / f"{stem}.png", picture(index))
+        for number, mask in enumerate(objects_of(truth(index, 2))):
+            save(root / stem / "masks" / f"{number}abc.png", mask)
+
+
+def masks_of_objects(root: Path) -> None:
+    only_images(root)
+    for index, stem in enumerate(names()):
+        for number, mask in enumerate(objects_of(truth(index, 2))):
+            save(root / "masks" / stem / f"{number}.png", mask)
+
+
+def masks_of_sections(root: Path, kind: str = "slice_{}.png", count: int = COUNT) -> None:
+    """One stack of all images, and a file for the mask of each: as many as `count`, numbered 9, 10 and on."""
+    write_pages(make(root / "images") / "s.tif", np.stack([picture(index) for index in range(COUNT)]))
+    for index in range(count):
+        save(root / "masks" / "s" / kind.format(9 + index), truth(min(index, COUNT - 1), 2))
+
+
+def instances(root: Path) -> None:
+    """Of each image the objects have numbers of their own: 4, 5, 6 and 7."""
+    folder(root)
+    for index, stem in enumerate(names()):
+        mask = np.zeros(SIZE, np.uint8)
+        for number in range(4 + index):
+            mask[2:20, 6 * number : 6 * number + 4] = number + 1
+        save(root / "masks" / f"{stem}.png", mask)
