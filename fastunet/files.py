@@ -73,11 +73,15 @@ def check_folder(folder: Path) -> None:
 
 
 def check_apart(out: Path, files: Iterable[Path]) -> None:
-    """Raise DataError where `out` is a folder of the input files, of their targets if they are links, or of masks."""
+    """Raise DataError where `out` is a folder of the input files, of their targets if they are links, or of masks.
+
+    An input may itself be a folder: of masks, or a Zarr array.
+    """
     places: set[Path] = set()
     for file in files:
         for folder in (file.parent.absolute(), file.parent.resolve(), file.resolve().parent):
             places |= {folder, folder.parent / "masks"} if folder.name == "images" else {folder}
+        places |= {file} if file.is_dir() else set()
     for place in places:
         if out.exists() and place.exists() and os.path.samefile(out, place):
             raise DataError(f"{out}: expected a folder apart from the images and masks, got that of {place}")

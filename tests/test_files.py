@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastunet.files import write_json, written_whole
+from fastunet.checks import DataError
+from fastunet.files import check_apart, write_json, written_whole
 
 
 @pytest.mark.parametrize("name", ["file.json", "n" * 250 + ".json", "file." + "s" * 250, "\u00e9" * 125 + ".txt"])
@@ -56,3 +57,11 @@ def test_two_at_once_do_not_meet_and_writers_see_the_suffix(tmp_path: Path) -> N
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first"
+
+
+def test_a_folder_of_masks_is_no_place_for_results(tmp_path: Path) -> None:
+    (masks := tmp_path / "masks" / "a").mkdir(parents=True)
+    for folder in (masks, masks.parent):
+        with pytest.raises(DataError, match="expected a folder apart from the images and masks"):
+            check_apart(folder, [masks])
+    check_apart(tmp_path, [masks])

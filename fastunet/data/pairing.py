@@ -16,7 +16,7 @@ from fastunet.data.layout import DataOptions
 from fastunet.data.mask_folders import files_in_order, is_folder, read_objects, with_folders
 from fastunet.data.outlines import SUFFIXES, annotation_files, check_options, draw, names_of
 from fastunet.data.sources import Source, open_source, source_of_array
-from fastunet.data.yolo import folders_of
+from fastunet.data.yolo import DATA_YAML, folders_of
 
 # Names of the folders of a data set that is split already; those of "test" belong to neither side.
 SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -201,6 +201,8 @@ def _hint_of_folders(root: Path) -> str:
     """Name the folders that are there instead of images/ and masks/."""
     if not os.path.isdir(root):
         return ""
+    if (root / DATA_YAML).is_file():
+        return f": YOLO's {DATA_YAML} may be DATA: {root / DATA_YAML}"
     names = sorted(each.name for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
     return f": the folders there are {some_of(names)}; name yours by --images and --masks" if names else ""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fastunet.checks import DataError, some_of
+from fastunet.data import yolo
 from fastunet.data.images import list_others
 from fastunet.data.labels import IGNORED, labels_of
 from fastunet.data.layout import DataOptions
@@ -164,6 +165,9 @@ def _notes_on_duplicates(facts: Sequence[Facts], val: set[str]) -> list[str]:
 
 
 def _notes_on_others(pairs: Sequence[Pair]) -> list[str]:
-    folders = {file.parent for pair in pairs for file in (pair.image, pair.mask)}
-    others = sorted(file.name for folder in folders for file in list_others(folder))
+    files = {file for pair in pairs for file in (pair.image, pair.mask)}
+    folders = {file.parent for file in files}
+    others = sorted(
+        file.name for folder in folders for file in list_others(folder) if file not in files | {folder / yolo.LIST}
+    )
     return [f"{len(others)} other files are passed over: {some_of(others)}"] if others else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ from stack_files import write_dicom, write_gif, write_nifti, write_ome, write_pa
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import IGNORED, DataOptions, SegmentationDataset, find_pairs, inspect, split
+from fastunet.data.survey import survey
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Layout:
     classes: int = 2
     truth_of: Callable[[np.ndarray], np.ndarray] = lambda labels: labels
     data: str = ""  # below the folder
+    notes: list[str] = field(default_factory=list)  # of what is odd
 
 
 LAYOUTS = {
@@ -122,6 +125,7 @@ def test_a_layout_reads_as_the_same_images_and_labels(name: str, tmp_path: Path)
     pairs = find_pairs(tmp_path / layout.data, layout.options)
     summary = inspect(pairs, options=layout.options)
     assert len({pair.stem for pair in pairs}) == COUNT
+    assert survey(tmp_path / layout.data, layout.options).notes == layout.notes
     assert summary.classes == (1 if layout.classes == 2 else layout.classes)
     assert summary.ignored == bool(layout.options.ignore)
     dataset = SegmentationDataset(pairs, summary)
@@ -221,6 +225,16 @@ def test_a_data_yaml_that_is_not_read_is_refused(name: str, tmp_path: Path) -> N
     yolo_with_yaml(tmp_path, text)
     with pytest.raises(DataError, match=message):
         find_pairs(tmp_path / "data.yaml")
+
+
+def test_a_data_yaml_is_pointed_to(tmp_path: Path) -> None:
+    LAYOUTS["YOLO's data.yaml, folders of sides"].write(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(
+        DataError, match=r"expected a folder, got nothing there: YOLO's data\.yaml may be DATA: .*yaml$"
+    ):
+        find_pairs(tmp_path)
 
 
 def test_sides_of_a_data_yaml_are_kept(tmp_path: Path) -> None:
