@@ -69,7 +69,7 @@ summary { cursor: pointer; }
 {% for name, picture in curves %}<img alt="{{ name }} against steps" src="{{ picture }}">
 {% endfor %}</div>
 {% if metrics.dice is defined %}
-<h2>Scores of {{ metrics.images | length }} images kept out of training</h2>
+<h2>Scores of {{ metrics.images | length }} image{{ "s" if metrics.images | length != 1 }} kept out of training</h2>
 <table class="scores">
 <tr><th>class</th><th class="number">Dice</th><th class="number">IoU</th></tr>
 {% for name, dice in metrics.dice.items() %}

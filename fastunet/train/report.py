@@ -97,7 +97,8 @@ def draw_loss(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     """Draw the training loss against steps."""
     losses = _draw_curve(axes, history, "train_loss", "training loss", "#0072B2")
     if losses:
-        axes.set_ylim(bottom=min(0.0, *losses))
+        low, high = min(0.0, *losses), max(losses)
+        axes.set_ylim(low, high + 0.05 * (high - low or 1.0))
 
 
 def draw_dice(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
@@ -126,7 +127,15 @@ def _draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, titl
         return []
     steps, values = zip(*points, strict=True)
     # A dot for each row while they can be told apart; a single row would be invisible as a line.
-    axes.plot(steps, values, color=colour, linewidth=1.6, marker="o" if len(points) <= 40 else None, markersize=4)
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        linewidth=1.6,
+        marker="o" if len(points) <= 40 else None,
+        markersize=4,
+        clip_on=False,  # a score of 0 or 1 lies on the edge
+    )
     return list(values)
 
 

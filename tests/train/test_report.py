@@ -71,6 +71,15 @@ def test_curves_show_what_was_recorded(tmp_path: Path, figures: list[Figure]) ->
     assert loss.get_xlim() == dice.get_xlim()
 
 
+@pytest.mark.parametrize("losses", [(1.64, 1.63), (1.5, 0.5), (-0.5, -0.75), (0.0, 0.0)])
+def test_a_curve_lies_within_its_axes(losses: tuple[float, float], tmp_path: Path, figures: list[Figure]) -> None:
+    rows = [{"step": step, "minutes": 1.0, "train_loss": loss} for step, loss in enumerate(losses, 1)]
+    write_report(tmp_path / "report.png", rows, [])
+    low, high = figures[0].get_axes()[0].get_ylim()
+    assert low <= min(0.0, *losses)
+    assert max(losses) + 0.02 * (high - low) < high
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_a_history_of_no_or_one_row_is_drawn(tmp_path: Path, figures: list[Figure], rows: int) -> None:
     write_report(tmp_path / "report.png", HISTORY[:rows], [])
