@@ -96,19 +96,32 @@ class UNet(ReferenceUNet):
         self._memo = Memo()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    def forward_levels(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Compute forward(x), and what each step up but the last gives: [N, C, H, W] of each level, from the bottom on.
+
+        Raises as forward.
+        """
+        levels: list[Tensor] = []
+        y = self._run(x, levels)
+        return y, levels[: self.depth - 1]
+
+    def _run(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
+        """forward(x), which appends to `levels` what the steps up give."""
         way: Any = MODULES if modules.is_watched(x) else self._way(x)
         if way is MODULES:
-            return super().forward(x)
+            return self._by_modules(x, levels)
         weight = next(iter(self.inc.double_conv)).weight
         self._check_input(x, weight)
         check_together("UNet", x, weight=weight)
         # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
         x = x.to(memory_format=torch.channels_last)
         if way is OPS:
-            return self._by_ops(x)
-        return self._by_layers(x, None if way is LAYERS else way.folded())
+            return self._by_ops(x, levels)
+        return self._by_layers(x, None if way is LAYERS else way.folded(), levels)
 
-    def _by_ops(self, x: Tensor) -> Tensor:
+    def _by_ops(self, x: Tensor, levels: list[Tensor] | None) -> Tensor:
         skips = []
         for block in self.encoder:
             skip, x = block.fused_pool(x)
@@ -117,9 +130,11 @@ class UNet(ReferenceUNet):
         *decoder, last = self.decoder
         for block in decoder:
             x = block.fused(x, skips.pop())
+            if levels is not None:
+                levels.append(x)
         return last.fused(x, skips.pop(), head=self.head)
 
-    def _by_layers(self, x: Tensor, folded: Iterator[Any] | None) -> Tensor:
+    def _by_layers(self, x: Tensor, folded: Iterator[Any] | None, levels: list[Tensor] | None) -> Tensor:
         skips = []
         for block in self.encoder:
             skips.append(block.layered(x, folded))
@@ -127,6 +142,8 @@ class UNet(ReferenceUNet):
         x = self.bottleneck.layered(x, folded)
         for block in self.decoder:
             x = block.layered(x, skips.pop(), folded)
+            if levels is not None:
+                levels.append(x)
         return self.head.layered(x, in_inference=folded is not None)
 
     def _way(self, x: Tensor) -> Any:

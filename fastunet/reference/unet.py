@@ -203,10 +203,15 @@ class ReferenceUNet(nn.Module):
         return [getattr(self, f"up{level}") for level in range(1, self.depth + 1)]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._by_modules(x)
+
+    def _by_modules(self, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
         skips = [self.inc(x)]
         for down in self.downs:
             skips.append(down(skips[-1]))
         y = skips.pop()
         for up in self.ups:
             y = up(y, skips.pop())
+            if levels is not None:
+                levels.append(y)
         return self.outc(y)

@@ -13,6 +13,7 @@ from fastunet.checks import ConfigError
 LARGEST = 2**16  # crops, batches and channels beyond would overflow sizes before memory runs out
 _MOST = sys.float_info.max
 MAX_LEVELS = 16
+SUPERVISED_LEVELS = 4  # with fewer, none is between the first of the decoder and the lowest, which has no head
 TILE = 1536  # pixels: what goes through whole in validation, and where nothing else is said
 # May differ between a run and its continuation: how long it goes on, and on what.
 RESUMABLE = ("steps", "max_minutes", "patience", "tensorboard", "device", "workers")
@@ -70,6 +71,9 @@ class TrainConfig:
     )
     class_weights: str = _setting(
         "none", "Of the loss: none, balanced (by how rare a class is), or a number for each class: 1,2,5."
+    )
+    deep_supervision: bool = _setting(
+        False, "Train the lower levels of the decoder too, by heads that are dropped in the end (4 levels or more)."
     )
     val_fraction: float = _setting(0.15, "Share of the images kept out for the metrics; 0 keeps none.")
     fold: str = _setting("", "Which part is kept out instead: 2/5 keeps the second fifth [the last by val_fraction].")
@@ -144,6 +148,8 @@ class TrainConfig:
         if not (2 <= levels <= MAX_LEVELS and all(1 <= width <= LARGEST for width in self.features)):
             got = ",".join(map(str, self.features))
             raise ConfigError(f"features: expected 2 to {MAX_LEVELS} numbers from 1 to {LARGEST}, got {got}")
+        if self.deep_supervision and levels < SUPERVISED_LEVELS:
+            raise ConfigError(f"deep_supervision: expected at least {SUPERVISED_LEVELS} levels, got {levels}")
         if reason := too_small(self.crop, self.crop, levels, self.norm):
             raise ConfigError(f"crop: {reason}")
         if self.norm == "batch" and self.batch_size == 1 and self.crop < 2**levels:

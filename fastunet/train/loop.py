@@ -46,6 +46,7 @@ from fastunet.train.events import check_tensorboard, write_events
 from fastunet.train.loss import TrainingLoss, class_weights, rate_at
 from fastunet.train.progress import Progress
 from fastunet.train.results import REPORTED, finish, write_history
+from fastunet.train.supervision import DeepLoss, DeeplySupervised
 from fastunet.train.validation import validate
 from fastunet.train.weights import load_initial, moving_average
 from fastunet.tuning import tune
@@ -158,7 +159,8 @@ def _train(
             # Only now: a resumption that is refused leaves the run as it was.
             write_json(out / CONFIG, asdict(run))
         loop.run()
-        metrics = finish(loop, model, val_pairs or train_pairs[:REPORTED])
+        with accelerator.autocast():  # a net within the trained module has none of its own
+            metrics = finish(loop, model, val_pairs or train_pairs[:REPORTED])
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
@@ -188,7 +190,7 @@ class _Loop:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: UNet,
+        net: UNet,
         config: TrainConfig,
         run: RunConfig,
         out: Path,
@@ -202,9 +204,11 @@ class _Loop:
         weights = None
         if config.class_weights != "none":
             weights = class_weights(pairs, run.data, config.weights_of_classes())
-        self.loss = TrainingLoss(
+        loss = TrainingLoss(
             run.data.classes, border_weight=config.border_weight, ignored=run.data.ignored, weights=weights
-        ).to(accelerator.device)
+        )
+        deep = config.deep_supervision
+        self.loss = (DeepLoss(loss) if deep else loss).to(accelerator.device)
         gpu = accelerator.device.type != "cpu"
         workers = config.workers if config.workers is not None else (4 if gpu else 0)
         self.ranks, self.rank = accelerator.num_processes, accelerator.process_index
@@ -216,11 +220,13 @@ class _Loop:
         )
         # Its own generator: the loader would draw from that of the augmentation, once more after a resumption.
         self.loading = {"num_workers": workers, "pin_memory": gpu, "generator": torch.Generator()}
+        self.net = net  # that is kept in the end
+        model = DeeplySupervised(net) if deep else net
         # As the images are: convolutions would rearrange contiguous weights, and their gradients, at every step.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # fused: one pass over the weights instead of a dozen.
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        average = moving_average(model, config.ema) if config.ema else None
+        average = moving_average(net, config.ema) if config.ema else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         # Prepared, it is part of every checkpoint.
         self.average = None if average is None else accelerator.prepare_model(average, evaluation_mode=True)
@@ -285,7 +291,7 @@ class _Loop:
         channels, crop, device = self.run_config.data.channels, self.config.crop, self.accelerator.device
         if device.type == "cuda":
             x = torch.zeros(self.config.batch_size, channels, crop, crop, device=device)
-            tune(self._unwrapped().train(), x.contiguous(memory_format=torch.channels_last))
+            tune(self.accelerator.unwrap_model(self.model).train(), x.contiguous(memory_format=torch.channels_last))
 
     def _advance(self, seconds: float) -> None:
         progress, config = self.progress, self.config
@@ -315,7 +321,7 @@ class _Loop:
         self.accelerator.backward(loss)
         self.optimizer.step()
         if self.average is not None:
-            self.average.update_parameters(self._unwrapped())
+            self.average.update_parameters(self.net)
         return loss.item()
 
     def _validate(self) -> None:
@@ -345,12 +351,9 @@ class _Loop:
         """Which images this rank is to be validated on."""
         return slice(self.rank, None, self.ranks)
 
-    def _unwrapped(self) -> Any:
-        return self.accelerator.unwrap_model(self.model)
-
     def _validated(self) -> Any:
         """The model whose weights are kept: the moving average, or the trained one."""
-        return self._unwrapped() if self.average is None else self.average.module
+        return self.net if self.average is None else self.average.module
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().cpu().clone() for name, tensor in self._validated().state_dict().items()}

@@ -43,13 +43,16 @@ class TrainingLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss, a scalar, of logits [N, C, H, W] and labels [N, H, W]."""
-        if self.classes > 1:
-            loss = self.loss(logits, labels)
-        else:
-            # Of an ignored pixel both are 0, by which the loss knows it.
-            sides = torch.stack([labels == 1, labels == 0], dim=1).to(labels.dtype)
-            loss = self.loss(torch.cat([logits, -logits], dim=1), sides)
+        loss = self.without_borders(logits, labels)
         return loss + self._border_loss(logits, labels) if self.border_weight else loss
+
+    def without_borders(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the loss as if `border_weight` were 0."""
+        if self.classes > 1:
+            return self.loss(logits, labels)
+        # Of an ignored pixel both are 0, by which the loss knows it.
+        sides = torch.stack([labels == 1, labels == 0], dim=1).to(labels.dtype)
+        return self.loss(torch.cat([logits, -logits], dim=1), sides)
 
     def _border_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The cross entropy of background between close objects, by the weights that the paper adds to the others."""

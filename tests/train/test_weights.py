@@ -35,7 +35,7 @@ def test_the_moving_average_is_what_is_kept_and_resuming_it_is_exact(data: Path,
 
     def note(self: loop._Loop, images: torch.Tensor, labels: torch.Tensor) -> float:
         loss = step(self, images, labels)
-        seen.append({name: value.clone() for name, value in self._unwrapped().state_dict().items()})
+        seen.append({name: value.clone() for name, value in self.net.state_dict().items()})
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def test_a_training_begins_with_the_weights_of_another(data: Path, run: Path, tm
     step = loop._Loop._step
 
     def note(self: loop._Loop, images: torch.Tensor, labels: torch.Tensor) -> float:
-        begun.append({name: value.clone() for name, value in self._unwrapped().state_dict().items()})
+        begun.append({name: value.clone() for name, value in self.net.state_dict().items()})
         return step(self, images, labels)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,168 @@
+"""Deep supervision: heads at lower levels that learn, are resumed, and are gone from what is kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("kornia", reason="needs the extra train")
+
+import numpy as np
+import torch
+from image_files import write_masks
+from safetensors.torch import load_file
+from stopped_training import TINY, killed, losses_of, stop_at
+from torch import Tensor
+from training_ranks import train_in_ranks
+
+import fastunet
+from fastunet import UNet
+from fastunet.checks import ConfigError
+from fastunet.data import DataOptions
+from fastunet.data.labels import IGNORED
+from fastunet.train.checkpoint import checkpoints
+from fastunet.train.config import TrainConfig
+from fastunet.train.loop import train
+from fastunet.train.loss import TrainingLoss
+from fastunet.train.supervision import DeepLoss, DeeplySupervised, labels_at
+
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
+
+DEEP = replace(TINY, features=(4, 4, 8, 8, 8), deep_supervision=True, device="cpu")
+
+
+@pytest.mark.parametrize("way", ["layers", "ops", "modules", "inference"])
+@pytest.mark.parametrize("upsample", ["transpose", "bilinear"])
+def test_levels_are_what_the_steps_up_give(way: str, upsample: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = UNet(1, 2, features=(4, 4, 8, 8), upsample=upsample).double().train(way != "inference")
+    x = torch.randn(2, 1, 37, 50, dtype=torch.float64)
+    expected: list[Tensor] = []
+    reference = net.to_reference()
+    for up in reference.ups:
+        up.register_forward_hook(lambda module, inputs, output: expected.append(output))
+    if way == "modules":
+        net.up2.register_forward_hook(lambda module, inputs, output: None)
+    elif way != "inference":
+        monkeypatch.setattr(net, "_way_by_size", lambda x: way)
+    with torch.set_grad_enabled(net.training):
+        y, levels = net.forward_levels(x)
+    torch.testing.assert_close(y, reference(x))
+    assert len(levels) == 2
+    for level, right in zip(levels, expected, strict=False):
+        torch.testing.assert_close(level, right)
+
+
+@pytest.mark.parametrize("border", [0.0, 7.0])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_the_loss_is_that_of_each_level_by_halved_weights(classes: int, border: float) -> None:
+    """Of three levels 4/7, 2/7 and 1/7; classes and ignored pixels count at each, borders at the first."""
+    torch.manual_seed(0)
+    weights = torch.rand(max(classes, 2)) + 0.5
+    labels = torch.randint(max(classes, 2), (2, 23, 36))
+    labels[:, :5] = IGNORED
+    outputs = [torch.randn(2, classes, 23 >> level, 36 >> level) for level in range(3)]
+    plain, full = (TrainingLoss(classes, border_weight=w, ignored=True, weights=weights) for w in (0.0, border))
+    halves, quarters = labels[:, 1:22:2, 1::2], labels[:, 2:20:4, 2::4]
+    expected = (4 * full(outputs[0], labels) + 2 * plain(outputs[1], halves) + plain(outputs[2], quarters)) / 7
+    torch.testing.assert_close(DeepLoss(full)(outputs, labels), expected)
+    torch.testing.assert_close(DeepLoss(full)(outputs[:1], labels), full(outputs[0], labels))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 31), (4, 7)])
+def test_labels_are_reduced_to_pixels_within_their_square(size: tuple[int, int]) -> None:
+    rows = torch.arange(size[0])[None, :, None].expand(1, *size)
+    for level in (1, 2):
+        reduced = labels_at(rows, level)
+        assert reduced.shape == (1, size[0] >> level, size[1] >> level)
+        assert torch.equal(reduced[0, :, 0] >> level, torch.arange(size[0] >> level))
+
+
+def test_every_head_gets_a_gradient_and_the_net_keeps_its_names() -> None:
+    torch.manual_seed(0)
+    net = UNet(1, 3, features=(4, 4, 8, 8, 8))
+    names = list(net.state_dict())
+    model = DeeplySupervised(net)
+    labels = torch.randint(3, (2, 32, 32))
+    DeepLoss(TrainingLoss(3))(model(torch.randn(2, 1, 32, 32)), labels).backward()
+    assert list(net.state_dict()) == names
+    assert [tuple(head.conv.weight.shape[:2]) for head in model.heads] == [(3, 4), (3, 8)]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if name != "net.outc.conv.bias":  # three logits' may cancel
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("features", [(4, 8), (4, 8, 8)])
+def test_too_few_levels_to_supervise_are_named(features: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=f"deep_supervision: expected at least 4 levels, got {len(features)}"):
+        replace(DEEP, features=features).check()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_what_is_kept_is_the_plain_net_and_resuming_is_exact(ema: float, data: Path, tmp_path: Path) -> None:
+    config = replace(DEEP, ema=ema, val_fraction=0.0)
+    whole = losses_of(data, tmp_path / "whole", config)
+    first = losses_of(data, tmp_path / "run", config, stop=stop_at(5, killed))
+    (*_, newest) = checkpoints(tmp_path / "run")
+    begun = load_file(newest / "model.safetensors")
+    assert first | losses_of(None, tmp_path / "run", None, resume=True) == whole
+    for name in ("model.safetensors", "checkpoint-000010/model.safetensors"):
+        weights, expected = (load_file(folder / name) for folder in (tmp_path / "run", tmp_path / "whole"))
+        assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    trained = load_file(tmp_path / "run/checkpoint-000010/model.safetensors")
+    heads = [key for key in trained if key.startswith("heads.")]
+    assert len(heads) == 4
+    assert not any(torch.equal(trained[key], begun[key]) for key in heads)
+    plain = UNet(1, 1, features=config.features or ())
+    assert set(load_file(tmp_path / "run/model.safetensors")) == set(plain.state_dict())
+    segmenter = fastunet.load(tmp_path / "run")
+    assert segmenter.predict(data / "images/cell_000.png").shape == (64, 64)
+
+
+def test_it_learns_with_all_that_weighs_pixels(tmp_path: Path) -> None:
+    mask = np.zeros((48, 48), np.uint8)
+    mask[4:20, 4:20], mask[24:28], mask[30:, 30:] = 200, 90, 128
+    data = write_masks(tmp_path / "data", mask)
+    options = {"class_weights": "balanced", "balance": 0.5, "border_weight": 1.0}
+    config: TrainConfig = replace(DEEP, steps=80, features=(8, 8, 16, 16), lr=1e-2, **options)
+    losses: list[float] = []
+    metrics = train(
+        data,
+        tmp_path / "run",
+        config,
+        reading=DataOptions(labels="0,200,90", ignore="128"),
+        on_step=lambda progress: losses.append(progress.loss),
+    )
+    assert metrics["mean_dice"] > 0.85
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_two_ranks_give_the_losses_of_one_with_the_doubled_batch(data: Path, tmp_path: Path) -> None:
+    config = replace(DEEP, norm="instance", augment="none", steps=4)
+    assert train_in_ranks(data, tmp_path / "two", config, tmp_path / "results") == [0, 0]
+    expected = losses_of(data, tmp_path / "one", replace(config, batch_size=2 * TINY.batch_size))
+    for rank in range(2):
+        found = json.loads((tmp_path / "results" / f"{rank}.json").read_text())
+        assert {int(step): loss for step, loss in found.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_in_half_precision_scores_are_those_of_the_precision(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The net within the trained module is not cast by itself: those who call it see to it."""
+    seen: list[torch.dtype] = []
+    built = UNet._run
+
+    def note(net: UNet, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
+        y = built(net, x, levels)
+        seen.append(y.dtype)
+        return y
+
+    monkeypatch.setattr(UNet, "_run", note)
+    train(data, tmp_path / "run", replace(DEEP, steps=1, precision="bf16"))
+    assert len(seen) > 1
+    assert set(seen) == {torch.bfloat16}
