@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from fastunet.checks import ConfigError
-from fastunet.train.config import TrainConfig
+from fastunet.train.config import PLANNED, TrainConfig
 
 from .check import print_survey
 from .shared import (
@@ -35,15 +35,12 @@ QUIET = 1.0  # minutes without a line, at the most, where there is no terminal
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the settings of a training as options, in the place of **settings."""
-    types = get_type_hints(TrainConfig)
+    types = get_type_hints(TrainConfig) | {"features": str | None}
     *parameters, _ = inspect.signature(command, eval_str=True).parameters.values()
     for each in fields(TrainConfig):
-        default, annotation = each.default, types[each.name]
-        if isinstance(default, tuple):
-            default, annotation = ",".join(map(str, default)), str
-        option: Any = Annotated[annotation, typer.Option(help=each.metadata["meaning"])]
+        option: Any = Annotated[types[each.name], typer.Option(help=each.metadata["meaning"])]
         place = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(each.name, place, default=default, annotation=option))
+        parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=option))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
 
@@ -93,7 +90,8 @@ def train(
     **settings: Any,
 ) -> None:
     """Train a U-Net on DATA; leave model, settings, metrics, history and reports in OUT."""
-    settings["features"] = parse_features(settings["features"])
+    if settings["features"] is not None:
+        settings["features"] = parse_features(settings["features"])
     if folds is not None:
         _cross_validate(folds, data, out, settings, context, resume=resume, overwrite=overwrite)
         return
@@ -119,6 +117,7 @@ def _cross_validate(
     resume: bool,
     overwrite: bool,
 ) -> None:
+    from fastunet.train.checkpoint import load_config
     from fastunet.train.folds import SUMMARY, train_folds
 
     if resume or settings["fold"]:
@@ -128,7 +127,11 @@ def _cross_validate(
     def train_one(fold: str, folder: Path, begun: bool) -> dict[str, Any]:
         console.print(f"fold {fold}")
         chosen = TrainConfig(**{**settings, "fold": fold})
-        return train_with_bar(data, folder, chosen, reading=reading, resume=begun, overwrite=overwrite)
+        metrics = train_with_bar(data, folder, chosen, reading=reading, resume=begun, overwrite=overwrite)
+        # What was planned for the first fold, the others take: their scores are to be of one net.
+        training = load_config(folder).training
+        settings.update({name: training[name] for name in PLANNED} | {"features": tuple(training["features"])})
+        return metrics
 
     found = train_folds(folds, out, overwrite, train_one)
     dice = found["mean_dice"]
@@ -168,6 +171,7 @@ def train_with_bar(
             overwrite=overwrite,
             on_step=show,
             on_data=lambda found: print_survey(found, "data"),
+            on_plan=lambda text: console.print(text, soft_wrap=True),
         )
     print_scores(metrics, f"{len(metrics['images'])} images kept out of training")
     console.print(f"weights: {metrics['weights']}", soft_wrap=True)

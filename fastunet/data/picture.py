@@ -61,18 +61,22 @@ def room_for(path: Path, shape: tuple[int, ...], bits: int, claimed: int, expans
         )
     needed = math.prod(shape) * -(-bits // 8) * COPIES
     with _one_large if needed > LARGE else nullcontext():
-        # Of the machine, or of its container.
-        bounds = [psutil.virtual_memory().available]
-        for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-            with suppress(OSError, ValueError):  # no such file, or "max"
-                bounds.append(int(Path(limit).read_text()) - psutil.Process().memory_info().rss)
-        free = min(bounds)
+        free = free_memory()
         if needed > free:
             raise DataError(
                 f"{path}: expected an image that takes at most {free / 2**30:.1f} GiB of memory to decode, "
                 f"got {described} ({needed / 2**30:.1f} GiB): cut it into parts"
             )
         yield
+
+
+def free_memory() -> int:
+    """Return the bytes that are free, of the machine or of its container."""
+    bounds = [psutil.virtual_memory().available]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            bounds.append(int(Path(limit).read_text()) - psutil.Process().memory_info().rss)
+    return min(bounds)
 
 
 def upright(pixels: np.ndarray, orientation: int | None) -> np.ndarray:

@@ -13,7 +13,7 @@ from fastunet.checks import ConfigError, DataError, some_of
 from fastunet.data import DataOptions, DataSummary, Pair
 from fastunet.pretrained import WEIGHTS
 from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
-from fastunet.train.config import RESUMABLE, TrainConfig, too_small
+from fastunet.train.config import PLANNED, RESUMABLE, TrainConfig, too_small
 from fastunet.train.events import EVENTS
 
 HISTORY, METRICS, REPORT, HTML = "history.csv", "metrics.json", "report.png", "report.html"
@@ -65,7 +65,8 @@ def clear_run(out: Path) -> None:
 def resumed_config(out: Path, changes: Mapping[str, Any]) -> TrainConfig:
     """The settings with which the run in `out` goes on: its own, and changes of those that may differ.
 
-    A limit of time that is used up goes, where another number of steps is asked for.
+    What is planned where it is not given stays as planned. A limit of time that is used up goes, where another number
+    of steps is asked for.
 
     Raises:
         DataError: no run there.
@@ -73,10 +74,10 @@ def resumed_config(out: Path, changes: Mapping[str, Any]) -> TrainConfig:
     """
     saved = run_to_resume(out)
     try:
-        settings: dict[str, Any] = {**saved.training, "features": tuple(saved.training["features"])}
-        before = TrainConfig(**settings)
+        before = TrainConfig(**{**saved.training, "features": tuple(saved.training["features"])})
     except (KeyError, TypeError) as error:
         raise DataError(f"{out / CONFIG}: expected the settings of a training, got {error!r}") from error
+    changes = {name: value for name, value in changes.items() if value is not None or name not in PLANNED}
     for field in fields(TrainConfig):
         given = changes.get(field.name, getattr(before, field.name))
         if field.name not in RESUMABLE and given != getattr(before, field.name):
@@ -115,14 +116,13 @@ def _done(out: Path) -> dict[str, Any]:
     return {"step": 0, "seconds": 0.0}
 
 
-def check_sizes(pairs: list[Pair], summary: DataSummary, config: TrainConfig) -> None:
-    """Raise DataError on the first image that does not go through the net."""
-    levels = len(config.features)
-    if too_small(*summary.size_min, levels, config.norm) is None:
+def check_sizes(pairs: list[Pair], summary: DataSummary, levels: int, norm: str) -> None:
+    """Raise DataError on the first image that does not go through a net of so many levels."""
+    if too_small(*summary.size_min, levels, norm) is None:
         return
     for pair in pairs:
         height, width = pair.read_image().shape[:2]
-        if reason := too_small(height, width, levels, config.norm):
+        if reason := too_small(height, width, levels, norm):
             raise DataError(f"{pair.image}: {reason}")
 
 

@@ -16,6 +16,7 @@ MAX_LEVELS = 16
 SUPERVISED_LEVELS = 4  # with fewer, none is between the first of the decoder and the lowest, which has no head
 TILE = 1536  # pixels: what goes through whole in validation, and where nothing else is said
 # May differ between a run and its continuation: how long it goes on, and on what.
+PLANNED = ("crop", "features", "batch_size")  # from the images and the memory, where None
 RESUMABLE = ("steps", "max_minutes", "patience", "tensorboard", "device", "workers")
 
 
@@ -32,10 +33,16 @@ class TrainConfig:
     max_minutes: float | None = _setting(
         None, "Limit of the training loop in minutes; the schedule ends by the limit that comes first."
     )
-    batch_size: int = _setting(4, "Crops per step, of each process.", low=1, high=LARGEST)
+    batch_size: int | None = _setting(
+        None, "Crops per step, of each process [by the memory; 4 on a CPU].", low=1, high=LARGEST
+    )
     # Below 3 augmentation has nothing to blur.
-    crop: int = _setting(256, "Edge of the crops in pixels.", low=3, high=LARGEST)
-    features: tuple[int, ...] = _setting((16, 32, 64, 128, 256), "Channels of each level.")
+    crop: int | None = _setting(
+        None, "Edge of the crops in pixels [by the images; at most 256 on a CPU].", low=3, high=LARGEST
+    )
+    features: tuple[int, ...] | None = _setting(
+        None, "Channels of each level [by the crops; at most 16,32,64,128,256 on a CPU]."
+    )
     norm: str = _setting("batch", "batch, instance or none.", choices=("batch", "instance", "none"))
     lr: float = _setting(
         1e-3, "Peak learning rate of AdamW: it rises over the first 3 % and falls along a cosine.", low=0, high=_MOST
@@ -144,15 +151,19 @@ class TrainConfig:
             raise ConfigError(f"val_fraction: expected 0 <= fraction < 1, got {self.val_fraction}")
         self.weights_of_classes()
         _ = self.fold_number
-        levels = len(self.features)
-        if not (2 <= levels <= MAX_LEVELS and all(1 <= width <= LARGEST for width in self.features)):
-            got = ",".join(map(str, self.features))
+        if self.features is not None:
+            self._check_net(self.features)
+
+    def _check_net(self, features: tuple[int, ...]) -> None:
+        levels, crop = len(features), self.crop
+        if not (2 <= levels <= MAX_LEVELS and all(1 <= width <= LARGEST for width in features)):
+            got = ",".join(map(str, features))
             raise ConfigError(f"features: expected 2 to {MAX_LEVELS} numbers from 1 to {LARGEST}, got {got}")
         if self.deep_supervision and levels < SUPERVISED_LEVELS:
             raise ConfigError(f"deep_supervision: expected at least {SUPERVISED_LEVELS} levels, got {levels}")
-        if reason := too_small(self.crop, self.crop, levels, self.norm):
+        if crop is not None and (reason := too_small(crop, crop, levels, self.norm)):
             raise ConfigError(f"crop: {reason}")
-        if self.norm == "batch" and self.batch_size == 1 and self.crop < 2**levels:
+        if self.norm == "batch" and self.batch_size == 1 and crop is not None and crop < 2**levels:
             raise ConfigError(
                 f"batch_size, crop: expected more than one value per channel at the bottom for batch norm, got one: "
                 f"take a batch of 2, or crops of {2**levels}"

@@ -98,6 +98,13 @@ def sum_of_ranks(values: Tensor, device: torch.device) -> Tensor:
     return values
 
 
+def least_of_ranks(value: int, accelerator: Accelerator) -> int:
+    """Return the least of the numbers that the ranks have."""
+    if accelerator.num_processes == 1:
+        return value
+    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).min())
+
+
 @contextmanager
 def naming_lost_ranks(accelerator: Accelerator, out: Path) -> Iterator[None]:
     """Raise FastUNetError where a rank has ended without the others, in place of what its broken connection raises."""

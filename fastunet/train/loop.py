@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,12 @@ from fastunet.train.distributed import (
 )
 from fastunet.train.events import check_tensorboard, write_events
 from fastunet.train.loss import TrainingLoss, class_weights, rate_at
+from fastunet.train.plan import Plan, machine_of, planned
 from fastunet.train.progress import Progress
 from fastunet.train.results import REPORTED, finish, write_history
 from fastunet.train.supervision import DeepLoss, DeeplySupervised
 from fastunet.train.validation import validate
-from fastunet.train.weights import load_initial, moving_average
+from fastunet.train.weights import features_of, load_initial, moving_average
 from fastunet.tuning import tune
 from fastunet.unet import UNet
 
@@ -66,13 +67,15 @@ def train(
     overwrite: bool = False,
     on_step: Callable[[Progress], None] | None = None,
     on_data: Callable[[Survey], None] | None = None,
+    on_plan: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train a U-Net on `data/images` and `data/masks`, or as `reading` says; leave a run in `out`; return its metrics.
 
     The run holds model.safetensors, config.json, metrics.json, history.csv, report.html, report.png and its last
     checkpoint. The weights are those of the step with the best validation Dice of the foreground. All files are read
-    and checked before training begins; `on_data` is told what they hold. Ctrl-C or SIGTERM ends it after the step under
-    way with a checkpoint.
+    and checked before training begins; `on_data` is told what they hold. Where they are None, crop, features and
+    batch_size are planned from the images and the memory: `on_plan` is told in a line how and why, and config.json has
+    the numbers. Ctrl-C or SIGTERM ends it after the step under way with a checkpoint.
 
     Of several processes (torchrun, accelerate launch) each takes its part of every batch, and the first one writes.
 
@@ -82,7 +85,8 @@ def train(
 
     Raises:
         DataError: unusable files, or `out` holds a run already (or, with `resume`, holds none), or is being trained in.
-        ConfigError: settings out of range, or other settings than the run to be resumed was begun with.
+        ConfigError: settings out of range, no room for any plan, or other settings than the run to be resumed was begun
+            with.
         Interrupted: after a signal.
     """
     out = Path(out)
@@ -102,7 +106,8 @@ def train(
             reading = resumed_reading(out, before.reading, reading)
         if not data:
             raise ConfigError("data: expected a folder of images and masks, got none")
-        return _train(Path(data), reading or DataOptions(), out, config or TrainConfig(), before, on_step, on_data)
+        callbacks = (on_step, on_data or (lambda found: None), on_plan or (lambda text: None))
+        return _train(Path(data), reading or DataOptions(), out, config or TrainConfig(), before, *callbacks)
 
 
 def _train(
@@ -112,23 +117,31 @@ def _train(
     config: TrainConfig,
     before: RunConfig | None,
     on_step: Callable[[Progress], None] | None,
-    on_data: Callable[[Survey], None] | None,
+    on_data: Callable[[Survey], None],
+    on_plan: Callable[[str], None],
 ) -> dict[str, Any]:
     if config.tensorboard:
         check_tensorboard()
     accelerator = make_accelerator(config)
     pairs, found = of_first_rank(lambda: _read(data, reading, out, config))
-    if on_data is not None:
-        on_data(found)
+    on_data(found)
     summary = found.checked()
-    check_sizes(pairs, summary, config)
+    if config.init and config.features is None:
+        config = replace(config, features=features_of(config.init))
+    sizes = [(fact.shape[0], fact.shape[1]) for fact in found.facts]
+    plan, why = planned(config, sizes, summary, lambda: machine_of(accelerator))
+    if why:
+        on_plan(why)
+    config = replace(config, **plan._asdict())
+    config.check()
+    check_sizes(pairs, summary, len(plan.features), config.norm)
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed, config.fold_number)
 
     set_seed(config.seed)
     model: Any = UNet(
         summary.channels,
         summary.classes,
-        features=config.features,
+        features=plan.features,
         norm=None if config.norm == "none" else config.norm,
     )
     if config.init and (before is None or not checkpoints(out)):
@@ -149,7 +162,7 @@ def _train(
     if before is not None:
         check_same_images(out, before, run)
     val = SegmentationDataset(val_pairs, summary) if val_pairs else None
-    loop = _Loop(accelerator, model, config, run, out, train_pairs, val, on_step)
+    loop = _Loop(accelerator, model, config, plan, run, out, train_pairs, val, on_step)
     with naming_lost_ranks(accelerator, out):
         if before is not None:
             loop.restore()
@@ -192,6 +205,7 @@ class _Loop:
         accelerator: Accelerator,
         net: UNet,
         config: TrainConfig,
+        plan: Plan,
         run: RunConfig,
         out: Path,
         pairs: list[Pair],
@@ -199,7 +213,7 @@ class _Loop:
         on_step: Callable[[Progress], None] | None,
     ) -> None:
         self.accelerator, self.config, self.run_config, self.out = accelerator, config, run, out
-        self.val, self.on_step = val, on_step or (lambda progress: None)
+        self.plan, self.val, self.on_step = plan, val, on_step or (lambda progress: None)
         self.augmentation = augmentation_of(config.augment, flip=config.flip)
         weights = None
         if config.class_weights != "none":
@@ -212,11 +226,11 @@ class _Loop:
         gpu = accelerator.device.type != "cpu"
         workers = config.workers if config.workers is not None else (4 if gpu else 0)
         self.ranks, self.rank = accelerator.num_processes, accelerator.process_index
-        whole_batch = config.batch_size * self.ranks
+        whole_batch = plan.batch_size * self.ranks
         self.steps_per_epoch = max(SHORTEST_EPOCH, math.ceil(len(pairs) / whole_batch))
         length = whole_batch * self.steps_per_epoch
         self.dataset = SegmentationDataset(
-            pairs, run.data, crop=config.crop, length=length, seed=config.seed, balance=config.balance
+            pairs, run.data, crop=plan.crop, length=length, seed=config.seed, balance=config.balance
         )
         # Its own generator: the loader would draw from that of the augmentation, once more after a resumption.
         self.loading = {"num_workers": workers, "pin_memory": gpu, "generator": torch.Generator()}
@@ -288,9 +302,9 @@ class _Loop:
 
     def _tune(self) -> None:
         """Measure on a GPU what its layers are fastest with, before the first step and its clock."""
-        channels, crop, device = self.run_config.data.channels, self.config.crop, self.accelerator.device
+        channels, crop, device = self.run_config.data.channels, self.plan.crop, self.accelerator.device
         if device.type == "cuda":
-            x = torch.zeros(self.config.batch_size, channels, crop, crop, device=device)
+            x = torch.zeros(self.plan.batch_size, channels, crop, crop, device=device)
             tune(self.accelerator.unwrap_model(self.model).train(), x.contiguous(memory_format=torch.channels_last))
 
     def _advance(self, seconds: float) -> None:
@@ -301,7 +315,7 @@ class _Loop:
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from the present step on."""
-        size, device = self.config.batch_size, self.accelerator.device
+        size, device = self.plan.batch_size, self.accelerator.device
         first, stride = self.rank * size, self.ranks * size
         while True:
             self.progress.epoch, position = divmod(self.progress.step, self.steps_per_epoch)

@@ -30,6 +30,11 @@ def load_initial(model: UNet, source: str) -> None:
     model.load_state_dict(weights)
 
 
+def features_of(source: str) -> tuple[int, ...]:
+    """Return the channels of each level of the net that weights are of. Raises DataError where they cannot be read."""
+    return tuple(UNet.from_pretrained(source).config["features"])
+
+
 def moving_average(model: UNet, decay: float) -> AveragedModel:
     """Return the exponential moving average of a model's weights and running statistics; it begins with the first."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
