@@ -1,111 +1,208 @@
-"""`fastunet doctor`: versions, devices, and which implementation each op gets, and why."""
+"""`fastunet doctor`: versions, devices, what runs where and why, what was measured, and what to do next."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import Console
+from rich.table import Column, Table
 
 from fastunet import __version__
 from fastunet.checks import FastUNetError
 
 from .shared import console
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "accelerate",
-    "kornia",
-    "safetensors",
-    "monai",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-)
+if TYPE_CHECKING:
+    import torch
+
+WIDTH = 100
+PACKAGES = ("torch", "triton", "numpy", "accelerate", "kornia", "monai", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+# Ops of a kind, and of each a layer as a U-Net has it: its image [N, C, H, W], and its weight.
+FAMILIES: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...] | None]] = {
+    "3x3 conv": (
+        ("conv3x3_batch_norm_relu", "conv3x3_bias_relu", "conv3x3_instance_norm_relu", "conv3x3_relu_conv1x1"),
+        (1, 128, 128, 128),
+        (128, 128, 3, 3),
+    ),
+    "upsampling": (
+        ("conv_transpose2x2", "conv_transpose2x2_concat_conv3x3_relu"),
+        (1, 256, 64, 64),
+        (256, 128, 2, 2),
+    ),
+    "1x1 conv": (("conv1x1",), (1, 64, 256, 256), (2, 64, 1, 1)),
+    "max-pool": (("max_pool2x2",), (1, 64, 256, 256), None),
+    "losses": (("segmentation_sums",), (1, 2, 256, 256), None),
+}
 
 
 def doctor() -> None:
-    """Print versions and devices, and which implementation each op gets on each device, and why."""
+    """Print versions, devices, what runs each kind of layer and why, what was measured, and what to do next."""
     import torch
 
     from fastunet import dispatch
 
-    console.print(f"fastunet {__version__}, Python {platform.python_version()}, {platform.platform()}", soft_wrap=True)
-    console.print(_package_table())
-    console.print(_device_table())
-    console.print(f"volumes, UNet(dims=3): {dispatch.VOLUMES}", soft_wrap=True)
-    backend = dispatch.selected_backend()
-    console.print(f"backend: {backend} (FASTUNET_BACKEND or fastunet.backend changes it)", soft_wrap=True)
+    gpu = gpu_with_kernels()
+    head, table, tail = _grid(), _grid("device", Column("layers", max_width=28), "run on", "why"), _grid()
+    head.add_row("versions", ", ".join(_versions()))
+    head.add_row("cpu", _cpu())
+    for row in _gpus():
+        head.add_row(*row)
+    head.add_row("backend", f"{dispatch.selected_backend()} (FASTUNET_BACKEND or fastunet.backend changes it)")
+    head.add_row("volumes", f"UNet(dims=3): {dispatch.VOLUMES}")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        console.print(_op_table(device))
-    if torch.cuda.is_available() and dispatch.triton_unsupported(torch.device("cuda"), torch.float32) is None:
-        _print_known()
+        for row_of_device in rows_of(torch.device(device), gpu):
+            table.add_row(device, *row_of_device)
+    for row in [] if gpu is None else _measured(gpu):
+        tail.add_row(*row)
+    tail.add_row("next", advice(gpu))
+    print("\n\n".join(map(_text, (head, table, tail))))
 
 
-def _print_known() -> None:
-    """Print what is known of our kernels on the GPU: which were measured, and which failed their check."""
-    import torch
-
-    from fastunet import dispatch
-    from fastunet.kernels import autotune, gpu
-
-    name = gpu.target(torch.device("cuda")).name
-    rows = [*autotune.table(name).values()]
-    speedups = [row["speedup"] for row in rows if "speedup" in row]
-    faster = sum(speedup >= dispatch.LEAST_SPEEDUP for speedup in speedups)
-    checked = sum("failed" in row and not row["shape"] for row in rows)
-    console.print(f"kernels on {name}: {checked} families checked, {len(speedups)} layers measured, {faster} faster")
-    for row in rows:
-        if row.get("failed"):
-            console.print(f"  {row['op']} {row['dtype']} is not used: {row['failed']}", soft_wrap=True)
-    console.print(f"kept in {autotune.cache_file(name)} (FASTUNET_CACHE; FASTUNET_TUNE=force anew)", soft_wrap=True)
+def _grid(*columns: str | Column) -> Table:
+    return Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(columns), header_style="")
 
 
-def _package_table() -> Table:
-    """Return the versions of what training and kernels run on."""
-    table = Table("package", "version", title="packages", title_justify="left")
+def _text(table: Table) -> str:
+    """Return a table as lines of at most WIDTH columns, whatever they go to."""
+    width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    page = Console(width=width, color_system=None, markup=False, emoji=False, highlight=False)
+    with page.capture() as caught:
+        page.print(table)
+    return "\n".join(line.rstrip() for line in caught.get().splitlines())
+
+
+def _versions() -> Iterator[str]:
+    yield f"fastunet {__version__}"
+    yield f"Python {platform.python_version()}"
+    yield f"{platform.system()} {platform.machine()}"
     for name in PACKAGES:
         try:
-            table.add_row(name, metadata.version(name))
+            yield f"{name} {metadata.version(name)}"
         except metadata.PackageNotFoundError:
-            table.add_row(name, "not installed")
-    return table
+            if not name.startswith("cupy"):  # which only some that have a GPU want
+                yield f"no {name}"
 
 
-def _device_table() -> Table:
-    """Return a row for the CPU and each GPU, or why there is none."""
+def _cpu() -> str:
     import torch
 
     from fastunet.train.config import multiplies_bf16
 
-    table = Table("device", "what", title="devices", title_justify="left")
-    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
     bf16 = "multiplies bf16" if multiplies_bf16(cpu=True) else "no native bf16"
-    table.add_row("cpu", f"{platform.machine()} {capability}, {torch.get_num_threads()} threads, {bf16}")
+    return f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}, {bf16}"
+
+
+def _gpus() -> Iterator[tuple[str, str]]:
+    """Yield a row for each GPU, or why there is none."""
+    import torch
+
     if not torch.cuda.is_available():
-        table.add_row("cuda", "no CUDA device" if torch.version.cuda else "this torch is built without CUDA")
+        yield "cuda", "no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
         kind = f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} SMs, {memory:.0f} GiB"
-        table.add_row(f"cuda:{index}", f"{properties.name}: {kind}")
-    return table
+        yield f"cuda:{index}", f"{properties.name}: {kind}"
 
 
-def _op_table(device: str) -> Table:
-    """Return, by op, the implementation that a float32 tensor on the device gets, and why."""
+def gpu_with_kernels() -> str | None:
+    """Return the name of the GPU if the Triton kernels can run here."""
     import torch
 
-    from fastunet import dispatch, ops
+    from fastunet import dispatch
 
-    table = Table("op", "runs on", "why", title=f"ops on {device}, float32", title_justify="left")
-    for op in ops.__all__:
-        # Pool and concat forms share the plain form's kernels and its choice.
-        base = op.removeprefix("concat_").removesuffix("_pool")
-        try:
-            choice = dispatch.choose(base, torch.empty(0, device=device))
-            table.add_row(op, choice.implementation, choice.reason)
-        except FastUNetError as error:
-            table.add_row(op, "error", str(error))
-    return table
+    if not torch.cuda.is_available() or dispatch.triton_unsupported(torch.device("cuda"), torch.float32) is not None:
+        return None
+    from fastunet.kernels import gpu
+
+    return gpu.target(torch.device("cuda")).name
+
+
+def rows_of(device: torch.device, gpu: str | None) -> list[tuple[str, str, str]]:
+    """Return what runs on the device in float32: layers, implementation, reason; of the same reason in one row."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for family in FAMILIES:
+        chosen = {task: _choice(family, device, gpu, task == "training") for task in ("inference", "training")}
+        for task, choice in chosen.items():
+            where = "" if len({*chosen.values()}) == 1 else f" in {task}"
+            names = found.setdefault(choice, {}).setdefault(where, [])
+            names.extend([] if family in names else [family])
+    return [
+        ("; ".join(", ".join(names) + where for where, names in sorted(each.items())), *choice)
+        for choice, each in found.items()
+    ]
+
+
+def _choice(family: str, device: torch.device, gpu: str | None, training: bool) -> tuple[str, str]:
+    """Return what runs the layers of a family, and why."""
+    import torch
+
+    from fastunet import dispatch
+
+    (op, *_), size, weight_size = FAMILIES[family]
+    x = torch.empty(size, device=device)
+    weight = None if weight_size is None else torch.empty(weight_size, device=device)
+    try:
+        choice = dispatch.choose(op, x, weight, training=training)
+    except FastUNetError as error:
+        return "nothing", str(error).removeprefix(f"{op}: ")
+    if gpu is None or (choice.unmeasured is None and choice.speedup is None):
+        return choice.implementation, choice.reason
+    # Each layer has a choice of its own there: of this one nothing may be known, of others much.
+    rows = [row for row in _known(gpu) if row["op"] in FAMILIES[family][0] and "speedup" in row]
+    speedups = [row["speedup"] for row in rows if row["shape"]["training"] == training]
+    faster = [speedup for speedup in speedups if speedup >= dispatch.LEAST_SPEEDUP]
+    if not speedups:
+        when = "is when it first runs" if dispatch.tunes_at_first_use() else "would be, but for FASTUNET_TUNE=0"
+        return "aten", f"none is measured yet: each {when}"
+    if not faster:
+        return "aten", f"Triton is faster in none of {len(speedups)} measured"
+    spread = f"{min(faster):.2f} to {max(faster):.2f} times as fast"
+    return "triton, aten", f"Triton is faster in {len(faster)} of {len(speedups)} measured, {spread}"
+
+
+def _known(gpu: str) -> list[dict[str, Any]]:
+    """Return the rows of the table of a GPU."""
+    from fastunet.kernels import autotune
+
+    return [*autotune.table(gpu).values()]
+
+
+def _measured(gpu: str) -> Iterator[tuple[str, str]]:
+    """Yield what was measured on a GPU, where it is kept, and which kernels are wrong there."""
+    from fastunet import dispatch
+    from fastunet.kernels import autotune
+
+    rows = _known(gpu)
+    speedups = [row["speedup"] for row in rows if "speedup" in row]
+    faster = sum(speedup >= dispatch.LEAST_SPEEDUP for speedup in speedups)
+    checked, failed = sum("failed" in row for row in rows), [row for row in rows if row.get("failed")]
+    kernels = f"kernels checked: {checked}, failed: {len(failed)}"
+    yield "measured", f"{len(speedups)} layers, Triton faster in {faster}; {kernels}"
+    yield "kept in", f"{autotune.cache_file(gpu)} (FASTUNET_CACHE moves it, FASTUNET_TUNE=force measures anew)"
+    reasons: dict[str, list[str]] = {}
+    for row in failed:
+        reasons.setdefault(row["failed"], []).append(f"{row['op']} in {row['dtype']}")
+    for reason, names in reasons.items():
+        yield "not used", f"{', '.join(names)}: {reason}"
+
+
+def advice(gpu: str | None) -> str:
+    """Return the one thing to do next."""
+    import torch
+
+    if not torch.cuda.is_available() and NVIDIA_DRIVER.exists():
+        return "there is an NVIDIA GPU that this torch cannot use: install a CUDA build of torch (https://pytorch.org)"
+    if torch.cuda.is_available() and gpu is None:
+        return "pip install triton: without it the GPU runs on cuDNN alone"
+    if gpu is not None and not any("speedup" in row for row in _known(gpu)):
+        return "fastunet tune: measures now which layers are faster on Triton, and keeps it for later runs"
+    if Path("fastunet-demo").is_dir():
+        return "fastunet check DATA, of a folder with images/ and masks/; then fastunet train DATA --out RUN"
+    return "fastunet demo: trains on made-up micrographs for 90 seconds, and draws a report"
