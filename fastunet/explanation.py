@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The rows in the order they run; printing it gives the table."""
+    """The rows in the order they run; printing it gives a table of at most 100 columns."""
 
     rows: tuple[Row, ...]
 
@@ -61,14 +63,51 @@ class Explanation:
         return len(self.rows) - self.replaced
 
     def __str__(self) -> str:
-        table = [("layer", "op", "input", "replaced by", "runs on", "why")]
-        table += [(row.layer, row.op, row.input, row.replaced_by, row.implementation, row.reason) for row in self.rows]
-        columns = [column for column in zip(*table, strict=True) if any(column[1:])]
-        widths = [max(map(len, column)) for column in columns]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in zip(*columns, strict=True)
-        )
+        """Return a line for each row, and below each reason once; of long names the middle is left out."""
+        dtypes = {row.input.rpartition(" ")[2] for row in self.rows}
+        is_one = len(dtypes) == 1  # then it stands in the title
+        inputs = [row.input.rpartition(" ")[0] if is_one else row.input for row in self.rows]
+        notes = [f"replaced by {row.replaced_by}; {row.reason}" if row.replaced_by else row.reason for row in self.rows]
+        numbers = {note: str(number) for number, note in enumerate(dict.fromkeys(notes), 1)}
+        title = f"input, {dtypes.pop()}" if is_one else "input"
+        short = [
+            _column(title, [re.sub(r"[\[\]]", "", each).replace(", ", "x") for each in inputs]),
+            _column("runs on", [row.implementation for row in self.rows]),
+            _column("why", [numbers[note] for note in notes]),
+        ]
+        layers, ops = _column("layer", [row.layer for row in self.rows]), _column("op", [row.op for row in self.rows])
+        left = _WIDTH - sum(len(column[0]) + len(_GAP) for column in short) - len(_GAP)
+        layers = _cut(layers, max(_LAYER, left - len(ops[0])))
+        columns = [layers, _cut(ops, left - len(layers[0])), *short]
+        table = [_GAP.join(line).rstrip() for line in zip(*columns, strict=True)]
+        return "\n".join([*table, "", *(_note(number, note) for note, number in numbers.items())])
+
+
+# Columns of a printed explanation, of which a layer's name has so many where there are too few for all.
+_WIDTH, _LAYER, _GAP = 100, 24, "  "
+
+
+def _column(title: str, cells: list[str]) -> list[str]:
+    """Return a title and its cells, all of one length."""
+    width = max(map(len, (title, *cells)))
+    return [cell.ljust(width) for cell in (title, *cells)]
+
+
+def _cut(column: list[str], width: int) -> list[str]:
+    """Return a column without the middle of long cells, at which place different ones stay different; as it is where
+    there is no such place, or no need.
+    """
+    cells = [cell.rstrip() for cell in column]
+    for tail in sorted(range(1, width - 1), key=lambda tail: abs(tail - width * 2 // 3)):
+        found = [c if len(c) <= width else f"{c[: width - 1 - tail]}…{c[-tail:]}" for c in cells]
+        if len(set(found)) == len(set(cells)):
+            return _column(found[0], found[1:])
+    return column
+
+
+def _note(number: str, text: str) -> str:
+    indent = len(number) + len(_GAP)
+    return textwrap.fill(f"{number}{_GAP}{text}", _WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | None = None) -> Explanation:

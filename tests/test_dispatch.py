@@ -5,14 +5,18 @@ from __future__ import annotations
 import runpy
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from explained import narrow_and_whole
 from fastunet.kernels import autotune, gpu
 
 import fastunet
 from fastunet import dispatch
 from fastunet.checks import BackendError, ConfigError
+from fastunet.explanation import Explanation, Row
 
 CPU = torch.zeros(1)
 not_interpreting = pytest.mark.skipif(dispatch.interpreting(), reason="TRITON_INTERPRET=1 lets kernels run on the CPU")
@@ -113,6 +117,25 @@ def test_every_layer_of_the_unet_has_a_kernel(norm: str | None, training: bool, 
         rows = fastunet.explain(model, torch.zeros(1, 1, 64, 64), device="cuda").rows
     assert {row.implementation for row in rows} == {"triton"}
     assert (rows[-1].op == "conv1x1", len(rows)) == (count == 23, count)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("options", [{}, {"norm": "instance", "features": (4, 8)}, {"features": (64,) * 9}], ids=str)
+def test_a_printed_explanation_is_narrow_and_keeps_layers_apart(
+    options: dict[str, Any], device: str, training: bool
+) -> None:
+    with torch.device("meta"):
+        model = fastunet.UNet(3, 2, **options).train(training)
+    narrow_and_whole(fastunet.explain(model, torch.empty(1, 3, 512, 512, device="meta"), device=device))
+
+
+def test_a_printed_explanation_of_long_names_several_dtypes_or_nothing() -> None:
+    long = "blocks.".join([""] * 12)
+    row = Row(f"encoder.1.{long}conv1", "conv" * 20, "[1, 2048, 1024, 1024] bfloat16", "onednn", "why " * 60)
+    other = replace(row, layer=f"encoder.2.{long}conv1", input="[1, 3, 8, 8] float32", replaced_by="conv1x1")
+    narrow_and_whole(Explanation((row, other, replace(other, layer=f"encoder.2.{long}conv2"))))
+    assert "layer" in str(Explanation(()))
 
 
 def test_explain_shows_what_is_not_fastunets() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from fastunet.checks import check_choice
 from fastunet.train.config import multiplies_bf16
@@ -53,8 +52,5 @@ def tune(
             bars.update(bar, completed=done, total=total, description=layer or "done")
 
         found = fastunet.tune(model.to(device).train(training), x, seconds=seconds, on_layer=show)
-    title = f"{'training' if training else 'inference'}, {precision}"
-    table = Table("layer", "op", "input", "runs on", "why", title=title, title_justify="left")
-    for row in found.rows:
-        table.add_row(row.layer, row.op, row.input, row.implementation, row.reason)
-    console.print(table)
+    console.print(f"{'training' if training else 'inference'}, {precision}")
+    console.print(str(found), soft_wrap=True)

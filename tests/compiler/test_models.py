@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from explained import narrow_and_whole
 from fastunet.benchmarks.dropin_models import MODELS, DropInModel
 from parity import (
     ALL,
@@ -77,6 +78,7 @@ def test_explain_names_every_layer(model: DropInModel) -> None:
     assert {row.layer for row in with_weight} <= names
     assert len({row.layer for row in with_weight}) == len(with_weight)
     assert all(row.reason for row in explanation.rows)
+    narrow_and_whole(explanation)
 
 
 # --- the comparison itself ---
