@@ -14,24 +14,18 @@ from fastunet import __version__
 from . import bench, check, demo, doctor, evaluate, export, predict, train, tune
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # brackets in help are meant as they are
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
 )
-commands = (
-    check.check,
-    train.train,
-    predict.predict,
-    evaluate.evaluate,
-    export.export,
-    tune.tune,
-    bench.bench,
-    doctor.doctor,
-    demo.demo,
-)
-for command in commands:
-    app.command()(command)
+commands = {
+    "From images to masks": (demo.demo, check.check, train.train, predict.predict, evaluate.evaluate, export.export),
+    "This machine": (doctor.doctor, tune.tune, bench.bench),
+}
+for group, members in commands.items():
+    for command in members:
+        app.command(rich_help_panel=group)(command)
 
 
 def _print_version(is_asked: bool) -> None:

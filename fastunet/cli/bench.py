@@ -13,24 +13,33 @@ from fastunet.files import check_folder, check_replaceable, is_our_json, is_our_
 from fastunet.train.config import multiplies_bf16
 
 from .errors import FAILED, fail
-from .shared import DeviceOption, OverwriteOption, chosen_device, console, parse_features
+from .shared import DeviceOption, OverwriteOption, chosen_device, console, option, parse_features
 
 if TYPE_CHECKING:
     import torch
 
 
 def bench(
-    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("fastunet-bench"),
+    out: Annotated[Path, option("output", "Folder for bench.json and bench.png.")] = Path("fastunet-bench"),
     device: DeviceOption = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="Half a minute: smaller, without torch.compile.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Also what takes minutes or more to compile.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    size: Annotated[int | None, typer.Option(help="Side of the images [256; 512 on a GPU; 128 --quick].")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images at once [1; 16 on a GPU].")] = None,
-    features: Annotated[str | None, typer.Option(help="Channels of each level [from 32; 64 on a GPU].")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Take so many samples of each, however long.")] = None,
+    quick: Annotated[bool, option("duration", "Half a minute: smaller, without torch.compile.", "--quick")] = False,
+    everything: Annotated[bool, option("duration", "Also what takes minutes or more to compile.", "--all")] = False,
+    dtype: Annotated[
+        str, option("model", "auto (bfloat16 where the hardware multiplies it natively), float32, bfloat16 or float16.")
+    ] = "auto",
+    size: Annotated[
+        int | None, option("model", "Side of the images in pixels [256; 512 on a GPU; 128 --quick].")
+    ] = None,
+    batch: Annotated[int | None, option("model", "Images at once [1; 16 on a GPU].")] = None,
+    features: Annotated[
+        str | None, option("model", "Channels of each level, as 32,64,128 [from 32; 64 on a GPU].")
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        option("duration", "Samples to take of each, however long [as many as half a minute allows].", min=1),
+    ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers/--no-layers", help="The net's layers too, or the net alone.")
+        bool, option("duration", "The net's layers too, or the net alone.", "--layers/--no-layers")
     ] = True,
     overwrite: OverwriteOption = False,
 ) -> None:

@@ -13,7 +13,7 @@ from fastunet.checks import DataError, some_of
 from fastunet.files import check_apart, check_folder, check_replaceable, is_our_png
 from fastunet.train.config import TrainConfig
 
-from .shared import DATA, OverwriteOption, console, pop_reading, progress, with_reading
+from .shared import DATA, OverwriteOption, console, option, pop_reading, progress, with_reading
 
 if TYPE_CHECKING:
     from fastunet.data.survey import Survey
@@ -25,9 +25,11 @@ SHOWN = 8  # images in the picture
 def check(
     context: typer.Context,
     data: Annotated[Path, DATA],
-    out: Annotated[Path | None, typer.Option(help="PNG for a picture of some images with their masks.")] = None,
-    classes: Annotated[int | None, typer.Option(help="Number of classes [inferred from the masks].")] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share of the images kept out.")] = TrainConfig().val_fraction,
+    out: Annotated[Path | None, option("output", "PNG for a picture of some images with their masks.")] = None,
+    classes: Annotated[int | None, option("data", "Number of classes [inferred from the masks].")] = None,
+    val_fraction: Annotated[
+        float, option("data", "Share of the images kept out, from 0 to 1.")
+    ] = TrainConfig().val_fraction,
     overwrite: OverwriteOption = False,
     **options: Any,
 ) -> None:

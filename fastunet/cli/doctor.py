@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,30 +48,38 @@ def doctor() -> None:
     from fastunet import dispatch
 
     gpu = gpu_with_kernels()
-    head, table, tail = _grid(), _grid("device", Column("layers", max_width=28), "run on", "why"), _grid()
-    head.add_row("versions", ", ".join(_versions()))
-    head.add_row("cpu", _cpu())
-    for row in _gpus():
-        head.add_row(*row)
-    head.add_row("backend", f"{dispatch.selected_backend()} (FASTUNET_BACKEND or fastunet.backend changes it)")
-    head.add_row("volumes", f"UNet(dims=3): {dispatch.VOLUMES}")
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        for row_of_device in rows_of(torch.device(device), gpu):
-            table.add_row(device, *row_of_device)
-    for row in [] if gpu is None else _measured(gpu):
-        tail.add_row(*row)
-    tail.add_row("next", advice(gpu))
-    print("\n\n".join(map(_text, (head, table, tail))))
+    backend = f"{dispatch.selected_backend()} (FASTUNET_BACKEND or fastunet.backend changes it)"
+    volumes = ("volumes", f"UNet(dims=3): {dispatch.VOLUMES}")
+    print(_lines([("versions", ", ".join(_versions())), ("cpu", _cpu()), *_gpus(), ("backend", backend), volumes]))
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    print(f"\n{_table([(device, *row) for device in devices for row in rows_of(torch.device(device), gpu)])}\n")
+    print(_lines([*([] if gpu is None else _measured(gpu)), ("next", advice(gpu))]))
 
 
-def _grid(*columns: str | Column) -> Table:
-    return Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(columns), header_style="")
+def _width() -> int:
+    return min(WIDTH, console.width) if console.is_terminal else WIDTH
 
 
-def _text(table: Table) -> str:
-    """Return a table as lines of at most WIDTH columns, whatever they go to."""
-    width = min(WIDTH, console.width) if console.is_terminal else WIDTH
-    page = Console(width=width, color_system=None, markup=False, emoji=False, highlight=False)
+def _lines(rows: Iterable[tuple[str, str]]) -> str:
+    """Return names with their texts beside them; a path that is too long is not broken."""
+    return "\n".join(
+        textwrap.fill(
+            f"{name:<9} {text}",
+            _width(),
+            subsequent_indent=" " * 10,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in rows
+    )
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    columns = ("device", Column("layers", max_width=28), "run on", "why")
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for row in rows:
+        table.add_row(*row)
+    page = Console(width=_width(), color_system=None, markup=False, emoji=False, highlight=False)
     with page.capture() as caught:
         page.print(table)
     return "\n".join(line.rstrip() for line in caught.get().splitlines())

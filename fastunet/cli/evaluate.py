@@ -23,6 +23,7 @@ from .shared import (
     TtaOption,
     console,
     load,
+    option,
     pop_reading,
     track,
     with_reading,
@@ -42,10 +43,10 @@ def evaluate(
     context: typer.Context,
     run: RunArgument,
     data: Annotated[Path, DATA],
-    out: Annotated[Path | None, typer.Option(help="JSON file for the scores, of each image too.")] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="Of the surface Dice, in pixels.")] = 2.0,
+    out: Annotated[Path | None, option("output", "JSON file for the scores, of each image too.")] = None,
+    tolerance: Annotated[float, option("scores", "Of the surface Dice, in pixels.", min=0)] = 2.0,
     parts: Annotated[
-        Parts, typer.Option(help="Also score how well connected parts are kept apart: adapted Rand error and V-Rand.")
+        Parts, option("scores", "Also score how well connected parts are kept apart: adapted Rand error and V-Rand.")
     ] = Parts.none,
     tta: TtaOption = False,
     tile: TileOption = TILE,

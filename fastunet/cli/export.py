@@ -6,11 +6,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from fastunet.files import check_folder
 
-from .shared import RunArgument, console
+from .shared import RunArgument, console, option
 
 
 class Target(StrEnum):
@@ -25,9 +23,9 @@ class Target(StrEnum):
 
 def export(
     run: RunArgument,
-    to: Annotated[Target, typer.Option(help="ONNX, a program of torch.export, or a package for bioimage.io.")],
-    out: Annotated[Path | None, typer.Option(help="File to write [RUN/model with the format's suffix].")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the package for bioimage.io [the run's folder].")] = None,
+    to: Annotated[Target, option("output", "ONNX, a program of torch.export, or a package for bioimage.io.")],
+    out: Annotated[Path | None, option("output", "File to write [RUN/model with the format's suffix].")] = None,
+    name: Annotated[str | None, option("output", "Name of the package for bioimage.io [that of RUN].")] = None,
 ) -> None:
     """Write RUN as one file that takes an image's pixels, of any size, to its mask: normalisation is inside."""
     from fastunet.checks import DataError

@@ -14,7 +14,7 @@ from fastunet.checks import ConfigError, DataError
 from fastunet.files import check_apart, check_folder, check_replaceable
 from fastunet.train.config import TILE
 
-from .shared import DeviceOption, OverwriteOption, RunArgument, TileOption, TtaOption, console, load, track
+from .shared import DeviceOption, OverwriteOption, RunArgument, TileOption, TtaOption, console, load, option, track
 
 NIFTI = "nii.gz"
 
@@ -37,28 +37,28 @@ def predict(
         list[Path],
         typer.Argument(metavar="IMAGES...", help="Images, folders of images, or patterns such as 'a/*.tif'."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the predictions.")],
+    out: Annotated[Path, option("output", "Folder for the predictions.")],
     format: Annotated[
         Format,
-        typer.Option(help="Of the labels: auto is tif for TIFF, zarr for Zarr, nii.gz for NIfTI, png for all others."),
+        option("output", "Of the labels: auto is tif for TIFF, zarr for Zarr, nii.gz for NIfTI, png for all others."),
     ] = Format.auto,
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Also write OUT/<stem>_probabilities, float32.")
+        bool, option("output", "Also write OUT/<stem>_probabilities, float32.", "--probabilities")
     ] = False,
     overlay: Annotated[
-        bool, typer.Option("--overlay", help="Also write OUT/<stem>_overlay.png: the labels over the image.")
+        bool, option("output", "Also write OUT/<stem>_overlay.png: the labels over the image.", "--overlay")
     ] = False,
     instances: Annotated[
         Instances,
-        typer.Option(help="Also number the objects, in OUT/<stem>_objects.tif, and measure each, in a CSV beside it."),
+        option("objects", "Also number the objects, in OUT/<stem>_objects.tif, and measure each, in a CSV beside it."),
     ] = Instances.none,
     rois: Annotated[
-        bool, typer.Option("--rois", help="With instances: also write their outlines as ROIs for ImageJ.")
+        bool, option("objects", "With instances: also write their outlines as ROIs for ImageJ.", "--rois")
     ] = False,
     tta: TtaOption = False,
     tile: TileOption = TILE,
     shard: Annotated[
-        str, typer.Option(metavar="I/N", help="Only every N-th image from the I-th on, for N processes at once.")
+        str, option("hardware", "Only every N-th image from the I-th on, for N processes at once.", metavar="I/N")
     ] = "1/1",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -24,10 +25,19 @@ console = Console(markup=False, emoji=False, highlight=False)
 
 DATA = typer.Argument(metavar="DATA", help="Folder with images/ and masks/ of equal stems.")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-TtaOption = Annotated[bool, typer.Option(help="Average eight flips and turns, for eight times the work.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what fastunet wrote there before.")]
-TileOption = Annotated[int, typer.Option(min=1, help="Edge in pixels of the tiles in which larger images go through.")]
+
+
+def option(group: str, help: str, *names: str, **more: Any) -> Any:
+    """Return an option as `--help` shows it, in its group. Brackets in the text are meant as they are."""
+    return typer.Option(*names, help=escape(help), rich_help_panel=group.capitalize(), **more)
+
+
+DeviceOption = Annotated[str, option("hardware", "auto (a GPU where there is one), cpu or cuda.")]
+TtaOption = Annotated[bool, option("prediction", "Average eight flips and turns, for eight times the work.")]
+OverwriteOption = Annotated[bool, option("output", "Replace what fastunet wrote there before.", "--overwrite")]
+TileOption = Annotated[
+    int, option("hardware", "Side of the tiles, in pixels, in which larger images go through.", min=1)
+]
 
 
 def with_reading(command: Callable[..., None]) -> Callable[..., None]:
@@ -35,9 +45,9 @@ def with_reading(command: Callable[..., None]) -> Callable[..., None]:
     types = get_type_hints(DataOptions)
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
     for each in fields(DataOptions):
-        option: Any = Annotated[types[each.name], typer.Option(help=each.metadata["meaning"])]
+        annotation: Any = Annotated[types[each.name], option("data", each.metadata["meaning"])]
         place = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=option))
+        parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
 

@@ -23,6 +23,7 @@ from .shared import (
     OverwriteOption,
     console,
     is_typed,
+    option,
     parse_features,
     pop_reading,
     print_scores,
@@ -38,9 +39,9 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     types = get_type_hints(TrainConfig) | {"features": str | None}
     *parameters, _ = inspect.signature(command, eval_str=True).parameters.values()
     for each in fields(TrainConfig):
-        option: Any = Annotated[types[each.name], typer.Option(help=each.metadata["meaning"])]
+        typed: Any = Annotated[types[each.name], option(each.metadata["group"], each.metadata["meaning"])]
         place = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=option))
+        parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=typed))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
 
@@ -67,10 +68,11 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-CONFIG = typer.Option(
+CONFIG = option(
+    "output",
+    "TOML file of these options (max_minutes = 10), or the config.json of a run; what is typed goes before.",
     callback=_read_config,
     is_eager=True,
-    help="TOML file of these options (max_minutes = 10), or the config.json of a run; what is typed goes before.",
 )
 
 
@@ -78,14 +80,17 @@ CONFIG = typer.Option(
 @_with_settings
 def train(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder for the run: weights, settings, metrics, report.")],
+    out: Annotated[Path, option("output", "Folder for the run: weights, settings, metrics, report.")],
     data: Annotated[Path | None, DATA] = None,
     config: Annotated[Path | None, CONFIG] = None,
     folds: Annotated[
         int | None,
-        typer.Option(help="Cross-validate: a run in OUT/fold-1 and on for each of so many parts; again, it goes on."),
+        option(
+            "validation",
+            "Cross-validate: a run in OUT/fold-1 and on for each of so many parts; again, it goes on [one run].",
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in OUT, as it was begun.")] = False,
+    resume: Annotated[bool, option("output", "Go on with the run in OUT, as it was begun.", "--resume")] = False,
     overwrite: OverwriteOption = False,
     **settings: Any,
 ) -> None:

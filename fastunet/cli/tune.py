@@ -10,19 +10,25 @@ import typer
 from fastunet.checks import check_choice
 from fastunet.train.config import multiplies_bf16
 
-from .shared import chosen_device, console, parse_features, progress
+from .shared import chosen_device, console, option, parse_features, progress
 
 
 def tune(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left [a new net].")
+        Path | None, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left; without it, a new net.")
     ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Side of the images [as trained; 512].")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images at once [as trained; 16].")] = None,
-    features: Annotated[str, typer.Option(help="Channels of each level of a new net.")] = "64,128,256,512,1024",
-    training: Annotated[bool, typer.Option("--train", help="For training: forward and backward.")] = False,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
-    seconds: Annotated[float, typer.Option(min=1, help="To measure in; compiling counts.")] = 300.0,
+    size: Annotated[int | None, option("model", "Side of the images in pixels [as trained; 512].", min=1)] = None,
+    batch: Annotated[int | None, option("model", "Images at once [as trained; 16].", min=1)] = None,
+    features: Annotated[str, option("model", "Channels of each level of a new net.")] = "64,128,256,512,1024",
+    training: Annotated[
+        bool, option("model", "For training, forward and backward, instead of inference.", "--train")
+    ] = False,
+    precision: Annotated[
+        str, option("hardware", "auto (bf16 where the GPU multiplies it natively), fp32, bf16 or fp16.")
+    ] = "auto",
+    seconds: Annotated[
+        float, option("hardware", "Limit in seconds, compiling included; what is left over runs on ATen.", min=1)
+    ] = 300.0,
 ) -> None:
     """Measure on this GPU which layers our kernels are faster for; what is found is kept for later runs."""
     check_choice("precision", precision, ("auto", "fp32", "bf16", "fp16"))

@@ -20,9 +20,20 @@ PLANNED = ("crop", "features", "batch_size")  # from the images and the memory, 
 RESUMABLE = ("steps", "max_minutes", "patience", "tensorboard", "device", "workers")
 
 
-def _setting(default: Any, meaning: str, *, low: Any = None, high: Any = None, choices: tuple[str, ...] = ()) -> Any:
-    """Return a field of `TrainConfig`: its usual value, what it means, and which values are in range."""
-    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "choices": choices})
+def _setting(
+    default: Any,
+    meaning: str,
+    *,
+    group: str = "training",
+    low: Any = None,
+    high: Any = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Return a field of `TrainConfig`: its usual value, what it means, its group in help, and the values in range."""
+    return field(
+        default=default,
+        metadata={"meaning": meaning, "group": group, "low": low, "high": high, "choices": choices},
+    )
 
 
 @dataclass(frozen=True)
@@ -31,23 +42,27 @@ class TrainConfig:
 
     steps: int = _setting(3000, "Optimiser steps.", low=1, high=sys.maxsize)
     max_minutes: float | None = _setting(
-        None, "Limit of the training loop in minutes; the schedule ends by the limit that comes first."
+        None, "Limit of the training loop in minutes; the schedule ends by the limit that comes first [none]."
     )
     batch_size: int | None = _setting(
         None, "Crops per step, of each process [by the memory; 4 on a CPU].", low=1, high=LARGEST
     )
     # Below 3 augmentation has nothing to blur.
     crop: int | None = _setting(
-        None, "Edge of the crops in pixels [by the images; at most 256 on a CPU].", low=3, high=LARGEST
+        None, "Side of the crops in pixels [by the images; at most 256 on a CPU].", low=3, high=LARGEST
     )
     features: tuple[int, ...] | None = _setting(
-        None, "Channels of each level [by the crops; at most 16,32,64,128,256 on a CPU]."
+        None,
+        "Channels of each level, the first at full size [by the crops; at most 16,32,64,128,256 on a CPU].",
+        group="model",
     )
-    norm: str = _setting("batch", "batch, instance or none.", choices=("batch", "instance", "none"))
+    norm: str = _setting(
+        "batch", "Normalisation: batch, instance or none.", choices=("batch", "instance", "none"), group="model"
+    )
     lr: float = _setting(
         1e-3, "Peak learning rate of AdamW: it rises over the first 3 % and falls along a cosine.", low=0, high=_MOST
     )
-    weight_decay: float = _setting(5e-2, "Of AdamW.", low=0, high=_MOST)
+    weight_decay: float = _setting(5e-2, "Weight decay of AdamW.", low=0, high=_MOST)
     ema: float = _setting(
         0.0,
         "Decay a step of the moving average of weights that is validated and kept, 0.999 say; 0: none.",
@@ -57,7 +72,7 @@ class TrainConfig:
     patience: int | None = _setting(
         None, "End after so many validations, of ten in a run, without a better one [never].", low=1, high=sys.maxsize
     )
-    init: str = _setting("", "Weights to begin with: a RUN or a file of weights [random ones].")
+    init: str = _setting("", "Weights to begin with: a RUN or a file of weights [random ones].", group="model")
     border_weight: float = _setting(
         0.0, "Weight of background between close objects, w0 of the U-Net paper (10 there); 0: none.", low=0, high=1e6
     )
@@ -77,30 +92,46 @@ class TrainConfig:
         high=1.0,
     )
     class_weights: str = _setting(
-        "none", "Of the loss: none, balanced (by how rare a class is), or a number for each class: 1,2,5."
+        "none", "Weights in the loss: none, balanced (by how rare a class is), or a number for each class: 1,2,5."
+    )
+    val_fraction: float = _setting(
+        0.15, "Share of the images kept out of training, for the metrics; 0 keeps none.", group="validation"
+    )
+    fold: str = _setting(
+        "", "Which part is kept out instead: 2/5 keeps the second fifth [the last by val_fraction].", group="validation"
     )
     deep_supervision: bool = _setting(
         False, "Train the lower levels of the decoder too, by heads that are dropped in the end (4 levels or more)."
     )
-    val_fraction: float = _setting(0.15, "Share of the images kept out for the metrics; 0 keeps none.")
-    fold: str = _setting("", "Which part is kept out instead: 2/5 keeps the second fifth [the last by val_fraction].")
     split: str = _setting(
-        "last", "Which: the last by name (in a stack, neighbours are alike), or random.", choices=("last", "random")
+        "last",
+        "Which: the last by name (in a stack, neighbours are alike), or random.",
+        choices=("last", "random"),
+        group="validation",
     )
-    classes: int | None = _setting(None, "Number of classes [inferred from the masks].", low=1, high=256)
-    tta: bool = _setting(False, "Average eight flips and turns for the metrics, for eight times the work.")
-    tensorboard: bool = _setting(False, "Event files for TensorBoard (`tensorboard --logdir OUT`), beside history.csv.")
+    classes: int | None = _setting(None, "Number of classes [inferred from the masks].", low=1, high=256, group="model")
+    tta: bool = _setting(
+        False, "Average eight flips and turns for the metrics, for eight times the work.", group="validation"
+    )
+    tensorboard: bool = _setting(
+        False, "Event files for TensorBoard (`tensorboard --logdir OUT`), beside history.csv.", group="output"
+    )
     precision: str = _setting(
         "auto",
         "auto (bf16 where the hardware multiplies it natively), fp32, bf16 or fp16.",
         choices=("auto", "fp32", "bf16", "fp16"),
+        group="hardware",
     )
     sync_batch_norm: bool = _setting(
-        False, "Statistics of batch norm over the batches of all GPUs (torchrun), by torch's module."
+        False, "Statistics of batch norm over the batches of all GPUs (torchrun), by torch's module.", group="hardware"
     )
-    device: str = _setting("auto", "auto, cpu or cuda.", choices=("auto", "cpu", "cuda"))
-    workers: int | None = _setting(None, "Processes that read images [4 beside a GPU, else 0].", low=0, high=256)
-    seed: int = _setting(0, "Of split, weights, crops and augmentation.", low=0, high=2**32 - 1)  # numpy's
+    device: str = _setting(
+        "auto", "auto (a GPU where there is one), cpu or cuda.", choices=("auto", "cpu", "cuda"), group="hardware"
+    )
+    workers: int | None = _setting(
+        None, "Processes that read images [4 beside a GPU, else 0].", low=0, high=256, group="hardware"
+    )
+    seed: int = _setting(0, "Seed of split, weights, crops and augmentation.", low=0, high=2**32 - 1)  # numpy's
 
     @property
     def split_seed(self) -> int | None:
