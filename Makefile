@@ -8,7 +8,7 @@ RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # The interpreter's tests need the variable before triton is imported, hence a process of their own.
 RUN_INTERPRETER := TRITON_INTERPRET=1 FASTUNET_BACKEND=triton $(RUN_TESTS) -m
 
-.PHONY: demo test test-all test-gpu test-gpu-memcheck lint static static-releases perf-table clean
+.PHONY: demo test test-all test-gpu test-gpu-memcheck lint static static-releases perf-table dist dist-check clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -65,6 +65,23 @@ static-releases: $(VENV)/dev.stamp
 perf-table: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks perf-table
 	$(BIN)/python docs/generate.py
+
+# A wheel, and the source distribution that it is built from.
+dist: | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/build
+	$(VENV)/build/bin/python -m pip --disable-pip-version-check install -q 'build>=1.2'
+	rm -rf dist
+	$(VENV)/build/bin/python -m build
+
+# Each installed into an empty environment, and used from an empty folder, where there is no repository.
+dist-check: dist
+	for file in $(CURDIR)/dist/*.whl $(CURDIR)/dist/*.tar.gz; do \
+	  rm -rf $(VENV)/check && $(BIN)/python -m venv $(VENV)/check && mkdir $(VENV)/check/empty && \
+	  $(VENV)/check/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt "$$file[train]" && \
+	  cp examples/own_unet_with_amp.py examples/shapes.py $(VENV)/check/empty && cd $(VENV)/check/empty && \
+	  ../bin/fastunet doctor && ../bin/fastunet demo --steps 5 && ../bin/python own_unet_with_amp.py && \
+	  cd $(CURDIR) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,26 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from fastunet.files import check_folder, check_replaceable, is_our_png
 from fastunet.train.config import TrainConfig
 
 from .predict import predict
-from .shared import OverwriteOption, console
+from .shared import OverwriteOption, console, option
 from .train import train_with_bar
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for data, run and predictions.")] = Path("fastunet-demo"),
-    minutes: Annotated[float, typer.Option(help="Time for training.")] = 1.5,
+    out: Annotated[Path, option("output", "Folder for data, run and predictions.")] = Path("fastunet-demo"),
+    minutes: Annotated[float, option("training", "Limit of the training in minutes.")] = 1.5,
+    steps: Annotated[int, option("training", "Optimiser steps at most.", min=1)] = 600,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Make cell-like micrographs with exact masks, train a small net on them, and draw the report."""
     from fastunet.data.synthetic import write_dataset
     from fastunet.train.checks import check_out, clear_run
 
-    config = TrainConfig(steps=600, max_minutes=minutes, crop=128, features=(16, 32, 64, 128))
+    config = TrainConfig(steps=steps, max_minutes=minutes, crop=128, features=(16, 32, 64, 128))
     config.check()
     data, run_folder, predictions = out / "data", out / "run", out / "predictions"
     check_folder(out)
