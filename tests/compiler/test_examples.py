@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fastunet.compiler import backend
+from fastunet.train import results
 
-EXAMPLES = sorted(p for p in (Path(__file__).parents[2] / "examples").glob("*.py") if p.stem != "shapes")
+EXAMPLES = sorted(
+    p for p in (Path(__file__).parents[2] / "examples").glob("*.py") if p.stem not in ("shapes", "notebook")
+)
+
+
+def path_of(name: str) -> Path:
+    return Path(__file__).parents[2] / "examples" / f"{name}.py"
 
 
 def run(path: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> dict[str, Any]:
@@ -40,6 +51,39 @@ def test_an_example_as_it_stands(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     found = run(path, monkeypatch)
     if "losses" in found:
         assert found["losses"][-1] < 0.8 * found["losses"][0]
+
+
+def test_each_says_what_to_install() -> None:
+    for path in [*EXAMPLES, path_of("notebook")]:
+        names = re.findall(r"pip install ([^`;(\n\"]+)", path.read_text())
+        assert len(names) == 1, path.name
+        installed, *others = shlex.split(names[0])
+        assert re.fullmatch(r"fastunet(\[train\])?", installed), path.name
+        imported = {name.partition(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", path.read_text(), re.M)}
+        # What comes with torch, with the extra `train`, with Python, or from the folder itself.
+        comes = {"torch", "fastunet", "shapes", *sys.stdlib_module_names}
+        comes |= {"monai", "matplotlib"} if installed == "fastunet[train]" else set()
+        assert imported - comes <= {other.replace("-", "_") for other in others}, path.name
+
+
+@pytest.mark.usefixtures("undrawn_reports")
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a notebook runs it, cell by cell, with other parameters after the cell that is tagged for them."""
+    pytest.importorskip("matplotlib", reason="needs the extra train").use("agg")
+    monkeypatch.setattr(results, "write_report", lambda path, *_: Image.new("RGB", (40, 30)).save(path))
+    _, *cells = re.split(r"^# %%(.*)$", path_of("notebook").read_text(), flags=re.M)
+    codes = [code for title, code in zip(cells[::2], cells[1::2], strict=True) if "[markdown]" not in title]
+    assert len(codes) == 5
+    names: dict[str, Any] = {}
+    for number, code in enumerate(codes):
+        exec(code, names)
+        if number == 0:
+            names |= {"count": 5, "size": 32, "minutes": 0.001, "features": (4, 8)}
+            names |= {"folder": tmp_path, "data": tmp_path / "data", "run": tmp_path / "run"}
+    assert names["mask"].shape == (32, 32)
+    assert 0 <= names["metrics"]["mean_dice"] <= 1
+    assert len(names["plt"].get_fignums()) == 3
+    names["plt"].close("all")
 
 
 def test_there_are_five_with_one_changed_line_each() -> None:
