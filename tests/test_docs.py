@@ -122,7 +122,7 @@ def test_its_code_is_valid(page: Path) -> None:
     for _, text in blocks(page, "python"):
         if page.name != "ops.md":  # whose blocks are signatures
             compile(text, page.name, "exec")
-    for _, text in blocks(page, "sh", "console"):
+    for _, text in blocks(page, "sh", "bash"):
         for name, *words in commands(text):
             cli_commands()[name].make_context(name, list(words), resilient_parsing="--help" in words)
 
