@@ -228,7 +228,7 @@ def _typed(image: Tensor) -> str:
 
 
 class _Recorder(TorchDispatchMode):
-    """Asks dispatch about each op of ours as it passes, and notes the layers that are not ours.
+    """Asks dispatch about each registered op as it passes, and records the other layers too.
 
     A layer goes by the module that holds the op's weight.
     """

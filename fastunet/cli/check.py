@@ -28,7 +28,7 @@ def check(
     out: Annotated[Path | None, option("output", "PNG for a picture of some images with their masks.")] = None,
     classes: Annotated[int | None, option("data", "Number of classes [inferred from the masks].")] = None,
     val_fraction: Annotated[
-        float, option("data", "Share of the images kept out, from 0 to 1.")
+        float, option("data", "Share of the images kept out of training.")
     ] = TrainConfig().val_fraction,
     overwrite: OverwriteOption = False,
     **options: Any,

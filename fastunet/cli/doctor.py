@@ -194,7 +194,7 @@ def _measured(gpu: str) -> Iterator[tuple[str, str]]:
     checked, failed = sum("failed" in row for row in rows), [row for row in rows if row.get("failed")]
     kernels = f"kernels checked: {checked}, failed: {len(failed)}"
     yield "measured", f"{len(speedups)} layers, Triton faster in {faster}; {kernels}"
-    yield "kept in", f"{autotune.cache_file(gpu)} (FASTUNET_CACHE moves it, FASTUNET_TUNE=force measures anew)"
+    yield "kept in", f"{autotune.cache_file(gpu)} (FASTUNET_CACHE moves it, FASTUNET_TUNE=force measures again)"
     reasons: dict[str, list[str]] = {}
     for row in failed:
         reasons.setdefault(row["failed"], []).append(f"{row['op']} in {row['dtype']}")

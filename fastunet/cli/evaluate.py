@@ -44,7 +44,7 @@ def evaluate(
     run: RunArgument,
     data: Annotated[Path, DATA],
     out: Annotated[Path | None, option("output", "JSON file for the scores, of each image too.")] = None,
-    tolerance: Annotated[float, option("scores", "Of the surface Dice, in pixels.", min=0)] = 2.0,
+    tolerance: Annotated[float, option("scores", "Tolerance of the surface Dice, in pixels.", min=0)] = 2.0,
     parts: Annotated[
         Parts, option("scores", "Also score how well connected parts are kept apart: adapted Rand error and V-Rand.")
     ] = Parts.none,

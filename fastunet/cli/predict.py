@@ -35,12 +35,14 @@ def predict(
     run: RunArgument,
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGES...", help="Images, folders of images, or patterns such as 'a/*.tif'."),
+        typer.Argument(metavar="IMAGES", help="Images, folders of images, or patterns such as 'a/*.tif'."),
     ],
     out: Annotated[Path, option("output", "Folder for the predictions.")],
     format: Annotated[
         Format,
-        option("output", "Of the labels: auto is tif for TIFF, zarr for Zarr, nii.gz for NIfTI, png for all others."),
+        option(
+            "output", "Format of the labels: auto is tif for TIFF, zarr for Zarr, nii.gz for NIfTI, png for all others."
+        ),
     ] = Format.auto,
     probabilities: Annotated[
         bool, option("output", "Also write OUT/<stem>_probabilities, float32.", "--probabilities")

@@ -30,7 +30,7 @@ def tune(
         float, option("hardware", "Limit in seconds, compiling included; what is left over runs on ATen.", min=1)
     ] = 300.0,
 ) -> None:
-    """Measure on this GPU which layers our kernels are faster for; what is found is kept for later runs."""
+    """Measure on this GPU which layers are faster on the Triton kernels; what is found is kept for later runs."""
     check_choice("precision", precision, ("auto", "fp32", "bf16", "fp16"))
     import torch
 
