@@ -11,7 +11,7 @@ from fastunet import torch_private
 FOLDER = Path(__file__).parents[1] / "fastunet"
 FILES = {path: ast.parse(path.read_text()) for path in FOLDER.rglob("*.py")}
 # Of named tuples, whose documented methods begin so, and accelerate's.
-NOT_TORCHS = {"_fields", "_replace", "_reset_state"}
+NOT_TORCHS = {"_asdict", "_fields", "_replace", "_reset_state"}
 OPERATORS = ("torch.ops.", "aten.")  # They are named in strings of a registry, not by attributes of Python's.
 
 

@@ -49,8 +49,7 @@ def doctor() -> None:
 
     gpu = gpu_with_kernels()
     backend = f"{dispatch.selected_backend()} (FASTUNET_BACKEND or fastunet.backend changes it)"
-    volumes = ("volumes", f"UNet(dims=3): {dispatch.VOLUMES}")
-    print(_lines([("versions", ", ".join(_versions())), ("cpu", _cpu()), *_gpus(), ("backend", backend), volumes]))
+    print(_lines([("versions", ", ".join(_versions())), ("cpu", _cpu()), *_gpus(), ("backend", backend)]))
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     print(f"\n{_table([(device, *row) for device in devices for row in rows_of(torch.device(device), gpu)])}\n")
     print(_lines([*([] if gpu is None else _measured(gpu)), ("next", advice(gpu))]))
