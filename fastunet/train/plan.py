@@ -85,7 +85,7 @@ def planned(
 ) -> tuple[Plan, str]:
     """Plan what is None of the settings, and say in a line why; "" where nothing is.
 
-    What is given stays, and the others are planned around it.
+    What is given stays, and the others are planned around it; with given crops the levels are the usual ones.
 
     Args:
         sizes: (height, width) of each image.
@@ -135,7 +135,8 @@ def _candidates(
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """List edges of crops with their features, from the largest down; at least one."""
     if config.crop is not None:
-        yield config.crop, config.features or _features_for(config.crop, summary, config.norm, scale)
+        # Who chose crops hears of levels that they have no room for, instead of getting another net than usual.
+        yield config.crop, config.features or scale.features
         return
     # Of given features more than a pixel has to remain at the bottom, for norms to take statistics of.
     least = 2 ** len(config.features or (0, 0))

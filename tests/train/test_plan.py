@@ -100,13 +100,13 @@ def test_with_little_memory_the_batch_goes_first_then_the_crop() -> None:
     ("given", "expected"),
     [
         ({"crop": 512}, (512, CPU.features, 4)),
-        ({"crop": 32}, (32, CPU.features[:4], 4)),
+        ({"crop": 32}, (32, CPU.features, 4)),
         ({"crop": 100}, (100, CPU.features, 4)),
         ({"features": (8, 16, 32)}, (256, (8, 16, 32), 4)),
         ({"features": (2,) * 9}, (512, (2,) * 9, 4)),
         ({"batch_size": 1}, (256, CPU.features, 1)),
         ({"batch_size": 50}, (256, CPU.features, 50)),
-        ({"crop": 3, "batch_size": 2}, (3, CPU.features[:2], 2)),
+        ({"crop": 3, "batch_size": 2, "features": (4, 8)}, (3, (4, 8), 2)),
     ],
 )
 def test_what_is_given_stays_and_the_rest_is_planned_around_it(
