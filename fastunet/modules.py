@@ -201,7 +201,7 @@ class OutConv(reference.OutConv):
 
     def layered(self, x: Tensor, *, in_inference: bool) -> Tensor:
         """forward of x by ATen's layers; in inference by oneDNN's, where ATen's own loop takes over at few channels."""
-        if in_inference and dispatch.has_onednn():
+        if in_inference and x.numel() and dispatch.has_onednn():
             return self.activate(pointwise(x, self.conv.weight, self.conv.bias))
         return super().forward(x)
 

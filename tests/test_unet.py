@@ -13,7 +13,7 @@ import fastunet
 from fastunet import dispatch
 from fastunet.checks import ConfigError, ShapeError
 from fastunet.reference import ReferenceUNet
-from fastunet.testing import assert_within
+from fastunet.testing import UNIT_ROUNDOFF, assert_within
 
 SMALL = (4, 8, 16)
 
@@ -213,3 +213,30 @@ def test_a_small_net_refuses_what_torchs_batch_norm_refuses(name: str, change: C
         for net in (model.to_reference(), model):
             with pytest.raises(RuntimeError):
                 net(x)
+
+
+@pytest.mark.parametrize("size", [(0, 128, 128), (1, 64, 64), (2, 128, 128), (2, 130, 75)], ids=str)
+def test_a_small_net_of_packed_and_composed_layers_equals_its_reference(size: tuple[int, int, int]) -> None:
+    """Eleven convolutions follow each other; a sum of up to 864 products is off by 6 sqrt(864) unit roundoffs of the
+    largest value: 2,000 in all.
+    """
+    torch.manual_seed(0)
+    model = fastunet.UNet(1, 2, features=(16, 32, 64)).eval()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    count, height, width = size
+    x = torch.randn(count, 1, height, width)
+    with torch.no_grad():
+        layers = [type(layer).__name__ for layer in model._way(x).folded()]
+        expected = model.to_reference().double()(x.double())
+        largest = float(expected.abs().max()) if count else 1.0
+        assert_within(model(x), expected, 2000 * UNIT_ROUNDOFF[torch.float32] * largest)
+        # A weight that changes is seen, whatever was made of it.
+        for name in ("up2.up.weight", "up2.conv.double_conv.0.weight", "inc.double_conv.3.weight"):
+            model.get_parameter(name).mul_(2)
+            assert_within(
+                model(x), model.to_reference().double()(x.double()), 2000 * UNIT_ROUNDOFF[torch.float32] * largest * 8
+            )
+    if dispatch.has_onednn():
+        assert ("ComposedLayer" in layers) == (count > 0)

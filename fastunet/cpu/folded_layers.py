@@ -92,7 +92,7 @@ def _packs(weight: Tensor, image: Tensor) -> bool:
     """Whether oneDNN takes the weight, packed."""
     pixels = image.shape[2] * image.shape[3]
     is_worth_it = weight.numel() * pixels > _FEW_PRODUCTS or (weight.shape[1] <= _FEW_CHANNELS and pixels > _FEW_PIXELS)
-    return dispatch.has_onednn() and is_worth_it
+    return dispatch.has_onednn() and image.numel() > 0 and is_worth_it
 
 
 def _needs_norm(norm: Any) -> bool:
