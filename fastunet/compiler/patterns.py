@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fastunet import dispatch
 from fastunet.compiler.fx_nodes import Order, arguments, is_image, layer_of, name_of, only_user, value_of
-from fastunet.cpu import winograd
+from fastunet.compiler.gains import gains_little, leave_what_spares_little
 
 WITH_UPSAMPLING = "conv_transpose2x2_concat_conv3x3_relu"
 WITH_HEAD = "conv3x3_relu_conv1x1"
@@ -29,14 +28,6 @@ _GEOMETRY: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {
     ("conv_transpose2d", (2, 2)): {**_TWICE, "output_padding": (0, 0), **_PLAIN},
     ("max_pool2d", (2, 2)): {**_TWICE, "dilation": (1, 1), "ceil_mode": False, "return_indices": False},
 }
-# The speedup from which a kernel replaces what inductor compiles, which may also fuse it with what surrounds it; and
-# over ATen, where inductor was not measured: all that fusing can gain a classic U-Net at a GPU's peak rates is a third.
-_OVER_INDUCTOR, _OVER_ATEN = 1.1, 1.33
-# The share of its convolutions' multiplications that a graph must spare by Winograd's algorithm, to pay for the fusion
-# and the memory formats of inductor's that end at such layers. Measured in training on two cores: graphs that spare 5 %
-# lose, with 25 and 27 % a step is as long as inductor's to 2 % (benchmarks/results/cpu/drop_in_training.json); the
-# classic net, with 47 %, is 1.19 times as fast (unet_float32.json).
-_SPARED = 1 / 3
 
 
 @dataclass
@@ -86,40 +77,8 @@ def find(graph_module: GraphModule, *, force: bool = False, device: torch.device
         if name_of(node) in _ANCHORS and node not in search.covered:
             search.add(node)
     if not force:
-        _leave_what_spares_little(search.patterns)
+        leave_what_spares_little(search.patterns)
     return search.patterns
-
-
-def _leave_what_spares_little(patterns: list[Pattern]) -> None:
-    """Leave the layers that Winograd's algorithm would run unless together they spare the graph enough."""
-    by_winograd = [pattern for pattern in patterns if pattern.is_replaced and pattern.runs_on == "winograd"]
-    given = [(arguments(pattern.anchor), pattern) for pattern in by_winograd]
-    spared = sum(winograd.spared(value_of(a["input"]), value_of(a["weight"])) * _products(p) for a, p in given)
-    everything = sum(map(_products, patterns)) if by_winograd else 0
-    for pattern in by_winograd if spared < _SPARED * everything else ():
-        pattern.is_replaced = False
-        pattern.reason = (
-            f"Winograd's algorithm would spare {spared / everything:.0%} of the graph's multiplications, "
-            f"too little beside inductor's fusion: expected {_SPARED:.0%}"
-        )
-
-
-def _products(pattern: Pattern) -> float:
-    """How many products of weights and pixels the anchor adds up for one image; no end of them at an open size."""
-    given = arguments(pattern.anchor)
-    weight = value_of(given.get("weight"))
-    if weight is None:
-        return 0
-    is_transposed = name_of(pattern.anchor).startswith("conv_transpose")
-    sizes = [*value_of(given["input"] if is_transposed else pattern.anchor).shape[2:]]
-    return weight.numel() * math.prod(sizes) if all(isinstance(size, int) for size in sizes) else math.inf
-
-
-def _gains_little(choice: dispatch.Choice) -> bool:
-    """Whether a kernel that is faster than ATen may not be faster than what inductor compiles."""
-    if choice.over_inductor is not None:
-        return choice.over_inductor < _OVER_INDUCTOR
-    return choice.speedup is not None and choice.speedup < _OVER_ATEN
 
 
 class _Search:
@@ -147,7 +106,7 @@ class _Search:
             choice = self._choice(pattern.op, pattern)
             pattern.runs_on, pattern.reason = choice.implementation, choice.reason
             is_atens = choice.implementation == "aten"
-            pattern.is_replaced = self.force or not (is_atens or _gains_little(choice))
+            pattern.is_replaced = self.force or not (is_atens or gains_little(choice))
             if not pattern.is_replaced:
                 why = "the op would run on ATen here" if is_atens else "inductor's fusion gains as much, or may"
                 pattern.reason = f"{why}: {choice.reason}"
