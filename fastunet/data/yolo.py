@@ -18,7 +18,7 @@ def names_above(labels: Path) -> list[str]:
     """Return the names of classes from classes.txt or data.yaml beside a file of labels, or above it; none without."""
     for folder in list(labels.parents)[:ABOVE]:
         if (listed := folder / LIST).is_file():
-            return listed.read_text().split()
+            return [name for name in listed.read_text().splitlines() if name.strip()]
         if (found := folder / DATA_YAML).is_file():
             return _names(found, _read(found))
     return []

@@ -100,14 +100,14 @@ LAYOUTS = {
     "ROIs of ImageJ": Layout(rois),
     "YOLO's data.yaml, names by number": Layout(
         lambda root: yolo_with_yaml(
-            root, "path: .\ntrain: images/train\nval: images/val\nnames: {1: nucleus, 0: cell}"
+            root, "path: .\ntrain: images/train\nval: images/val\nnames: {1: cell nucleus, 0: cell}"
         ),
         classes=3,
         data="data.yaml",
     ),
     "YOLO's data.yaml, folders of sides": Layout(
         lambda root: yolo_with_yaml(
-            root, "train: ../train/images\nval: ../val/images\nnames: [cell, nucleus]", "{}/images", "{}/labels"
+            root, "train: ../train/images\nval: ../val/images\nnames: [cell, cell nucleus]", "{}/images", "{}/labels"
         ),
         classes=3,
         data="data.yaml",

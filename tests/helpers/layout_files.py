@@ -104,7 +104,7 @@ def stack(root: Path, name: str, write: Callable[[Path, np.ndarray], object], ma
     )
 
 
-NAMES = ("cell", "nucleus")
+NAMES = ("cell", "cell nucleus")
 
 
 def squares(index: int) -> list[tuple[str, np.ndarray]]:
@@ -137,7 +137,7 @@ def coco(root: Path) -> None:
             {"category_id": 7, "segmentation": [corners.ravel().tolist()], **common},
             {"category_id": 9, "segmentation": {"counts": runs, "size": list(SIZE)}, **common},
         ]
-    categories = [{"id": 7, "name": "cell"}, {"id": 9, "name": "nucleus"}]
+    categories = [{"id": 7, "name": "cell"}, {"id": 9, "name": "cell nucleus"}]
     found = {"images": images, "annotations": annotations, "categories": categories}
     (root / "truth.json").write_text(json.dumps(found))
 
