@@ -20,7 +20,9 @@ VOLUMES = (ROOT / "docs/volumes.md").read_text()
 
 
 def test_what_a_training_gives_is_in_the_result_files() -> None:
-    found = json.loads((ROOT / "benchmarks/results/cpu/accuracy_minutes_4.json").read_text())["fastunet"]["dice"]
+    found = json.loads((ROOT / "benchmarks/results/cpu/accuracy_minutes_4.json").read_text())["summary"]["fastunet"][
+        "dice"
+    ]
     membranes, cells = (f"{found[side]:.3f}" for side in ("background", "foreground"))
     assert f"4 minutes on two CPU cores give membranes a Dice of {membranes}, cells {cells}" in README
 
