@@ -211,8 +211,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write. Returns 0."""
-    if options.rare == (options.data is not None):
-        raise ConfigError("expected either DATA or --rare")
+    if options.rare == (options.data is not None) or (options.rare and options.quantised is not None):
+        raise ConfigError("expected either DATA or, of trainings, --rare")
+    if options.seeds < 1:
+        raise ConfigError(f"seeds: expected at least 1, got {options.seeds}")
     name, found = _quantised(options) if options.quantised is not None else _trained(options)
     options.out.mkdir(parents=True, exist_ok=True)
     machine = environment("cpu") | {"threads": torch.get_num_threads()}

@@ -37,7 +37,8 @@ def doctors_lines() -> list[str]:
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert max(len(line) for line in lines if os.sep not in line) <= 100, "but for a path, which is not broken"
-    assert len(lines) <= 28, "a few rows, not one for each op"
+    # The path of the cache takes as many lines as it is long.
+    assert sum(os.sep not in line for line in lines) <= 26, "a few rows, not one for each op"
     return lines
 
 

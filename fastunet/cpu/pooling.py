@@ -14,7 +14,7 @@ def max_pool2x2(x: Tensor) -> Tensor:
     """Return F.max_pool2d(x, 2), of which torch would keep the winners too.
 
     Images that lie in memory pixel by pixel are halved by the larger of two rows, then of two columns: loops over
-    whole rows instead of one over windows, in up to a third of the time.
+    whole rows instead of one over windows.
     """
     plain = x.device.type != "cpu" or x.requires_grad or torch.compiler.is_compiling()
     if plain or x.numel() < _MANY_VALUES or not x.is_contiguous(memory_format=torch.channels_last):

@@ -127,6 +127,6 @@ def strided_input_grads(
         "blocks_k": gpu.cdiv(channels_out, chosen.block_k),
     }
     blocks = gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
-    grid = 4 * batch * config.tiles_per_image(chosen, height, width) * blocks
+    grid = _PHASES.value * batch * config.tiles_per_image(chosen, height, width) * blocks
     gpu.launch(conv3x3_strided_input_grad_kernel, grid, arguments, chosen).run(grad.device)
     return outs
