@@ -44,11 +44,10 @@ TRITON_OPS = (*ONEDNN_OPS, "conv1x1", "max_pool2x2", "segmentation_sums")
 # A call of oneDNN has a fixed cost, several times that of ATen's own convolution: it has lost up to so many products,
 # and weights, which ATen arranges at every call.
 _FEW_PRODUCTS, _FEW_WEIGHTS = 1 << 20, 1 << 14
-# Of a net's convolutions, on average: up to here calls of ops lose to layers, beyond packed weights win.
-_SMALL_PRODUCTS, _SMALL_WEIGHTS = 45_000_000, 1 << 20
 # Up to so many an upsampling and the convolution after it are quicker one after the other.
 _FEW_PRODUCTS_OF_TWO = 1 << 24
 
+PACKED = "inference on the CPU: weights folded and packed once"
 # Why nothing of ours runs a net of volumes.
 VOLUMES = "three dimensions run on torch's own layers"
 
@@ -126,16 +125,15 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, *, training: bool =
     return found
 
 
-def is_small(convolutions: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Return whether a net of these 3x3 convolutions, (image, weight) each, costs the host about as much as its
-    arithmetic in inference on the CPU: it is quickest by ATen's layers, one after the other, with norms folded in.
-    """
-    most = len(convolutions)
+def prepares_nets(x: Tensor, dtype: torch.dtype, parameters: Sequence[Tensor]) -> bool:
+    """Return whether inference of a net on images like x, in `dtype`, is by weights prepared for all of it at once."""
     return (
         _selected == "auto"
-        and all(x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 for x, weight in convolutions)
-        and sum(_products(x, weight) for x, weight in convolutions) <= most * _SMALL_PRODUCTS
-        and sum(weight.numel() for _, weight in convolutions) <= most * _SMALL_WEIGHTS
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and has_onednn()
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and _ONEDNN_BFLOAT16))
+        and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)
     )
 
 
@@ -173,7 +171,7 @@ def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
         if _onednn_takes(op, x, weight):
             if op in WINOGRAD_OPS and winograd_wins(x, weight):
                 return Choice("onednn", "inference on the CPU: weights folded and transformed once (Winograd)", True)
-            return Choice("onednn", "inference on the CPU: weights folded and packed once", True)
+            return Choice("onednn", PACKED, True)
         if x.dtype == torch.bfloat16 and not _ONEDNN_BFLOAT16:
             return Choice("aten", "oneDNN has no kernels for bfloat16 on this processor")
         if weight.dtype == torch.bfloat16:

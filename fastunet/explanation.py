@@ -28,7 +28,6 @@ from fastunet.unet import UNet
 
 # ATen ops worth a line of their own: layers that run beside our ops.
 _ATEN_LAYERS = ("convolution", "batch_norm", "max_pool", "upsample", "cat", "pad", "relu")
-_SMALL = "the net is so small that ATen's layers, one after the other, cost the host least"
 _OWN_BLOCKS = (modules.DoubleConv, modules.Up, modules.OutConv)
 
 
@@ -115,8 +114,8 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
 
     Of a model of fastunet's own blocks, a row for each op that runs. Of any other, compiled or not, a row for each
     convolution, pooling and upsampling with all that would be computed with it: what
-    `torch.compile(model, backend="fastunet")` puts in its place, or why it is left. Of `fastunet.graphed` the
-    rows of the model within, whose launches it replays.
+    `torch.compile(model, backend="fastunet")` puts in its place, or why it is left. Of `fastunet.graphed` and
+    `fastunet.freeze` the rows of the model within.
 
     Nothing is computed and nothing changes: the model runs on fake tensors, without data. `device` asks about another
     device than the example's, "cuda" also on a machine that has none. The model's mode is as it stands: in training it
@@ -130,9 +129,13 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
     with torch.set_grad_enabled(model.training):
         if has_own_blocks(model):
             rows = _recorded(model, example, target).rows
-            if target.type == "cpu" and isinstance(model, UNet) and model.is_small(example):
-                small = {"implementation": "aten", "reason": _SMALL}
-                rows = [row if row.implementation == "aten" else dataclasses.replace(row, **small) for row in rows]
+            if target.type == "cpu" and isinstance(model, UNet) and model.is_prepared(example):
+                known = {"implementation": "onednn", "reason": dispatch.PACKED}
+                is_small = [row.implementation == "aten" and row.op in dispatch.ONEDNN_OPS for row in rows]
+                rows = [
+                    dataclasses.replace(row, **known) if small else row
+                    for row, small in zip(rows, is_small, strict=True)
+                ]
             return Explanation(tuple(rows))
         rows = []
 

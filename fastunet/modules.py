@@ -7,7 +7,7 @@ patched or exchanged for what no op computes, the reference's forward runs, modu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import dispatch, ops, reference
-from fastunet.cpu.folded_layers import activate, run_layer, statistics_of
-from fastunet.cpu.onednn import ComposedLayer, convolve_composed, pointwise
+from fastunet.cpu.onednn import joins
+from fastunet.cpu.prepared_net import COMPOSED, MODULE, ONEDNN, Layer, StepUp, like, statistics_of
 from fastunet.ops.conv3x3 import ConvArgs, conv3x3
 from fastunet.reference.unet import HEADS, padding_to
 from fastunet.torch_private import has_hooks, in_transform
@@ -42,19 +42,17 @@ class DoubleConv(reference.DoubleConv):
         conv1, norm1, _, conv2, norm2, _ = self.double_conv
         return [(conv1, norm1), (conv2, norm2)]
 
-    def layered(self, x: Tensor, folded: Iterator[Any] | None) -> Tensor:
-        """forward of x by ATen's layers, none of which is watched; folded: of a `Folding`, in inference."""
-        conv1, norm1, act1, *_ = self.double_conv
-        if folded is None:
-            return self.layered_second(act1.forward(norm1.forward(conv1.forward(x))), None)
-        return self.layered_second(run_layer(norm1, act1, x, next(folded)), folded)
+    def layered(self, x: Tensor) -> Tensor:
+        """forward of x by torch's layers, none of which is watched."""
+        for layer in self.double_conv:
+            x = layer.forward(x)
+        return x
 
-    def layered_second(self, x: Tensor, folded: Iterator[Any] | None) -> Tensor:
-        """The rest of `layered`, from the output of the first three on."""
-        _, _, _, conv2, norm2, act2 = self.double_conv
-        if folded is None:
-            return act2.forward(norm2.forward(conv2.forward(x)))
-        return run_layer(norm2, act2, x, next(folded))
+    def prepared_layers(self, images: Sequence[Tensor]) -> list[Layer]:
+        """Return the two convolutions with what follows each, for inputs like these."""
+        conv1, norm1, act1, conv2, norm2, act2 = self.double_conv
+        between = like(images[0], conv2.weight.shape[1])
+        return [Layer(conv1, norm1, act1, images), Layer(conv2, norm2, act2, [between])]
 
     def fused(self, x: Tensor, up: Tensor | None = None, *, head: OutConv | None = None) -> Tensor:
         """forward of x, or of [x, up] without joining them; with head, head(forward(...))."""
@@ -144,20 +142,19 @@ class Up(reference.Up):
         is_torchs = is_plain(self.up, nn.ConvTranspose2d) or is_plain(self.up, nn.Upsample)
         return is_torchs and is_plain_block(self.conv, DoubleConv)
 
-    def layered(self, low: Tensor, skip: Tensor, folded: Iterator[Any] | None) -> Tensor:
-        """forward(low, skip) by ATen's layers, none of which is watched; folded: of a `Folding`, in inference."""
-        layer = None if folded is None else next(folded)
-        _, norm, act, *_ = self.conv.double_conv
-        if isinstance(layer, ComposedLayer):
-            return self.conv.layered_second(activate(act, convolve_composed(layer, skip, low)), folded)
-        x = torch.cat([skip, padded_to(self.up.forward(low), skip)], dim=1)
-        if layer is None:
-            return self.conv.layered(x, None)
-        return self.conv.layered_second(run_layer(norm, act, x, layer), folded)
+    def layered(self, low: Tensor, skip: Tensor) -> Tensor:
+        """forward(low, skip) by torch's layers, none of which is watched."""
+        return self.conv.layered(torch.cat([skip, padded_to(self.up.forward(low), skip)], dim=1))
 
-    def composed_up(self, low: Tensor, skip: Tensor) -> Any:
-        """Return the upsampling where it is computed together with the convolution after it, else None."""
-        return self.up if self._composes(low, skip) else None
+    def prepared_step(self, low: Tensor, skip: Tensor) -> StepUp:
+        """Return the upsampling and the two layers after it, for inputs like these."""
+        if self._composes(low, skip):
+            return StepUp(self.up, COMPOSED, low, *self.conv.prepared_layers([skip]))
+        conv, *_ = self.conv.double_conv
+        total = conv.weight.shape[1]
+        images = [like(skip, total)] if joins(skip) else [skip, like(skip, total - skip.shape[1])]
+        by = ONEDNN if _is_conv_transpose2x2(self.up) else MODULE
+        return StepUp(self.up, by, low, *self.conv.prepared_layers(images))
 
     def fused(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:
         """forward(low, skip); with head, head(forward(low, skip))."""
@@ -199,10 +196,8 @@ class OutConv(reference.OutConv):
         """Whether one op computes it."""
         return self.head in HEADS and _is_convolution(self.conv, 1)
 
-    def layered(self, x: Tensor, *, in_inference: bool) -> Tensor:
-        """forward of x by ATen's layers; in inference by oneDNN's, where ATen's own loop takes over at few channels."""
-        if in_inference and x.numel() and dispatch.has_onednn():
-            return self.activate(pointwise(x, self.conv.weight, self.conv.bias))
+    def layered(self, x: Tensor) -> Tensor:
+        """forward of x by torch's layers, none of which is watched."""
         return super().forward(x)
 
     def fused(self, x: Tensor) -> Tensor:

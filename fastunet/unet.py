@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from fastunet import dispatch, modules, pretrained, reference
 from fastunet.checks import ConfigError, ShapeError, check_activation, check_together
-from fastunet.cpu.folded_layers import Folding, Layer
-from fastunet.cpu.model_state import Memo
+from fastunet.cpu.model_state import Memo, autocast_dtype
 from fastunet.cpu.pooling import max_pool2x2
+from fastunet.cpu.prepared_net import PreparedNet, like
 from fastunet.ops.registration import is_plain_call
 from fastunet.reference import ReferenceUNet
 
 # The ways in which a net is computed.
-MODULES, LAYERS, OPS = "modules", "layers", "ops"  # or a Folding of the layers
+MODULES, LAYERS, OPS = "modules", "layers", "ops"  # or a PreparedNet
 
 
 def _either(name: str, value: Any, alias: str, other: Any, default: Any = None) -> Any:
@@ -112,14 +112,12 @@ class UNet(ReferenceUNet):
         way: Any = MODULES if modules.is_watched(x) else self._way(x)
         if way is MODULES:
             return self._by_modules(x, levels)
-        weight = next(iter(self.inc.double_conv)).weight
-        self._check_input(x, weight)
-        check_together("UNet", x, weight=weight)
+        self.check_image(x)
         # Unlike `contiguous`, `to` gives an image of one channel the strides by which it is known as channels_last.
         x = x.to(memory_format=torch.channels_last)
         if way is OPS:
             return self._by_ops(x, levels)
-        return self._by_layers(x, None if way is LAYERS else way.folded(), levels)
+        return self._by_layers(x, levels) if way is LAYERS else way(x, levels)
 
     def _by_ops(self, x: Tensor, levels: list[Tensor] | None) -> Tensor:
         skips = []
@@ -134,62 +132,79 @@ class UNet(ReferenceUNet):
                 levels.append(x)
         return last.fused(x, skips.pop(), head=self.head)
 
-    def _by_layers(self, x: Tensor, folded: Iterator[Any] | None, levels: list[Tensor] | None) -> Tensor:
+    def _by_layers(self, x: Tensor, levels: list[Tensor] | None) -> Tensor:
         skips = []
         for block in self.encoder:
-            skips.append(block.layered(x, folded))
+            skips.append(block.layered(x))
             x = max_pool2x2(skips[-1])
-        x = self.bottleneck.layered(x, folded)
+        x = self.bottleneck.layered(x)
         for block in self.decoder:
-            x = block.layered(x, skips.pop(), folded)
+            x = block.layered(x, skips.pop())
             if levels is not None:
                 levels.append(x)
-        return self.head.layered(x, in_inference=folded is not None)
+        return self.head.layered(x)
 
     def _way(self, x: Tensor) -> Any:
-        """How to compute the net: by its modules, where one's own call is asked for; by their layers, where all is left
-        to ATen, which gains nothing of knowing the neighbours, or where the net is small; else by fused ops.
+        """How to compute the net: by its modules, where one's own call is asked for; by weights prepared for all of it,
+        in inference on the CPU; by the modules' layers, where all is left to ATen, which gains nothing of knowing the
+        neighbours; else by fused ops.
         """
         if self.dims == 3:
             self._check_sides(x)
             return MODULES
         if torch.compiler.is_compiling():
-            return OPS if self._has_plain_layers() else MODULES
-        signature: Any = None
-        if x.dim() == 4 and is_plain_call((x,)):
-            signature = (x.shape, x.dtype, x.device, torch.is_grad_enabled(), dispatch.settings(x.device))
+            return OPS if self.has_plain_layers() else MODULES
+        signature, autocast = None, autocast_dtype(x.device.type)
+        if x.dim() == 4 and is_plain_call((x,), but_for_autocast=True):
+            signature = (x.shape, x.dtype, autocast, x.device, torch.is_grad_enabled(), dispatch.settings(x.device))
 
         def find() -> Any:
-            if not self._has_plain_layers():
+            if not self.has_plain_layers():
                 return MODULES
-            return OPS if signature is None else self._way_by_size(x)
+            return OPS if signature is None else self._way_by_size(x, autocast)
 
         way = self._memo.answer(self, signature, find)
         return way if modules.has_torchs_forwards() else MODULES
 
-    def is_small(self, x: Tensor) -> bool:
-        """Return whether on images like x ATen's layers, one after the other, compute the net in inference."""
-        return isinstance(self._way(x.new_empty(1, device="cpu").expand(x.shape)), Folding)
+    def is_prepared(self, x: Tensor) -> bool:
+        """Return whether of images like x the net is computed by weights prepared for all of it."""
+        return isinstance(self._way(x.new_empty(1, device="cpu").expand(x.shape)), PreparedNet)
 
-    def _way_by_size(self, x: Tensor) -> Any:
-        sizes = [[side >> level for side in x.shape[2:]] for level in range(self.depth + 1)]
-        images = [x.new_empty(1).expand(x.shape[0], 1, *size) for size in sizes]
-        layers = [
-            Layer(conv, norm, None, image)
-            for block, image in zip(self._descent(), images, strict=True)
+    def _way_by_size(self, x: Tensor, autocast: torch.dtype | None) -> Any:
+        dtype = autocast or x.dtype
+        is_inference = not torch.is_grad_enabled() and not any(module.training for module in self.modules())
+        if is_inference and dispatch.prepares_nets(x, dtype, [*self.parameters()]):
+            net = self.prepared_net(x, dtype)
+            if dtype == torch.float32 or net.folds_norms:
+                return net
+        if autocast is not None:
+            return OPS
+        blocks = [*self._descent(), *(block.conv for block in self.decoder)]
+        levels = [*range(self.depth + 1), *reversed(range(self.depth))]
+        images = [x.new_empty(1).expand(x.shape[0], 1, *(side >> level for side in x.shape[2:])) for level in levels]
+        is_left = all(
+            modules.is_left_to_aten(conv, norm, image)
+            for block, image in zip(blocks, images, strict=True)
             for conv, norm in block.convolutions()
-        ]
-        for block, low, skip in zip(self.decoder, images[:0:-1], images[-2::-1], strict=True):
-            (conv1, norm1), (conv2, norm2) = block.conv.convolutions()
-            layers += [Layer(conv1, norm1, block.composed_up(low, skip), skip), Layer(conv2, norm2, None, skip)]
-        is_inference = not torch.is_grad_enabled() and not any(layer.norm.training for layer in layers)
-        if is_inference and dispatch.is_small([(layer.image, layer.conv.weight) for layer in layers]):
-            return Folding(layers)
-        is_left = all(modules.is_left_to_aten(layer.conv, layer.norm, layer.image) for layer in layers)
+        )
         return LAYERS if is_left else OPS
 
-    def _has_plain_layers(self) -> bool:
-        """Whether no module's own call is asked for, so that what follows each other can be computed together."""
+    def prepared_net(self, x: Tensor, dtype: torch.dtype) -> PreparedNet:
+        """Return the net for inference in `dtype` on images like x, by weights prepared for all of it."""
+        image, descent, skips = torch.empty(1, dtype=dtype).expand(x.shape), [], list[Tensor]()
+        for block in self._descent():
+            image = image[:, :, : image.shape[2] // 2, : image.shape[3] // 2] if skips else image
+            descent.append(block.prepared_layers([image]))
+            image = like(image, descent[-1][-1].conv.weight.shape[0])
+            skips.append(image)
+        low, ascent = skips.pop(), []
+        for block in self.decoder:
+            ascent.append(block.prepared_step(low, skips.pop()))
+            low = like(ascent[-1].second.images[0], ascent[-1].second.conv.weight.shape[0])
+        return PreparedNet(descent, ascent, self.head, dtype)
+
+    def has_plain_layers(self) -> bool:
+        """Return whether no module's own call is asked for, so that neighbours can be computed together."""
         return (
             modules.is_plain_block(self.inc, modules.DoubleConv)
             and all(modules.is_plain_block(down, modules.Down) for down in self.downs)
@@ -219,6 +234,12 @@ class UNet(ReferenceUNet):
 
     def _descent(self) -> list[Any]:
         return [self.inc, *(down.block for down in self.downs)]
+
+    def check_image(self, x: Tensor) -> None:
+        """Raise ShapeError, DtypeError or DeviceError for an input that the net as it is cannot take."""
+        weight = next(iter(self.inc.double_conv)).weight
+        self._check_input(x, weight)
+        check_together("UNet", x, weight=weight)
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         """Raise ShapeError for what the layers as they are cannot take, before any of them runs."""

@@ -34,7 +34,7 @@ def _nothing_known(
 @pytest.fixture
 def layers_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers and nets are computed like large ones, which would take the tests longer."""
-    for limit in ("_FEW_PRODUCTS", "_FEW_PRODUCTS_OF_TWO", "_SMALL_PRODUCTS"):
+    for limit in ("_FEW_PRODUCTS", "_FEW_PRODUCTS_OF_TWO"):
         monkeypatch.setattr(dispatch, limit, 0)
 
 

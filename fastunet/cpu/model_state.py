@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastunet.checks import autocasts
 from fastunet.cpu.weight_cache import places
 
 
@@ -92,4 +93,4 @@ class ModelState:
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """Return what autocast casts to on that kind of device, None where it is off."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if autocasts(device) else None

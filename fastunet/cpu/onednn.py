@@ -64,35 +64,87 @@ def conv3x3(
     """activation(norm(conv2d([x, up], weight, stride=stride, padding=1)) + bias) in x's dtype; the arguments as the ops
     have them.
     """
-    # In 16 bits the sum of the first input would be rounded before the second's; of small ones a copy costs less than
-    # a second call.
-    if up is not None and (x.dtype != torch.float32 or x[0].numel() <= _FEW_VALUES):
-        x, up = torch.cat([x, up], dim=1), None
-    if stride == 1 and dispatch.winograd_wins(x, weight):
-        return activate_(_convolve_winograd([x] if up is None else [x, up], weight, bias, norm), slope)
+    inputs = inputs_of(x, up)
+    side = side_of(x, weight, stride)
+    kind = ("conv3x3", x.dtype, inputs[0].shape[1], stride, side, None if norm is None else norm.eps)
 
-    def make() -> tuple[Tensor | None, Tensor, Tensor | None]:
-        folded, shift = _folded(weight, bias, norm)
-        packed = None if up is None else pack(folded[:, x.shape[1] :], up, stride)
-        return packed, pack(folded[:, : x.shape[1]], x, stride), _as(shift, x)
+    def make() -> Convolution:
+        return prepare_conv3x3(inputs, *_folded(weight, bias, norm), stride)
 
-    kind = ("conv3x3", x.dtype, x.shape[1], stride, None if norm is None else norm.eps)
-    of_up, of_x, shift = prepared(kind, _sources(weight, bias, norm), make)
-    y = convolve(x, of_x, shift, stride)
-    if up is not None and of_up is not None:
-        y = _convolve_add_(y, up, of_up, stride)
-    return activate_(y, slope)
+    return prepared(kind, _sources(weight, bias, norm), make)(inputs, slope)
+
+
+def inputs_of(x: Tensor, up: Tensor | None) -> list[Tensor]:
+    """Return what the convolution of x, or of x and up, takes: the two as they are, or joined."""
+    if up is None:
+        return [x]
+    return [torch.cat([x, up], dim=1)] if joins(x) else [x, up]
+
+
+def joins(x: Tensor) -> bool:
+    """Whether an input is joined to x: in 16 bits, where the sum of the first would be rounded before the second's, and
+    where they are small, so that a copy costs less than a second call.
+    """
+    return x.dtype != torch.float32 or x[0].numel() <= _FEW_VALUES
+
+
+class Convolution(NamedTuple):
+    """A 3x3 convolution of one input or the sum of several's: the prepared weight of each, for Winograd's tiles of that
+    side, or, of side 0, for oneDNN.
+    """
+
+    shares: list[Tensor]
+    bias: Tensor | None
+    stride: int
+    side: int
+
+    def __call__(self, inputs: Sequence[Tensor], slope: float | None, *, is_finite: bool = False) -> Tensor:
+        """Return activation(conv2d(inputs)); is_finite: no value is infinite or NaN."""
+        if self.side:
+            return activate_(winograd.convolve_transformed(inputs, self.shares, self.bias, self.side), slope)
+        fused = "relu" if is_finite and slope == 0 else "none"
+        geometry = (_ONE, [self.stride] * 2, _ONE, 1)
+        first, *others = zip(inputs, self.shares, strict=True)
+        y = _convolve(*first, self.bias, *geometry, "none" if others else fused, [], "")
+        for x, share in others:
+            y = _convolve_add_(y, x, share, fused, self.stride)
+        return y if fused == "relu" else activate_(y, slope)
+
+
+def prepare_conv3x3(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, stride: int = 1) -> Convolution:
+    """Prepare weight [Cout, Cin, 3, 3] and bias in float32 for inputs like these, which have Cin channels together."""
+    side = side_of(inputs[0], weight, stride)
+    parts = weight.split([x.shape[1] for x in inputs], dim=1)
+    shares = [
+        winograd.transformed(part, side) if side else _pack(part, x, stride)
+        for part, x in zip(parts, inputs, strict=True)
+    ]
+    return Convolution(shares, _as(bias, inputs[0]), stride, side)
+
+
+def side_of(x: Tensor, weight: Tensor, stride: int = 1) -> int:
+    """Return the side of Winograd's tiles where its algorithm is the faster, else 0."""
+    return winograd.side_of_tiles(x, weight) if stride == 1 and dispatch.winograd_wins(x, weight) else 0
 
 
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """conv_transpose2d(x, weight, bias, stride=2) in x's dtype."""
 
     def make() -> tuple[Tensor, Tensor | None]:
-        plain, shift = _folded(weight, bias, None)
-        return _pack_transpose(plain, x, padding=0), _as(shift, x)
+        return prepare_conv_transpose2x2(x, weight, bias)
 
-    packed, shift = prepared(("conv_transpose2x2", x.dtype), [weight, bias], make)
-    return _convolve_transpose(x, packed, shift, padding=0)
+    return convolve_transpose2x2(prepared(("conv_transpose2x2", x.dtype), [weight, bias], make), x)
+
+
+def prepare_conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Prepare weight and bias for images like x."""
+    plain, shift = _folded(weight, bias, None)
+    return _pack_transpose(plain, x, padding=0), _as(shift, x)
+
+
+def convolve_transpose2x2(weights: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
+    """Return conv_transpose2d(x, weight, bias, stride=2) by prepared weights."""
+    return _convolve_transpose(x, *weights, padding=0)
 
 
 def conv_transpose2x2_concat_conv3x3(
@@ -108,38 +160,42 @@ def conv_transpose2x2_concat_conv3x3(
     """conv3x3(skip, up, ...) of up = conv_transpose2d(low, up_weight, up_bias, stride=2), padded with zeros below and
     right to skip's size, which is never computed: the two weights are composed.
     """
-    is_wide = dispatch.winograd_wins(skip, weight[:, : skip.shape[1]])
-    side = winograd.side_of_tiles(skip, weight[:, : skip.shape[1]]) if is_wide else 0
+    side = side_of(skip, weight[:, : skip.shape[1]])
 
-    def make() -> ComposedLayer:
-        return compose(skip, low, up_weight, up_bias, *_folded(weight, bias, norm), side)
+    def make() -> Composed:
+        return compose(skip, low, up_weight, up_bias, *_folded(weight, bias, norm))
 
     kind = ("conv_transpose2x2_concat_conv3x3", skip.dtype, side, None if norm is None else norm.eps)
     layer = prepared(kind, [*_sources(weight, bias, norm), up_weight, up_bias], make)
-    return activate_(convolve_composed(layer, skip, low, side), slope)
+    return layer([skip, low], slope)
 
 
-class ComposedLayer(NamedTuple):
+class Composed(NamedTuple):
     """An upsampling with the convolution after it: the weight of both, the skip's, and what the biases add."""
 
     composed: Tensor
-    of_skip: Tensor
+    of_skip: Convolution
     shift: Tensor | None
     border: Tensor | None
 
+    def __call__(self, inputs: Sequence[Tensor], slope: float | None, *, is_finite: bool = False) -> Tensor:
+        """Return the activated convolution of [skip, the upsampled low]; is_finite: no value is infinite or NaN."""
+        skip, low = inputs
+        odd = [size % 2 for size in skip.shape[2:]]
+        y = _convolve_transpose(low, self.composed, self.shift, padding=1, output_padding=odd)
+        if self.border is not None:
+            y = folding.add_border_(y, self.border)
+        if self.of_skip.side:
+            return activate_(y.add_(self.of_skip([skip], None)), slope)
+        fused = "relu" if is_finite and slope == 0 else "none"
+        y = _convolve_add_(y, skip, self.of_skip.shares[0], fused)
+        return y if fused == "relu" else activate_(y, slope)
+
 
 def compose(
-    skip: Tensor,
-    low: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    weight: Tensor,
-    shift: Tensor | None,
-    side: int = 0,
-) -> ComposedLayer:
-    """Prepare weights and bias in float32, the norm folded in, for images like skip and low; side: of Winograd's tiles,
-    0 for oneDNN.
-    """
+    skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor | None, weight: Tensor, shift: Tensor | None
+) -> Composed:
+    """Prepare weights and bias in float32, the norm folded in, for images like skip and low."""
     split = skip.shape[1]
     of_up = weight[:, split:]
     border = None
@@ -148,32 +204,8 @@ def compose(
         inner, border = of_bias[:, 1, 1], folding.border_of(of_bias)
         shift = inner if shift is None else shift + inner
     composed = _pack_transpose(folding.compose_upsampling(up_weight.detach().float(), of_up), low, padding=1)
-    of_skip = winograd.transformed(weight[:, :split], side) if side else pack(weight[:, :split], skip)
-    return ComposedLayer(composed, of_skip, _as(shift, skip), _as(border, skip))
-
-
-def convolve_composed(layer: ComposedLayer, skip: Tensor, low: Tensor, side: int = 0) -> Tensor:
-    """Return the convolution of [skip, the upsampled low], before its activation."""
-    odd = [size % 2 for size in skip.shape[2:]]
-    y = _convolve_transpose(low, layer.composed, layer.shift, padding=1, output_padding=odd)
-    if layer.border is not None:
-        y = folding.add_border_(y, layer.border)
-    if side:
-        return y.add_(winograd.convolve_transformed([skip], [layer.of_skip], None, side))
-    return _convolve_add_(y, skip, layer.of_skip)
-
-
-def _convolve_winograd(inputs: list[Tensor], weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
-    side = winograd.side_of_tiles(inputs[0], weight)
-
-    def make() -> tuple[list[Tensor], Tensor | None]:
-        folded, shift = _folded(weight, bias, norm)
-        shares = folded.split([x.shape[1] for x in inputs], dim=1)
-        return [winograd.transformed(share, side) for share in shares], shift
-
-    kind = ("winograd", side, inputs[0].shape[1], None if norm is None else norm.eps)
-    factors, shift = prepared(kind, _sources(weight, bias, norm), make)
-    return winograd.convolve_transformed(inputs, factors, shift, side)
+    of_skip = prepare_conv3x3([skip], weight[:, :split], None)
+    return Composed(composed, of_skip, _as(shift, skip), _as(border, skip))
 
 
 def _sources(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> list[Tensor | None]:
@@ -193,7 +225,7 @@ def _as(t: Tensor | None, x: Tensor) -> Tensor | None:
     return None if t is None else t.to(x.dtype)
 
 
-def pack(weight: Tensor, x: Tensor, stride: int = 1) -> Tensor:
+def _pack(weight: Tensor, x: Tensor, stride: int = 1) -> Tensor:
     """Return a 3x3 weight in the order in which oneDNN multiplies images like x by it."""
     weight = weight.to(x.dtype).contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._reorder_convolution_weight(weight, _ONE, [stride] * 2, _ONE, 1, list(x.shape))
@@ -204,21 +236,19 @@ def _pack_transpose(weight: Tensor, low: Tensor, *, padding: int) -> Tensor:
     return reorder(weight.to(low.dtype), [padding] * 2, [0, 0], [2, 2], _ONE, 1, list(low.shape))
 
 
-def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
-    """Return conv2d(x, packed, bias, stride=stride, padding=1); packed may also be a plain weight."""
-    geometry = (_ONE, [stride] * 2, _ONE, 1)
-    return torch.ops.mkldnn._convolution_pointwise.default(x, packed, bias, *geometry, "none", [], "")
-
-
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return conv2d(x, weight, bias) of a 1x1 weight as it is."""
-    return torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, [0, 0], _ONE, _ONE, 1, "none", [], "")
+    return _convolve(x, weight, bias, [0, 0], _ONE, _ONE, 1, "none", [], "")
 
 
-def _convolve_add_(y: Tensor, x: Tensor, packed: Tensor, stride: int = 1) -> Tensor:
-    """y += conv2d(x, weight, stride=stride, padding=1)."""
-    geometry = (_ONE, [stride] * 2, _ONE, 1)
-    return torch.ops.mkldnn._convolution_pointwise_(y, x, packed, None, *geometry, "add", 1.0, None, [], "")
+def _convolve(*arguments: Any) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise.default(*arguments)
+
+
+def _convolve_add_(y: Tensor, x: Tensor, packed: Tensor, fused: str, stride: int = 1) -> Tensor:
+    """y += conv2d(x, weight, stride=stride, padding=1), then what is fused with it, "relu" or "none"."""
+    geometry, unary = (_ONE, [stride] * 2, _ONE, 1), None if fused == "none" else fused
+    return torch.ops.mkldnn._convolution_pointwise_(y, x, packed, None, *geometry, "add", 1.0, unary, [], "")
 
 
 def _convolve_transpose(

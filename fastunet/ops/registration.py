@@ -217,8 +217,10 @@ def _is_torchs(op: Op, args: Any) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def is_plain_call(args: Sequence[Any]) -> bool:
-    """Return whether no subclass, mode, transform or autocast is to see what is done with these arguments."""
+def is_plain_call(args: Sequence[Any], *, but_for_autocast: bool = False) -> bool:
+    """Return whether no subclass, mode, transform or autocast is to see what is done with these arguments;
+    but_for_autocast: who asks does what autocast would.
+    """
     for a in args:
         if isinstance(a, Tensor) and type(a) not in _PLAIN:
             return False
@@ -227,7 +229,7 @@ def is_plain_call(args: Sequence[Any]) -> bool:
         and torch_private.function_modes() == 0
         and not in_forward_mode()
         and not in_transform()
-        and not checks.autocasts(args[0].device.type)
+        and (but_for_autocast or not checks.autocasts(args[0].device.type))
         and not torch_private.is_profiling()
     )
 

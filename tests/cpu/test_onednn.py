@@ -31,20 +31,21 @@ JOINED_UP = "conv_transpose2x2_concat_conv3x3_relu"
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the functions of `onednn` in the order they run."""
+    """What is computed by prepared weights, by ops or in a net, in the order it runs."""
     names: list[str] = []
 
-    def recorded(name: str) -> None:
-        original = getattr(onednn, name)
+    def recorded(owner: object, attribute: str, name: str) -> None:
+        original = getattr(owner, attribute)
 
-        def run(*args: object) -> Tensor:
+        def run(*args: object, **options: object) -> Tensor:
             names.append(name)
-            return original(*args)
+            return original(*args, **options)
 
-        monkeypatch.setattr(onednn, name, run)
+        monkeypatch.setattr(owner, attribute, run)
 
-    for name in ("conv3x3", "conv_transpose2x2", "conv_transpose2x2_concat_conv3x3"):
-        recorded(name)
+    recorded(onednn.Convolution, "__call__", "conv3x3")
+    recorded(onednn.Composed, "__call__", "conv_transpose2x2_concat_conv3x3")
+    recorded(onednn, "convolve_transpose2x2", "conv_transpose2x2")
     return names
 
 

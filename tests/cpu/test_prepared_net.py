@@ -1,0 +1,109 @@
+"""A net by prepared weights: where oneDNN's ReLU is used, and that no NaN is lost by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastunet
+from fastunet import dispatch
+from fastunet.cpu import onednn
+
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"),
+    pytest.mark.skipif(dispatch.selected_backend() != "auto", reason="FASTUNET_BACKEND is not auto"),
+]
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
+)
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+
+
+def unet(**options: object) -> fastunet.UNet:
+    torch.manual_seed(0)
+    return fastunet.UNet(1, 2, **{"features": (4, 8, 16, 8), **options}).eval()
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each convolution, whether its activation was left to oneDNN."""
+    found: list[bool] = []
+    for kind in (onednn.Convolution, onednn.Composed):
+
+        def run(
+            self: object, inputs: object, slope: object, *, is_finite: bool = False, of: Callable = kind.__call__
+        ) -> Tensor:
+            found.append(is_finite)
+            return of(self, inputs, slope, is_finite=is_finite)
+
+        monkeypatch.setattr(kind, "__call__", run)
+    return found
+
+
+def scaled(model: fastunet.UNet, factor: float) -> fastunet.UNet:
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("value", "factor", "of_descent", "of_ascent"),
+    [
+        (1.0, 1.0, True, True),
+        (2.0**19, 1.0, True, True),
+        (2.0**21, 1.0, False, False),  # Its image is not moderate,
+        (math.nan, 1.0, False, False),
+        (math.inf, 1.0, False, False),
+        (-math.inf, 1.0, False, False),
+        (1.0, 2.0**25, False, False),  # nor are its weights,
+        (1.0, math.nan, False, False),
+        (2.0**19, 2.0**6, True, False),  # nor what the lower levels hold.
+    ],
+)
+def test_nothing_that_is_not_finite_is_lost(
+    value: float, factor: float, of_descent: bool, of_ascent: bool, dtype: torch.dtype, fused: list[bool]
+) -> None:
+    """Neither from the image on nor made on the way: where it could be, the ReLU that drops NaN is not used."""
+    model = scaled(unet(norm=None), factor)
+    x = torch.rand(1, 1, 32, 40) + 0.5
+    x[0, 0, 9, 11] = value
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        y = model(x)
+        with fastunet.backend("aten"):
+            expected = model(x)
+    assert fused == [of_descent] * 6 + [of_descent and of_ascent] * 8
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.isinf(), expected.isinf())
+    assert expected.isfinite().all() == (factor < 2**25 and math.isfinite(value))
+
+
+@pytest.mark.parametrize("options", [{"activation": "leaky_relu"}, {"norm": "instance"}], ids=str)
+def test_only_a_relu_is_left_to_onednn(options: dict, fused: list[bool]) -> None:
+    with torch.no_grad():
+        unet(**options)(torch.rand(1, 1, 32, 32))
+    assert fused
+    assert not any(fused)
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_no_value_exceeds_its_bound(norm: str | None) -> None:
+    """A window of the signs of a channel's weights gives the largest value that there is."""
+    for layer in unet(norm=norm).prepared_net(torch.rand(1, 1, 32, 32), torch.float32).descent[1]:
+        weight, bias = layer.folded()
+        bound = 3.0
+        largest = 0.0
+        for channel, of in enumerate(weight):
+            window = bound * of.sign()[None]
+            y = nn.functional.conv2d(
+                window.double(), weight.double(), None if bias is None else bias.double(), padding=1
+            )
+            largest = max(largest, float(y[0, channel, 1, 1].detach().abs()))
+        assert largest == pytest.approx(layer.grown(bound), rel=0.2)
+        assert largest <= layer.grown(bound)
