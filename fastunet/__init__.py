@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastunet.dispatch import backend as backend
     from fastunet.explanation import explain as explain
     from fastunet.inference.cuda_graphs import graphed as graphed
+    from fastunet.inference.frozen import freeze as freeze
     from fastunet.inference.predict import predict as predict
     from fastunet.inference.quantization import quantize as quantize
     from fastunet.ops.recompute import recomputing as recomputing
@@ -29,6 +30,7 @@ _HOMES: dict[str, str | None] = {
     "backend": "dispatch",
     "compile": "compiler.backend",
     "explain": "explanation",
+    "freeze": "inference.frozen",
     "graphed": "inference.cuda_graphs",
     "load": "segmenter",
     "losses": None,

@@ -21,6 +21,7 @@ from fastunet.compiler.backend import default_fallback, find_patterns, replace_p
 from fastunet.compiler.fx_nodes import arguments, value_of
 from fastunet.compiler.patterns import Pattern
 from fastunet.inference.cuda_graphs import GraphedModel
+from fastunet.inference.frozen import FrozenUNet
 from fastunet.inference.quantization import QuantizedConv3x3
 from fastunet.ops.registration import Op, call_of
 from fastunet.torch_private import FakeTensorMode, TorchDispatchMode, original
@@ -124,7 +125,7 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
     Raises BackendError where the forced backend cannot run an op.
     """
     model = original(model)
-    model = model.model if isinstance(model, GraphedModel) else model
+    model = model.model if isinstance(model, GraphedModel | FrozenUNet) else model
     target = torch.device(device) if device is not None else example.device
     with torch.set_grad_enabled(model.training):
         if has_own_blocks(model):
@@ -157,7 +158,7 @@ def calls(model: nn.Module, example: Tensor) -> list[tuple[Op, Any]]:
     with its arguments, whose tensors are fake. Nothing is computed; as `explain` otherwise.
     """
     model = original(model)
-    model = model.model if isinstance(model, GraphedModel) else model
+    model = model.model if isinstance(model, GraphedModel | FrozenUNet) else model
     with torch.set_grad_enabled(model.training):
         if has_own_blocks(model):
             return _recorded(model, example, example.device).calls

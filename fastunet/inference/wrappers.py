@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastunet.checks import ConfigError
 from fastunet.inference.cuda_graphs import GraphedModel
+from fastunet.inference.frozen import FrozenUNet
 from fastunet.reference import ReferenceUNet
 from fastunet.reference.unet import OutConv
 from fastunet.torch_private import original
@@ -22,7 +23,7 @@ from fastunet.unet import UNet
 # By the name of what they wrap: what they give is what that gives.
 WRAPPERS: dict[str, tuple[type[nn.Module], ...]] = {
     "module": (DataParallel, DistributedDataParallel, AveragedModel),
-    "model": (GraphedModel,),
+    "model": (GraphedModel, FrozenUNet),
 }
 # At the end of an nn.Sequential, what leaves logits logits and probabilities probabilities.
 KEEPING = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Upsample)

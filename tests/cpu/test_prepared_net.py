@@ -1,8 +1,10 @@
-"""A net by prepared weights: where oneDNN's ReLU is used, and that no NaN is lost by it."""
+"""A net by prepared weights: where oneDNN's ReLU is used, that no NaN is lost by it, and `fastunet.freeze`."""
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -107,3 +109,57 @@ def test_no_value_exceeds_its_bound(norm: str | None) -> None:
             largest = max(largest, float(y[0, channel, 1, 1].detach().abs()))
         assert largest == pytest.approx(layer.grown(bound), rel=0.2)
         assert largest <= layer.grown(bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": None, "activation": "leaky_relu"}, {"upsample": "bilinear", "head": "softmax"}], ids=str
+)
+def test_a_frozen_net_gives_the_models_bits(options: dict, dtype: torch.dtype) -> None:
+    model = unet(**options)
+    frozen = fastunet.freeze(model, dtype=dtype)
+    for size in ((2, 1, 32, 40), (1, 1, 33, 31), (2, 1, 32, 40)):
+        x = torch.rand(size)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            expected = model(x)
+        y = frozen(x)
+        assert y.dtype == dtype
+        assert not y.requires_grad
+        assert torch.equal(y, expected)
+
+
+def test_a_frozen_net_is_the_model_of_then() -> None:
+    model, x = unet(head="sigmoid"), torch.rand(1, 1, 16, 16)
+    frozen = fastunet.freeze(model)
+    expected = frozen(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+        assert not torch.equal(model(x), expected)
+    for net in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert torch.equal(net(x), expected)
+    assert torch.equal(fastunet.predict(frozen, x[0], tta=False), expected[0])
+    assert str(fastunet.explain(frozen, x)) == str(fastunet.explain(model, x))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        (lambda model: model.train(), fastunet.FastUNetError, "train mode"),
+        (lambda model: model.to_reference(), fastunet.FastUNetError, "ReferenceUNet"),
+        (lambda model: model.double(), TypeError, "float64"),
+        (lambda model: model.to("meta"), ValueError, "meta"),
+        (lambda model: model.inc.register_forward_hook(lambda *_: None) and model, ValueError, "hooks"),
+        (lambda model: fastunet.UNet(1, 2, features=(2, 4), dims=3).eval(), ValueError, "dims=3"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(change: Callable, error: type[Exception], named: str) -> None:
+    with pytest.raises(error, match=named):
+        fastunet.freeze(change(unet()))
+
+
+def test_a_frozen_net_refuses_what_the_model_does() -> None:
+    frozen = fastunet.freeze(unet())
+    for x in (torch.rand(1, 2, 32, 32), torch.rand(1, 1, 4, 32), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(fastunet.FastUNetError):
+            frozen(x)

@@ -1,0 +1,85 @@
+"""Inference on the CPU by weights that are prepared once and never looked at again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastunet import dispatch
+from fastunet.checks import BackendError, ConfigError, DeviceError, DtypeError
+from fastunet.cpu.prepared_net import PreparedNet, Weights
+from fastunet.ops.registration import check_untransformed
+from fastunet.unet import UNet, check_is_of_images
+
+# Images of ever new sizes are not to fill the memory.
+_MOST_SIZES = 64
+
+
+def freeze(model: UNet, *, dtype: torch.dtype = torch.float32) -> FrozenUNet:
+    """Return a copy of the model for inference on the CPU that asks nothing after its weights are prepared.
+
+    At each call a `UNet` asks whether its modules, settings and weights are what they were, which takes up to a third
+    of the time of small images. The copy asks nothing: what is done to the model afterwards has no effect. Of images
+    [N, C, H, W] of any size its results are those of model(x); with bfloat16, those of model(x) under autocast.
+
+    dtype: torch.float32 or torch.bfloat16, of the computation and the result.
+
+    Raises ConfigError for a model that is no `UNet` of images as built (hooks, exchanged parts, volumes), in train
+    mode, or of norms without running statistics in bfloat16; DtypeError for other dtypes; DeviceError for a model or an
+    image that is not on the CPU; BackendError without oneDNN, or without its bfloat16 on this processor.
+    """
+    if not isinstance(model, UNet):
+        raise ConfigError(f"freeze: expected a fastunet.UNet, got {type(model).__name__}")
+    check_is_of_images("freeze", model)
+    if not model.has_plain_layers():
+        raise ConfigError("freeze: expected a UNet as built, got one with hooks, patches or exchanged parts")
+    if model.training:
+        raise ConfigError("freeze: a frozen model is for inference: expected eval mode, got train mode")
+    parameters = [*model.parameters()]
+    dtypes = {dtype, *(p.dtype for p in parameters)}
+    if not dtypes <= {torch.float32, dtype} or dtype not in (torch.float32, torch.bfloat16):
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise DtypeError(f"freeze: expected parameters in float32, and dtype float32 or bfloat16, got {found}")
+    devices = {p.device.type for p in parameters}
+    if devices != {"cpu"}:
+        raise DeviceError(f"freeze: expected a model on the CPU, got {', '.join(sorted(devices))}")
+    if not dispatch.prepares_nets(torch.empty(1), dtype, parameters):
+        raise BackendError(
+            f"freeze: expected oneDNN with {dtype}, and backend 'auto'; this processor or setting has not"
+        )
+    return FrozenUNet(copy.deepcopy(model), dtype)
+
+
+class FrozenUNet(nn.Module):
+    """See `freeze`. model: the copy, which is not to be changed."""
+
+    def __init__(self, model: UNet, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model.requires_grad_(False), dtype
+        self.training = False
+        self._nets: dict[tuple[Any, ...], tuple[PreparedNet, Weights]] = {}
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        net, weights = self._nets.get((x.shape, x.dtype, x.device)) or self._prepared(x)
+        return net.run(weights, x.to(memory_format=torch.channels_last))
+
+    def _prepared(self, x: Tensor) -> tuple[PreparedNet, Weights]:
+        check_untransformed("a frozen model")
+        self.model.check_image(x)
+        if x.device.type != "cpu" or x.numel() == 0:
+            raise DeviceError(f"freeze: expected images on the CPU, got {list(x.shape)} on {x.device}")
+        net = self.model.prepared_net(x, self.dtype)
+        if self.dtype != torch.float32 and not net.folds_norms:
+            raise ConfigError("freeze: expected batch norms with running statistics in bfloat16, or none, got others")
+        if len(self._nets) >= _MOST_SIZES:
+            self._nets.clear()
+        self._nets[x.shape, x.dtype, x.device] = found = net, net.weights()
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is prepared is not copied or pickled: a copy prepares its own."""
+        return {**self.__dict__, "_nets": {}}
