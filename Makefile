@@ -63,7 +63,6 @@ static-releases: $(VENV)/dev.stamp
 
 # The README's figures of speed, from the files in benchmarks/results.
 perf-table: $(VENV)/dev.stamp
-	$(BIN)/python -m benchmarks perf-table
 	$(BIN)/python docs/generate.py
 
 # A wheel, and the source distribution that it is built from.

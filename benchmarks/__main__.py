@@ -21,7 +21,6 @@ COMMANDS = {
     "accuracy": ("accuracy", "training against a plain script, or a model against its copy in 8 bits"),
     "gpu": ("gpu", "the report of a GPU: parity, peak rates, layers, nets, tests, configurations"),
     "compare-commits": ("compare_commits", "the working tree against a commit: parity first, then speed"),
-    "perf-table": ("results", "write the README's table of speed from the committed results"),
 }
 
 

@@ -1,7 +1,7 @@
 """Write what the documentation takes from elsewhere: `python docs/generate.py`.
 
-docs/ops.md comes from the docstrings of fastunet.ops, and the blocks of docs/performance.md between markers from
-benchmarks/results. With `--pictures FOLDER`, the folder in which the commands of docs/tutorial.md were run, the
+docs/ops.md comes from the docstrings of fastunet.ops, the blocks of README.md and docs/performance.md between markers
+from benchmarks/results. With `--pictures FOLDER`, the folder in which the commands of docs/tutorial.md were run, the
 tutorial's pictures are written too.
 """
 
@@ -11,9 +11,14 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fastunet.benchmarks.results import markdown, ratio_text, spread_text
+
+from fastunet import ops
+from fastunet.measuring.timing import Quantiles, ratio
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -35,8 +40,6 @@ This page is written from the docstrings by `python docs/generate.py`.
 
 def ops_page() -> str:
     """Return the reference of the public ops: a signature and the docstring of each."""
-    from fastunet import ops
-
     sections = [_section(name, getattr(ops, name)) for name in ops.__all__]
     return "\n".join([OPS_HEAD, *sections])
 
@@ -76,17 +79,28 @@ def _as_markdown(docstring: str) -> str:
     return "\n".join(lines)
 
 
-# --- performance.md ---
+# --- README.md and performance.md ---
+
+TASKS = {"inference": "inference", "training": "training step"}
+# The columns of other people's models: the time of the first over that of the second.
+DROP_IN = (
+    ("eager", "fastunet"),
+    ("inductor", "fastunet"),
+    ("inductor channels_last", "fastunet.compile"),
+)
+# What the README shows of the tables of speed.
+README_FILES = ("gpu_report.json", "unet_float32.json")
+
+Result = Mapping[str, Any]
 
 
-def performance_page(text: str) -> str:
-    """Return the page with its blocks between `<!-- NAME: generated -->` and `<!-- end of NAME -->` written anew."""
-    blocks = {"training": accuracy_table, "speed": speed_tables, "slower": losing_cases, "memory": memory_table}
-    for name, block in blocks.items():
-        begin, end = f"<!-- {name}: generated -->", f"<!-- end of {name} -->"
-        first, last = text.index(begin) + len(begin), text.index(end)
-        text = f"{text[:first]}\n\n{block()}\n\n{text[last:]}"
-    return text
+def with_blocks(page: Path) -> str:
+    """Return a page with its blocks between `<!-- NAME: generated -->` and `<!-- end of NAME -->` written anew."""
+
+    def block(found: re.Match[str]) -> str:
+        return f"{found[1]}\n\n{BLOCKS[found[2]]()}\n\n{found[3]}"
+
+    return re.sub(r"(<!-- ([\w-]+): generated -->).*?(<!-- end of \2 -->)", block, page.read_text(), flags=re.DOTALL)
 
 
 def _load(name: str) -> Any:
@@ -99,43 +113,88 @@ def accuracy_table() -> str:
         "accuracy_minutes_4": "20 sections, 4 minutes",
         "accuracy_minutes_4_rare": "cells in 0.3 % of the pixels, 4 minutes",
     }
-    lines = [
-        "| trained on | seeds | by | Dice, foreground | Dice, background | V-Rand | steps |",
-        "|---|--:|---|--:|--:|--:|--:|",
-    ]
+    figures = ["seeds", "Dice, foreground", "Dice, background", "V-Rand", "steps"]
+    lines = []
     for name, title in titles.items():
         found = _load(f"cpu/{name}.json")
         for who in ("plain", "fastunet"):
             mean = found["summary"][who]
             scores = [mean["dice"]["foreground"], mean["dice"]["background"], mean["v_rand"]]
-            cells = " | ".join(f"{score:.3f}" for score in scores)
-            lines.append(f"| {title} | {len(found['runs'])} | {who} | {cells} | {mean['steps']:.0f} |")
-    return "\n".join(lines)
+            cells = [f"{score:.3f}" for score in scores]
+            lines.append([title, str(len(found["runs"])), who, *cells, f"{mean['steps']:.0f}"])
+    return markdown(["trained on", "seeds", "by", *figures[1:]], lines, right=figures)
 
 
-def speed_tables() -> str:
-    """Return the tables that the README has too."""
-    from fastunet.benchmarks.results import generate
+def speed_tables(folder: Path = RESULTS, names: Sequence[str] | None = None) -> str:
+    """Return a table for each file, GPUs first, or that there is none. names: of those alone."""
+    parts: dict[str, list[str]] = {"gpu": [], "cpu": [], "drop-in": []}
+    for path in (*sorted(folder.glob("*/gpu_report.json")), *sorted(folder.glob("cpu/*.json"))):
+        if names is not None and path.name not in names:
+            continue
+        result, place = json.loads(path.read_text()), path.relative_to(folder.parents[1])
+        if any(result.get("summary", {}).get(task) for task in TASKS):
+            parts["gpu" if path.name == "gpu_report.json" else "cpu"].append(_nets(place, result))
+        elif path.name.startswith("drop_in_"):
+            parts["drop-in"].append(_drop_in(place, result))
+    gpu = parts["gpu"] or ["Speed on a GPU: not measured. There is no `benchmarks/results/<gpu>/gpu_report.json`."]
+    cpu = parts["cpu"] or ["Speed on a CPU: not measured. There is no file of it in `benchmarks/results/cpu/`."]
+    return "\n\n".join([*gpu, *cpu, *parts["drop-in"]])
 
-    return generate(RESULTS)
+
+def _nets(path: Path, result: Result) -> str:
+    """Conditions and a table: how many times as long each provider takes."""
+    tasks = {task: result["summary"].get(task) or {} for task in TASKS}
+    providers = dict.fromkeys(name for found in tasks.values() for name in found)
+    lines = [[name, *(ratio_text(found.get(name)) for found in tasks.values())] for name in providers]
+    table = markdown(["time of ... / time of fastunet", *TASKS.values()], lines, right=TASKS.values())
+    settings = result["settings"]
+    what = f"U-Net {'-'.join(map(str, settings['features']))}, {settings.get('dtype', 'bfloat16')}"
+    return f"{_conditions(path, result, what)}\n\n{table}"
+
+
+def _drop_in(path: Path, result: Result) -> str:
+    """Conditions, and by model what is replaced, what is left and why, and how many times as long the others take."""
+    names = [f"{other} / {ours}" for other, ours in DROP_IN]
+    lines = []
+    for row in result["rows"]:
+        left = "; ".join(f"{count}: {reason.partition(':')[0]}" for reason, count in row["left"].items())
+        ratios = [_drop_in_ratio(row["samples_ms"], *pair) for pair in DROP_IN]
+        lines.append([row["name"], str(row["found"]), str(row["replaced"]), left, *ratios])
+    settings = result["settings"]
+    table = markdown(["model", "found", "replaced", "left, and why", *names], lines, ["found", "replaced", *names])
+    what = f"{settings['task']} of other people's U-Nets, {settings['width']} channels in the first level"
+    return f"{_conditions(path, result, what)}\n\n{table}"
+
+
+def _drop_in_ratio(samples: Mapping[str, Sequence[float]], other: str, ours: str) -> str:
+    """How many times as long as ours the other takes, or which of the two could not run the model."""
+    failed = [name for name in (other, ours) if name not in samples]
+    return f"{' and '.join(failed)}: failed" if failed else spread_text(ratio(samples, other, ours), digits=2)
+
+
+def _conditions(path: Path, result: Result, what: str) -> str:
+    settings, environment = result["settings"], result["environment"]
+    side, threads = settings["size"], settings.get("threads")
+    said = f"{what}, images of {side}x{side}, batches of {settings['batch']}"
+    said += f", {threads} threads" if threads else ""
+    return (
+        f"{environment['device']}, torch {environment['torch']}; {said}; medians of at most {settings['rounds']} "
+        f"rounds in turn, p10 to p90 in brackets; above 1, fastunet is faster (`{path}`):"
+    )
 
 
 def losing_cases() -> str:
     """Return a line for each net and provider that fastunet is slower than."""
-    from fastunet.benchmarks.results import DROP_IN, spread_text
-
-    from fastunet.measuring.timing import Quantiles, ratio
-
-    lines = ["| net | task | faster provider | its time / time of fastunet |", "|---|---|---|--:|"]
+    lines = []
 
     def add(net: str, path: Path, task: str, provider: str, found: Quantiles) -> None:
         if found.median < 1:
-            lines.append(f"| {net} (`{path.name}`) | {task} | {provider} | {spread_text(found, digits=2)} |")
+            lines.append([f"{net} (`{path.name}`)", task, provider, spread_text(found, digits=2)])
 
     for path in sorted(RESULTS.glob("*/*.json")):
         result = json.loads(path.read_text())
         settings = result.get("settings", {})
-        for task in ("inference", "training"):
+        for task in TASKS:
             for provider, found in (result.get("summary", {}).get(task) or {}).items():
                 net = f"{'-'.join(map(str, settings['features']))}, {settings['dtype']}, {settings['size']} pixels"
                 add(net, path, task, provider, Quantiles(found["ratio"], found["p10"], found["p90"], found["rounds"]))
@@ -145,23 +204,30 @@ def losing_cases() -> str:
                     if other in row["samples_ms"] and ours in row["samples_ms"]:
                         found = ratio(row["samples_ms"], other, ours)
                         add(row["name"], path, settings["task"], f"{other}, of {ours}", found)
-    return "\n".join(lines)
+    times = "its time / time of fastunet"
+    return markdown(["net", "task", "faster provider", times], lines, right=[times])
 
 
 def memory_table() -> str:
     """Return the bytes that are kept and moved for one image, by what computes the net."""
     kept, moved = _load("saved_memory.json")["summary"], _load("traffic.json")
     images = moved["settings"]["batch"]
-    rows = [
-        ("kept for the backward of a training step", kept["triton"]["bytes"], kept["eager"]["bytes"]),
-        (
-            "moved in inference",
-            moved["summary"]["joined"]["bytes"] / images,
-            moved["summary"]["eager"]["bytes"] / images,
-        ),
-    ]
-    lines = ["| MB for each image | Triton kernels | plain PyTorch |", "|---|--:|--:|"]
-    return "\n".join([*lines, *(f"| {name} | {a / 1e6:.0f} | {b / 1e6:.0f} |" for name, a, b in rows)])
+    rows = {
+        "kept for the backward of a training step": (kept["triton"]["bytes"], kept["eager"]["bytes"]),
+        "moved in inference": [moved["summary"][name]["bytes"] / images for name in ("joined", "eager")],
+    }
+    figures = ["Triton kernels", "plain PyTorch"]
+    lines = [[name, *(f"{each / 1e6:.0f}" for each in found)] for name, found in rows.items()]
+    return markdown(["MB for each image", *figures], lines, right=figures)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "training": accuracy_table,
+    "speed": speed_tables,
+    "speed-in-short": lambda: speed_tables(names=README_FILES),
+    "slower": losing_cases,
+    "memory": memory_table,
+}
 
 
 # --- pictures ---
@@ -196,8 +262,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, metavar="FOLDER")
     options = parser.parse_args()
     (DOCS / "ops.md").write_text(ops_page())
-    performance = DOCS / "performance.md"
-    performance.write_text(performance_page(performance.read_text()))
+    for page in (ROOT / "README.md", DOCS / "performance.md"):
+        page.write_text(with_blocks(page))
     if options.pictures is not None:
         write_pictures(options.pictures)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 pytest.importorskip("typer", reason="needs the extra train")
 
+import generate
 import torch
 from command import fastunet
 from typer.main import get_command
@@ -51,16 +51,6 @@ def cli_commands() -> dict[str, Any]:
 def prose(page: Path) -> str:
     """A page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,11 +173,52 @@ def test_every_error_has_a_remedy() -> None:
     assert sorted(texts - set(explained())) == []
 
 
-def test_the_generated_pages_are_up_to_date(generate: ModuleType) -> None:
+def test_the_generated_pages_are_up_to_date() -> None:
     remedy = "run `python docs/generate.py`"
     assert (DOCS / "ops.md").read_text() == generate.ops_page(), remedy
-    performance = (DOCS / "performance.md").read_text()
-    assert performance == generate.performance_page(performance), remedy
+    pages = [page.read_text() for page in (ROOT / "README.md", DOCS / "performance.md")]
+    assert sorted(re.findall(r"<!-- (\S+): generated -->", "".join(pages))) == sorted(generate.BLOCKS)
+    assert pages == [generate.with_blocks(page) for page in (ROOT / "README.md", DOCS / "performance.md")], remedy
+
+
+MACHINE = {"device": "a device", "torch": "2.13.0", "commit": "abc"}
+
+
+def tables_of(root: Path, files: dict[str, Any]) -> str:
+    for name, value in files.items():
+        path = root / "benchmarks/results" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+    return generate.speed_tables(root / "benchmarks/results")
+
+
+def test_figures_of_speed_come_from_the_files(tmp_path: Path) -> None:
+    eager = {"ratio": 1.526, "p10": 1.5, "p90": 1.57}
+    settings = {"size": 256, "batch": 1, "threads": 2, "rounds": 15, "features": [2, 4], "dtype": "float16"}
+    result = {"environment": MACHINE, "settings": settings}
+    inference = {"eager": eager, "compiled": {"ratio": 0.9, "p10": 0.85, "p90": 0.95}}
+    on_cpu = result | {"summary": {"inference": inference, "training": {}}}
+    on_gpu = result | {"summary": {"inference": {"eager": eager}, "training": {"eager": eager}}}
+    accuracy = {"cpu/accuracy_steps_400.json": {"plain": {}}}
+    assert tables_of(tmp_path, accuracy).count("not measured") == 2
+    text = tables_of(tmp_path, {"cpu/unet_cpu.json": on_cpu, "a_gpu/gpu_report.json": on_gpu})
+    gpu, cpu = text.split("benchmarks/results/cpu/unet_cpu.json")
+    assert "| eager | 1.53 (1.50 to 1.57) | 1.53 (1.50 to 1.57) |" in gpu
+    assert "| eager | 1.53 (1.50 to 1.57) |\n" in cpu
+    assert "| compiled | 0.90 (0.85 to 0.95) |" in cpu, "what lost is shown too"
+    assert "a device, torch 2.13.0; U-Net 2-4, float16, images of 256x256, batches of 1, 2 threads" in text
+    assert not re.search("accuracy|not measured", text)
+
+
+def test_figures_of_other_peoples_models(tmp_path: Path) -> None:
+    settings = {"task": "inference", "size": 256, "batch": 1, "width": 32, "rounds": 15, "threads": 2}
+    row = {"name": "a net", "found": 5, "replaced": 3, "left": {"too large: why": 2}}
+    row["samples_ms"] = {"fastunet": [2.0, 2.0], "eager": [2.0, 3.0]}
+    result = {"environment": MACHINE, "settings": settings, "rows": [row]}
+    text = tables_of(tmp_path, {"cpu/drop_in_inference.json": result})
+    failed = "inductor: failed | inductor channels_last and fastunet.compile: failed"
+    assert f"| a net | 5 | 3 | 2: too large | 1.25 (1.05 to 1.45) | {failed} |" in text
+    assert "32 channels in the first level, images of 256x256" in text
 
 
 def test_the_examples_of_migrating_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import generate
 import torch
-from fastunet.benchmarks import results
 from fastunet.benchmarks.__main__ import main
 
 
@@ -23,4 +23,4 @@ def test_the_command_writes_what_the_readmes_table_takes(tmp_path: Path) -> None
         times = row["times_ms"]["fastunet"]
         assert 0 < times["p10"] <= times["median"] <= times["p90"]
     assert torch.get_num_threads() == threads
-    assert "images of 16x16, batches of 1, 1 threads" in results.generate(tmp_path / "benchmarks/results")
+    assert "images of 16x16, batches of 1, 1 threads" in generate.speed_tables(tmp_path / "benchmarks/results")
