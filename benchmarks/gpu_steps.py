@@ -22,7 +22,6 @@ from fastunet.testing import cpu_accumulates_in_float32, float32_precision, pari
 from fastunet.testing.parity import backends_for
 
 from .cases import DIRECTIONS, TASKS, Layer, Settings
-from .harness.second_clock import second_clock
 from .harness.worker import Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, our_net
 from .results import Row, failure
@@ -30,7 +29,6 @@ from .roofline import burst_and_steady, measure_peak_rates
 from .runs import (
     Runs,
     case_run,
-    device_inputs,
     layer_runs,
     measured,
     net_runs,
@@ -55,7 +53,7 @@ class Step:
 
     "parity": name is the case's number, variant the number format. "layer": the layer; the direction, or COMPILED for
     forward beside what torch.compile makes of it. "net": the task; variant empty or one of COMPILED_NETS, which take a
-    minute each. "peak rates": the device's. "clock": the layer that is timed by another timer too.
+    minute each. "peak rates": the device's.
     """
 
     kind: str
@@ -75,7 +73,6 @@ def all_steps(settings: Settings) -> list[Step]:
     steps += [Step("peak rates", "copy, matmul, L2")]
     steps += [Step("layer", name, DIRECTIONS[0]) for name in layers]
     steps += [Step("net", task) for task in TASKS]
-    steps += [Step("clock", layers[1])] if settings.device == "cuda" else []
     steps += [Step("layer", name, DIRECTIONS[1]) for name in layers]
     steps += [Step("net", task, name) for name in COMPILED_NETS for task in TASKS]
     steps += [Step("parity", case, name) for name in formats[1:] for case in cases]
@@ -100,7 +97,7 @@ def describe(settings: Settings, step: Step) -> Row:
         case = parity.cases()[int(step.name)]
         row |= {"name": str(case), "op": case.op}
     layers = {layer.name: layer for layer in settings.net_layers()}
-    if step.kind in ("layer", "clock"):
+    if step.kind == "layer":
         layer = layers[step.name]
         row |= {"op": layer.op, "flops": layer.backward_flops if step.variant == "backward" else layer.flops}
         row["shapes"] = {name: list(shape) for name, shape in layer.shapes.items()}
@@ -130,10 +127,6 @@ def run_step(settings: Settings, step: Step, measure: Measure | None = None) -> 
         backends, row["why_no_triton"] = backends_for(row.get("op", "conv3x3_batch_norm_relu"), device, dtype)
         row["implementation"] = backends[0]
         with float32_precision("tf32" if allow_tf32 else "ieee"), fastunet.backend(backends[0]):
-            if step.kind == "clock":
-                layer = settings.layer(step.name)
-                ours, *_ = layer_providers(layer, device, dtype)
-                return row | second_clock(ours.prepare(device_inputs(layer, device)), clock_of(device))
             if step.kind != "parity":
                 return row | (measure or _timed)(settings, step, reported(settings, step, backends))
             for _ in range(_CALLS if device.type == "cuda" else 1):

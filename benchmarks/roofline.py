@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastunet.checks import ConfigError
@@ -116,7 +117,7 @@ def burst_and_steady(
 
 def measure_peak_rates(device: torch.device, clock: Clock | None = None) -> Row:
     """Measure "copy" and "l2" in GB/s (10^9 bytes), and "matmul" in TFLOP/s in a burst and in steady state, each with
-    how it was measured; of "l2", None and a reason where it cannot be.
+    how it was measured; of "l2" and "timer", the second clock, None and a reason where they cannot be.
     """
     clock = clock or clock_of(device)
     size, side, seconds = SIZES[device.type]
@@ -132,18 +133,37 @@ def measure_peak_rates(device: torch.device, clock: Clock | None = None) -> Row:
     )
     matmul: Row = {"burst_tflops": 2e-12 * side**3 / burst.median, "steady_tflops": 2e-12 * side**3 / steady.median}
     matmul |= {"how": how, "seconds": {"burst": asdict(burst), "steady": asdict(steady)}}
-    return {"copy": copy, "matmul": matmul, "l2": l2_rate(device, clock)}
+    l2 = _by_cupy(device, "gb_per_s", lambda: _l2_rate(device, clock))
+    timer = _by_cupy(device, "ratio", lambda: _second_clock(device, lambda: torch.mm(a, b, out=out), burst.median))
+    return {"copy": copy, "matmul": matmul, "l2": l2, "timer": timer}
 
 
-def l2_rate(device: torch.device, clock: Clock) -> Row:
-    """ "gb_per_s" of reading what lies in L2; None and a "reason" where there is no CUDA, or no CuPy."""
+def _by_cupy(device: torch.device, name: str, measure: Callable[[], Row]) -> Row:
+    """Return what is measured; None by that name, and a "reason", where there is no CUDA, or no CuPy."""
     if device.type != "cuda":
-        return {"gb_per_s": None, "reason": f"the device is {device.type}, not cuda"}
+        return {name: None, "reason": f"the device is {device.type}, not cuda"}
     try:
-        run, size = _l2_reader(device)
-        return _rate("a kernel of 16-byte ld.global.cg", run, size * _REPEATS, clock)
+        return measure()
     except Exception as error:  # CuPy's own, such as a compiler that it does not find: the other peaks still count.
-        return {"gb_per_s": None, "reason": f"{type(error).__name__}: {error}"}
+        return {name: None, "reason": f"{type(error).__name__}: {error}"}
+
+
+def _second_clock(device: torch.device, run: Callable[[], Any], seconds: float) -> Row:
+    """Time a run by CuPy's profiler too, on torch's stream: the "ratio" of its median to ours, on which all other times
+    rest. It waits for the GPU before each sample, so that a launch is part of its time.
+    """
+    import cupy
+    from cupyx import profiler
+
+    with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream):
+        median = float(np.median(profiler.benchmark(run, n_repeat=_BURST, n_warmup=3).gpu_times))
+    how = f"torch.mm by cupyx.profiler.benchmark, {1e3 * median:.3g} ms / in a burst by events, {1e3 * seconds:.3g} ms"
+    return {"ratio": median / seconds, "how": how}
+
+
+def _l2_rate(device: torch.device, clock: Clock) -> Row:
+    run, size = _l2_reader(device)
+    return _rate("a kernel of 16-byte ld.global.cg", run, size * _REPEATS, clock)
 
 
 def _rate(what: str, run: Callable[[], Any], size: int, clock: Clock) -> Row:

@@ -110,7 +110,6 @@ def render(report: Report) -> str:
         "Layers, forward, beside torch.compile": times_table(by_kind.get(f"layer {COMPILED}", [])),
         "Whole net": times_table(by_kind.get("net", [])),
         "Not measured": missing_table(report["rows"]),
-        "The timer beside CuPy's": _clock_table(by_kind.get("clock", [])),
         "Parity with float64": _parity_table(by_kind.get("parity", [])),
         "Configurations measured": tune_table(report.get("tuned", [])),
     }
@@ -131,22 +130,15 @@ def _peak_rates(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["status"] != "ok":
             return _note(row)
-        copy, matmul, l2 = row["copy"], row["matmul"], row["l2"]
+        copy, matmul, l2, timer = (row[name] for name in ("copy", "matmul", "l2", "timer"))
         lines = [
             ["copy, GB/s", figure(copy["gb_per_s"]), copy["how"]],
             ["matmul in a burst, TFLOP/s", figure(matmul["burst_tflops"]), matmul["how"]],
             ["matmul in steady state, TFLOP/s", figure(matmul["steady_tflops"]), ""],
             ["reading L2, GB/s", figure(l2["gb_per_s"]), l2.get("how") or l2["reason"]],
+            ["CuPy's timer / this one", figure(timer["ratio"]), timer.get("how") or timer["reason"]],
         ]
     return markdown(["what", "rate", "how"], lines)
-
-
-def _clock_table(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in rows:
-        figures = [figure(row.get(name)) for name in ("event_ms", "cupy_ms", "ratio")]
-        lines.append([row["name"], *figures, row.get("reason", "")])
-    return markdown(["layer", "fastunet's clock, ms", "CuPy's, ms", "ratio", "note"], lines)
 
 
 def tune_table(rows: Sequence[Row]) -> str:

@@ -120,6 +120,7 @@ PEAKS = {
     "copy": {"gb_per_s": 100.0, "how": "copied"},
     "matmul": {"burst_tflops": 2.0, "steady_tflops": 1.0, "how": "multiplied"},
     "l2": {"gb_per_s": None, "reason": "no CuPy"},
+    "timer": {"ratio": 1.01, "how": "torch.mm"},
 }
 
 
@@ -173,6 +174,7 @@ def test_tables_show_every_row_and_what_lost() -> None:
     text = render(report)
     shown = [f"| {row['name']} |" for row in rows if row["kind"] in ("parity", "layer")]
     shown += ["| copy, GB/s | 100 | copied |", "| reading L2, GB/s |  | no CuPy |"]
+    shown += ["| CuPy's timer / this one | 1.01 | torch.mm |"]
     shown += ["**parity failed**: y / off", "**timed out**: no result after 90 s", "| 0.50 (0.40 to 0.60) |"]
     assert [part for part in shown if part not in text] == []
     summary = summarise(rows)

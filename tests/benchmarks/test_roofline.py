@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("matplotlib", reason="needs the extra train")
 
+import numpy as np
 import torch
 from fake_clock import FakeClock
 from fastunet.benchmarks import gpu, roofline
@@ -101,9 +106,32 @@ def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert matmul["burst_tflops"] == matmul["steady_tflops"] == pytest.approx(2 * 16**3 / 0.5 / 1e12)
     assert found["l2"] == {"gb_per_s": None, "reason": "the device is cpu, not cuda"}
     monkeypatch.setattr(roofline, "_l2_reader", lambda device: (lambda: None, 1 << 20))
-    assert roofline.l2_rate(cuda, clock)["gb_per_s"] == pytest.approx((1 << 26) / 0.5 / 1e9)
-    monkeypatch.setattr(roofline, "_l2_reader", lambda device: {}["no compiler"])
-    assert roofline.l2_rate(cuda, clock) == {"gb_per_s": None, "reason": "KeyError: 'no compiler'"}
+    assert roofline._l2_rate(cuda, clock)["gb_per_s"] == pytest.approx((1 << 26) / 0.5 / 1e9)
+    failed = roofline._by_cupy(cuda, "ratio", lambda: {}["no compiler"])
+    assert failed == {"ratio": None, "reason": "KeyError: 'no compiler'"}
+
+
+def test_the_second_timer_times_the_run_on_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+
+    @contextmanager
+    def stream(address: int) -> Iterator[None]:
+        log.append(("stream", address))
+        yield
+        log.append("left")
+
+    def benchmark(function: Any, n_repeat: int, n_warmup: int) -> SimpleNamespace:
+        log.append(("benchmark", function, n_repeat, n_warmup))
+        return SimpleNamespace(gpu_times=np.array([[0.004, 0.003, 0.1]]))
+
+    cuda = SimpleNamespace(ExternalStream=stream)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))  # type: ignore[arg-type]
+    profiler = SimpleNamespace(profiler=SimpleNamespace(benchmark=benchmark))
+    monkeypatch.setitem(sys.modules, "cupyx", profiler)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    found = roofline._second_clock(torch.device("cuda"), len, 0.002)
+    assert found["ratio"] == pytest.approx(2.0)
+    assert log == [("stream", 77), ("benchmark", len, 10, 3), "left"]
 
 
 # --- the command ---
