@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -179,29 +179,52 @@ def unet_layers(
     A norm is taken as folded into the weight and bias before it, as for inference: what is left of a layer is
     conv3x3_bias_relu. Pooling belongs to the convolution before it, concatenation to the one after it.
     """
-    layers: list[Layer] = []
+    return _layers(CONV, (in_channels, out_channels), features, batch, (height, width))
 
-    def add(name: str, op: str, level: int, c_in: int, c_out: int, skip: int = 0) -> None:
-        size = height >> level, width >> level
+
+def nnunet_layers(in_channels: int, out_channels: int, features: Sequence[int], batch: int, size: int) -> list[Layer]:
+    """List the layers of nnU-Net's 3d_fullres net, its PlainConvUNet, in the order they run, for cubes of size voxels a
+    side.
+
+    Twice convolution, instance norm and leaky ReLU in each stage, up and down; the first of a lower stage has stride 2.
+    """
+    return _layers(CONV_3D, (in_channels, out_channels), features, batch, (size,) * 3)
+
+
+def _layers(
+    conv: str, channels: tuple[int, int], features: Sequence[int], batch: int, sides: tuple[int, ...]
+) -> list[Layer]:
+    """List the layers of a net of such convolutions; each level down begins by pooling or, of volumes, a stride."""
+    layers: list[Layer] = []
+    pools = len(sides) == 2
+
+    def add(name: str, op: str, level: int, c_in: int, c_out: int, *, skip: int = 0, stride: int = 1) -> None:
+        size = tuple(side >> level for side in sides)
         shapes: dict[str, Shape] = {"x": (batch, c_in, *size)}
         if skip:
             shapes = {"skip": (batch, skip, *size), "up": (batch, c_in - skip, *size)}
-        weight = {"conv1x1": (c_out, c_in, 1, 1), "conv_transpose2x2": (c_in, c_out, 2, 2)}.get(op, (c_out, c_in, 3, 3))
-        shapes |= {"weight": weight, "bias": (c_out,)}
-        # Each weight is multiplied, and its product added, once at every pixel of the input.
-        layers.append(Layer(name, op, shapes, 2 * batch * math.prod((*size, *weight)), input_has_grad=bool(layers)))
+        is_transposed, kernel = op.startswith("conv_transpose"), int(op.partition("x")[0][-1])
+        of_channels = (c_in, c_out) if is_transposed else (c_out, c_in)
+        shapes |= {"weight": (*of_channels, *(kernel,) * len(sides)), "bias": (c_out,)}
+        if "norm" in op:
+            shapes |= {"gamma": (c_out,), "beta": (c_out,)}
+        # Each weight is multiplied, and its product added, once at every pixel of the output; of a transposed
+        # convolution of the input.
+        flops = 2 * batch * math.prod(-(-side // stride) for side in size) * math.prod(shapes["weight"])
+        layers.append(Layer(name, op, shapes, flops, input_has_grad=bool(layers), stride=stride))
 
     *skips, bottom = features
-    for level, (c_in, c) in enumerate(zip((in_channels, *skips), features, strict=True)):
-        name = f"down{level}" if level else "inc"
-        add(f"{name}.c1", CONV, level, c_in, c)
-        add(f"{name}.c2", f"{CONV}_pool" if level < len(skips) else CONV, level, c, c)
+    up, head = ("x".join(each * len(sides)) for each in "21")
+    for level, (c_in, c) in enumerate(zip((channels[0], *skips), features, strict=True)):
+        name, by_stride = f"down{level}" if level or not pools else "inc", level > 0 and not pools
+        add(f"{name}.c1", conv, level - by_stride, c_in, c, stride=1 + by_stride)
+        add(f"{name}.c2", f"{conv}_pool" if pools and level < len(skips) else conv, level, c, c)
     for i, (low, c) in enumerate(zip((bottom, *reversed(skips)), reversed(skips), strict=False), 1):
         level = len(skips) - i
-        add(f"up{i}.up", "conv_transpose2x2", level + 1, low, c)
-        add(f"up{i}.c1", f"concat_{CONV}", level, 2 * c, c, skip=c)
-        add(f"up{i}.c2", CONV, level, c, c)
-    add("outc", "conv1x1", 0, features[0], out_channels)
+        add(f"up{i}.up", f"conv_transpose{up}", level + 1, low, c)
+        add(f"up{i}.c1", f"concat_{conv}", level, 2 * c, c, skip=c)
+        add(f"up{i}.c2", conv, level, c, c)
+    add("outc", f"conv{head}", 0, features[0], channels[1])
     return layers
 
 
@@ -226,52 +249,14 @@ def joined_layers(layers: Sequence[Layer]) -> list[Layer]:
     return [*found, joined]
 
 
-def nnunet_layers(in_channels: int, out_channels: int, features: Sequence[int], batch: int, size: int) -> list[Layer]:
-    """List the layers of nnU-Net's 3d_fullres net, its PlainConvUNet, in the order they run, for cubes of size voxels a
-    side.
-
-    Twice convolution, instance norm and leaky ReLU in each stage, up and down; the first of a lower stage has stride 2.
-    """
-    layers: list[Layer] = []
-
-    def add(
-        name: str, op: str, side: int, kernel: int, c_in: int, c_out: int, *, skip: int = 0, stride: int = 1
-    ) -> None:
-        volume = (side,) * 3
-        shapes: dict[str, Shape] = {"x": (batch, c_in, *volume)}
-        if skip:
-            shapes = {"skip": (batch, skip, *volume), "up": (batch, c_in - skip, *volume)}
-        channels = (c_in, c_out) if op.startswith("conv_transpose") else (c_out, c_in)
-        shapes |= {"weight": (*channels, *(kernel,) * 3), "bias": (c_out,)}
-        if "norm" in op:
-            shapes |= {"gamma": (c_out,), "beta": (c_out,)}
-        flops = 2 * batch * math.prod(-(-s // stride) for s in volume) * math.prod(shapes["weight"])
-        layers.append(Layer(name, op, shapes, flops, input_has_grad=bool(layers), stride=stride))
-
-    *skips, _ = features
-    for stage, (c_in, c) in enumerate(zip((in_channels, *skips), features, strict=True)):
-        stride = 2 if stage else 1
-        add(f"down{stage}.c1", CONV_3D, size >> max(stage - 1, 0), 3, c_in, c, stride=stride)
-        add(f"down{stage}.c2", CONV_3D, size >> stage, 3, c, c)
-    for i, (low, c) in enumerate(zip(reversed(features), reversed(skips), strict=False), 1):
-        stage = len(skips) - i
-        add(f"up{i}.up", "conv_transpose2x2x2", size >> (stage + 1), 2, low, c)
-        add(f"up{i}.c1", f"concat_{CONV_3D}", size >> stage, 3, 2 * c, c, skip=c)
-        add(f"up{i}.c2", CONV_3D, size >> stage, 3, c, c)
-    add("outc", "conv1x1x1", size, 1, features[0], out_channels)
-    return layers
-
-
 # --- work ---
 
 
-@dataclass(frozen=True)
-class Pass:
+class Pass(NamedTuple):
     """Work over the batch: the layer's multiplications and additions, of which biases, norms, activations and pools
     count none, and bytes read and written.
     """
 
-    name: str
     flops: int
     bytes: int
 
@@ -282,32 +267,26 @@ def fused_pass(layer: Layer, itemsize: int) -> Pass:
     (It holds for instance norm too, but what computes each sum once reaches it only if the layer after it normalises
     what it loads: the sums must all be there before the first is normalised.)
     """
-    return Pass(layer.op, layer.flops, _bytes((*layer.shapes.values(), *layer.outputs.values()), itemsize))
+    return Pass(layer.flops, _bytes((*layer.shapes.values(), *layer.outputs.values()), itemsize))
 
 
 def statistics_passes(layer: Layer, itemsize: int) -> list[Pass]:
     """The layer as a pass whose epilogue has the statistics of its result and, where it has an instance norm, one that
     normalises and activates. Partial sums are not counted.
     """
-    passes = [fused_pass(layer, itemsize)]
-    if "instance_norm" in layer.op:
-        passes.append(Pass("norm and activation", 0, 2 * _bytes([layer.outputs["y"]], itemsize)))
-    return passes
+    normalise = Pass(0, 2 * _bytes([layer.outputs["y"]], itemsize))
+    return [fused_pass(layer, itemsize), *([normalise] if "instance_norm" in layer.op else [])]
 
 
 def eager_passes(layer: Layer, itemsize: int) -> list[Pass]:
-    """The layer's ops, each a pass of its own, in the order they run."""
+    """The layer's ops, each a pass of its own, the convolution first."""
     inputs, y = _bytes(layer.inputs.values(), itemsize), _bytes([layer.outputs["y"]], itemsize)
-    passes = []
-    if "up" in layer.inputs:
-        passes.append(Pass("cat", 0, 2 * inputs))
-    passes.append(Pass("conv", layer.flops, inputs + _bytes(layer.parameters.values(), itemsize) + y))
-    passes.append(Pass("bias or norm", 0, (3 if "instance_norm" in layer.op else 2) * y))
-    if "conv3x3" in layer.op:
-        passes.append(Pass("activation", 0, 2 * y))
-    if "pooled" in layer.outputs:
-        passes.append(Pass("pool", 0, y + _bytes([layer.outputs["pooled"]], itemsize)))
-    return passes
+    moved = [2 * inputs] if "up" in layer.inputs else []  # the concatenation
+    moved.append((3 if "instance_norm" in layer.op else 2) * y)  # bias or norm
+    moved += [2 * y] if "conv3x3" in layer.op else []  # activation
+    moved += [y + _bytes([layer.outputs["pooled"]], itemsize)] if "pooled" in layer.outputs else []
+    conv = Pass(layer.flops, inputs + _bytes(layer.parameters.values(), itemsize) + y)
+    return [conv, *(Pass(0, each) for each in moved)]
 
 
 def _bytes(shapes: Iterable[Shape], itemsize: int) -> int:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from fastunet.files import write_json
 from fastunet.reference import ReferenceUNet
 
 from .cases import (
+    Layer,
+    Pass,
     Settings,
     add_settings,
     eager_passes,
@@ -55,26 +58,30 @@ VOLUMES = Settings(
 
 def moved(settings: Settings) -> dict[str, Any]:
     """Count the bytes of a batch in inference: "by_layer" of each net, and the "summary" of each net."""
-    itemsize, layers = settings.torch_dtype.itemsize, settings.net_layers()
-    nets = {
-        "eager": {each.name: sum(work.bytes for work in eager_passes(each, itemsize)) for each in layers},
-        "fused": {each.name: fused_pass(each, itemsize).bytes for each in layers},
-        "joined": {each.name: fused_pass(each, itemsize).bytes for each in joined_layers(layers)},
-    }
-    return _summarised("by_layer", nets)
+    layers = settings.net_layers()
+    joined = joined_layers(layers)
+    return _moved(settings, eager=(layers, eager_passes), fused=(layers, _fused), joined=(joined, _fused))
 
 
 def moved_in_volumes(settings: Settings) -> dict[str, Any]:
     """Count the bytes of a batch of patches in a forward pass, as `moved`; and "flops", of each layer."""
-    itemsize = settings.torch_dtype.itemsize
     channels = settings.in_channels, settings.out_channels, settings.features
     layers = nnunet_layers(*channels, settings.batch, settings.size)
-    nets = {
-        "eager": {each.name: sum(work.bytes for work in eager_passes(each, itemsize)) for each in layers},
-        "statistics": {each.name: sum(work.bytes for work in statistics_passes(each, itemsize)) for each in layers},
-        "on load": {each.name: fused_pass(each, itemsize).bytes for each in layers},
+    nets = {"eager": (layers, eager_passes), "statistics": (layers, statistics_passes), "on load": (layers, _fused)}
+    return _moved(settings, **nets) | {"flops": {each.name: each.flops for each in layers}}
+
+
+def _fused(layer: Layer, itemsize: int) -> list[Pass]:
+    return [fused_pass(layer, itemsize)]
+
+
+def _moved(settings: Settings, **nets: tuple[list[Layer], Callable[[Layer, int], list[Pass]]]) -> dict[str, Any]:
+    itemsize = settings.torch_dtype.itemsize
+    by_layer = {
+        name: {each.name: sum(work.bytes for work in passes(each, itemsize)) for each in layers}
+        for name, (layers, passes) in nets.items()
     }
-    return {**_summarised("by_layer", nets), "flops": {each.name: each.flops for each in layers}}
+    return _summarised("by_layer", by_layer)
 
 
 def kept(settings: Settings) -> dict[str, Any]:
