@@ -20,11 +20,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastunet.kernels import autotune, gpu, self_test
+from fastunet.kernels.conv3x3 import config, config_hopper
+
 from fastunet import dispatch
 from fastunet.checks import ConfigError
 from fastunet.files import write_json, written_whole
 from fastunet.testing.families import FP8
 
+from . import tune
 from .cases import DTYPE, Settings, add_settings, fused_pass, settings_of
 from .gpu_steps import Step, all_steps, run_steps
 from .harness.worker import Budget
@@ -82,9 +86,6 @@ def check_families(settings: Settings, budget: Budget) -> list[Row]:
     """Return a row for each family of kernels: whether it is right on small images, in a process that may crash."""
     if settings.device != "cuda" or dispatch.triton_unsupported(settings.torch_device, DTYPE) is not None:
         return []
-    from fastunet.kernels import gpu, self_test  # Late: without kernels installed, `run` says what to do.
-    from fastunet.kernels.conv3x3 import config, config_hopper
-
     target, families = gpu.target(settings.torch_device), [*dispatch.TRITON_OPS]
     families += [config_hopper.FAMILY] if config_hopper.missing(DTYPE, target) is None else []
     families += [FP8] if config.has_fp8(target) else []
@@ -139,12 +140,8 @@ def make_report(
     report["roofline"] = draw_roofline(out, report)
     save(rows)
     if steps is None and dispatch.triton_unsupported(settings.torch_device, DTYPE) is None:
-        from fastunet.kernels import autotune, gpu  # Late: without kernels installed, `run` says what to do.
-
-        from .tune import measure_table
-
         path = autotune.table_path(gpu.target(settings.torch_device).name)
-        report["tuned"] = measure_table(settings, (tuned or out) / path.name, budget)
+        report["tuned"] = tune.measure_table(settings, (tuned or out) / path.name, budget)
         save(rows)
     return report
 
@@ -159,13 +156,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and write; return 0 if something was measured and nothing was found wrong, else 1."""
-    if importlib.util.find_spec("fastunet.kernels") is None:
-        raise ConfigError("fastunet is not installed: run `pip install --no-deps --no-build-isolation -e .` first")
     settings = settings_of(options)
     if options.minutes <= 0:
         raise ConfigError(f"expected --minutes above 0, got {options.minutes}")
-    from fastunet.kernels import autotune
-
     report = make_report(settings, options.out, options.minutes, tuned=autotune.TUNED if options.tuned else None)
     print(f"{options.out / 'gpu_report.md'}\n{report['summary']}")
     if not options.tuned:

@@ -6,14 +6,14 @@ process that may hang, crash or lose its GPU. Ours are the Triton kernels, where
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from fastunet.kernels import autotune, gpu
+from fastunet.kernels.conv3x3 import config, config_search
 from torch import Tensor
 
 import fastunet
@@ -23,7 +23,7 @@ from fastunet.testing.parity import backends_for
 
 from .cases import DIRECTIONS, TASKS, Layer, Settings
 from .harness.worker import Budget, Spawned
-from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers, our_net
+from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers
 from .results import Row, failure
 from .roofline import burst_and_steady, measure_peak_rates
 from .runs import (
@@ -158,10 +158,8 @@ def reported(settings: Settings, step: Step, backends: Sequence[str]) -> list[Pr
     if step.variant in COMPILED_NETS:
         return [ours, *(each for each in others if each.name == step.variant)]
     others = [each for each in others if each.compiles == (step.variant == COMPILED)]
-    if backends[0] != "triton" or step.variant == COMPILED:
+    if backends[0] != "triton" or step.variant == COMPILED or step.kind == "net":
         return [ours, *others]
-    if step.kind == "net":
-        return [ours, *others, net_variant(settings, training=step.name == "training")]
     return [ours, *variants_of(settings, settings.layer(step.name)), *others]
 
 
@@ -200,8 +198,6 @@ def variants_of(settings: Settings, layer: Layer) -> list[Provider]:
     """Our 3x3 convolution in the variants but the one that is chosen."""
     if "conv3x3" not in layer.op:
         return []
-    from fastunet.kernels import autotune, gpu  # Late, as triton: it may be absent.
-    from fastunet.kernels.conv3x3 import config, config_search
 
     def prepare(candidate: Any, inputs: dict[str, Tensor]) -> Run:
         run = case_run(parity.Case(layer.op, layer.shapes), inputs, "triton", "forward")
@@ -223,28 +219,6 @@ def variants_of(settings: Settings, layer: Layer) -> list[Provider]:
         for variant, candidate in found.items()
         if variant != chosen.variant
     ]
-
-
-def net_variant(settings: Settings, *, training: bool) -> Provider:
-    """Our net without what can be left out: in training, outputs recomputed; in inference, upsampling fused with the
-    convolution after it.
-    """
-    name = f"{OURS}, outputs kept" if training else f"{OURS}, steps up in two"
-    ours = our_net(name, "triton", settings.torch_dtype, training=training)
-
-    def prepare(model: fastunet.UNet, x: Tensor, target: Tensor | None) -> Run:
-        model = copy.deepcopy(model)
-        for up in model.ups:
-            up.folds_upsampling = False
-        run = ours.prepare(model, x, target)
-
-        def keeping() -> Any:
-            with fastunet.recomputing(False):
-                return run()
-
-        return keeping if training else run
-
-    return dataclasses.replace(ours, prepare=prepare)
 
 
 # --- within a budget, in a process ---

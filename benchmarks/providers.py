@@ -14,8 +14,8 @@ import itertools
 import os
 import shutil
 import types
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,8 @@ def _conv_graph(layer: Layer, device: torch.device, dtype: torch.dtype) -> Calla
 class _Form:
     """How a net is run. backend: of our ops, None for plain torch modules. mode: torch.compile's, None for eager.
 
-    amp: under autocast to dtype, with float32 weights; else weights and images are of that dtype.
+    amp: under autocast to dtype, with float32 weights; else weights and images are of that dtype. is_apart: ours
+    without what can be left out, outputs recomputed and upsampling folded into the convolution after it.
     """
 
     dtype: torch.dtype
@@ -172,6 +173,7 @@ class _Form:
     mode: str | None = None
     is_folded: bool = False
     is_captured: bool = False
+    is_apart: bool = False
 
     def arguments(self, *tensors: Tensor) -> list[Tensor]:
         """Images and targets in this form."""
@@ -183,14 +185,22 @@ class _Form:
         net: Any = copy.deepcopy(model) if self.backend else model.to_reference()
         if self.is_folded:
             fold(net)
+        for up in net.ups if self.is_apart else ():
+            up.folds_upsampling = False
         return net.to(dtype=torch.float32 if self.amp else self.dtype, memory_format=self.layout)
 
     def autocast(self, device: torch.device) -> Any:
         return torch.autocast(device.type, self.dtype) if self.amp else nullcontext()
 
-    def scope(self) -> Any:
+    @contextmanager
+    def scope(self) -> Iterator[None]:
         """What holds while it runs."""
-        return fastunet.backend(self.backend) if self.backend else nullcontext()
+        with ExitStack() as stack:
+            if self.backend:
+                stack.enter_context(fastunet.backend(self.backend))
+            if self.is_apart:
+                stack.enter_context(fastunet.recomputing(False))
+            yield
 
 
 def net_providers(
@@ -209,13 +219,18 @@ def net_providers(
     found: list[Provider] = []
 
     def add(name: str, form: _Form, unavailable: str = "") -> None:
-        found.append(_provider(name, form, unavailable, training=training))
+        layout = "NHWC" if form.layout == torch.channels_last else "NCHW"
+        prepare = functools.partial(_training_step if training else _inference, form)
+        found.append(Provider(name, layout, dtype_name(form.dtype), prepare, unavailable))
 
     backends = our_backends(device, dtype)
     for name, backend, unsupported in backends:
         add(name, ours(backend=backend), unsupported)
+    name, backend, unsupported = backends[0]
+    if backend == "triton":
+        what = "outputs kept" if training else "upsampling apart"
+        add(f"{name}, {what}", ours(backend=backend, is_apart=True), unsupported)
     if not training:
-        name, backend, unsupported = backends[0]
         add(f"{name} CUDA graph", plain(backend=backend, is_captured=True), unsupported or no_cuda(device))
     add("eager", _Form(torch.float32, torch.contiguous_format))
     if dtype == torch.float32 or not training:
@@ -232,18 +247,6 @@ def net_providers(
         unsupported = runtimes.unavailable(name, device, dtype)
         found.append(Provider(name, "NCHW", dtype_name(dtype), prepare, unsupported))
     return found
-
-
-def our_net(name: str, backend: str, dtype: torch.dtype, *, training: bool) -> Provider:
-    """Ours under a backend: inference with weights of dtype, a training step under autocast."""
-    form = _Form(dtype, amp=training and dtype != torch.float32, backend=backend)
-    return _provider(name, form, "", training=training)
-
-
-def _provider(name: str, form: _Form, unavailable: str, *, training: bool) -> Provider:
-    layout = "NHWC" if form.layout == torch.channels_last else "NCHW"
-    prepare = functools.partial(_training_step if training else _inference, form)
-    return Provider(name, layout, dtype_name(form.dtype), prepare, unavailable)
 
 
 def fold(net: nn.Module) -> None:
