@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastunet
@@ -78,19 +77,11 @@ def works(device: torch.device, dtypes: list[torch.dtype] | None = None) -> Iter
 
 def run_reference(op: str, inputs: Mapping[str, Tensor], buffers: Mapping[str, Tensor], options: Any) -> Any:
     """Compute as parity.run_op, by torch's functions."""
-    if op == "double_conv3x3_bias_relu":
-        x, *parameters = inputs.values()
-        y = reference.conv3x3_bias_relu(reference.conv3x3_bias_relu(x, *parameters[:2]), *parameters[2:])
-        return (y, reference.max_pool2x2(y)) if options.get("pool") else y
-    if op == "conv_transpose2x2_concat_conv3x3_relu":
-        skip, low, up_weight, up_bias, weight, bias = inputs.values()
-        up = F.pad(reference.conv_transpose2x2(low, up_weight, up_bias), [0, skip.shape[3] % 2, 0, skip.shape[2] % 2])
-        return reference.concat_conv3x3_bias_relu(skip, up, weight, bias, **options)
-    if op == "conv3x3_relu_conv1x1":
-        x, weight, bias, *head = inputs.values()
-        activation = "sigmoid" if options.get("sigmoid") else None
-        return reference.conv1x1(reference.conv3x3_bias_relu(x, weight, bias), *head, activation=activation)
-    return getattr(reference, op)(*inputs.values(), *buffers.values(), **options)
+    if op != "double_conv3x3_bias_relu":
+        return getattr(reference, op)(*inputs.values(), *buffers.values(), **options)
+    x, weight1, bias1, weight2, bias2 = inputs.values()
+    second = reference.conv3x3_bias_relu_pool if options.get("pool") else reference.conv3x3_bias_relu
+    return second(reference.conv3x3_bias_relu(x, weight1, bias1), weight2, bias2)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
