@@ -109,12 +109,6 @@ def load(pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     return images.float() / 255, masks.float()[:, None]
 
 
-def run_plain(train_pairs: list[Pair], config: TrainConfig) -> tuple[nn.Module, dict[str, Any]]:
-    """Train the plain script: the model, and what it took."""
-    model, steps, seconds = train_plain(*load(train_pairs), config.steps, config.max_minutes, config.seed)
-    return model, {"steps": steps, "seconds": seconds}
-
-
 # --- both ---
 
 
@@ -142,10 +136,11 @@ def compare(data: Path, config: TrainConfig) -> dict[str, dict[str, Any]]:
     if inspect(pairs).dtype != "uint8":
         raise DataError(f"{data}: expected 8-bit images, which the plain script takes")
     train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed)
-    model, plain = run_plain(train_pairs, config)
+    model, steps, seconds = train_plain(*load(train_pairs), config.steps, config.max_minutes, config.seed)
     images, _ = load(val_pairs)
     with torch.no_grad():
-        plain |= scores([(model(image[None])[0, 0] > 0).long() for image in images], val_pairs)
+        plain = scores([(model(image[None])[0, 0] > 0).long() for image in images], val_pairs)
+    plain |= {"steps": steps, "seconds": seconds}
     print(f"plain    {config.seed}:", json.dumps(plain), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
