@@ -15,6 +15,7 @@ from .cases import DTYPE, fused_pass
 from .providers import OURS
 from .results import Row, times_ms
 from .roofline import PeakRates, layer_of_row
+from .tables import conditions
 
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
 WINS, LOSES = "#0072B2", "#D55E00"
@@ -28,25 +29,16 @@ def draw(report: Row, path: str | Path) -> None:
     for row in report["rows"]:
         for name, found in row.get("ratios", {}).items():
             parts.setdefault(row["kind"], []).append((row, name, found))
+    said = conditions(report).replace("; ", "\n")
     height = 3 + 0.25 * max(map(len, parts.values()), default=0)
     figure = Figure(figsize=(7.2 * max(1, len(parts)), height), dpi=110, layout="constrained")
-    figure.suptitle(f"How many times as long as {OURS} the others take\n{_conditions(report)}", fontsize=11)
+    figure.suptitle(f"How many times as long as {OURS} the others take\n{said}", fontsize=11)
     if not parts:
         figure.text(0.5, 0.4, "Nothing was compared: see bench.json for the reasons.", ha="center")
     for i, (kind, found) in enumerate(parts.items(), 1):
         _draw_bars(figure.add_subplot(1, len(parts), i), kind, found)
     with written_whole(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
-
-
-def _conditions(report: Row) -> str:
-    settings, machine = report["settings"], report["environment"]
-    threads = f", threads: {settings['threads']}" if settings["device"] == "cpu" else ""
-    channels = "-".join(map(str, settings["features"]))
-    return (
-        f"{machine['device']}{threads}, torch {machine['torch']}, backend {settings['backend']}\n"
-        f"U-Net {channels}, images {settings['batch']} x {settings['size']} x {settings['size']}"
-    )
 
 
 def _draw_bars(axes: Axes, kind: str, bars: Sequence[Bar]) -> None:

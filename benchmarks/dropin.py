@@ -23,10 +23,10 @@ from fastunet.files import write_json
 
 from .cases import TASKS, Settings, add_settings, settings_of
 from .dropin_models import MODELS, DropInModel
-from .harness.environment import environment
 from .providers import Provider
 from .results import Row, ratio_text
 from .runs import distance, measured, prepared
+from .tables import report_of
 
 # As many runs of one model as there are, each compiled for each of its blocks.
 _MOST_COMPILES = 64
@@ -116,9 +116,7 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     if options.width < 2:
         raise ConfigError(f"expected --width from 2, got {options.width}")
-    said = {"task": options.task, "width": options.width, "size": options.size, "batch": 1, "rounds": options.rounds}
-    said["threads"] = torch.get_num_threads()
-    rows = []
+    rows: list[Row] = []
     for model in MODELS:
         if options.only is not None and model.name not in options.only:
             continue
@@ -127,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
             continue
         rows.append(measure(model, settings, options.task, options.width))
         print(line(rows[-1]), flush=True)
-        write_json(options.out, {"environment": environment("cpu"), "settings": said, "rows": rows})
+        write_json(options.out, report_of(settings, rows, task=options.task, width=options.width))
     return 0
 
 

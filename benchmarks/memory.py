@@ -46,13 +46,19 @@ from .cases import (
     settings_of,
     statistics_passes,
 )
-from .harness.environment import environment
 from .results import markdown
+from .tables import report_of
 
 IMPLEMENTATIONS = ("eager", "aten", "triton")
 # nnU-Net's, of 3d_fullres.
 VOLUMES = Settings(
-    size=128, batch=1, features=(32, 64, 128, 256, 320, 320), in_channels=1, out_channels=2, norm="instance"
+    device="cpu",
+    size=128,
+    batch=1,
+    features=(32, 64, 128, 256, 320, 320),
+    in_channels=1,
+    out_channels=2,
+    norm="instance",
 )
 
 
@@ -147,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the table; with --out write it as JSON. Returns 0."""
-    options.usual = VOLUMES if options.what == "volumes" else Settings()
+    options.usual = VOLUMES if options.what == "volumes" else Settings("cpu")
     norm = "instance" if options.what == "volumes" else None if options.norm == "none" else options.norm
     settings = settings_of(options, norm=norm)
     found = {"kept": kept, "moved": moved, "volumes": moved_in_volumes}[options.what](settings)
@@ -160,7 +166,5 @@ def run(options: argparse.Namespace) -> int:
         print(f"MB that inference moves for one of {settings.batch} {images}\n")
         print(table(found, "by_layer", 1e6 * settings.batch))
     if options.out is not None:
-        machine = {name: value for name, value in environment("cpu").items() if name in ("commit", "dirty", "torch")}
-        said = {name: getattr(settings, name) for name in ("size", "features", "dtype", "batch", "norm")}
-        write_json(options.out, {"environment": machine, "settings": said, **found})
+        write_json(options.out, report_of(settings, []) | found)
     return 0

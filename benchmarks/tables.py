@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+
+import torch
+
+from fastunet.dispatch import selected_backend
 
 from .cases import DIRECTIONS, TASKS, Settings
 from .harness.environment import environment
@@ -17,12 +21,19 @@ Report = dict[str, Any]
 
 def report_of(settings: Settings, rows: Sequence[Row], **more: Any) -> Report:
     """Return what a JSON file of rows holds. more: settings beside those."""
-    return {
-        "summary": summarise(rows),
-        "environment": environment(settings.device),
-        "settings": {**asdict(settings), **more},
-        "rows": list(rows),
-    }
+    said = asdict(settings) | {"threads": torch.get_num_threads(), "backend": selected_backend()} | more
+    return {"summary": summarise(rows), "environment": environment(settings.device), "settings": said, "rows": [*rows]}
+
+
+def conditions(report: Mapping[str, Any], what: str = "") -> str:
+    """Say where and of what the times are. what: in place of the net and its dtype."""
+    settings, machine = report["settings"], report["environment"]
+    side, threads = settings["size"], settings.get("threads")
+    what = what or f"U-Net {'-'.join(map(str, settings['features']))}, {settings['dtype']}"
+    said = f"{what}, images of {side}x{side}, batches of {settings['batch']}" + (
+        f", {threads} threads" if threads else ""
+    )
+    return f"{machine['device']}, torch {machine['torch']}; {said}"
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from fastunet.checks import ConfigError
-from fastunet.dispatch import selected_backend
 from fastunet.files import write_json
 from fastunet.testing import random_cotangent
 
@@ -87,11 +86,6 @@ def compare(settings: Settings, progress: Callable[[str], None] = lambda text: N
         yield describe(settings, step) | measured(settings, *runs_of(settings, step, providers))
 
 
-def report(settings: Settings, rows: Sequence[Row]) -> Row:
-    """Return what the JSON file holds."""
-    return report_of(settings, rows, threads=torch.get_num_threads(), backend=selected_backend())
-
-
 def tables(report: Row) -> list[str]:
     """Write Markdown: a table of the net, one of the layers, one of what was not measured, and why."""
     kinds = {kind: [row for row in report["rows"] if row["kind"] == kind] for kind in ("net", "layer")}
@@ -107,10 +101,9 @@ def compare_host(settings: Settings) -> Row:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [_host_row(settings, task) for task in TASKS]
+        return report_of(settings, [_host_row(settings, task) for task in TASKS])
     finally:
         torch.set_num_threads(threads)
-    return report_of(settings, rows, threads=1)
 
 
 def _host_row(settings: Settings, task: str) -> Row:
@@ -154,7 +147,7 @@ def run(options: argparse.Namespace) -> int:
         options.usual = default_settings(options.device, DTYPES[options.dtype], thorough=options.all)
         more: dict[str, Any] = {"seconds": math.inf} if options.rounds is not None else {}
         settings = settings_of(options, **more | ({"layers": ()} if options.no_layers else {}))
-        found = report(settings, list(compare(settings, lambda doing: print(doing, flush=True))))
+        found = report_of(settings, list(compare(settings, lambda doing: print(doing, flush=True))))
     print("\n".join(tables(found)))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastunet.benchmarks.results import markdown, ratio_text, spread_text
+from fastunet.benchmarks.tables import conditions
 
 from fastunet import ops
 from fastunet.measuring.timing import Quantiles, ratio
@@ -147,9 +148,7 @@ def _nets(path: Path, result: Result) -> str:
     providers = dict.fromkeys(name for found in tasks.values() for name in found)
     lines = [[name, *(ratio_text(found.get(name)) for found in tasks.values())] for name in providers]
     table = markdown(["time of ... / time of fastunet", *TASKS.values()], lines, right=TASKS.values())
-    settings = result["settings"]
-    what = f"U-Net {'-'.join(map(str, settings['features']))}, {settings.get('dtype', 'bfloat16')}"
-    return f"{_conditions(path, result, what)}\n\n{table}"
+    return f"{_conditions(path, result)}\n\n{table}"
 
 
 def _drop_in(path: Path, result: Result) -> str:
@@ -172,14 +171,10 @@ def _drop_in_ratio(samples: Mapping[str, Sequence[float]], other: str, ours: str
     return f"{' and '.join(failed)}: failed" if failed else spread_text(ratio(samples, other, ours), digits=2)
 
 
-def _conditions(path: Path, result: Result, what: str) -> str:
-    settings, environment = result["settings"], result["environment"]
-    side, threads = settings["size"], settings.get("threads")
-    said = f"{what}, images of {side}x{side}, batches of {settings['batch']}"
-    said += f", {threads} threads" if threads else ""
+def _conditions(path: Path, result: Result, what: str = "") -> str:
     return (
-        f"{environment['device']}, torch {environment['torch']}; {said}; medians of at most {settings['rounds']} "
-        f"rounds in turn, p10 to p90 in brackets; above 1, fastunet is faster (`{path}`):"
+        f"{conditions(result, what)}; medians of at most {result['settings']['rounds']} rounds in turn, p10 to p90 in "
+        f"brackets; above 1, fastunet is faster (`{path}`):"
     )
 
 

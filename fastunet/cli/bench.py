@@ -47,7 +47,8 @@ def bench(
     if quick and everything:
         raise typer.BadParameter("expected --quick or --all, got both")
     from fastunet.benchmarks.charts import draw
-    from fastunet.benchmarks.unet import check_settings, compare, default_settings, report, tables
+    from fastunet.benchmarks.tables import report_of
+    from fastunet.benchmarks.unet import check_settings, compare, default_settings, tables
 
     target = chosen_device(device)
     given: dict[str, Any] = {"size": size, "batch": batch}
@@ -66,8 +67,8 @@ def bench(
     with console.status("starting") as status:
         for row in compare(settings, lambda doing: status.update(f"comparing {doing}")):
             rows.append(row)
-            write_json(out / "bench.json", report(settings, rows))
-    result = report(settings, rows)
+            write_json(out / "bench.json", report_of(settings, rows))
+    result = report_of(settings, rows)
     draw(result, out / "bench.png")
     for table in tables(result):
         console.print(table)

@@ -13,13 +13,13 @@ pytest.importorskip("rich", reason="needs the extra train")
 import numpy as np
 import torch
 from command import fastunet
-from fastunet.benchmarks import unet
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.charts import draw
 from fastunet.benchmarks.providers import OURS, Provider
 from fastunet.benchmarks.results import Unavailable
 from fastunet.benchmarks.runs import measured, prepared
 from fastunet.benchmarks.runtimes import NAMES, unavailable
+from fastunet.benchmarks.tables import report_of
 from fastunet.benchmarks.unet import tables
 from PIL import Image
 
@@ -172,8 +172,8 @@ def test_losing_cases_are_drawn_and_listed_like_winning_ones(tmp_path: Path) -> 
             "fast": {"ratio": 0.25, "p10": 0.2, "p90": 0.3, "rounds": 3},
         },
     }
-    report = unet.report(TINY, [row])
-    draw(unet.report(TINY, []), tmp_path / "empty.png")
+    report = report_of(TINY, [row])
+    draw(report_of(TINY, []), tmp_path / "empty.png")
     draw(report, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
