@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -28,97 +27,62 @@ class NotSupported(Exception):
     pass
 
 
-def fake_tensor(**given: Any) -> MagicMock:
-    """It also takes the setters of an output."""
-    tensor = MagicMock()
-    tensor.configure_mock(**given)
-    return tensor
-
-
-class FakeGraph:
+def fake_graph(failing: tuple[int, ...], count: int) -> MagicMock:
     """Its plans are numbers; those in `failing` do not build. execute_plan_at_index computes with torch."""
+    graph = MagicMock()
+    graph.tensor.side_effect = lambda name, **given: MagicMock(**given)
+    graph.get_execution_plan_count.return_value = count
+    graph.get_workspace_size_plan_at_index.side_effect = lambda index: 100 * index
 
-    def __init__(self, failing: tuple[int, ...], count: int, **options: Any) -> None:
-        self.options, self.failing, self.count = options, failing, count
-        self.nodes: dict[str, dict[str, Any]] = {}
-        self.executed: list[int] = []
-        self.tensor = fake_tensor
-
-    def _node(self, node: str, **given: Any) -> MagicMock:
-        self.nodes[node] = given
-        return fake_tensor(name="y", of=node)
-
-    conv_fprop = partialmethod(_node, "conv")
-    bias = partialmethod(_node, "bias")
-    relu = partialmethod(_node, "relu")
-
-    def validate(self) -> None: ...
-
-    build_operation_graph = check_support = validate
-
-    def create_execution_plans(self, modes: list[str]) -> None:
-        assert modes == ["A", "B"]
-
-    def get_execution_plan_count(self) -> int:
-        return self.count
-
-    def build_plan_at_index(self, index: int) -> None:
-        if index in self.failing:
+    def build(index: int) -> None:
+        if index in failing:
             raise NotSupported(f"plan {index} does not build")
 
-    def get_workspace_size_plan_at_index(self, index: int) -> int:
-        return 100 * index
+    def execute(pack: dict[Any, torch.Tensor], workspace: torch.Tensor, index: int, *, handle: Any) -> None:
+        assert (workspace.numel(), handle) == (max(1, 100 * (count - 1)), "handle")
+        x, weight, bias, out = pack.values()
+        y = torch.nn.functional.conv2d(x, weight, bias.flatten(), padding=weight.shape[2] // 2)
+        out.copy_(y.relu() if graph.relu.called else y)
 
-    def execute_plan_at_index(self, pack: dict[Any, torch.Tensor], workspace: torch.Tensor, index: int, *, handle: Any):
-        assert (workspace.numel(), handle) == (max(1, 100 * (self.count - 1)), "handle")
-        self.executed.append(index)
-        named = {tensor.name: t for tensor, t in pack.items()}
-        kernel = named["weight"].shape[2]
-        y = torch.nn.functional.conv2d(named["x"], named["weight"], named["bias"].flatten(), padding=kernel // 2)
-        named["y"].copy_(y.relu() if "relu" in self.nodes else y)
+    graph.build_plan_at_index.side_effect, graph.execute_plan_at_index.side_effect = build, execute
+    return graph
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[MagicMock]:
     """The graphs that are made: each of three plans, of which the middle one does not build."""
     return install(monkeypatch)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...] = (1,), count: int = 3) -> list[FakeGraph]:
-    made: list[FakeGraph] = []
-
-    def pygraph(**options: Any) -> FakeGraph:
-        made.append(FakeGraph(failing, count, **options))
-        return made[-1]
-
-    cudnn = SimpleNamespace(
-        data_type=SimpleNamespace(BFLOAT16="bf16", HALF="half", FLOAT="float"),
-        heur_mode=SimpleNamespace(A="A", B="B"),
-        cudnnGraphNotSupportedError=NotSupported,
-        create_handle=lambda: "handle",
-        pygraph=pygraph,
-    )
-    monkeypatch.setitem(sys.modules, "cudnn", cudnn)  # type: ignore[arg-type]
+def install(monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...] = (1,), count: int = 3) -> list[MagicMock]:
+    made: list[MagicMock] = []
+    cudnn = MagicMock(cudnnGraphNotSupportedError=NotSupported, create_handle=lambda: "handle")
+    cudnn.data_type = SimpleNamespace(BFLOAT16="bf16", HALF="half", FLOAT="float")
+    cudnn.pygraph.side_effect = lambda **options: made.append(fake_graph(failing, count)) or made[-1]
+    monkeypatch.setitem(sys.modules, "cudnn", cudnn)
     return made
 
 
-def test_the_graph_is_conv_bias_relu_in_nhwc(graphs: list[FakeGraph]) -> None:
+def test_the_graph_is_conv_bias_relu_in_nhwc(graphs: list[MagicMock]) -> None:
     cudnn_graph.conv((2, 8, 5, 7), (16, 8, 3, 3), torch.bfloat16, CPU, relu=True)
     cudnn_graph.conv((2, 8, 5, 7), (2, 8, 1, 1), torch.float16, CPU, relu=False)
     graph, head = graphs
     types = {"io_data_type": "bf16", "intermediate_data_type": "float", "compute_data_type": "float"}
-    assert graph.options == {"handle": "handle", **types}
-    conv, bias = graph.nodes["conv"], graph.nodes["bias"]
+    cudnn: Any = sys.modules["cudnn"]
+    assert cudnn.pygraph.call_args_list[0].kwargs == {"handle": "handle", **types}
+    graph.create_execution_plans.assert_called_once_with([cudnn.heur_mode.A, cudnn.heur_mode.B])
+    conv, bias = graph.conv_fprop.call_args.kwargs, graph.bias.call_args.kwargs
     for tensor, shape in ((conv["image"], (2, 8, 5, 7)), (conv["weight"], (16, 8, 3, 3))):
         like = torch.empty(shape).contiguous(memory_format=torch.channels_last)
         assert (tensor.dim, tensor.stride, tensor.data_type) == (list(shape), list(like.stride()), "bf16")
     assert (bias["bias"].dim, bias["bias"].stride) == ([1, 16, 1, 1], [16, 1, 16, 16])
     assert (conv["padding"], conv["stride"], conv["dilation"]) == ([1, 1], [1, 1], [1, 1])
-    assert (bias["input"].of, graph.nodes["relu"]["input"].of) == ("conv", "bias")
-    assert (list(head.nodes), head.nodes["conv"]["padding"]) == (["conv", "bias"], [0, 0])
+    assert bias["input"] is graph.conv_fprop.return_value
+    assert graph.relu.call_args.kwargs["input"] is graph.bias.return_value
+    assert (head.relu.called, head.conv_fprop.call_args.kwargs["padding"]) == (False, [0, 0])
 
 
-def test_the_fastest_plan_that_builds_is_kept(graphs: list[FakeGraph], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_plan_that_builds_is_kept(graphs: list[MagicMock], monkeypatch: pytest.MonkeyPatch) -> None:
     def samples(runs: Any, clock: Any, *, rounds: int) -> dict[str, list[float]]:
         assert list(runs) == ["0", "2"]
         return {"0": [2.0], "2": [1.0]}
@@ -128,7 +92,7 @@ def test_the_fastest_plan_that_builds_is_kept(graphs: list[FakeGraph], monkeypat
     x, weight, bias = (torch.randn(shape).half() for shape in ((2, 8, 5, 7), (16, 8, 3, 3), (16,)))
     for _ in range(2):
         y = call(x, weight, bias)
-    assert graphs[0].executed == [2, 2]
+    assert [each.args[2] for each in graphs[0].execute_plan_at_index.call_args_list] == [2, 2]
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
