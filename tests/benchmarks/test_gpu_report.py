@@ -10,21 +10,18 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from fake_clock import FakeClock
 from fastunet.benchmarks import gpu as gpu_report
 from fastunet.benchmarks import gpu_steps, tune
-from fastunet.benchmarks.cases import Settings, unet_layers
+from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.gpu_steps import COMPILED, COMPILED_NETS, Step, all_steps, describe, parity_formats
 from fastunet.benchmarks.harness.worker import Budget
 from fastunet.benchmarks.tables import render, summarise
 from fastunet.kernels import gpu, self_test
-from torch import nn
 
-import fastunet
 from fastunet import dispatch, ops
 from fastunet.checks import ConfigError
 from fastunet.testing import cpu_accumulates_in_float32, parity
@@ -35,30 +32,6 @@ TINY = Settings(device="cpu", size=16, batch=2, features=(4, 8), rounds=2, stead
 BFLOAT16 = pytest.mark.skipif(
     not cpu_accumulates_in_float32(torch.bfloat16), reason="this processor sums products of bfloat16 in bfloat16"
 )
-
-
-def test_a_layer_is_what_the_net_runs() -> None:
-    """Shapes and ops against those that a forward pass of the model, without norm, is seen to call."""
-    model = fastunet.UNet(3, 2, features=(4, 8, 16), norm=None)
-    seen = [row.input for row in fastunet.explain(model, torch.zeros(2, 3, 20, 12)).rows if "conv" in row.op]
-    layers = unet_layers(3, 2, (4, 8, 16), 2, 20, 12)
-    assert [f"{list(next(iter(layer.shapes.values())))} float32" for layer in layers] == seen
-    assert [layer.name for layer in layers if not layer.input_has_grad] == ["inc.c1"]
-
-
-def test_a_layers_outputs_are_what_its_modules_return() -> None:
-    model = fastunet.UNet(3, 2, features=(4, 8, 16))
-    returned: list[tuple[int, ...]] = []
-
-    def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        returned.append(tuple(output.shape))
-
-    plain = model.to_reference()
-    for module in plain.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d)):
-            module.register_forward_hook(note)
-    plain(torch.zeros(2, 3, 16, 24))
-    assert [shape for layer in unet_layers(3, 2, (4, 8, 16), 2, 16, 24) for shape in layer.outputs.values()] == returned
 
 
 @pytest.mark.parametrize("case", parity.cases()[len(parity.cases()) // 2 :], ids=lambda case: case.op)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.cases import Layer, Settings, nnunet_layers
+from fastunet.benchmarks.cases import Layer, Settings, nnunet_layers, unet_layers
 from fastunet.benchmarks.dropin_models import find_packages
 from fastunet.benchmarks.memory import VOLUMES, kept, moved
-from torch import nn
+from torch import Tensor, nn
+
+from fastunet.reference import ReferenceUNet
 
 pytest.importorskip("triton", reason="asks what the Triton kernels would keep")
 
@@ -76,37 +79,51 @@ def test_bytes_of_volumes_are_those_counted_by_hand(tmp_path: Path, capsys: pyte
     assert "| of eager | 1.000 |" in capsys.readouterr().out
 
 
-def test_the_layers_of_volumes_are_nnunets() -> None:
-    """Of its own package: every convolution, with what it reads and writes."""
+def of_nnunet() -> tuple[Any, Tensor, list[Layer]]:
     find_packages()
     unet: Any = pytest.importorskip("dynamic_network_architectures.architectures.unet")
     stages = len(VOLUMES.features)
-    with torch.device("meta"):
-        net = unet.PlainConvUNet(
-            1, stages, VOLUMES.features, nn.Conv3d, 3, (1, *[2] * (stages - 1)), 2, VOLUMES.out_channels, 2,
-            conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
-        )  # fmt: skip
-        x = torch.empty(1, 1, *[VOLUMES.size] * 3)
-    seen = []
-
-    def note(module: Any, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
-        seen.append((inputs[0].shape, module.weight.shape, y.shape))
-
-    for module in net.modules():
-        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
-            module.register_forward_hook(note)
-    net(x)
-
-    def shapes(layer: Layer) -> tuple[tuple[int, ...], ...]:
-        first, *second = layer.inputs.values()
-        channels = first[1] + sum(shape[1] for shape in second)
-        return (first[0], channels, *first[2:]), layer.shapes["weight"], layer.outputs["y"]
-
+    net = unet.PlainConvUNet(
+        1, stages, VOLUMES.features, nn.Conv3d, 3, (1, *[2] * (stages - 1)), 2, VOLUMES.out_channels, 2,
+        conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU,
+    )  # fmt: skip
     layers = nnunet_layers(1, VOLUMES.out_channels, VOLUMES.features, 1, VOLUMES.size)
-    assert [shapes(layer) for layer in layers] == [tuple(map(tuple, each)) for each in seen]
     assert sum("instance_norm" in layer.op for layer in layers) == sum(
         isinstance(module, nn.InstanceNorm3d) for module in set(net.modules())
     )
+    return net, torch.empty(1, 1, *[VOLUMES.size] * 3), layers
+
+
+def of_unet() -> tuple[Any, Tensor, list[Layer]]:
+    layers = unet_layers(3, 2, (4, 8, 16), 2, 20, 12)
+    assert [layer.name for layer in layers if not layer.input_has_grad] == ["inc.c1"]
+    return ReferenceUNet(3, 2, features=(4, 8, 16), norm=None), torch.empty(2, 3, 20, 12), layers
+
+
+@pytest.mark.parametrize("make", [of_unet, of_nnunet])
+def test_layers_are_what_the_net_runs(make: Callable[[], tuple[Any, Tensor, list[Layer]]]) -> None:
+    """Every convolution, and every pooling after one, with what it reads and writes."""
+    with torch.device("meta"):
+        net, x, layers = make()
+    seen: list[list[torch.Size]] = []
+
+    def note(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        if isinstance(module, nn.MaxPool2d):
+            seen[-1].append(y.shape)
+        else:
+            seen.append([inputs[0].shape, module.weight.shape, y.shape])
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Conv3d | nn.ConvTranspose3d | nn.MaxPool2d):
+            module.register_forward_hook(note)
+    net(x)
+
+    def shapes(layer: Layer) -> list[tuple[int, ...]]:
+        first, *second = layer.inputs.values()
+        channels = first[1] + sum(shape[1] for shape in second)
+        return [(first[0], channels, *first[2:]), layer.shapes["weight"], *layer.outputs.values()]
+
+    assert [shapes(layer) for layer in layers] == [[tuple(each) for each in found] for found in seen]
 
 
 @pytest.mark.parametrize(
