@@ -1,10 +1,8 @@
 """What a person with a GPU runs: are the kernels right there, and how fast are they beside cuDNN and torch.compile?
 
-    python -m benchmarks gpu --out DIR [--minutes 9] [--size 512] [--batch 16] [--tuned]
-
 Writes into DIR, anew after every step: gpu_report.json (rows, environment, commit, summary), gpu_report.md,
-roofline.png, and the table of measured configurations, <gpu>.json, which `--tuned` puts into kernels/tuned/ at once. It
-ends within the given minutes: what there was no time for is named, and measured by the next call with the same DIR. In
+roofline.png, and the table of measured configurations, <gpu>.json, which is used once it is in kernels/tuned/. It ends
+within the given minutes: what there was no time for is named, and measured by the next call with the same DIR. In
 this order: each family of kernels on small images, in processes of their own; every op in bfloat16 against float64;
 the GPU's peak rates; the layers of UNet(3, 2), forward; the net's inference and training step; the layers, backward;
 the nets beside torch.compile; every op in the other formats; the layers beside torch.compile; the search for
@@ -113,13 +111,10 @@ def earlier_rows(file: Path, report: Report) -> list[Row]:
     return [row for row in found["rows"] if row["status"] not in ("skipped", "timed out")]
 
 
-def make_report(
-    settings: Settings, out: Path, minutes: float, steps: Sequence[Step] | None = None, tuned: Path | None = None
-) -> Report:
+def make_report(settings: Settings, out: Path, minutes: float, steps: Sequence[Step] | None = None) -> Report:
     """Measure (by default all steps) and write DIR's files; returns what the JSON holds.
 
-    What DIR's report has already is not measured again. tuned: the folder of the table of measured configurations, by
-    default DIR. Raises ConfigError where DIR's report is another.
+    What DIR's report has already is not measured again. Raises ConfigError where DIR's report is another.
     """
     budget = Budget(60 * minutes - _RESERVE)
     out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +136,7 @@ def make_report(
     save(rows)
     if steps is None and dispatch.triton_unsupported(settings.torch_device, DTYPE) is None:
         path = autotune.table_path(gpu.target(settings.torch_device).name)
-        report["tuned"] = tune.measure_table(settings, (tuned or out) / path.name, budget)
+        report["tuned"] = tune.measure_table(settings, out / path.name, budget)
         save(rows)
     return report
 
@@ -151,7 +146,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which the report has ended")
     add_settings(parser, Settings(), "device", "size", "batch")
-    parser.add_argument("--tuned", action="store_true", help="write the measured configurations to kernels/tuned/")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -159,10 +153,9 @@ def run(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     if options.minutes <= 0:
         raise ConfigError(f"expected --minutes above 0, got {options.minutes}")
-    report = make_report(settings, options.out, options.minutes, tuned=autotune.TUNED if options.tuned else None)
+    report = make_report(settings, options.out, options.minutes)
     print(f"{options.out / 'gpu_report.md'}\n{report['summary']}")
-    if not options.tuned:
-        print(f"To use the configurations that were measured, if any: cp {options.out}/<gpu>.json {autotune.TUNED}")
+    print(f"To use the configurations that were measured, if any: cp {options.out}/<gpu>.json {autotune.TUNED}")
     wrong = [row for row in report["rows"] if row["status"] not in ("ok", "skipped")]
     is_empty = all(row["status"] == "skipped" for row in report["rows"])
     return 1 if wrong or is_empty else 0

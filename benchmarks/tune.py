@@ -1,11 +1,10 @@
 """Measure at length what `fastunet.tune` measures in seconds, for the table of this GPU that the package holds.
 
-    python -m benchmarks tune (--out FILE | --tuned) [--minutes 30] [--size 512] [--batch 16] [--features 64 128 ...]
-
 Of UNet(3, 2) with batch norm, instance norm and none, in inference and training, under autocast in bfloat16: every
 layer beside ATen, with every configuration of its kernels. What was measured before in this environment is not
 measured again (but with FASTUNET_TUNE=force), and what is measured is kept as it is found: a search that is stopped,
-crashes or hangs goes on with the next call. `--tuned` writes kernels/tuned/<gpu>.json, for other environments too.
+crashes or hangs goes on with the next call. Without `--out` it becomes kernels/tuned/<gpu>.json, for other environments
+too.
 """
 
 from __future__ import annotations
@@ -62,9 +61,7 @@ def measure_table(settings: Settings, path: Path, budget: Budget) -> list[autotu
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="FILE")
-    where.add_argument("--tuned", action="store_true", help="write kernels/tuned/<gpu>.json")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="instead of kernels/tuned/<gpu>.json")
     parser.add_argument("--minutes", type=float, default=30.0, help="after which the search has ended")
     add_settings(parser, Settings(), "size", "batch", "features")
 
@@ -77,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     unsupported = dispatch.triton_unsupported(settings.torch_device, DTYPE)
     if unsupported is not None:
         raise ConfigError(f"there is nothing to tune: {unsupported}")
-    path = autotune.table_path(gpu.target(settings.torch_device).name) if options.tuned else options.out
+    path = options.out or autotune.table_path(gpu.target(settings.torch_device).name)
     rows = measure_table(settings, path, Budget(60 * options.minutes - _RESERVE))
     print(f"{tune_table(rows)}\n{path}")
     return 0 if any("speedup" in row for row in rows) else 1

@@ -193,7 +193,7 @@ def test_bounds_come_from_the_peak_rates_of_the_same_run() -> None:
 
 
 def test_what_the_search_finds_goes_into_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In what time is left; its table, where it is asked for."""
+    """In what time is left."""
     clock = FakeClock()
     start = functools.partial(gpu_steps.run_steps, start=lambda *_: FakeProcess(clock))
     monkeypatch.setattr(gpu_report, "run_steps", start)
@@ -202,8 +202,8 @@ def test_what_the_search_finds_goes_into_the_report(tmp_path: Path, monkeypatch:
     found = [{"op": "conv1x1", "dtype": "bfloat16", "shape": {"height": 8}, "speedup": 1.5}]
     asked: list[Path] = []
     monkeypatch.setattr(tune, "measure_table", lambda settings, path, budget: asked.append(path) or found)
-    report = gpu_report.make_report(TINY, tmp_path, 3.0, tuned=tmp_path / "tuned")
-    assert asked == [tmp_path / "tuned" / "interpreter.json"]
+    report = gpu_report.make_report(TINY, tmp_path, 3.0)
+    assert asked == [tmp_path / "interpreter.json"]
     assert json.loads((tmp_path / "gpu_report.json").read_text())["tuned"] == report["tuned"] == found
     assert "| conv1x1 | bfloat16 | height=8 | 1.5 |" in (tmp_path / "gpu_report.md").read_text()
 
