@@ -1,7 +1,5 @@
 """Is the working tree right, and is it faster than a commit? Two processes, round by round in turn.
 
-    python -m benchmarks compare-commits --base REV [--device cuda] [--size 512] [--only inc.c2 ...] [--out FILE]
-
 First every op is compared with float64 in both trees; then each layer and the whole net is timed in both, under the
 implementation that runs on the device, in alternating order; what is off in either tree gets no speed. `base/new` is
 the median of the rounds' ratios, with the 10th and 90th percentile: above 1, the working tree is faster. Benchmarks

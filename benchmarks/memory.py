@@ -1,19 +1,13 @@
 """Bytes, counted without a GPU: what a training step keeps of its activations, and what inference moves.
 
-    python -m benchmarks memory kept [--norm batch] [--features 64 128 ...] [--size 512] [--out JSON]
+`kept` prints, for every size of image inside the net, the bytes that an image of the batch takes until its backward: in
+plain PyTorch, and in fastunet on ATen and on its Triton kernels. The nets run on tensors without data.
 
-prints, for every size of image inside the net, the bytes that an image of the batch takes until its backward: in plain
-PyTorch, and in fastunet on ATen and on its Triton kernels. The nets run on tensors without data.
+`moved` prints for every layer the bytes to and from memory of an eager net, in which every op is a pass of its own, and
+of the kernels: each layer as one pass, and layers joined as on sm_90 and above (see cases.py). A launch moves each byte
+of its tensors once, as long as L2 keeps a tile's halo while its neighbours run, and the weights throughout.
 
-    python -m benchmarks memory moved [--batch 16] [--features 64 128 ...] [--size 512] [--out JSON]
-
-prints for every layer the bytes to and from memory of an eager net, in which every op is a pass of its own, and of the
-kernels: each layer as one pass, and layers joined as on sm_90 and above (see cases.py). A launch moves each byte of its
-tensors once, as long as L2 keeps a tile's halo while its neighbours run, and the weights throughout.
-
-    python -m benchmarks memory volumes [--batch 1] [--features 32 64 ...] [--size 128] [--out JSON]
-
-prints the same of nnU-Net's 3d_fullres net, for which there are no kernels: eager; with statistics in each
+`volumes` prints the same of nnU-Net's 3d_fullres net, for which there are no kernels: eager; with statistics in each
 convolution's epilogue, norm and activation as one pass, and nothing concatenated; and with norm and activation where
 the next layer loads.
 """

@@ -1,7 +1,5 @@
 """Every public op, forward and backward: ours, and torch's composition of the same, in turn.
 
-    python -m benchmarks ops [--device cpu|cuda] [--dtype bfloat16] [--only OP ...] [--out JSON]
-
 Nothing is timed before its result is right, and calls take sets of inputs in turn that together pass the cache.
 `pytest benchmarks/ --benchmark-only` times the same with pytest-benchmark.
 """

@@ -1,8 +1,6 @@
 """How fast each layer of a U-Net could be on a GPU of given peak rates.
 
-    python -m benchmarks roofline --tflops 790 --tbps 3.0 [--features 64 128 ...] [--size 512] [--batch 16]
-
-prints for every layer its lower bound, the least time in which the rates let it run, and the least time of an eager net
+Prints for every layer its lower bound, the least time in which the rates let it run, and the least time of an eager net
 in which every op is a pass of its own (cases.py has the accounting). The rates are to be measured on the same GPU: the
 FLOP/s of a large matrix product, and the bytes/s that a copy reads and writes. The command `gpu` measures both, gives
 every layer's share of its bound, and draws the roofline.

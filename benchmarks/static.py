@@ -1,11 +1,6 @@
 """Compile every kernel in every configuration that can be chosen, for every target, and look at the result.
 
-No GPU is needed:
-
-    python -m benchmarks static [--quick] [--target 90] [--op forward] [--jobs 2]
-
-prints a row for each and ends with exit code 1 if any row breaks a rule. --quick takes one configuration of each kernel
-and target. The rules:
+No GPU is needed. Prints a row for each and ends with exit code 1 if any row breaks a rule:
 
 - no spills, by ptxas's report; with Triton 3.8 and above at most 256 bytes where registers are limited for a second
   program on a multiprocessor

@@ -1,17 +1,13 @@
 """A whole net against the nets people run: inference, a training step, and the net's layers.
 
-    python -m benchmarks unet [--device cpu|cuda] [--dtype bfloat16] [--size 256] [--no-layers] [--out JSON]
-
 All that are compared take turns in one run, and the ratio is that of each round; what is not right, or does not run,
 is named with its reason and has no time. `fastunet bench` draws the same.
 
-    python -m benchmarks unet --host [--out JSON]
-
-times what a net costs the host: `fastunet.UNet` and the same net in plain modules, with next to nothing to compute.
-Images of 16x16 pixels and few channels leave the calls alone to be timed: the classic net of 64 to 1024 channels
-multiplies 31 million weights even for one pixel. One thread, float32, channels_last. A training step is forward and
-backward from a random cotangent; loss and optimiser, which both nets would share, are left out. It takes two images:
-at the bottom one has a single pixel, from which batch norm has no variance.
+`--host` times what a net costs the host: `fastunet.UNet` and the same net in plain modules, with next to nothing to
+compute. Images of 16x16 pixels and few channels leave the calls alone to be timed: the classic net of 64 to 1024
+channels multiplies 31 million weights even for one pixel. One thread, float32, channels_last. A training step is
+forward and backward from a random cotangent; loss and optimiser, which both nets would share, are left out. It takes
+two images: at the bottom one has a single pixel, from which batch norm has no variance.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Spawned:
+class Spawned(contextlib.AbstractContextManager):
     """A process that gives answer(*arguments, request) for one request after the other.
 
     It is started at the first request, and anew at the next after each that ended it. path: where it looks for modules
@@ -49,9 +49,6 @@ class Spawned:
                 self._process.join()
             self._connection.close()
             self._process = None
-
-    def __enter__(self) -> Spawned:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
