@@ -52,7 +52,7 @@ from fastunet.metrics import SegmentationMetrics
 from fastunet.train.checkpoint import load_run
 from fastunet.train.loop import TrainConfig, train
 
-from .dropin_models import PaddedUNet
+from .dropin_models import PlainUNet
 from .harness.environment import environment
 
 CLASSES = ["background", "foreground"]
@@ -86,7 +86,7 @@ def train_plain(
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = PaddedUNet(1, 1, (16, 32, 64, 128, 256)).train()
+    model = PlainUNet(1, 1, (16, 32, 64, 128, 256)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     start, step, progress = time.perf_counter(), 0, 0.0
     while progress < 1:

@@ -5,7 +5,7 @@ segmentation_models_pytorch, dynamic_network_architectures, timm and torchvision
 installed. `make test` leaves some beside the environment (`tests/compiler/requirements.txt`): their torchvision is of
 another torch, and what imports it by the way, as torchmetrics does, is not to find it.
 
-Three more are written here, in plain torch.nn, with habits that `torch.compile(model, backend="fastunet")` meets:
+Others are written here, in plain torch.nn, with habits that `torch.compile(model, backend="fastunet")` meets:
 padding to the skip's size, [skip, up] order and activations in place; [up, skip] order and a sigmoid at the end;
 residual blocks of group norm and SiLU.
 """
@@ -127,12 +127,22 @@ class Twice(nn.Sequential):
         super().__init__(*layers)
 
 
-class PaddedUNet(nn.Module):
-    """Any size: what is upsampled is padded to the skip's size. Transposed or bilinear upsampling."""
+class PlainUNet(nn.Module):
+    """Any size: what is upsampled, transposed or bilinear, is padded to the skip's size. as_probabilities: sizes
+    divisible by 2**depth alone; [up, skip] order; a sigmoid at the end.
+    """
 
-    def __init__(self, channels: int, classes: int, widths: Sequence[int], *, bilinear: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        widths: Sequence[int],
+        *,
+        bilinear: bool = False,
+        as_probabilities: bool = False,
+    ) -> None:
         super().__init__()
-        pairs = list(itertools.pairwise(widths))
+        self.as_probabilities, pairs = as_probabilities, list(itertools.pairwise(widths))
         self.first = Twice(channels, widths[0])
         self.downs = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), Twice(a, b)) for a, b in pairs)
         self.ups = nn.ModuleList(
@@ -151,33 +161,13 @@ class PaddedUNet(nn.Module):
         x = skips.pop()
         for up, block in zip(self.ups, self.blocks, strict=True):
             x, skip = up(x), skips.pop()
-            dy, dx = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
-            x = F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
-            x = block(torch.cat([skip, x], dim=1))
-        return self.last(x)
-
-
-class SigmoidUNet(nn.Module):
-    """Sizes divisible by 2**depth; [up, skip] order; probabilities."""
-
-    def __init__(self, channels: int, classes: int, widths: Sequence[int]) -> None:
-        super().__init__()
-        pairs = list(itertools.pairwise(widths))
-        self.encoders = nn.ModuleList(Twice(a, b) for a, b in zip((channels, *widths[:-1]), widths, strict=True))
-        self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
-        self.ups = nn.ModuleList(nn.ConvTranspose2d(b, a, kernel_size=2, stride=2) for a, b in reversed(pairs))
-        self.decoders = nn.ModuleList(Twice(2 * a, a) for a, _ in reversed(pairs))
-        self.conv = nn.Conv2d(widths[0], classes, kernel_size=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips: list[Tensor] = []
-        for encoder in self.encoders:
-            x = encoder(self.pool(skips[-1]) if skips else x)
-            skips.append(x)
-        skips.pop()
-        for up, decoder in zip(self.ups, self.decoders, strict=True):
-            x = decoder(torch.cat((up(x), skips.pop()), dim=1))
-        return torch.sigmoid(self.conv(x))
+            if self.as_probabilities:
+                x = block(torch.cat([x, skip], dim=1))
+            else:
+                dy, dx = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+                x = F.pad(x, [dx // 2, dx - dx // 2, dy // 2, dy - dy // 2])
+                x = block(torch.cat([skip, x], dim=1))
+        return torch.sigmoid(self.last(x)) if self.as_probabilities else self.last(x)
 
 
 class Residual(nn.Module):
@@ -219,9 +209,9 @@ class ResidualUNet(nn.Module):
 
 
 MODELS = (
-    DropInModel("U-Net, padded", lambda width: PaddedUNet(1, 2, _levels(width)), any_size=True),
-    DropInModel("U-Net, bilinear", lambda width: PaddedUNet(1, 2, _levels(width), bilinear=True), any_size=True),
-    DropInModel("U-Net, sigmoid", lambda width: SigmoidUNet(3, 1, _levels(width)), channels=3),
+    DropInModel("U-Net, padded", lambda width: PlainUNet(1, 2, _levels(width)), any_size=True),
+    DropInModel("U-Net, bilinear", lambda width: PlainUNet(1, 2, _levels(width), bilinear=True), any_size=True),
+    DropInModel("U-Net, sigmoid", lambda width: PlainUNet(3, 1, _levels(width), as_probabilities=True), channels=3),
     DropInModel("U-Net, residual", lambda width: ResidualUNet(3, 2, _levels(width)), channels=3),
     _monai("BasicUNet", lambda net, w: net(2, 1, 2, features=(w, w, 2 * w, 4 * w, 8 * w, w))),
     _monai("UNet", lambda net, w: net(2, 1, 2, channels=_levels(w), strides=(2, 2, 2), num_res_units=2)),
