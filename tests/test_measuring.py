@@ -267,6 +267,19 @@ def test_a_compiled_model_is_measured_by_what_would_replace_it(ops: Ops) -> None
         assert args.choice(training=True).unmeasured == autotune.Layer("conv3x3_bias_relu", 4, 3, 16, 16, training=True)
 
 
+def patterns_of(model: nn.Module, x: Tensor, **options: Any) -> list[Any]:
+    """What the compiler's backend finds in model(x)."""
+    found: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        found.extend(pattern for _, patterns in find_patterns(graph) for pattern in patterns)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, **options)(x)
+    return found
+
+
 @pytest.mark.parametrize(("inductor", "is_replaced"), [(1.2, True), (1.05, False), (None, False)])
 def test_what_inductor_makes_of_a_layer_is_measured_too(
     ops: Ops, inductor: float | None, is_replaced: bool, monkeypatch: pytest.MonkeyPatch
@@ -284,15 +297,8 @@ def test_what_inductor_makes_of_a_layer_is_measured_too(
     assert layer is not None
     measuring.measure(ops.call, args, layer, measuring.process_budget, compiled=compiled)
     assert args.choice().over_inductor == (inductor and pytest.approx(inductor))
-    found: list[Any] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
-        found.extend(pattern for _, patterns in find_patterns(graph) for pattern in patterns)
-        return graph.forward
-
-    with torch.no_grad():
-        torch.compile(nn.Sequential(nn.MaxPool2d(2)), backend=backend)(args.x)
-    assert [pattern.is_replaced for pattern in found] == [is_replaced], found[0].reason
+    (pattern,) = patterns_of(nn.Sequential(nn.MaxPool2d(2)), args.x)
+    assert pattern.is_replaced == is_replaced, pattern.reason
 
 
 def test_on_the_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,18 +336,10 @@ def test_a_quantised_model_leaves_kernels_that_fail_their_check(ops: Ops, monkey
 
 
 def test_an_open_size_is_left_to_the_op_where_some_size_was_faster(ops: Ops) -> None:
-    seen: list[list[dispatch.Choice]] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
-        found = [pattern for _, patterns in find_patterns(graph) for pattern in patterns]
-        seen.append([(pattern.is_replaced, pattern.reason) for pattern in found])
-        return graph.forward
-
-    model = torch.compile(nn.Sequential(nn.Identity(), nn.MaxPool2d(2)), backend=backend, dynamic=True)
-    with torch.no_grad():
-        model(torch.randn(2, 3, 8, 12))
-        ops.settle(16)
-        torch.compiler.reset()
-        model(torch.randn(2, 3, 8, 12))
-    ((before, _),), ((after, reason),) = seen
-    assert (before, after, reason.endswith("the op decides when it runs")) == (False, True, True)
+    model, x = nn.Sequential(nn.Identity(), nn.MaxPool2d(2)), torch.randn(2, 3, 8, 12)
+    (before,) = patterns_of(model, x, dynamic=True)
+    ops.settle(16)
+    torch.compiler.reset()
+    (after,) = patterns_of(model, x, dynamic=True)
+    assert (before.is_replaced, after.is_replaced) == (False, True)
+    assert after.reason.endswith("the op decides when it runs")

@@ -1,4 +1,4 @@
-"""`fastunet bench`: what it leaves, what it says of a wrong or missing provider, and of bad arguments."""
+"""`fastunet bench` and `unet --host`: what they leave, and say of wrong or missing providers and bad arguments."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 
 pytest.importorskip("rich", reason="needs the extra train")
 
+import generate
 import numpy as np
 import torch
 from command import fastunet
+from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.charts import draw
 from fastunet.benchmarks.providers import OURS, Provider
@@ -182,3 +184,19 @@ def test_losing_cases_are_drawn_and_listed_like_winning_ones(tmp_path: Path) -> 
     shown = "\n".join(tables(report))
     assert "3.25" in shown
     assert "0.25" in shown
+
+
+def test_the_hosts_time_is_a_file_that_the_pages_tables_take(tmp_path: Path) -> None:
+    out, threads = tmp_path / "benchmarks/results/cpu/host.json", torch.get_num_threads()
+    assert main(["unet", "--host", "--rounds", "1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [row["name"] for row in found["rows"]] == ["inference", "training"]
+    for row in found["rows"]:
+        assert {name: len(samples) for name, samples in row["samples_ms"].items()} == {
+            "fastunet": 1,
+            "eager channels_last": 1,
+        }
+        times = row["times_ms"]["fastunet"]
+        assert 0 < times["p10"] <= times["median"] <= times["p90"]
+    assert torch.get_num_threads() == threads
+    assert "images of 16x16, batches of 1, 1 threads" in generate.speed_tables(tmp_path / "benchmarks/results")
