@@ -11,10 +11,10 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from fastunet.files import SOFTWARE, written_whole
 
-from .cases import DTYPE, fused_pass
+from .cases import Pass
 from .providers import OURS
 from .results import Row, times_ms
-from .roofline import PeakRates, layer_of_row
+from .roofline import PeakRates
 from .tables import conditions
 
 # Okabe and Ito's colours, apart for colour-blind readers; what loses is hatched as well.
@@ -77,7 +77,7 @@ def plot_roofline(rows: Sequence[Row], peaks: PeakRates, path: Path) -> None:
     axes.set_ylabel("speed: TFLOP/s")
     axes.grid(which="major", alpha=0.25)
     peak, ridge = peaks.matmul_flops / 1e12, peaks.matmul_flops / peaks.copy_bytes
-    works = [fused_pass(layer_of_row(row), DTYPE.itemsize) for row in rows]
+    works = [Pass(row["flops"], row["bytes"]) for row in rows]
     intensities = [work.flops / work.bytes for work in works]
     speeds = [work.flops / peaks.seconds(work) / 1e12 for work in works]
     left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2

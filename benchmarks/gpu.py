@@ -27,11 +27,11 @@ from fastunet.files import write_json, written_whole
 from fastunet.testing.families import FP8
 
 from . import tune
-from .cases import DTYPE, Settings, add_settings, fused_pass, settings_of
+from .cases import DTYPE, Pass, Settings, add_settings, settings_of
 from .gpu_steps import Step, all_steps, run_steps
 from .harness.worker import Budget
 from .results import Row, times_ms
-from .roofline import PeakRates, layer_of_row
+from .roofline import PeakRates
 from .tables import Report, render, report_of, summarise
 
 # Seconds kept for ending a process and writing the files.
@@ -50,7 +50,7 @@ def add_bounds(rows: Sequence[Row]) -> None:
     bounds = {}
     for row in rows:
         if row["kind"] == "layer" and row["variant"] != "backward":
-            row["bound_ms"] = bounds[row["name"]] = 1e3 * peaks.seconds(fused_pass(layer_of_row(row), DTYPE.itemsize))
+            row["bound_ms"] = bounds[row["name"]] = 1e3 * peaks.seconds(Pass(row["flops"], row["bytes"]))
     for row in rows:
         if row["kind"] == "net" and row["name"] == "inference":
             row["bound_ms"] = sum(bounds.values())

@@ -21,7 +21,7 @@ from fastunet.measuring.timing import clock_of, cudnn_benchmark
 from fastunet.testing import cpu_accumulates_in_float32, float32_precision, parity
 from fastunet.testing.parity import backends_for
 
-from .cases import DIRECTIONS, TASKS, Layer, Settings
+from .cases import DIRECTIONS, TASKS, Layer, Settings, fused_pass
 from .harness.worker import Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers
 from .results import Row, failure
@@ -96,14 +96,16 @@ def describe(settings: Settings, step: Step) -> Row:
     if step.kind == "parity":
         case = parity.cases()[int(step.name)]
         row |= {"name": str(case), "op": case.op}
-    layers = {layer.name: layer for layer in settings.net_layers()}
     if step.kind == "layer":
-        layer = layers[step.name]
-        row |= {"op": layer.op, "flops": layer.backward_flops if step.variant == "backward" else layer.flops}
+        layer, is_backward = settings.layer(step.name), step.variant == "backward"
+        row |= {"op": layer.op, "flops": layer.backward_flops if is_backward else layer.flops}
         row["shapes"] = {name: list(shape) for name, shape in layer.shapes.items()}
+        if not is_backward:
+            row["bytes"] = fused_pass(layer, settings.torch_dtype.itemsize).bytes
     if step.kind == "net":
-        backward = [layer.backward_flops for layer in layers.values() if step.name == "training"]
-        row |= {"flops": sum(backward) + sum(layer.flops for layer in layers.values()), "images": settings.batch}
+        layers = settings.net_layers()
+        backward = sum(layer.backward_flops for layer in layers) if step.name == "training" else 0
+        row |= {"flops": backward + sum(layer.flops for layer in layers), "images": settings.batch}
     return row
 
 

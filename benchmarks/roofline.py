@@ -42,11 +42,6 @@ class PeakRates:
         return max(work.flops / self.matmul_flops, work.bytes / self.copy_bytes)
 
 
-def layer_of_row(row: Row) -> Layer:
-    """The layer that a row of a report is of."""
-    return Layer(row["name"], row["op"], {name: tuple(shape) for name, shape in row["shapes"].items()}, row["flops"])
-
-
 def roofline_table(layers: Sequence[Layer], peaks: PeakRates, dtype: torch.dtype = DTYPE) -> str:
     """Write Markdown: each layer's work, its lower bound and eager's, in microseconds, and the sums."""
     batch = next(iter(layers[0].shapes.values()))[0]
