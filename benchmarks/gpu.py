@@ -32,7 +32,7 @@ from .gpu_steps import Step, all_steps, run_steps
 from .harness.worker import Budget
 from .results import Row, times_ms
 from .roofline import PeakRates
-from .tables import Report, render, report_of, summarise
+from .tables import render, report_of, summarise
 
 # Seconds kept for ending a process and writing the files.
 _RESERVE = 6.0
@@ -66,7 +66,7 @@ def peak_rates_of(rows: Sequence[Row]) -> PeakRates | None:
     return None
 
 
-def draw_roofline(out: Path, report: Report) -> str:
+def draw_roofline(out: Path, report: Row) -> str:
     """Write roofline.png; why not, where it cannot be."""
     peaks = peak_rates_of(report["rows"])
     rows = [row for row in report["rows"] if row["kind"] == "layer" and row["variant"] == "forward" and times_ms(row)]
@@ -95,7 +95,7 @@ def check_families(settings: Settings, budget: Budget) -> list[Row]:
     ]
 
 
-def earlier_rows(file: Path, report: Report) -> list[Row]:
+def earlier_rows(file: Path, report: Row) -> list[Row]:
     """Return the rows of a report that was begun before, but those that had no time; none if there is no file.
 
     Raises ConfigError where it is of another machine, commit, or other settings.
@@ -111,7 +111,7 @@ def earlier_rows(file: Path, report: Report) -> list[Row]:
     return [row for row in found["rows"] if row["status"] not in ("skipped", "timed out")]
 
 
-def make_report(settings: Settings, out: Path, minutes: float, steps: Sequence[Step] | None = None) -> Report:
+def make_report(settings: Settings, out: Path, minutes: float, steps: Sequence[Step] | None = None) -> Row:
     """Measure (by default all steps) and write DIR's files; returns what the JSON holds.
 
     What DIR's report has already is not measured again. Raises ConfigError where DIR's report is another.

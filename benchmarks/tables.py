@@ -16,10 +16,9 @@ from .results import Row, markdown, ratio_text, spread_text, times_ms
 
 # Of a layer's row: forward beside what torch.compile makes of it.
 COMPILED = "compiled"
-Report = dict[str, Any]
 
 
-def report_of(settings: Settings, rows: Sequence[Row], **more: Any) -> Report:
+def report_of(settings: Settings, rows: Sequence[Row], **more: Any) -> Row:
     """Return what a JSON file of rows holds. more: settings beside those."""
     said = asdict(settings) | {"threads": torch.get_num_threads(), "backend": selected_backend()} | more
     return {"summary": summarise(rows), "environment": environment(settings.device), "settings": said, "rows": [*rows]}
@@ -107,7 +106,7 @@ def missing_table(rows: Sequence[Row]) -> str:
 # --- the GPU report ---
 
 
-def render(report: Report) -> str:
+def render(report: Row) -> str:
     """Write every row of a GPU report, whatever came of it."""
     by_kind: dict[str, list[Row]] = {}
     for row in report["rows"]:

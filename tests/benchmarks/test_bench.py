@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -103,13 +104,6 @@ def provider(name: str, unavailable: str = "") -> Provider:
     return Provider(name, "NHWC", "float32", lambda: lambda: name, unavailable)
 
 
-def raising(error: Exception) -> Any:
-    def prepare() -> None:
-        raise error
-
-    return prepare
-
-
 def compared(*providers: Provider, check: Any = lambda each, result: None) -> dict[str, Any]:
     return measured(TINY, *prepared(providers, lambda each: [each.prepare()], check))
 
@@ -120,8 +114,8 @@ def test_whatever_becomes_of_a_provider_has_its_reason() -> None:
         if each.name == "wrong":
             raise AssertionError("off by one")
 
-    refusing = Provider("refuses", "NHWC", "float32", raising(Unavailable("no plan")))
-    broken = Provider("breaks", "NHWC", "float32", raising(RuntimeError("first line\nsecond line")))
+    refusing = Provider("refuses", "NHWC", "float32", MagicMock(side_effect=Unavailable("no plan")))
+    broken = Provider("breaks", "NHWC", "float32", MagicMock(side_effect=RuntimeError("first line\nsecond line")))
     others = [provider("wrong"), refusing, broken, provider("absent", "not installed")]
     row = compared(provider(OURS), *others, provider("right"), check=check)
     assert row["status"] == "ok"

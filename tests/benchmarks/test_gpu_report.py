@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,7 +98,7 @@ PEAKS = {
 }
 
 
-class FakeProcess:
+class FakeProcess(AbstractContextManager):
     """Answers each step with a row, after a second on the given clock."""
 
     def __init__(self, clock: FakeClock) -> None:
@@ -115,9 +116,6 @@ class FakeProcess:
             found |= {"steady_ms": {"fastunet": 1.5, "aten": 1.5}, "peak_bytes": {"fastunet": None, "aten": 10**9}}
         found = found if step.kind in ("layer", "net") else PEAKS if step.kind == "peak rates" else {}
         return describe(TINY, step) | {"status": "ok", "reason": ""} | found
-
-    def __enter__(self) -> FakeProcess:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.closed = True

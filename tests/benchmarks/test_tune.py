@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -29,26 +30,17 @@ def test_a_table_holds_what_was_measured_when_the_time_was_up(tmp_path: Path, mo
     clock, asked = FakeClock(), []
     row = {"op": "conv1x1", "dtype": "bfloat16", "shape": {"height": 8}, "speedup": 1.5}
 
-    class Process:
-        def __init__(self, answer: Any, settings: Settings) -> None:
-            pass
+    def ask(request: tuple[Any, str, float], timeout: float) -> None:
+        asked.append(request)
+        clock.time += [40, 5, 15][len(asked) - 1]
+        if len(asked) == 1:
+            autotune.put(HOPPER.name, [row])
+            autotune._tables.clear()  # It is another process.
+        else:
+            raise ChildProcessError("crashed") if len(asked) == 2 else TimeoutError("no result")
 
-        def __enter__(self) -> Process:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def ask(self, request: tuple[Any, str, float], timeout: float) -> None:
-            asked.append(request)
-            clock.time += [40, 5, 15][len(asked) - 1]
-            if len(asked) == 1:
-                autotune.put(HOPPER.name, [row])
-                autotune._tables.clear()  # It is another process.
-            else:
-                raise ChildProcessError("crashed") if len(asked) == 2 else TimeoutError("no result")
-
-    monkeypatch.setattr(tune, "Spawned", Process)
+    monkeypatch.setattr(tune, "Spawned", process := MagicMock())
+    process().__enter__().ask = ask
     monkeypatch.setattr(gpu, "target", lambda _: HOPPER)
     path = tmp_path / "new" / "table.json"
     rows = tune.measure_table(Settings(device="cpu"), path, Budget(60.0, lambda: clock.time))
