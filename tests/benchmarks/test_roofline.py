@@ -1,4 +1,4 @@
-"""The roofline: the work and the bounds of a net's layers, from them the table, the plot and the command."""
+"""The roofline: the bounds of a net's layers, from them the table, the plot and the command."""
 
 from __future__ import annotations
 
@@ -19,33 +19,11 @@ import torch
 from fake_clock import FakeClock
 from fastunet.benchmarks import gpu, roofline
 from fastunet.benchmarks.__main__ import main
-from fastunet.benchmarks.cases import Layer, Settings, fused_pass, joined_layers, unet_layers
+from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.gpu_steps import Step, describe
-from fastunet.benchmarks.roofline import PeakRates
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-
-H100 = PeakRates(790e12, 3.0e12)
-CLASSIC = (64, 128, 256, 512, 1024)
-BATCH = 16
-
-
-def classic() -> list[Layer]:
-    return unet_layers(3, 2, CLASSIC, BATCH, 512, 512)
-
-
-def test_what_is_left_to_gain_by_joining_layers() -> None:
-    """With each up-convolution composed with the convolution that it feeds, and without the head's own pass."""
-    layers = classic()
-    joined = joined_layers(layers)
-    assert round(BATCH / sum(H100.seconds(fused_pass(layer, 2)) for layer in layers if layer.name != "outc")) == 1948
-    *others, last = joined
-    assert round(1e6 * sum(H100.seconds(fused_pass(each, 2)) for each in (*others, layers[-2]))) == 7462
-    assert last.flops == layers[-2].flops + layers[-1].flops
-    flops = sum(layer.flops for layer in joined) / sum(layer.flops for layer in layers)
-    assert round(1 - flops, 3) == 0.067
-
 
 # --- what was measured ---
 
