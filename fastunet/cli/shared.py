@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -40,16 +41,19 @@ TileOption = Annotated[
 ]
 
 
-def with_reading(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of how data are read, which it takes out of its last argument by `pop_reading`."""
-    types = get_type_hints(DataOptions)
+def with_fields(settings: Any, command: Callable[..., None], **types: Any) -> Callable[..., None]:
+    """Give a command the fields of a dataclass as options, in the place of its last argument, which takes them."""
+    types = get_type_hints(settings) | types
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
-    for each in fields(DataOptions):
-        annotation: Any = Annotated[types[each.name], option("data", each.metadata["meaning"])]
+    for each in fields(settings):
+        typed: Any = Annotated[types[each.name], option(each.metadata.get("group", "data"), each.metadata["meaning"])]
         place = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=annotation))
+        parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=typed))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
+
+
+with_reading = partial(with_fields, DataOptions)  # which a command takes out of its last argument by `pop_reading`
 
 
 def pop_reading(context: typer.Context, options: dict[str, Any], before: DataOptions | None = None) -> DataOptions:

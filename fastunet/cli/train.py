@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import tomllib
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -28,22 +26,11 @@ from .shared import (
     pop_reading,
     print_scores,
     progress,
+    with_fields,
     with_reading,
 )
 
 QUIET = 1.0  # minutes without a line, at the most, where there is no terminal
-
-
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the settings of a training as options, in the place of **settings."""
-    types = get_type_hints(TrainConfig) | {"features": str | None}
-    *parameters, _ = inspect.signature(command, eval_str=True).parameters.values()
-    for each in fields(TrainConfig):
-        typed: Any = Annotated[types[each.name], option(each.metadata["group"], each.metadata["meaning"])]
-        place = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=typed))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return command
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -77,7 +64,7 @@ CONFIG = option(
 
 
 @with_reading
-@_with_settings
+@partial(with_fields, TrainConfig, features=str | None)
 def train(
     context: typer.Context,
     out: Annotated[Path, option("output", "Folder for the run: weights, settings, metrics, report.")],
