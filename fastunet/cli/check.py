@@ -13,7 +13,7 @@ from fastunet.checks import DataError, some_of
 from fastunet.files import check_apart, check_folder, check_replaceable, is_our_png
 from fastunet.train.config import TrainConfig
 
-from .shared import DATA, OverwriteOption, console, option, pop_reading, progress, with_reading
+from .shared import DATA, OverwriteOption, bar, console, option, pop_reading, with_reading
 
 if TYPE_CHECKING:
     from fastunet.data.survey import Survey
@@ -37,12 +37,7 @@ def check(
     from fastunet.data.survey import survey
 
     reading = pop_reading(context, options)
-    with progress() as bars:
-        bar = bars.add_task("reading", total=1.0)
-
-        def show(done: int, total: int) -> None:
-            bars.update(bar, completed=done, total=total)
-
+    with bar("reading") as show:
         found = survey(data, reading, classes, val_fraction=val_fraction, on_pair=show)
     if out is not None and found.facts:
         check_folder(out.parent)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.files import check_apart, check_folder, check_replaceable
 from fastunet.train.config import TILE
 
-from .shared import DeviceOption, OverwriteOption, RunArgument, TileOption, TtaOption, console, load, option, track
+from .shared import DeviceOption, OverwriteOption, RunArgument, TileOption, TtaOption, bar, console, load, option, track
 
 NIFTI = "nii.gz"
 
@@ -102,18 +101,11 @@ def predict(
     for file in track(files, "checking"):
         segmenter.source_of(file, segmenter.sections_of(file)[0])
     out.mkdir(parents=True, exist_ok=True)
-    description = TextColumn("{task.description}", markup=False)
-    columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        bar = bars.add_task("predicting")
+    with bar("predicting", transient=True) as show:
         for number, (file, section, name, wanted) in enumerate(jobs, 1):
             if not console.is_terminal:  # where a bar would show nothing
                 console.print(f"{number} of {len(jobs)}: {file}", soft_wrap=True)
-            bars.reset(bar, description=f"{file.name} ({number} of {len(jobs)}), tiles", total=None)
-
-            def show(done: int, parts: int) -> None:
-                bars.update(bar, completed=done, total=parts)
-
+            show(0, 1, f"{file.name} ({number} of {len(jobs)})")
             if wanted.kind == NIFTI:
                 segmenter.write_volume(file, out / f"{name}.{NIFTI}", tile=tile, tta=tta, on_part=show)
             else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+import rich.progress
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -99,17 +101,20 @@ def load(run: Path, device: str, tile: int) -> Segmenter:
     return segmenter
 
 
-def progress() -> Progress:
+@contextmanager
+def bar(text: str, *, transient: bool = False) -> Iterator[Callable[..., None]]:
+    """Show a bar; yield what is told how much is done, of how much, and from then on another text."""
     percentage = TextColumn("{task.percentage:.0f} %")
     description = TextColumn("{task.description}", markup=False)
-    return Progress(description, BarColumn(), percentage, TimeElapsedColumn(), console=console)
+    columns = (description, BarColumn(), percentage, TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=transient) as bars:
+        task = bars.add_task(text, total=1.0)
+        yield lambda done, total=1.0, text=None: bars.update(task, completed=done, total=total, description=text)
 
 
 def track(items: Any, text: str) -> Any:
-    from rich.progress import track
-
     # len() first: a dataset is a sequence that ends by IndexError.
-    return track(items, text, total=len(items), console=console, transient=True)
+    return rich.progress.track(items, text, total=len(items), console=console, transient=True)
 
 
 def print_scores(metrics: Any, title: str) -> None:

@@ -19,13 +19,13 @@ from .check import print_survey
 from .shared import (
     DATA,
     OverwriteOption,
+    bar,
     console,
     is_typed,
     option,
     parse_features,
     pop_reading,
     print_scores,
-    progress,
     with_fields,
     with_reading,
 )
@@ -138,8 +138,7 @@ def train_with_bar(
 
     if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
         return train_run(data, out, config, reading=reading, resume=resume, overwrite=overwrite)
-    with progress() if console.is_terminal else nullcontext() as bars:
-        bar = None if bars is None else bars.add_task("reading", total=1.0)
+    with bar("reading") if console.is_terminal else nullcontext() as draw:
         printed = 0.0  # minutes
 
         def show(standing: Progress) -> None:
@@ -148,8 +147,8 @@ def train_with_bar(
             dice = f"  validation Dice {last['val_dice']:.3f}" if "val_dice" in last else ""
             text = f"step {standing.step}  loss {standing.loss:.3f}{dice}"
             minutes = standing.seconds / 60
-            if bars is not None and bar is not None:
-                bars.update(bar, completed=standing.fraction, description=text)
+            if draw is not None:
+                draw(standing.fraction, text=text)
             elif last.get("step") == standing.step or minutes - printed >= QUIET:
                 printed = minutes
                 console.print(f"{standing.fraction:.0%}  {minutes:.1f} minutes  {text}", soft_wrap=True)

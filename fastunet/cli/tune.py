@@ -10,7 +10,7 @@ import typer
 from fastunet.checks import check_choice
 from fastunet.train.config import multiplies_bf16
 
-from .shared import chosen_device, console, option, parse_features, progress
+from .shared import bar, chosen_device, console, option, parse_features
 
 
 def tune(
@@ -51,12 +51,7 @@ def tune(
     x = x.contiguous(memory_format=torch.channels_last)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     autocast = torch.autocast(device, dtype, enabled=dtype is not None)
-    with progress() as bars, autocast:
-        bar = bars.add_task("checking the kernels", total=1.0)
-
-        def show(done: int, total: int, layer: str) -> None:
-            bars.update(bar, completed=done, total=total, description=layer or "done")
-
+    with bar("checking the kernels") as show, autocast:
         found = fastunet.tune(model.to(device).train(training), x, seconds=seconds, on_layer=show)
     console.print(f"{'training' if training else 'inference'}, {precision}")
     console.print(str(found), soft_wrap=True)
