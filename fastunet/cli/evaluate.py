@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from fastunet.files import check_apart, check_folder, check_replaceable, is_our_json, write_json
 from fastunet.train.config import TILE
@@ -25,6 +24,7 @@ from .shared import (
     load,
     option,
     pop_reading,
+    print_scores,
     track,
     with_reading,
 )
@@ -86,7 +86,15 @@ def evaluate(
         spread = {name: _without_nan(values) for name, values in summary.items()}
         settings = {"tta": tta, "tolerance": tolerance, "parts": parts.value}
         write_json(out, {**scores, "images": stems, **settings, "over_images": spread, "per_image": per_image})
-    print_table(scores, summary, f"{len(pairs)} images of {data}")
+    shown = {"Dice of images": ("dice", 3), "HD95 in px": ("hd95", 1), "surface Dice": ("surface_dice", 3)}
+    columns = {
+        title: {name: _with_interval(summary.get(f"{key} {name}"), digits) for name in names}
+        for title, (key, digits) in shown.items()
+    }
+    print_scores(scores, f"{len(pairs)} images of {data}", columns)
+    for key, text in (("adapted_rand_error", "adapted Rand error"), ("v_rand", "V-Rand")):
+        if key in summary:
+            console.print(f"{text}: {_with_interval(summary[key], 4)}")
     seen = sorted(set(segmenter.config.train) & {pair.stem for pair in pairs})
     if seen:
         console.print(f"note: {len(seen)} of them have the names of training images", soft_wrap=True)
@@ -97,25 +105,9 @@ def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in row.items()}
 
 
-def print_table(scores: Any, summary: Any, title: str) -> None:
-    """Print the scores over all pixels, and those of images with their 95 % intervals."""
-    console.print(title, soft_wrap=True)
-    table = Table("class", "Dice", "IoU", "Dice of images", "HD95 in px", "surface Dice")
-
-    def of_images(name: str, digits: int) -> str:
-        each = summary.get(name)
-        if each is None or math.isnan(each["mean"]):
-            return "-"
-        interval = "" if math.isnan(each["low"]) else f" ({each['low']:.{digits}f} to {each['high']:.{digits}f})"
-        return f"{each['mean']:.{digits}f}{interval}"
-
-    background, *foreground = scores["dice"]
-    if len(foreground) > 1:
-        table.add_row("mean of the foreground", f"{scores['mean_dice']:.4f}", f"{scores['mean_iou']:.4f}", "", "", "")
-    for name in (*foreground, background):
-        images = (of_images(f"{key} {name}", digits) for key, digits in (("dice", 3), ("hd95", 1), ("surface_dice", 3)))
-        table.add_row(name, f"{scores['dice'][name]:.4f}", f"{scores['iou'][name]:.4f}", *images)
-    console.print(table)
-    for key, text in (("adapted_rand_error", "adapted Rand error"), ("v_rand", "V-Rand")):
-        if key in summary:
-            console.print(f"{text}: {of_images(key, 4)}")
+def _with_interval(each: dict[str, Any] | None, digits: int) -> str:
+    """Show the mean of a score over images, and its 95 % interval."""
+    if each is None or math.isnan(each["mean"]):
+        return "-"
+    interval = "" if math.isnan(each["low"]) else f" ({each['low']:.{digits}f} to {each['high']:.{digits}f})"
+    return f"{each['mean']:.{digits}f}{interval}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -109,7 +109,9 @@ def bar(text: str, *, transient: bool = False) -> Iterator[Callable[..., None]]:
     columns = (description, BarColumn(), percentage, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=transient) as bars:
         task = bars.add_task(text, total=1.0)
-        yield lambda done, total=1.0, text=None: bars.update(task, completed=done, total=total, description=text)
+        yield lambda done, total=1.0, text=None: bars.update(
+            task, completed=done, total=total, description=text or None
+        )
 
 
 def track(items: Any, text: str) -> Any:
@@ -117,14 +119,16 @@ def track(items: Any, text: str) -> Any:
     return rich.progress.track(items, text, total=len(items), console=console, transient=True)
 
 
-def print_scores(metrics: Any, title: str) -> None:
+def print_scores(metrics: Any, title: str, more: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """Print the scores over all pixels, and columns of `more` on each class, by their titles."""
     if "dice" not in metrics:
         return
     console.print(title, soft_wrap=True)
-    table = Table("class", "Dice", "IoU")
+    table = Table("class", "Dice", "IoU", *(more or {}))
     background, *foreground = metrics["dice"]
     if len(foreground) > 1:
         table.add_row("mean of the foreground", f"{metrics['mean_dice']:.4f}", f"{metrics['mean_iou']:.4f}")
     for name in (*foreground, background):
-        table.add_row(name, f"{metrics['dice'][name]:.4f}", f"{metrics['iou'][name]:.4f}")
+        others = (column[name] for column in (more or {}).values())
+        table.add_row(name, f"{metrics['dice'][name]:.4f}", f"{metrics['iou'][name]:.4f}", *others)
     console.print(table)
