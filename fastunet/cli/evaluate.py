@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -32,12 +31,6 @@ from .shared import (
 SCORES = ("dice", "iou", "images", "tta")  # what the file of `evaluate` holds, among other things
 
 
-class Parts(StrEnum):
-    """What is scored by how well it is kept apart."""
-
-    none, foreground, background = "none", "foreground", "background"
-
-
 @with_reading
 def evaluate(
     context: typer.Context,
@@ -46,8 +39,9 @@ def evaluate(
     out: Annotated[Path | None, option("output", "JSON file for the scores, of each image too.")] = None,
     tolerance: Annotated[float, option("scores", "Tolerance of the surface Dice, in pixels.", min=0)] = 2.0,
     parts: Annotated[
-        Parts, option("scores", "Also score how well connected parts are kept apart: adapted Rand error and V-Rand.")
-    ] = Parts.none,
+        Literal["none", "foreground", "background"],
+        option("scores", "Also score how well connected parts are kept apart: adapted Rand error and V-Rand."),
+    ] = "none",
     tta: TtaOption = False,
     tile: TileOption = TILE,
     device: DeviceOption = "auto",
@@ -76,7 +70,7 @@ def evaluate(
     dataset = SegmentationDataset(pairs, found, memory_limit=0)  # each is read once
     samples = (dataset.whole(index) for index in track(range(len(pairs)), "scoring"))
     ignored = IGNORED if found.ignored else None
-    how: dict[str, Any] = {"tolerance": tolerance, "parts": parts.value, "ignored": ignored}
+    how: dict[str, Any] = {"tolerance": tolerance, "parts": parts, "ignored": ignored}
     scores, rows = scores_of(segmenter.model, samples, names, tile=tile, tta=tta, **how)
     summary = summary_of(rows)
     if out is not None:
@@ -84,7 +78,7 @@ def evaluate(
         stems = [pair.stem for pair in pairs]
         per_image = [{"image": stem, **_without_nan(row)} for stem, row in zip(stems, rows, strict=True)]
         spread = {name: _without_nan(values) for name, values in summary.items()}
-        settings = {"tta": tta, "tolerance": tolerance, "parts": parts.value}
+        settings = {"tta": tta, "tolerance": tolerance, "parts": parts}
         write_json(out, {**scores, "images": stems, **settings, "over_images": spread, "per_image": per_image})
     shown = {"Dice of images": ("dice", 3), "HD95 in px": ("hd95", 1), "surface Dice": ("surface_dice", 3)}
     columns = {

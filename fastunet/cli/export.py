@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastunet.files import check_folder
 
 from .shared import RunArgument, console, option
 
-
-class Target(StrEnum):
-    """What a run is exported to, and the file's suffix."""
-
-    onnx, torch_export, bioimageio = "onnx", "torch-export", "bioimageio"
-
-    @property
-    def suffix(self) -> str:
-        return {"onnx": ".onnx", "torch-export": ".pt2", "bioimageio": ".bioimageio.zip"}[self.value]
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "bioimageio": ".bioimageio.zip"}
 
 
 def export(
     run: RunArgument,
-    to: Annotated[Target, option("output", "ONNX, a program of torch.export, or a package for bioimage.io.")],
+    to: Annotated[
+        Literal["onnx", "torch-export", "bioimageio"],
+        option("output", "ONNX, a program of torch.export, or a package for bioimage.io."),
+    ],
     out: Annotated[Path | None, option("output", "File to write [RUN/model with the format's suffix].")] = None,
     name: Annotated[str | None, option("output", "Name of the package for bioimage.io [that of RUN].")] = None,
 ) -> None:
@@ -32,17 +26,17 @@ def export(
     from fastunet.inference import export as exports
     from fastunet.segmenter import load
 
-    target = out or run / f"model{to.suffix}"
+    target = out or run / f"model{SUFFIXES[to]}"
     check_folder(target.parent)
     if target.exists() or target.is_symlink():
         raise DataError(f"{target}: expected nothing there, got a file")
     segmenter = load(run, "cpu")
     model, data = segmenter.model, segmenter.config.data
     target.parent.mkdir(parents=True, exist_ok=True)
-    with console.status(f"exporting to {to.value}"):
-        if to is Target.onnx:
+    with console.status(f"exporting to {to}"):
+        if to == "onnx":
             exports.export_onnx(model, data, target)
-        elif to is Target.torch_export:
+        elif to == "torch-export":
             exports.export_torch(model, data, target)
         else:
             count = len(segmenter.config.train)

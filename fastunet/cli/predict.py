@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,18 +17,6 @@ from .shared import DeviceOption, OverwriteOption, RunArgument, TileOption, TtaO
 NIFTI = "nii.gz"
 
 
-class Format(StrEnum):
-    """Formats of predictions."""
-
-    auto, png, tif, zarr = "auto", "png", "tif", "zarr"
-
-
-class Instances(StrEnum):
-    """Ways to tell objects apart."""
-
-    none, components, watershed = "none", "components", "watershed"
-
-
 def predict(
     run: RunArgument,
     images: Annotated[
@@ -38,11 +25,11 @@ def predict(
     ],
     out: Annotated[Path, option("output", "Folder for the predictions.")],
     format: Annotated[
-        Format,
+        Literal["auto", "png", "tif", "zarr"],
         option(
             "output", "Format of the labels: auto is tif for TIFF, zarr for Zarr, nii.gz for NIfTI, png for all others."
         ),
-    ] = Format.auto,
+    ] = "auto",
     probabilities: Annotated[
         bool, option("output", "Also write OUT/<stem>_probabilities, float32.", "--probabilities")
     ] = False,
@@ -50,9 +37,9 @@ def predict(
         bool, option("output", "Also write OUT/<stem>_overlay.png: the labels over the image.", "--overlay")
     ] = False,
     instances: Annotated[
-        Instances,
+        Literal["none", "components", "watershed"],
         option("objects", "Also number the objects, in OUT/<stem>_objects.tif, and measure each, in a CSV beside it."),
-    ] = Instances.none,
+    ] = "none",
     rois: Annotated[
         bool, option("objects", "With instances: also write their outlines as ROIs for ImageJ.", "--rois")
     ] = False,
@@ -71,7 +58,7 @@ def predict(
     from fastunet.data.sources import ZARR
     from fastunet.inference.outputs import Wanted, is_ours
 
-    if rois and instances is Instances.none:
+    if rois and instances == "none":
         raise ConfigError("rois: expected instances, of which they are the outlines, got --instances none")
     if rois:
         import roifile  # noqa: F401  an extra, asked for before any work
@@ -85,8 +72,8 @@ def predict(
     for file in files:
         suffix = suffix_of(file)
         stem = file.name.removesuffix(suffix) if suffix else file.stem
-        kind = kinds.get(suffix.lower(), "png") if format is Format.auto else format.value
-        wanted = Wanted(kind, probabilities, overlay, instances.value, rois)
+        kind = kinds.get(suffix.lower(), "png") if format == "auto" else format
+        wanted = Wanted(kind, probabilities, overlay, instances, rois)
         if kind == NIFTI and len(wanted.endings) > 1:
             raise ConfigError(f"format: expected png, tif or zarr for more than the labels of {file}, got auto")
         sections = [None] if kind == NIFTI else segmenter.sections_of(file)
