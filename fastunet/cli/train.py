@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fastunet.checks import ConfigError
-from fastunet.train.config import PLANNED, TrainConfig
+from fastunet.train.config import TrainConfig
 
 from .check import print_survey
 from .shared import (
@@ -84,9 +84,8 @@ def train(
     """Train a U-Net on DATA; leave model, settings, metrics, history and reports in OUT."""
     if settings["features"] is not None:
         settings["features"] = parse_features(settings["features"])
-    if folds is not None:
-        _cross_validate(folds, data, out, settings, context, resume=resume, overwrite=overwrite)
-        return
+    if folds is not None and (resume or settings["fold"]):
+        raise ConfigError("folds: expected neither --resume (the same command goes on) nor --fold beside it")
     if resume:
         # What is not said is as the run was begun.
         from fastunet.train.checks import resumed_config, run_to_resume
@@ -96,37 +95,16 @@ def train(
     else:
         reading = pop_reading(context, settings)
         chosen = TrainConfig(**settings)
-    train_with_bar(data, out, chosen, reading=reading, resume=resume, overwrite=overwrite)
-
-
-def _cross_validate(
-    folds: int,
-    data: Path | None,
-    out: Path,
-    settings: dict[str, Any],
-    context: typer.Context,
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> None:
-    from fastunet.train.checkpoint import load_config
+    if folds is None:
+        train_with_bar(data, out, chosen, reading=reading, resume=resume, overwrite=overwrite)
+        return
     from fastunet.train.folds import SUMMARY, train_folds
 
-    if resume or settings["fold"]:
-        raise ConfigError("folds: expected neither --resume (the same command goes on) nor --fold beside it")
-    reading = pop_reading(context, settings)
+    def train_one(folder: Path, config: TrainConfig, begun: bool) -> dict[str, Any]:
+        console.print(f"fold {config.fold}")
+        return train_with_bar(data, folder, config, reading=reading, resume=begun, overwrite=overwrite)
 
-    def train_one(fold: str, folder: Path, begun: bool) -> dict[str, Any]:
-        console.print(f"fold {fold}")
-        chosen = TrainConfig(**{**settings, "fold": fold})
-        metrics = train_with_bar(data, folder, chosen, reading=reading, resume=begun, overwrite=overwrite)
-        # What was planned for the first fold, the others take: their scores are to be of one net.
-        training = load_config(folder).training
-        settings.update({name: training[name] for name in PLANNED} | {"features": tuple(training["features"])})
-        return metrics
-
-    found = train_folds(folds, out, overwrite, train_one)
-    dice = found["mean_dice"]
+    dice = train_folds(folds, out, chosen, overwrite, train_one)["mean_dice"]
     console.print(f"Dice over {folds} folds: {dice['mean']:.4f} +- {dice['std']:.4f}; {out / SUMMARY}", soft_wrap=True)
 
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastunet.checks import ConfigError
 from fastunet.files import check_replaceable, is_our_json, write_json
 from fastunet.pretrained import CONFIG
+from fastunet.train.checkpoint import load_config
+from fastunet.train.config import PLANNED, TrainConfig
 from fastunet.train.distributed import is_first_rank
 
 SUMMARY = "folds.json"
 
 
 def train_folds(
-    folds: int, out: Path, overwrite: bool, train_one: Callable[[str, Path, bool], dict[str, Any]]
+    folds: int, out: Path, config: TrainConfig, overwrite: bool, train_one: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
     """Train in OUT/fold-1 and on, going on with what was begun; return and write the mean scores as OUT/folds.json.
 
+    What was planned for the first fold, the others take: their scores are to be of one net.
+
     Args:
-        train_one: trains the setting `fold`, in a folder, as a resumption or not, and returns the metrics.
+        train_one: trains in a folder by a config, as a resumption or not, and returns the metrics.
 
     Raises:
         ConfigError: fewer than two folds.
@@ -32,9 +37,13 @@ def train_folds(
     summary = out / SUMMARY
     check_replaceable(summary, True, lambda path: is_our_json(path, ("folds", "mean_dice")))
     rows = []
-    for fold, folder in _folders(folds, out):
-        metrics = train_one(fold, folder, not overwrite and (folder / CONFIG).exists())
+    for number in range(1, folds + 1):
+        folder, config = out / f"fold-{number}", replace(config, fold=f"{number}/{folds}")
+        metrics = train_one(folder, config, not overwrite and (folder / CONFIG).exists())
         rows.append({name: metrics[name] for name in ("mean_dice", "mean_iou", "dice", "iou", "images", "weights")})
+        training = load_config(folder).training
+        planned = {name: training[name] for name in PLANNED} | {"features": tuple(training["features"])}
+        config = replace(config, **planned)
     found: dict[str, Any] = {"folds": rows}
     for name in ("mean_dice", "mean_iou"):
         values = [row[name] for row in rows]
@@ -42,7 +51,3 @@ def train_folds(
     if is_first_rank():
         write_json(summary, found)
     return found
-
-
-def _folders(folds: int, out: Path) -> Iterator[tuple[str, Path]]:
-    return ((f"{number}/{folds}", out / f"fold-{number}") for number in range(1, folds + 1))
