@@ -345,7 +345,7 @@ class _Loop:
         row = {"step": progress.step, "minutes": progress.seconds / 60, "train_loss": train_loss}
         if self.val is not None:
             with self.accelerator.autocast():  # the average has none of its own
-                scores = validate(self._validated(), self.val, self.run_config.class_names, part=self.part)
+                scores, _ = validate(self._validated(), self.val, self.run_config.class_names, part=self.part)
             row |= {"val_dice": scores["mean_dice"]} | {f"val_dice {k}": v for k, v in scores["dice"].items()}
         progress.history.append(row)
         if self._is_best():

@@ -19,7 +19,7 @@ from fastunet.train.checks import HISTORY, HTML, METRICS, REPORT
 from fastunet.train.config import TILE
 from fastunet.train.html import write_html
 from fastunet.train.report import Sample, write_report
-from fastunet.train.validation import validate_each
+from fastunet.train.validation import validate
 from fastunet.unet import UNet
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
         kept, why = int(best["step"]), f"best validation Dice of the foreground, {best['val_dice']:.4f}"
         model.load_state_dict(loop.best_weights)
     dataset = SegmentationDataset(shown, run.data)
-    scores, dice = validate_each(model, dataset, run.class_names, tta=config.tta, part=loop.part)
+    scores, dice = validate(model, dataset, run.class_names, tta=config.tta, part=loop.part)
     metrics: dict[str, Any] = dict(scores) if run.val else {}
     metrics |= {
         "images": run.val,

@@ -14,20 +14,12 @@ from fastunet.train.distributed import sum_of_ranks
 
 
 def validate(
-    model: nn.Module,
-    samples: SegmentationDataset,
-    class_names: list[str],
-    *,
-    part: slice,
-) -> Scores:
-    """Score a model on all samples, whole or in exact tiles; of several ranks each predicts its `part` of them."""
-    return validate_each(model, samples, class_names, part=part)[0]
-
-
-def validate_each(
     model: nn.Module, samples: SegmentationDataset, class_names: list[str], *, tta: bool = False, part: slice
 ) -> tuple[Scores, list[float]]:
-    """Score a model as `validate`, and give the mean Dice of the foreground in each image."""
+    """Score a model on all samples, whole or in exact tiles; give the mean Dice of the foreground in each image too.
+
+    Of several ranks each predicts its `part` of the samples.
+    """
     metrics = SegmentationMetrics(class_names)
     dice = torch.zeros(len(samples), dtype=torch.float64)
     device = next(model.parameters()).device
