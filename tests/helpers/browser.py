@@ -1,149 +1,52 @@
-"""A page in headless Chromium, by the DevTools protocol over a pipe: what it asks for, says, shows and answers."""
+"""A page in headless Chromium: what a script finds in it, what it asks the network for, and what it complains of."""
 
 from __future__ import annotations
 
-import base64
-import fcntl
-import io
-import itertools
+import html
 import json
-import os
-import select
+import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
-    "--disable-sync", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-    "--remote-debugging-pipe",
-]  # fmt: skip
-PATIENCE = 60.0  # seconds, for each answer
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--dump-dom"]
+# Within a frame, since windows are not as narrow as a telephone. The policy refuses all but data within the page.
+PAGE = """<!DOCTYPE html><iframe width="{width}" height="900" style="border: 0" srcdoc="{text}"></iframe>
+<script>
+onload = () => {{ document.body.textContent = JSON.stringify(frames[0].answer()); }};
+</script>"""
+HEAD = """<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<script>
+const asked = [], complaints = [];
+addEventListener("securitypolicyviolation", event => asked.push(event.blockedURI));
+addEventListener("error", event => complaints.push(event.message));
+for (const kind of ["error", "warn", "log"]) console[kind] = text => complaints.push(text);
+const all = name => Array.from(document.querySelectorAll(name));
+function answer() {{ return {{ found: (() => {{ {script} }})(), asked, complaints }}; }}
+</script>"""
 
 
-class Page:
-    """One page of a new Chromium with an empty profile, which ends with it."""
+def ask(path: Path, profile: Path, width: int, script: str) -> Any:
+    """Return what a script gives in a page of this width; assert that the page asks for nothing and says nothing.
 
-    def __init__(self, path: Path, profile: Path, width: int, height: int = 900) -> None:
-        self.requests: list[str] = []  # addresses asked for, but those of data within the page
-        self.complaints: list[str] = []  # whatever went to the console, and exceptions
-        self._loaded = False
-        self._numbers = itertools.count(1)
-        self._left = b""
-        self._start(profile)
-        try:
-            target = self._call("Target.createTarget", url="about:blank")["targetId"]
-            self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-            for domain in ("Page", "Network", "Runtime", "Log"):
-                self._call(f"{domain}.enable")
-            self.resize(width, height)
-            self._call("Page.navigate", url=path.as_uri())
-            while not self._loaded:
-                self._receive()
-        except BaseException:
-            self._end()
-            raise
+    The script has `all(SELECTOR)`, the elements of a kind.
+    """
+    answer = answer_of(path, profile, width, script)
+    assert (answer["asked"], answer["complaints"]) == ([], [])
+    return answer["found"]
 
-    def __enter__(self) -> Page:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._end()
-
-    def resize(self, width: int, height: int = 900) -> None:
-        self._call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
-        )
-
-    def value_of(self, expression: str) -> Any:
-        """Evaluate JavaScript, and return what it gives as JSON has it."""
-        answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def click(self, element: str, share: float = 0.5) -> None:
-        """Press and release the mouse on an element (a JavaScript expression), at a share of its width."""
-        left, top, width, height = self.value_of(
-            f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center', behavior: 'instant'}}); "
-            "const b = e.getBoundingClientRect(); return [b.left, b.top, b.width, b.height]; })()"
-        )
-        for kind in ("mousePressed", "mouseReleased"):
-            self._call(
-                "Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, x=left + share * width,
-                y=top + height / 2,
-            )  # fmt: skip
-
-    def picture(self, element: str = "document.documentElement") -> np.ndarray:
-        """Return what is shown of an element, RGB [H, W, 3] of uint8."""
-        x, y, width, height = self.value_of(
-            f"(() => {{ const b = ({element}).getBoundingClientRect(); "
-            "return [b.left + scrollX, b.top + scrollY, b.width, b.height]; })()"
-        )
-        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
-        png = base64.b64decode(self._call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)["data"])
-        with Image.open(io.BytesIO(png)) as image:
-            return np.asarray(image.convert("RGB"))
-
-    # --- the pipe: JSON, each ended by a zero byte ---
-
-    def _start(self, profile: Path) -> None:
-        assert CHROMIUM is not None
-        for_browser, self._to = os.pipe()
-        self._from, of_browser = os.pipe()
-        # Beyond 3 and 4, where Chromium wants them.
-        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (for_browser, of_browser)]
-        script = f'exec "$@" 3<&{high[0]} 4>&{high[1]}'
-        command = ["bash", "-c", script, "bash", CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
-        silent = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, pass_fds=high, stdin=silent, stdout=silent, stderr=silent)
-        for end in (for_browser, of_browser, *high):
-            os.close(end)
-        self._session: str | None = None
-
-    def _end(self) -> None:
-        os.close(self._to)  # at which it ends
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        os.close(self._from)
-
-    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        number = next(self._numbers)
-        message = {"id": number, "method": method, "params": arguments}
-        if self._session is not None:
-            message["sessionId"] = self._session
-        os.write(self._to, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive()).get("id") != number:
-            pass
-        assert "error" not in answer, (method, answer["error"])
-        return answer["result"]
-
-    def _receive(self) -> dict[str, Any]:
-        until = time.monotonic() + PATIENCE
-        while b"\0" not in self._left:
-            ready = select.select([self._from], [], [], max(0.0, until - time.monotonic()))[0]
-            got = os.read(self._from, 2**20) if ready else b""
-            if not got:
-                raise TimeoutError("Chromium: expected an answer, got " + ("its end" if ready else "none in a minute"))
-            self._left += got
-        text, _, self._left = self._left.partition(b"\0")
-        message = json.loads(text)
-        self._note(message.get("method", ""), message.get("params", {}))
-        return message
-
-    def _note(self, event: str, about: dict[str, Any]) -> None:
-        if event == "Network.requestWillBeSent" and not about["request"]["url"].startswith("data:"):
-            self.requests.append(about["request"]["url"])
-        elif event in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
-            self.complaints.append(json.dumps(about))
-        elif event == "Page.loadEventFired":
-            self._loaded = True
+def answer_of(path: Path, profile: Path, width: int, script: str) -> Any:
+    assert CHROMIUM is not None
+    profile.mkdir(parents=True, exist_ok=True)
+    text = re.sub("(<head>|^)", lambda tag: tag[0] + HEAD.format(script=script), path.read_text(), count=1)
+    framed = profile / "framed.html"
+    framed.write_text(PAGE.format(width=width, text=html.escape(text)))
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"--window-size={width + 50},1000", framed.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"<body>(.*)</body>", result.stdout, re.DOTALL)
+    assert found, result.stderr
+    return json.loads(html.unescape(found[1]))

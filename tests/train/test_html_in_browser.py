@@ -18,74 +18,60 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from fastunet.inference.outputs import class_palette
 from fastunet.train.html import write_html
 from fastunet.train.report import Sample
 
 WIDE, NARROW = 1280, 390
-SLIDERS = "document.querySelectorAll('input[type=range]')"
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-LAYERS = "Array.from(document.querySelectorAll('.stack')[0].querySelectorAll('img'))"
-
-
-def at_pixel_centres(shown: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Take from an enlarged picture [H, W, 3] one value for each pixel of the original."""
-    rows, columns = (
-        ((np.arange(n) + 0.5) * length / n).astype(int) for n, length in zip(size, shown.shape[:2], strict=True)
-    )
-    return shown[rows][:, columns].astype(int)
-
-
-def holds(shown: np.ndarray, colour: str) -> bool:
-    """Whether a colour occurs, or what a thin line of it becomes where it is drawn smaller."""
-    return bool((np.abs(shown - np.array(to_rgb(colour)) * 255).max(-1) <= 64).any())
+# The opacity of each layer of each picture; all layers lie over each other, in their order.
+OPACITIES = """
+const opacities = () => all(".stack").map(each => Array.from(each.children, layer => +getComputedStyle(layer).opacity));
+const places = all(".stack").map(each => Array.from(each.children, layer => layer.getBoundingClientRect().toJSON()));
+"""
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 def test_a_report_shows_all_of_a_run_and_asks_for_nothing(run: Path, tmp_path: Path, width: int) -> None:
-    path, metrics = run / "report.html", json.loads((run / "metrics.json").read_text())
-    with browser.Page(path, tmp_path, width) as page:
-        assert page.value_of(f"[innerWidth, {OVERFLOW}]") == [width, 0]
-        curves = [page.picture(f"document.querySelectorAll('.curves img')[{index}]") for index in range(2)]
-        assert holds(curves[0], "#0072B2")  # the loss
-        assert holds(curves[1], "#009E73")  # the Dice
-        assert min(curve.shape[1] for curve in curves) >= 340, "large enough to be read"
-        table = page.value_of("document.querySelector('.scores').innerText")
-        assert f"{metrics['dice']['foreground']:.4f}" in table
-        for name in metrics["images"]:
-            assert name in page.value_of("document.querySelector('.images').innerText")
-        assert page.value_of(f"{SLIDERS}.length") == len(metrics["images"])
-        page.click("document.querySelectorAll('summary')[2]")
-        assert "border_weight" in page.value_of("document.body.innerText")
-        assert (page.requests, page.complaints) == ([path.as_uri()], [])
+    metrics = json.loads((run / "metrics.json").read_text())
+    script = f"""
+    all("summary")[2].click();
+    const curves = all(".curves img").map(each => [each.src, each.getBoundingClientRect().width, each.naturalWidth]);
+    return [innerWidth, {OVERFLOW}, curves, all("input").length, document.body.innerText];
+    """
+    shown, overflow, curves, sliders, text = browser.ask(run / "report.html", tmp_path, width, script)
+    assert (shown, overflow, sliders) == (width, 0, len(metrics["images"]))
+    for (source, broad, pixels), colour in zip(curves, ("#0072B2", "#009E73"), strict=True):
+        assert broad >= 340, "large enough to be read"
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as curve:
+            assert pixels == curve.width
+            assert (np.asarray(curve.convert("RGB")) == np.round(np.array(to_rgb(colour)) * 255)).all(-1).any()
+    for words in (*metrics["images"], f"{metrics['dice']['foreground']:.4f}", "border_weight"):
+        assert words in text
 
 
 def test_a_slider_goes_from_image_to_truth_to_prediction(run: Path, tmp_path: Path) -> None:
-    stack, slider = "document.querySelector('.stack')", f"{SLIDERS}[0]"
-    with browser.Page(run / "report.html", tmp_path, WIDE) as page:
-        layers = []
-        for source in page.value_of(f"{LAYERS}.map(each => each.src)"):
-            with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
-                layers.append(np.asarray(picture).astype(int))
-        image, truth, prediction = layers
-        assert len({each.tobytes() for each in layers}) == 3
-        others = page.picture("document.querySelectorAll('.stack')[1]")
-
-        def shown() -> np.ndarray:
-            return at_pixel_centres(page.picture(stack), image.shape[:2])
-
-        assert np.array_equal(shown(), image)
-        for share, expected in ((1.0, prediction), (0.5, truth), (0.0, image)):
-            page.click(slider, min(max(share, 0.01), 0.99))
-            assert np.array_equal(shown(), expected)
-        page.click(slider, 0.27)
-        opacity = float(page.value_of(f"{slider}.value"))
-        assert 0.3 < opacity < 0.7
-        assert np.abs(shown() - (image + opacity * (truth - image))).max() <= 2
-        for number, expected in ((2, prediction), (1, truth), (0, image)):
-            page.click(f"document.querySelectorAll('.ends button')[{number}]")
-            assert np.array_equal(shown(), expected)
-        assert np.array_equal(page.picture("document.querySelectorAll('.stack')[1]"), others)
-        assert page.complaints == []
+    script = f"""{OPACITIES}
+    const slider = all("input")[0], seen = [opacities()];
+    for (const value of [2, 1, 0, 0.5]) {{
+      slider.value = value;
+      slider.dispatchEvent(new Event("input"));
+      seen.push(opacities());
+    }}
+    for (const number of [2, 1, 0]) {{
+      all(".ends button")[number].click();
+      seen.push(opacities());
+    }}
+    return [seen, places, all(".stack img").map(each => each.src)];
+    """
+    seen, places, sources = browser.ask(run / "report.html", tmp_path, WIDE, script)
+    image, truth, prediction = [1, 0, 0], [1, 1, 0], [1, 1, 1]
+    assert [first for first, _ in seen] == [
+        *(image, prediction, truth, image, [1, 0.5, 0]), *(prediction, truth, image)
+    ]  # fmt: skip
+    assert all(second == image for _, second in seen)
+    assert all(layer == layers[0] and layer["width"] > 100 for layers in places for layer in layers)
+    assert len(set(sources[:3])) == 3
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
@@ -101,22 +87,19 @@ def test_long_names_wide_images_and_classes_fit(tmp_path: Path, width: int) -> N
     path = tmp_path / "report.html"
     metrics = {**scores, "iou": scores["dice"]}
     write_html(path, history, [(sample, 1.0)], metrics, [(name, 1.0)], about, classes)
-    with browser.Page(path, tmp_path / "profile", width) as page:
-        assert page.value_of(OVERFLOW) == 0
-        right = "Array.from(document.body.querySelectorAll('*')).map(each => each.getBoundingClientRect().right)"
-        assert max(page.value_of(right)) <= width
-        page.click(f"{SLIDERS}[0]")
-        colours = at_pixel_centres(page.picture("document.querySelector('.stack')"), (1, 3))[0]
-        for label, colour in enumerate(colours):
-            legend = page.value_of(f"getComputedStyle(document.querySelectorAll('.swatch')[{label}]).backgroundColor")
-            assert legend == "rgb({}, {}, {})".format(*colour)
+    script = f"""
+    const right = Math.max(...all("body *").map(each => each.getBoundingClientRect().right));
+    return [{OVERFLOW}, right, all(".swatch").map(each => getComputedStyle(each).backgroundColor)];
+    """
+    overflow, right, legend = browser.ask(path, tmp_path / "profile", width, script)
+    assert (overflow, right <= width) == (0, True)
+    assert legend == ["rgb({}, {}, {})".format(*class_palette()[label]) for label in range(3)]
 
 
 def test_a_page_that_asks_or_complains_is_found_out(tmp_path: Path) -> None:
     """What the tests above rely on."""
     path = tmp_path / "page.html"
     path.write_text("<img src='data:,'><img src='other.png'><script>console.error('here'); nothing()</script>")
-    with browser.Page(path, tmp_path / "profile", WIDE) as page:
-        assert page.requests == [path.as_uri(), (tmp_path / "other.png").as_uri()]
-        for text in ('"here"', "nothing is not defined", "ERR_FILE_NOT_FOUND"):
-            assert text in " ".join(page.complaints)
+    answer = browser.answer_of(path, tmp_path / "profile", WIDE, "return all('img').length")
+    assert (answer["found"], answer["asked"]) == (2, ["file"])
+    assert answer["complaints"] == ["here", "Uncaught ReferenceError: nothing is not defined"]
