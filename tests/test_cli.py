@@ -33,28 +33,13 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 TINY = ["--steps", "4", "--features", "4,8", "--crop", "32", "--batch-size", "2", "--no-tta", "--precision", "fp32"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_dataset(root, 5, size=48)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    result = fastunet("train", data, "--out", out, *TINY)
-    assert "report.png" in result.stdout
-    return out
-
-
 def test_predict_writes_a_label_image_for_each(run: Path, data: Path, tmp_path: Path) -> None:
     fastunet("predict", run, data / "images", "--out", tmp_path / "labels", "--tile", "32")
     stems = {p.stem for p in (data / "images").iterdir()}
     assert {p.name for p in (tmp_path / "labels").iterdir()} == {f"{stem}.png" for stem in stems}
     for file in (tmp_path / "labels").iterdir():
         labels = np.array(Image.open(file))
-        assert labels.shape == (48, 48)
+        assert labels.shape == (64, 64)
         assert set(np.unique(labels)) <= {0, 255}
 
 
@@ -62,8 +47,8 @@ def test_evaluate_scores_and_warns_of_training_images(run: Path, data: Path, tmp
     result = fastunet("evaluate", run, data, "--out", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(scores["dice"]) == {"background", "foreground"}
-    assert len(scores["images"]) == 5
-    assert "4 of them have the names of training images" in result.stdout
+    assert len(scores["images"]) == 8
+    assert "6 of them have the names of training images" in result.stdout
     # The foreground's score comes first, in the file and on the screen.
     assert next(iter(scores)) == "mean_dice"
     assert scores["mean_dice"] == scores["dice"]["foreground"]
@@ -100,7 +85,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def grey(path: Path, size: tuple[int, int] = (48, 48), value: int = 0) -> None:
+def grey(path: Path, size: tuple[int, int] = (64, 64), value: int = 0) -> None:
     Image.fromarray(np.full(size, value, np.uint8)).save(path)
 
 
@@ -142,7 +127,7 @@ def grey(path: Path, size: tuple[int, int] = (48, 48), value: int = 0) -> None:
 def test_bad_arguments_are_one_error_line(
     arguments: list[str], words: list[str], data: Path, run: Path, tmp_path: Path
 ) -> None:
-    tifffile.imwrite(tmp_path / "deep.tif", np.zeros((48, 48), np.uint16))
+    tifffile.imwrite(tmp_path / "deep.tif", np.zeros((64, 64), np.uint16))
     grey(tmp_path / "one.png", (1, 1))
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     broken = shutil.copytree(data, tmp_path / "broken")
@@ -227,7 +212,7 @@ def test_evaluate_and_bench_overwrite_only_their_own(run: Path, data: Path, tmp_
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
 def test_all_images_are_checked_before_the_first_result(command: str, run: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
-    Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(tmp_path / "data/images/cell_004.png")
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "data/images/cell_004.png")
     assert "cell_004.png" in error_of(command, run, tmp_path / "data", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -247,11 +232,11 @@ def test_resume_needs_nothing_retyped(data: Path, run: Path, tmp_path: Path) -> 
     out = tmp_path / "run"
     shutil.copytree(run, out)
     before = json.loads((out / "config.json").read_text())["training"]
-    for options, steps in (([], 4), (["--steps", "6"], 6), ([data, "--steps", "7", "--workers", "1"], 7)):
+    for options, steps in (([], 10), (["--steps", "12"], 12), ([data, "--steps", "13", "--workers", "1"], 13)):
         result = fastunet("train", "--out", out, "--resume", *options)
         assert json.loads((out / "metrics.json").read_text())["steps"] == steps
     after = json.loads((out / "config.json").read_text())["training"]
-    assert after == before | {"steps": 7, "workers": 1}
+    assert after == before | {"steps": 13, "workers": 1}
     assert "weights: step " in result.stdout
 
 
@@ -262,7 +247,7 @@ def test_any_name_goes_through_all_commands(data: Path, tmp_path: Path) -> None:
     root, names = tmp_path / "[/b]", ["[red]x", ":smile:", "$\\a$b", "a\nb", "\udcff"]
     shutil.copytree(data, root)
     for folder in ("images", "masks"):
-        for file, name in zip(sorted((root / folder).iterdir()), names, strict=True):
+        for file, name in zip(sorted((root / folder).iterdir()), names, strict=False):
             file.rename(root / folder / f"{name}.png")
     out = root / "run"
     for arguments in (
@@ -272,7 +257,7 @@ def test_any_name_goes_through_all_commands(data: Path, tmp_path: Path) -> None:
     ):
         result = fastunet(*arguments)
         assert "[/b]" in result.stdout
-    assert sorted(file.stem for file in (root / "out").iterdir()) == sorted(names)
+    assert {*names} <= {file.stem for file in (root / "out").iterdir()}
     error_of("predict", out, root, "--out", root / "out")
 
 
