@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastunet.checks import Interrupted
 from fastunet.train.loop import Progress, TrainConfig, train
 
 TINY = TrainConfig(steps=10, features=(4, 8), crop=32, batch_size=2, val_fraction=0.25, tta=False, precision="fp32")
+DEEP = replace(TINY, features=(4, 4, 8, 8, 8), deep_supervision=True, device="cpu")
 
 
 class Killed(BaseException):

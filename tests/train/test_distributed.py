@@ -17,26 +17,31 @@ pytest.importorskip("kornia", reason="needs the extra train")
 
 import torch
 from safetensors.torch import load_file
-from stopped_training import TINY, losses_of
+from stopped_training import DEEP, TINY, losses_of
 from training_ranks import train_in_ranks
 
 from fastunet.checks import ConfigError
 from fastunet.train import loop
 from fastunet.train.checkpoint import checkpoints, find_damage
+from fastunet.train.config import TrainConfig
 from fastunet.train.distributed import make_accelerator
 
 # A norm of each image by itself: torch has statistics over processes on GPUs only. Each rank draws its augmentations.
 CONFIG = replace(TINY, norm="instance", crop=16, device="cpu", augment="none")
+DEEP_CONFIG = replace(DEEP, norm="instance", augment="none", steps=4)
 
 
 def losses_in(results: Path, rank: int) -> Any:
     return json.loads((results / f"{rank}.json").read_text())
 
 
+@pytest.mark.parametrize("config", [CONFIG, DEEP_CONFIG], ids=["plain", "deep"])
 @pytest.mark.usefixtures("undrawn_reports")
-def test_two_ranks_give_the_losses_of_one_with_the_doubled_batch(data: Path, tmp_path: Path) -> None:
-    assert train_in_ranks(data, tmp_path / "two", CONFIG, tmp_path / "results") == [0, 0]
-    expected = losses_of(data, tmp_path / "one", replace(CONFIG, batch_size=2 * CONFIG.batch_size))
+def test_two_ranks_give_the_losses_of_one_with_the_doubled_batch(
+    config: TrainConfig, data: Path, tmp_path: Path
+) -> None:
+    assert train_in_ranks(data, tmp_path / "two", config, tmp_path / "results") == [0, 0]
+    expected = losses_of(data, tmp_path / "one", replace(config, batch_size=2 * TINY.batch_size))
     for rank in range(2):
         losses = {int(step): loss for step, loss in losses_in(tmp_path / "results", rank).items()}
         assert losses == pytest.approx(expected, rel=1e-5)

@@ -12,11 +12,12 @@ pytest.importorskip("kornia", reason="needs the extra train")
 import numpy as np
 import torch
 from image_files import write_masks
-from stopped_training import TINY
+from stopped_training import DEEP, TINY
 
 from fastunet.checks import ConfigError
 from fastunet.data import DataOptions, SegmentationDataset, find_pairs, inspect
 from fastunet.data.labels import IGNORED
+from fastunet.data.morphology import border_weights
 from fastunet.train.config import TrainConfig
 from fastunet.train.loop import train
 from fastunet.train.loss import TrainingLoss, class_weights
@@ -39,18 +40,35 @@ def test_ignored_pixels_are_as_if_they_were_not_there(classes: int, border: floa
     assert TrainingLoss(classes, ignored=True)(logits, torch.full_like(labels, IGNORED)).isfinite()
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_borders_weigh_in_the_cross_entropy(classes: int) -> None:
+    """Equation 1 of the paper: each pixel's cross entropy times its weight."""
+    labels = torch.zeros(2, 12, 12, dtype=torch.long)
+    labels[:, 2:5, 2:9] = 1
+    labels[:, 7:10, 2:9] = classes - 1 if classes > 1 else 1
+    logits = torch.randn(2, classes, 12, 12)
+    losses = [TrainingLoss(classes, border_weight=weight)(logits, labels) for weight in (0.0, 7.0)]
+    both = torch.cat([torch.zeros_like(logits), logits], 1) if classes == 1 else logits
+    each = -both.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    expected = (border_weights(labels, strength=7.0) * each).mean()
+    assert expected > 0.1
+    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("ignored", [False, True])
-@pytest.mark.parametrize("weights", [[0.5, 3.0], [0.2, 1.0, 4.0]])
-def test_weights_are_those_of_each_pixels_cross_entropy(weights: list[float], ignored: bool) -> None:
-    """And of each class's Dice, there of mean 1."""
+@pytest.mark.parametrize("weights", [[0.5, 3.0], [0.2, 1.0, 4.0], None])
+def test_weights_are_those_of_each_pixels_cross_entropy(weights: list[float] | None, ignored: bool) -> None:
+    """And of each class's Dice, there of mean 1: also of the background's, where they are none."""
     torch.manual_seed(1)
-    weight, channels = torch.tensor(weights), len(weights)
+    weight = torch.tensor(weights or [1.0, 1.0])
+    channels = len(weight)
     labels = torch.randint(channels, (3, 8, 8))
     logits = torch.randn(3, channels if channels > 2 else 1, 8, 8)
     counted = torch.ones_like(labels, dtype=torch.bool)
     if ignored:
         counted[:, :3] = False
-    loss = TrainingLoss(logits.shape[1], weights=weight, ignored=ignored)(logits, labels.masked_fill(~counted, IGNORED))
+    module = TrainingLoss(logits.shape[1], weights=weight if weights else None, ignored=ignored)
+    loss = module(logits, labels.masked_fill(~counted, IGNORED))
 
     both = logits if channels > 2 else torch.cat([torch.zeros_like(logits), logits], 1)
     entropy = -both.log_softmax(1).gather(1, labels[:, None])[:, 0]
@@ -104,13 +122,17 @@ def test_balanced_crops_hold_rare_classes_as_often_as_others(tmp_path: Path) -> 
     assert shares[2][0] == pytest.approx(1 - shares[2][1], abs=0.01)
 
 
+@pytest.mark.parametrize("config", [replace(TINY, steps=60), replace(DEEP, steps=80)], ids=["plain", "deep"])
 @pytest.mark.usefixtures("undrawn_reports")
-def test_a_training_that_ignores_weighs_and_balances(tmp_path: Path) -> None:
+def test_it_learns_with_all_that_weighs_pixels(config: TrainConfig, tmp_path: Path) -> None:
     mask = np.zeros((48, 48), np.uint8)
-    mask[4:20, 4:20], mask[30:, 30:] = 200, 128
-    data = write_masks(tmp_path / "data", mask)
-    config = replace(
-        TINY, steps=60, features=(8, 16), lr=1e-2, class_weights="balanced", balance=0.5, border_weight=1.0
+    mask[4:20, 4:20], mask[24:28], mask[30:, 30:] = 200, 90, 128
+    data, reading = write_masks(tmp_path / "data", mask), DataOptions(labels="0,200,90", ignore="128")
+    features = (8, 8, 16, 16) if config.deep_supervision else (8, 16)
+    weighing = replace(config, features=features, lr=1e-2, class_weights="balanced", balance=0.5, border_weight=1.0)
+    losses: list[float] = []
+    metrics = train(
+        data, tmp_path / "run", weighing, reading=reading, on_step=lambda progress: losses.append(progress.loss)
     )
-    metrics = train(data, tmp_path / "run", config, reading=DataOptions(labels="0,200", ignore="128"))
-    assert metrics["mean_dice"] > 0.9
+    assert metrics["mean_dice"] > 0.85
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])

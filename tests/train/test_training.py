@@ -30,12 +30,11 @@ from stopped_training import TINY, Killed, killed, losses_of, stop_at
 
 from fastunet import UNet
 from fastunet.checks import ConfigError, DataError
-from fastunet.data.morphology import border_weights
 from fastunet.files import written_whole
 from fastunet.train import checkpoint, loop, results
 from fastunet.train.checkpoint import checkpoints, read_progress
 from fastunet.train.loop import train
-from fastunet.train.loss import TrainingLoss, rate_at
+from fastunet.train.loss import rate_at
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
@@ -77,28 +76,6 @@ def test_what_a_run_leaves(run: Path) -> None:
 def test_training_learns(data: Path, tmp_path: Path) -> None:
     metrics = train(data, tmp_path / "run", replace(TINY, steps=60, features=(8, 16), lr=1e-2))
     assert metrics["dice"]["foreground"] > 0.9
-
-
-def test_the_loss_of_a_binary_mask_sees_both_sides_alike() -> None:
-    """Dice of the foreground alone hardly sees a rare background."""
-    loss = TrainingLoss(1)
-    logits, labels = torch.randn(2, 1, 8, 8), torch.randint(2, (2, 8, 8))
-    torch.testing.assert_close(loss(logits, labels), loss(-logits, 1 - labels))
-
-
-@pytest.mark.parametrize("classes", [1, 3])
-def test_borders_weigh_in_the_cross_entropy(classes: int) -> None:
-    """Equation 1 of the paper: each pixel's cross entropy times its weight."""
-    labels = torch.zeros(2, 12, 12, dtype=torch.long)
-    labels[:, 2:5, 2:9] = 1
-    labels[:, 7:10, 2:9] = classes - 1 if classes > 1 else 1
-    logits = torch.randn(2, classes, 12, 12)
-    losses = [TrainingLoss(classes, border_weight=weight)(logits, labels) for weight in (0.0, 7.0)]
-    both = torch.cat([torch.zeros_like(logits), logits], 1) if classes == 1 else logits
-    each = -both.log_softmax(1).gather(1, labels[:, None])[:, 0]
-    expected = (border_weights(labels, strength=7.0) * each).mean()
-    assert expected > 0.1
-    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_trainings_in_one_process_may_differ_in_precision_and_seed(data: Path, tmp_path: Path) -> None:
@@ -158,18 +135,22 @@ def test_multi_class_and_colour(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "workers", "stop", "kept"),
+    ("changes", "stop", "kept"),
     [
-        pytest.param("batch", 0, (9, killed), 8, id="killed"),
-        pytest.param("instance", 1, (8, lambda: os.kill(os.getpid(), signal.SIGINT)), 9, id="Ctrl-C"),
+        pytest.param({}, (9, killed), 8, id="killed"),
+        pytest.param(
+            {"norm": "instance", "workers": 1}, (8, lambda: os.kill(os.getpid(), signal.SIGINT)), 9, id="Ctrl-C"
+        ),
+        pytest.param({"ema": 0.5, "val_fraction": 0.0}, (9, killed), 8, id="moving average"),
+        pytest.param({"features": (4, 4, 8, 8), "deep_supervision": True}, (9, killed), 8, id="deep supervision"),
     ],
 )
 def test_resuming_is_exact(
-    norm: str, workers: int, stop: tuple[int, Any], kept: int, data: Path, tmp_path: Path, monkeypatch: Any
+    changes: dict[str, Any], stop: tuple[int, Any], kept: int, data: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Across the end of an epoch, from a checkpoint within one: losses and weights to the bit."""
     monkeypatch.setattr(loop, "SHORTEST_EPOCH", 10)
-    config = replace(TINY, steps=20, norm=norm, workers=workers, crop=16, device="cpu")
+    config = replace(TINY, steps=20, crop=16, device="cpu", **changes)
     whole = losses_of(data, tmp_path / "whole", config)
     first = losses_of(data, tmp_path / "run", config, stop=stop_at(*stop))
     assert read_progress(checkpoints(tmp_path / "run")[-1])["step"] == kept
