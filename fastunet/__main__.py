@@ -4,21 +4,7 @@ from __future__ import annotations
 
 import sys
 
-NEEDED = (
-    "accelerate",
-    "filelock",
-    "kornia",
-    "matplotlib",
-    "monai",
-    "PIL",
-    "rich",
-    "safetensors",
-    "scipy",
-    "skimage",
-    "tifffile",
-    "typer",
-    "zarr",
-)
+# Packages of other extras than `train`.
 EXTRAS = {"bioimageio": "bioimageio", "onnx": "onnx", "onnxscript": "onnx", "roifile": "imagej"}
 
 
@@ -31,7 +17,7 @@ def main() -> None:
         run_to_the_end(app)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name not in NEEDED and name not in EXTRAS:
+        if name in ("", "fastunet"):
             raise
         extra = EXTRAS.get(name, "train")
         sys.exit(f"error: the command line needs {error.name}: pip install 'fastunet[{extra}]'")
