@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from fastunet import __version__
@@ -49,7 +50,7 @@ from fastunet.train.progress import Progress
 from fastunet.train.results import REPORTED, finish, write_history
 from fastunet.train.supervision import DeepLoss, DeeplySupervised
 from fastunet.train.validation import validate
-from fastunet.train.weights import features_of, load_initial, moving_average
+from fastunet.train.weights import load_initial
 from fastunet.tuning import tune
 from fastunet.unet import UNet
 
@@ -127,7 +128,7 @@ def _train(
     on_data(found)
     summary = found.checked()
     if config.init and config.features is None:
-        config = replace(config, features=features_of(config.init))
+        config = replace(config, features=tuple(UNet.from_pretrained(config.init).config["features"]))
     sizes = [(fact.shape[0], fact.shape[1]) for fact in found.facts]
     plan, why = planned(config, sizes, summary, lambda: machine_of(accelerator))
     if why:
@@ -240,7 +241,8 @@ class _Loop:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         # fused: one pass over the weights instead of a dozen.
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        average = moving_average(net, config.ema) if config.ema else None
+        ema = get_ema_multi_avg_fn(config.ema)
+        average = AveragedModel(net, multi_avg_fn=ema, use_buffers=True) if config.ema else None
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         # Prepared, it is part of every checkpoint.
         self.average = None if average is None else accelerator.prepare_model(average, evaluation_mode=True)
