@@ -24,7 +24,7 @@ from fastunet.data.survey import Survey, survey_pairs
 from fastunet.files import check_apart, check_folder, locked, write_json
 from fastunet.pretrained import CONFIG
 from fastunet.train.augmentation import augmentation_of
-from fastunet.train.checkpoint import RunConfig, checkpoints, load_checkpoint, save_checkpoint
+from fastunet.train.checkpoint import Progress, RunConfig, checkpoints, load_checkpoint, save_checkpoint
 from fastunet.train.checks import (
     check_out,
     check_same_images,
@@ -46,10 +46,8 @@ from fastunet.train.distributed import (
 from fastunet.train.events import check_tensorboard, write_events
 from fastunet.train.loss import TrainingLoss, class_weights, rate_at
 from fastunet.train.plan import Plan, machine_of, planned
-from fastunet.train.progress import Progress
-from fastunet.train.results import REPORTED, finish, write_history
+from fastunet.train.results import REPORTED, finish, validate, write_history
 from fastunet.train.supervision import DeepLoss, DeeplySupervised
-from fastunet.train.validation import validate
 from fastunet.train.weights import load_initial
 from fastunet.tuning import tune
 from fastunet.unet import UNet

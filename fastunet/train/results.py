@@ -1,4 +1,4 @@
-"""What a training leaves when it is over: weights, metrics, history and reports."""
+"""The scores of a model, shared out among ranks, and what a training leaves: weights, metrics, history and reports."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastunet.data import Pair, SegmentationDataset
+from fastunet.data.labels import IGNORED
 from fastunet.files import write_json, written_whole
 from fastunet.inference.streaming import predict_labels
+from fastunet.metrics import Scores, SegmentationMetrics
 from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
 from fastunet.train.checkpoint import RunConfig, remove_checkpoints
 from fastunet.train.checks import HISTORY, HTML, METRICS, REPORT
 from fastunet.train.config import TILE
+from fastunet.train.distributed import sum_of_ranks
 from fastunet.train.html import write_html
 from fastunet.train.report import Sample, write_report
-from fastunet.train.validation import validate
 from fastunet.unet import UNet
 
 if TYPE_CHECKING:
@@ -27,6 +30,30 @@ if TYPE_CHECKING:
 
 REPORTED = 4  # images in the report
 EXTREMES = 3  # the best and the worst images in report.html, so many of each
+
+
+def validate(
+    model: nn.Module, samples: SegmentationDataset, class_names: list[str], *, tta: bool = False, part: slice
+) -> tuple[Scores, list[float]]:
+    """Score a model on all samples, whole or in exact tiles; give the mean Dice of the foreground in each image too.
+
+    Of several ranks each predicts its `part` of the samples.
+    """
+    metrics = SegmentationMetrics(class_names)
+    dice = torch.zeros(len(samples), dtype=torch.float64)
+    device = next(model.parameters()).device
+    for index in range(len(samples))[part]:
+        image, truth, scale = samples.whole(index)
+        labels = torch.from_numpy(truth)
+        prediction = predict_labels(model, image, scale, tile=TILE, tta=tta)
+        if samples.summary.ignored:
+            prediction, labels = (each[labels != IGNORED] for each in (prediction, labels))
+        metrics.update(prediction, labels)
+        if labels.numel():
+            image_metrics = SegmentationMetrics(class_names)
+            image_metrics.update(prediction, labels)
+            dice[index] = image_metrics.compute(across_ranks=False)["mean_dice"]
+    return metrics.compute(), sum_of_ranks(dice, device).tolist()
 
 
 def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastunet.inference import streaming
 from fastunet.inference.evaluation import evaluate
 from fastunet.inference.predict import labels_of
 from fastunet.metrics import SegmentationMetrics
-from fastunet.train import validation
+from fastunet.train import results
 
 TILE = 280  # two parts by two, of 300 x 421
 
@@ -62,8 +62,8 @@ def test_scores_of_a_large_file_are_those_of_the_whole_image(
         scores, (row,) = evaluate(segmenter.model, [samples.whole(0)], names, tile=TILE, tta=tta)
         assert row["dice foreground"] == right["dice"]["foreground"]
     else:
-        monkeypatch.setattr(validation, "TILE", TILE)
-        scores, (dice,) = validation.validate(segmenter.model, samples, names, tta=tta, part=slice(None))
+        monkeypatch.setattr(results, "TILE", TILE)
+        scores, (dice,) = results.validate(segmenter.model, samples, names, tta=tta, part=slice(None))
         assert dice == right["mean_dice"]
     assert scores == right
     assert len(sizes) == 4
