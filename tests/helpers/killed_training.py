@@ -9,20 +9,22 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from stopped_training import TINY
 
 from fastunet.data.synthetic import write_dataset
 from fastunet.pretrained import read_weights
 from fastunet.train.checkpoint import CONFIG, checkpoints, find_damage
-from fastunet.train.loop import TrainConfig, train
+from fastunet.train.loop import train
 
 # Imports everything once, then forks.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__, "accelerate.state", "matplotlib.backends.backend_agg"])
-SMALL = TrainConfig(steps=12, features=(4, 8), crop=16, batch_size=2, val_fraction=0.25, tta=False, precision="fp32")
+SMALL = replace(TINY, steps=12, crop=16)
 
 
 def start(data: Path, out: Path, resume: bool) -> multiprocessing.process.BaseProcess:

@@ -13,7 +13,7 @@ pytest.importorskip("kornia", reason="needs the extra train")
 
 from stopped_training import TINY, Killed, killed, losses_of, stop_at
 
-from fastunet.checks import DataError, MissingPackageError
+from fastunet.checks import MissingPackageError
 from fastunet.train import loop
 from fastunet.train.events import EVENTS
 from fastunet.train.loop import train
@@ -51,10 +51,3 @@ def test_tensorboard_reads_the_history_of_a_run_that_was_stopped(
     assert events.Scalars("learning_rate")[-1].value == pytest.approx(0, abs=1e-9)
     train(data, out, replace(TINY, steps=1), overwrite=True)
     assert not list(out.glob(f"{EVENTS}*"))
-
-
-def test_event_files_are_files_of_a_run(data: Path, tmp_path: Path) -> None:
-    (tmp_path / f"{EVENTS}1").write_text("mine")
-    with pytest.raises(DataError, match="expected a folder without files of a run's names"):
-        train(data, tmp_path, TINY, overwrite=True)
-    assert (tmp_path / f"{EVENTS}1").read_text() == "mine"

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import fastunet
 from fastunet import UNet
-from fastunet.checks import ConfigError
 from fastunet.data.labels import IGNORED
 from fastunet.train.checkpoint import checkpoints
 from fastunet.train.loop import train
@@ -86,12 +85,6 @@ def test_every_head_gets_a_gradient_and_the_net_keeps_its_names() -> None:
         assert parameter.grad is not None, name
         if name != "net.outc.conv.bias":  # three logits' may cancel
             assert parameter.grad.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("features", [(4, 8), (4, 8, 8)])
-def test_too_few_levels_to_supervise_are_named(features: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match=f"deep_supervision: expected at least 4 levels, got {len(features)}"):
-        replace(DEEP, features=features).check()
 
 
 def test_what_is_kept_is_the_plain_net(data: Path, tmp_path: Path) -> None:

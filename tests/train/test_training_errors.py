@@ -17,6 +17,7 @@ from fastunet.checks import ConfigError, DataError, FastUNetError
 from fastunet.data.synthetic import write_dataset
 from fastunet.train import checkpoint
 from fastunet.train.checkpoint import checkpoints
+from fastunet.train.events import EVENTS
 from fastunet.train.loop import train
 from fastunet.train.loss import TrainingLoss
 
@@ -36,6 +37,15 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"crop": 3, "features": (4, 4, 4)}, "crop: expected at least 4x4 pixels for 3 levels, got 3x3"),
     ({"crop": 3, "norm": "instance"}, "crop: expected at least 2x4 pixels .* with instance norm, got 3x3"),
     ({"crop": 3, "batch_size": 1}, "batch_size, crop: expected more than one value .* batch of 2, or crops of 4"),
+    *(({"fold": fold}, "fold: expected I/N with 1 <= I <= N") for fold in ("0/3", "4/3", "1/1", "2", "a/b")),
+    *(
+        ({"class_weights": text}, "class_weights: expected none, balanced or positive numbers")
+        for text in ("even", "1,0", "1,nan", "1,,2")
+    ),
+    *(
+        ({"features": widths, "deep_supervision": True}, "deep_supervision: expected at least 4 levels, got ")
+        for widths in ((4, 8), (4, 8, 8))
+    ),
     *(({name: "odd"}, f"{name}: expected one of .*, got 'odd'") for name in ("precision", "split", "norm", "device")),
 ]
 
@@ -63,7 +73,16 @@ def test_images_smaller_than_the_net_takes(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "metrics.json", "history.csv", "report.png", "checkpoint-000500"]
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "metrics.json",
+        "history.csv",
+        "report.png",
+        "checkpoint-000500",
+        f"{EVENTS}1",
+    ],
 )
 def test_files_that_are_not_a_runs_stay(name: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")
