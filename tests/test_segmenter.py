@@ -18,7 +18,7 @@ import torch
 import zarr
 from command import error_of
 from command import fastunet as fastunet_command
-from image_files import save_tiff
+from image_files import save, save_tiff
 from PIL import Image
 from untrained_run import smooth_image, untrained_run
 
@@ -312,8 +312,7 @@ def test_foreign_files_are_not_ours(tmp_path: Path, image: np.ndarray) -> None:
 
 def test_images_are_found_by_names_folders_and_patterns(tmp_path: Path, image: np.ndarray) -> None:
     for name in ("a.png", "b.png", "sub/c.png", "data/images/d.png", "odd[1].png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / name)
+        save(tmp_path / name, image)
     zarr.create_array(str(tmp_path / "sub/e.zarr"), data=image)
 
     def found(*paths: str) -> list[str]:
@@ -359,8 +358,7 @@ def test_what_predict_cannot_do_is_one_line(
 ) -> None:
     run = untrained_run(tmp_path / "run")
     for name in ("a.png", "b.png", "sub/A.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(image).save(tmp_path / name)
+        save(tmp_path / name, image)
     given = [argument.format(folder=tmp_path) for argument in arguments]
     line = error_of("predict", run, tmp_path / "a.png", tmp_path / "b.png", *given, "--out", tmp_path / "out")
     assert line.endswith(words.format(folder=tmp_path))

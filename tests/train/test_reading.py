@@ -11,7 +11,7 @@ pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
 from command import error_of, fastunet
-from image_files import noise, save
+from image_files import noise, save, write_masks
 from PIL import Image
 from stopped_training import TINY
 
@@ -109,12 +109,9 @@ def test_ignored_pixels_of_a_mask_are_not_scored(tmp_path: Path) -> None:
 
 def bordered(root: Path, border: int) -> Path:
     """Masks of 0 and 1, with another value in a quarter of them."""
-    for index in range(3):
-        mask = np.zeros((32, 32), np.uint8)
-        mask[4:20, 4:20], mask[:8] = 1, border
-        save(root / "images" / f"{index}.png", noise((32, 32), seed=index))
-        save(root / "masks" / f"{index}.png", mask)
-    return root
+    mask = np.zeros((32, 32), np.uint8)
+    mask[4:20, 4:20], mask[:8] = 1, border
+    return write_masks(root, mask, count=3)
 
 
 def test_stacks_are_predicted_section_by_section_and_nifti_stays_where_it_was(tmp_path: Path) -> None:

@@ -74,15 +74,7 @@ def test_images_smaller_than_the_net_takes(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "config.json",
-        "model.safetensors",
-        "metrics.json",
-        "history.csv",
-        "report.png",
-        "checkpoint-000500",
-        f"{EVENTS}1",
-    ],
+    ["config.json", "model.safetensors", "metrics.json", "history.csv", "report.png", "checkpoint-000500", EVENTS],
 )
 def test_files_that_are_not_a_runs_stay(name: str, data: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_text("{}")

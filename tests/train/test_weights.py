@@ -28,26 +28,33 @@ from fastunet.train.loop import train
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 
-def test_the_moving_average_is_what_is_kept(data: Path, tmp_path: Path) -> None:
-    config = replace(TINY, ema=0.5, val_fraction=0.0, device="cpu")
-    seen: list[dict[str, torch.Tensor]] = []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, torch.Tensor]]]:
+    """The weights before and after each step of the trainings, in turn."""
+    found: list[list[dict[str, torch.Tensor]]] = []
     step = loop._Loop._step
 
+    def weights_of(net: UNet) -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in net.state_dict().items()}
+
     def note(self: loop._Loop, images: torch.Tensor, labels: torch.Tensor) -> float:
-        loss = step(self, images, labels)
-        seen.append({name: value.clone() for name, value in self.net.state_dict().items()})
+        before, loss = weights_of(self.net), step(self, images, labels)
+        found.append([before, weights_of(self.net)])
         return loss
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Loop, "_step", note)
-        train(data, tmp_path / "run", config)
-    average = seen[0]
-    for weights in seen[1:]:
+    monkeypatch.setattr(loop._Loop, "_step", note)
+    return found
+
+
+def test_the_moving_average_is_what_is_kept(data: Path, tmp_path: Path, seen: Any) -> None:
+    train(data, tmp_path / "run", replace(TINY, ema=0.5, val_fraction=0.0, device="cpu"))
+    (_, average), *others = seen
+    for _, weights in others:
         average = {name: (average[name] + weights[name]) / 2 for name in average}
     kept = load_file(tmp_path / "run/model.safetensors")
     for name in (name for name in kept if kept[name].is_floating_point()):
         torch.testing.assert_close(kept[name], average[name])
-    assert not torch.equal(kept["outc.conv.weight"], seen[-1]["outc.conv.weight"])
+    assert not torch.equal(kept["outc.conv.weight"], weights["outc.conv.weight"])
 
 
 def test_no_better_validation_for_long_enough_ends_it(
@@ -62,24 +69,15 @@ def test_no_better_validation_for_long_enough_ends_it(
     assert list(losses_of(None, tmp_path / "run", replace(TINY, patience=4), resume=True)) == list(range(5, 10))
 
 
-def test_a_training_begins_with_the_weights_of_another(data: Path, run: Path, tmp_path: Path) -> None:
+def test_a_training_begins_with_the_weights_of_another(data: Path, run: Path, tmp_path: Path, seen: Any) -> None:
     """Its head too, but for other classes."""
-    begun: list[dict[str, torch.Tensor]] = []
-    step = loop._Loop._step
-
-    def note(self: loop._Loop, images: torch.Tensor, labels: torch.Tensor) -> float:
-        begun.append({name: value.clone() for name, value in self.net.state_dict().items()})
-        return step(self, images, labels)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Loop, "_step", note)
-        train(data, tmp_path / "same", replace(TINY, steps=1, init=str(run)))
-        labels = np.repeat(np.array([0, 1, 2, 3], np.uint8), 16)[None].repeat(64, 0)
-        three = write_masks(tmp_path / "three", labels)
-        train(three, tmp_path / "more", replace(TINY, steps=1, init=str(run)))
-        train(data, tmp_path / "same", replace(TINY, steps=1, init=str(run)), overwrite=True)
+    config = replace(TINY, steps=1, init=str(run))
+    train(data, tmp_path / "same", config)
+    labels = np.repeat(np.array([0, 1, 2, 3], np.uint8), 16)[None].repeat(64, 0)
+    train(write_masks(tmp_path / "three", labels), tmp_path / "more", config)
+    train(data, tmp_path / "same", config, overwrite=True)
     weights = UNet.from_pretrained(run).state_dict()
-    same, more, again = begun
+    same, more, again = (before for before, _ in seen)
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     assert all(torch.equal(same[name], weights[name]) for name in weights)
     assert all(torch.equal(more[name], weights[name]) for name in weights if not name.startswith("outc."))
