@@ -94,22 +94,23 @@ def _rows(found: Survey) -> list[tuple[str, str]]:
 
 def draw(path: Path, found: Survey) -> None:
     """Write a PNG: the share of each class, and some images with their masks in colour, evenly from first to last."""
+    import numpy as np
     from matplotlib.figure import Figure
 
     from fastunet.data.labels import IGNORED
     from fastunet.files import SOFTWARE, written_whole
-    from fastunet.inference.outputs import CLASS_COLOURS, overlay_of
+    from fastunet.inference.outputs import class_palette, overlay_of
 
     assert found.summary is not None
     count = min(SHOWN, len(found.facts))
-    places = [round(each * (len(found.facts) - 1) / max(count - 1, 1)) for each in range(count)]
+    places = np.linspace(0, len(found.facts) - 1, count).round().astype(int)
     lines = math.ceil(count / 4)
     figure = Figure(figsize=(12, 1.4 + 3.2 * lines), dpi=110, layout="constrained")
     (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.4, 3.2 * lines])
     axes = top.subplots()
     left = 0.0
     for label, each in enumerate(found.shares):
-        colour = "#444444" if label == 0 else [part / 255 for part in CLASS_COLOURS[label % len(CLASS_COLOURS)]]
+        colour = class_palette()[label + 1] / 255 if label else "#444444"  # as of the overlays
         axes.barh(0, each.share, left=left, color=colour, label=f"{each.name}: {100 * each.share:.1f} %")
         left += each.share
     axes.set(xlim=(0, 1), yticks=[], xlabel="share of the pixels")

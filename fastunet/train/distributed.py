@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastunet import dispatch
 from fastunet.checks import ConfigError, FastUNetError
@@ -52,11 +52,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.sync_batch_norm and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise ConfigError("sync_batch_norm: expected GPUs, whose torch alone has it, got processes on the CPU")
     return accelerator
-
-
-def with_synchronised_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Have batch norms take their statistics over all ranks, by torch's module, in place of the fused ops."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if accelerator.num_processes > 1 else model
 
 
 def agree(accelerator: Accelerator, loss: float, stopping: bool, seconds: float) -> tuple[float, bool, float]:
@@ -113,18 +108,15 @@ def naming_lost_ranks(accelerator: Accelerator, out: Path) -> Iterator[None]:
     except FastUNetError:
         raise
     except RuntimeError as error:
-        ours = accelerator.num_processes == 1
-        if ours or not (isinstance(error, torch.distributed.DistError) or _is_of_gloo(str(error))):
+        signs_of_gloo = ("gloo", "Connection closed by peer", "Connection reset by peer")
+        is_lost = isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs_of_gloo)
+        if accelerator.num_processes == 1 or not is_lost:
             raise
         text = " ".join(str(error).split())
         raise FastUNetError(
             f"process {accelerator.process_index}: expected all {accelerator.num_processes} processes to go on, got "
             f"one that has ended ({text}); its own error says why, and --resume continues from {out}"
         ) from error
-
-
-def _is_of_gloo(message: str) -> bool:
-    return any(sign in message for sign in ("gloo", "Connection closed by peer", "Connection reset by peer"))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +196,7 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     for name, draw in (("Training loss", draw_loss), ("Validation Dice", draw_dice)):
         figure = Figure(figsize=CURVE_SIZE, dpi=2 * DPI, layout="constrained")
         draw(figure.subplots(), history)
-        content = io.BytesIO()
-        figure.savefig(content, format="png")
-        curves.append((name, _embedded(content.getvalue())))
+        curves.append((name, _embedded(figure.savefig)))
     return curves
 
 
@@ -209,13 +207,11 @@ def _layers(sample: Sample) -> list[tuple[str, str]]:
         "truth": colour_labels(small.truth),
         "prediction": colour_labels(small.prediction),
     }
-    layers = []
-    for name, picture in pictures.items():
-        content = io.BytesIO()
-        Image.fromarray(np.round(picture * 255).astype(np.uint8)).save(content, format="png")
-        layers.append((name, _embedded(content.getvalue())))
-    return layers
+    pixels = {name: np.round(picture * 255).astype(np.uint8) for name, picture in pictures.items()}
+    return [(name, _embedded(Image.fromarray(each).save)) for name, each in pixels.items()]
 
 
-def _embedded(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _embedded(save: Callable[..., Any]) -> str:
+    content = io.BytesIO()
+    save(content, format="png")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

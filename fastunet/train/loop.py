@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
@@ -41,7 +41,6 @@ from fastunet.train.distributed import (
     naming_lost_ranks,
     of_first_rank,
     stop_requests,
-    with_synchronised_norms,
 )
 from fastunet.train.events import check_tensorboard, write_events
 from fastunet.train.loss import TrainingLoss, class_weights, rate_at
@@ -145,8 +144,8 @@ def _train(
     )
     if config.init and (before is None or not checkpoints(out)):
         load_initial(model, config.init)
-    if config.sync_batch_norm:
-        model = with_synchronised_norms(model, accelerator)
+    if config.sync_batch_norm and accelerator.num_processes > 1:  # by torch's module, in place of the fused ops
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     run = RunConfig(
         model=model.config,
         data=summary,

@@ -44,14 +44,8 @@ class DeepLoss(nn.Module):
         logits, *lower = outputs
         losses = [self.loss(logits, labels)]
         losses += [self.loss.without_borders(y, labels_at(labels, level)) for level, y in enumerate(lower, start=1)]
-        weights = level_weights(len(losses))
-        return sum((weight * loss for weight, loss in zip(weights, losses, strict=True)), labels.new_zeros(()))
-
-
-def level_weights(levels: int) -> list[float]:
-    """Return 1, 1/2, 1/4, ..., divided by their sum."""
-    total = 2 - 2.0 ** (1 - levels)
-    return [2.0**-level / total for level in range(levels)]
+        total = 2 - 2.0 ** (1 - len(losses))
+        return sum((2.0**-level / total * loss for level, loss in enumerate(losses)), labels.new_zeros(()))
 
 
 def labels_at(labels: Tensor, level: int) -> Tensor:
