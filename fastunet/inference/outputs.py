@@ -28,6 +28,7 @@ CLASS_COLOURS = (
     (255, 255, 255), (230, 159, 0), (204, 121, 167), (0, 114, 178), (153, 153, 153), (240, 228, 66), (86, 180, 233),
     (0, 158, 115),
 )  # fmt: skip
+STRETCH = (0.5, 99.5)  # percentiles of an image that are shown as black and white
 GRID = 256  # edge of the tiles of a TIFF and of the chunks of a Zarr array
 PROPERTIES = (
     "label", "area", "centroid", "bbox", "perimeter", "eccentricity", "orientation", "axis_major_length",
@@ -274,16 +275,20 @@ def write_overlay(path: Path, image: np.ndarray, labels: np.ndarray) -> None:
     save_png(path, overlay_of(image, labels))
 
 
+def displayable(image: np.ndarray) -> np.ndarray:
+    """Stretch an image [H, W, C] of any dtype to RGB in 0..1; of other than 3 channels the first is shown."""
+    shown = image if image.shape[2] == 3 else image[..., :1]
+    low, high = map(float, np.percentile(shown, STRETCH))
+    scaled = np.clip((shown.astype(np.float32) - low) / max(high - low, float(np.finfo(np.float32).tiny)), 0, 1)
+    return np.broadcast_to(scaled, (*image.shape[:2], 3))
+
+
 def overlay_of(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return an image [H, W, C], stretched to what is visible, its labels [H, W] in colour: [H, W, 3]."""
     from skimage.color import label2rgb
-    from skimage.exposure import rescale_intensity
 
-    shown = image if image.shape[2] == 3 else np.repeat(image[..., :1], 3, 2)
-    low, high = np.percentile(shown, (0.5, 99.5))
-    grey = rescale_intensity(shown.astype(np.float32), (low, max(high, low + 1e-6)), (0.0, 1.0))
     colours = class_palette()[2:] / 255  # not white, which is an image's own
-    picture = label2rgb(labels, grey, colors=colours.tolist(), alpha=0.4, bg_label=0, saturation=1)
+    picture = label2rgb(labels, displayable(image), colors=colours.tolist(), alpha=0.4, bg_label=0, saturation=1)
     return (picture * 255).round().astype(np.uint8)
 
 

@@ -15,12 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastunet.files import written_whole
-from fastunet.inference.outputs import class_palette
+from fastunet.inference.outputs import class_palette, displayable
 from fastunet.train.report import (
     DPI,
     Sample,
     colour_labels,
-    displayable,
     draw_dice,
     draw_loss,
     thinned,

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastunet.checks import ShapeError
 from fastunet.files import SOFTWARE, written_whole
-from fastunet.inference.outputs import class_palette
+from fastunet.inference.outputs import class_palette, displayable
 from fastunet.metrics import SegmentationMetrics
 
 WIDTH = 12.0  # inches
@@ -26,7 +26,6 @@ LEGEND_HEIGHT = 0.6
 DPI = 110
 MOST_SHOWN = 1024  # pixels along an edge; a picture of the figure has some 330
 NAME_LENGTH = 36  # characters that fit above a picture
-STRETCH = (0.5, 99.5)  # percentiles of an image that are shown as black and white
 # The last of those of classes.
 ERROR_COLOURS = {
     "found (true positive)": ("#009E73", 0.45),
@@ -183,14 +182,6 @@ def thinned(sample: Sample) -> Sample:
     """Leave out rows and columns that would not be seen."""
     chosen = _every(sample)
     return replace(sample, image=sample.image[chosen], truth=sample.truth[chosen], prediction=sample.prediction[chosen])
-
-
-def displayable(image: np.ndarray) -> np.ndarray:
-    """Stretch an image [H, W, C] of any dtype to RGB in 0..1; of other than 3 channels the first is shown."""
-    shown = image if image.shape[2] == 3 else image[..., :1]
-    low, high = np.percentile(shown, STRETCH)
-    scaled = np.clip((shown.astype(np.float64) - low) / max(high - low, np.finfo(np.float64).tiny), 0, 1)
-    return np.broadcast_to(scaled, (*image.shape[:2], 3))
 
 
 def colour_labels(labels: np.ndarray) -> np.ndarray:

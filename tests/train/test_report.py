@@ -16,9 +16,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-import fastunet.train.report
 from fastunet.checks import ShapeError
-from fastunet.inference.outputs import class_palette
+from fastunet.inference.outputs import class_palette, displayable
 from fastunet.train.report import ERROR_COLOURS, Sample, write_report
 
 HISTORY: list[dict[str, Any]] = [
@@ -150,11 +149,11 @@ def test_what_is_beyond_the_classes_is_no_error(tmp_path: Path, figures: list[Fi
 
 def test_images_are_stretched_to_their_own_range() -> None:
     ramp = np.linspace(1000, 1100, 1001).reshape(7, 143, 1).astype(np.float32)
-    shown = fastunet.train.report.displayable(ramp)
+    shown = displayable(ramp)
     assert shown.shape == (7, 143, 3)
     assert (shown.min(), shown.max()) == (0, 1)
     np.testing.assert_allclose(np.median(shown), 0.5, atol=0.01)
-    assert (fastunet.train.report.displayable(np.full((2, 2, 1), 9, np.uint8)) == 0).all()
+    assert (displayable(np.full((2, 2, 1), 9, np.uint8)) == 0).all()
 
 
 def test_sizes_that_differ_are_named(tmp_path: Path) -> None:
