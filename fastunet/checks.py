@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line raises these errors before it needs torch
     from torch import Tensor
@@ -43,6 +44,14 @@ class Interrupted(FastUNetError):
 
 class MissingPackageError(FastUNetError, ModuleNotFoundError):
     """A package of one of fastunet's extras is not installed: the message names both."""
+
+
+def required(message: str, package: str) -> Any:
+    """Import a package, of an extra, and return it; raise MissingPackageError with the message where it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError(message, name=package) from error
 
 
 def check_activation(op: str, *, dims: int = 2, **tensors: Tensor) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .checks import ConfigError, DataError, DtypeError, FastUNetError, MissingPackageError, some_of
+from .checks import ConfigError, DataError, DtypeError, FastUNetError, required, some_of
 from .files import write_json, written_whole
 from .reference import ReferenceUNet
 from .reference.unet import LAYERS
@@ -77,14 +77,11 @@ def save(folder: str | os.PathLike[str], config: Mapping[str, Any], state: Mappi
 
 def push(save_to: Callable[[Path], None], repo_id: str, private: bool, token: str | None) -> str:
     """Upload the folder that `save_to` writes; `UNet.push_to_hub` says more."""
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        text = "push_to_hub: expected huggingface_hub, got none: pip install huggingface_hub"
-        raise MissingPackageError(text) from error
+    text = "push_to_hub: expected huggingface_hub, got none: pip install huggingface_hub"
+    hub = required(text, "huggingface_hub")
     with tempfile.TemporaryDirectory() as folder:
         save_to(Path(folder))
-        api = HfApi(token=token)
+        api = hub.HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         text = "Upload a fastunet.UNet"
         return str(api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=text))
@@ -248,13 +245,9 @@ def _check_digest(path: Path, content: bytes) -> None:
 
 def _safetensors() -> Any:
     """Return the package, which only reading and writing its files needs."""
-    try:
-        import safetensors
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"{WEIGHTS} needs safetensors: pip install 'fastunet[train]'", name="safetensors"
-        ) from error
+    required(f"{WEIGHTS} needs safetensors: pip install 'fastunet[train]'", "safetensors.torch")
+    import safetensors
+
     return safetensors
 
 

@@ -165,7 +165,7 @@ def test_every_error_has_a_remedy() -> None:
     for node in nodes(*(f"fastunet/{name}" for name in EXPLAINED)):
         if isinstance(node, ast.Call) and node.args:
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            if name.endswith("Error") or name in ("Interrupted", "BadParameter", "fail", "warn"):
+            if name.endswith("Error") or name in ("Interrupted", "BadParameter", "fail", "required", "warn"):
                 raised.add(text_of(node.args[0]))
     # A name before the text of another error is no message of its own.
     texts = {text for text in raised if text and len(re.findall(r"\w+", text)) > 1 and not text.startswith(INTERNAL)}

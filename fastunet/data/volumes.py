@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastunet.checks import MissingPackageError
+from fastunet.checks import MissingPackageError, required
 
 CHANNELS = 4  # at most, of a last axis that is taken for channels
 CODEC = 2**16  # bytes of pixels that a byte of a DICOM's codec stands for, at most
@@ -51,12 +50,7 @@ def opener_of(path: Path, head: bytes) -> Callable[[Path], Volume] | None:
 
 def import_extra(name: str, extra: str, path: Path) -> Any:
     """Import the package that reads `path`. Raises MissingPackageError with the extra that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"{path}: expected the package {name} to read it, got none: pip install 'fastunet[{extra}]'"
-        ) from error
+    return required(f"{path}: expected the package {name} to read it, got none: pip install 'fastunet[{extra}]'", name)
 
 
 def _open_npy(path: Path) -> Volume:

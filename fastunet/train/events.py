@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastunet.checks import MissingPackageError
-
 EVENTS = "events.out.tfevents."  # how the names of event files begin
-
-
-def check_tensorboard() -> None:
-    """Raise MissingPackageError without TensorBoard."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        text = "tensorboard: expected the package, got none: pip install 'fastunet[tensorboard]'"
-        raise MissingPackageError(text) from error
 
 
 def write_events(out: Path, row: Mapping[str, float], rate: float) -> None:

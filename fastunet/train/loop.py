@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from fastunet import __version__
-from fastunet.checks import ConfigError, FastUNetError, Interrupted
+from fastunet.checks import ConfigError, FastUNetError, Interrupted, required
 from fastunet.data import DataOptions, Pair, SegmentationDataset, find_pairs, split
 from fastunet.data.survey import Survey, survey_pairs
 from fastunet.files import check_apart, check_folder, locked, write_json
@@ -42,7 +42,7 @@ from fastunet.train.distributed import (
     of_first_rank,
     stop_requests,
 )
-from fastunet.train.events import check_tensorboard, write_events
+from fastunet.train.events import write_events
 from fastunet.train.loss import TrainingLoss, class_weights, rate_at
 from fastunet.train.plan import Plan, machine_of, planned
 from fastunet.train.results import REPORTED, finish, validate, write_history
@@ -119,7 +119,8 @@ def _train(
     on_plan: Callable[[str], None],
 ) -> dict[str, Any]:
     if config.tensorboard:
-        check_tensorboard()
+        text = "tensorboard: expected the package, got none: pip install 'fastunet[tensorboard]'"
+        required(text, "torch.utils.tensorboard")
     accelerator = make_accelerator(config)
     pairs, found = of_first_rank(lambda: _read(data, reading, out, config))
     on_data(found)
