@@ -21,7 +21,7 @@ def demo(
 ) -> None:
     """Make cell-like micrographs with exact masks, train a small net on them, and draw the report."""
     from fastunet.data.synthetic import write_dataset
-    from fastunet.train.checks import check_out, clear_run
+    from fastunet.train.checks import check_out
 
     config = TrainConfig(steps=steps, max_minutes=minutes, crop=128, features=(16, 32, 64, 128))
     config.check()
@@ -32,13 +32,12 @@ def demo(
     pictures = [path for path in found if path.is_symlink() or not path.is_dir()]
     for path in pictures:
         check_replaceable(path, overwrite, is_our_png)
-    clear_run(run_folder)
     for path in pictures:
         path.unlink()
     console.print("1. making 40 micrographs with masks")
     write_dataset(data, 40)
     console.print(f"2. training for at most {minutes:g} minutes")
-    train_with_bar(data, run_folder, config)
+    train_with_bar(data, run_folder, config, overwrite=overwrite)
     console.print("3. predicting")
     predict(run_folder, [data / "images"], predictions)
     console.print(f"open {run_folder / 'report.png'}", soft_wrap=True)

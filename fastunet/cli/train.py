@@ -108,14 +108,13 @@ def train(
     console.print(f"Dice over {folds} folds: {dice['mean']:.4f} +- {dice['std']:.4f}; {out / SUMMARY}", soft_wrap=True)
 
 
-def train_with_bar(
-    data: Path | None, out: Path, config: Any, *, reading: Any = None, resume: bool = False, overwrite: bool = False
-) -> dict[str, Any]:
+def train_with_bar(data: Path | None, out: Path, config: TrainConfig, **how: Any) -> dict[str, Any]:
+    """Train as `fastunet.train.loop.train` does, of several processes only the first one speaking."""
     from fastunet.train.loop import Progress
     from fastunet.train.loop import train as train_run
 
-    if int(os.environ.get("RANK", 0)):  # of several processes the first one speaks
-        return train_run(data, out, config, reading=reading, resume=resume, overwrite=overwrite)
+    if int(os.environ.get("RANK", 0)):
+        return train_run(data, out, config, **how)
     with bar("reading") if console.is_terminal else nullcontext() as draw:
         printed = 0.0  # minutes
 
@@ -135,9 +134,7 @@ def train_with_bar(
             data,
             out,
             config,
-            reading=reading,
-            resume=resume,
-            overwrite=overwrite,
+            **how,
             on_step=show,
             on_data=lambda found: print_survey(found, "data"),
             on_plan=lambda text: console.print(text, soft_wrap=True),
