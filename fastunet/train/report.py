@@ -15,7 +15,6 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from fastunet.checks import ShapeError
 from fastunet.files import SOFTWARE, written_whole
 from fastunet.inference.outputs import class_palette, displayable
 from fastunet.metrics import SegmentationMetrics
@@ -61,15 +60,7 @@ def write_report(
             None or not finite is left out of that curve.
         samples: one row of pictures each; may be empty.
         class_names: of labels 0, 1, ...
-
-    Raises:
-        ShapeError: a sample's image and labels differ in size.
     """
-    for sample in samples:
-        size = sample.image.shape[:2]
-        for name, labels in (("truth", sample.truth), ("prediction", sample.prediction)):
-            if labels.shape != size:
-                raise ShapeError(f"{sample.name}: expected {name} of the image's size {size}, got {labels.shape}")
     # Height / width of each, within what still makes a readable page.
     ratios = [np.clip(sample.truth.shape[0] / sample.truth.shape[1], 0.25, 2.0) for sample in samples]
     pictures_height = (WIDTH / 4 * float(np.mean(ratios)) + 0.3) * len(samples) + LEGEND_HEIGHT if samples else 0.0
