@@ -43,7 +43,7 @@ COMPILED_NETS = {
     "compile freezing": "freezing",
 }
 # The names under which ours are listed: under the backend in force, and with the Triton kernels forced.
-OURS, OURS_TRITON = "fastunet", "fastunet triton"
+OURS, OURS_TRITON, OURS_FROZEN = "fastunet", "fastunet triton", "fastunet freeze"
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,8 @@ class _Form:
     """How a net is run. backend: of our ops, None for plain torch modules. mode: torch.compile's, None for eager.
 
     amp: under autocast to dtype, with float32 weights; else weights and images are of that dtype. is_apart: ours
-    without what can be left out, outputs recomputed and upsampling folded into the convolution after it.
+    without what can be left out, outputs recomputed and upsampling folded into the convolution after it. is_frozen:
+    ours by `fastunet.freeze`.
     """
 
     dtype: torch.dtype
@@ -174,6 +175,7 @@ class _Form:
     is_folded: bool = False
     is_captured: bool = False
     is_apart: bool = False
+    is_frozen: bool = False
 
     def arguments(self, *tensors: Tensor) -> list[Tensor]:
         """Images and targets in this form."""
@@ -187,10 +189,11 @@ class _Form:
             fold(net)
         for up in net.ups if self.is_apart else ():
             up.folds_upsampling = False
-        return net.to(dtype=torch.float32 if self.amp else self.dtype, memory_format=self.layout)
+        net = net.to(dtype=torch.float32 if self.amp else self.dtype, memory_format=self.layout)
+        return fastunet.freeze(net, dtype=self.dtype) if self.is_frozen else net
 
     def autocast(self, device: torch.device) -> Any:
-        return torch.autocast(device.type, self.dtype) if self.amp else nullcontext()
+        return torch.autocast(device.type, self.dtype) if self.amp and not self.is_frozen else nullcontext()
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -231,6 +234,8 @@ def net_providers(
         what = "outputs kept" if training else "upsampling apart"
         add(f"{name}, {what}", ours(backend=backend, is_apart=True), unsupported)
     if not training:
+        freezes = dispatch.prepares_nets(torch.empty(1, device=device), dtype, [])
+        add(OURS_FROZEN, ours(backend=backend, is_frozen=True), "" if freezes else "freezing is the CPU's, by oneDNN")
         add(f"{name} CUDA graph", plain(backend=backend, is_captured=True), unsupported or no_cuda(device))
     add("eager", _Form(torch.float32, torch.contiguous_format))
     if dtype == torch.float32 or not training:

@@ -92,7 +92,7 @@ def predict(
         for number, (file, section, name, wanted) in enumerate(jobs, 1):
             if not console.is_terminal:  # where a bar would show nothing
                 console.print(f"{number} of {len(jobs)}: {file}", soft_wrap=True)
-            show(0, 1, f"{file.name} ({number} of {len(jobs)})")
+            show(0, 1, f"{file.name} ({number} of {len(jobs)}), tiles")
             if wanted.kind == NIFTI:
                 segmenter.write_volume(file, out / f"{name}.{NIFTI}", tile=tile, tta=tta, on_part=show)
             else:

@@ -14,7 +14,7 @@ import rich.progress
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastunet.checks import check_choice
@@ -106,7 +106,7 @@ def bar(text: str, *, transient: bool = False) -> Iterator[Callable[..., None]]:
     """Show a bar; yield what is told how much is done, of how much, and from then on another text."""
     percentage = TextColumn("{task.percentage:.0f} %")
     description = TextColumn("{task.description}", markup=False)
-    columns = (description, BarColumn(), percentage, TimeElapsedColumn())
+    columns = (description, BarColumn(), percentage, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=transient) as bars:
         task = bars.add_task(text, total=1.0)
         yield lambda done, total=1.0, text=None: bars.update(

@@ -18,13 +18,15 @@ from command import error_of, fastunet
 from fastunet.benchmarks.__main__ import main
 from fastunet.benchmarks.cases import Settings
 from fastunet.benchmarks.charts import draw
-from fastunet.benchmarks.providers import OURS, Provider
+from fastunet.benchmarks.providers import OURS, OURS_FROZEN, Provider
 from fastunet.benchmarks.results import Unavailable
 from fastunet.benchmarks.runs import measured, prepared
 from fastunet.benchmarks.runtimes import NAMES, unavailable
 from fastunet.benchmarks.tables import report_of
 from fastunet.benchmarks.unet import tables
 from PIL import Image
+
+from fastunet import dispatch
 
 TINY = Settings("cpu", "float32", 16, 1, (4, 8), rounds=3, warmup=1, compiles=False)
 
@@ -59,7 +61,8 @@ def test_the_json_has_every_sample_and_the_ratios_of_its_rounds(done: tuple[str,
         assert all(reason for reason in row["missing"].values())
     nets = {row["name"]: row["ratios"] for row in report["rows"] if row["kind"] == "net"}
     exported = {name for name in NAMES if not unavailable(name, torch.device("cpu"), torch.float32)}
-    assert set(nets["inference"]) == {"eager", "eager channels_last", "eager folded"} | exported
+    frozen = {OURS_FROZEN} if dispatch.prepares_nets(torch.empty(1), torch.float32, []) else set()
+    assert set(nets["inference"]) == {"eager", "eager channels_last", "eager folded"} | frozen | exported
     assert report["summary"]["inference"] == nets["inference"]
     assert report["summary"]["training"] == nets["training"]
     assert report["summary"]["not_measured"] == 0

@@ -8,11 +8,12 @@ import pytest
 import torch
 from fastunet.benchmarks import providers, runtimes
 from fastunet.benchmarks.cases import unet_layers
-from fastunet.benchmarks.providers import OURS, OURS_TRITON, Provider, layer_providers, net_providers
+from fastunet.benchmarks.providers import OURS, OURS_FROZEN, OURS_TRITON, Provider, layer_providers, net_providers
 from fastunet.benchmarks.results import Unavailable
 from fastunet.benchmarks.runs import check_layer, device_inputs, net_check
 
 import fastunet
+from fastunet import dispatch
 from fastunet.testing import cpu_accumulates_in_float32
 
 CPU = torch.device("cpu")
@@ -91,6 +92,7 @@ def test_eager_baselines_of_a_net_are_right(training: bool, dtype: torch.dtype, 
     expected = {OURS, "eager", "eager channels_last" if dtype == torch.float32 else "eager channels_last AMP"}
     if not training:
         expected |= {"eager channels_last"} | ({"eager folded"} if norm else set())
+        expected |= {OURS_FROZEN} if dispatch.prepares_nets(x, dtype, []) else set()
         expected |= {name for name in runtimes.NAMES if not runtimes.unavailable(name, CPU, dtype)}
     assert set(checked) == expected
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()), "prepare changed the model"
