@@ -99,6 +99,21 @@ concat_conv3x3_batch_norm_relu = concatenated(conv3x3_batch_norm_relu)
 concat_conv3x3_instance_norm_relu = concatenated(conv3x3_instance_norm_relu)
 
 
+def double_conv3x3_bias_relu(
+    x: Tensor,
+    up: Tensor | None,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    *,
+    pool: bool = False,
+    **activation: Any,
+) -> Any:
+    """Compute conv3x3_bias_relu twice, first of x or of [x, up]: y, or with pool (y, max_pool2x2(y))."""
+    joined = x if up is None else torch.cat([x, up], dim=1)
+    middle = conv3x3_bias_relu(joined, weights[0], biases[0], **activation)
+    return (conv3x3_bias_relu_pool if pool else conv3x3_bias_relu)(middle, weights[1], biases[1], **activation)
+
+
 def conv_transpose2x2(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute conv_transpose2d with a 2x2 kernel and stride 2: [N, Cin, H, W] to [N, Cout, 2H, 2W], weight [Cin, Cout,
     2, 2].

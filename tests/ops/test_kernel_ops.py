@@ -324,28 +324,6 @@ def test_opcheck(case: Case, requires_grad: bool) -> None:
     torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("concat", [False, True])
-def test_two_convolutions_in_one_call_are_two_calls(concat: bool) -> None:
-    slope = 0.5 if concat else 0.0
-    case = Case("", ((2, 3, 5, 6), (2, 2, 5, 6), (4, 5 if concat else 3, 3, 3), (2, 4, 3, 3), (4,), (2,)), {})
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        x, up, *parameters = (t.to(DEVICE, dtype).requires_grad_() for t in integers_of(case) if t is not None)
-        w1, w2, b1, b2 = parameters
-        if dtype == torch.float32:
-            options = {"negative_slope": slope, "pool": True}
-            outputs = ops.double_conv3x3_bias_relu(x, up if concat else None, (w1, w2), (b1, b2), **options)
-        else:
-            joined = torch.cat([x, up], 1) if concat else x
-            middle = reference.conv3x3_bias_relu(joined, w1, b1, negative_slope=slope)
-            outputs = reference.conv3x3_bias_relu_pool(middle, w2, b2, negative_slope=slope)
-        cotangents = [random_cotangent(y).mul(2).round() for y in outputs]
-        leaves = [x, *([up] if concat else []), *parameters]
-        results.append([*outputs, *torch.autograd.grad(outputs, leaves, cotangents)])
-    for actual, expected in zip(*results, strict=True):
-        assert_within(actual, expected, 0)
-
-
 @pytest.mark.parametrize(
     ("options", "training"),
     [

@@ -44,40 +44,80 @@ def test_ops_made_of_another_show_its_arguments(norm: str) -> None:
     assert (plain.return_annotation, pooled.return_annotation) == ("Tensor", "tuple[Tensor, Tensor]")
 
 
-def test_more_bad_arguments() -> None:
-    x, w, p = torch.zeros(1, 2, 4, 4), torch.zeros(3, 2, 3, 3), torch.zeros(3)
-    with pytest.raises(checks.ShapeError, match="height and width >= 2 for 2x2 pooling, got 1x4"):
-        ops.conv3x3_bias_relu_pool(x[:, :, :1], w)
-    with pytest.raises(checks.ShapeError, match=r"up: expected shape \[1, 1, 4, 4\], got \[1, 1, 2, 4\]"):
-        ops.concat_conv3x3_bias_relu(x, torch.zeros(1, 1, 2, 4), torch.zeros(3, 3, 3, 3))
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        ops.conv3x3_batch_norm_relu(x[:, :, :1, :1], w, p, p, p, p, training=True)
-    # By stride 2 what counts is the output.
-    with pytest.raises(checks.ShapeError, match="height and width >= 2 for 2x2 pooling, got 1x2"):
-        ops.conv3x3_bias_relu_pool(x[:, :, :2], w, stride=2)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        ops.conv3x3_batch_norm_relu(x[:, :, :2, :2], w, p, p, p, p, training=True, stride=2)
-    with pytest.raises(ValueError, match="more than 1 pixel"):
-        ops.conv3x3_instance_norm_relu(x[:, :, :2, :1], w, stride=2)
-    with pytest.raises(checks.ConfigError, match="running_mean and running_var when not training"):
-        ops.conv3x3_batch_norm_relu(x, w, p, p, None, None, training=False)
-    with pytest.raises(checks.ConfigError, match="both gamma and beta"):
-        ops.conv3x3_instance_norm_relu(x, w, p)
-    with pytest.raises(ValueError, match="more than 1 pixel"):
-        ops.conv3x3_instance_norm_relu(x[:, :, :1, :1], w)
-    with pytest.raises(checks.ShapeError, match=r"weight: expected shape \[2, 3, 2, 2\]"):
-        ops.conv_transpose2x2(x, torch.zeros(4, 3, 2, 2))
-    with pytest.raises(checks.ConfigError, match="activation: expected None, 'sigmoid' or 'softmax', got 'tanh'"):
-        ops.conv1x1(x, torch.zeros(3, 2, 1, 1), activation="tanh")
-    with pytest.raises(checks.ShapeError, match="target: expected shape"):
-        ops.sigmoid_dice_loss(x, x[:, :1])
-    with pytest.raises(checks.ShapeError, match=r"target: expected shape \[1, 2, 4, 4\], got \[1, 1, 4, 3\]"):
-        ops.segmentation_sums(x, x[:, :1, :, 1:])
-    with pytest.raises(checks.ShapeError, match=r"mask: expected shape \[1, 1, 4, 4\], got \[1, 2, 4, 4\]"):
-        ops.segmentation_sums(x, x, x)
-    with pytest.raises(checks.ConfigError, match="activation: expected one of sigmoid, softmax, got 'tanh'"):
-        ops.segmentation_sums(x, x, activation="tanh")
-    with pytest.raises(checks.DeviceError, match=r"mask: expected device cpu .* got meta"):
-        ops.segmentation_sums(x, x, x[:, :1].to("meta"))
-    with pytest.raises(RuntimeError, match="index 2 is out of bounds"):
-        ops.segmentation_sums(x, torch.full((1, 1, 4, 4), 2), activation="softmax")
+X, W, P, LOW, UP_WEIGHT = (torch.zeros(s) for s in ((1, 2, 4, 4), (3, 2, 3, 3), (3,), (1, 5, 2, 2), (5, 1, 2, 2)))
+W_CAT, HEAD = torch.zeros(3, 3, 3, 3), torch.zeros(2, 3, 1, 1)
+STATISTICS = (P, P, P, P)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "options", "error", "message"),
+    [
+        ("conv3x3_bias_relu_pool", (X[:, :, :1], W), {}, checks.ShapeError, "2 for 2x2 pooling, got 1x4"),
+        (
+            "concat_conv3x3_bias_relu",
+            (X, LOW[:, :1], W_CAT),
+            {},
+            checks.ShapeError,
+            r"up: expected shape \[1, 1, 4, 4\]",
+        ),
+        (
+            "conv3x3_batch_norm_relu",
+            (X[:, :, :1, :1], W, *STATISTICS),
+            {"training": True},
+            ValueError,
+            "than 1 value per",
+        ),
+        # By stride 2 what counts is the output.
+        ("conv3x3_bias_relu_pool", (X[:, :, :2], W), {"stride": 2}, checks.ShapeError, "2 for 2x2 pooling, got 1x2"),
+        (
+            *("conv3x3_batch_norm_relu", (X[:, :, :2, :2], W, *STATISTICS), {"training": True, "stride": 2}),
+            *(ValueError, "more than 1 value per channel"),
+        ),
+        ("conv3x3_instance_norm_relu", (X[:, :, :2, :1], W), {"stride": 2}, ValueError, "more than 1 pixel"),
+        ("conv3x3_instance_norm_relu", (X[:, :, :1, :1], W), {}, ValueError, "more than 1 pixel"),
+        (
+            "conv3x3_batch_norm_relu",
+            (X, W, P, P, None, None),
+            {"training": False},
+            checks.ConfigError,
+            "when not training",
+        ),
+        ("conv3x3_instance_norm_relu", (X, W, P), {}, checks.ConfigError, "both gamma and beta"),
+        ("conv_transpose2x2", (X, UP_WEIGHT), {}, checks.ShapeError, r"weight: expected shape \[2, 1, 2, 2\]"),
+        ("conv1x1", (X, HEAD), {"activation": "tanh"}, checks.ConfigError, "None, 'sigmoid' or 'softmax', got 'tanh'"),
+        ("sigmoid_dice_loss", (X, X[:, :1]), {}, checks.ShapeError, "target: expected shape"),
+        ("segmentation_sums", (X, X[:, :1, :, 1:]), {}, checks.ShapeError, r"\[1, 2, 4, 4\], got \[1, 1, 4, 3\]"),
+        ("segmentation_sums", (X, X, X), {}, checks.ShapeError, r"mask: .* \[1, 1, 4, 4\], got \[1, 2, 4, 4\]"),
+        (
+            "segmentation_sums",
+            (X, X),
+            {"activation": "tanh"},
+            checks.ConfigError,
+            "one of sigmoid, softmax, got 'tanh'",
+        ),
+        (
+            "segmentation_sums",
+            (X, X, X[:, :1].to("meta")),
+            {},
+            checks.DeviceError,
+            "mask: expected device cpu .* got meta",
+        ),
+        (
+            *("segmentation_sums", (X, torch.full((1, 1, 4, 4), 2)), {"activation": "softmax"}),
+            *(RuntimeError, "index 2 is out of bounds"),
+        ),
+        ("conv3x3_relu_conv1x1", (X, W, None, HEAD[:, :2]), {}, checks.ShapeError, "expected shape"),
+        ("conv3x3_relu_conv1x1", (X, W, None, HEAD.double()), {}, checks.DtypeError, "head_weight"),
+        *(
+            ("conv_transpose2x2_concat_conv3x3_relu", (*images, UP_WEIGHT, None, W_CAT), {}, error, message)
+            for images, error, message in (
+                ((X, LOW[..., :1]), checks.ShapeError, "low: expected shape"),
+                ((X[..., :1], LOW[..., :0]), checks.ShapeError, "at least 2x2 pixels"),
+                ((X, LOW.double()), checks.DtypeError, "low"),
+            )
+        ),
+    ],
+)
+def test_more_bad_arguments(op: str, arguments: tuple, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(ops, op)(*arguments, **options)

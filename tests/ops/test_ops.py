@@ -77,6 +77,8 @@ CASES = [
     Case("segmentation_sums", (X, X), {"activation": "softmax"}),
     Case("sigmoid_dice_loss", (X, X), {}),
     Case("sigmoid_dice_loss", (X, X), {"squared": True, "batch": True, "reduction": "none", "smooth": 0.1}),
+    Case("double_conv3x3_bias_relu", (X, None, W3, (4, 5, 3, 3), CHANNELS, (4,)), {"pool": True}),
+    Case("double_conv3x3_bias_relu", (SKIP, UP, W3_CAT, (4, 5, 3, 3), CHANNELS, None), {"negative_slope": 0.25}),
 ]
 NORM = tuple(torch.linspace(0.5, 1.5, 5, dtype=torch.float64) + i for i in range(3))
 LOW, UP_WEIGHT = (2, 3, 3, 3), (3, 2, 2, 2)
@@ -157,6 +159,8 @@ def call(op: Callable, case: Case, tensors: list[Tensor | None], buffers: list[T
     options = dict(case.options)
     if "norm" in options:
         options["norm"] = tuple(o.to(tensors[0]) if isinstance(o, Tensor) else o for o in options["norm"])
+    if case.op == "double_conv3x3_bias_relu":
+        tensors = [*tensors[:2], tuple(tensors[2:4]), tuple(tensors[4:])]
     result = op(*tensors, *buffers, **options)
     return result if isinstance(result, tuple) else (result,)
 
@@ -254,7 +258,7 @@ BY_INDUCTOR = [
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
-        *((case, "aot_eager") for case in REGISTERED),
+        *((case, "aot_eager") for case in (*REGISTERED, case_of("double_conv3x3_bias_relu"))),
         *(pytest.param(case, "inductor", marks=BY_INDUCTOR) for case in CASES),
     ],
     ids=str,
@@ -316,6 +320,13 @@ def test_result_dtype(case: Case) -> None:
         tensors = make_tensors(case, dtype, torch.channels_last)
         for y in call(getattr(ops, case.op), case, tensors, make_buffers(case, dtype)):
             assert y.dtype == (torch.float32 if case.op in SUMMED else dtype)
+
+
+@pytest.mark.parametrize("case", INFERENCE, ids=str)
+def test_an_op_for_inference_has_no_gradient_and_says_so(case: Case) -> None:
+    (y,) = call(getattr(ops, case.op), case, make_leaves(case, torch.float64, torch.channels_last), [])
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        y.backward(torch.ones_like(y))
 
 
 def test_an_input_changed_before_backward_raises() -> None:

@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import CASES, CHANNELS, EACH_OP, INFERENCE, W3, Case, X, assert_close, call, make_buffers, make_tensors
+from test_ops import (
+    CASES,
+    EACH_OP,
+    INFERENCE,
+    Case,
+    X,
+    assert_close,
+    call,
+    case_of,
+    make_buffers,
+    make_leaves,
+    make_tensors,
+)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -52,16 +64,8 @@ def of_op(case: Case, namespace: Any) -> Function:
     return function
 
 
-def double_conv(namespace: Any) -> Function:
-    if namespace is ops:
-        return lambda x, w1, w2, b: ops.double_conv3x3_bias_relu(x, None, (w1, w2), (b, None), pool=True)
-    return lambda x, w1, w2, b: reference.conv3x3_bias_relu_pool(reference.conv3x3_bias_relu(x, w1, b), w2)
-
-
-DOUBLE = Case("double_conv3x3_bias_relu", (X, W3, (4, 5, 3, 3), CHANNELS), {})
 PAIRS: dict[str, tuple[Function, Function, Case]] = {
     **{str(case): (of_op(case, ops), of_op(case, reference), case) for case in (*CASES, *INFERENCE)},
-    str(DOUBLE): (double_conv(ops), double_conv(reference), DOUBLE),
     **{name: (of_loss(name, False), of_loss(name, True), Case(name, (X,), {})) for name in LOSSES},
 }
 
@@ -132,7 +136,7 @@ def outcome(transform: Callable, f: Function, tensors: tuple[Tensor, ...]) -> tu
 
 # Within torch.func an op is its composition, whatever the transform: the others are of one pair.
 OF_ALL = ("jvp", "forward_ad", "vmap of grad", "batched cotangents")
-OF_EACH_OP = [str(case) for case in (*EACH_OP, *INFERENCE, DOUBLE)]
+OF_EACH_OP = [str(case) for case in (*EACH_OP, *INFERENCE)]
 
 
 def has(name: str, transform: str) -> bool:
@@ -162,13 +166,13 @@ def test_is_that_of_the_composition(name: str, transform: str) -> None:
 
 def test_forward_mode_by_one_weight_and_reverse_mode_by_another() -> None:
     """Of two ops the first has no tangent: both are to agree on who takes the activation between them back."""
-    results = []
-    for f in (double_conv(ops), double_conv(reference)):
-        x, w1, w2, b = (t.requires_grad_() for t in like(torch.empty(s, dtype=torch.float64) for s in DOUBLE.shapes))
+    results, case = [], case_of("double_conv3x3_bias_relu")
+    for namespace in (ops, reference):
+        x, w1, w2, *biases = (t for t in make_leaves(case, torch.float64, torch.channels_last) if t is not None)
         with forward_ad.dual_level():
-            _, pooled = f(x, w1, forward_ad.make_dual(w2, w2.detach().cos()), b)
+            _, pooled = of_op(case, namespace)(x, w1, forward_ad.make_dual(w2, w2.detach().cos()), *biases)
             tangent = forward_ad.unpack_dual(pooled).tangent
-            results.append(torch.autograd.grad(tangent, (x, w1, b), tangent.detach().cos()))
+            results.append(torch.autograd.grad(tangent, (x, w1, biases[0]), tangent.detach().cos()))
     for name, a, b in zip(["x", "w1", "b"], *results, strict=True):
         assert_close(a, b, name)
 
