@@ -316,6 +316,8 @@ def test_a_change_of_a_contiguous_weight_is_seen() -> None:
         (case_of(BATCH, training=True), True),
         (case_of("conv_transpose2x2"), True),
         (case_of("conv1x1", activation="softmax"), False),
+        (case_of("segmentation_sums", activation="sigmoid"), True),
+        (case_of("segmentation_sums", activation="softmax", entropy=True), True),
     ],
     ids=str,
 )

@@ -16,8 +16,6 @@ from fastunet.losses import BCEDiceLoss, CEDiceLoss, DiceLoss
 
 pytestmark = MARK
 
-FORMATS = (torch.contiguous_format, torch.channels_last)
-
 
 def make_logits(channels: int, seed: int = 0) -> Tensor:
     return torch.randn(3, channels, 7, 5, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
@@ -34,38 +32,19 @@ def make_labels(classes: int) -> Tensor:
 
 
 def run(backend: str, loss: Any, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """The value and, under one random cotangent, the gradients of whatever requires one."""
+    """The value and, under one random cotangent, the logits' gradient."""
     loss = loss.to(DEVICE) if isinstance(loss, torch.nn.Module) else loss
-    leaves = [logits.detach().clone().requires_grad_()]
-    leaves += [target.detach().clone().requires_grad_()] if target.requires_grad else []
+    leaf = logits.detach().clone().requires_grad_()
     with fastunet.backend(backend):
-        value = loss(leaves[0], leaves[1] if target.requires_grad else target)
+        value = loss(leaf, target)
         cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-        return value.detach(), *torch.autograd.grad(value, leaves, cotangent)
-
-
-def assert_same(loss: Any, logits: Tensor, target: Tensor) -> None:
-    """Triton's float32 against ATen's float64."""
-    actual, exact = run("triton", loss, logits, target), run("aten", loss, logits.double(), target)
-    for a, b in zip(actual, exact, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
-    assert actual[1].stride() == logits.stride()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("squared", [False, True])
-def test_dice(channels: int, squared: bool) -> None:
-    """Of the options the kernels know squares; the others turn their sums into a loss, on any backend."""
-    options: dict[str, Any] = {"squared_pred": squared, "jaccard": squared, "batch": not squared, "reduction": "none"}
-    logits = make_logits(channels).contiguous(memory_format=FORMATS[squared])
-    assert_same(DiceLoss(sigmoid=True, **options), logits, make_target(channels))
-    if channels > 1:
-        loss = DiceLoss(softmax=True, to_onehot_y=True, include_background=False, ignore_index=255, **options)
-        assert_same(loss, logits, make_labels(channels))
+        return value.detach(), *torch.autograd.grad(value, leaf, cotangent)
 
 
 TARGET, BYTES = make_target(3), make_target(1).round().to(torch.uint8)
 BYTES[:, :, :3] = 255
+VOLUMES = make_target(2)[..., None].repeat(1, 1, 1, 1, 4).round()
+LABELLED = {"softmax": True, "to_onehot_y": True, "include_background": False, "ignore_index": 255}
 
 
 @pytest.mark.parametrize(
@@ -77,16 +56,21 @@ BYTES[:, :, :3] = 255
         (CEDiceLoss(ignore_index=255), make_labels(3)),
         (CEDiceLoss(weight=[0.5, 2.0, 1.0], include_background=False, reduction="sum"), TARGET),
         (ops.sigmoid_dice_loss, TARGET),
+        (DiceLoss(sigmoid=True, squared_pred=True, jaccard=True, reduction="none"), TARGET),
+        (DiceLoss(**LABELLED, batch=True, reduction="none"), make_labels(3)),
+        (BCEDiceLoss(), VOLUMES),
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
 def test_losses(loss: Any, target: Tensor) -> None:
-    assert_same(loss, make_logits(max(target.shape[1], 3) if target is not BYTES else 1), target)
-
-
-def test_volumes() -> None:
-    logits = make_logits(2).reshape(3, 2, 7, 5, 1).repeat(1, 1, 1, 1, 4)
-    assert_same(BCEDiceLoss(), logits, logits.sigmoid().round())
+    """Triton's float32 against ATen's float64."""
+    channels = 1 if target is BYTES else 3 if target.shape[1] == 1 else target.shape[1]
+    shape, format = (3, channels, *target.shape[2:]), torch.channels_last if target is TARGET else torch.preserve_format
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).contiguous(memory_format=format)
+    actual, exact = run("triton", loss, logits, target), run("aten", loss, logits.double(), target)
+    for a, b in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+    assert actual[1].stride() == logits.stride()
 
 
 @pytest.mark.parametrize(
@@ -103,20 +87,6 @@ def test_labels_of_every_type(dtype: torch.dtype) -> None:
         narrow, wide = (run("triton", loss, make_logits(2), t) for t in (labels.to(dtype), labels))
         assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
         assert wide[0].isfinite()
-
-
-@pytest.mark.parametrize("softmax", [False, True], ids=["sigmoid", "softmax"])
-def test_opcheck(softmax: bool) -> None:
-    logits = make_logits(3)[:1].contiguous(memory_format=torch.channels_last).requires_grad_()
-    target = make_labels(3)[1:2] if softmax else TARGET[:1]
-    mask = torch.ones_like(logits[:, :1], dtype=torch.bool)
-    with fastunet.backend("triton"):
-        sums = torch.ops.fastunet.segmentation_sums.default
-        torch.library.opcheck(sums, (logits, target, mask, softmax, True, True))
-        grad = torch.randn(4 if softmax else 5, 1, 3, device=DEVICE)
-        backward = torch.ops.fastunet.segmentation_sums_backward.default
-        arguments = (grad, logits.detach(), target, None, softmax, False, True, [True, not softmax])
-        torch.library.opcheck(backward, arguments)
 
 
 def test_more_channels_than_a_program_holds_run_on_aten() -> None:
