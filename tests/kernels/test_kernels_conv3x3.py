@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conv3x3_checks import BFLOAT, HALF, Shape, assert_forward, assert_gradients, input_grads, make_inputs
 from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config, config_grad
 from hypothesis import given, settings
@@ -21,9 +21,7 @@ from torch import Tensor
 from fastunet.testing import (
     LAYOUTS,
     assert_within,
-    bias_grad_expected,
     conv3x3_activation_grad_expected,
-    conv3x3_expected,
     conv3x3_input_grad_expected,
     conv3x3_weight_grad_expected,
     in_layout,
@@ -34,57 +32,9 @@ from fastunet.testing import (
 
 pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 KERNELS = load()
-HALF, BFLOAT = torch.float16, torch.bfloat16
-
-
-def make_inputs(
-    n: int, c1: int, c2: int, c_out: int, h: int, w: int, dtype: torch.dtype, make: Any = random_input
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """x, up (None where c2 is 0), weight and bias."""
-    options = {"dtype": dtype, "device": DEVICE}
-    x = make((n, c1, h, w), seed=1, **options)
-    up = make((n, c2, h, w), seed=2, **options) if c2 else None
-    return x, up, make((c_out, c1 + c2, 3, 3), seed=3, **options), make((c_out,), seed=4, **options)
-
-
-def assert_forward(
-    kernels: ModuleType, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, **options: Any
-) -> None:
-    """Value, dtype, shape and memory format of both outputs."""
-    pool = min(x.shape[2:]) >= 2
-    y, pooled = kernels.conv3x3.pointer.conv3x3(x, weight, bias, up=up, pool=pool, **options)
-    assert y.dtype == x.dtype
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    if INTERPRETED:  # It knows no TF32, and computes such products in float32.
-        options.pop("allow_tf32", None)
-    expected = conv3x3_expected(x, weight, bias, up=up, **options)
-    assert_within(y, *expected)
-    assert (pooled is not None) == pool
-    if pooled is not None:
-        assert pooled.is_contiguous(memory_format=torch.channels_last)
-        assert_within(pooled, *expected.pool())
-        if x.shape[0]:
-            assert torch.equal(pooled, F.max_pool2d(y, 2))
-
-
-def assert_gradients(
-    kernels: ModuleType, x: Tensor, weight: Tensor, *, layout: str = "channels_last", allow_tf32: bool = False
-) -> None:
-    """The gradients of input, weight and bias."""
-    grad = in_layout(random_cotangent(x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]))), layout)
-    (gx,) = kernels.conv3x3.grad.conv3x3_input_grads(grad, weight, [weight.shape[1]], allow_tf32=allow_tf32)
-    assert gx.is_contiguous(memory_format=torch.channels_last)
-    rounds = {"allow_tf32": allow_tf32 and not INTERPRETED}
-    assert_within(gx, *conv3x3_input_grad_expected(grad, weight, **rounds))
-    gw, gb = kernels.conv3x3.grad.conv3x3_weight_grad(grad, x, with_bias=True, allow_tf32=allow_tf32)
-    assert gx.dtype == gw.dtype == gb.dtype == x.dtype
-    assert_within(gw, *conv3x3_weight_grad_expected(grad, x, **rounds))
-    assert_within(gb, *bias_grad_expected(grad))
-
 
 # n, c1, c2, c_out, h, w: folded taps, rows that no vector load fits, whole vectors; inner tiles, and cut by every edge.
-VARIANTS = ((1, 3, 0, 5, 33, 17), (2, 5, 3, 17, 6, 10), (1, 32, 16, 48, 9, 10))
-FOLDED, UNALIGNED, ALIGNED = VARIANTS
+FOLDED, UNALIGNED, ALIGNED = (1, 3, 0, 5, 33, 17), (2, 5, 3, 17, 6, 10), (1, 32, 16, 48, 9, 10)
 CASES = [
     *((FOLDED, dtype, None) for dtype in DTYPES),
     (UNALIGNED, torch.float32, None),
@@ -107,17 +57,19 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "dtype", "target"), CASES, ids=str)
-def test_parity(shape: tuple[int, ...], dtype: torch.dtype, target: gpu.Target | None) -> None:
-    x, up, weight, bias = make_inputs(*shape, dtype)
+def test_parity(shape: Shape, dtype: torch.dtype, target: gpu.Target | None) -> None:
+    x, up, weight, bias = make_inputs(shape, dtype)
     with on(target, KERNELS):
         assert_forward(KERNELS, x, up, weight, bias, negative_slope=0.0)
-        assert_gradients(KERNELS, x, weight[:, : shape[1]])
+        assert_gradients(KERNELS, x, up, weight)
+        if up is not None:
+            assert_gradients(KERNELS, x, None, weight[:, : shape[1]])
 
 
 def test_tf32() -> None:
-    x, up, weight, bias = make_inputs(1, 32, 16, 64, 5, 9, torch.float32)
+    x, up, weight, bias = make_inputs((1, 32, 16, 64, 5, 9), torch.float32)
     assert_forward(KERNELS, x, up, weight, bias, negative_slope=0.0, allow_tf32=True)
-    assert_gradients(KERNELS, x, weight[:, :32], allow_tf32=True)
+    assert_gradients(KERNELS, x, up, weight, allow_tf32=True)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs the configurations chosen for itself")
@@ -139,34 +91,21 @@ def test_which_variants_these_are() -> None:
 
 @pytest.mark.parametrize("slope", [None, 0.1, 1.5])
 def test_activations_without_bias(slope: float | None) -> None:
-    x, _, weight, _ = make_inputs(1, 3, 0, 5, 6, 7, BFLOAT)
+    x, _, weight, _ = make_inputs((1, 3, 0, 5, 6, 7), BFLOAT)
     assert_forward(KERNELS, x, None, weight, None, negative_slope=slope)
 
 
 @pytest.mark.parametrize("target", [None, HOPPER])
-def test_input_gradients_of_two_inputs_and_through_an_activation(target: gpu.Target | None) -> None:
-    grads = KERNELS.conv3x3.grad
-    with on(target, KERNELS):
-        for c1, c2, c_out, dtype in (
-            (40, 48, 16, BFLOAT),
-            (3, 17, 5, torch.float32),
-            (24, 40, 48, HALF),
-            (64, 64, 16, BFLOAT),
-        ):
-            _, _, weight, _ = make_inputs(1, c1, c2, c_out, 1, 1, dtype)
-            grad = random_input((1, c_out, 9, 10), dtype=dtype, device=DEVICE)
-            shares = weight.split([c1, c2], dim=1)
-            for actual, share in zip(grads.conv3x3_input_grads(grad, weight, [c1, c2]), shares, strict=True):
-                assert actual.is_contiguous(memory_format=torch.channels_last)
-                assert_within(actual, *conv3x3_input_grad_expected(grad, share))
-        for slope in (0.0, 0.1):
-            x, _, weight, _ = make_inputs(1, 40, 0, 48, 9, 10, BFLOAT)
-            x = F.leaky_relu(x, slope)
-            grad = random_input((1, 48, 9, 10), dtype=BFLOAT, device=DEVICE, seed=9)
-            value, tolerance = conv3x3_input_grad_expected(grad, weight)
-            passed = torch.where(x > 0, 1.0, slope).double()
-            (actual,) = grads.conv3x3_input_grads(grad, weight, [40], x=x, negative_slope=slope)
-            assert_within(actual, value * passed, tolerance)
+def test_input_gradients_through_an_activation(target: gpu.Target | None) -> None:
+    for slope in (0.0, 0.1):
+        x, _, weight, _ = make_inputs((1, 40, 0, 48, 9, 10), BFLOAT)
+        x = F.leaky_relu(x, slope)
+        grad = random_input((1, 48, 9, 10), dtype=BFLOAT, device=DEVICE, seed=9)
+        value, tolerance = conv3x3_input_grad_expected(grad, weight)
+        passed = torch.where(x > 0, 1.0, slope).double()
+        with on(target, KERNELS):
+            (actual,) = input_grads(KERNELS, grad, weight, x, x=x, negative_slope=slope)
+        assert_within(actual, value * passed, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -174,11 +113,11 @@ def test_input_gradients_of_two_inputs_and_through_an_activation(target: gpu.Tar
 )
 def test_layouts_of_every_tensor(layout: str, target: gpu.Target | None) -> None:
     c1 = 3 if target is None else 16
-    x, up, weight, bias = make_inputs(2, c1, 16, 40, 4, 6, HALF)
+    x, up, weight, bias = make_inputs((2, c1, 16, 40, 4, 6), HALF)
     x, up, weight = in_layout(x, layout), in_layout(up, layout), in_layout(weight, layout)
     with on(target, KERNELS):
         assert_forward(KERNELS, x, up, weight, bias.repeat_interleave(2)[::2], negative_slope=0.0)
-        assert_gradients(KERNELS, x, weight[:, :c1], layout=layout)
+        assert_gradients(KERNELS, x, None, weight[:, :c1], layout=layout)
         assert KERNELS.conv3x3.grad.conv3x3_weight_grad(x, up)[1] is None
     y, pooled = (in_layout(t, layout) for t in (x, F.max_pool2d(x, 2)))
     actual = KERNELS.activation_grad.activation_grad(y, x, pooled, 0.0)
@@ -193,10 +132,10 @@ def test_layouts_of_every_tensor(layout: str, target: gpu.Target | None) -> None
     slope=st.sampled_from([None, 0.0, 0.2]),
     layout=st.sampled_from(LAYOUTS),
 )
-def test_any_shape(shape: tuple[int, ...], dtype: torch.dtype, slope: float | None, layout: str) -> None:
-    x, up, weight, bias = make_inputs(*shape, dtype)
+def test_any_shape(shape: Shape, dtype: torch.dtype, slope: float | None, layout: str) -> None:
+    x, up, weight, bias = make_inputs(shape, dtype)
     assert_forward(KERNELS, in_layout(x, layout), up, weight, bias, negative_slope=slope)
-    assert_gradients(KERNELS, in_layout(x, layout), weight[:, : shape[1]])
+    assert_gradients(KERNELS, in_layout(x, layout), up, weight)
 
 
 SLOPES = (None, 0.0, 0.1)
@@ -230,7 +169,7 @@ def test_infinity_next_to_a_tile_of_the_weight_grad() -> None:
 
 
 def test_what_must_not_change_a_bit() -> None:
-    x, _, weight, bias = make_inputs(3, 9, 0, 35, 9, 5, BFLOAT)
+    x, _, weight, bias = make_inputs((3, 9, 0, 35, 9, 5), BFLOAT)
     conv3x3, grads = KERNELS.conv3x3.pointer.conv3x3, KERNELS.conv3x3.grad
     y, _ = conv3x3(x, weight, bias, negative_slope=0.0)
     assert torch.equal(conv3x3(x, weight, bias, negative_slope=0.0)[0], y)
@@ -251,20 +190,20 @@ def test_what_must_not_change_a_bit() -> None:
 
 def leaky_sums_of_one_and_two_inputs(kernels: ModuleType) -> None:
     for shape in ((2, 3, 0, 17, 5, 9), (1, 5, 3, 17, 6, 10)):
-        assert_forward(kernels, *make_inputs(*shape, torch.float32), negative_slope=0.1)
+        assert_forward(kernels, *make_inputs(shape, torch.float32), negative_slope=0.1)
 
 
 def gradients_tap_by_tap(kernels: ModuleType) -> None:
-    assert_gradients(kernels, *make_inputs(2, 9, 0, 8, 5, 9, torch.float32)[::2])
+    assert_gradients(kernels, *make_inputs((2, 9, 0, 8, 5, 9), torch.float32)[:3])
 
 
 def gradients_of_several_parts(kernels: ModuleType) -> None:
-    assert_gradients(kernels, *make_inputs(1, 3, 0, 5, 33, 33, torch.float32)[::2])
+    assert_gradients(kernels, *make_inputs((1, 3, 0, 5, 33, 33), torch.float32)[:3])
 
 
 def gradients_of_two_inputs_in_one_block(kernels: ModuleType) -> None:
     for target, channels in ((None, 16), (HOPPER, 32)):
-        _, _, weight, _ = make_inputs(1, channels, channels, 16, 1, 1, HALF, random_integers)
+        _, _, weight, _ = make_inputs((1, channels, channels, 16, 1, 1), HALF, random_integers)
         grad = random_integers((2, 16, 9, 10), dtype=HALF, device=DEVICE)
         with on(target, kernels), kernels.gpu.recording() as launches:
             actual = kernels.conv3x3.grad.conv3x3_input_grads(grad, weight, [channels, channels])
@@ -276,7 +215,7 @@ def gradients_of_two_inputs_in_one_block(kernels: ModuleType) -> None:
 
 def integers_are_exact(kernels: ModuleType) -> None:
     """Sums of small integers have no rounding: every result must be equal, not close."""
-    x, up, weight, bias = make_inputs(2, 17, 3, 5, 9, 9, torch.float32, random_integers)
+    x, up, weight, bias = make_inputs((2, 17, 3, 5, 9, 9), torch.float32, random_integers)
     y, pooled = kernels.conv3x3.pointer.conv3x3(x, weight, bias, up=up, pool=True)
     reference = F.conv2d(torch.cat([x, up], 1).double(), weight.double(), bias.double(), padding=1)
     assert_within(y, reference, 0.0)
@@ -293,7 +232,7 @@ def integers_are_exact(kernels: ModuleType) -> None:
 def nan_and_infinity_as_in_torch(kernels: ModuleType) -> None:
     """They reach, and stop, exactly where they do there."""
     for slope in SLOPES:
-        x, _, weight, bias = make_inputs(1, 3, 0, 5, 12, 12, torch.float32)
+        x, _, weight, bias = make_inputs((1, 3, 0, 5, 12, 12), torch.float32)
         x[0, 0, 2, 2], x[0, 1, 2, 9], x[0, 2, 9, 2] = math.nan, math.inf, -math.inf
         y, pooled = kernels.conv3x3.pointer.conv3x3(x, weight, bias, negative_slope=slope, pool=True)
         v = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from conv3x3_checks import Shape, assert_forward, make_inputs
 from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config, split_k
 from fastunet.kernels.epilogue import Epilogue
@@ -26,36 +27,20 @@ def split(variant: str = config.POINTER, splits: int = 2, block_n: int = 32) -> 
     return config.ConvConfig(8, 8, block_n, 16, 4, 2, variant, splits=splits)
 
 
-def tensors(c1: int, c2: int, c_out: int, *, n: int = 2, dtype: torch.dtype = torch.float16) -> tuple:
-    """x, up (None where c2 is 0), weight, bias."""
-    options = {"dtype": dtype, "device": DEVICE}
-    x = random_input((n, c1, 9, 11), seed=1, **options)
-    up = random_input((n, c2, 9, 11), seed=2, **options) if c2 else None
-    weight = random_input((c_out, c1 + c2, 3, 3), scale=(9 * (c1 + c2)) ** -0.5, seed=3, **options)
-    return x, up, weight, random_input((c_out,), seed=4, **options)
-
-
 def conv3x3(chosen: config.ConvConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     with KERNELS.autotune.overriding("conv3x3", chosen):
         return KERNELS.conv3x3.pointer.conv3x3(x, weight, bias)[0]
 
 
-def check(
-    kernels: ModuleType, chosen: config.ConvConfig, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor
-) -> None:
-    options = {"up": up, "negative_slope": 0.0}
+def check(kernels: ModuleType, chosen: config.ConvConfig, shape: Shape) -> None:
     with kernels.autotune.overriding("conv3x3", chosen):
-        y, pooled = kernels.conv3x3.pointer.conv3x3(x, weight, bias, pool=True, **options)
-    expected = conv3x3_expected(x, weight, bias, **options)
-    assert_within(y, *expected)
-    assert_within(pooled, *expected.pool())
-    assert torch.equal(pooled, F.max_pool2d(y, 2))
+        assert_forward(kernels, *make_inputs(shape, torch.float16), negative_slope=0.0)
 
 
 @pytest.mark.parametrize("variant", [config.POINTER, config.DESCRIPTOR])
 def test_parity(variant: str) -> None:
-    check(KERNELS, split(variant, 4), *tensors(64, 0, 40))
-    check(KERNELS, split(variant, 2), *tensors(32, 64, 40, n=1))
+    check(KERNELS, split(variant, 4), (2, 64, 0, 40, 9, 11))
+    check(KERNELS, split(variant, 2), (1, 32, 64, 40, 9, 11))
 
 
 def test_integers_are_exact_and_equal_to_unsplit_sums() -> None:
@@ -67,14 +52,15 @@ def test_integers_are_exact_and_equal_to_unsplit_sums() -> None:
 
 
 def test_the_bits_depend_neither_on_the_run_nor_on_the_batch() -> None:
-    x, _, weight, bias = tensors(64, 0, 40, n=2)
+    x, _, weight, bias = make_inputs((2, 64, 0, 40, 9, 11), torch.float16)
     y = conv3x3(split(splits=4), x, weight, bias)
     for images in (slice(None), slice(1, 2), [1, 0]):
         assert torch.equal(conv3x3(split(splits=4), x[images], weight, bias), y[images])
 
 
 def test_norm_head_and_statistics_follow_the_added_sums() -> None:
-    x, _, weight, bias = tensors(32, 0, 40)
+    x, _, weight, bias = make_inputs((2, 32, 0, 40, 9, 11), torch.float16)
+    weight /= (9 * 32) ** 0.5
     mean, variance = (random_input((40,), seed=i, device=DEVICE) for i in (5, 6))
     norm = KERNELS.epilogue.Normalisation(mean, variance.abs() + 0.5, None, 1e-3)
     head_weight = random_input((2, 40, 1, 1), scale=40**-0.5, seed=7, device=DEVICE, dtype=x.dtype)
@@ -96,9 +82,8 @@ def test_norm_head_and_statistics_follow_the_added_sums() -> None:
 
 
 def test_a_split_of_part_of_a_block_is_an_error() -> None:
-    x, up, weight, bias = tensors(32, 16, 40)
     with pytest.raises(ValueError, match="expected multiples of 32"):
-        check(KERNELS, split(), x, up, weight, bias)
+        check(KERNELS, split(), (2, 32, 16, 40, 9, 11))
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -125,7 +110,7 @@ def test_where_sums_may_be_split() -> None:
 
 
 def two_splits_of_two_inputs(kernels: ModuleType) -> None:
-    check(kernels, split(), *tensors(32, 64, 40, n=1))
+    check(kernels, split(), (1, 32, 64, 40, 9, 11))
 
 
 test_check, test_injected_fault_is_caught = check_tests({

@@ -8,55 +8,24 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from conv3x3_checks import BFLOAT, HALF, Shape, assert_forward, assert_gradients, make_inputs
 from fastunet.kernels import autotune, gpu
 from fastunet.kernels.conv3x3 import config, config_grad, config_search
 from fastunet.kernels.epilogue import Normalisation
 from injected_faults import check_tests, load
-from kernel_device import DEVICE, DTYPES, HOPPER, INTERPRETED, MANY_SPLITS, MARK, on
+from kernel_device import DEVICE, DTYPES, HOPPER, MANY_SPLITS, MARK, on
 from torch import Tensor
 
-from fastunet.testing import (
-    assert_within,
-    bias_grad_expected,
-    conv3x3_expected,
-    conv3x3_input_grad_expected,
-    conv3x3_weight_grad_expected,
-    random_cotangent,
-    random_input,
-    random_integers,
-)
+from fastunet.testing import assert_within, random_cotangent, random_input, random_integers
 
 pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 KERNELS = load()
-HALF, BFLOAT = torch.float16, torch.bfloat16
-Shape = tuple[int, int, int, int, int, int]
 
 
-def assert_right(kernels: ModuleType, shape: Shape, dtype: torch.dtype, *, allow_tf32: bool = False) -> None:
-    """Outputs, and the gradients of one input and of two, of the weight and of the bias."""
-    n, c1, c2, c_out, h, w = shape
-    options = {"dtype": dtype, "device": DEVICE}
-    x, up = random_input((n, c1, h, w), seed=1, **options), random_input((n, c2, h, w), seed=2, **options)
-    weight, bias = random_input((c_out, c1 + c2, 3, 3), seed=3, **options), random_input((c_out,), seed=4, **options)
-    given, rounds = {"allow_tf32": allow_tf32}, {"allow_tf32": allow_tf32 and not INTERPRETED}
-    both, pool = {"up": up if c2 else None, "stride": 2, "negative_slope": 0.0}, min(h, w) > 2
-    y, pooled = kernels.conv3x3.pointer.conv3x3(x, weight, bias, pool=pool, **both, **given)
-    expected = conv3x3_expected(x, weight, bias, **both, **rounds)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_within(y, *expected)
-    if pool:
-        assert_within(pooled, *expected.pool())
-    grad, size = random_cotangent(y), {"size": (h, w)}
-    joint = conv3x3_input_grad_expected(grad, weight, stride=2, **size, **rounds)
-    channels = [c1, c2] if c2 else [c1]
-    grads = kernels.conv3x3.strided.strided_input_grads(grad, weight, channels, **size, **given)
-    parts = zip(*(t.split(channels, 1) for t in joint), strict=True)
-    for actual, part in zip(grads, parts, strict=True):
-        assert actual.is_contiguous(memory_format=torch.channels_last)
-        assert_within(actual, *part)
-    gw, gb = kernels.conv3x3.grad.conv3x3_weight_grad(grad, x, with_bias=True, stride=2, **given)
-    assert_within(gw, *conv3x3_weight_grad_expected(grad, x, stride=2, **rounds))
-    assert_within(gb, *bias_grad_expected(grad))
+def assert_right(shape: Shape, dtype: torch.dtype, kernels: ModuleType = KERNELS, **options: bool) -> None:
+    x, up, weight, bias = make_inputs(shape, dtype)
+    assert_forward(kernels, x, up, weight, bias, stride=2, negative_slope=0.0, **options)
+    assert_gradients(kernels, x, up, weight, stride=2, **options)
 
 
 # n, c1, c2, c_out, h, w: folded taps, rows that no vector load fits, whole vectors; inner tiles, and cut by every edge;
@@ -82,11 +51,11 @@ CASES = [
 @pytest.mark.parametrize(("shape", "dtype", "target"), CASES, ids=str)
 def test_parity(shape: Shape, dtype: torch.dtype, target: gpu.Target | None) -> None:
     with on(target, KERNELS):
-        assert_right(KERNELS, shape, dtype)
+        assert_right(shape, dtype)
 
 
 def test_tf32() -> None:
-    assert_right(KERNELS, (1, 32, 16, 64, 9, 18), torch.float32, allow_tf32=True)
+    assert_right((1, 32, 16, 64, 9, 18), torch.float32, allow_tf32=True)
 
 
 @pytest.mark.parametrize(("h", "w"), [*itertools.product((7, 8), (9, 10))])
@@ -163,7 +132,7 @@ def gathers(kernels: ModuleType) -> None:
 
 
 def folds(kernels: ModuleType) -> None:
-    assert_right(kernels, (1, 3, 0, 5, 19, 18), torch.float32)
+    assert_right((1, 3, 0, 5, 19, 18), torch.float32, kernels)
 
 
 TILES, POINTERS, GRAD, PHASES = "tiles", "conv3x3.pointer", "conv3x3.grad", "conv3x3.strided"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conv3x3_checks import BFLOAT, HALF, Shape, make_inputs
 from fastunet.kernels import gpu
 from injected_faults import check_tests, load
 from kernel_device import DEVICE, HOPPER, INTERPRETED, MARK, on
@@ -18,22 +19,13 @@ from fastunet.testing.bounds import Expected, bilinear
 pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 KERNELS = load()
 EPS = 1e-3
-HALF, BFLOAT = torch.float16, torch.bfloat16
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    """Tensors of a convolution n, c1, c2, c_out, h, w with batch norm; parameters stay float32."""
-    n, c1, c2, c_out, h, w = shape
-    options = {"dtype": dtype, "device": DEVICE}
-    return {
-        "x": random_input((n, c1, h, w), seed=1, **options),
-        "up": random_input((n, c2, h, w), seed=2, **options) if c2 else None,
-        "weight": random_input((c_out, c1 + c2, 3, 3), seed=3, **options),
-        "bias": random_input((c_out,), seed=4, device=DEVICE),
-        "mean": random_input((c_out,), seed=5, device=DEVICE),
-        "variance": random_input((c_out,), seed=6, device=DEVICE).square() + 0.1,
-        "gamma": random_input((c_out,), seed=7, device=DEVICE),
-    }
+def make(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors of a convolution with batch norm; parameters stay float32."""
+    bias, mean, variance, gamma = (random_input(shape[3:4], seed=seed, device=DEVICE) for seed in range(4, 8))
+    tensors = dict(zip(("x", "up", "weight"), make_inputs(shape, dtype)[:3], strict=True))
+    return {**tensors, "bias": bias, "mean": mean, "variance": variance.square() + 0.1, "gamma": gamma}
 
 
 def before_rounding(t: dict[str, Any], slope: float | None, *, norm: bool) -> Expected:
@@ -131,7 +123,7 @@ BY_BOXES = {
         ("conv3x3.descriptor", "(8 - tap if FLIP else tap)", "(tap if FLIP else 8 - tap)"),
         ("conv3x3.descriptor", "if up_desc is not None:", "if False:"),
         ("conv3x3.descriptor", "h0 // 2, w0 // 2, n0", "h0 // 2, w0, n0"),
-        ("conv3x3.descriptor", "weight_desc, 0, C1, C1 + C2", "weight_desc, 0, 0, C1 + C2"),
+        ("conv3x3.descriptor", "weight_desc, begin2, C1,", "weight_desc, begin2, 0,"),
     ]
 }
 test_check, test_injected_fault_is_caught = check_tests({

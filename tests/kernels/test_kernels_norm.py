@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conv3x3_checks import BFLOAT, HALF, Shape, make_inputs
 from fastunet.kernels import gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,19 +50,14 @@ def assert_statistics(kernels: ModuleType, y: Tensor, statistics: Any, groups: i
         assert_within(result, *(old + (new - old).scaled(momentum)))
 
 
-def convolve(kernels: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """A convolution's output and its statistics; shape: n, c1, c2, c_out, h, w."""
-    n, c1, c2, c_out, h, w = shape
-    options = {"dtype": dtype, "device": DEVICE}
-    x = random_input((n, c1, h, w), seed=1, **options)
-    up = random_input((n, c2, h, w), seed=2, **options) if c2 else None
-    weight = random_input((c_out, c1 + c2, 3, 3), seed=3, **options)
+def convolve(kernels: ModuleType, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """A convolution's output and its statistics."""
+    x, up, weight, _ = make_inputs(shape, dtype)
     y, statistics = kernels.conv3x3.pointer.conv3x3_with_statistics(x, weight, up=up)
     assert_within(y, *conv3x3_expected(x, weight, up=up))
     return y, statistics
 
 
-HALF, BFLOAT = torch.float16, torch.bfloat16
 CONVOLUTIONS = [
     *(((2, 3, 0, 17, 9, 11), dtype, None) for dtype in DTYPES),
     ((1, 32, 16, 40, 8, 8), torch.float32, None),
@@ -72,7 +68,7 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize(("shape", "dtype", "target"), CONVOLUTIONS, ids=str)
-def test_statistics_of_a_convolution(shape: tuple[int, ...], dtype: torch.dtype, target: gpu.Target | None) -> None:
+def test_statistics_of_a_convolution(shape: Shape, dtype: torch.dtype, target: gpu.Target | None) -> None:
     with on(target, KERNELS):
         y, statistics = convolve(KERNELS, shape, dtype)
     for groups in {1, shape[0]}:
