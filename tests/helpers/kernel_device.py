@@ -17,6 +17,8 @@ import pytest
 import torch
 from fastunet.kernels import gpu
 
+from fastunet import kernels
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
@@ -35,7 +37,7 @@ if INTERPRETED:
     repair()
 
 
-def on(target: gpu.Target | None, kernels: Any) -> contextlib.AbstractContextManager[Any]:
+def on(target: gpu.Target | None, kernels: Any = kernels) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which a kernels package takes the device for `target`; a GPU stays itself, as for None."""
     if target is None or not INTERPRETED:
         return contextlib.nullcontext()

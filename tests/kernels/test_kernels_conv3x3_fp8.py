@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastunet.kernels import conv_transpose2x2, gpu
 from fastunet.kernels.conv3x3 import config, fp8, pointer
 from fastunet.kernels.epilogue import E4M3, Normalisation
-from kernel_device import DEVICE, INTERPRETED, MARK
+from kernel_device import DEVICE, HOPPER, INTERPRETED, MARK, kernel_names, on
 
 import fastunet
 from fastunet.inference.quantization import QuantizedConv3x3
@@ -21,6 +21,12 @@ pytestmark = [MARK, pytest.mark.usefixtures("nan_in_fresh_memory")]
 LARGEST = torch.finfo(E4M3).max
 if DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("8-bit products need sm_90", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> Iterator[None]:
+    with on(HOPPER):
+        yield
 
 
 def quantised(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -94,7 +100,7 @@ def test_the_first_convolution_writes_e4m3(channels: int) -> None:
         pointer.conv3x3(x.expand(2, channels, 9, 11)[:, :1].repeat(1, 16, 1, 1), weight, y_scale=scale)
 
 
-def test_the_transposed_convolution_writes_e4m3(hopper: None) -> None:
+def test_the_transposed_convolution_writes_e4m3() -> None:
     options = {"dtype": torch.float16, "device": DEVICE}
     x, weight = random_input((2, 32, 5, 7), seed=1, **options), random_input((32, 48, 2, 2), seed=2, **options)
     bias, scale = random_input((48,), seed=3, **options), torch.tensor([0.03], device=DEVICE)
@@ -108,21 +114,6 @@ def test_where_a_transposed_convolution_cannot_write_e4m3() -> None:
     x, weight = (random_input(shape, dtype=torch.float16, device=DEVICE) for shape in ((1, 32, 2, 2), (32, 24, 2, 2)))
     with pytest.raises(ValueError, match="expected a shape and target of the descriptor variant"):
         conv_transpose2x2.conv_transpose2x2(x, weight, y_scale=torch.ones(1, device=DEVICE))
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETED:
-        monkeypatch.setattr(gpu, "INTERPRETER", dataclasses.replace(gpu.known_target(90), multiprocessors=4))
-
-
-@pytest.fixture
-def launches(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[gpu.Launch]:
-    """Those that run, on a GPU with 8-bit tensor cores."""
-    found: list[gpu.Launch] = []
-    run = gpu.Launch.run
-    monkeypatch.setattr(gpu.Launch, "run", lambda launch, device: (found.append(launch), run(launch, device)))
-    return found
 
 
 def float_model(dtype: torch.dtype, **options: Any) -> fastunet.UNet:
@@ -151,15 +142,13 @@ def assert_emulated(layer: QuantizedConv3x3, images: list[torch.Tensor | None], 
     return results
 
 
-def test_a_quantised_layer_runs_on_the_kernel(launches: list[gpu.Launch]) -> None:
+def test_a_quantised_layer_runs_on_the_kernel() -> None:
     layer = quantised_model(torch.float32).up1.conv.first
     layer.y_scale = None
     x, up = (random_input((1, 64, 9, 11), dtype=torch.float16, device=DEVICE, seed=i) for i in (1, 2))
-    launches.clear()
-    with fastunet.backend("triton"):
+    with fastunet.backend("triton"), gpu.recording() as launches:
         y, pooled = layer(x, up, pool=True)
-    assert [launch.kernel for launch in launches[:2]] == [fp8.quantise_kernel] * 2
-    assert len(launches) == 3
+    assert kernel_names(launches) == ["quantise_kernel"] * 2 + ["conv3x3_descriptor_kernel"]
     assert torch.equal(pooled, F.max_pool2d(y, 2))
     assert torch.equal(y, assert_emulated(layer, [x, up], pool=True)[0])
 
@@ -168,16 +157,16 @@ def test_a_quantised_layer_runs_on_the_kernel(launches: list[gpu.Launch]) -> Non
     ("options", "passes", "autocast"),
     [({}, 0, False), ({}, 0, True), ({"norm": None}, 0, False), ({"upsample": "bilinear"}, 1, True)],
 )
-def test_a_quantised_net_writes_e4m3(options: dict, passes: int, autocast: bool, launches: list[gpu.Launch]) -> None:
+def test_a_quantised_net_writes_e4m3(options: dict, passes: int, autocast: bool) -> None:
     """Every kernel does; what ATen upsamples is quantised by a pass."""
     model = quantised_model(torch.float32 if autocast else torch.float16, **options)
     x = random_input((1, 1, 8, 16), dtype=torch.float16, device=DEVICE)
-    launches.clear()
-    with torch.no_grad(), torch.autocast(DEVICE.type, torch.float16, enabled=autocast), fastunet.backend("triton"):
-        y = model(x)
-    assert sum(launch.kernel is fp8.quantise_kernel for launch in launches) == passes
-    with torch.no_grad(), torch.autocast(DEVICE.type, torch.float16, enabled=autocast), fastunet.backend("aten"):
-        emulated = model(x)
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.float16, enabled=autocast), gpu.recording() as launches:
+        with fastunet.backend("triton"):
+            y = model(x)
+        with fastunet.backend("aten"):
+            emulated = model(x)
+    assert kernel_names(launches).count("quantise_kernel") == passes
     assert y.dtype == emulated.dtype == torch.float16
     # A rounding to half before that to e4m3 decides about some values: less than 8 bits make of the model itself.
     with torch.no_grad(), fastunet.backend("aten"):
@@ -185,9 +174,7 @@ def test_a_quantised_net_writes_e4m3(options: dict, passes: int, autocast: bool,
     assert (y - emulated).double().norm() < (exact - emulated).double().norm()
 
 
-def test_each_layer_of_a_quantised_net_is_the_emulated_one(
-    launches: list[gpu.Launch], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_layer_of_a_quantised_net_is_the_emulated_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same inputs."""
     calls: list[tuple] = []
     run = QuantizedConv3x3.forward

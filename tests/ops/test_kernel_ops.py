@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from fastunet.kernels import gpu
-from kernel_device import DEVICE, HOPPER, INTERPRETED, MARK, kernel_names
+from kernel_device import DEVICE, HOPPER, INTERPRETED, MARK, kernel_names, on
 from test_ops import (
     CASES,
     INFERENCE,
@@ -209,12 +209,9 @@ def test_an_infinity_and_a_nan_reach_what_they_do_in_torch_by_pointers(case: Cas
 
 
 @pytest.mark.parametrize("case", BY_DESCRIPTORS, ids=str)
-def test_an_infinity_and_a_nan_reach_what_they_do_in_torch_by_descriptors(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if INTERPRETED:
-        monkeypatch.setattr(gpu, "target", lambda device: HOPPER)
-    assert_same_states(case, torch.float16)
+def test_an_infinity_and_a_nan_reach_what_they_do_in_torch_by_descriptors(case: Case) -> None:
+    with on(HOPPER):
+        assert_same_states(case, torch.float16)
 
 
 def test_statistics_of_values_whose_squares_overflow() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from fastunet.kernels import autotune, gpu, self_test
-from kernel_device import DEVICE, INTERPRETED, MARK
+from kernel_device import DEVICE, HOPPER, INTERPRETED, MARK, on
 
 import fastunet
 from fastunet import dispatch, measuring
@@ -57,9 +55,9 @@ def test_by_stride_2_an_op_is_checked_for_itself(family: str, monkeypatch: pytes
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs e4m3 by compiled kernels alone")
-def test_the_checks_of_the_variants_for_hopper_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "INTERPRETER", dataclasses.replace(gpu.known_target(90), multiprocessors=4))
-    families.check_fp8(torch.float16, DEVICE, 9, 10)
+def test_the_checks_of_the_variants_for_hopper_pass() -> None:
+    with on(HOPPER):
+        families.check_fp8(torch.float16, DEVICE, 9, 10)
 
 
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
