@@ -1,4 +1,4 @@
-"""2x2 max pooling, stride 2. Its gradient is activation_grad's, which finds the winners again in the input."""
+"""2x2 max pooling, stride 2. Its gradient is activation_grad's of norm_grad.py, which finds the winners again."""
 
 from __future__ import annotations
 

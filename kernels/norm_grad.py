@@ -6,7 +6,8 @@ With g the gradient carried through pooling and activation, m the number of valu
     grad beta = sum(g)    grad gamma = sum(g * normal)    grad raw = gamma * invstd * (g - (sum(g) + normal * sum(g *
     normal)) / m)
 
-Where the statistics were given instead of taken from raw, the last is gamma * invstd * g.
+Where the statistics were given instead of taken from raw, the last is gamma * invstd * g. Without a norm, where raw is
+the activation's output itself, it is g.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from fastunet.kernels.layout import empty_packed, packed
 from fastunet.kernels.norm import Affine, load_affine, normalise_pixel
 from fastunet.kernels.reduction import sum_rows
 from fastunet.kernels.tiles import activate_grad, multiple
-from fastunet.kernels.windows import pixel_at, pooled_at, window_arguments, window_origin, winner_of
+from fastunet.kernels.windows import (
+    pixel_at,
+    pooled_at,
+    run_on_windows,
+    window_arguments,
+    window_origin,
+    winner_of,
+)
 from torch import Tensor
 
 
@@ -27,7 +35,11 @@ from torch import Tensor
 @triton.jit
 def _pixel(raw_ptr, image, h, w, c, mask, H, W, C, mean, invstd, gamma, beta, negative_slope, ACTIVATION: tl.constexpr):
     offsets, mask = pixel_at(image, h, w, c, mask, H, W, C)
-    normal, y = normalise_pixel(raw_ptr, offsets, mask, mean, invstd, gamma, beta, negative_slope, ACTIVATION)
+    if mean is None:
+        y = tl.load(raw_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        normal = y
+    else:
+        normal, y = normalise_pixel(raw_ptr, offsets, mask, mean, invstd, gamma, beta, negative_slope, ACTIVATION)
     return offsets, mask, normal, y
 
 
@@ -105,10 +117,12 @@ def norm_sums_kernel(
 
 @triton.jit
 def _raw_grad(offsets, mask, normal, g, out_ptr, sum_g, sum_gn, scale, per_value, GIVEN: tl.constexpr):
-    """Store gamma * invstd * (g - (sum_g + normal * sum_gn) / m), without the sums where the statistics were GIVEN."""
+    """Store scale * (g - (sum_g + normal * sum_gn) / m), without the sums where the statistics were GIVEN."""
     if not GIVEN:
         g -= (sum_g + normal * sum_gn) * per_value
-    tl.store(out_ptr + offsets, (g * scale).to(out_ptr.dtype.element_ty), mask=mask)
+    if scale is not None:
+        g *= scale
+    tl.store(out_ptr + offsets, g.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["windows", "H", "W"])
@@ -117,15 +131,21 @@ def norm_grad_kernel(
     windows, H, W, C, negative_slope, per_value, GIVEN: tl.constexpr,
     PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """The gradient of raw. sums [groups, 2, C] are those of norm_sums_kernel; per_value is 1 / m."""
+    """The gradient of raw. sums [groups, 2, C] are those of norm_sums_kernel; per_value is 1 / m.
+
+    A gradient that is None counts as zero. A program owns BLOCK_P windows of 2x2 pixels and BLOCK_C channels. Pixels of
+    windows that are not whole receive nothing from the pool.
+    """
     C = multiple(C, UNIT)
     blocks_c = tl.cdiv(C, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     window = (tl.program_id(0) // blocks_c).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     image, h, w = window_origin(window, H, W)
     mask = (window < windows)[:, None] & (c < C)[None, :]
-    image = tl.where(window < windows, image, 0)  # Windows past the last image have no statistics.
-    mean, invstd, gamma, beta = load_affine(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, image, c, C, PER_IMAGE)
+    mean, invstd, gamma, beta = mean_ptr, invstd_ptr, gamma_ptr, beta_ptr
+    if mean_ptr is not None:
+        image = tl.where(window < windows, image, 0)  # Windows past the last image have no statistics.
+        mean, invstd, gamma, beta = load_affine(mean_ptr, invstd_ptr, gamma_ptr, beta_ptr, image, c, C, PER_IMAGE)
     sum_g = mean
     sum_gn = mean
     if not GIVEN:
@@ -138,7 +158,9 @@ def norm_grad_kernel(
         raw_ptr, grad_y_ptr, grad_pooled_ptr, mean, invstd, gamma, beta, image, h, w, c, mask, H, W, C,
         negative_slope, ACTIVATION,
     )
-    scale = invstd * gamma
+    scale = None
+    if mean_ptr is not None:
+        scale = invstd * gamma
     _raw_grad(at0, mask0, n0, g0, out_ptr, sum_g, sum_gn, scale, per_value, GIVEN)
     _raw_grad(at1, mask1, n1, g1, out_ptr, sum_g, sum_gn, scale, per_value, GIVEN)
     _raw_grad(at2, mask2, n2, g2, out_ptr, sum_g, sum_gn, scale, per_value, GIVEN)
@@ -190,3 +212,20 @@ def norm_grad(
         total[1] if needs_affine else None,
         total[0] if needs_affine else None,
     )
+
+
+def activation_grad(
+    y: Tensor, grad_y: Tensor | None, grad_pooled: Tensor | None, negative_slope: float | None
+) -> Tensor:
+    """Return the gradient of what goes into an activation of output y [N, C, H, W], and a 2x2 pooling of that.
+
+    grad_y [N, C, H, W] and grad_pooled [N, C, H // 2, W // 2] are the gradients of y and of its maxima, None for zero
+    but not both. A window's gradient goes to its maximum, by torch's rule to the first of equals and to the last NaN;
+    the activation's slope follows from y's sign. Returns a channels_last tensor of y's dtype.
+    """
+    out = empty_packed(y, *y.shape[1:])
+    tensors = {"raw_ptr": packed(y), "grad_y_ptr": packed(grad_y), "grad_pooled_ptr": packed(grad_pooled)}
+    without = dict.fromkeys(("mean_ptr", "invstd_ptr", "gamma_ptr", "beta_ptr", "sums_ptr"))
+    options = {"out_ptr": out, "per_value": 0.0, "GIVEN": True, "PER_IMAGE": False}
+    run_on_windows(norm_grad_kernel, y, {**tensors, **without, **options}, negative_slope)
+    return out

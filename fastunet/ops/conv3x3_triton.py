@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fastunet import dispatch
-from fastunet.kernels.activation_grad import activation_grad
 from fastunet.kernels.conv3x3 import grad as conv3x3_grad
 from fastunet.kernels.conv3x3 import pointer as kernels
 from fastunet.kernels.conv3x3.strided import strided_input_grads
 from fastunet.kernels.norm import Affine, finish_statistics, normalise
-from fastunet.kernels.norm_grad import norm_grad
+from fastunet.kernels.norm_grad import activation_grad, norm_grad
 from fastunet.ops.convolution import kernel_weight
 from fastunet.ops.registration import memory_format, strided_like
 

@@ -60,7 +60,7 @@ def _forward_fake(args: PoolArgs) -> Tensor:
 
 def _backward(args: PoolGradArgs, choice: dispatch.Choice) -> Tensor:
     if choice.implementation == "triton":
-        from fastunet.kernels.activation_grad import activation_grad
+        from fastunet.kernels.norm_grad import activation_grad
 
         grad = activation_grad(args.x, None, args.grad, None)
     else:

@@ -120,7 +120,7 @@ def test_layouts_of_every_tensor(layout: str, target: gpu.Target | None) -> None
         assert_gradients(KERNELS, x, None, weight[:, :c1], layout=layout)
         assert KERNELS.conv3x3.grad.conv3x3_weight_grad(x, up)[1] is None
     y, pooled = (in_layout(t, layout) for t in (x, F.max_pool2d(x, 2)))
-    actual = KERNELS.activation_grad.activation_grad(y, x, pooled, 0.0)
+    actual = KERNELS.norm_grad.activation_grad(y, x, pooled, 0.0)
     assert_within(actual, *conv3x3_activation_grad_expected(y, x, pooled, 0.0))
 
 
@@ -154,7 +154,7 @@ def assert_activation_grad(kernels: ModuleType, y: Tensor, slope: float | None, 
     """which: 0 for gradients of both outputs, 1 and 2 for one alone."""
     grad_y = random_cotangent(y) if which != 1 else None
     grad_pooled = random_cotangent(F.max_pool2d(y, 2), seed=6) if which != 2 else None
-    actual = kernels.activation_grad.activation_grad(y, grad_y, grad_pooled, slope)
+    actual = kernels.norm_grad.activation_grad(y, grad_y, grad_pooled, slope)
     assert actual.dtype == y.dtype
     assert actual.is_contiguous(memory_format=torch.channels_last)
     assert_within(actual, *conv3x3_activation_grad_expected(y, grad_y, grad_pooled, slope))
@@ -249,7 +249,7 @@ def pool_grad_of_every_window(kernels: ModuleType) -> None:
     leaf = y.clone().requires_grad_()
     cotangent = random_cotangent(y.new_zeros(1, len(values), 1, 1))
     F.max_pool2d(leaf, 2).backward(cotangent)
-    assert_within(kernels.activation_grad.activation_grad(y, None, cotangent, None), leaf.grad, 0.0)
+    assert_within(kernels.norm_grad.activation_grad(y, None, cotangent, None), leaf.grad, 0.0)
 
 
 def gradients_through_relu_and_pooling(kernels: ModuleType) -> None:
@@ -287,6 +287,6 @@ test_check, test_injected_fault_is_caught = check_tests({
     pool_grad_of_every_window: [("windows", "(v > best)", "(v >= best)"), ("windows", " | (v != v)", "")],
     gradients_through_relu_and_pooling: [
         ("tiles", "tl.where(y <= 0.0, 0.0, g)", "tl.where(y < 0.0, 0.0, g)"),
-        ("activation_grad", "tl.where(winner == 3, routed", "tl.where(winner == 2, routed"),
+        ("norm_grad", "tl.where(winner == 3, routed", "tl.where(winner == 2, routed"),
     ],
 })  # fmt: skip

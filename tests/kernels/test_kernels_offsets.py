@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from fastunet.kernels import (
-    activation_grad,
     config_passes,
     conv1x1,
     conv_transpose2x2,
@@ -127,7 +126,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Callable[[], Tensor], ...]]] = 
         (pooled_grad,),
     ),
     "activation_grad": (
-        lambda y, p: activation_grad.activation_grad(y, y, p, 0.0),
+        lambda y, p: norm_grad.activation_grad(y, y, p, 0.0),
         (image, pooled_grad),
     ),
     "max_pool": (lambda x: max_pool2x2.max_pool2x2(x), (image,)),
@@ -190,13 +189,13 @@ def test_partial_norm_sums_of_the_last_images(launched: list[gpu.Launch], many: 
 # A file of the kernels package, the widening to 64 bits in it, and the call that needs it.
 WIDENINGS: dict[str | None, tuple[str, str]] = {
     "tiles": ("(tile // (tiles_w * tiles_h)).to(tl.int64)", "conv3x3"),
-    "activation_grad": ("(tl.program_id(0) // blocks_c).to(tl.int64)", "activation_grad"),
+    "norm_grad": ("(tl.program_id(0) // blocks_c).to(tl.int64)", "activation_grad"),
     "norm": ("(tl.program_id(0) // blocks_c).to(tl.int64)", "normalise"),
 }
 
 
 @pytest.mark.parametrize(
-    "module", ["tiles", *(pytest.param(m, marks=pytest.mark.slow) for m in ("activation_grad", "norm", None))]
+    "module", ["tiles", *(pytest.param(m, marks=pytest.mark.slow) for m in ("norm_grad", "norm", None))]
 )
 def test_offsets_of_32_bits_would_be_caught(module: str | None, tmp_path: Path) -> None:
     """In a process of its own, since a wrong offset may also end it. None: the kernels as they are pass."""

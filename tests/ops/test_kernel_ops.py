@@ -243,15 +243,15 @@ ALL, NONE, IMAGE, WEIGHT = (True,) * 3, (False,) * 3, (True, False, False), (Fal
 @pytest.mark.parametrize(
     ("case", "needs_grad", "names"),
     [
-        (case_of("conv3x3_bias_relu_pool"), ALL, ["conv3x3_kernel", "activation_grad_kernel", *CONV_GRADS]),
+        (case_of("conv3x3_bias_relu_pool"), ALL, ["conv3x3_kernel", "norm_grad_kernel", *CONV_GRADS]),
         (case_of(BATCH, training=True), (*ALL, True), [*STATISTICS, "norm_grad_kernel", *CONV_GRADS]),
         (case_of(BATCH, training=False), (*NONE, False), ["conv3x3_kernel"]),
         (
             case_of("concat_conv3x3_bias_relu", stride=2),
             (True,) * 4,
-            ["conv3x3_kernel", "activation_grad_kernel", *STRIDED],
+            ["conv3x3_kernel", "norm_grad_kernel", *STRIDED],
         ),
-        (case_of("max_pool2x2"), (True,), ["max_pool2x2_kernel", "activation_grad_kernel"]),
+        (case_of("max_pool2x2"), (True,), ["max_pool2x2_kernel", "norm_grad_kernel"]),
         *(
             (case_of(op), needs_grad, names)
             for op, (forward, backward) in {"conv_transpose2x2": TRANSPOSE, "conv1x1": HEAD}.items()
