@@ -60,7 +60,7 @@ def pixel_offsets(W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
-def strided(H, W, STRIDE: tl.constexpr):
+def strided_size(H, W, STRIDE: tl.constexpr):
     """Height and width of what a 3x3 convolution by STRIDE makes of an image H x W."""
     return H if STRIDE == 1 else (H + 1) // 2, W if STRIDE == 1 else (W + 1) // 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 from fastunet import dispatch
 from fastunet.kernels.conv3x3 import grad as conv3x3_grad
 from fastunet.kernels.conv3x3 import pointer as kernels
-from fastunet.kernels.conv3x3.strided import strided_input_grads
 from fastunet.kernels.norm import Affine, finish_statistics, normalise
 from fastunet.kernels.norm_grad import activation_grad, norm_grad
 from fastunet.ops.convolution import kernel_weight
@@ -114,10 +112,9 @@ def _conv_backward(grad: Tensor, args: ConvGradArgs, output_mask: list[bool]) ->
     split = x.shape[1]
     grad_x = grad_up = grad_weight = grad_bias = None
     packed = kernel_weight(weight, x, training=True) if output_mask[0] or output_mask[1] else weight
-    input_grads: Callable[..., list[Tensor]] = partial(conv3x3_grad.conv3x3_input_grads, allow_tf32=tf32)
-    if args.stride == 2:
-        assert args.input_slope is None, "two convolutions in one call have stride 1"
-        input_grads = partial(strided_input_grads, size=x.shape[2:], allow_tf32=tf32)
+    options: dict[str, Any] = {"stride": args.stride, "allow_tf32": tf32}
+    assert args.stride == 1 or args.input_slope is None, "two convolutions in one call have stride 1"
+    input_grads = partial(conv3x3_grad.conv3x3_input_grads, size=x.shape[2:], **options)
     if output_mask[0] and up is not None and output_mask[1]:
         grad_x, grad_up = input_grads(grad, packed, [split, up.shape[1]])
     elif output_mask[0]:
@@ -129,7 +126,6 @@ def _conv_backward(grad: Tensor, args: ConvGradArgs, output_mask: list[bool]) ->
         of_up = packed[:, split:]
         (grad_up,) = input_grads(grad, of_up, [up.shape[1]])
     if output_mask[2] or output_mask[3]:
-        options = {"stride": args.stride, "allow_tf32": tf32}
         grad_weight, grad_bias = conv3x3_grad.conv3x3_weight_grad(grad, x, with_bias=output_mask[3], **options)
         if up is not None and output_mask[2]:
             of_up, _ = conv3x3_grad.conv3x3_weight_grad(grad, up, **options)

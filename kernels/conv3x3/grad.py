@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import autotune, gpu
-from fastunet.kernels.conv3x3 import config, config_grad, descriptor, pointer
+from fastunet.kernels.conv3x3 import config, config_grad, descriptor, pointer, strided
 from fastunet.kernels.conv3x3.pointer import accumulate, accumulate_folded, halo_runs, rows_aligned
 from fastunet.kernels.epilogue import Epilogue, activation_code, precision
 from fastunet.kernels.layout import empty_packed, packed
@@ -30,7 +30,7 @@ from fastunet.kernels.tiles import (
     next_tile,
     pixel_offsets,
     read_pixels,
-    strided,
+    strided_size,
     tile_origin,
     tile_pixels,
 )
@@ -99,7 +99,7 @@ def _sum_tiles(
     """Over the pixels p of tiles first to last: sum of grad[p, o] * x[STRIDE*p moved by tap, i] [O, I], and of grad."""
     acc = tl.zeros((o.shape[0], i.shape[0]), tl.float32)
     totals = tl.zeros((TILE_H * TILE_W, o.shape[0]), tl.float32)
-    HO, WO = strided(H, W, STRIDE)
+    HO, WO = strided_size(H, W, STRIDE)
     offsets = pixel_offsets(WO, TILE_H, TILE_W)
     image, h0, w0 = tile_origin(first, HO, WO, TILE_H, TILE_W)
     for _ in range(first, last):
@@ -173,17 +173,21 @@ def conv3x3_input_grads(
     weight: Tensor,
     channels: Sequence[int],
     *,
+    stride: int = 1,
+    size: Sequence[int] = (),
     x: Tensor | None = None,
     negative_slope: float | None = None,
     allow_tf32: bool = False,
 ) -> list[Tensor]:
     """Return the gradients of conv3x3's input, or of its two, which have so many channels, by one launch.
 
-    grad [N, Cout, H, W] is that of the sum; weight [Cout, C, 3, 3], C all channels. Where x, the only input, is given,
-    it is the output of the activation that negative_slope names, and the result is the gradient of what went into the
-    activation. Returns channels_last tensors of grad's dtype.
+    grad [N, Cout, ceil(H / stride), ceil(W / stride)] is that of the sum; weight [Cout, C, 3, 3], C all channels; size:
+    H and W, which by stride 2 grad does not tell. Where x, the only input, is given, by stride 1, it is the output of
+    the activation that negative_slope names, and the result is the gradient of what went into the activation. Returns
+    channels_last tensors [N, each of channels, H, W] of grad's dtype.
     """
-    outs = [empty_packed(grad, each, *grad.shape[2:]) for each in channels]
+    size = size if stride == 2 else grad.shape[2:]
+    outs = [empty_packed(grad, each, *size) for each in channels]
     if grad.numel() == 0:  # A descriptor cannot describe an empty tensor.
         return outs
     (out, out_up), grad, x = [*outs, None][:2], packed(grad), packed(x)
@@ -191,9 +195,12 @@ def conv3x3_input_grads(
     batch, channels_out, height, width = grad.shape
     c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
     shape = config.ConvShape(channels_out, 0, c1, height, width, rows_aligned(weight, channels_out, c1, c2), c_out2=c2)
-    if c1 == c2 and 2 * c1 in (32, 64, 128):  # A block may hold the channels of both.
+    op = config.INPUT_GRAD
+    if stride == 2:  # It has no variant with folded taps, which fewer channels would have.
+        op, shape = op + autotune.STRIDE2, replace(shape, c1=max(channels_out, config.FOLDED_BELOW))
+    elif c1 == c2 and 2 * c1 in (32, 64, 128):  # A block may hold the channels of both.
         shape = replace(shape, c_out=2 * c1, c_out2=0)
-    chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32, op=config.INPUT_GRAD)
+    chosen = config.conv_config(shape, grad.dtype, target, allow_tf32=allow_tf32, op=op)
     if chosen.variant == config.HALO:
         # It is a convolution by the window turned around.
         if out_up is None and halo_runs(grad, config.INPUT_GRAD):
@@ -208,8 +215,8 @@ def conv3x3_input_grads(
         "out_ptr": out,
         "out_up_ptr": out_up,
         "JOINED": joined,
-        "H": height,
-        "W": width,
+        "H": size[0],
+        "W": size[1],
         "C1": c1,
         "C2": c2,
         "COUT": channels_out,
@@ -221,10 +228,12 @@ def conv3x3_input_grads(
         kernel = descriptor.conv3x3_input_grad_descriptor_kernel
         arguments |= descriptor.input_grad_operands(grad, weight, (out, out_up), x, chosen)
     else:
-        kernel = conv3x3_input_grad_kernel
+        kernel = conv3x3_input_grad_kernel if stride == 1 else strided.conv3x3_strided_input_grad_kernel
         arguments |= pointer.operands(grad, None, weight, allow_tf32)
         arguments |= {"grad_ptr": grad, "x_ptr": x, "FOLDED": chosen.variant == config.FOLDED}
+        arguments["blocks_k"] = gpu.cdiv(channels_out, chosen.block_k)
     blocks = 1 if joined else gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
+    blocks *= strided.PHASES if stride == 2 else 1
     grid = batch * config.tiles_per_image(chosen, height, width) * blocks
     gpu.launch(kernel, grid, arguments, chosen).run(grad.device)
     return outs

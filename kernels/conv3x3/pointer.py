@@ -37,7 +37,7 @@ from fastunet.kernels.tiles import (
     pixel_offsets,
     pool2x2,
     read_pixels,
-    strided,
+    strided_size,
     tile_origin,
     tile_pixels,
 )
@@ -145,7 +145,7 @@ def conv3x3_kernel(
     split = tl.program_id(0) // blocks_n % SPLITS
     tile = tl.program_id(0) // (blocks_n * SPLITS)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    HO, WO = strided(H, W, STRIDE)
+    HO, WO = strided_size(H, W, STRIDE)
     image, h0, w0 = tile_origin(tile, HO, WO, TILE_H, TILE_W)
     rows, columns = tile_pixels(h0, w0, HO, WO, TILE_H, TILE_W)
     origin = (image * HO + h0) * WO + w0

@@ -7,18 +7,12 @@ taps of one of them, and none of the products is by a zero that a stride puts in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from fastunet.kernels import autotune, gpu
-from fastunet.kernels.conv3x3 import config, pointer
-from fastunet.kernels.conv3x3.pointer import rows_aligned
-from fastunet.kernels.layout import empty_packed, packed
-from fastunet.kernels.tiles import load_tap, multiple, pixel_offsets, strided, tile_origin, tile_pixels
-from torch import Tensor
+from fastunet.kernels.tiles import load_tap, multiple, pixel_offsets, strided_size, tile_origin, tile_pixels
 
-_PHASES = tl.constexpr(4)
+PHASES = 4
+_PHASES = tl.constexpr(PHASES)
 
 
 # fmt: off
@@ -70,7 +64,7 @@ def conv3x3_strided_input_grad_kernel(
     phase = tl.program_id(0) // blocks % _PHASES
     odd_h = phase // 2
     odd_w = phase % 2
-    HO, WO = strided(H, W, 2)
+    HO, WO = strided_size(H, W, 2)
     image, h0, w0 = tile_origin(tl.program_id(0) // (blocks * _PHASES), HO, WO, TILE_H, TILE_W)
     # Of an odd side there is a pixel less in the odd phase.
     rows, columns = tile_pixels(h0, w0, (H + 1 - odd_h) // 2, (W + 1 - odd_w) // 2, TILE_H, TILE_W)
@@ -91,42 +85,3 @@ def conv3x3_strided_input_grad_kernel(
     at = (origin + 2 * pixel_offsets(W, TILE_H, TILE_W))[:, None] * C + n[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(rows >= 0)[:, None] & (n < C)[None, :])
 # fmt: on
-
-
-def strided_input_grads(
-    grad: Tensor, weight: Tensor, channels: Sequence[int], size: Sequence[int], *, allow_tf32: bool = False
-) -> list[Tensor]:
-    """Return the gradients of the input of conv3x3 by stride 2, or of its two, which have so many channels, by one
-    launch.
-
-    grad [N, Cout, ceil(H / 2), ceil(W / 2)] is that of the sum; weight [Cout, C, 3, 3], C all channels; size: H and W.
-    Returns channels_last tensors [N, each of channels, H, W] of grad's dtype.
-    """
-    outs = [empty_packed(grad, each, *size) for each in channels]
-    if grad.numel() == 0:
-        return outs
-    (out, out_up), grad = [*outs, None][:2], packed(grad)
-    batch, channels_out, height, width = grad.shape
-    c1, c2 = out.shape[1], 0 if out_up is None else out_up.shape[1]
-    aligned = rows_aligned(weight, channels_out, c1, c2)
-    # There is no variant with folded taps, which fewer channels would have.
-    deep = max(channels_out, config.FOLDED_BELOW)
-    shape = config.ConvShape(deep, 0, c1, height, width, aligned, c_out2=c2)
-    op = config.INPUT_GRAD + autotune.STRIDE2
-    chosen = config.conv_config(shape, grad.dtype, gpu.target(grad.device), allow_tf32=allow_tf32, op=op)
-    arguments = {
-        **pointer.operands(grad, None, weight, allow_tf32),
-        "grad_ptr": grad,
-        "out_ptr": out,
-        "out_up_ptr": out_up,
-        "H": size[0],
-        "W": size[1],
-        "C1": c1,
-        "C2": c2,
-        "COUT": channels_out,
-        "blocks_k": gpu.cdiv(channels_out, chosen.block_k),
-    }
-    blocks = gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
-    grid = _PHASES.value * batch * config.tiles_per_image(chosen, height, width) * blocks
-    gpu.launch(conv3x3_strided_input_grad_kernel, grid, arguments, chosen).run(grad.device)
-    return outs

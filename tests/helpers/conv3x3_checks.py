@@ -57,16 +57,6 @@ def assert_forward(
             assert torch.equal(pooled, F.max_pool2d(y, 2))
 
 
-def input_grads(
-    kernels: ModuleType, grad: Tensor, weight: Tensor, *inputs: Tensor, stride: int = 1, **options: Any
-) -> list:
-    """The gradients of the inputs, by one launch."""
-    channels, of = [t.shape[1] for t in inputs], kernels.conv3x3
-    if stride == 2:
-        return of.strided.strided_input_grads(grad, weight, channels, inputs[0].shape[2:], **options)
-    return of.grad.conv3x3_input_grads(grad, weight, channels, **options)
-
-
 def assert_gradients(
     kernels: ModuleType,
     x: Tensor,
@@ -82,12 +72,13 @@ def assert_gradients(
     shape = (x.shape[0], weight.shape[0], *(-(-side // stride) for side in size))
     grad = in_layout(random_cotangent(x.new_empty(shape)), layout)
     options, rounds = {"stride": stride, "allow_tf32": allow_tf32}, {"allow_tf32": allow_tf32 and not INTERPRETED}
-    shares = weight.split([t.shape[1] for t in inputs], dim=1)
-    for actual, share in zip(input_grads(kernels, grad, weight, *inputs, **options), shares, strict=True):
+    channels, of = [t.shape[1] for t in inputs], kernels.conv3x3.grad
+    grads = of.conv3x3_input_grads(grad, weight, channels, size=size, **options)
+    for actual, share in zip(grads, weight.split(channels, dim=1), strict=True):
         assert actual.dtype == x.dtype
         assert actual.is_contiguous(memory_format=torch.channels_last)
         assert_within(actual, *conv3x3_input_grad_expected(grad, share, stride=stride, size=size, **rounds))
-    gw, gb = kernels.conv3x3.grad.conv3x3_weight_grad(grad, x, with_bias=True, **options)
+    gw, gb = of.conv3x3_weight_grad(grad, x, with_bias=True, **options)
     assert gw.dtype == gb.dtype == x.dtype
     assert_within(gw, *conv3x3_weight_grad_expected(grad, x, stride=stride, **rounds))
     assert_within(gb, *bias_grad_expected(grad))

@@ -21,7 +21,7 @@ Check = Callable[[ModuleType], None]
 _MODULES = (
     *("conv1x1", "conv_transpose2x2", "conv_transpose2x2_concat_conv3x3", "max_pool2x2"),
     *("norm", "norm_grad", "pixel_weight_grad", "segmentation_loss", "autotune"),
-    *("conv3x3.grad", "conv3x3.pointer", "conv3x3.split_k", "conv3x3.strided"),
+    *("conv3x3.grad", "conv3x3.pointer", "conv3x3.split_k"),
 )
 
 

@@ -81,7 +81,7 @@ def exact_on_integers(kernels: ModuleType, h: int, w: int) -> None:
     torch.testing.assert_close(sums.double(), exact.detach().mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
     grad = random_integers(tuple(exact.shape), seed=3, device=DEVICE)
     expected = torch.autograd.grad(exact, leaves, grad.double())
-    actual = kernels.conv3x3.strided.strided_input_grads(grad, weight, [4, 3], (h, w))
+    actual = kernels.conv3x3.grad.conv3x3_input_grads(grad, weight, [4, 3], stride=2, size=(h, w))
     weights = [kernels.conv3x3.grad.conv3x3_weight_grad(grad, t, stride=2)[0] for t in (x, up)]
     for a, b in zip([*actual, torch.cat(weights, 1)], expected, strict=True):
         assert_within(a, b, 0.0)
@@ -94,7 +94,7 @@ def test_an_image_is_the_same_alone_and_in_any_order() -> None:
     grad = random_cotangent(y)
 
     def input_grad(grad: Tensor) -> Tensor:
-        return KERNELS.conv3x3.strided.strided_input_grads(grad, weight, [16], (9, 20))[0]
+        return KERNELS.conv3x3.grad.conv3x3_input_grads(grad, weight, [16], stride=2, size=(9, 20))[0]
 
     for some in (order, [1]):
         assert torch.equal(KERNELS.conv3x3.pointer.conv3x3(x[some], weight, stride=2)[0], y[some])

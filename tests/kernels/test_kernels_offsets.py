@@ -25,7 +25,7 @@ from fastunet.kernels import (
     norm_grad,
     reduction,
 )
-from fastunet.kernels.conv3x3 import config_grad, grad, pointer, strided
+from fastunet.kernels.conv3x3 import config_grad, grad, pointer
 from fastunet.kernels.epilogue import Head
 from kernel_device import INTERPRETED, MARK
 from torch import Tensor
@@ -122,7 +122,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Callable[[], Tensor], ...]]] = 
     ),
     "strided": (lambda x: pointer.conv3x3(x, weight(), stride=2), (image,)),
     "strided_input_grad": (
-        lambda g: strided.strided_input_grads(g, weight(), [CHANNELS], (SIDE, SIDE))[0],
+        lambda g: grad.conv3x3_input_grads(g, weight(), [CHANNELS], stride=2, size=(SIDE, SIDE))[0],
         (pooled_grad,),
     ),
     "activation_grad": (
