@@ -162,6 +162,14 @@ class Statistics:
     count: Tensor
     partial: Tensor
 
+    @classmethod
+    def empty(cls, rows: int, channels: int, device: torch.device) -> Statistics:
+        """Return room for so many rows."""
+        count, partial = (
+            torch.empty(shape, dtype=torch.float32, device=device) for shape in ((rows,), (2, rows, channels))
+        )
+        return cls(count, partial)
+
 
 @dataclass(frozen=True)
 class Epilogue:

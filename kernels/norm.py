@@ -12,6 +12,7 @@ reading it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -180,47 +181,27 @@ def finish_statistics(
     groups: 1 for batch norm, the number of images for instance norm. running: mean and variance [C], which move in
     place towards the batch's mean and unbiased variance by momentum (one group only).
     """
-    device = statistics.count.device
-    _, rows, channels = statistics.partial.shape
-    mean, invstd = (torch.empty((groups, channels), dtype=torch.float32, device=device) for _ in range(2))
+    device, (_, rows, channels) = statistics.count.device, statistics.partial.shape
     chosen = config_passes.statistics_config(channels)
-    blocks_c = gpu.cdiv(channels, chosen.block_c)
-    blocks = {"C": channels, "BLOCK_R": chosen.block_p}
+
+    def run(kernel: Any, parts: int, statistics: Statistics, **own: Any) -> None:
+        rows = len(statistics.count)
+        read = {"count_ptr": statistics.count, "partial_ptr": statistics.partial, "C": channels}
+        sizes = {"rows": rows, "per_group": rows // groups, "BLOCK_R": chosen.block_p}
+        programs = parts * gpu.cdiv(channels, chosen.block_c)
+        gpu.launch(kernel, programs, {**read, **sizes, **own}, chosen).run(device)
+
     per_split = config_passes.statistics_per_split(rows // groups)
     splits = gpu.cdiv(rows // groups, per_split)
     if splits > 1:
-        merged = Statistics(
-            torch.empty((groups * splits,), dtype=torch.float32, device=device),
-            torch.empty((2, groups * splits, channels), dtype=torch.float32, device=device),
-        )
-        arguments = {
-            "count_ptr": statistics.count,
-            "partial_ptr": statistics.partial,
-            "out_count_ptr": merged.count,
-            "out_partial_ptr": merged.partial,
-            "rows": rows,
-            "per_group": rows // groups,
-            "per_split": per_split,
-            "splits": splits,
-            **blocks,
-        }
-        gpu.launch(merge_statistics_kernel, groups * splits * blocks_c, arguments, chosen).run(device)
-        statistics, rows = merged, groups * splits
+        merged = Statistics.empty(groups * splits, channels, device)
+        outs = {"out_count_ptr": merged.count, "out_partial_ptr": merged.partial}
+        run(merge_statistics_kernel, groups * splits, statistics, **outs, per_split=per_split, splits=splits)
+        statistics = merged
+    mean, invstd = (torch.empty((groups, channels), dtype=torch.float32, device=device) for _ in range(2))
     running_mean, running_var = running or (None, None)
-    arguments = {
-        "count_ptr": statistics.count,
-        "partial_ptr": statistics.partial,
-        "mean_ptr": mean,
-        "invstd_ptr": invstd,
-        "running_mean_ptr": running_mean,
-        "running_var_ptr": running_var,
-        "rows": rows,
-        "per_group": rows // groups,
-        "eps": eps,
-        "momentum": momentum,
-        **blocks,
-    }
-    gpu.launch(finish_statistics_kernel, groups * blocks_c, arguments, chosen).run(device)
+    moving = {"running_mean_ptr": running_mean, "running_var_ptr": running_var, "momentum": momentum}
+    run(finish_statistics_kernel, groups, statistics, mean_ptr=mean, invstd_ptr=invstd, eps=eps, **moving)
     return mean, invstd
 
 

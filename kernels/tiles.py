@@ -144,16 +144,12 @@ def nan_max(a, b):
 
 
 @triton.jit
-def pool2x2(v, TILE_H: tl.constexpr, TILE_W: tl.constexpr, N: tl.constexpr):
-    """The maxima of the 2x2 windows of a tile: [P, N] to [P // 4, N], NaN where a window holds one."""
-    v = tl.reshape(v, (TILE_H // 2, 2, TILE_W // 2, 2, N))
-    v = tl.reduce(tl.reduce(v, 1, nan_max), 2, nan_max)
-    return tl.reshape(v, (TILE_H * TILE_W // 4, N))
-
-
-@triton.jit
-def pool2x2_columns(v, TILE_H: tl.constexpr, TILE_W: tl.constexpr, N: tl.constexpr):
-    """pool2x2 of a tile with the pixels last: [N, P] to [N, P // 4]."""
-    v = tl.reshape(v, (N, TILE_H // 2, 2, TILE_W // 2, 2))
-    v = tl.reduce(tl.reduce(v, 4, nan_max), 2, nan_max)
-    return tl.reshape(v, (N, TILE_H * TILE_W // 4))
+def pool2x2(v, TILE_H: tl.constexpr, TILE_W: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr):
+    """The maxima of a tile's 2x2 windows, NaN where one holds a NaN; of [P, N], or [N, P]: AXIS is that of channels."""
+    if AXIS == 1:
+        v = tl.reshape(v, (TILE_H // 2, 2, TILE_W // 2, 2, N))
+        v = tl.reshape(tl.reduce(tl.reduce(v, 1, nan_max), 2, nan_max), (TILE_H * TILE_W // 4, N))
+    else:
+        v = tl.reshape(v, (N, TILE_H // 2, 2, TILE_W // 2, 2))
+        v = tl.reshape(tl.reduce(tl.reduce(v, 4, nan_max), 2, nan_max), (N, TILE_H * TILE_W // 4))
+    return v

@@ -67,8 +67,7 @@ def conv_variants(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow
     if config_hopper.fits_halo(shape, dtype, target):
         variants[HALO] = config_hopper.halo_config(shape, target)
     if heuristic.variant == DESCRIPTOR:
-        without = replace(target, capability=min(target.capability, 89))
-        variants[POINTER] = config.heuristic_conv_config(shape, dtype, without, allow_tf32)
+        variants[POINTER] = config.heuristic_conv_config(shape, dtype, config.gathering(target), allow_tf32)
     return variants
 
 
@@ -159,11 +158,7 @@ def _nearest_first(heuristic: Mapping[str, T], found: list[T]) -> list[T]:
         """Return fields that differ, and how many times blocks, warps and stages are doubled or halved."""
         pairs = zip(astuple(candidate), astuple(heuristic[candidate.variant]), strict=True)
         changed = [(a, b) for a, b in pairs if a != b]
-        return len(changed), sum(abs(math.log2(a / b)) for a, b in changed if a and b and _is_number(a, b))
+        return len(changed), sum(abs(math.log2(a / b)) for a, b in changed if a and b and type(a) is type(b) is int)
 
     first: list[T] = list(heuristic.values())
     return [*first, *sorted((candidate for candidate in found if candidate not in first), key=distance)]
-
-
-def _is_number(*values: object) -> bool:
-    return all(type(value) is int for value in values)

@@ -22,7 +22,7 @@ from fastunet.kernels.tiles import (
     nan_max,
     next_tile,
     pixel_offsets,
-    pool2x2_columns,
+    pool2x2,
     tile_origin,
     tile_pixels,
 )
@@ -125,7 +125,7 @@ def conv3x3_descriptor_kernel(
         pixels = (image * H + h0) * W + w0 + pixel_offsets(W, TILE_H, TILE_W)
         store_head(head_ptr, head_weight_ptr, head_bias_ptr, acc, n, COUT, pixels, rows >= 0, CLASSES, SIGMOID, 0)
     if pooled_desc is not None:
-        pooled = pool2x2_columns(acc, TILE_H, TILE_W, BLOCK_N)
+        pooled = pool2x2(acc, TILE_H, TILE_W, BLOCK_N, 0)
         if pooled_scale_ptr is not None:
             pooled = scale_to_e4m3(pooled, pooled_scale_ptr)
         pooled = pooled.to(pooled_desc.dtype)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from fastunet.kernels import autotune, gpu
@@ -112,7 +111,7 @@ def store_outputs(
         # Tile sides are even, so that each window lies in one tile. A window cut by the image's edge has no output.
         rows, _ = tile_pixels(h0 // 2, w0 // 2, H // 2, W // 2, TILE_H // 2, TILE_W // 2)
         windows = (image * (H // 2) + h0 // 2) * (W // 2) + w0 // 2 + pixel_offsets(W // 2, TILE_H // 2, TILE_W // 2)
-        pooled = pool2x2(acc, TILE_H, TILE_W, BLOCK_N).to(pooled_ptr.dtype.element_ty)
+        pooled = pool2x2(acc, TILE_H, TILE_W, BLOCK_N, 1).to(pooled_ptr.dtype.element_ty)
         pointers = pooled_ptr + windows[:, None] * COUT + n[None, :]
         tl.store(pointers, pooled, mask=(rows >= 0)[:, None] & (n < COUT)[None, :])
 
@@ -378,10 +377,7 @@ def conv3x3_with_statistics(
     y = empty_packed(x, weight.shape[0], *size_by(stride, x))
     chosen = choose(x, up, weight, gpu.target(x.device), allow_tf32=allow_tf32, stride=stride)
     tiles = x.shape[0] * config.tiles_per_image(chosen, *y.shape[2:])
-    statistics = Statistics(
-        count=torch.empty((tiles,), dtype=torch.float32, device=x.device),
-        partial=torch.empty((2, tiles, weight.shape[0]), dtype=torch.float32, device=x.device),
-    )
+    statistics = Statistics.empty(tiles, weight.shape[0], x.device)
     if y.numel():
         _run(x, up, weight, chosen, Epilogue(y, statistics=statistics), allow_tf32=allow_tf32, stride=stride)
     return y, statistics
