@@ -14,13 +14,7 @@ from torch import Tensor
 
 import fastunet
 from fastunet import ops
-from fastunet.testing import (
-    assert_within,
-    random_cotangent,
-    random_input,
-    segmentation_sums_expected,
-    segmentation_sums_grad_expected,
-)
+from fastunet.testing import random_cotangent, random_input
 
 
 def make(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -72,82 +66,6 @@ def hash_of(tensors: tuple[Tensor, ...]) -> str:
 def check_repeats(device: str, name: str, times: int, channels: int, side: int) -> None:
     run = repeated(device, channels, side)[name]
     assert len({hash_of(run()) for _ in range(times)}) == 1
-
-
-# --- the far end of tensors that 32-bit offsets do not reach ---
-
-
-def integers(device: str, shape: tuple[int, ...]) -> Tensor:
-    """bfloat16 integers from -2 to 2: sums of their products are exact in float32, in any order."""
-    format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    t = torch.empty(shape, dtype=torch.bfloat16, device=device, memory_format=format)
-    return t.random_(0, 5).sub_(2)
-
-
-def _grads_of_last(op: Callable[..., Tensor], images: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """y of the last image, its gradient, and the parameters' gradients where no other image has one."""
-    leaves = [images.requires_grad_(), *(p.detach().requires_grad_() for p in parameters)]
-    y = op(*leaves)
-    cotangent = torch.zeros_like(y)
-    torch.manual_seed(0)
-    cotangent[-1:] = integers(str(y.device), tuple(y[-1:].shape))
-    grads = torch.autograd.grad(y, leaves, cotangent)
-    return [y[-1:].detach().clone(), grads[0][-1:].clone(), *grads[1:]]
-
-
-def _same_at_the_end(op: Callable[..., Tensor], images: Tensor, parameters: list[Tensor]) -> None:
-    alone = images[-1:].clone(memory_format=torch.channels_last)
-    for i, (a, b) in enumerate(
-        zip(_grads_of_last(op, images, parameters), _grads_of_last(op, alone, parameters), strict=True)
-    ):
-        assert torch.equal(a, b), f"result {i} of the last image is not what it is alone"
-
-
-def far_end_of_convolution(device: str, shape: tuple[int, ...]) -> None:
-    channels = shape[1]
-    torch.manual_seed(1)
-    parameters = [integers(device, s) for s in ((channels, channels, 3, 3), (channels,))]
-    _same_at_the_end(ops.conv3x3_bias_relu, integers(device, shape), parameters)
-
-
-def far_end_of_pooling(device: str, shape: tuple[int, ...]) -> None:
-    torch.manual_seed(1)
-    _same_at_the_end(ops.max_pool2x2, integers(device, shape), [])
-
-
-def far_end_of_norm(device: str, shape: tuple[int, ...]) -> None:
-    """By given statistics that are powers of two, so that all is exact; the gradient of gamma is not looked at."""
-    channels = shape[1]
-    torch.manual_seed(1)
-    weight = integers(device, (channels, channels, 3, 3))
-    mean, variance = torch.zeros(channels, device=device), torch.full((channels,), 4.0, device=device)
-
-    def op(x: Tensor, w: Tensor) -> Tensor:
-        return ops.conv3x3_batch_norm_relu(x, w, None, None, mean, variance, training=False, eps=0.0)
-
-    _same_at_the_end(op, integers(device, shape), [weight])
-
-
-def far_end_of_loss(device: str, shape: tuple[int, ...]) -> None:
-    logits = integers(device, shape).requires_grad_()
-    target = torch.empty_like(logits, dtype=torch.uint8, requires_grad=False).random_(0, 2)
-    sums = ops.segmentation_sums(logits, target, entropy=True)
-    cotangent = torch.randn_like(sums)
-    (grad,) = torch.autograd.grad(sums, logits, cotangent)
-    last = logits[-1:].detach(), target[-1:], None
-    options = {"softmax": False, "squared": False}
-    assert_within(sums[:, -1:], *segmentation_sums_expected(*last, entropy=True, **options))
-    assert_within(grad[-1:], *segmentation_sums_grad_expected(cotangent[:, -1:], *last, **options))
-
-
-FAR_ENDS = {
-    "convolution": far_end_of_convolution,
-    "pooling": far_end_of_pooling,
-    "norm": far_end_of_norm,
-    "loss": far_end_of_loss,
-}
-# 2^24 values an image, and one image more than 2^31 values make.
-PAST_32_BITS = (129, 64, 512, 512)
 
 
 # --- CUDA alone ---
@@ -280,12 +198,7 @@ CUDA_BODIES = {
 
 def main(name: str) -> None:
     with fastunet.backend("triton"):
-        if name in FAR_ENDS:
-            # As many values in one channel: a sum of the loss is of one image and channel.
-            n, _, h, w = PAST_32_BITS
-            FAR_ENDS[name]("cuda", (n, 1, 8 * h, 8 * w) if name == "loss" else PAST_32_BITS)
-        else:
-            CUDA_BODIES[name]()
+        CUDA_BODIES[name]()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, tensors past 32-bit offsets, memory, several devices, TF32."""
+"""What only a GPU can show: graphs, streams, memory, several devices, TF32."""
 
 from __future__ import annotations
 
@@ -28,30 +28,12 @@ def forced():
         yield
 
 
-def run_alone(name: str) -> None:
-    """One of gpu_bodies in a process of its own: a hang ends with the test, a lost GPU with the process."""
+@pytest.mark.parametrize("name", gpu_bodies.CUDA_BODIES)
+def test_alone(name: str) -> None:
+    """In a process of its own: a hang ends with the test, a lost GPU with the process."""
     command = [sys.executable, gpu_bodies.__file__, name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.mark.parametrize("name", gpu_bodies.CUDA_BODIES)
-def test_alone(name: str) -> None:
-    run_alone(name)
-
-
-# Memory at the peak, in units of the images', with room for what torch itself keeps.
-MEMORY = {"convolution": 8, "pooling": 6, "norm": 9, "loss": 5}
-
-
-@pytest.mark.parametrize("name", gpu_bodies.FAR_ENDS)
-def test_past_32_bits(name: str) -> None:
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    needed = MEMORY[name] * 2 * torch.Size(gpu_bodies.PAST_32_BITS).numel()
-    if free < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, there are {free >> 30}")
-    run_alone(name)
 
 
 def test_a_layer_is_checked_and_measured_at_its_first_use() -> None:

@@ -1,7 +1,7 @@
 """Tensors of more than 2^31 elements: the far end is computed as it is alone.
 
-In the interpreter the tensors are sparse files of zeros but for the last image, and of each launch only the last
-programs run, so that the test costs as much as one image.
+They are zeros but for the last image. In the interpreter they are sparse files, and of each launch only the last
+programs run, so that the test costs as much as one image. A GPU runs them all, and needs the memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,35 @@ from fastunet.kernels import (
     norm,
     norm_grad,
     reduction,
+    segmentation_loss,
 )
 from fastunet.kernels.conv3x3 import config_grad, grad, pointer
 from fastunet.kernels.epilogue import Head
-from kernel_device import INTERPRETED, MARK
+from kernel_device import DEVICE, INTERPRETED, MARK
 from torch import Tensor
 
 from fastunet.testing import random_input, random_integers
 
-pytestmark = [
-    MARK,
-    pytest.mark.skipif(not INTERPRETED, reason="runs only the last programs, which the interpreter alone can do"),
-]
+pytestmark = MARK
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="looks at what the last programs alone have left")
 
 SIDE, CHANNELS = 32, 16
 IMAGES = 2**31 // (SIDE * SIDE * CHANNELS) + 2
 LAST_PROGRAMS = 8
+# Of a GPU's memory, for the images of a call, with room for what torch itself keeps.
+BYTES = 10 * 2 * 2**31
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[gpu.Launch]:
-    """The launches made; of those with many programs only the last ran."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[gpu.Launch]]:
+    """The launches made; of those with many programs only the last ran in the interpreter."""
+    if not INTERPRETED:
+        with gpu.recording() as launches:
+            yield launches
+        return
     from triton.runtime import interpreter
 
-    launches: list[gpu.Launch] = []
+    launches = []
     builder = interpreter.interpreter_builder
     set_index, set_dim = builder.set_grid_idx, builder.set_grid_dim
 
@@ -63,18 +68,24 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[gpu.Launch]:
     monkeypatch.setattr(gpu.Launch, "run", run)
     # Arguments are on the CPU already: copying each onto itself would fill the sparse files.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
-    return launches
+    yield launches
 
 
 @pytest.fixture
-def many(tmp_path: Path) -> Callable[[Tensor], Tensor]:
-    """Many images, of which the last is the one given and all others are zero: a packed view of a sparse file."""
+def many(tmp_path: Path) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Many images, of which the last is the one given and all others are zero, packed."""
     files: list[Path] = []
+    if not INTERPRETED and torch.cuda.mem_get_info()[0] < BYTES:
+        pytest.skip(f"needs {BYTES >> 30} GiB of free GPU memory")
 
     def make(image: Tensor) -> Tensor:
         _, c, h, w = image.shape
-        files.append(tmp_path / str(len(files)))
-        flat = torch.from_file(str(files[-1]), shared=True, size=IMAGES * c * h * w, dtype=image.dtype)
+        size = IMAGES * c * h * w
+        if INTERPRETED:
+            files.append(tmp_path / str(len(files)))
+            flat = torch.from_file(str(files[-1]), shared=True, size=size, dtype=image.dtype)
+        else:
+            flat = torch.zeros(size, dtype=image.dtype, device=DEVICE)
         batch = flat.view(IMAGES, h, w, c).permute(0, 3, 1, 2)
         batch[-1] = image[0]
         return batch
@@ -85,16 +96,16 @@ def many(tmp_path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def image(seed: int = 0, side: int = SIDE) -> Tensor:
-    return random_input((1, CHANNELS, side, side), dtype=torch.float16, seed=seed)
+    return random_input((1, CHANNELS, side, side), dtype=torch.float16, seed=seed, device=DEVICE)
 
 
 def weight() -> Tensor:
-    return random_input((CHANNELS, CHANNELS, 3, 3), dtype=torch.float16, seed=9)
+    return random_input((CHANNELS, CHANNELS, 3, 3), dtype=torch.float16, seed=9, device=DEVICE)
 
 
 def parameters() -> norm.Affine:
-    values = [random_input((1, CHANNELS), seed=i) for i in range(2)]
-    return norm.Affine(*values, *(random_input((CHANNELS,), seed=i) for i in (2, 3)))
+    shapes = (1, CHANNELS), (1, CHANNELS), (CHANNELS,), (CHANNELS,)
+    return norm.Affine(*(random_input(shape, seed=i, device=DEVICE) for i, shape in enumerate(shapes)))
 
 
 def pooled_grad() -> Tensor:
@@ -137,6 +148,12 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Callable[[], Tensor], ...]]] = 
         lambda x, p: norm_grad.norm_grad(x, x, p, parameters(), 0.0, statistics_given=True, needs_affine=False)[0],
         (image, pooled_grad),
     ),
+    "loss": (
+        lambda x, t: segmentation_loss.segmentation_sums_grad(
+            *(torch.ones(3, len(x), CHANNELS, device=DEVICE), x, t, None), softmax=True, squared=False
+        ),
+        (image, lambda: image(1).sigmoid()),
+    ),
 }
 
 
@@ -160,6 +177,7 @@ def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_passes, "norm_grad_splits", lambda windows, channels, target: max(1, windows // 512))
 
 
+@interpreted
 @pytest.mark.usefixtures("short_parts")
 def test_partial_sums_of_the_last_images(launched: list[gpu.Launch], many: Callable[[Tensor], Tensor]) -> None:
     g, x = (random_integers((1, CHANNELS, SIDE, SIDE), dtype=torch.float16, seed=i) for i in (1, 2))
@@ -174,6 +192,7 @@ def test_partial_sums_of_the_last_images(launched: list[gpu.Launch], many: Calla
     assert torch.equal(a, b)
 
 
+@interpreted
 @pytest.mark.usefixtures("short_parts")
 def test_partial_norm_sums_of_the_last_images(launched: list[gpu.Launch], many: Callable[[Tensor], Tensor]) -> None:
     x = image()
@@ -194,6 +213,18 @@ WIDENINGS: dict[str | None, tuple[str, str]] = {
 }
 
 
+@pytest.mark.skipif(INTERPRETED, reason="there only the last programs run")
+def test_sums_over_all_images(many: Callable[[Tensor], Tensor]) -> None:
+    """Of integers, which are exact in any order; all but the last image's are zeros."""
+    g, x = (random_integers((1, CHANNELS, SIDE, SIDE), dtype=torch.float16, seed=i, device=DEVICE) for i in (1, 2))
+    alone, together = (
+        grad.conv3x3_weight_grad(g, x, with_bias=True),
+        grad.conv3x3_weight_grad(many(g), many(x), with_bias=True),
+    )
+    assert all(map(torch.equal, alone, together))
+
+
+@interpreted
 @pytest.mark.parametrize(
     "module", ["tiles", *(pytest.param(m, marks=pytest.mark.slow) for m in ("norm_grad", "norm", None))]
 )
