@@ -1,74 +1,24 @@
-"""What tests/kernels/test_gpu.py checks, as functions of a device; those of CUDA alone are named with `cuda`.
+"""What tests/kernels/test_gpu.py checks in a process of its own.
 
 `python tests/helpers/gpu_bodies.py NAME` runs one in a process of its own, where it may hang, or lose its GPU.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import fastunet
 from fastunet import ops
-from fastunet.testing import random_cotangent, random_input
+from fastunet.testing import random_input
 
 
 def make(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """Random tensors, channels_last where they have four dimensions."""
     return [random_input(shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
-
-
-# --- the same bits each time ---
-
-
-def repeated(device: str, channels: int, side: int) -> Mapping[str, Callable[[], tuple[Tensor, ...]]]:
-    """Ops whose sums are split between programs, by name."""
-    n = 2
-    x, weight, bias, grad = make(
-        device, (n, channels, side, side), (channels, channels, 3, 3), (channels,), (n, channels, side, side)
-    )
-    gamma, beta = make(device, (channels,), (channels,), dtype=torch.float32)
-
-    def weight_grad() -> tuple[Tensor, ...]:
-        leaves = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
-        return torch.autograd.grad(ops.conv3x3_bias_relu(x, *leaves), leaves, grad)
-
-    def statistics() -> tuple[Tensor, ...]:
-        running = (torch.zeros_like(gamma), torch.ones_like(gamma))
-        y = ops.conv3x3_batch_norm_relu(x, weight, gamma, beta, *running, training=True)
-        return (y, *running)
-
-    def losses() -> tuple[Tensor, ...]:
-        logits = x.clone().requires_grad_()
-        sums = ops.segmentation_sums(logits, grad.sigmoid(), activation="softmax", entropy=True)
-        return (sums.detach(), *torch.autograd.grad(sums, logits, random_cotangent(sums)))
-
-    return {
-        "forward": lambda: (ops.conv3x3_bias_relu(x, weight, bias),),
-        "weight_grad": weight_grad,
-        "statistics": statistics,
-        "losses": losses,
-    }
-
-
-def hash_of(tensors: tuple[Tensor, ...]) -> str:
-    """Of all bits."""
-    digest = hashlib.sha256()
-    for t in tensors:
-        digest.update(t.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def check_repeats(device: str, name: str, times: int, channels: int, side: int) -> None:
-    run = repeated(device, channels, side)[name]
-    assert len({hash_of(run()) for _ in range(times)}) == 1
-
-
-# --- CUDA alone ---
 
 
 def cuda_graph_of_a_net() -> None:

@@ -59,11 +59,6 @@ def test_the_halo_variant_passes_its_check() -> None:
         check_family(HALO, dtype, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("name", ["forward", "weight_grad", "statistics", "losses"])
-def test_a_hundred_runs_have_one_hash(name: str) -> None:
-    gpu_bodies.check_repeats("cuda", name, times=100, channels=64, side=96)
-
-
 def test_a_device_that_is_not_the_current_one() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

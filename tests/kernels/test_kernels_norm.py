@@ -80,15 +80,6 @@ def test_variance_beside_a_large_mean_by_boxes() -> None:
         variance_beside_a_large_mean(KERNELS)
 
 
-def test_statistics_of_an_image_do_not_depend_on_the_others() -> None:
-    x = random_input((3, 5, 19, 9), dtype=BFLOAT, device=DEVICE)
-    weight = random_input((5, 5, 3, 3), dtype=BFLOAT, seed=1, device=DEVICE)
-    convolved, finish = KERNELS.conv3x3.pointer.conv3x3_with_statistics, KERNELS.norm.finish_statistics
-    together, alone = finish(convolved(x, weight)[1], 3, eps=EPS), finish(convolved(x[1:2], weight)[1], 1, eps=EPS)
-    for a, b in zip(together, alone, strict=True):
-        assert torch.equal(a[1:2], b)
-
-
 # --- normalisation, and the way back ---
 
 
@@ -172,20 +163,6 @@ def test_any_shape(
     assert_normalise(KERNELS, raw, parameters, slope)
     which = "both" if min(shape[2:]) >= 2 else "y"
     assert_grad(KERNELS, raw, parameters, slope, which, statistics_given=statistics_given)
-
-
-def test_the_same_bits_again_and_for_an_image_alone() -> None:
-    raw, affine = make(3, 17, 11, 9, BFLOAT, 3)
-    grad = random_input(raw.shape, dtype=raw.dtype, seed=9, device=DEVICE)
-
-    def grads(images: slice) -> tuple[Tensor, ...]:
-        of_images = {**affine, "mean": affine["mean"][images], "invstd": affine["invstd"][images]}
-        arguments = raw[images], grad[images], None, KERNELS.norm.Affine(**of_images), 0.0
-        return KERNELS.norm_grad.norm_grad(*arguments, statistics_given=False)
-
-    first, again = (grads(slice(None)) for _ in range(2))
-    assert all(map(torch.equal, first, again))
-    assert torch.equal(grads(slice(1, 2))[0], first[0][1:2])
 
 
 def test_nan_stays() -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from fastunet.kernels import config_passes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injected_faults import check_tests, load
@@ -119,25 +117,6 @@ def test_layouts_are_read_and_written_as_they_are() -> None:
     window = logits[:, 1:, :, :]
     assert KERNELS.segmentation_loss._tensor("x", window)["x_ptr"] is window
     assert KERNELS.segmentation_loss._tensor("x", logits[..., 1:])["x_ptr"].is_contiguous()
-
-
-def test_what_must_not_change_a_bit() -> None:
-    logits = random_input((3, 17, 20, 19), dtype=torch.bfloat16, device=DEVICE)
-    assert config_passes.pixel_splits(20 * 19, config_passes.pixel_config(17)) > 2
-    target, mask = make_target(logits, "soft"), make_mask(logits)
-    options = {"softmax": True, "squared": False}
-
-    def both(images: Any) -> tuple[Tensor, Tensor]:
-        x, t, m = logits[images], target[images], mask[images]
-        sums = KERNELS.segmentation_loss.segmentation_sums(x, t, m, entropy=True, **options)
-        return sums, KERNELS.segmentation_loss.segmentation_sums_grad(cotangent[:, images], x, t, m, **options)
-
-    cotangent = random_cotangent(torch.empty((4, 3, 17), device=DEVICE))
-    sums, grad = both(slice(None))
-    for images in (slice(None), torch.tensor([2, 0, 1]), slice(1, 2)):
-        some_sums, some_grad = both(images)
-        assert torch.equal(some_sums, sums[:, images])
-        assert torch.equal(some_grad, grad[images])
 
 
 def test_a_pass_over_nothing() -> None:
