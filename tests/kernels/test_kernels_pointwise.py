@@ -302,7 +302,11 @@ def rows_of_partial_sums(kernels: ModuleType) -> None:
 
 
 test_check, test_injected_fault_is_caught = check_tests({
-    every_window: [("tiles", "tl.maximum(", "tl.minimum(")],
+    every_window: [
+        ("tiles", "tl.maximum(", "tl.minimum("),
+        ("windows", "(v > best)", "(v >= best)"),
+        ("windows", " | (v != v)", ""),
+    ],
     windows_of_odd_images: [
         ("max_pool2x2", " + row // (H // 2) * (H % 2)", ""),
         ("max_pool2x2", "pointers += W.to(tl.int64) * C", "pointers += C"),
