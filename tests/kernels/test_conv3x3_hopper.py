@@ -165,9 +165,10 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("seeds", [range(MODES), pytest.param(range(MODES, 20 * MODES), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_on_the_model(case: Case) -> None:
-    for seed in range(MODES):
+def test_the_kernel_on_the_model(case: Case, seeds: range) -> None:
+    for seed in seeds:
         check(case, seed)
 
 
@@ -177,13 +178,6 @@ def test_a_head_beside_an_infinity() -> None:
     check(case, 0, infinite=True)
     with pytest.raises(AssertionError, match="not close"):
         check(case, 0, [("if COUT < n.shape[0]:", "if False:")], infinite=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_on_the_model_in_many_orders(case: Case) -> None:
-    for seed in range(MODES, 20 * MODES):
-        check(case, seed)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -76,24 +76,20 @@ def test_a_device_that_is_not_the_current_one() -> None:
         assert torch.equal(a.cpu(), b.cpu())
 
 
-def test_mixed_devices_raise_before_any_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_devices_raise_before_any_launch() -> None:
     from fastunet.kernels import gpu
 
-    def forbidden(self: gpu.Launch, device: torch.device) -> None:
-        raise AssertionError(f"{self.kernel} was launched")
-
-    monkeypatch.setattr(gpu.Launch, "run", forbidden)
     x, weight, bias = gpu_bodies.make("cuda", (1, 4, 8, 8), (4, 4, 3, 3), (4,))
-    with pytest.raises(checks.DeviceError, match="weight: expected device cuda:0"):
-        ops.conv3x3_bias_relu(x, weight.cpu(), bias)
-    with pytest.raises(checks.DeviceError, match="bias: expected device cuda:0"):
-        ops.conv3x3_bias_relu(x, weight, bias.cpu())
-    with pytest.raises(checks.DeviceError, match="up: expected device cpu"):
-        ops.concat_conv3x3_bias_relu(x.cpu(), x, weight.cpu())
-    with pytest.raises(checks.DeviceError, match="gamma: expected device cuda:0"):
-        ops.conv3x3_instance_norm_relu(x, weight, bias.cpu(), bias)
-    with pytest.raises(checks.DeviceError, match="target: expected device cuda:0"):
-        ops.segmentation_sums(x, x.cpu())
+    for op, arguments, message in (
+        (ops.conv3x3_bias_relu, (x, weight.cpu(), bias), "weight: expected device cuda:0"),
+        (ops.conv3x3_bias_relu, (x, weight, bias.cpu()), "bias: expected device cuda:0"),
+        (ops.concat_conv3x3_bias_relu, (x.cpu(), x, weight.cpu()), "up: expected device cpu"),
+        (ops.conv3x3_instance_norm_relu, (x, weight, bias.cpu(), bias), "gamma: expected device cuda:0"),
+        (ops.segmentation_sums, (x, x.cpu()), "target: expected device cuda:0"),
+    ):
+        with gpu.recording() as launches, pytest.raises(checks.DeviceError, match=message):
+            op(*arguments)
+        assert launches == []
 
 
 @pytest.mark.parametrize("channels", [3, 16], ids=["folded", "by tap"])
