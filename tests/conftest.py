@@ -59,6 +59,13 @@ def ieee() -> Iterator[None]:
 
 
 @pytest.fixture
+def forced() -> Iterator[None]:
+    """Every op runs on its Triton kernel."""
+    with dispatch.backend("triton"):
+        yield
+
+
+@pytest.fixture
 def undrawn_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings leave an empty report, which would take longer to draw than they do."""
     from fastunet.train import results

@@ -15,17 +15,12 @@ from fastunet.testing import float32_precision
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("forced"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(dispatch.interpreting(), reason="TRITON_INTERPRET=1 runs the kernels on the CPU"),
 ]
 # Seconds for a process that starts, compiles a few kernels and runs them.
 TIMEOUT = 300
-
-
-@pytest.fixture(autouse=True)
-def forced():
-    with fastunet.backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("name", gpu_bodies.CUDA_BODIES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -35,7 +35,7 @@ from fastunet import dispatch, ops
 from fastunet.reference import functional as reference
 from fastunet.testing import assert_within, random_cotangent
 
-pytestmark = [MARK, pytest.mark.usefixtures("ieee", "nan_in_fresh_memory")]
+pytestmark = [MARK, pytest.mark.usefixtures("ieee", "nan_in_fresh_memory", "forced")]
 
 Tensors = list[Tensor | None]
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -57,12 +57,6 @@ if INTERPRETED:  # Two steps elsewhere.
     BY_DESCRIPTORS.append(
         Case("conv_transpose2x2_concat_conv3x3_relu", (SKIP16, low, up, (16,), (40, 48, 3, 3), PLANES), {})
     )
-
-
-@pytest.fixture(autouse=True)
-def forced() -> Iterator[None]:
-    with fastunet.backend("triton"):
-        yield
 
 
 class Results(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,15 +16,9 @@ from fastunet import ops
 from fastunet.ops import recompute
 from fastunet.testing import assert_within, random_cotangent, random_input
 
-pytestmark = [MARK, pytest.mark.usefixtures("ieee")]
+pytestmark = [MARK, pytest.mark.usefixtures("ieee", "forced")]
 # An image, its two levels' channels: 8 x 8 pixels and 4 x 4.
 X, OUT = (2, 3, 8, 8), (2, 2, 8, 8)
-
-
-@pytest.fixture(autouse=True)
-def forced() -> Iterator[None]:
-    with fastunet.backend("triton"):
-        yield
 
 
 def net(norm: str, **options: Any) -> fastunet.UNet:
