@@ -80,26 +80,18 @@ def test_sums_of_a_bias_leave_room_for_a_second_program(capability: int) -> None
     assert result.register_operands == 0
 
 
-@pytest.mark.parametrize("kernel", ["conv3x3_kernel", "conv3x3_input_grad_kernel", "conv3x3_weight_grad_kernel"])
 @pytest.mark.parametrize(("capability", "channels"), [(80, 24), (90, 72)])
-def test_convolutions_of_multiples_of_8_channels_load_as_vectors(capability: int, channels: int, kernel: str) -> None:
-    shape = ConvShape(channels, 0, channels, 128, 128)
-    result, _ = compiled(Wanted("conv3x3_batch_norm_relu", shape, kernel, capability))
-    assert "cp.async.cg.shared.global" in result.ptx
-    assert not re.search(r"(ld|st)\.global\S*\.b16", result.ptx)
-    assert result.spill_bytes == 0
-
-
-@pytest.mark.parametrize("channels", [24, 72])
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "kernel", ["conv_transpose2x2_kernel", "conv_transpose2x2_input_grad_kernel", "pixel_weight_grad_kernel"]
+    ("op", "kernel"),
+    [
+        *(("conv3x3_batch_norm_relu", f"conv3x3_{of}kernel") for of in ("", "input_grad_", "weight_grad_")),
+        *(("conv_transpose2x2", f"conv_transpose2x2_{of}kernel") for of in ("", "input_grad_")),
+        ("conv_transpose2x2", "pixel_weight_grad_kernel"),
+    ],
 )
-def test_transposed_convolutions_of_multiples_of_8_channels_load_as_vectors(
-    kernel: str, capability: int, channels: int
-) -> None:
+def test_multiples_of_8_channels_load_as_vectors(op: str, kernel: str, capability: int, channels: int) -> None:
     shape = ConvShape(channels, 0, channels, 128, 128)
-    result, _ = compiled(Wanted("conv_transpose2x2", shape, kernel, capability))
+    result, _ = compiled(Wanted(op, shape, kernel, capability))
     assert "cp.async.cg.shared.global" in result.ptx
     assert not re.search(r"(ld|st)\.global\S*\.b16", result.ptx)
     assert result.spill_bytes == 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -156,16 +157,22 @@ def test_the_halo_variant_wants_sm_90_and_a_known_triton(monkeypatch: pytest.Mon
     config_hopper.unsupported_reason.cache_clear()
 
 
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(gpu, "target", lambda _: HOPPER)
+    monkeypatch.setattr(dispatch, "triton_unsupported", lambda *_: None)
+    config_hopper.unsupported_reason.cache_clear()
+    yield
+    config_hopper.unsupported_reason.cache_clear()
+
+
+@pytest.mark.usefixtures("on_hopper")
 def test_its_check_compiles_five_kernels_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[gpu.Launch] = []
-    monkeypatch.setattr(gpu, "target", lambda _: HOPPER)
     monkeypatch.setattr(gpu.Launch, "run", lambda launch, _: launches.append(launch))
     monkeypatch.setattr(parity, "compare", lambda *_: None)
     monkeypatch.setattr(families, "assert_within", lambda *_: None)
-    monkeypatch.setattr(dispatch, "triton_unsupported", lambda *_: None)
-    config_hopper.unsupported_reason.cache_clear()
     families.check_family(families.HALO, "bfloat16", CPU)
-    config_hopper.unsupported_reason.cache_clear()
     # In training, other kernels merge the statistics and normalise.
     launches = [launch for launch in launches if launch.kernel is hopper.conv3x3_hopper_kernel]
     kinds = {str({k: v for k, v in each.arguments.items() if k.isupper()} | each.options) for each in launches}
@@ -176,6 +183,7 @@ def test_its_check_compiles_five_kernels_that_fit(monkeypatch: pytest.MonkeyPatc
     assert all(config_hopper.shared_memory(c) + 512 <= HOPPER.shared_memory for c in config_hopper.checked_configs())
 
 
+@pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
     ("edit", "seen"),
     [
@@ -198,12 +206,8 @@ def test_its_check_tells_right_from_wrong(
             if memory.is_written(t):
                 t.copy_(memory.result(t))
 
-    monkeypatch.setattr(gpu, "target", lambda _: HOPPER)
     monkeypatch.setattr(gpu.Launch, "run", emulate)
-    monkeypatch.setattr(dispatch, "triton_unsupported", lambda *_: None)
-    config_hopper.unsupported_reason.cache_clear()
     chosen = config.ConvConfig(16, 8, 128, 64, 4, 2, config.HALO, weight_stages=2)
     sees = nullcontext() if edit is None else pytest.raises(AssertionError, match=seen)
     with fastunet.backend("triton"), sees:
         families.check_halo(torch.float16, CPU, (1, 64, 9, 17, 128), [chosen])
-    config_hopper.unsupported_reason.cache_clear()
