@@ -37,6 +37,27 @@ def make_inputs(
     return x, up, make((c_out, c1 + c2, 3, 3), seed=3, **options), make((c_out,), seed=4, **options)
 
 
+def upsampling_inputs(
+    size: tuple[int, int], *, n: int = 1, c1: int = 16, c_low: int = 32, c_out: int = 64, make: Any = random_input
+) -> dict:
+    """Tensors of a decoder upsampling in float16; the convolution has as many channels of the upsampled image as of
+    skip, of which size is the height and width.
+    """
+    options = {"dtype": torch.float16, "device": DEVICE}
+    scales = {"up_weight": c_low**-0.5, "weight": (18 * c1) ** -0.5} if make is random_input else {}
+    shapes = {
+        "skip": (n, c1, *size),
+        "low": (n, c_low, size[0] // 2, size[1] // 2),
+        "up_weight": (c_low, c1, 2, 2),
+        "up_bias": (c1,),
+        "weight": (c_out, 2 * c1, 3, 3),
+    }
+    return {
+        name: make(shape, seed=i, **options, **({"scale": scales[name]} if name in scales else {}))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
 def assert_forward(
     kernels: ModuleType, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, **options: Any
 ) -> None:

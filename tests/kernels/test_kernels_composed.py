@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conv3x3_checks import upsampling_inputs
 from fastunet.kernels.conv3x3 import config
 from injected_faults import check_tests, load
 from kernel_device import DEVICE, INTERPRETED, MARK
@@ -29,27 +30,6 @@ def chosen(tile_h: int = 8, block_k: int = 16) -> config.ConvConfig:
     return config.ConvConfig(tile_h, 8, 64, block_k, 4, 2, config.DESCRIPTOR)
 
 
-def tensors(
-    size: tuple[int, int], *, n: int = 1, c1: int = 16, c_low: int = 32, c_out: int = 64, make: Any = random_input
-) -> dict:
-    """Tensors of a decoder upsampling in float16; the convolution has as many channels of the upsampled image as of
-    skip, of which size is the height and width.
-    """
-    options = {"dtype": torch.float16, "device": DEVICE}
-    scales = {"up_weight": c_low**-0.5, "weight": (18 * c1) ** -0.5} if make is random_input else {}
-    shapes = {
-        "skip": (n, c1, *size),
-        "low": (n, c_low, size[0] // 2, size[1] // 2),
-        "up_weight": (c_low, c1, 2, 2),
-        "up_bias": (c1,),
-        "weight": (c_out, 2 * c1, 3, 3),
-    }
-    return {
-        name: make(shape, seed=i, **options, **({"scale": scales[name]} if name in scales else {}))
-        for i, (name, shape) in enumerate(shapes.items())
-    }
-
-
 def run(
     t: dict, *arguments: Any, kernels: ModuleType = KERNELS, config: config.ConvConfig | None = None, **options: Any
 ) -> Tensor:
@@ -65,13 +45,13 @@ def run(
 # One pixel of low, less than a tile; a row or a column more, by which a tile more begins; several blocks of channels
 # and steps; a last block that is not whole, whose boxes of the weights go on into the next sub-pixel's.
 CASES = [
-    (tensors((2, 2), n=2), None),
-    (tensors((3, 3)), None),
-    (tensors((7, 18), n=2), None),
-    (tensors((17, 10)), None),
-    (tensors((19, 6), c1=32, c_low=48, c_out=128), chosen(16)),
-    (tensors((7, 6), c_out=40), None),
-    (tensors((7, 6), c_out=96), None),
+    (upsampling_inputs((2, 2), n=2), None),
+    (upsampling_inputs((3, 3)), None),
+    (upsampling_inputs((7, 18), n=2), None),
+    (upsampling_inputs((17, 10)), None),
+    (upsampling_inputs((19, 6), c1=32, c_low=48, c_out=128), chosen(16)),
+    (upsampling_inputs((7, 6), c_out=40), None),
+    (upsampling_inputs((7, 6), c_out=96), None),
 ]
 
 
@@ -82,7 +62,7 @@ def test_parity(t: dict, config: config.ConvConfig | None) -> None:
 
 @pytest.mark.parametrize("up_bias", [True, False])
 def test_norm_and_activation(up_bias: bool) -> None:
-    t = tensors((6, 11))
+    t = upsampling_inputs((6, 11))
     t = t if up_bias else {**t, "up_bias": None}
     mean, variance, gamma, bias = (random_input((64,), seed=i, device=DEVICE) for i in range(6, 10))
     variance = variance.abs() + 0.5
@@ -94,7 +74,7 @@ def test_norm_and_activation(up_bias: bool) -> None:
 
 
 def test_integers_are_exact() -> None:
-    t = tensors((9, 12), make=lambda *a, **k: random_integers(*a, largest=1, **k))
+    t = upsampling_inputs((9, 12), make=lambda *a, **k: random_integers(*a, largest=1, **k))
     up = F.conv_transpose2d(t["low"].double(), t["up_weight"].double(), t["up_bias"].double(), stride=2)
     expected = F.conv2d(torch.cat([t["skip"].double(), F.pad(up, [0, 0, 0, 1])], 1), t["weight"].double(), padding=1)
     assert expected.abs().max() < 2048  # Beyond, float16 has no longer every integer.
@@ -102,7 +82,7 @@ def test_integers_are_exact() -> None:
 
 
 def test_an_image_alone_and_in_a_batch_has_the_same_bits() -> None:
-    t = tensors((7, 10), n=2)
+    t = upsampling_inputs((7, 10), n=2)
     alone = {**t, "skip": t["skip"][1:], "low": t["low"][1:]}
     expected = run(t)[1:]
     assert torch.equal(run(alone), expected)
@@ -114,7 +94,7 @@ def test_an_image_alone_and_in_a_batch_has_the_same_bits() -> None:
 
 
 def several_tiles_of_an_odd_image(kernels: ModuleType) -> None:
-    t = tensors((17, 19))
+    t = upsampling_inputs((17, 19))
     assert_within(run(t, kernels=kernels), *composed_sums_expected(**t).stored(torch.float16))
 
 

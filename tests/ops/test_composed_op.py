@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conv3x3_checks import upsampling_inputs
 from fastunet.kernels import gpu
 from kernel_device import DEVICE, HOPPER, INTERPRETED, MARK, kernel_names, on
 from torch import Tensor, nn
@@ -34,12 +35,7 @@ def forced() -> Iterator[None]:
 
 def arguments(size: tuple[int, int], c_low: int = 32, c_out: int = 64) -> tuple[Tensor, ...]:
     """skip, low, up_weight, up_bias, weight of an image of that size."""
-    options = {"dtype": HALF, "device": DEVICE}
-    shapes = [(2, 16, *size), (2, c_low, size[0] // 2, size[1] // 2), (c_low, 16, 2, 2), (16,), (c_out, 32, 3, 3)]
-    scales = (1, 1, c_low**-0.5, 1, 288**-0.5)
-    return tuple(
-        random_input(s, scale=scale, seed=i, **options) for i, (s, scale) in enumerate(zip(shapes, scales, strict=True))
-    )
+    return tuple(upsampling_inputs(size, n=2, c_low=c_low, c_out=c_out).values())
 
 
 @pytest.mark.parametrize(
