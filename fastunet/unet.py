@@ -15,7 +15,7 @@ from fastunet.checks import ConfigError, ShapeError, check_activation, check_tog
 from fastunet.cpu.model_state import Memo, autocast_dtype
 from fastunet.cpu.pooling import max_pool2x2
 from fastunet.cpu.prepared_net import PreparedNet, like
-from fastunet.ops.registration import is_plain_call
+from fastunet.ops.registration import is_unseen
 from fastunet.reference import ReferenceUNet
 
 # The ways in which a net is computed.
@@ -134,10 +134,11 @@ class UNet(ReferenceUNet):
 
     def _by_layers(self, x: Tensor, levels: list[Tensor] | None) -> Tensor:
         skips = []
-        for block in self.encoder:
+        *encoder, bottleneck = self._descent()
+        for block in encoder:
             skips.append(block.layered(x))
             x = max_pool2x2(skips[-1])
-        x = self.bottleneck.layered(x)
+        x = bottleneck.layered(x)
         for block in self.decoder:
             x = block.layered(x, skips.pop())
             if levels is not None:
@@ -155,7 +156,7 @@ class UNet(ReferenceUNet):
         if torch.compiler.is_compiling():
             return OPS if self.has_plain_layers() else MODULES
         signature, autocast = None, autocast_dtype(x.device.type)
-        if x.dim() == 4 and is_plain_call((x,), but_for_autocast=True):
+        if x.dim() == 4 and is_unseen((x,)):
             signature = (x.shape, x.dtype, autocast, x.device, torch.is_grad_enabled(), dispatch.settings(x.device))
 
         def find() -> Any:
@@ -177,11 +178,12 @@ class UNet(ReferenceUNet):
             net = self.prepared_net(x, dtype)
             if dtype == torch.float32 or net.folds_norms:
                 return net
-        if autocast is not None:
-            return OPS
+        if autocast is not None and not torch.is_grad_enabled():
+            return OPS  # They keep cast weights, which layers would cast at every call.
         blocks = [*self._descent(), *(block.conv for block in self.decoder)]
         levels = [*range(self.depth + 1), *reversed(range(self.depth))]
-        images = [x.new_empty(1).expand(x.shape[0], 1, *(side >> level for side in x.shape[2:])) for level in levels]
+        one = x.new_empty(1, dtype=dtype)
+        images = [one.expand(x.shape[0], 1, *(side >> level for side in x.shape[2:])) for level in levels]
         is_left = all(
             modules.is_left_to_aten(conv, norm, image)
             for block, image in zip(blocks, images, strict=True)
@@ -244,6 +246,8 @@ class UNet(ReferenceUNet):
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         """Raise ShapeError for what the layers as they are cannot take, before any of them runs."""
         channels = weight.shape[1]
+        if x.dim() == 4 and x.shape[1] == channels and min(x.shape[2:]) >= 2 << self.depth and x.is_floating_point():
+            return  # As almost always, and then there is nothing to explain.
         self._check_sides(x)
         if x.shape[1] != channels:
             raise ShapeError(f"UNet: expected {channels} input channels, got {x.shape[1]} in {list(x.shape)}")

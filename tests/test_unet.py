@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -238,3 +239,29 @@ def test_a_small_net_of_packed_and_composed_layers_equals_its_reference(size: tu
             assert_within(model(x), expected, 2000 * UNIT_ROUNDOFF[torch.float32] * largest)
     if dispatch.has_onednn():
         assert is_prepared == (count > 0)
+
+
+def recorded(y: Tensor) -> Counter[str]:
+    """Return how often autograd has recorded each kind of node for y, those of parameters included."""
+    found, pending = set(), [y.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            pending += [following for following, _ in node.next_functions]
+    return Counter(node.name() for node in found)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("norm", ["batch", None])
+def test_training_on_the_cpu_records_what_torchs_layers_record(norm: str | None, autocast: bool) -> None:
+    """But for a padding by nothing; and a layer that gains by an op of ours is the only one that has it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for features, ours in (((4, 8, 16), 0), ((4, 352), 1)):  # 352 to 352: a weight gradient as a matrix product.
+            model = fastunet.UNet(1, 2, features=features, norm=norm)
+            x = torch.randn(2, 1, 16, 16).to(memory_format=torch.channels_last)
+            found, expected = recorded(model(x)), recorded(model.to_reference()(x))
+            del expected["ConstantPadNdBackward0"]
+            assert found["Conv3x3Backward"] == ours
+            if not ours:
+                assert found == expected

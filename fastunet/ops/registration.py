@@ -217,10 +217,13 @@ def _is_torchs(op: Op, args: Any) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def is_plain_call(args: Sequence[Any], *, but_for_autocast: bool = False) -> bool:
-    """Return whether no subclass, mode, transform or autocast is to see what is done with these arguments;
-    but_for_autocast: who asks does what autocast would.
-    """
+def is_plain_call(args: Sequence[Any]) -> bool:
+    """Return whether no subclass, mode, transform or autocast is to see what is done with these arguments."""
+    return is_unseen(args) and not checks.autocasts(args[0].device.type)
+
+
+def is_unseen(args: Sequence[Any]) -> bool:
+    """Return whether no subclass, mode or transform is to see it; autocast may."""
     for a in args:
         if isinstance(a, Tensor) and type(a) not in _PLAIN:
             return False
@@ -229,7 +232,6 @@ def is_plain_call(args: Sequence[Any], *, but_for_autocast: bool = False) -> boo
         and torch_private.function_modes() == 0
         and not in_forward_mode()
         and not in_transform()
-        and (but_for_autocast or not checks.autocasts(args[0].device.type))
         and not torch_private.is_profiling()
     )
 
@@ -321,7 +323,7 @@ def define_autocast(
             dtype = torch.get_autocast_dtype(device)
             args = args._replace(**{name: _cast(getattr(args, name), dtype) for name in cast})
             is_recorded = _is_recorded(args)
-            if is_recorded and device == "cuda" and _is_torchs(op, args):  # Again of functions with rules.
+            if is_recorded and _is_torchs(op, args):  # Again of functions with rules.
                 return _without_none(op.composition(args), values)  # type: ignore[misc]
             if is_recorded or not args.choice().prepares:
                 format = torch.channels_last if suggests_channels_last(args[0]) else torch.preserve_format
