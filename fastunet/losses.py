@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -177,11 +177,9 @@ class DiceLoss(nn.Module):
             return sums
         return torch.cat([sums, _fused_sums(input, target, mask, activation, squared=False, entropy=True)[3:]])
 
-    def _reduce(self, sums: Tensor, spatial_dims: int) -> Tensor:
-        """Turn sums [3, N, C] into the loss."""
-        if not self.include_background and sums.shape[2] > 1:
-            sums = sums[:, :, 1:]
-        overlap, predicted, true = sums.sum(1) if self.batch else sums
+    def _reduce(self, sums: Iterable[Tensor], spatial_dims: int) -> Tensor:
+        """Turn three sums [N, C] into the loss."""
+        overlap, predicted, true = map(self._of_classes, sums)
         union = 2 * (predicted + true - overlap) if self.jaccard else predicted + true
         loss = 1 - (2 * overlap + self.smooth_nr) / (union + self.smooth_dr)
         classes = loss.shape[-1]
@@ -194,6 +192,12 @@ class DiceLoss(nn.Module):
         if self.reduction == "sum":
             return loss.sum()
         return loss.reshape(*loss.shape, *[1] * spatial_dims)
+
+    def _of_classes(self, sums: Tensor) -> Tensor:
+        """Return what of [N, C] the loss is made of."""
+        if not self.include_background and sums.shape[1] > 1:
+            sums = sums[:, 1:]
+        return sums.sum(0) if self.batch else sums
 
 
 class BCEDiceLoss(nn.Module):
@@ -239,25 +243,24 @@ class BCEDiceLoss(nn.Module):
             ShapeError: input and target differ in shape.
             DtypeError: the input is not floating point.
         """
-        sums = self.dice._sums(input, target, entropy=True)  # validates both
-        dice = self.dice._reduce(sums[:3], input.dim() - 2)
-        return self.dice_weight * dice + self.bce_weight * self._cross_entropy(sums[3:], input, target)
+        *sums, positive, negative = self.dice._sums(input, target, entropy=True)  # validates both
+        dice = self.dice._reduce(sums, input.dim() - 2)
+        return self.dice_weight * dice + self.bce_weight * self._cross_entropy(positive, negative, input, target)
 
-    def _cross_entropy(self, sums: Tensor, input: Tensor, target: Tensor) -> Tensor:
-        """`F.binary_cross_entropy_with_logits` from the sums over positive and negative pixels, [2, N, C]."""
-        positive, negative = sums
+    def _cross_entropy(self, positive: Tensor, negative: Tensor, input: Tensor, target: Tensor) -> Tensor:
+        """`F.binary_cross_entropy_with_logits` from the sums over positive and negative pixels, [N, C] each."""
         if self.pos_weight is not None:
             if self.pos_weight.dim() == 1 and len(self.pos_weight) not in (1, input.shape[1]):
                 raise ConfigError(
                     f"pos_weight: expected {input.shape[1]} values (one a channel), got {len(self.pos_weight)}"
                 )
-            positive = positive * self.pos_weight.to(sums)
+            positive = positive * self.pos_weight.to(positive)
         total = (positive + negative).sum()
         if self.reduction == "sum":
             return total
         mask = _ignore_mask(target, self.dice.ignore_index)
         if mask is None:
-            return total / (sums.shape[1] * math.prod(input.shape[1:]))
+            return total / (positive.shape[0] * math.prod(input.shape[1:]))
         counted = mask.flatten(1).sum(1)
         counted = _of_all_ranks(counted[None, :, None]) if self.dice.across_ranks else counted
         return _safe_ratio(total, counted.sum() * input.shape[1])
@@ -318,21 +321,21 @@ class CEDiceLoss(nn.Module):
             raise ShapeError(f"input: expected at least 2 channels (BCEDiceLoss takes one), got {input.shape[1]}")
         if target.dim() == input.dim() - 1:
             target = target.unsqueeze(1)
-        sums = self.dice._sums(input, target, entropy=True)  # validates both
+        *sums, entropy = self.dice._sums(input, target, entropy=True)  # validates both
         if target.shape == input.shape and self.dice.ignore_index is not None:
             raise ConfigError("ignore_index: expected a target of class indices, got one of probabilities")
-        dice = self.dice._reduce(sums[:3], input.dim() - 2)
-        return self.lambda_dice * dice + self.lambda_ce * self._cross_entropy(sums, input, target)
+        dice = self.dice._reduce(sums, input.dim() - 2)
+        return self.lambda_dice * dice + self.lambda_ce * self._cross_entropy(entropy, sums[2], input, target)
 
-    def _cross_entropy(self, sums: Tensor, input: Tensor, target: Tensor) -> Tensor:
-        """`F.cross_entropy` from sums [4, N, C]: a class's weight is the same for all its pixels."""
-        weight = 1 if self.class_weight is None else self.class_weight.to(sums)
-        total = (sums[3] * weight).sum()
+    def _cross_entropy(self, entropy: Tensor, true: Tensor, input: Tensor, target: Tensor) -> Tensor:
+        """`F.cross_entropy` from sums [N, C]: a class's weight is the same for all its pixels."""
+        weight = 1 if self.class_weight is None else self.class_weight.to(entropy)
+        total = (entropy * weight).sum()
         if self.reduction == "sum":
             return total
         if target.shape == input.shape:  # Over probabilities, torch divides by the number of pixels, not by weights.
-            return total * input.shape[1] / (sums.shape[1] * math.prod(input.shape[1:]))
-        count = (sums[2] * weight).sum()
+            return total * input.shape[1] / (entropy.shape[0] * math.prod(input.shape[1:]))
+        count = (true * weight).sum()
         return total / count if self.dice.ignore_index is None else _safe_ratio(total, count)
 
 
