@@ -99,8 +99,11 @@ def is_ours(path: Path) -> bool:
             import zarr
 
             return zarr.open(str(path), mode="r").attrs.get("software") == SOFTWARE
+        from skimage.measure import regionprops_table
+
+        names = list(regionprops_table(np.zeros((1, 1), int), properties=PROPERTIES))
         with path.open(newline="") as file:
-            return next(csv.reader(file))[: len(PROPERTIES)] == list(_columns(())[: len(PROPERTIES)])
+            return next(csv.reader(file))[: len(names)] == names
     except Exception:  # of another kind, or broken: its reader raises anything
         return False
 
@@ -303,22 +306,11 @@ def write_objects(path: Path, objects: np.ndarray, labels: np.ndarray, image: np
     from skimage.measure import regionprops_table
 
     table = regionprops_table(objects, image, properties=(*PROPERTIES, "intensity_mean"))
-    classes = regionprops_table(objects, labels, properties=("intensity_max",))["intensity_max"].astype(int)
-    names = _columns(tuple(name for name in table if name.startswith("intensity")))
-    columns = [table[name].tolist() for name in names[:-1]]
+    table["class"] = regionprops_table(objects, labels, properties=("intensity_max",))["intensity_max"].astype(int)
     with written_whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows(zip(*columns, classes.tolist(), strict=True))
-
-
-def _columns(intensities: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of the columns that `regionprops_table` makes of the properties, and the class's."""
-    counts = {"centroid": 2, "bbox": 4}
-    names = [
-        name if name not in counts else f"{name}-{index}" for name in PROPERTIES for index in range(counts.get(name, 1))
-    ]
-    return (*names, *intensities, "class")
+        writer.writerow(table)
+        writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
 
 
 def write_rois(path: Path, objects: np.ndarray) -> None:
