@@ -50,7 +50,7 @@ def decode(path: Path, section: int | None = None) -> Picture:
         MissingPackageError: the package that reads the format is not installed.
     """
     try:
-        picture = _decode(path, section)
+        picture = _reader_of(path)[1](section)
     except (DataError, MissingPackageError):
         raise
     except MemoryError as error:
@@ -63,48 +63,43 @@ def decode(path: Path, section: int | None = None) -> Picture:
     return picture
 
 
-def _decode(path: Path, section: int | None) -> Picture:
-    if path.is_dir() and is_zarr(path):
-        return _decode_volume(path, open_zarr(path), section)
-    head = _head_of(path)
-    if head.startswith(TIFF):
-        return decode_tiff(path, section)
-    for magic, opener in FORMATS.items():
-        if head.startswith(magic):
-            return _decode_pillow(path, opener, head, section)
-    if (volume := opener_of(path, head)) is not None:
-        return _decode_volume(path, volume(path), section)
-    known = "PNG, JPEG, BMP, GIF, WebP, TIFF, NPY, NIfTI or DICOM"
-    raise ValueError(f"a file that is not {known}" if head else "an empty file")
-
-
-def _head_of(path: Path) -> bytes:
-    if not path.is_file():
-        raise DataError(f"{path}: expected a file, got {what_is_there(path)}")
-    with path.open("rb") as file:
-        return file.read(HEAD)
-
-
 def count_sections(path: Path) -> int:
     """Return how many sections a file holds, by its header; 1 of a file that cannot be read, which decoding refuses."""
     try:
-        if path.is_dir() and is_zarr(path):
-            return open_zarr(path).shape[0]
-        head = _head_of(path)
-        if head.startswith(TIFF):
-            with tifffile.TiffFile(path, is_ome=False, is_mmstack=False, is_ndtiff=False) as tiff:
-                count = count_planes(tiff) if len(tiff.series) == 1 else 1
-                return count if count <= path.stat().st_size else 1
-        for magic, opener in FORMATS.items():
-            if head.startswith(magic):
-                with opener(path) as image:
-                    return getattr(image, "n_frames", 1)
-        volume = opener_of(path, head)
-        return 1 if volume is None else volume(path).shape[0]
+        return _reader_of(path)[0]()
     except MissingPackageError:
         raise
     except Exception:
         return 1
+
+
+def _reader_of(path: Path) -> tuple[Callable[[], int], Callable[[int | None], Picture]]:
+    """Return what counts the sections of a file, and what decodes one of them."""
+    if path.is_dir() and is_zarr(path):
+        return lambda: open_zarr(path).shape[0], lambda section: _decode_volume(path, open_zarr(path), section)
+    if not path.is_file():
+        raise DataError(f"{path}: expected a file, got {what_is_there(path)}")
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if head.startswith(TIFF):
+        return lambda: _count_tiff(path), lambda section: decode_tiff(path, section)
+    if (opener := next((opener for magic, opener in FORMATS.items() if head.startswith(magic)), None)) is not None:
+        return lambda: _count_pillow(path, opener), lambda section: _decode_pillow(path, opener, head, section)
+    if (volume := opener_of(path, head)) is not None:
+        return lambda: volume(path).shape[0], lambda section: _decode_volume(path, volume(path), section)
+    known = "PNG, JPEG, BMP, GIF, WebP, TIFF, NPY, NIfTI or DICOM"
+    raise ValueError(f"a file that is not {known}" if head else "an empty file")
+
+
+def _count_tiff(path: Path) -> int:
+    with tifffile.TiffFile(path, is_ome=False, is_mmstack=False, is_ndtiff=False) as tiff:
+        count = count_planes(tiff) if len(tiff.series) == 1 else 1
+        return count if count <= path.stat().st_size else 1
+
+
+def _count_pillow(path: Path, opener: Callable[..., Any]) -> int:
+    with opener(path) as image:
+        return getattr(image, "n_frames", 1)
 
 
 def _decode_volume(path: Path, volume: Volume, section: int | None) -> Picture:
