@@ -29,7 +29,7 @@ def suffix_of(path: Path) -> str:
 
 
 def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
-    """Map stem to file for the images of one folder, sorted by stem; hidden and other files are passed over.
+    """Map stem to file, or Zarr array, for the images of one folder, sorted by stem; others and hidden are passed over.
 
     Stems are in Unicode's composed form (NFC): macOS decomposes the names of files, other systems leave them.
 
@@ -42,16 +42,19 @@ def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
     with _named(folder):
         if not folder.is_dir():
             raise DataError(f"{folder}: expected a folder, got {what_is_there(folder)}")
-        found = folder.rglob("*") if nested else folder.iterdir()
+        found = sorted(folder.rglob("*") if nested else folder.iterdir())
+        arrays = {each for each in found if is_zarr(each)}  # each is one image, whatever is in it
         # A link to nothing is listed, so that reading it says so; a pipe, which reading would wait for, is not.
-        files = sorted(file for file in found if file.is_file() or (file.is_symlink() and not file.exists()))
-        arrays = {folder for folder in {file.parent for file in files} if nested and is_zarr(folder)}
-        if arrays:  # each is one image, whatever is in it
-            files = [file for file in files if arrays.isdisjoint(file.parents)]
-            files = sorted([*files, *(array for array in arrays if arrays.isdisjoint(array.parents))])
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+        files = [
+            each for each in found if each in arrays or each.is_file() or (each.is_symlink() and not each.exists())
+        ]
+    files = [
+        file
+        for file in files
+        if arrays.isdisjoint(file.parents) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
     images: dict[str, Path] = {}
-    for file in (file for file in files if suffix_of(file) or (nested and is_zarr(file))):
+    for file in (file for file in files if suffix_of(file) or file in arrays):
         stem = unicodedata.normalize("NFC", file.relative_to(folder).as_posix().removesuffix(suffix_of(file)))
         if stem in images:
             raise DataError(f"{file}: expected one file per stem, got {images[stem].name} and {file.name}")
@@ -94,11 +97,8 @@ def _images_at(path: Path) -> list[Path]:
             return [path]
         if is_zarr(path):
             return [path]
-        arrays = sorted(each for each in path.iterdir() if is_zarr(each)) if path.is_dir() else []
         subfolder = path / "images"
-        if arrays and not any(each.is_file() and suffix_of(each) for each in path.iterdir()):
-            return arrays
-        return [*list_images(subfolder if subfolder.is_dir() else path).values(), *arrays]
+        return [*list_images(subfolder if subfolder.is_dir() else path).values()]
 
 
 @contextmanager

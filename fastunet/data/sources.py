@@ -15,9 +15,9 @@ from tifffile import COMPRESSION, PHOTOMETRIC
 
 from fastunet.checks import DataError
 from fastunet.data.images import read_image
-from fastunet.data.picture import BLANK, what_is_there
+from fastunet.data.picture import BLANK
 from fastunet.data.tiff import ALPHA_SAMPLES, TIFF, TIFF_EXPANSION, check_segments
-from fastunet.data.volumes import is_zarr
+from fastunet.data.volumes import is_zarr, zarr_array
 
 ZARR = ".zarr"
 LARGE = 2**26  # bytes of pixels from which a TIFF is read in windows
@@ -102,24 +102,6 @@ def open_source(path: str | Path) -> Source:
         return _open_zarr(path)
     source = _open_large_tiff(path) if path.is_file() else None
     return source or source_of_array(read_image(path), path, pixel_size_of(path))
-
-
-def zarr_array(path: Path) -> Any:
-    """Open a Zarr array, of an OME-Zarr group that of the largest resolution. Raises DataError where there is none."""
-    import zarr
-
-    try:
-        found: Any = zarr.open(str(path), mode="r")
-        if isinstance(found, zarr.Group):
-            attributes: Any = dict(found.attrs)
-            scales = attributes.get("ome", attributes).get("multiscales")
-            if not scales:
-                raise ValueError("a group without arrays in resolutions (OME-Zarr)")
-            found = found[scales[0]["datasets"][0]["path"]]
-    except Exception as error:
-        got = " ".join(str(error).split()) if path.exists() else what_is_there(path)
-        raise DataError(f"{path}: expected a Zarr array, got: {got or type(error).__name__}") from error
-    return found
 
 
 def _open_zarr(path: Path) -> Source:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from fastunet.checks import MissingPackageError, required
+from fastunet.checks import DataError, MissingPackageError, required
+from fastunet.data.picture import what_is_there
 
 CHANNELS = 4  # at most, of a last axis that is taken for channels
 CODEC = 2**16  # bytes of pixels that a byte of a DICOM's codec stands for, at most
@@ -149,10 +150,26 @@ def _open_dicom(path: Path) -> Volume:
     return Volume(shape, dtype, claimed, CODEC if is_compressed else 1, read)
 
 
+def zarr_array(path: Path) -> Any:
+    """Open a Zarr array, of an OME-Zarr group that of the largest resolution. Raises DataError where there is none."""
+    import zarr
+
+    try:
+        found: Any = zarr.open(str(path), mode="r")
+        if isinstance(found, zarr.Group):
+            attributes: Any = dict(found.attrs)
+            scales = attributes.get("ome", attributes).get("multiscales")
+            if not scales:
+                raise ValueError("a group without arrays in resolutions (OME-Zarr)")
+            found = found[scales[0]["datasets"][0]["path"]]
+    except Exception as error:
+        got = " ".join(str(error).split()) if path.exists() else what_is_there(path)
+        raise DataError(f"{path}: expected a Zarr array, got: {got or type(error).__name__}") from error
+    return found
+
+
 def open_zarr(path: Path) -> Volume:
     """Open a Zarr array, of the largest resolution where it is an OME-Zarr group, as [N, H, W] or [H, W, C]."""
-    from fastunet.data.sources import zarr_array
-
     found = zarr_array(path)
     shape = tuple(size for axis, size in enumerate(found.shape) if size != 1 or axis >= len(found.shape) - 2)
     sections, height, width, channels = _interpret(shape)
