@@ -21,8 +21,6 @@ from fastunet.data.yolo import DATA_YAML, folders_of
 # Names of the folders of a data set that is split already; those of "test" belong to neither side.
 SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 
-YAML = (".yaml", ".yml")
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -67,11 +65,12 @@ class Pair:
         if self.names:
             height, width = size or self.read_image().shape[:2]
             return draw(self.mask, self.stem, self.names, (height, width)), False
-        if is_folder(self.mask) and self.section is None:
-            return read_objects(self.mask), False
-        if is_folder(self.mask):
-            return read_codes(files_in_order(self.mask)[self.section or 0], colours=colours, any_numbers=any_numbers)
-        return read_codes(self.mask, self.section, colours=colours, any_numbers=any_numbers)
+        file, section = self.mask, self.section
+        if is_folder(file):
+            if section is None:
+                return read_objects(file), False
+            file, section = files_in_order(file)[section], None
+        return read_codes(file, section, colours=colours, any_numbers=any_numbers)
 
 
 def find_pairs(root: str | Path, options: DataOptions | None = None, names: tuple[str, ...] = ()) -> list[Pair]:
@@ -108,21 +107,17 @@ def find_pairs(root: str | Path, options: DataOptions | None = None, names: tupl
 
 def _roots(root: Path, options: DataOptions) -> list[tuple[str, Path, DataOptions]]:
     """Give the folders that hold images and masks, how each is read, and what its stems begin with."""
-    if root.suffix.lower() in YAML:
+    if root.suffix.lower() in (".yaml", ".yml"):
         sides = folders_of(root)
         return [
             (f"{side}/", root.parent, replace(options, images=str(images.resolve()), masks=str(labels.resolve())))
             for side, (images, labels) in sides.items()
         ]
-    return [(prefix, folder, options) for prefix, folder in _folders(root, options)]
-
-
-def _folders(root: Path, options: DataOptions) -> list[tuple[str, Path]]:
     if os.path.lexists(root / options.images) or not os.path.isdir(root):
-        return [("", root)]
+        return [("", root, options)]
     folders = [folder for folder in sorted(root.iterdir()) if (folder / options.images).is_dir()]
-    sides = [folder for folder in folders if folder.name.casefold() in SIDES]
-    return [(f"{folder.name}/", folder) for folder in sides or folders] or [("", root)]
+    folders = [folder for folder in folders if folder.name.casefold() in SIDES] or folders
+    return [(f"{folder.name}/", folder, options) for folder in folders] or [("", root, options)]
 
 
 def _pairs_in(prefix: str, root: Path, options: DataOptions) -> list[Pair]:
@@ -173,28 +168,23 @@ def _masks_in(folder: Path, images: dict[str, Path], together: bool) -> dict[str
 def _sections_of(image: Path, mask: Path, stem: str) -> list[Pair]:
     """Give a pair for each section of two stacks; where the mask is one image, so is the other, of several channels."""
     if is_folder(mask):
-        sections, masks = count_sections(image), len(files_in_order(mask))
-        if sections > 1 and sections != masks:
-            raise DataError(f"{mask}: expected {sections} masks, one for each section of {image.name}, got {masks}")
-        numbers = range(sections) if sections > 1 else ()
-        pairs = [Pair(image, mask, section_name(stem, n, sections), _side_of(stem), n) for n in numbers]
-        return pairs or [Pair(image, mask, stem, _side_of(stem))]
-    count = 1 if mask.suffix.lower() in SUFFIXES else count_sections(mask)
+        count, masks = count_sections(image), len(files_in_order(mask))
+        if count > 1 and count != masks:
+            raise DataError(f"{mask}: expected {count} masks, one for each section of {image.name}, got {masks}")
+    else:
+        count = 1 if mask.suffix.lower() in SUFFIXES else count_sections(mask)
+        if count > 1 and (images := count_sections(image)) != count:
+            raise DataError(f"{mask}: expected {images} sections as of {image.name}, got a stack of {count} sections")
+    first, slash, _ = stem.partition("/")
+    side = SIDES.get(first.casefold(), "") if slash else ""
     if count == 1:
-        return [Pair(image, mask, stem, _side_of(stem))]
-    if (images := count_sections(image)) != count:
-        raise DataError(f"{mask}: expected {images} sections as of {image.name}, got a stack of {count} sections")
-    return [Pair(image, mask, section_name(stem, n, count), _side_of(stem), n) for n in range(count)]
+        return [Pair(image, mask, stem, side)]
+    return [Pair(image, mask, section_name(stem, n, count), side, n) for n in range(count)]
 
 
 def section_name(stem: str, section: int, count: int) -> str:
     """Return the stem of one section of `count`, such as stack_003."""
     return f"{stem}_{section:0{max(3, len(str(count - 1)))}d}"
-
-
-def _side_of(stem: str) -> str:
-    first, slash, _ = stem.partition("/")
-    return SIDES.get(first.casefold(), "") if slash else ""
 
 
 def _hint_of_folders(root: Path) -> str:
