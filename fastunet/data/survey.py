@@ -15,7 +15,16 @@ from fastunet.data.images import list_others
 from fastunet.data.labels import IGNORED, labels_of
 from fastunet.data.layout import DataOptions
 from fastunet.data.pairing import Pair, find_pairs, split
-from fastunet.data.summary import DataSummary, Facts, check_classes, check_foreground, in_threads, read_facts, sum_up
+from fastunet.data.summary import (
+    MAX_CLASSES,
+    DataSummary,
+    Facts,
+    check_classes,
+    check_foreground,
+    in_threads,
+    read_facts,
+    sum_up,
+)
 
 
 @dataclass(frozen=True)
@@ -49,29 +58,20 @@ class Survey:
         """The share of each class, and of what is ignored, if the masks fit."""
         if self.summary is None:
             return []
-        pixels: dict[int, int] = defaultdict(int)
-        images: dict[int, int] = defaultdict(int)
-        for fact in self.facts:
-            found = _label_counts(fact, self.summary)
-            for label, number in found.items():
-                pixels[label] += number
-                images[label] += 1
-        total = sum(pixels.values())
+        counts = np.array([_label_counts(fact, self.summary) for fact in self.facts])
+        pixels, images = counts.sum(0), (counts > 0).sum(0)
         names = [(IGNORED, "ignored")] if self.summary.ignored else []
         names = [*((label, self.summary.class_text(label)) for label in range(max(self.summary.classes, 2))), *names]
-        return [Share(name, pixels[label] / total, images[label]) for label, name in names]
+        return [Share(name, float(pixels[label] / pixels.sum()), int(images[label])) for label, name in names]
 
 
-def _label_counts(fact: Facts, summary: DataSummary) -> dict[int, int]:
-    """Turn counts of codes into counts of labels."""
+def _label_counts(fact: Facts, summary: DataSummary) -> np.ndarray:
+    """Turn counts of codes into counts of the labels 0 to 255."""
     codes = np.array(list(fact.counts), np.int64)
     # A threshold has made 0 and 1 of them already.
     threshold = None if summary.threshold is None else 1.0
     labels = labels_of(codes, summary.classes, values=summary.labels, ignore=summary.ignore, threshold=threshold)
-    found: dict[int, int] = defaultdict(int)
-    for label, number in zip(labels.tolist(), fact.counts.values(), strict=True):
-        found[label] += number
-    return found
+    return np.bincount(labels, list(fact.counts.values()), MAX_CLASSES)
 
 
 def survey(
