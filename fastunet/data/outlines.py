@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,8 +58,7 @@ def annotation_files(folder: Path, stems: Iterable[str]) -> dict[str, Path]:
         DataError: two files of one stem, or a file that is not COCO's.
     """
     if folder.is_file():
-        images = _read(folder, "coco")
-        listed = {Path(stem).name for stem in images}
+        listed = {Path(stem).name for stem in _read(folder, "coco")[0]}
         return {stem: folder for stem in stems if Path(stem).name in listed}
     found: dict[str, Path] = {}
     for file in sorted(folder.rglob("*")):
@@ -83,7 +82,7 @@ def names_of(files: Iterable[Path], known: Sequence[str] = ()) -> tuple[str, ...
     """
     found: dict[str, tuple[int, str]] = {}
     for file in dict.fromkeys(files):
-        for name, number in _classes_of(file).items():
+        for name, number in _read(file, _kind_of(file))[1].items():
             if known and name not in known and name not in BACKGROUND:
                 raise DataError(f"{file}: expected classes {', '.join(known)}, got {name!r}")
             found.setdefault(name, (number, name))
@@ -100,7 +99,7 @@ def draw(file: Path, stem: str, names: Sequence[str], size: tuple[int, int]) -> 
         DataError: an unreadable file.
     """
     kind = _kind_of(file)
-    images = _read(file, kind)
+    images, _ = _read(file, kind)
     found = images[_entry_of(stem, images, file) if kind == "coco" else ""]
     labels = np.zeros(size, np.uint8)
     places = {name: place for place, name in enumerate(names, 1)} | dict.fromkeys(BACKGROUND, 0)
@@ -130,33 +129,24 @@ def _kind_of(file: Path) -> str:
     return "labelme" if "shapes" in _json(file, file.stat().st_mtime_ns) else "coco"
 
 
-def _read(file: Path, kind: str) -> dict[str, list[Outline]]:
-    """Read outlines by the stem of their image; under "" in files of one image. Raises DataError."""
-    readers: dict[str, Callable[[Path], dict[str, list[Outline]]]] = {
-        "coco": lambda path: _coco(path, path.stat().st_mtime_ns)[0],
-        "labelme": lambda path: {"": _labelme(path)},
-        "yolo": lambda path: {"": _yolo(path)},
-        "roi": lambda path: {"": _rois(path)},
-    }
+def _read(file: Path, kind: str) -> tuple[dict[str, list[Outline]], dict[str, int]]:
+    """Read outlines by the stem of their image, under "" in files of one image, and the numbers of classes, or 0.
+
+    Raises DataError.
+    """
     try:
-        return readers[kind](file)
+        if kind == "coco":
+            return _coco(file, file.stat().st_mtime_ns)
+        outlines = {"labelme": _labelme, "yolo": _yolo, "roi": _rois}[kind](file)
     except FastUNetError:
         raise
     except Exception as error:  # whatever is missing in a broken file
         got = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise DataError(f"{file}: expected outlines as of {kind}, got: {' '.join(got.split())}") from error
-
-
-def _classes_of(file: Path) -> dict[str, int]:
-    """Give names and numbers of classes; those of files without numbers are 0."""
-    kind = _kind_of(file)
-    outlines = _read(file, kind)
-    if kind == "coco":
-        return _coco(file, file.stat().st_mtime_ns)[1]
     names = yolo.names_above(file) if kind == "yolo" else []
     listed = {name: number for number, name in enumerate(names)}
-    found = {outline.name for outline in outlines[""]}
-    return listed or {name: int(name) if name.isdecimal() else 0 for name in found}
+    found = (outline.name for outline in outlines)
+    return {"": outlines}, listed or {name: int(name) if name.isdecimal() else 0 for name in found}
 
 
 @lru_cache(8)
