@@ -87,12 +87,10 @@ class Prediction:
         self.model, self.size, self.tile, self.overlap = model, size, tile, overlap
         self.views = VIEWS if tta else 1
         self.run = as_probabilities(model, from_logits)
-        large = tile is not None and max(size) > tile
-        field = field_of(model) if large else WHOLE
+        field = field_of(model) if tile is not None and max(size) > tile else WHOLE
         self.blended = field is None
         self.field = field or WHOLE
-        cut = tile is not None and large and field is not None
-        self.parts = parts_of(*size, tile, self.field, grid) if cut and tile else [Window(0, size[0], 0, size[1])]
+        self.parts = parts_of(*size, max(size) if tile is None or self.blended else tile, self.field, grid)
 
     @torch.no_grad()
     def of(self, part: Window, read: Callable[[Window], Tensor]) -> Tensor:
