@@ -12,7 +12,7 @@ pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
 import tifffile
-from image_files import noise, save, save_png, save_tiff
+from image_files import noise, save, save_png
 from PIL import Image
 
 from fastunet.checks import DataError
@@ -78,7 +78,7 @@ def test_one_file_of_a_multi_file_ome_tiff_is_its_own_plane(tmp_path: Path, othe
     pixels = noise((2, 5, 7))
     for t in range(2 if others == "there" else 1):
         xml = ome('SizeC="1" SizeZ="1" SizeT="2"', *planes).replace("urn:uuid:0", f"urn:uuid:{t}", 1)
-        save_tiff(tmp_path / f"t{t}.ome.tif", pixels[t], description=xml, metadata=None)
+        save(tmp_path / f"t{t}.ome.tif", pixels[t], description=xml, metadata=None)
         np.testing.assert_array_equal(read_image(tmp_path / f"t{t}.ome.tif"), pixels[t][..., None])
 
 
@@ -94,9 +94,7 @@ def test_pages_of_an_ome_tiff_are_channels_if_it_says_so(
     tmp_path: Path, sizes: str, planes: str, channels: bool
 ) -> None:
     pixels = noise((5, 5, 7))
-    path = save_tiff(
-        tmp_path / "x.tif", pixels, photometric="minisblack", metadata=None, description=ome(sizes, planes)
-    )
+    path = save(tmp_path / "x.tif", pixels, photometric="minisblack", metadata=None, description=ome(sizes, planes))
     if channels:
         np.testing.assert_array_equal(read_image(path), np.moveaxis(pixels, 0, -1))
     else:
@@ -155,7 +153,7 @@ def test_opaque_alpha_is_dropped_and_any_other_refused(
             return save_png(tmp_path / name, pixels, 8 * pixels.itemsize)
         stored = np.moveaxis(pixels, -1, 0) if "planarconfig" in options else pixels
         photometric, planes = "rgb" if channels == 3 else "minisblack", {"planarconfig": "contig"} | options
-        return save_tiff(tmp_path / name, stored, photometric=photometric, **planes)
+        return save(tmp_path / name, stored, photometric=photometric, **planes)
 
     pixels[..., -1] = top
     path = write()
@@ -199,7 +197,7 @@ def test_a_transparent_palette_entry_counts_as_alpha(tmp_path: Path) -> None:
 def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
     path, pixels = tmp_path / name, noise((64, 64))
     if path.stem in ("lzw", "jpeg"):
-        save_tiff(path, pixels, compression=path.stem, rowsperstrip=16)
+        save(path, pixels, compression=path.stem, rowsperstrip=16)
     else:
         save(path, pixels)
     whole = path.read_bytes()
@@ -232,7 +230,7 @@ def test_names_of_any_kind_are_read(tmp_path: Path, name: str) -> None:
     """By Pillow, by imagecodecs and by tifffile."""
     for bits, suffix in ((8, "png"), (16, "png"), (16, "tif")):
         pixels, made = noise((5, 7, 1), f"uint{bits}"), tmp_path / f"x.{suffix}"
-        save_png(made, pixels, bits) if suffix == "png" else save_tiff(made, pixels)
+        save_png(made, pixels, bits) if suffix == "png" else save(made, pixels)
         np.testing.assert_array_equal(read_image(made.rename(tmp_path / f"{name}.{suffix}")), pixels)
 
 

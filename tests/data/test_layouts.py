@@ -256,12 +256,7 @@ def test_instances_train_as_foreground_or_as_classes_where_asked(tmp_path: Path)
 
 
 def test_organs_in_one_part_each_are_classes(tmp_path: Path) -> None:
-    folder(tmp_path)
-    for stem in names():
-        mask = np.zeros(SIZE, np.uint8)
-        for number in range(5):
-            mask[2:20, 6 * number : 6 * number + 4] = number + 1
-        save(tmp_path / "masks" / f"{stem}.png", mask)
+    instances(tmp_path, [5] * COUNT)
     assert inspect(find_pairs(tmp_path)).classes == 6
 
 

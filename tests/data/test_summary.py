@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
-from image_files import make_data, noise, save, save_tiff
+import tifffile
+from image_files import make_data, noise, save
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import (
@@ -47,7 +48,7 @@ def test_a_file_that_does_not_fit_the_others_is_named(tmp_path: Path, name: str)
     if pixels is None:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
     elif pixels.ndim == 3:  # of 5 channels, which PNG does not have: the content says what a file is
-        save_tiff(tmp_path / name, pixels, photometric="minisblack", planarconfig="contig")
+        tifffile.imwrite(tmp_path / name, pixels, photometric="minisblack", planarconfig="contig")
     else:
         save(tmp_path / name, pixels)
     with pytest.raises(DataError, match=rf"{name}: {message}"):

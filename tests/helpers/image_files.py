@@ -17,12 +17,12 @@ def noise(shape: tuple[int, ...], dtype: str = "uint8", seed: int = 0) -> np.nda
     return np.random.default_rng(seed).integers(0, high, shape).astype(dtype)
 
 
-def save(path: Path, pixels: np.ndarray) -> Path:
+def save(path: Path, pixels: np.ndarray, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() in (".tif", ".tiff"):
-        tifffile.imwrite(path, pixels)
+        tifffile.imwrite(path, pixels, **options)
     else:
-        Image.fromarray(pixels).save(path)
+        Image.fromarray(pixels).save(path, **options)
     return path
 
 
@@ -34,11 +34,6 @@ def make_data(root: Path, count: int = 4, size: tuple[int, int] = (12, 10)) -> P
         mask[index : index + 3, 2:5] = 255
         save(root / "masks" / f"{stem}.png", mask)
     return root
-
-
-def save_tiff(path: Path, pixels: np.ndarray, **options: Any) -> Path:
-    tifffile.imwrite(path, pixels, **options)
-    return path
 
 
 def png(header: tuple[int, ...], rows: bytes, **chunks: bytes) -> bytes:
@@ -75,10 +70,7 @@ def tiff(tags: dict[int, int], data: bytes = b"\0" * 16, following: int = 0) -> 
 def write_masks(root: Path, mask: np.ndarray, count: int = 4) -> Path:
     """A data folder of equal masks, the images being the masks with noise."""
     generator = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (root / name).mkdir(parents=True)
     for index in range(count):
-        image = mask // 2 + generator.integers(0, 40, mask.shape).astype(np.uint8)
-        Image.fromarray(image).save(root / f"images/{index}.png")
-        Image.fromarray(mask).save(root / f"masks/{index}.png")
+        save(root / f"images/{index}.png", mask // 2 + generator.integers(0, 40, mask.shape).astype(np.uint8))
+        save(root / f"masks/{index}.png", mask)
     return root

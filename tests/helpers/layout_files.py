@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 from image_files import noise, save
 from PIL import Image
 from stack_files import write_pages, write_stacks
@@ -56,10 +55,10 @@ def folder(
 
 
 def sides(root: Path) -> None:
-    for side, chosen in (("train", slice(0, 3)), ("val", slice(3, 4))):
-        for index, stem in list(enumerate(names()))[chosen]:
-            save(root / side / "images" / f"{stem}.png", picture(index))
-            save(root / side / "masks" / f"{stem}.png", truth(index, 2))
+    for index, stem in enumerate(names()):
+        side = "train" if index < 3 else "val"
+        save(root / side / "images" / f"{stem}.png", picture(index))
+        save(root / side / "masks" / f"{stem}.png", truth(index, 2))
     save(root / "test" / "images" / "other.png", picture(0))  # without a mask, and no side's
 
 
@@ -84,14 +83,10 @@ def palette(root: Path) -> None:
 
 def five_channels(root: Path) -> None:
     """As OME-TIFF has them: of each image the first is the picture."""
-    folder(root)
     for index, stem in enumerate(names()):
-        (root / "images" / f"{stem}.png").unlink()
         channels = np.stack([picture(index), *noise((4, *SIZE))])
-        tifffile.imwrite(
-            root / "images" / f"{stem}.ome.tif", channels, photometric="minisblack", metadata={"axes": "CYX"}
-        )
-        (root / "masks" / f"{stem}.png").rename(root / "masks" / f"{stem}.ome.png")
+        save(root / f"images/{stem}.ome.tif", channels, photometric="minisblack", metadata={"axes": "CYX"})
+        save(root / f"masks/{stem}.ome.png", truth(index, 2))
 
 
 def stack(root: Path, name: str, write: Callable[[Path, np.ndarray], object], masks: str = "") -> None:
@@ -218,11 +213,11 @@ def masks_of_sections(root: Path, kind: str = "slice_{}.png", count: int = COUNT
         save(root / "masks" / "s" / kind.format(9 + index), truth(min(index, COUNT - 1), 2))
 
 
-def instances(root: Path) -> None:
-    """Of each image the objects have numbers of their own: 4, 5, 6 and 7."""
-    folder(root)
-    for index, stem in enumerate(names()):
+def instances(root: Path, counts: Sequence[int] = (4, 5, 6, 7)) -> None:
+    """Of each image the objects have numbers of their own, so many."""
+    only_images(root)
+    for count, stem in zip(counts, names(), strict=True):
         mask = np.zeros(SIZE, np.uint8)
-        for number in range(4 + index):
+        for number in range(count):
             mask[2:20, 6 * number : 6 * number + 4] = number + 1
         save(root / "masks" / f"{stem}.png", mask)
