@@ -64,13 +64,6 @@ def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
     return dict(sorted(images.items()))
 
 
-def list_others(folder: Path) -> list[Path]:
-    """List the files of a folder that are no images by their suffix, but hidden ones."""
-    return sorted(
-        file for file in folder.iterdir() if file.is_file() and not suffix_of(file) and not file.name.startswith(".")
-    )
-
-
 def find_images(*paths: str | Path) -> list[Path]:
     """List the images to predict on: files, Zarr arrays, the files of folders or of a data root's `images/`, patterns.
 
@@ -165,7 +158,7 @@ def read_codes(
     if colours and picture.palette is not None:
         picture = Picture(picture.palette[picture.pixels[..., 0]][..., :3], 8)
     pixels = _without_alpha(path, picture)
-    differ = _channels_differ(pixels)
+    differ = any((pixels[..., channel] != pixels[..., 0]).any() for channel in range(1, pixels.shape[2]))
     if any_numbers:
         return pixels.mean(-1) if differ else _first_channel(picture, pixels), False
     if colours or (differ and pixels.shape[2] == 3):
@@ -176,10 +169,6 @@ def read_codes(
     if differ:
         raise DataError(f"{path}: expected a mask of one channel, got {pixels.shape[2]} channels that differ")
     return _whole_numbers(path, _first_channel(picture, pixels)), False
-
-
-def _channels_differ(pixels: np.ndarray) -> bool:
-    return any((pixels[..., channel] != pixels[..., 0]).any() for channel in range(1, pixels.shape[2]))
 
 
 def _first_channel(picture: Picture, pixels: np.ndarray) -> np.ndarray:
