@@ -59,7 +59,7 @@ def decode_tiff(path: Path, section: int | None) -> Picture:
             other = axes.replace("Y", "").replace("X", "")
             # Q is tifffile's name for an axis without meaning: as one image, of length 3 or 4, it is rather colour.
             is_channel = other in ("", "S", "C") or (other == "Q" and series.shape[series.axes.index("Q")] in (3, 4))
-            is_channel = is_channel or (other == "I" and _pages_are_channels(page, shape[axes.index("I")]))
+            is_channel = is_channel or (other == "I" and [axis for axis, size in _lead_axes(tiff) if size > 1] == ["C"])
             if section is None and not is_channel:
                 count = count_planes(tiff)
                 raise DataError(
@@ -98,8 +98,10 @@ def _ome_axes(page: tifffile.TiffPage, count: int) -> list[tuple[str, int]]:
     found = dict(re.findall(r'\b(DimensionOrder|SizeC|SizeZ|SizeT)="(\w+)"', page.description))
     order = found.get("DimensionOrder", "XYCZT")[:1:-1]
     axes = [(axis, int(found.get(f"Size{axis}", "1"))) for axis in order]
-    listed = [int(number) for number in re.findall(r'\bIFD="(\d+)"', page.description)]
-    if math.prod(size for _, size in axes) != count or listed != sorted(listed):
+    # Where all are channels, their numbers are in order too.
+    places = ("IFD", "FirstC") if ("C", count) in axes else ("IFD",)
+    listed = [[*map(int, re.findall(rf'\b{place}="(\d+)"', page.description))] for place in places]
+    if math.prod(size for _, size in axes) != count or any(each != sorted(each) for each in listed):
         return [("I", count)]
     return axes
 
@@ -124,17 +126,6 @@ def _section_of(tiff: tifffile.TiffFile, section: int) -> np.ndarray:
         pages = [whole[plane] for plane in planes[section]]
     pages = [page[..., None] if "S" not in axes else np.moveaxis(page, axes.index("S"), -1) for page in pages]
     return np.concatenate(pages, -1)
-
-
-def _pages_are_channels(page: tifffile.TiffPage, count: int) -> bool:
-    """Tell from OME's XML that the pages are the channels of one plane, in their order."""
-    xml = page.description if page.is_ome else ""
-
-    def numbers(name: str) -> list[int]:
-        return [int(number) for number in re.findall(rf'\b{name}="(\d+)"', xml)]
-
-    one_plane = numbers("SizeC") == [count] and numbers("SizeZ") == numbers("SizeT") == [1]
-    return one_plane and all(numbers(name) == sorted(numbers(name)) for name in ("FirstC", "IFD"))
 
 
 def check_segments(tiff: tifffile.TiffFile, page: Any) -> None:
