@@ -141,9 +141,9 @@ def _smooth_noise(size: int, sigma: float, generator: np.random.Generator) -> np
 
 def _blur(picture: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur; continues beyond the border by mirroring."""
+    from scipy.ndimage import fourier_gaussian
+
     margin = min(int(2 * sigma) + 1, len(picture) - 1)
     padded = np.pad(picture, margin, mode="reflect")
-    frequency = np.fft.fftfreq(len(padded))
-    gain = np.exp(-2 * (np.pi * sigma * frequency) ** 2)
-    spectrum = np.fft.rfft2(padded) * gain[:, None] * gain[: len(padded) // 2 + 1]
+    spectrum = fourier_gaussian(np.fft.rfft2(padded), sigma, len(padded))
     return np.fft.irfft2(spectrum, s=padded.shape)[margin:-margin, margin:-margin]
