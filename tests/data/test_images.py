@@ -254,8 +254,3 @@ def test_a_mask_saved_as_colour_is_one_channel_if_all_agree(tmp_path: Path) -> N
     np.testing.assert_array_equal(read_mask(path), mask)
     with pytest.raises(DataError, match=r"y\.png: expected a mask of one channel, got 3 channels that differ"):
         read_mask(save(tmp_path / "y.png", noise((5, 7, 3))))
-
-
-def test_fractions_in_a_mask_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"x\.tif: expected whole numbers in a mask, got 0\.5"):
-        read_mask(save(tmp_path / "x.tif", np.array([[0, 0.5]], np.float32)))

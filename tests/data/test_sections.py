@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,14 +62,15 @@ def test_arrays_have_sections_first_and_channels_last(tmp_path: Path, shape: tup
         np.testing.assert_array_equal(found.reshape(shape), pixels)
 
 
-@pytest.mark.parametrize(("package", "name"), [("nibabel", "s.nii"), ("pydicom", "s.dcm")])
+@pytest.mark.parametrize(
+    ("write", "name", "package", "extra"),
+    [(write_nifti, "s.nii", "nibabel", "nifti"), (write_dicom, "s.dcm", "pydicom", "dicom")],
+)
 def test_a_missing_package_is_named_with_its_extra(
-    package: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable, name: str, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = {"nibabel": write_nifti, "pydicom": write_dicom}[package]
     write(tmp_path / name, noise((2, *SIZE)))
     monkeypatch.setitem(sys.modules, package, None)
-    extra = {"nibabel": "nifti", "pydicom": "dicom"}[package]
     with pytest.raises(MissingPackageError, match=rf"{name}: expected the package {package} .*'fastunet\[{extra}\]'"):
         count_sections(tmp_path / name)
 
