@@ -32,8 +32,8 @@ from fastunet.inference.outputs import (
     write_rois,
 )
 from fastunet.inference.predict import Prediction, labels_of
-from fastunet.inference.streaming import predict_parts
-from fastunet.inference.tiling import field_of, parts_of
+from fastunet.inference.streaming import predict_labels, predict_parts
+from fastunet.inference.tiling import field_of, parts_of, stitched
 from fastunet.train.checkpoint import RunConfig, load_run
 from fastunet.train.config import TILE, too_small
 from fastunet.unet import UNet
@@ -77,17 +77,11 @@ class Segmenter:
             ConfigError: a tile too small for the net.
         """
         source = image if isinstance(image, Source) else self.source_of(image)
-        result: np.ndarray | None = None
-        for part, found in predict_parts(Prediction(self.model, source.size, tile=tile, tta=tta), source):
-            if probabilities:
-                values = found.cpu().numpy()
-            else:
-                values = mask_from_labels(labels_of(found).cpu().numpy(), self.classes, self.config.data.labels)
-            if result is None:
-                result = np.empty((*values.shape[:-2], *source.size), values.dtype)
-            part.of(result)[...] = values
-        assert result is not None
-        return result
+        if not probabilities:
+            labels = predict_labels(self.model, source, tile=tile, tta=tta)
+            return mask_from_labels(labels.numpy(), self.classes, self.config.data.labels)
+        parts = predict_parts(Prediction(self.model, source.size, tile=tile, tta=tta), source)
+        return stitched(((part, found.cpu()) for part, found in parts), source.size).numpy()
 
     @property
     def classes(self) -> int:

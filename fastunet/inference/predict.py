@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from fastunet.checks import ConfigError, ShapeError
-from fastunet.inference.tiling import VIEWS, Field, Window, field_of, parts_of, result_of_part
+from fastunet.inference.tiling import VIEWS, Field, Window, field_of, parts_of, result_of_part, stitched
 from fastunet.inference.wrappers import as_probabilities, in_eval_mode
 from fastunet.unet import check_is_of_images
 
@@ -54,11 +54,7 @@ def predict(
     batch = image if image.dim() == 4 else image[None]
     size = (batch.shape[-2], batch.shape[-1])
     prediction = Prediction(model, size, tile=tile, overlap=overlap, tta=tta, from_logits=from_logits)
-    if len(prediction.parts) == 1:
-        result = prediction.of(prediction.parts[0], lambda window: window.of(batch))
-    else:
-        results = (prediction.of(part, lambda window: window.of(batch)) for part in prediction.parts)
-        result = _stitched(prediction.parts, results, size)
+    result = stitched(((part, prediction.of(part, lambda window: window.of(batch))) for part in prediction.parts), size)
     return result if image.dim() == 4 else result[0]
 
 
@@ -106,16 +102,6 @@ class Prediction:
         assert self.tile is not None
         window = tuple(min(self.tile, length) for length in batch.shape[-2:])
         return sliding_window_inference(batch, window, 1, self.run, overlap=self.overlap, mode="gaussian")
-
-
-def _stitched(parts: list[Window], results: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
-    """Put the results [N, K, h, w] of parts in their places, [N, K, H, W]."""
-    whole: Tensor | None = None
-    for part, result in zip(parts, results, strict=True):
-        whole = result.new_empty(*result.shape[:2], *size) if whole is None else whole
-        part.of(whole).copy_(result)
-    assert whole is not None
-    return whole
 
 
 def labels_of(probabilities: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastunet.data.dataset import Moments, moments, normalize
 from fastunet.data.sources import Source
 from fastunet.inference.predict import Prediction, labels_of
-from fastunet.inference.tiling import Window
+from fastunet.inference.tiling import Window, stitched
 
 
 def predict_parts(
@@ -49,13 +49,8 @@ def predict_labels(
 
     Arguments and errors are those of `predict_parts` and `predict`.
     """
-    prediction, labels = Prediction(model, source.size, tile=tile, tta=tta), None
-    for part, found in predict_parts(prediction, source, scale):
-        values = labels_of(found).cpu()
-        labels = values.new_empty(source.size) if labels is None else labels
-        part.of(labels).copy_(values)
-    assert labels is not None
-    return labels
+    parts = predict_parts(Prediction(model, source.size, tile=tile, tta=tta), source, scale)
+    return stitched(((part, labels_of(found).cpu()) for part, found in parts), source.size)
 
 
 def _reader(outer: Window, pixels: Tensor) -> Callable[[Window], Tensor]:

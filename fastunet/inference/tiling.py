@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -161,6 +161,18 @@ def parts_of(height: int, width: int, tile: int, field: Field, grid: int = 1) ->
         return [(start, min(start + edge, length)) for start in range(0, length, edge)]
 
     return [Window(*rows, *columns) for rows in spans(height) for columns in spans(width)]
+
+
+def stitched(results: Iterable[tuple[Window, Tensor]], size: tuple[int, int]) -> Tensor:
+    """Put the results [..., h, w] of parts in their places, [..., H, W]."""
+    whole: Tensor | None = None
+    for part, result in results:
+        if result.shape[-2:] == size:
+            return result
+        whole = result.new_empty(*result.shape[:-2], *size) if whole is None else whole
+        part.of(whole).copy_(result)
+    assert whole is not None
+    return whole
 
 
 def turn(image: Tensor, view: int) -> Tensor:

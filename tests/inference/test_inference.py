@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastunet
 from fastunet.checks import ConfigError, ShapeError
-from fastunet.data.dataset import Whole, moments
-from fastunet.data.sources import source_of_array
 from fastunet.inference.cuda_graphs import GraphedModel
-from fastunet.inference.evaluation import evaluate
 from fastunet.inference.predict import labels_of
-from fastunet.inference.streaming import predict_labels
 
 
 class Local(nn.Module):
@@ -245,14 +240,3 @@ def test_each_module_is_left_in_its_mode(mode: str, way: str) -> None:
 def test_labels() -> None:
     assert labels_of(torch.tensor([0.5, 0.6]).reshape(1, 1, 2)).tolist() == [[0, 1]]
     assert labels_of(torch.tensor([0.2, 0.5, 0.3]).reshape(3, 1, 1)).item() == 1
-
-
-def test_evaluate_scores_what_is_predicted() -> None:
-    model = Local(1)
-    nn.init.zeros_(model.conv.weight)
-    nn.init.ones_(model.conv.bias)  # everything is foreground
-    source, labels = source_of_array(np.zeros((2, 2), np.uint8)), np.array([[1, 1], [1, 0]], np.uint8)
-    assert predict_labels(model, source).tolist() == [[1, 1], [1, 1]]
-    scores, _ = evaluate(model, [Whole(source, labels, moments(source))], ["background", "foreground"])
-    assert scores["dice"]["background"] == 0
-    assert scores["dice"]["foreground"] == pytest.approx(6 / 7)
