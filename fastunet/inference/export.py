@@ -95,62 +95,52 @@ def export_bioimageio(model: UNet, data: DataSummary, path: Path, name: str, des
     from bioimageio.spec.model import v0_5 as spec
 
     least, multiple = 2 ** (model.depth + 1), 2**model.depth
-    classes = model.config["out_channels"]
     pixels = np.random.default_rng(0).normal(size=(1, data.channels, 4 * least, 3 * least))
     pixels = ((pixels - pixels.min()) / np.ptp(pixels) * 255).astype(data.dtype)
     with torch.no_grad():
         mask, probabilities = Pipeline(model, data)(torch.from_numpy(pixels))
 
-    def axes(kind: Any, size: Any, channels: list[str] | None) -> list[Any]:
-        space = [kind(id=side, size=size(side)) for side in "yx"]
-        return [spec.BatchAxis(), *([spec.ChannelAxis(channel_names=channels)] if channels else []), *space]
+    free = spec.ParameterizedSize(min=least, step=1)
 
-    def like_pixels(side: str) -> Any:
-        return spec.SizeReference(tensor_id="pixels", axis_id=side)
+    def described(name: str, values: np.ndarray, text: str, channel: str = "") -> Any:
+        """Describe a tensor [N, C, H, W] or [N, H, W], and write it into the folder as the test tensor."""
+        np.save(folder / f"{name}.npy", values)
+        kind, axis = spec.OutputTensorDescr, spec.SpaceOutputAxis
+        sizes = {side: spec.SizeReference(tensor_id="pixels", axis_id=side) for side in "yx"}
+        if name == "pixels":
+            kind, axis, sizes = spec.InputTensorDescr, spec.SpaceInputAxis, dict.fromkeys("yx", free)
+        axes = [axis(id=side, size=size) for side, size in sizes.items()]
+        if channel:
+            axes.insert(0, spec.ChannelAxis(channel_names=[f"{channel}{n}" for n in range(values.shape[1])]))
+        return kind(
+            id=spec.TensorId(name),
+            description=text,
+            axes=[spec.BatchAxis(), *axes],
+            test_tensor=spec.FileDescr(source=folder / f"{name}.npy"),
+            data=spec.IntervalOrRatioDataDescr(type=values.dtype.name),
+        )
 
-    with tempfile.TemporaryDirectory() as folder:
-        files = {
-            file: Path(folder) / file
-            for file in ("model.onnx", "pixels.npy", "mask.npy", "probabilities.npy", "README.md")
-        }
-        export_onnx(model, data, files["model.onnx"])
-        for tensor, values in (("pixels", pixels), ("mask", mask.numpy()), ("probabilities", probabilities.numpy())):
-            np.save(files[f"{tensor}.npy"], values)
-        files["README.md"].write_text(f"# {name}\n\n{description}\n\n## Validation\n\nSee `metrics.json` of the run.\n")
-        free = spec.ParameterizedSize(min=least, step=1)
-        channels = [f"channel{index}" for index in range(data.channels)]
-        outputs = [
-            ("mask", "uint8", None, "0 and 255 for one class, else the class of each pixel"),
-            ("probabilities", "float32", [f"class{index}" for index in range(classes)], "of foreground, or each class"),
-        ]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        export_onnx(model, data, folder / "model.onnx")
+        (folder / "README.md").write_text(
+            f"# {name}\n\n{description}\n\n## Validation\n\nSee `metrics.json` of the run.\n"
+        )
+        text = f"as in the file; sizes that are multiples of {multiple} lose nothing at the edge"
         descr = spec.ModelDescr(
             name=name,
             description=description,
             authors=[spec.Author(name="unknown")],
             cite=[spec.CiteEntry(text="Ronneberger et al. 2015, U-Net", url="https://arxiv.org/abs/1505.04597")],
             license="CC-BY-4.0",
-            documentation=spec.FileDescr(source=files["README.md"]),
+            documentation=spec.FileDescr(source=folder / "README.md"),
             tags=["unet", "segmentation", SOFTWARE],
-            inputs=[
-                spec.InputTensorDescr(
-                    id=spec.TensorId("pixels"),
-                    description=f"as in the file; sizes that are multiples of {multiple} lose nothing at the edge",
-                    axes=axes(spec.SpaceInputAxis, lambda side: free, channels),
-                    test_tensor=spec.FileDescr(source=files["pixels.npy"]),
-                    data=spec.IntervalOrRatioDataDescr(type=data.dtype),
-                )
-            ],
+            inputs=[described("pixels", pixels, text, "channel")],
             outputs=[
-                spec.OutputTensorDescr(
-                    id=spec.TensorId(tensor),
-                    description=text,
-                    axes=axes(spec.SpaceOutputAxis, like_pixels, names),
-                    test_tensor=spec.FileDescr(source=files[f"{tensor}.npy"]),
-                    data=spec.IntervalOrRatioDataDescr(type=dtype),
-                )
-                for tensor, dtype, names, text in outputs
+                described("mask", mask.numpy(), "0 and 255 for one class, else the class of each pixel"),
+                described("probabilities", probabilities.numpy(), "of foreground, or each class", "class"),
             ],
-            weights=spec.WeightsDescr(onnx=spec.OnnxWeightsDescr(source=files["model.onnx"], opset_version=18)),
+            weights=spec.WeightsDescr(onnx=spec.OnnxWeightsDescr(source=folder / "model.onnx", opset_version=18)),
         )
         with written_whole(path) as temporary:
             temporary.unlink()
