@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,10 +28,31 @@ def suffix_of(path: Path) -> str:
     return path.name[len(name) - len(found) :] if found else ""
 
 
-def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
-    """Map stem to file, or Zarr array, for the images of one folder, sorted by stem; others and hidden are passed over.
+def entries_of(folder: Path, *, nested: bool = False) -> list[Path]:
+    """List what is in a folder, or anywhere below it, but what is hidden; sorted."""
+    found = folder.rglob("*") if nested else folder.iterdir()
+    return sorted(each for each in found if not any(p.startswith(".") for p in each.relative_to(folder).parts))
+
+
+def by_stem(folder: Path, files: Iterable[Path], suffix_of: Callable[[Path], str]) -> dict[str, Path]:
+    """Map stem to file, sorted by stem: the place below the folder without suffix.
 
     Stems are in Unicode's composed form (NFC): macOS decomposes the names of files, other systems leave them.
+
+    Raises:
+        DataError: two files share a stem.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        stem = unicodedata.normalize("NFC", file.relative_to(folder).as_posix().removesuffix(suffix_of(file)))
+        if stem in found:
+            raise DataError(f"{file}: expected one file per stem, got {found[stem].name} and {file.name}")
+        found[stem] = file
+    return dict(sorted(found.items()))
+
+
+def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
+    """Map stem to file, or Zarr array, for the images of one folder, `by_stem`; other files are passed over.
 
     Args:
         nested: list the folders within too; stems begin with their names.
@@ -42,26 +63,16 @@ def list_images(folder: Path, *, nested: bool = False) -> dict[str, Path]:
     with _named(folder):
         if not folder.is_dir():
             raise DataError(f"{folder}: expected a folder, got {what_is_there(folder)}")
-        found = sorted(folder.rglob("*") if nested else folder.iterdir())
+        found = entries_of(folder, nested=nested)
         arrays = {each for each in found if is_zarr(each)}  # each is one image, whatever is in it
         # A link to nothing is listed, so that reading it says so; a pipe, which reading would wait for, is not.
         files = [
             each for each in found if each in arrays or each.is_file() or (each.is_symlink() and not each.exists())
         ]
-    files = [
-        file
-        for file in files
-        if arrays.isdisjoint(file.parents) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-    images: dict[str, Path] = {}
-    for file in (file for file in files if suffix_of(file) or file in arrays):
-        stem = unicodedata.normalize("NFC", file.relative_to(folder).as_posix().removesuffix(suffix_of(file)))
-        if stem in images:
-            raise DataError(f"{file}: expected one file per stem, got {images[stem].name} and {file.name}")
-        images[stem] = file
+    images = [file for file in files if (suffix_of(file) or file in arrays) and arrays.isdisjoint(file.parents)]
     if not images:
         raise DataError(f"{folder}: expected images ({' '.join(SUFFIXES)}), got none among {len(files)} files")
-    return dict(sorted(images.items()))
+    return by_stem(folder, images, suffix_of)
 
 
 def find_images(*paths: str | Path) -> list[Path]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastunet.checks import ConfigError, DataError, FastUNetError
 from fastunet.data import yolo
+from fastunet.data.images import by_stem, entries_of
 from fastunet.data.layout import DataOptions
 from fastunet.data.volumes import import_extra
 
@@ -60,16 +61,8 @@ def annotation_files(folder: Path, stems: Iterable[str]) -> dict[str, Path]:
     if folder.is_file():
         listed = {Path(stem).name for stem in _read(folder, "coco")[0]}
         return {stem: folder for stem in stems if Path(stem).name in listed}
-    found: dict[str, Path] = {}
-    for file in sorted(folder.rglob("*")):
-        place = file.relative_to(folder)
-        if file.suffix.lower() not in SUFFIXES or file.name == yolo.LIST or any(p.startswith(".") for p in place.parts):
-            continue
-        stem = place.with_suffix("").as_posix()
-        if stem in found:
-            raise DataError(f"{file}: expected one file per stem, got {found[stem].name} and {file.name}")
-        found[stem] = file
-    return found
+    files = (file for file in entries_of(folder, nested=True) if file.suffix.lower() in SUFFIXES)
+    return by_stem(folder, (file for file in files if file.name != yolo.LIST), lambda file: file.suffix)
 
 
 def names_of(files: Iterable[Path], known: Sequence[str] = ()) -> tuple[str, ...]:

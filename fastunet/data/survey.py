@@ -11,7 +11,7 @@ import numpy as np
 
 from fastunet.checks import DataError, some_of
 from fastunet.data import yolo
-from fastunet.data.images import suffix_of
+from fastunet.data.images import entries_of, suffix_of
 from fastunet.data.labels import IGNORED, labels_of
 from fastunet.data.layout import DataOptions
 from fastunet.data.pairing import Pair, find_pairs, split
@@ -167,7 +167,7 @@ def _notes_on_duplicates(facts: Sequence[Facts], val: set[str]) -> list[str]:
 def _notes_on_others(pairs: Sequence[Pair]) -> list[str]:
     files = {file for pair in pairs for file in (pair.image, pair.mask)}
     folders = {file.parent for file in files}
-    there = {file for folder in folders for file in folder.iterdir() if file.is_file() and not suffix_of(file)}
+    there = {file for folder in folders for file in entries_of(folder) if file.is_file() and not suffix_of(file)}
     known = files | {folder / yolo.LIST for folder in folders}
-    others = sorted(file.name for file in there - known if not file.name.startswith("."))
+    others = sorted(file.name for file in there - known)
     return [f"{len(others)} other files are passed over: {some_of(others)}"] if others else []

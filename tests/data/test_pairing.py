@@ -12,6 +12,7 @@ from image_files import make_data, noise, save
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import (
+    DataOptions,
     Pair,
     find_images,
     find_pairs,
@@ -70,6 +71,9 @@ def test_stems_are_the_same_however_unicode_composes_them(tmp_path: Path) -> Non
     for folder, name in (("images", "e\u0301.png"), ("masks", "\u00e9.png")):  # as on macOS, and elsewhere
         save(tmp_path / folder / name, noise((4, 4)))
     assert [pair.stem for pair in find_pairs(tmp_path)] == ["\u00e9"]
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "e\u0301.txt").write_text("0 0 0 1 0 1 1")
+    assert [pair.stem for pair in find_pairs(tmp_path, DataOptions(masks="labels"))] == ["\u00e9"]
 
 
 def test_folders_that_the_system_refuses_are_named(tmp_path: Path) -> None:
