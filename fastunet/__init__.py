@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastunet import losses as losses
+    from fastunet import metrics as metrics
     from fastunet import ops as ops
     from fastunet import reference as reference
     from fastunet.checks import FastUNetError as FastUNetError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fastunet.inference.predict import predict as predict
     from fastunet.inference.quantization import quantize as quantize
     from fastunet.ops.recompute import recomputing as recomputing
+    from fastunet.segmenter import load as load
     from fastunet.tuning import tune as tune
     from fastunet.unet import UNet as UNet
 
@@ -34,6 +36,7 @@ _HOMES: dict[str, str | None] = {
     "graphed": "inference.cuda_graphs",
     "load": "segmenter",
     "losses": None,
+    "metrics": None,
     "ops": None,
     "predict": "inference.predict",
     "quantize": "inference.quantization",

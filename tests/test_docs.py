@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -19,6 +21,7 @@ import torch
 from command import fastunet
 from typer.main import get_command
 
+import fastunet as package
 from fastunet import UNet
 from fastunet.cli import app
 from fastunet.compiler import backend
@@ -125,6 +128,18 @@ def test_options_in_its_prose_exist(page: Path) -> None:
         text = re.sub(r"^\| [^|]*\|", "|", text, flags=re.MULTILINE)
     for option in re.findall(r"`(--[\w-]+)[^`]*`", text):
         assert option in known, f"{page.name}: {option}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_the_names_it_gives_exist(page: Path) -> None:
+    """After `import fastunet` alone, but for modules that a page imports itself."""
+    for name in re.findall(r"\bfastunet(?:\.[A-Za-z]\w*)+", page.read_text()):
+        parts, found = name.split(".")[1:], package
+        if importlib.util.find_spec(f"fastunet.{parts[0]}") and parts[0] not in package.__all__:
+            found, parts = importlib.import_module(name), []
+        for part in parts:
+            assert hasattr(found, part), f"{page.name}: {name}"
+            found = getattr(found, part)
 
 
 # Whose errors a user of the command line or of the model meets.

@@ -27,26 +27,6 @@ def test_what_a_training_gives_is_in_the_result_files() -> None:
     assert f"4 minutes on two CPU cores give membranes a Dice of {membranes}, cells {cells}" in README
 
 
-def test_the_kept_bytes_are_the_result_files() -> None:
-    summary = json.loads((ROOT / "benchmarks/results/saved_memory.json").read_text())["summary"]
-    sentence = (
-        "keeps {} MB of every 512x512 image in bfloat16 on the Triton kernels; plain\n"
-        "PyTorch, which a step on ATen is to the letter, keeps {} MB"
-    )
-    figures = (f"{summary[name]['bytes'] / 1e6:.0f}" for name in ("triton", "eager"))
-    assert summary["aten"] == summary["eager"]
-    assert sentence.format(*figures) in PYTORCH
-
-
-def test_the_moved_bytes_are_the_result_files() -> None:
-    found = json.loads((ROOT / "benchmarks/results/traffic.json").read_text())
-    summary, images = found["summary"], found["settings"]["batch"]
-    ours, eager = (f"{summary[name]['bytes'] / images / 1e6:.0f}" for name in ("joined", "eager"))
-    text = PYTORCH
-    assert f"moves {ours} MB for every 512x512 image" in text
-    assert f"every op is a pass of its own {eager} MB" in text
-
-
 def test_the_bytes_of_volumes_are_the_result_files() -> None:
     """And the arithmetic on them: least times by the rates that the page names, and shares of the FLOPs."""
     found = json.loads((ROOT / "benchmarks/results/traffic_volumes.json").read_text())
