@@ -47,7 +47,7 @@ _FEW_PRODUCTS, _FEW_WEIGHTS = 1 << 20, 1 << 14
 # Up to so many an upsampling and the convolution after it are quicker one after the other.
 _FEW_PRODUCTS_OF_TWO = 1 << 24
 
-PACKED = "inference on the CPU: weights folded and packed once"
+PACKED = "weights folded and packed once"
 # Why nothing of ours runs a net of volumes.
 VOLUMES = "three dimensions run on torch's own layers"
 
@@ -82,7 +82,7 @@ _tune = check_choice("FASTUNET_TUNE", os.environ.get("FASTUNET_TUNE", "1"), ("0"
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Within the block, in every thread, run ops by `name`: "auto", "triton" or "aten".
+    """Run ops by `name` within the block, in every thread: "auto", "triton" or "aten".
 
     "triton" forces the kernels: an op that has one and cannot run it here raises BackendError. An op without one runs
     on ATen under every setting; `fastunet.explain` tells. "aten" is torch's own ops and nothing else. Without the
@@ -165,19 +165,19 @@ def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
     if _selected == "auto" and op in ONEDNN_OPS and weight is not None and not training and x.device.type == "cpu":
         products = _products(x, weight) / (4 if op in STRIDED_OPS else 1)
         if products <= _FEW_PRODUCTS and weight.numel() <= _FEW_WEIGHTS:
-            return Choice("aten", "so small a layer costs the host less by ATen than with prepared weights")
+            return Choice("aten", "for a layer this small ATen has less overhead than packed weights")
         if op == FUSED_UP and products <= _FEW_PRODUCTS_OF_TWO:
-            return Choice("aten", "so small a layer costs the host less in two steps")
+            return Choice("aten", "in two steps, which have less overhead for a layer this small")
         if _onednn_takes(op, x, weight):
             if op in WINOGRAD_OPS and winograd_wins(x, weight):
-                return Choice("onednn", "inference on the CPU: weights folded and transformed once (Winograd)", True)
+                return Choice("onednn", "Winograd's algorithm, with weights transformed once", True)
             return Choice("onednn", PACKED, True)
         if x.dtype == torch.bfloat16 and not _ONEDNN_BFLOAT16:
             return Choice("aten", "oneDNN has no kernels for bfloat16 on this processor")
         if weight.dtype == torch.bfloat16:
-            return Choice("aten", "weights in bfloat16 are not prepared: keep them in float32, under autocast")
+            return Choice("aten", "weights in bfloat16 are not packed: keep them in float32, under autocast")
     if _selected == "auto" and op in WINOGRAD_OPS and weight is not None and training and winograd_wins(x, weight):
-        return Choice("winograd", "training on the CPU: Winograd's algorithm multiplies less")
+        return Choice("winograd", "Winograd's algorithm multiplies less")
     if op not in TRITON_OPS:
         return Choice("aten", "no Triton kernel for this op")
     unsupported = triton_unsupported(x.device, x.dtype)
@@ -199,7 +199,7 @@ def _composition_unsupported(skip: Tensor, weight: Tensor | None, training: bool
     if weight is None or training or len(sizes) != 4 or not all(isinstance(size, int) for size in sizes):
         return "in two steps: an upsampling is composed with the convolution after it in inference, at a known size"
     if skip.device.type == "cuda" and not torch.cuda.is_available():
-        return "in two steps: whether the GPU has a kernel for both is open, and there is none here"
+        return "in two steps: only that GPU can tell whether it has a kernel for both, and there is none here"
     from fastunet.kernels import gpu
     from fastunet.kernels.conv3x3 import config
 
@@ -211,13 +211,13 @@ def _composition_unsupported(skip: Tensor, weight: Tensor | None, training: bool
 def _faster(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice:
     """What is known of the layer on x's device."""
     if x.device.type == "cuda" and not torch.cuda.is_available():
-        return Choice("aten", "there is no such GPU here, and so no measurement on it")
+        return Choice("aten", "not measured, since there is no such GPU here")
     from fastunet.kernels import gpu
 
     name, dtype = gpu.target(x.device).name, autotune.format_of(x.dtype, tf32_allowed())
     sizes = [*x.shape[1:], *(() if weight is None else weight.shape[:2])]
     if x.dim() != 4 or not all(isinstance(size, int) for size in sizes):
-        reason = "which is faster depends on the size of the layer, and that is open here"
+        reason = "which is faster depends on the size of the layer, which is not known yet"
         if x.dim() == 4 and _wins_somewhere(autotune.layer(op, x, weight, training=training), dtype, name):
             return Choice("triton", f"{reason}: the op decides when it runs")
         return Choice("aten", reason)
@@ -271,14 +271,14 @@ def ranks() -> int:
 
 
 def triton_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a Triton kernel cannot run on that device and dtype, or None if it can."""
+    """Return why a Triton kernel cannot run on that device and dtype, or None if it can."""
     if not _has_triton():
         return "triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
     # Of a tensor on "meta", which has no data, a forced backend may be asked what it would keep.
     if device.type not in ("cuda", "meta") and not interpreting():
-        return f"the device is {device.type}, not cuda (TRITON_INTERPRET=1 runs the kernels anywhere, slowly)"
+        return f"the device is {device.type}, not cuda"
     return None
 
 

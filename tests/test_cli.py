@@ -48,7 +48,7 @@ def test_evaluate_scores_and_warns_of_training_images(run: Path, data: Path, tmp
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(scores["dice"]) == {"background", "foreground"}
     assert len(scores["images"]) == 8
-    assert "6 of them have the names of training images" in result.stdout
+    assert "6 of them are named like training images" in result.stdout
     # The foreground's score comes first, in the file and on the screen.
     assert next(iter(scores)) == "mean_dice"
     assert scores["mean_dice"] == scores["dice"]["foreground"]

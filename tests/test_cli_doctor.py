@@ -22,6 +22,7 @@ from typer.main import get_command
 
 from fastunet import __version__, backend, dispatch
 from fastunet.cli import app, doctor
+from fastunet.cli.shared import GROUPS
 from fastunet.torch_private import FakeTensorMode
 from fastunet.train.config import TrainConfig
 
@@ -36,7 +37,7 @@ def doctors_lines() -> list[str]:
     lines = result.stdout.splitlines()
     assert max(len(line) for line in lines if os.sep not in line) <= 100, "but for a path, which is not broken"
     # The path of the cache takes as many lines as it is long.
-    assert sum(os.sep not in line for line in lines) <= 26, "a few rows, not one for each op"
+    assert sum(bool(line) and os.sep not in line for line in lines) <= 19, "a few rows, not one for each op"
     return lines
 
 
@@ -69,7 +70,7 @@ def test_doctor_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     lines = doctors_lines()
     assert f"fastunet {__version__}, Python " in beginning(lines, "versions")
     assert any("3x3 conv" in line and line.startswith("cpu") for line in lines)
-    assert sum("TRITON_INTERPRET" in line for line in lines) <= 1, "the same sentence once"
+    assert sum(map(bool, lines)) <= 11
     assert beginning(lines, "next").startswith("next fastunet demo: ")
     Path("fastunet-demo").mkdir()
     assert beginning(doctors_lines(), "next").startswith("next fastunet check DATA")
@@ -144,6 +145,12 @@ def test_help_shows_commands_and_defaults() -> None:
 def options_of(command: str) -> list[Any]:
     group: Any = get_command(app)
     return [each for each in group.commands[command].params if each.param_type_name == "option" and each.name != "help"]
+
+
+@pytest.mark.parametrize("command", ["check", "train", "evaluate"])
+def test_groups_come_in_one_order(command: str) -> None:
+    places = [GROUPS.index(each.rich_help_panel) for each in options_of(command)]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -40,4 +40,4 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """A U-Net from a folder of images and masks, and what it predicts."""
+    """Train a U-Net on a folder of images and masks, and predict masks of other images."""

@@ -25,7 +25,7 @@ SHOWN = 8  # images in the picture
 def check(
     context: typer.Context,
     data: Annotated[Path, DATA],
-    out: Annotated[Path | None, option("output", "PNG for a picture of some images with their masks.")] = None,
+    out: Annotated[Path | None, option("output", "PNG file for a picture of some images with their masks.")] = None,
     classes: Annotated[int | None, option("data", "Number of classes [inferred from the masks].")] = None,
     val_fraction: Annotated[
         float, option("data", "Share of the images kept out of training.")
@@ -33,7 +33,7 @@ def check(
     overwrite: OverwriteOption = False,
     **options: Any,
 ) -> None:
-    """Read every file of DATA; tell what it holds, what is odd about it, and what a training would refuse, and why."""
+    """Read every file of DATA; print what it holds, what is unusual, and what training would refuse and why."""
     from fastunet.data.survey import survey
 
     reading = pop_reading(context, options)

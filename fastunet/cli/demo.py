@@ -19,7 +19,7 @@ def demo(
     steps: Annotated[int, option("training", "Optimiser steps at most.", min=1)] = 600,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make cell-like micrographs with exact masks, train a small net on them, and draw the report."""
+    """Draw micrographs of cells with exact masks, train a small net on them, and write the report."""
     from fastunet.data.synthetic import write_dataset
     from fastunet.train.checks import check_out
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 WIDTH = 100
-PACKAGES = ("torch", "triton", "numpy", "accelerate", "kornia", "monai", "safetensors", "cupy-cuda12x", "cupy-cuda13x")
+PACKAGES = ("torch", "triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Ops of a kind, and of each a layer as a U-Net has it: its image [N, C, H, W], and its weight.
 FAMILIES: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...] | None]] = {
@@ -48,8 +48,9 @@ def doctor() -> None:
     from fastunet import dispatch
 
     gpu = gpu_with_kernels()
-    backend = f"{dispatch.selected_backend()} (FASTUNET_BACKEND or fastunet.backend changes it)"
-    print(_lines([("versions", ", ".join(_versions())), ("cpu", _cpu()), *_gpus(), ("backend", backend)]))
+    backend = dispatch.selected_backend()
+    forced = [] if backend == "auto" else [("backend", f"{backend} (FASTUNET_BACKEND; auto takes what is faster)")]
+    print(_lines([("versions", ", ".join(_versions())), ("cpu", _cpu()), *_gpus(), *forced]))
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     print(f"\n{_table([(device, *row) for device in devices for row in rows_of(torch.device(device), gpu)])}\n")
     print(_lines([*([] if gpu is None else _measured(gpu)), ("next", advice(gpu))]))

@@ -40,7 +40,7 @@ def evaluate(
     tolerance: Annotated[float, option("scores", "Tolerance of the surface Dice, in pixels.", min=0)] = 2.0,
     parts: Annotated[
         Literal["none", "foreground", "background"],
-        option("scores", "Also score how well connected parts are kept apart: adapted Rand error and V-Rand."),
+        option("scores", "Also score how well connected parts are separated: adapted Rand error and V-Rand."),
     ] = "none",
     tta: TtaOption = False,
     tile: TileOption = TILE,
@@ -48,7 +48,7 @@ def evaluate(
     overwrite: OverwriteOption = False,
     **options: Any,
 ) -> None:
-    """Score RUN on every pair of DATA: Dice and IoU over all pixels, and per image with outlines and intervals."""
+    """Score RUN on DATA: Dice and IoU over all pixels; Dice, HD95 and surface Dice over images, with intervals."""
     from fastunet.data import IGNORED, SegmentationDataset, find_pairs, inspect
     from fastunet.inference.evaluation import evaluate as scores_of
     from fastunet.inference.evaluation import summary_of
@@ -91,7 +91,7 @@ def evaluate(
             console.print(f"{text}: {_with_interval(summary[key], 4)}")
     seen = sorted(set(segmenter.config.train) & {pair.stem for pair in pairs})
     if seen:
-        console.print(f"note: {len(seen)} of them have the names of training images", soft_wrap=True)
+        console.print(f"note: {len(seen)} of them are named like training images", soft_wrap=True)
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:

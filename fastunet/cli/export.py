@@ -21,7 +21,7 @@ def export(
     out: Annotated[Path | None, option("output", "File to write [RUN/model with the format's suffix].")] = None,
     name: Annotated[str | None, option("output", "Name of the package for bioimage.io [that of RUN].")] = None,
 ) -> None:
-    """Write RUN as one file that takes an image's pixels, of any size, to its mask: normalisation is inside."""
+    """Write RUN as one file that turns the pixels of an image of any size into its mask, normalisation included."""
     from fastunet.checks import DataError
     from fastunet.inference import export as exports
     from fastunet.segmenter import load

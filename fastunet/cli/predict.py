@@ -38,15 +38,15 @@ def predict(
     ] = False,
     instances: Annotated[
         Literal["none", "components", "watershed"],
-        option("objects", "Also number the objects, in OUT/<stem>_objects.tif, and measure each, in a CSV beside it."),
+        option("objects", "Also number the objects in OUT/<stem>_objects.tif, and measure them in a CSV of that name."),
     ] = "none",
     rois: Annotated[
-        bool, option("objects", "With instances: also write their outlines as ROIs for ImageJ.", "--rois")
+        bool, option("objects", "With --instances: also write the outlines as ROIs for ImageJ.", "--rois")
     ] = False,
     tta: TtaOption = False,
     tile: TileOption = TILE,
     shard: Annotated[
-        str, option("hardware", "Only every N-th image from the I-th on, for N processes at once.", metavar="I/N")
+        str, option("hardware", "Predict only every N-th image from the I-th on, as one of N processes.", metavar="I/N")
     ] = "1/1",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,

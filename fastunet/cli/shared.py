@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # Names of files are printed as they are, whatever they look like.
 console = Console(markup=False, emoji=False, highlight=False)
 
-DATA = typer.Argument(metavar="DATA", help="Folder with images/ and masks/ of equal stems.")
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left.")]
+DATA = typer.Argument(metavar="DATA", help="Folder with images/ and masks/ of the same file names.")
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `fastunet train` wrote.")]
 
 
 def option(group: str, help: str, *names: str, **more: Any) -> Any:
@@ -39,19 +39,31 @@ DeviceOption = Annotated[str, option("hardware", "auto (a GPU where there is one
 TtaOption = Annotated[bool, option("prediction", "Average eight flips and turns, for eight times the work.")]
 OverwriteOption = Annotated[bool, option("output", "Replace what fastunet wrote there before.", "--overwrite")]
 TileOption = Annotated[
-    int, option("hardware", "Side of the tiles, in pixels, in which larger images go through.", min=1)
+    int, option("hardware", "Side in pixels of the tiles in which larger images are predicted.", min=1)
 ]
 
 
+GROUPS = ("Output", "Data", "Model", "Training", "Validation", "Scores", "Prediction", "Hardware")
+
+
 def with_fields(settings: Any, command: Callable[..., None], **types: Any) -> Callable[..., None]:
-    """Give a command the fields of a dataclass as options, in the place of its last argument, which takes them."""
+    """Give a command the fields of a dataclass as options, in the place of its last argument, which takes them, and sort
+    its options by the groups that help shows.
+    """
     types = get_type_hints(settings) | types
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
     for each in fields(settings):
         typed: Any = Annotated[types[each.name], option(each.metadata.get("group", "data"), each.metadata["meaning"])]
         place = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(each.name, place, default=each.default, annotation=typed))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    def place_of(parameter: inspect.Parameter) -> int:
+        (described, *_) = getattr(parameter.annotation, "__metadata__", [None])
+        group = getattr(described, "rich_help_panel", None)
+        return GROUPS.index(group) if group else -1  # arguments, and typer's context
+
+    options = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in sorted(parameters, key=place_of)]
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     return command
 
 

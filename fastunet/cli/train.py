@@ -57,7 +57,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 CONFIG = option(
     "output",
-    "TOML file of these options (max_minutes = 10), or the config.json of a run; what is typed goes before.",
+    "TOML file of these options (max_minutes = 10), or the config.json of a run; typed options override it.",
     callback=_read_config,
     is_eager=True,
 )
@@ -74,14 +74,14 @@ def train(
         int | None,
         option(
             "validation",
-            "Cross-validate: a run in OUT/fold-1 and on for each of so many parts; again, it goes on [one run].",
+            "Cross-validate over so many parts, in OUT/fold-1 and so on; the same command continues it [one run].",
         ),
     ] = None,
-    resume: Annotated[bool, option("output", "Go on with the run in OUT, as it was begun.", "--resume")] = False,
+    resume: Annotated[bool, option("output", "Continue the run in OUT, with its settings.", "--resume")] = False,
     overwrite: OverwriteOption = False,
     **settings: Any,
 ) -> None:
-    """Train a U-Net on DATA; leave model, settings, metrics, history and reports in OUT."""
+    """Train a U-Net on DATA; write model, settings, metrics, history and report to OUT."""
     if settings["features"] is not None:
         settings["features"] = parse_features(settings["features"])
     if folds is not None and (resume or settings["fold"]):

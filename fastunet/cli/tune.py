@@ -15,7 +15,7 @@ from .shared import bar, chosen_device, console, option, parse_features
 
 def tune(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Folder that `fastunet train` has left; without it, a new net.")
+        Path | None, typer.Argument(metavar="RUN", help="Folder that `fastunet train` wrote [a new net].")
     ] = None,
     size: Annotated[int | None, option("model", "Side of the images in pixels [as trained; 512].", min=1)] = None,
     batch: Annotated[int | None, option("model", "Images at once [as trained; 16].", min=1)] = None,
@@ -30,7 +30,7 @@ def tune(
         float, option("hardware", "Limit in seconds, compiling included; what is left over runs on ATen.", min=1)
     ] = 300.0,
 ) -> None:
-    """Measure on this GPU which layers are faster on the Triton kernels; what is found is kept for later runs."""
+    """Measure on this GPU which layers are faster on the Triton kernels, and keep that for later runs."""
     check_choice("precision", precision, ("auto", "fp32", "bf16", "fp16"))
     import torch
 

@@ -32,8 +32,8 @@ def leave_what_spares_little(patterns: Sequence[Pattern]) -> None:
     for pattern in by_winograd if spared < _SPARED * everything else ():
         pattern.is_replaced = False
         pattern.reason = (
-            f"Winograd's algorithm would spare {spared / everything:.0%} of the graph's multiplications, "
-            f"too little beside inductor's fusion: expected {_SPARED:.0%}"
+            f"Winograd's algorithm would save {spared / everything:.0%} of the graph's multiplications, "
+            f"inductor's fusion gains more than that below {_SPARED:.0%}"
         )
 
 

@@ -108,7 +108,7 @@ class _Search:
             is_atens = choice.implementation == "aten"
             pattern.is_replaced = self.force or not (is_atens or gains_little(choice))
             if not pattern.is_replaced:
-                why = "the op would run on ATen here" if is_atens else "inductor's fusion gains as much, or may"
+                why = "the op would run on ATen here" if is_atens else "inductor may be as fast, by fusion"
                 pattern.reason = f"{why}: {choice.reason}"
         described = pattern.parts
         if pattern.interpolation is not None:

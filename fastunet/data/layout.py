@@ -19,17 +19,17 @@ def _option(default: Any, meaning: str) -> Any:
 class DataOptions:
     """How DATA is read, with what each option means as `fastunet check --help` shows it."""
 
-    images: str = _option("images", "Folder of the images, in DATA.")
-    masks: str = _option("masks", "Folder of the masks or their outlines, in DATA, or a file of COCO.")
-    mask_suffix: str = _option("", "What the names of masks have beyond those of images, such as _mask.")
+    images: str = _option("images", "Folder of the images in DATA.")
+    masks: str = _option("masks", "Folder of the masks or outlines in DATA, or a COCO file.")
+    mask_suffix: str = _option("", "Ending of the names of masks that images do not have, such as _mask.")
     labels: str = _option(
         "",
-        "Mask value of each class, the background's first, such as 0,128,255; of colours 0:0:0,255:0:0 "
+        "Mask value of each class, the background's first, such as 0,128,255, or colours 0:0:0,255:0:0 "
         "[0 and 255, 0 and 1, or 0..K-1].",
     )
-    ignore: str = _option("", "Mask values, or colours, of pixels that do not count, such as 255.")
+    ignore: str = _option("", "Mask values or colours of pixels that do not count, such as 255.")
     threshold: float | None = _option(
-        None, "Foreground is what masks hold from this value on: for lossy and soft masks, and for instances."
+        None, "Mask value from which on a pixel is foreground: for lossy and soft masks, and for instances."
     )
 
     def check(self) -> None:

@@ -42,10 +42,10 @@ class TrainConfig:
 
     steps: int = _setting(3000, "Optimiser steps.", low=1, high=sys.maxsize)
     max_minutes: float | None = _setting(
-        None, "Limit of the training loop in minutes; the schedule ends by the limit that comes first [none]."
+        None, "Limit of the training in minutes; steps or minutes end it, whichever comes first [none]."
     )
     batch_size: int | None = _setting(
-        None, "Crops per step, of each process [by the memory; 4 on a CPU].", low=1, high=LARGEST
+        None, "Crops per step in each process [by the memory; at most 4 on a CPU].", low=1, high=LARGEST
     )
     # Below 3 augmentation has nothing to blur.
     crop: int | None = _setting(
@@ -65,14 +65,14 @@ class TrainConfig:
     weight_decay: float = _setting(5e-2, "Weight decay of AdamW.", low=0, high=_MOST)
     ema: float = _setting(
         0.0,
-        "Decay a step of the moving average of weights that is validated and kept, 0.999 say; 0: none.",
+        "Validate and keep a moving average of the weights with this decay per step, such as 0.999; 0: none.",
         low=0.0,
         high=0.999999,
     )
     patience: int | None = _setting(
-        None, "End after so many validations, of ten in a run, without a better one [never].", low=1, high=sys.maxsize
+        None, "End after so many of the ten validations without a better score [never].", low=1, high=sys.maxsize
     )
-    init: str = _setting("", "Weights to begin with: a RUN or a file of weights [random ones].", group="model")
+    init: str = _setting("", "Initial weights: a RUN or a file of weights [random].", group="model")
     border_weight: float = _setting(
         0.0, "Weight of background between close objects, w0 of the U-Net paper (10 there); 0: none.", low=0, high=1e6
     )
@@ -83,38 +83,38 @@ class TrainConfig:
     )
     flip: bool = _setting(
         True,
-        "Mirror and turn by quarters; not where orientation means something (strong then turns by 15 degrees).",
+        "Mirror and turn by quarters; --no-flip if orientation matters (strong then turns by up to 15 degrees).",
     )
     balance: float = _setting(
         0.0,
-        "Share of the crops around a pixel of a foreground class, a rare one as often as another.",
+        "Share of the crops taken around a pixel of a foreground class, of each class equally often.",
         low=0.0,
         high=1.0,
     )
     class_weights: str = _setting(
-        "none", "Weights in the loss: none, balanced (by how rare a class is), or a number for each class: 1,2,5."
+        "none", "Weights in the loss: none, balanced (rare classes count more), or a number for each class: 1,2,5."
     )
     val_fraction: float = _setting(
-        0.15, "Share of the images kept out of training, for the metrics; 0 keeps none.", group="validation"
+        0.15, "Share of the images kept out of training, for the scores; 0: none.", group="validation"
     )
     fold: str = _setting(
-        "", "Which part is kept out instead: 2/5 keeps the second fifth [the last by val_fraction].", group="validation"
+        "", "Keep out this part instead: 2/5 is the second fifth [the share of --val-fraction].", group="validation"
     )
     deep_supervision: bool = _setting(
-        False, "Train the lower levels of the decoder too, by heads that are dropped in the end (4 levels or more)."
+        False, "Also train the decoder's lower levels, by heads that the final model drops (4 levels or more)."
     )
     split: str = _setting(
         "last",
-        "Which: the last by name (in a stack, neighbours are alike), or random.",
+        "Images to keep out: the last by name (in a stack, neighbours are alike), or random ones.",
         choices=("last", "random"),
         group="validation",
     )
     classes: int | None = _setting(None, "Number of classes [inferred from the masks].", low=1, high=256, group="model")
     tta: bool = _setting(
-        False, "Average eight flips and turns for the metrics, for eight times the work.", group="validation"
+        False, "Average eight flips and turns for the scores, for eight times the work.", group="validation"
     )
     tensorboard: bool = _setting(
-        False, "Event files for TensorBoard (`tensorboard --logdir OUT`), beside history.csv.", group="output"
+        False, "Also write event files for TensorBoard (`tensorboard --logdir OUT`).", group="output"
     )
     precision: str = _setting(
         "auto",
@@ -123,13 +123,13 @@ class TrainConfig:
         group="hardware",
     )
     sync_batch_norm: bool = _setting(
-        False, "Statistics of batch norm over the batches of all GPUs (torchrun), by torch's module.", group="hardware"
+        False, "Take batch norm's statistics over the batches of all GPUs (torchrun).", group="hardware"
     )
     device: str = _setting(
         "auto", "auto (a GPU where there is one), cpu or cuda.", choices=("auto", "cpu", "cuda"), group="hardware"
     )
     workers: int | None = _setting(
-        None, "Processes that read images [4 beside a GPU, else 0].", low=0, high=256, group="hardware"
+        None, "Processes that read images [4 with a GPU, else 0].", low=0, high=256, group="hardware"
     )
     seed: int = _setting(0, "Seed of split, weights, crops and augmentation.", low=0, high=2**32 - 1)  # numpy's
 

@@ -82,7 +82,7 @@ def test_winograds_algorithm_is_to_spare_a_third_of_the_graph(wide: int, share: 
     rows = fastunet.explain(levels(wide).train(), torch.zeros(1, 64, 128, 128)).rows[-wide:]
     if wide == 1:
         assert [(row.implementation, row.replaced_by) for row in rows] == [("inductor", "")]
-        assert f"would spare {share} of the graph's multiplications" in rows[0].reason
+        assert f"would save {share} of the graph's multiplications" in rows[0].reason
     else:
         assert [row.implementation for row in rows] == ["winograd"] * wide
 
