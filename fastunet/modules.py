@@ -108,7 +108,7 @@ class Down(reference.Down):
 
     @property
     def block(self) -> Any:
-        """What follows the pooling."""
+        """The double convolution that follows the pooling."""
         _, block = self.maxpool_conv
         return block
 

@@ -40,7 +40,7 @@ from fastunet.unet import UNet
 
 
 def load(run: str | Path, device: str | torch.device = "auto") -> Segmenter:
-    """Load what `fastunet train` has left in the folder `run`, onto a device: "auto" is a GPU where there is one.
+    """Load what `fastunet train` wrote to the folder `run`, onto a device: "auto" is a GPU where there is one.
 
     Raises:
         DataError: missing or broken files.

@@ -5,7 +5,7 @@ The convolution leaves number, mean and M2 of each of its tiles. They are merged
 one of all images for batch norm, one of each for instance norm.
 
 Forward, one pass over the convolution's output `raw` gives y = activation((raw - mean) * invstd * gamma + beta) and its
-2x2 maxima. Backward, two passes over raw and the gradients: sums, then the gradient. Both compute y anew instead of
+2x2 maxima. Backward, two passes over raw and the gradients: sums, then the gradient. Both recompute y instead of
 reading it.
 """
 

@@ -18,7 +18,7 @@ import torch
 import zarr
 from command import error_of
 from command import fastunet as fastunet_command
-from image_files import save, save_tiff
+from image_files import save
 from PIL import Image
 from untrained_run import smooth_image, untrained_run
 
@@ -117,7 +117,7 @@ def test_windows_hold_the_images_pixels(
     path = tmp_path / ("a.tif" if stored in STORED else "a.zarr")
     if stored in STORED:
         data = pixels[..., 0] if grey else np.moveaxis(pixels, -1, 0) if stored == "planes" else pixels
-        save_tiff(path, data, **STORED[stored])
+        save(path, data, **STORED[stored])
         monkeypatch.setattr(sources, "LARGE", 0)
         monkeypatch.setattr(sources, "read_image", None)  # nothing is decoded whole
     else:
@@ -150,7 +150,7 @@ def test_other_tiffs_are_read_as_ever(
     monkeypatch.setattr(sources, "LARGE", 0)
     path, options = tmp_path / "a.tif", dict(ODD[kind])
     cut, append = options.pop("cut", False), options.pop("append", False)
-    save_tiff(path, image, **options)
+    save(path, image, **options)
     if append:
         tifffile.imwrite(path, image, append=True)
     if cut:
@@ -167,7 +167,7 @@ def test_broken_pixels_are_named(fault: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(sources, "LARGE", 0)
     pixels = np.ones((100, 90), np.float32)
     pixels[70, 80] = np.inf if fault == "not finite" else 1
-    path = save_tiff(tmp_path / "a.tif", pixels, tile=(32, 32), compression="deflate")
+    path = save(tmp_path / "a.tif", pixels, tile=(32, 32), compression="deflate")
     if fault != "not finite":
         with tifffile.TiffFile(path) as tiff:
             at = tiff.pages[0].dataoffsets[-1]
@@ -185,7 +185,7 @@ def test_what_is_written_is_what_is_predicted(
     kind: str, segmenter: Segmenter, image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "LARGE", 0)
-    path = save_tiff(tmp_path / "a.tif", image, tile=(64, 64))
+    path = save(tmp_path / "a.tif", image, tile=(64, 64))
     mask, probabilities = expected_of(segmenter, image)
     kind, _, small = kind.partition(", ")
     tile, parts = (100, 4 * 6) if small else (TILE, 4)
@@ -210,7 +210,7 @@ def test_what_is_written_is_what_is_predicted(
 
 def test_classes_have_colours(image: np.ndarray, tmp_path: Path) -> None:
     segmenter = fastunet.load(untrained_run(tmp_path / "run", 3), "cpu")
-    path = save_tiff(tmp_path / "a.tif", image)
+    path = save(tmp_path / "a.tif", image)
     for kind in ("png", "tif"):
         segmenter.write(path, tmp_path / "labels", Wanted(kind))
         colours = np.array(Image.open(tmp_path / f"labels.{kind}").convert("RGB"))
@@ -230,7 +230,7 @@ SIZES: dict[str, tuple[dict[str, Any], PixelSize | None]] = {
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_size_of_pixels_is_kept(kind: str, segmenter: Segmenter, image: np.ndarray, tmp_path: Path) -> None:
     options, expected = SIZES[kind]
-    path = save_tiff(tmp_path / "a.tif", image, **options)
+    path = save(tmp_path / "a.tif", image, **options)
     assert pixel_size_of(path) == expected
     segmenter.write(path, tmp_path / "b", Wanted("tif", probabilities=True, instances="components"))
     for end in (".tif", "_probabilities.tif", "_objects.tif"):
@@ -281,7 +281,7 @@ def test_objects_are_measured_as_scikit_image_does(
 
 @pytest.mark.parametrize("kind", ["png", "tif", "zarr"])
 def test_what_fails_leaves_nothing(kind: str, segmenter: Segmenter, image: np.ndarray, tmp_path: Path) -> None:
-    path = save_tiff(tmp_path / "a.tif", image)
+    path = save(tmp_path / "a.tif", image)
     out = tmp_path / "out"
     out.mkdir()
 
@@ -295,13 +295,13 @@ def test_what_fails_leaves_nothing(kind: str, segmenter: Segmenter, image: np.nd
 
 
 def test_an_error_of_the_writer_is_raised(segmenter: Segmenter, image: np.ndarray, tmp_path: Path) -> None:
-    path = save_tiff(tmp_path / "a.tif", image)
+    path = save(tmp_path / "a.tif", image)
     with pytest.raises(FileNotFoundError):
         segmenter.write(path, tmp_path / "missing/a", Wanted("tif"), tile=TILE)
 
 
 def test_foreign_files_are_not_ours(tmp_path: Path, image: np.ndarray) -> None:
-    save_tiff(tmp_path / "a.tif", image)
+    save(tmp_path / "a.tif", image)
     Image.fromarray(image).save(tmp_path / "a.png")
     (tmp_path / "a.csv").write_text("label,area\n1,2\n")
     zarr.create_array(str(tmp_path / "a.zarr"), data=image)
@@ -329,7 +329,7 @@ def test_the_command_line(image: np.ndarray, tmp_path: Path) -> None:
     pytest.importorskip("roifile", reason="needs the extra imagej")
     run, out = untrained_run(tmp_path / "run", 3), tmp_path / "out"
     for name in "abc":
-        save_tiff(tmp_path / f"{name}.tif", image)
+        save(tmp_path / f"{name}.tif", image)
     options = ("--probabilities", "--overlay", "--instances", "watershed", "--rois", "--tile", str(TILE), "--tta")
     result = fastunet_command("predict", run, tmp_path / "?.tif", "--out", out, *options, "--shard", "1/2")
     lines = [line.partition(":")[0] for line in result.stdout.splitlines() if line]

@@ -47,8 +47,8 @@ GROUPS = ("Output", "Data", "Model", "Training", "Validation", "Scores", "Predic
 
 
 def with_fields(settings: Any, command: Callable[..., None], **types: Any) -> Callable[..., None]:
-    """Give a command the fields of a dataclass as options, in the place of its last argument, which takes them, and sort
-    its options by the groups that help shows.
+    """Give a command the fields of a dataclass as options, in the place of its last argument, which takes them, and
+    sort its options by the groups that help shows.
     """
     types = get_type_hints(settings) | types
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]

@@ -32,8 +32,8 @@ def compose_upsampling(up_weight: Tensor, weight: Tensor) -> Tensor:
 
 
 def upsampled_bias(up_bias: Tensor, weight: Tensor) -> Tensor:
-    """What the bias of an upsampling adds to the convolution after it: conv2d(u, weight, padding=1) of an image u that
-    is up_bias everywhere, but for a last row and column of zeros, such as pad it to an odd size.
+    """Return what an upsampling's bias adds to the convolution after it: conv2d(u, weight, padding=1) of an image u
+    that is up_bias everywhere, but for a last row and column of zeros, such as pad it to an odd size.
 
     up_bias [Cu], weight [Cout, Cu, 3, 3]. The result [Cout, 5, 5] stands for one of any size: its second and third row
     and column repeat, since only the borders differ, where taps fall on zeros. Without padding the last is left out.
@@ -43,7 +43,7 @@ def upsampled_bias(up_bias: Tensor, weight: Tensor) -> Tensor:
 
 
 def border_of(bias: Tensor) -> Tensor:
-    """What `upsampled_bias` differs in from bias[:, 1, 1], which all inner pixels share: [5, 5, Cout]."""
+    """Return what `upsampled_bias` differs in from bias[:, 1, 1], which all inner pixels share: [5, 5, Cout]."""
     return (bias - bias[:, 1:2, 1:2]).permute(1, 2, 0).contiguous()
 
 

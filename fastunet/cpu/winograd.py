@@ -231,7 +231,7 @@ def _empty_images(n: int, height: int, width: int, channels: int) -> Tensor:
 
 
 def transformed(weight: Tensor, m: int) -> Tensor:
-    """What convolve_transformed takes of weight [Cout, Cin, 3, 3]: [(m + 2)^2, Cin, Cout]."""
+    """Return what convolve_transformed takes of weight [Cout, Cin, 3, 3]: [(m + 2)^2, Cin, Cout]."""
     return _transformed_weight(weight, m, "weight 0").transpose(1, 2).contiguous()
 
 

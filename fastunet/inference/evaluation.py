@@ -122,7 +122,7 @@ def _rand(prediction: Tensor, truth: Tensor, parts: str) -> dict[str, float]:
 def summary_of(rows: Sequence[dict[str, float]], seed: int = 0) -> dict[str, dict[str, Any]]:
     """Return, for each score of images, its mean, the 95 % bootstrap interval of that, and how many images have it.
 
-    The images are drawn anew 2000 times (percentile method, Efron 1979); NaN where fewer than two have the score.
+    The images are resampled 2000 times (percentile method, Efron 1979); NaN where fewer than two have the score.
     """
     from scipy.stats import bootstrap
 

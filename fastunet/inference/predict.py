@@ -24,7 +24,7 @@ def predict(
     tta: bool = False,
     from_logits: bool | None = None,
 ) -> Tensor:
-    """Probabilities, float32 [N, K, H, W] (or [K, H, W]), of an image batch [N, C, H, W] (or an image [C, H, W]).
+    """Return probabilities, float32 [N, K, H, W] (or [K, H, W]), of images [N, C, H, W] (or an image [C, H, W]).
 
     The image is on the model's device and normalised as the model was trained. One output channel gives sigmoid, more
     give softmax over them, unless the model has done so. The model runs in eval mode, and each of its modules is left

@@ -136,7 +136,7 @@ def ratio(samples: Mapping[str, Sequence[float]], over: str, under: str) -> Quan
 
 
 def sets_past_cache(inputs: Sequence[Tensor], device: torch.device) -> int:
-    """How many copies of the inputs to take in turn, so that each has left the cache before its next turn."""
+    """Return how many copies of the inputs to take in turn, so that each has left the cache before its next turn."""
     cache = _UNKNOWN_CACHE
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size

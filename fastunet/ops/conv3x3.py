@@ -122,17 +122,17 @@ def _forward_fake(args: ConvArgs) -> tuple[Tensor | None, ...]:
 
 def _composition(args: ConvArgs) -> tuple[Tensor | None, ...]:
     """Compute it by torch functions. The last arguments are between two ops: here each undoes its own activation."""
-    joined = args.x if args.up is None else torch.cat([args.x, args.up], dim=1)
+    concatenated = args.x if args.up is None else torch.cat([args.x, args.up], dim=1)
     options = {"stride": args.stride, **arguments_of(args.slope)}
     if args.norm == "none":
-        y = reference.conv3x3_bias_relu(joined, args.weight, args.bias, **options)
+        y = reference.conv3x3_bias_relu(concatenated, args.weight, args.bias, **options)
     elif args.norm == "instance":
         affine = (args.gamma, args.bias)
-        y = reference.conv3x3_instance_norm_relu(joined, args.weight, *affine, eps=args.eps, **options)
+        y = reference.conv3x3_instance_norm_relu(concatenated, args.weight, *affine, eps=args.eps, **options)
     else:
         norm = (args.gamma, args.bias, args.running_mean, args.running_var)
         options = {"training": args.training, "momentum": args.momentum, "eps": args.eps, **options}
-        y = reference.conv3x3_batch_norm_relu(joined, args.weight, *norm, **options)
+        y = reference.conv3x3_batch_norm_relu(concatenated, args.weight, *norm, **options)
     return y, reference.max_pool2x2(y) if args.pool else None, None, None, None
 
 
@@ -277,7 +277,7 @@ def _concatenated(op: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Conc
     def concatenated(skip: Tensor, up: Tensor, *args: P.args, **options: P.kwargs) -> Tensor:
         return conv3x3(name, arguments(skip, *args, **options)._replace(up=up))[0]
 
-    doc = f"""Compute {op.__name__}(torch.cat([skip, up], 1), ...); the kernels never write the concatenation.
+    doc = f"""Compute {op.__name__}(torch.cat([skip, up], 1), ...); the kernels do not write the concatenation.
 
     skip [N, C1, H, W], up [N, C2, H, W], weight [Cout, C1 + C2, 3, 3]; otherwise as {op.__name__}.
     """
@@ -305,12 +305,12 @@ def conv3x3_bias_relu(
 
     x [N, Cin, H, W], weight [Cout, Cin, 3, 3], bias [Cout] or None, all of one floating dtype and device; the result is
     [N, Cout, H, W] in that dtype, with stride=2 [N, Cout, ceil(H / 2), ceil(W / 2)], channels_last if x or weight is.
-    relu=False leaves the activation out; negative_slope > 0 makes it LeakyReLU. Equal to
+    relu=False omits the activation; negative_slope > 0 makes it LeakyReLU. Equal to
     `F.relu(F.conv2d(x, weight, bias, stride=stride, padding=1))`, NaN included.
     Raises ShapeError, DtypeError, DeviceError or ConfigError before any work.
 
     On the CPU, float32 of 128 channels and more runs by Winograd's algorithm where that is faster. Its rounding errors
-    go by the largest values of a tile of 6x6 pixels, and a NaN or infinity makes all results of its tile NaN.
+    scale with the largest values of a tile of 6x6 pixels, and a NaN or infinity makes all results of its tile NaN.
     """
     return ConvArgs(x, None, weight, bias, slope=slope_of(relu, negative_slope), stride=stride)
 
@@ -335,8 +335,8 @@ def conv3x3_batch_norm_relu(
     training, momentum, eps)).
 
     x [N, Cin, H, W], weight [Cout, Cin, 3, 3], the other tensors [Cout] or None, of x's dtype or float32. training=True
-    takes the statistics of this batch (Ioffe & Szegedy 2015) and moves the running ones in place by momentum, with the
-    unbiased variance, as torch does; training=False takes the running ones. The rest as conv3x3_bias_relu. Raises
+    takes the statistics of this batch (Ioffe & Szegedy 2015) and updates the running ones in place by momentum, with
+    the unbiased variance, as torch does; training=False takes the running ones. The rest as conv3x3_bias_relu. Raises
     ValueError, as torch does, where training has one value per channel.
     """
     norm = ("batch", gamma, running_mean, running_var, training, momentum, eps)
@@ -386,8 +386,8 @@ def double_conv3x3_bias_relu(
 ) -> Any:
     """Compute conv3x3_bias_relu twice, first of x, or of [x, up] where up is given: y, or (y, pooled) with pool.
 
-    As two calls; but in backward the first one's activation is undone where the second one's input gradient is
-    computed, which saves a pass over memory.
+    Equal to two calls; but the backward of the first activation is part of the second convolution's input gradient,
+    which saves a pass over memory.
     """
     what, slope = "double_conv3x3_bias_relu", slope_of(relu, negative_slope)
     is_one = (

@@ -81,8 +81,8 @@ def convolve(
         return onednn.conv3x3(x, up, weight, bias, None, None, stride)
     if implementation == "winograd":
         return winograd.convolve(*_by_input(x, up, weight), bias, winograd.side_of_tiles(x, weight))
-    joined = x if up is None else torch.cat([x, up], dim=1)
-    return F.conv2d(joined, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding=1)
+    concatenated = x if up is None else torch.cat([x, up], dim=1)
+    return F.conv2d(concatenated, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding=1)
 
 
 # --- backward ---

@@ -50,7 +50,7 @@ def conv3x3_relu_conv1x1(
     relu: bool = True,
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """Compute conv2d(y, head_weight, head_bias) of y = relu(conv2d(x, weight, bias, padding=1)), never written.
+    """Compute conv2d(y, head_weight, head_bias) of y = relu(conv2d(x, weight, bias, padding=1)), which is not written.
 
     x [N, Cin, H, W], weight [Cout, Cin, 3, 3], bias [Cout] or None, head_weight [K, Cout, 1, 1], head_bias [K] or None;
     the result is [N, K, H, W], logits or, with sigmoid, probabilities. norm = (running_mean, running_var, gamma, eps)

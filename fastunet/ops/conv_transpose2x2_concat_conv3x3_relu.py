@@ -59,9 +59,9 @@ def conv_transpose2x2_concat_conv3x3_relu(
 
     skip [N, C1, H, W], low [N, Cl, H // 2, W // 2], up_weight [Cl, C2, 2, 2], up_bias [C2] or None, weight [Cout, C1 +
     C2, 3, 3], bias [Cout] or None; norm as in conv3x3_relu_conv1x1. The result is [N, Cout, H, W]. On the CPU in
-    float32, and by a kernel in 16 bits on sm_90 and above, up is never computed: the two weights compose to one of 4x4
-    (exactly, but for one rounding to the dtype, where otherwise up has one). For inference: the result has no gradient,
-    and asking for one raises.
+    float32, and by a kernel in 16 bits on sm_90 and above, up is never computed: the two weights are composed to one of
+    4x4, exactly but for its rounding to the dtype, where otherwise up is rounded. For inference: the result has no
+    gradient, and asking for one raises.
     """
     mean, variance, gamma, eps = norm if norm is not None else (None, None, None, 0.0)
     checks.check_activation(NAME, skip=skip, low=low)

@@ -36,7 +36,7 @@ def max_pool2x2(x: Tensor) -> Tensor:
     """Take the maximum of each 2x2 window: [N, C, H, W] to [N, C, H // 2, W // 2], H and W >= 2.
 
     Equal to `F.max_pool2d(x, 2)`: an odd last row or column is dropped, NaN wins, and of equal values the first gets
-    the gradient. The winners are found again in backward instead of kept as int64.
+    the gradient. Backward recomputes the indices of the maxima instead of keeping them as int64.
     """
     checks.check_activation(NAME, x=x)
     checks.check_pooled(NAME, *x.shape[2:])

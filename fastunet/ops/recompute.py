@@ -25,8 +25,8 @@ _enabled = True
 
 @contextmanager
 def recomputing(enabled: bool) -> Iterator[None]:
-    """Within the block, in every thread, have a forward on the Triton kernels leave outputs of norms to be recomputed
-    by its backward, or keep them. Outside it leaves them: half the memory for a pass over each of them.
+    """Choose within the block, in every thread, whether outputs of norms by Triton kernels are recomputed in backward
+    or kept. Outside they are recomputed: half the memory, for a pass over each of them.
     """
     global _enabled
     before, _enabled = _enabled, enabled

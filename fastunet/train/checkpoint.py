@@ -113,7 +113,7 @@ class Progress:
 
     @property
     def validations_since_best(self) -> int:
-        """How many validations in a row were no better than one before."""
+        """Return how many validations in a row were no better than one before."""
         return 0 if self.best is None else len(self.history) - 1 - self.history.index(self.best)
 
 

@@ -52,7 +52,7 @@ from fastunet.tuning import tune
 from fastunet.unet import UNet
 
 VALIDATIONS = 10  # per run
-SHORTEST_EPOCH = 100  # steps: starting workers anew costs nothing beside it
+SHORTEST_EPOCH = 100  # steps: restarting workers costs nothing beside it
 
 
 def train(
@@ -79,7 +79,7 @@ def train(
 
     `resume` goes on with a run, wherever it was stopped, even killed: with its own settings if `config` is None, and
     its own images if `data` is. A finished one goes on if `config` has higher limits; else it is only finished again.
-    On the CPU the steps that follow are to the bit those of a run that was never stopped. `overwrite` begins anew.
+    On the CPU the steps that follow are to the bit those of a run that was never stopped. `overwrite` begins again.
 
     Raises:
         DataError: unusable files, or `out` holds a run already (or, with `resume`, holds none), or is being trained in.
