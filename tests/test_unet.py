@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import fastunet
 from fastunet import dispatch
@@ -265,3 +267,24 @@ def test_training_on_the_cpu_records_what_torchs_layers_record(norm: str | None,
             assert found["Conv3x3Backward"] == ours
             if not ours:
                 assert found == expected
+
+
+def memory_of(call: Callable[[], Tensor]) -> tuple[int, int]:
+    """Return the bytes that a call takes at most, and that it leaves beside its result."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes)), sum(changes) - result.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("way", ["auto", "aten", "freeze"])
+def test_no_call_of_inference_takes_more_than_the_one_before(way: str) -> None:
+    """But for weights, which the first call may prepare and keep."""
+    net: Any = fastunet.UNet(1, 2, features=(4, 8, 16)).eval()
+    net = fastunet.freeze(net) if way == "freeze" else net
+    with torch.no_grad(), fastunet.backend("aten" if way == "aten" else "auto"):
+        first, *others = [memory_of(lambda: net(torch.zeros(2, 1, 64, 64))) for _ in range(4)]
+    assert len(set(others)) == 1
+    assert others[0][1] == 0
+    if way == "aten":
+        assert first == others[0]
