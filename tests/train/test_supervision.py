@@ -38,7 +38,7 @@ def test_levels_are_what_the_steps_up_give(way: str, upsample: str, monkeypatch:
     if way == "modules":
         net.up2.register_forward_hook(lambda module, inputs, output: None)
     elif way != "inference":
-        monkeypatch.setattr(net, "_way_by_size", lambda x: way)
+        monkeypatch.setattr(net, "_way_by_size", lambda x, autocast: way)
     with torch.set_grad_enabled(net.training):
         y, levels = net.forward_levels(x)
     torch.testing.assert_close(y, reference(x))
