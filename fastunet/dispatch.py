@@ -44,10 +44,11 @@ TRITON_OPS = (*ONEDNN_OPS, "conv1x1", "max_pool2x2", "segmentation_sums")
 # A call of oneDNN has a fixed cost, several times that of ATen's own convolution: it has lost up to so many products,
 # and weights, which ATen arranges at every call.
 _FEW_PRODUCTS, _FEW_WEIGHTS = 1 << 20, 1 << 14
+# Of few channels it is a loop of its own, which loses from so many pixels on.
+_FEW_CHANNELS, _FEW_PIXELS_OF_FEW_CHANNELS = 4, 1024
 # Up to so many an upsampling and the convolution after it are quicker one after the other.
 _FEW_PRODUCTS_OF_TWO = 1 << 24
 
-PACKED = "weights folded and packed once"
 # Why nothing of ours runs a net of volumes.
 VOLUMES = "three dimensions run on torch's own layers"
 
@@ -164,14 +165,16 @@ def _decide(op: str, x: Tensor, weight: Tensor | None, training: bool) -> Choice
         return Choice("aten", "backend is set to aten")
     if _selected == "auto" and op in ONEDNN_OPS and weight is not None and not training and x.device.type == "cpu":
         products = _products(x, weight) / (4 if op in STRIDED_OPS else 1)
-        if products <= _FEW_PRODUCTS and weight.numel() <= _FEW_WEIGHTS:
+        pixels: Any = x.shape[2] * x.shape[3]
+        is_few = products <= _FEW_PRODUCTS and weight.numel() <= _FEW_WEIGHTS
+        if is_few and (weight.shape[1] > _FEW_CHANNELS or pixels <= _FEW_PIXELS_OF_FEW_CHANNELS):
             return Choice("aten", "for a layer this small ATen has less overhead than packed weights")
         if op == FUSED_UP and products <= _FEW_PRODUCTS_OF_TWO:
             return Choice("aten", "in two steps, which have less overhead for a layer this small")
         if _onednn_takes(op, x, weight):
             if op in WINOGRAD_OPS and winograd_wins(x, weight):
                 return Choice("onednn", "Winograd's algorithm, with weights transformed once", True)
-            return Choice("onednn", PACKED, True)
+            return Choice("onednn", "weights folded and packed once", True)
         if x.dtype == torch.bfloat16 and not _ONEDNN_BFLOAT16:
             return Choice("aten", "oneDNN has no kernels for bfloat16 on this processor")
         if weight.dtype == torch.bfloat16:

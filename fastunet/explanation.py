@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -25,7 +24,6 @@ from fastunet.inference.frozen import FrozenUNet
 from fastunet.inference.quantization import QuantizedConv3x3
 from fastunet.ops.registration import Op, call_of
 from fastunet.torch_private import FakeTensorMode, TorchDispatchMode, original
-from fastunet.unet import UNet
 
 # ATen ops worth a line of their own: layers that run beside our ops.
 _ATEN_LAYERS = ("convolution", "batch_norm", "max_pool", "upsample", "cat", "pad", "relu")
@@ -129,16 +127,8 @@ def explain(model: nn.Module, example: Tensor, *, device: torch.device | str | N
     target = torch.device(device) if device is not None else example.device
     with torch.set_grad_enabled(model.training):
         if has_own_blocks(model):
-            rows = _recorded(model, example, target).rows
-            if target.type == "cpu" and isinstance(model, UNet) and model.is_prepared(example):
-                known = {"implementation": "onednn", "reason": dispatch.PACKED}
-                is_small = [row.implementation == "aten" and row.op in dispatch.ONEDNN_OPS for row in rows]
-                rows = [
-                    dataclasses.replace(row, **known) if small else row
-                    for row, small in zip(rows, is_small, strict=True)
-                ]
-            return Explanation(tuple(rows))
-        rows = []
+            return Explanation(tuple(_recorded(model, example, target).rows))
+        rows: list[Row] = []
 
         def see(graph_module: GraphModule, inputs: list[Any], layers: dict[int, str]) -> None:
             for _, found in find_patterns(graph_module, device=target):

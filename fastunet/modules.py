@@ -148,12 +148,17 @@ class Up(reference.Up):
 
     def prepared_step(self, low: Tensor, skip: Tensor) -> StepUp:
         """Return the upsampling and the two layers after it, for inputs like these."""
-        if self._composes(low, skip):
+        # In bfloat16, too: weights are composed in float32, and the upsampled image is not rounded.
+        low32, skip32 = (torch.empty(1).expand(image.shape) for image in (low, skip))
+        if self._composes(low32, skip32):
             return StepUp(self.up, COMPOSED, low, *self.conv.prepared_layers([skip]))
         conv, *_ = self.conv.double_conv
         total = conv.weight.shape[1]
         images = [like(skip, total)] if joins(skip) else [skip, like(skip, total - skip.shape[1])]
-        by = ONEDNN if _is_conv_transpose2x2(self.up) else MODULE
+        is_packed = (
+            _is_conv_transpose2x2(self.up) and dispatch.choose("conv_transpose2x2", low32, self.up.weight).prepares
+        )
+        by = ONEDNN if is_packed else MODULE
         return StepUp(self.up, by, low, *self.conv.prepared_layers(images))
 
     def fused(self, low: Tensor, skip: Tensor, *, head: OutConv | None = None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastunet import dispatch
 from fastunet.cpu import folding, onednn
 from fastunet.cpu.pooling import max_pool2x2
 from fastunet.cpu.weight_cache import prepared
@@ -34,9 +35,20 @@ MODULE, ONEDNN, COMPOSED = "module", "onednn", "composed"
 class Prepared(NamedTuple):
     """What a layer is computed with: its convolution, whether the norm is not in it, and what upsamples before it."""
 
-    convolution: onednn.Convolution | onednn.Composed
+    convolution: onednn.Convolution | onednn.Composed | _Plain
     needs_norm: bool
     up: tuple[Tensor, Tensor | None] | None = None
+
+
+class _Plain(NamedTuple):
+    """A 3x3 convolution by ATen, called like oneDNN's."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, inputs: Sequence[Tensor], slope: float | None, *, is_finite: bool = False) -> Tensor:
+        (x,) = inputs
+        return onednn.activate_(F.conv2d(x, self.weight, self.bias, padding=1), slope)
 
 
 class Layer(NamedTuple):
@@ -76,7 +88,16 @@ class Layer(NamedTuple):
 
     def prepare(self) -> Prepared:
         """Prepare what is needed of the parameters as they are."""
-        return Prepared(onednn.prepare_conv3x3(self.images, *self.folded()), self.needs_norm())
+        weight, bias = self.folded()
+        if self.is_small():
+            return Prepared(_Plain(weight.contiguous(memory_format=torch.channels_last), bias), self.needs_norm())
+        return Prepared(onednn.prepare_conv3x3(self.images, weight, bias), self.needs_norm())
+
+    def is_small(self) -> bool:
+        """Return whether ATen computes it at less cost than oneDNN."""
+        image, weight = self.images[0], self.conv.weight
+        is_left = dispatch.choose("conv3x3_bias_relu", image, weight).implementation == "aten"
+        return is_left and len(self.images) == 1 and image.dtype == torch.float32
 
     def grown(self, bound: float) -> float:
         """Return how large values up to `bound` may become by the layer; infinite where it does not end in a ReLU."""
@@ -87,7 +108,7 @@ class Layer(NamedTuple):
         """Return what `prepare` depends on beside the parameters."""
         image = self.images[0]
         side = onednn.side_of(image, self.conv.weight)
-        return image.shape[1], side, self.needs_norm(), getattr(self.norm, "eps", None)
+        return image.shape[1], side, self.is_small(), self.needs_norm(), getattr(self.norm, "eps", None)
 
 
 class StepUp(NamedTuple):
@@ -103,7 +124,11 @@ class StepUp(NamedTuple):
         """Compute the first layer of [skip, the upsampled low]."""
         if self.by == COMPOSED:
             return self.first(prepared, [skip, low], is_finite)
-        up = self.up.forward(low) if prepared.up is None else onednn.convolve_transpose2x2(prepared.up, low)
+        if prepared.up is not None:
+            up = onednn.convolve_transpose2x2(prepared.up, low)
+        else:  # Its weight, if it has one, is float32.
+            with torch.autocast("cpu", torch.bfloat16, enabled=low.dtype == torch.bfloat16):
+                up = self.up.forward(low)
         padding = padding_to(up, skip)
         return self.first(prepared, onednn.inputs_of(skip, F.pad(up, padding) if any(padding) else up), is_finite)
 
@@ -179,6 +204,7 @@ class PreparedNet:
                 levels.append(x)
         return self.head.activate(onednn.pointwise(x, *weights.head))
 
+    @torch.autocast("cpu", enabled=False)  # Weights are folded and composed in float32.
     def _prepare(self) -> Weights:
         layers = [layer.prepare() for layer in chain(*self.descent)]
         layers += chain.from_iterable((step.prepare(), step.second.prepare()) for step in self.ascent)
@@ -187,7 +213,8 @@ class PreparedNet:
             weight.detach().to(self.dtype, copy=True),
             None if bias is None else bias.detach().to(self.dtype, copy=True),
         )
-        return Weights(layers, head, self._is_bounded())
+        fuses = any(isinstance(layer.convolution, onednn.Convolution) for layer in layers)
+        return Weights(layers, head, fuses and self._is_bounded())
 
     def _is_bounded(self) -> bool:
         """Whether what comes of moderate values is finite, and after each activation a ReLU's."""
