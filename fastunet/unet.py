@@ -167,10 +167,6 @@ class UNet(ReferenceUNet):
         way = self._memo.answer(self, signature, find)
         return way if modules.has_torchs_forwards() else MODULES
 
-    def is_prepared(self, x: Tensor) -> bool:
-        """Return whether of images like x the net is computed by weights prepared for all of it."""
-        return isinstance(self._way(x.new_empty(1, device="cpu").expand(x.shape)), PreparedNet)
-
     def _way_by_size(self, x: Tensor, autocast: torch.dtype | None) -> Any:
         dtype = autocast or x.dtype
         is_inference = not torch.is_grad_enabled() and not any(module.training for module in self.modules())

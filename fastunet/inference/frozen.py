@@ -21,9 +21,9 @@ _MOST_SIZES = 64
 def freeze(model: UNet, *, dtype: torch.dtype = torch.float32) -> FrozenUNet:
     """Return a copy of the model for inference on the CPU that asks nothing after its weights are prepared.
 
-    At each call a `UNet` asks whether its modules, settings and weights are what they were, which takes up to a third
-    of the time of small images. The copy asks nothing: what is done to the model afterwards has no effect. Of images
-    [N, C, H, W] of any size its results are those of model(x); with bfloat16, those of model(x) under autocast.
+    At each call a `UNet` asks whether its modules, settings and weights are what they were. The copy asks nothing: what
+    is done to the model afterwards has no effect. Of images [N, C, H, W] of any size its results are those of model(x);
+    with bfloat16, those of model(x) under autocast.
 
     dtype: torch.float32 or torch.bfloat16, of the computation and the result.
 
