@@ -175,13 +175,11 @@ def test_compiles_in_one_graph(norm: str | None) -> None:
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.float32, False), (torch.float64, False)])
 @pytest.mark.usefixtures("layers_of_any_size")
 def test_inference_compiles_in_one_graph(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does the graph hold what dispatch would answer: it would be traced through a question to a GPU or a file.
-
-    In bfloat16 the model composes its upsampling, of which the graph rounds the result, then the sum: of what follows
-    from there, two convolutions and the head, either rounds each once, by a unit roundoff.
-    """
+    """Nor does the graph hold what dispatch would answer: it would be traced through a question to a GPU or a file."""
     torch._dynamo.reset()
     model, x = fastunet.UNet(1, 2, features=(2, 4)).to(dtype).eval(), torch.randn(2, 1, 17, 16, dtype=dtype)
+    for up in model.ups:  # In bfloat16 the model composes what the graph rounds between two steps.
+        up.folds_upsampling = not autocast
     choose = dispatch.choose
 
     def asked(*args: Any, **options: Any) -> dispatch.Choice:
@@ -192,11 +190,9 @@ def test_inference_compiles_in_one_graph(dtype: torch.dtype, autocast: bool, mon
     monkeypatch.setattr(dispatch, "choose", asked)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for _ in range(2):
-            expected = model(x)
-            largest = float(expected.abs().max()) if autocast else 0.0
-            assert_within(compiled(x), expected, 2 * 4 * UNIT_ROUNDOFF[torch.bfloat16] * largest)
-            model.inc.double_conv[0].weight.data.mul_(2)
+        assert_within(compiled(x), model(x), 0)
+        model.inc.double_conv[0].weight.data.mul_(2)
+        assert_within(compiled(x), model(x), 0)
         with fastunet.backend("aten"):  # What was traced for the one runs on the other.
             assert_within(compiled(x), model(x), 0)
 
