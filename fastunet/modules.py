@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import dispatch, ops, reference
 from fastunet.cpu.onednn import joins
-from fastunet.cpu.prepared_net import COMPOSED, MODULE, ONEDNN, Layer, StepUp, like, statistics_of
+from fastunet.cpu.prepared_net import COMPOSED, MODULE, ONEDNN, Layer, StepUp, like, padded_to, statistics_of
 from fastunet.ops.conv3x3 import ConvArgs, conv3x3
-from fastunet.reference.unet import HEADS, padding_to
+from fastunet.reference.unet import HEADS
 from fastunet.torch_private import has_hooks, in_transform
 
 
@@ -212,12 +211,6 @@ class OutConv(reference.OutConv):
 def upsample(up: Any, low: Tensor) -> Tensor:
     """up(low), by an op where there is one."""
     return ops.conv_transpose2x2(low, up.weight, up.bias) if _is_conv_transpose2x2(up) else up(low)
-
-
-def padded_to(low: Tensor, skip: Tensor) -> Tensor:
-    """low with the zeros around it that bring it to skip's size."""
-    padding = padding_to(low, skip)
-    return F.pad(low, padding) if any(padding) else low
 
 
 def conv_norm_activation(

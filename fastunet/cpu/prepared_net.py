@@ -129,8 +129,7 @@ class StepUp(NamedTuple):
         else:  # Its weight, if it has one, is float32.
             with torch.autocast("cpu", torch.bfloat16, enabled=low.dtype == torch.bfloat16):
                 up = self.up.forward(low)
-        padding = padding_to(up, skip)
-        return self.first(prepared, onednn.inputs_of(skip, F.pad(up, padding) if any(padding) else up), is_finite)
+        return self.first(prepared, onednn.inputs_of(skip, padded_to(up, skip)), is_finite)
 
     def prepare(self) -> Prepared:
         """Prepare what is needed of the parameters of the upsampling and the first layer."""
@@ -237,6 +236,12 @@ def statistics_of(norm: Any) -> tuple[Any, Any, Any, Any] | None:
     if type(norm) is not nn.BatchNorm2d or norm.training or norm.running_mean is None:
         return None
     return norm.running_mean, norm.running_var, norm.weight, norm.bias
+
+
+def padded_to(low: Tensor, skip: Tensor) -> Tensor:
+    """Return low with the zeros around it that bring it to skip's size."""
+    padding = padding_to(low, skip)
+    return F.pad(low, padding) if any(padding) else low
 
 
 def like(image: Tensor, channels: int) -> Tensor:

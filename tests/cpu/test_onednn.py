@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from onednn_here import MARKS, needs_bfloat16
 from torch import Tensor, nn
 
 import fastunet
@@ -18,14 +19,7 @@ from fastunet.ops import convolution
 from fastunet.testing import parity, random_input
 from fastunet.testing.ops import Call
 
-pytestmark = [
-    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"),
-    pytest.mark.skipif(dispatch.selected_backend() != "auto", reason="FASTUNET_BACKEND is not auto"),
-    pytest.mark.usefixtures("layers_of_any_size"),
-]
-needs_bfloat16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
-)
+pytestmark = MARKS
 JOINED_UP = "conv_transpose2x2_concat_conv3x3_relu"
 
 

@@ -9,20 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from onednn_here import MARKS, needs_bfloat16
 from torch import Tensor, nn
 
 import fastunet
-from fastunet import dispatch
 from fastunet.cpu import onednn
 
-pytestmark = [
-    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"),
-    pytest.mark.skipif(dispatch.selected_backend() != "auto", reason="FASTUNET_BACKEND is not auto"),
-    pytest.mark.usefixtures("layers_of_any_size"),
-]
-needs_bfloat16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
-)
+pytestmark = MARKS
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
 
 
