@@ -22,11 +22,11 @@ from fastunet.cpu.pooling import max_pool2x2
 from fastunet.cpu.weight_cache import prepared
 from fastunet.reference.unet import padding_to
 
-# The largest value of an image that is called moderate, the largest sum of the values of a level from _LOW on (there
+# The largest value of an image that is called moderate, the largest sum of the values of a level from LOW on (there
 # are few; looking at all would take a pass more), and the largest value that may come of them: so far below infinity
 # that neither sums on the way reach it nor Winograd's transforms, which multiply by less than 2**16.
-_LARGEST_PIXEL, _LARGEST_SUM, _LARGEST = 2.0**20, 2.0**30, 2.0**108
-_LOW = 2
+LARGEST_PIXEL, LARGEST_SUM, _LARGEST = 2.0**20, 2.0**30, 2.0**108
+LOW = 2
 
 # What computes an upsampling: its module, oneDNN, or the layer after it, with which it is composed.
 MODULE, ONEDNN, COMPOSED = "module", "onednn", "composed"
@@ -126,10 +126,14 @@ class StepUp(NamedTuple):
             return self.first(prepared, [skip, low], is_finite)
         if prepared.up is not None:
             up = onednn.convolve_transpose2x2(prepared.up, low)
-        else:  # Its weight, if it has one, is float32.
-            with torch.autocast("cpu", torch.bfloat16, enabled=low.dtype == torch.bfloat16):
-                up = self.up.forward(low)
+        else:
+            up = self.by_module(low)
         return self.first(prepared, onednn.inputs_of(skip, padded_to(up, skip)), is_finite)
+
+    def by_module(self, low: Tensor) -> Tensor:
+        """Return low upsampled by the module, whose weight, if it has one, is float32."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=low.dtype == torch.bfloat16):
+            return self.up.forward(low)
 
     def prepare(self) -> Prepared:
         """Prepare what is needed of the parameters of the upsampling and the first layer."""
@@ -168,7 +172,7 @@ class PreparedNet:
         self, descent: Sequence[Sequence[Layer]], ascent: Sequence[StepUp], head: Any, dtype: torch.dtype
     ) -> None:
         self.descent, self.ascent, self.head, self.dtype = descent, ascent, head, dtype
-        layers = [*chain(*descent), *chain(*(step[3:] for step in ascent))]
+        self.layers = layers = [*chain(*descent), *chain(*(step[3:] for step in ascent))]
         self.folds_norms = not any(layer.needs_norm() for layer in layers)
         modules = [layer.conv for layer in layers] + [step.up for step in ascent if step.by != MODULE] + [head.conv]
         self._sources = [t for module in modules for t in (module.weight, module.bias)]
@@ -187,13 +191,13 @@ class PreparedNet:
     def run(self, weights: Weights, x: Tensor, levels: list[Tensor] | None = None) -> Tensor:
         """As a call, by these weights whatever the parameters are."""
         x, skips, layers = x.to(self.dtype), list[Tensor](), iter(weights.layers)
-        is_finite = weights.is_bounded and max(float(x.amax()), -float(x.amin())) <= _LARGEST_PIXEL
+        is_finite = weights.is_bounded and max(float(x.amax()), -float(x.amin())) <= LARGEST_PIXEL
         for level, (first, second) in enumerate(self.descent):
             x = max_pool2x2(x) if level else x
             x = first(next(layers), [x], is_finite)
             x = second(next(layers), [x], is_finite)
             # After a ReLU none is negative, and the sum is as large as the largest.
-            is_finite = is_finite and (level < _LOW or float(x.sum()) <= _LARGEST_SUM)
+            is_finite = is_finite and (level < LOW or float(x.sum()) <= LARGEST_SUM)
             skips.append(x)
         skips.pop()
         for step in self.ascent:
@@ -213,15 +217,15 @@ class PreparedNet:
             None if bias is None else bias.detach().to(self.dtype, copy=True),
         )
         fuses = any(isinstance(layer.convolution, onednn.Convolution) for layer in layers)
-        return Weights(layers, head, fuses and self._is_bounded())
+        return Weights(layers, head, fuses and self.is_bounded())
 
-    def _is_bounded(self) -> bool:
-        """Whether what comes of moderate values is finite, and after each activation a ReLU's."""
-        bound, bounds, skips = _LARGEST_PIXEL, list[float](), list[float]()
+    def is_bounded(self) -> bool:
+        """Return whether what comes of moderate values is finite, and after each activation a ReLU's."""
+        bound, bounds, skips = LARGEST_PIXEL, list[float](), list[float]()
         for level, layers in enumerate(self.descent):
             for layer in layers:
                 bounds.append(bound := layer.grown(bound))
-            bound = bound if level < _LOW else _LARGEST_SUM
+            bound = bound if level < LOW else LARGEST_SUM
             skips.append(bound)
         skips.pop()
         for step in self.ascent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fastunet import dispatch
 from fastunet.checks import BackendError, ConfigError, DeviceError, DtypeError
-from fastunet.cpu.prepared_net import PreparedNet, Weights
+from fastunet.cpu import net_graph
 from fastunet.ops.registration import check_untransformed
 from fastunet.unet import UNet, check_is_of_images
 
@@ -19,11 +20,14 @@ _MOST_SIZES = 64
 
 
 def freeze(model: UNet, *, dtype: torch.dtype = torch.float32) -> FrozenUNet:
-    """Return a copy of the model for inference on the CPU that asks nothing after its weights are prepared.
+    """Return a copy of the model for inference on the CPU that asks nothing after it is prepared.
 
     At each call a `UNet` asks whether its modules, settings and weights are what they were. The copy asks nothing: what
-    is done to the model afterwards has no effect. Of images [N, C, H, W] of any size its results are those of model(x);
-    with bfloat16, those of model(x) under autocast.
+    is done to the model afterwards has no effect. Of images [N, C, H, W] of any size its results are those of model(x)
+    up to rounding; with bfloat16, those of model(x) under autocast. The first call of each size, of which 64 are kept,
+    prepares it, which may take seconds: the net becomes one graph that oneDNN compiles, unless its layers gain more by
+    Winograd's algorithm, its values have no bounds (another activation than ReLU, instance norm), or this build of
+    torch has no oneDNN Graph (torch.jit.enable_onednn_fusion).
 
     dtype: torch.float32 or torch.bfloat16, of the computation and the result.
 
@@ -60,14 +64,14 @@ class FrozenUNet(nn.Module):
         super().__init__()
         self.model, self.dtype = model.requires_grad_(False), dtype
         self.training = False
-        self._nets: dict[tuple[Any, ...], tuple[PreparedNet, Weights]] = {}
+        self._nets: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {}
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        net, weights = self._nets.get((x.shape, x.dtype, x.device)) or self._prepared(x)
-        return net.run(weights, x.to(memory_format=torch.channels_last))
+        net = self._nets.get((x.shape, x.dtype, x.device)) or self._prepared(x)
+        return net(x.to(memory_format=torch.channels_last))
 
-    def _prepared(self, x: Tensor) -> tuple[PreparedNet, Weights]:
+    def _prepared(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         check_untransformed("a frozen model")
         self.model.check_image(x)
         if x.device.type != "cpu" or x.numel() == 0:
@@ -77,7 +81,7 @@ class FrozenUNet(nn.Module):
             raise ConfigError("freeze: expected batch norms with running statistics in bfloat16, or none, got others")
         if len(self._nets) >= _MOST_SIZES:
             self._nets.clear()
-        self._nets[x.shape, x.dtype, x.device] = found = net, net.weights()
+        self._nets[x.shape, x.dtype, x.device] = found = net_graph.prepare(net, x)
         return found
 
     def __getstate__(self) -> dict[str, Any]:

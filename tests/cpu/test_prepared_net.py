@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -75,8 +76,12 @@ def test_nothing_that_is_not_finite_is_lost(
         with fastunet.backend("aten"):
             expected = model(x)
     assert fused == [of_descent] * 6 + [of_descent and of_ascent] * 8
-    assert torch.equal(y.isnan(), expected.isnan())
-    assert torch.equal(y.isinf(), expected.isinf())
+    fused.clear()
+    frozen = fastunet.freeze(model, dtype=dtype)(x)
+    assert fused == ([] if of_ascent else [of_descent] * 6 + [False] * 8)  # The graph, or after it the layers.
+    for found in (y, frozen):
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected.isinf())
     assert expected.isfinite().all() == (factor < 2**25 and math.isfinite(value))
 
 
@@ -105,21 +110,69 @@ def test_no_value_exceeds_its_bound(norm: str | None) -> None:
         assert largest <= layer.grown(bound)
 
 
+def off(y: Tensor, exact: Tensor) -> float:
+    return float((y.double() - exact).norm() / exact.norm())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"norm": None, "activation": "leaky_relu"}, {"upsample": "bilinear", "head": "softmax"}], ids=str
+    ("options", "by_layers"),
+    [
+        ({}, ()),
+        ({"features": (32, 64)}, ()),  # Its upsampling is oneDNN's.
+        ({"features": (4, 8), "upsample": "bilinear", "head": "softmax", "norm": None}, ()),
+        # Of another activation there are no bounds.
+        ({"norm": None, "activation": "leaky_relu"}, (torch.float32, torch.bfloat16)),
+        ({"features": (176, 176)}, (torch.float32,)),  # Winograd's algorithm takes less time.
+    ],
+    ids=str,
 )
-def test_a_frozen_net_gives_the_models_bits(options: dict, dtype: torch.dtype) -> None:
+def test_a_frozen_net_is_as_near_to_float64_as_torchs_layers(
+    options: dict, by_layers: tuple[torch.dtype, ...], dtype: torch.dtype, fused: list[bool]
+) -> None:
     model = unet(**options)
-    frozen = fastunet.freeze(model, dtype=dtype)
-    for size in ((2, 1, 32, 40), (1, 1, 33, 31), (2, 1, 32, 40)):
-        x = torch.rand(size)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
-            expected = model(x)
-        y = frozen(x)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    plain, frozen = model.to_reference(), fastunet.freeze(model, dtype=dtype)
+    for x in (torch.rand(2, 1, 32, 40), torch.rand(1, 1, 33, 31), torch.rand(2, 3, 40, 32)[:, 1:2].transpose(2, 3)):
+        with torch.no_grad():
+            exact = plain.double()(x.double())
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+                y, expected = frozen(x), plain.float()(x)
         assert y.dtype == dtype
         assert not y.requires_grad
-        assert torch.equal(y, expected)
+        assert off(y, exact) <= 2 * off(expected, exact)
+    assert bool(fused) == (dtype in by_layers)
+
+
+def test_all_convolutions_of_a_frozen_net_are_compiled() -> None:
+    x = torch.rand(1, 1, 32, 40)
+    frozen = fastunet.freeze(unet(features=(32, 64)))
+    frozen(x)
+    (graph,) = frozen._nets.values()
+    compiled = str(graph._graph.graph_for(x)).split("with prim::")[0]
+    assert "oneDNNFusionGroup" in compiled
+    assert "aten::conv" not in compiled
+    assert "aten::_convolution" not in compiled
+    assert not torch.jit.onednn_fusion_enabled()  # Other people's graphs are left as they were.
+
+
+def test_a_frozen_net_without_the_graph_compiler(monkeypatch: pytest.MonkeyPatch, fused: list[bool]) -> None:
+    """As in builds of torch that have only the name of the setting."""
+    monkeypatch.setattr(torch.jit, "enable_onednn_fusion", lambda enabled: None)
+    model, x = unet(), torch.rand(1, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(fastunet.freeze(model)(x), model(x))
+    assert fused
+
+
+def test_a_frozen_net_in_several_threads() -> None:
+    frozen, images = fastunet.freeze(unet()), torch.rand(40, 1, 1, 32, 32)
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(frozen, images)]
+    for y, x in zip(found, images, strict=True):
+        assert torch.equal(y, frozen(x))
 
 
 def test_a_frozen_net_is_the_model_of_then() -> None:

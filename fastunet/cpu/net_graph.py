@@ -1,0 +1,152 @@
+"""A U-Net's inference on the CPU as one graph, compiled by oneDNN for images of one size.
+
+oneDNN's operators of torch ask oneDNN anew at every call how to compute: some 45 µs each, on small images more than the
+convolution takes. A graph that TorchScript hands to oneDNN's graph compiler is asked about once.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastunet.cpu import onednn
+from fastunet.cpu.prepared_net import LARGEST_PIXEL, LARGEST_SUM, LOW, MODULE, Layer, PreparedNet, StepUp
+from fastunet.reference.unet import padding_to
+
+# glibc keeps freed memory up to twice the largest block that was freed before, of at most this size. What the system
+# gives is filled with zeros: to get memory for large images anew at each call takes a quarter of its time.
+_KEPT_BYTES = (32 << 20) - (1 << 16)
+# The share of a net's products beyond which Winograd's algorithm, which spares most of them, gains more.
+_MOST_BY_WINOGRAD = 1 / 4
+# Whether graphs are handed on is a setting of the process.
+_lock = threading.Lock()
+
+
+def prepare(net: PreparedNet, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what computes the net of images like x: its graph, or its layers where they take less time, where values
+    have no bounds, or where this build of torch leaves the graph to them.
+    """
+    products = [layer.conv.weight.numel() * layer.images[0].shape[2:].numel() for layer in net.layers]
+    sides = [onednn.side_of(layer.images[0], layer.conv.weight) for layer in net.layers]
+    by_winograd = sum(count for count, side in zip(products, sides, strict=True) if side)
+    if by_winograd <= _MOST_BY_WINOGRAD * sum(products) and net.folds_norms and net.is_bounded():
+        graph = NetGraph(net, x)
+        if graph.is_compiled:
+            return graph
+    return functools.partial(net.run, net.weights())
+
+
+class NetGraph:
+    """What a net computes of images like x, as long as nothing of either is changed."""
+
+    def __init__(self, net: PreparedNet, x: Tensor) -> None:
+        self.net, self._strides = net, _strides(x.shape)
+        example = self._like_the_first(x)
+        torch.empty(_KEPT_BYTES, dtype=torch.uint8)
+        with _lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            was_enabled = torch.jit.onednn_fusion_enabled()
+            torch.jit.enable_onednn_fusion(True)
+            try:
+                traced = torch.jit.trace(_Net(net).eval(), example, check_trace=False)
+                self._graph = torch.jit.freeze(traced)
+                self._graph(example)  # Records shapes, by which the next execution compiles.
+                self.is_compiled = "oneDNNFusionGroup" in str(self._graph.graph_for(example))
+            finally:
+                torch.jit.enable_onednn_fusion(was_enabled)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the net's output; by layers where a value might not be finite: oneDNN's ReLU turns NaN into 0."""
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):  # It was compiled for the dtypes that it has.
+                return self(x)
+        y, largest, smallest, *sums = self._graph(self._like_the_first(x))
+        is_moderate = max(float(largest), -float(smallest)) <= LARGEST_PIXEL
+        if is_moderate and all(float(total) <= LARGEST_SUM for total in sums):
+            return self.net.head.activate(y)
+        return self.net(x)
+
+    def _like_the_first(self, x: Tensor) -> Tensor:
+        """Return x with the strides that the graph was compiled for, of which several mean the same."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        return x.as_strided(x.shape, self._strides)
+
+
+class _Net(nn.Module):
+    """What is traced: the output, the largest and smallest value of the image, and sums of the lower levels."""
+
+    def __init__(self, net: PreparedNet) -> None:
+        super().__init__()
+        self._net = net
+        self._descent = [[_weights(layer, net.dtype) for layer in layers] for layers in net.descent]
+        self._ascent = [_Step(step, net.dtype) for step in net.ascent]
+        head = net.head.conv
+        self._head = head.weight.to(net.dtype), None if head.bias is None else head.bias.to(net.dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        checked = [x.amax(), x.amin()]
+        x, skips = x.to(self._net.dtype), []
+        for level, (first, second) in enumerate(self._descent):
+            x = F.max_pool2d(x, 2, 2) if level else x
+            x = _convolve(_convolve(x, *first), *second)
+            checked += [x.sum()] if level >= LOW else []
+            skips.append(x)
+        skips.pop()
+        for step in self._ascent:
+            x = step(skips.pop(), x)
+        return F.conv2d(x, *self._head), *checked
+
+
+class _Step:
+    """An upsampling and the two layers after it.
+
+    The upsampling is a 1x1 convolution to four times the channels, whose pixels are moved to their places; the first
+    layer adds up the convolutions of the skip and of the upsampled image, which nothing joins.
+    """
+
+    def __init__(self, step: StepUp, dtype: torch.dtype) -> None:
+        self.step, self._second = step, _weights(step.second, dtype)
+        self._up: tuple[Tensor, Tensor | None] | None = None
+        if step.by != MODULE:
+            taps, shift = step.up.weight.to(dtype), step.up.bias
+            taps = taps.permute(2, 3, 1, 0).reshape(-1, taps.shape[0], 1, 1).contiguous()
+            self._up = taps, None if shift is None else shift.to(dtype).repeat(4)
+        # Sizes are found here: within the graph they would be asked for at every call.
+        up = self._upsampled(torch.zeros(step.low.shape, dtype=dtype))
+        self._padding = padding_to(up, step.first.images[0])
+        weight, self._bias = _weights(step.first, dtype)
+        parts = weight.split([weight.shape[1] - up.shape[1], up.shape[1]], dim=1)
+        self._of_skip, self._of_up = (part.contiguous() for part in parts)
+
+    def __call__(self, skip: Tensor, low: Tensor) -> Tensor:
+        y = F.conv2d(skip, self._of_skip, self._bias, padding=1)
+        up = self._upsampled(low)
+        up = F.pad(up, self._padding) if any(self._padding) else up
+        return _convolve(F.relu(F.conv2d(up, self._of_up, padding=1) + y), *self._second)
+
+    def _upsampled(self, low: Tensor) -> Tensor:
+        if self._up is None:
+            return self.step.by_module(low)
+        n, _, h, w = self.step.low.shape
+        rows = F.conv2d(low, *self._up).permute(0, 2, 3, 1).reshape(n, h, w, 2, -1).transpose(2, 3)
+        return rows.reshape(n, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, padding=1))
+
+
+def _weights(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    weight, bias = layer.folded()
+    return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+
+
+def _strides(shape: torch.Size) -> list[int]:
+    _, c, h, w = shape
+    return [c * h * w, 1, c * w, c]
