@@ -82,6 +82,8 @@ def _as_markdown(docstring: str) -> str:
 
 # --- README.md and performance.md ---
 
+# Ours by another name: what is prepared once, on a CPU.
+FROZEN = "fastunet freeze"
 TASKS = {"inference": "inference", "training": "training step"}
 # The columns of other people's models: the time of the first over that of the second.
 DROP_IN = (
@@ -144,11 +146,21 @@ def speed_tables(folder: Path = RESULTS, names: Sequence[str] | None = None) -> 
 
 def _nets(path: Path, result: Result) -> str:
     """Conditions and a table: how many times as long each provider takes."""
-    tasks = {task: result["summary"].get(task) or {} for task in TASKS}
-    providers = dict.fromkeys(name for found in tasks.values() for name in found)
-    lines = [[name, *(ratio_text(found.get(name)) for found in tasks.values())] for name in providers]
-    table = markdown(["time of ... / time of fastunet", *TASKS.values()], lines, right=TASKS.values())
+    columns = {title: result["summary"].get(task) or {} for task, title in TASKS.items()}
+    providers = dict.fromkeys(name for found in columns.values() for name in found)
+    lines = [[name, *(ratio_text(found.get(name)) for found in columns.values())] for name in providers]
+    if frozen := _of_frozen(result):
+        columns["inference, frozen"] = {}
+        lines = [[*line, spread_text(frozen[line[0]], digits=2) if line[0] in frozen else ""] for line in lines]
+    table = markdown(["time of ... / time of fastunet", *columns], lines, right=columns)
     return f"{_conditions(path, result)}\n\n{table}"
+
+
+def _of_frozen(result: Result) -> dict[str, Quantiles]:
+    """How many times as long as `fastunet.freeze`'s inference each other provider's takes."""
+    found = [row["samples_ms"] for row in result["rows"] if (row["kind"], row["name"]) == ("net", "inference")]
+    samples = found[0] if found and FROZEN in found[0] else {}
+    return {name: ratio(samples, name, FROZEN) for name in samples if name not in ("fastunet", FROZEN)}
 
 
 def _drop_in(path: Path, result: Result) -> str:
@@ -189,10 +201,19 @@ def losing_cases() -> str:
     for path in sorted(RESULTS.glob("*/*.json")):
         result = json.loads(path.read_text())
         settings = result.get("settings", {})
-        for task in TASKS:
-            for provider, found in (result.get("summary", {}).get(task) or {}).items():
-                net = f"{'-'.join(map(str, settings['features']))}, {settings['dtype']}, {settings['size']} pixels"
-                add(net, path, task, provider, Quantiles(found["ratio"], found["p10"], found["p90"], found["rounds"]))
+        if any(result.get("summary", {}).get(task) for task in TASKS):
+            net = f"{'-'.join(map(str, settings['features']))}, {settings['dtype']}, {settings['size']} pixels"
+            for task in TASKS:
+                for provider, found in (result["summary"].get(task) or {}).items():
+                    add(
+                        net,
+                        path,
+                        task,
+                        provider,
+                        Quantiles(found["ratio"], found["p10"], found["p90"], found["rounds"]),
+                    )
+            for provider, of_frozen in _of_frozen(result).items():
+                add(net, path, "inference, frozen", provider, of_frozen)
         if path.name.startswith("drop_in_"):
             for row in result["rows"]:
                 for other, ours in DROP_IN:
