@@ -209,17 +209,20 @@ def tables_of(root: Path, files: dict[str, Any]) -> str:
 def test_figures_of_speed_come_from_the_files(tmp_path: Path) -> None:
     eager = {"ratio": 1.526, "p10": 1.5, "p90": 1.57}
     settings = {"size": 256, "batch": 1, "threads": 2, "rounds": 15, "features": [2, 4], "dtype": "float16"}
-    result = {"environment": MACHINE, "settings": settings}
+    result = {"environment": MACHINE, "settings": settings, "rows": []}
     inference = {"eager": eager, "compiled": {"ratio": 0.9, "p10": 0.85, "p90": 0.95}}
-    on_cpu = result | {"summary": {"inference": inference, "training": {}}}
+    samples = {"fastunet": [2.0, 2.0], "fastunet freeze": [1.0, 1.0], "eager": [3.0, 3.0], "compiled": [0.8, 0.8]}
+    rows = [{"kind": "net", "name": "inference", "samples_ms": samples}]
+    on_cpu = result | {"summary": {"inference": inference, "training": {}}, "rows": rows}
     on_gpu = result | {"summary": {"inference": {"eager": eager}, "training": {"eager": eager}}}
     accuracy = {"cpu/accuracy_steps_400.json": {"plain": {}}}
     assert tables_of(tmp_path, accuracy).count("not measured") == 2
     text = tables_of(tmp_path, {"cpu/unet_cpu.json": on_cpu, "a_gpu/gpu_report.json": on_gpu})
     gpu, cpu = text.split("benchmarks/results/cpu/unet_cpu.json")
     assert "| eager | 1.53 (1.50 to 1.57) | 1.53 (1.50 to 1.57) |" in gpu
-    assert "| eager | 1.53 (1.50 to 1.57) |\n" in cpu
-    assert "| compiled | 0.90 (0.85 to 0.95) |" in cpu, "what lost is shown too"
+    assert "| eager | 1.53 (1.50 to 1.57) | 3.00 (3.00 to 3.00) |\n" in cpu
+    assert "| compiled | 0.90 (0.85 to 0.95) | 0.80 (0.80 to 0.80) |" in cpu, "what lost is shown too"
+    assert "frozen" not in gpu
     assert "a device, torch 2.13.0; U-Net 2-4, float16, images of 256x256, batches of 1, 2 threads" in text
     assert not re.search("accuracy|not measured", text)
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet.cpu import onednn
+from fastunet.cpu.memory import keep_freed_memory
 from fastunet.cpu.prepared_net import LARGEST_PIXEL, LARGEST_SUM, LOW, MODULE, Layer, PreparedNet, StepUp
 from fastunet.reference.unet import padding_to
 
-# glibc keeps freed memory up to twice the largest block that was freed before, of at most this size. What the system
-# gives is filled with zeros: to get memory for large images anew at each call takes a quarter of its time.
-_KEPT_BYTES = (32 << 20) - (1 << 16)
+# Blocks of freed memory that are kept from call to call: as large as glibc itself would come to keep.
+_KEPT_BYTES = 32 << 20
 # The share of a net's products beyond which Winograd's algorithm, which spares most of them, gains more.
 _MOST_BY_WINOGRAD = 1 / 4
 # Whether graphs are handed on is a setting of the process.
@@ -48,7 +48,7 @@ class NetGraph:
     def __init__(self, net: PreparedNet, x: Tensor) -> None:
         self.net, self._strides = net, _strides(x.shape)
         example = self._like_the_first(x)
-        torch.empty(_KEPT_BYTES, dtype=torch.uint8)
+        keep_freed_memory(_KEPT_BYTES)
         with _lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             was_enabled = torch.jit.onednn_fusion_enabled()

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from fastunet import __version__
 from fastunet.checks import ConfigError, FastUNetError, Interrupted, required
+from fastunet.cpu.memory import keep_freed_memory
 from fastunet.data import DataOptions, Pair, SegmentationDataset, find_pairs, split
 from fastunet.data.survey import Survey, survey_pairs
 from fastunet.files import check_apart, check_folder, locked, write_json
@@ -52,6 +53,7 @@ from fastunet.tuning import tune
 from fastunet.unet import UNet
 
 VALIDATIONS = 10  # per run
+_KEPT_BYTES = 1 << 30  # of a freed block: the values of a layer, again at every step
 SHORTEST_EPOCH = 100  # steps: restarting workers costs nothing beside it
 
 
@@ -223,6 +225,8 @@ class _Loop:
         deep = config.deep_supervision
         self.loss = (DeepLoss(loss) if deep else loss).to(accelerator.device)
         gpu = accelerator.device.type != "cpu"
+        if not gpu:
+            keep_freed_memory(_KEPT_BYTES)
         workers = config.workers if config.workers is not None else (4 if gpu else 0)
         self.ranks, self.rank = accelerator.num_processes, accelerator.process_index
         whole_batch = plan.batch_size * self.ranks
