@@ -254,6 +254,8 @@ def like(image: Tensor, channels: int) -> Tensor:
 
 
 def _largest_sum(weight: Tensor, bias: Tensor | None, bound: float) -> float:
-    """Return how large a sum of values up to `bound` by weight [Cout, ...] may be, NaN where a weight is."""
+    """Return how large a sum of values up to `bound` by weight [Cout, ...] may be, infinite where a weight is NaN:
+    Python's max may pass over NaN.
+    """
     sums = weight.detach().double().abs().flatten(1).sum(1) * bound
-    return float((sums if bias is None else sums + bias.detach().abs()).max())
+    return float((sums if bias is None else sums + bias.detach().abs()).nan_to_num(math.inf).max())

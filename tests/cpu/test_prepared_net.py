@@ -85,6 +85,23 @@ def test_nothing_that_is_not_finite_is_lost(
     assert expected.isfinite().all() == (factor < 2**25 and math.isfinite(value))
 
 
+@pytest.mark.parametrize("options", [{}, {"norm": None}, {"upsample": "bilinear"}], ids=str)
+def test_a_nan_in_any_parameter_is_seen(options: dict) -> None:
+    model, x = unet(**options), torch.rand(1, 1, 32, 40)
+    for name, t in model.state_dict().items():
+        if not t.is_floating_point():
+            continue
+        before = t.clone()
+        t[0] = math.nan
+        with torch.no_grad():
+            y = model(x)
+            with fastunet.backend("aten"):
+                expected = model(x)
+        assert torch.equal(y.isnan(), expected.isnan()), name
+        assert expected.isnan().any(), name
+        t.copy_(before)
+
+
 @pytest.mark.parametrize("options", [{"activation": "leaky_relu"}, {"norm": "instance"}], ids=str)
 def test_only_a_relu_is_left_to_onednn(options: dict, fused: list[bool]) -> None:
     with torch.no_grad():
