@@ -245,6 +245,8 @@ def is_left_to_aten(conv: Any, norm: Any, image: Tensor) -> bool:
     """Return whether the op of these two is torch's own anyway, on an image like this one whatever its channels."""
     if isinstance(norm, nn.InstanceNorm2d):  # Torch's answers contiguous for any format, and is slower.
         return False
+    if not all(t.is_contiguous() for t in (*norm.parameters(), *norm.buffers())):  # Torch's gradient misreads.
+        return False
     image = image.expand(-1, conv.weight.shape[1], -1, -1)
     args = ConvArgs(image, None, conv.weight, norm="batch" if isinstance(norm, nn.BatchNorm2d) else "none")
     training = torch.is_grad_enabled() or norm.training

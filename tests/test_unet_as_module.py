@@ -103,6 +103,21 @@ def fused_by_torch(net: Any) -> Any:
     return net
 
 
+def with_strided_vectors(net: Any) -> None:
+    """Of the model alone: torch's gradient of a batch norm of such is wrong."""
+    for module in net.modules() if isinstance(net, fastunet.UNet) else ():
+        for name in ("weight", "bias", "running_mean", "running_var") if isinstance(module, nn.BatchNorm2d) else ():
+            t = getattr(module, name).detach()
+            t = torch.stack([t, torch.full_like(t, torch.nan)], dim=1)[:, 0]
+            setattr(module, name, nn.Parameter(t) if name in ("weight", "bias") else t)
+
+
+def frozen_norms(net: Any) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            frozen(module)
+
+
 def emptied(net: Any) -> Any:
     state = copy.deepcopy(net.state_dict())
     net.to("meta").to_empty(device="cpu").load_state_dict(state)
@@ -169,6 +184,8 @@ CHANGES: dict[str, Any] = {
     "batch norm without weights": put("inc.double_conv.4", lambda: nn.BatchNorm2d(4, affine=False)),
     "batch norm told to stop tracking": setting(f"{LAST}.4", track_running_stats=False),
     "batch norm of other settings": setting("up1.conv.double_conv.1", eps=0.5, momentum=0.7),
+    "batch norms of strided vectors": with_strided_vectors,
+    "frozen batch norms of strided vectors": lambda net: with_strided_vectors(net) or frozen_norms(net),
     "instance norm with running statistics": put(
         "inc.double_conv.1", lambda: nn.InstanceNorm2d(4, track_running_stats=True)
     ),
@@ -192,7 +209,7 @@ CHANGES: dict[str, Any] = {
     "compiled within": wrap("inc.double_conv.5", lambda layer: torch.compile(layer, backend="eager")),
     "compiled in its place": on("down1", lambda down: down.compile(backend="eager")),
     "a frozen encoder": on("inc", frozen),
-    "frozen norms": lambda net: [frozen(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d)] and None,
+    "frozen norms": frozen_norms,
     "a part without gradients": on("down1", lambda down: down.requires_grad_(False)),
     "fused by torch": fused_by_torch,
     "a copy": copy.deepcopy,

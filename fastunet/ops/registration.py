@@ -121,7 +121,8 @@ def define(
     """
     _LIBRARY.define(schema_of(name, arguments, results))
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    implementation = _with_plain_arguments(arguments, implementation, fake)
+    implementation = _of_empty_batches(_with_plain_vectors(arguments, implementation), fake)
+    composition = composition and _with_plain_vectors(arguments, composition)
     op = _OPS[overload] = Op(name, arguments, results, overload, implementation, composition, is_torchs)
 
     def computed(compute: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -244,41 +245,45 @@ def _without_none(results: Any, args: Sequence[Any]) -> Any:
     return tuple(like.new_empty(0) if t is None else t for t in results)
 
 
-def _with_plain_arguments(kind: type[Any], implementation: Callable, fake: Callable) -> Callable:
-    """Wrap the implementation so that it only sees arguments as kernels, aten.native_* and mkldnn.* take them.
+def _with_plain_vectors(kind: type[Any], compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap compute(args, ...) so that it only sees vectors of parameters as kernels, aten.native_*, mkldnn.* and the
+    gradient of torch's batch norm take them.
 
-    They read each vector of parameters as if it were contiguous, and some divide by the number of images. A strided,
-    expanded or overlapping vector is copied, and one that the op writes, as running statistics are, is written back. An
-    empty batch has empty results, and zeros for gradients of parameters.
+    They read each vector as if it were contiguous. A strided, expanded or overlapping one is copied, and one that the
+    op writes, as running statistics are, is written back.
     """
     hints = [*typing.get_type_hints(kind, include_extras=True).values()]
     tensors = [i for i, hint in enumerate(hints) if hint in (Tensor, Tensor | None, Changed)]
     written = {i for i in tensors if hints[i] is Changed}
 
-    def run(args: Any, choice: dispatch.Choice) -> Any:
-        strided = []
-        for i in tensors:
-            t = args[i]
-            if t is None:
-                continue
-            if t.dim() == 1:
-                if not t.is_contiguous():
-                    strided.append(i)
-            elif t.dim() == 4 and t.shape[0] == 0:
-                results = fake(args)
-                for result in (results,) if isinstance(results, Tensor) else results:
-                    if result is not None:
-                        result.zero_()
-                return results
+    def run(args: Any, *others: Any) -> Any:
+        strided = [i for i in tensors if (t := args[i]) is not None and t.dim() == 1 and not t.is_contiguous()]
         if not strided:
-            return implementation(args, choice)
+            return compute(args, *others)
         plain = list(args)
         for i in strided:
             plain[i] = args[i].contiguous()
-        results = implementation(kind(*plain), choice)
+        results = compute(kind(*plain), *others)
         for i in written.intersection(strided):
             if not torch.equal(args[i], plain[i]):
                 args[i].copy_(plain[i])
+        return results
+
+    return run
+
+
+def _of_empty_batches(implementation: Callable, fake: Callable) -> Callable:
+    """Wrap the implementation so that it sees no batch without images, by whose number some divide: its results are
+    empty, and gradients of parameters zeros.
+    """
+
+    def run(args: Any, choice: dispatch.Choice) -> Any:
+        if not any(isinstance(t, Tensor) and t.dim() == 4 and t.shape[0] == 0 for t in args):
+            return implementation(args, choice)
+        results = fake(args)
+        for result in (results,) if isinstance(results, Tensor) else results:
+            if result is not None:
+                result.zero_()
         return results
 
     return run

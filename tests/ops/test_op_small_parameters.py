@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -57,7 +58,9 @@ def expanded(t: Tensor) -> Tensor:
 # The interpreter is slow, and layouts are put right before the kernels.
 LAYOUTS = (beside,) if BACKENDS == ["triton"] else (beside, every_third, offset, expanded)
 _WITH_VECTORS = (c for c in (*CASES, *INFERENCE) if c.buffers or any(s and len(s) == 1 for s in c.shapes))
-VECTORS = [*{(case.op, case.options.get("stride")): case for case in _WITH_VECTORS}.values()]
+VECTORS = [
+    *{(case.op, case.options.get("stride"), case.options.get("training")): case for case in _WITH_VECTORS}.values()
+]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -66,20 +69,23 @@ def backend(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def results(case: Case, tensors: list[Tensor | None], buffers: list[Tensor], *, training: bool) -> list[Tensor]:
+def results(
+    case: Case, tensors: list[Tensor | None], buffers: list[Tensor], *, training: bool, dispatched: bool
+) -> list[Tensor]:
     """Outputs, gradients and buffers after the call."""
     for t in tensors:
         if t is not None:
             t.requires_grad_(training)
-    with Dispatched(), torch.set_grad_enabled(training):
+    with Dispatched() if dispatched else nullcontext(), torch.set_grad_enabled(training):
         outputs = call(getattr(ops, case.op), case, tensors, buffers)
         grads = grads_of(outputs, tensors) if training else []
     return [*outputs, *grads, *buffers]
 
 
+@pytest.mark.parametrize("dispatched", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", VECTORS, ids=str)
-def test_a_vector_counts_by_its_values(case: Case, layout) -> None:
+def test_a_vector_counts_by_its_values(case: Case, layout, dispatched: bool) -> None:
     modes = (False,) if case in INFERENCE else (False, True)
     for training in modes:
         found = []
@@ -93,7 +99,7 @@ def test_a_vector_counts_by_its_values(case: Case, layout) -> None:
                 *vectors, eps = case.options["norm"]
                 norm = (*(arrange(t.to(DTYPE)) for t in vectors), eps)
                 case = Case(case.op, case.shapes, {**case.options, "norm": norm}, case.buffers)
-            found.append(results(case, tensors, buffers, training=training))
+            found.append(results(case, tensors, buffers, training=training, dispatched=dispatched))
         for a, b in zip(*found, strict=True):
             assert torch.equal(a, b), f"training={training}"
             assert not a.isnan().any()
