@@ -95,6 +95,7 @@ def uses_recorded() -> Iterator[list[Use]]:
 
 _GEOMETRY = (storage_address, Tensor.storage_offset, Tensor.size, Tensor.stride)
 _WRITES = operator.attrgetter("writes")
+_is_absent = functools.partial(operator.is_, None)
 
 
 def places(tensors: Sequence[Tensor]) -> list[Any]:
@@ -107,6 +108,7 @@ class _State:
 
     def __init__(self, sources: Sequence[Tensor | None]) -> None:
         self.numbers = [*map(_number, sources)]
+        self.absent = [*map(_is_absent, sources)]
         self._see_marks(sources)
 
     def _see_marks(self, sources: Sequence[Tensor | None]) -> None:
@@ -120,6 +122,7 @@ class _State:
         if (
             all(map(is_marked, present))
             and [*map(_WRITES, self.storages)] == self.writes
+            and [*map(_is_absent, sources)] == self.absent
             and places(present) == self.places
         ):
             return True

@@ -180,6 +180,14 @@ def test_every_source_counts() -> None:
     assert use(weight, None, gamma) == weight.numel() + 12
 
 
+def test_the_place_of_a_source_counts() -> None:
+    """A vector that was the beta, and is the gamma now, is the same vector at the same address."""
+    weight, vector, made = conv().weight, torch.ones(64), Maker()
+    for sources in ((weight, None, vector), (weight, vector, None), (weight, vector, None)):
+        made(*sources)
+    assert made.made == 2
+
+
 def test_it_goes_with_the_weight() -> None:
     class Made:
         pass
