@@ -18,7 +18,7 @@ from fastunet.cpu.onednn import joins
 from fastunet.cpu.prepared_net import COMPOSED, MODULE, ONEDNN, Layer, StepUp, like, padded_to, statistics_of
 from fastunet.ops.conv3x3 import ConvArgs, conv3x3
 from fastunet.reference.unet import HEADS
-from fastunet.torch_private import has_hooks, in_transform
+from fastunet.torch_private import convolve_of, has_hooks, in_transform
 
 
 class DoubleConv(reference.DoubleConv):
@@ -311,15 +311,19 @@ def is_plain_block(block: Any, kind: type[DoubleConv] | type[Down] | type[Up] | 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a call of module does what kind does, and nothing else: no subclass, hook, patch, or compiled call."""
-    if type(module) is not kind or kind.forward is not _FORWARDS[kind] or has_hooks(module):
+    if type(module) is not kind or _methods(kind) != _METHODS[kind] or has_hooks(module):
         return False
     # What the instance may have of its own in the place of what its class does in a call.
     return _PATCHES.isdisjoint(vars(module))
 
 
-def has_torchs_forwards() -> bool:
-    """Return whether no class of a plain module has had its forward exchanged."""
-    return all(kind.forward is forward for kind, forward in _FORWARDS.items())
+def has_torchs_methods() -> bool:
+    """Return whether no class of a plain module has had what its call runs exchanged."""
+    return all(_methods(kind) == methods for kind, methods in _METHODS.items())
+
+
+def _methods(kind: type[nn.Module]) -> tuple[Any, ...]:
+    return kind.forward, kind.__call__, convolve_of(kind)
 
 
 def is_watched(x: Any) -> bool:
@@ -341,8 +345,8 @@ _HOOKS_OF_ALL_MODULES = tuple(
     for name in ("forward_pre", "forward", "backward_pre", "backward")
 )
 # As they are when this is imported: a class's own may be patched, too.
-_FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward
+_METHODS: dict[type[nn.Module], Any] = {
+    kind: _methods(kind)
     for kind in (
         *(nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.Identity, nn.ReLU, nn.LeakyReLU),
         *(nn.MaxPool2d, nn.Upsample, nn.Sequential, DoubleConv, Down, Up, OutConv),

@@ -47,6 +47,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def convolve_of(kind: type[nn.Module]) -> Any:
+    """Return what the forward of a class of convolutions calls, None of another class; no fallback."""
+    return kind._conv_forward if issubclass(kind, nn.Conv2d) else None
+
+
 # --- ops ---
 
 below_autograd = torch._C._AutoDispatchBelowAutograd

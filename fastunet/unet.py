@@ -165,7 +165,7 @@ class UNet(ReferenceUNet):
             return OPS if signature is None else self._way_by_size(x, autocast)
 
         way = self._memo.answer(self, signature, find)
-        return way if modules.has_torchs_forwards() else MODULES
+        return way if modules.has_torchs_methods() else MODULES
 
     def _way_by_size(self, x: Tensor, autocast: torch.dtype | None) -> Any:
         dtype = autocast or x.dtype

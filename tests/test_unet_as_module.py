@@ -243,14 +243,25 @@ def test_each_module_changed(norm: str | None) -> None:
             assert_near(model.eval()(x), reference.eval()(x))
 
 
-@pytest.mark.parametrize("kind", [nn.ReLU, nn.Conv2d, nn.Sequential, nn.MaxPool2d])
-def test_a_patched_class(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, reference = (net.eval() for net in pair())
-    x, forward = random_input(SHAPE, dtype=torch.float64), kind.forward
-    before = model(x)  # And finds out how to compute itself.
-    monkeypatch.setattr(kind, "forward", lambda self, x: 1.5 * forward(self, x))
-    assert_near(model(x), reference(x))
-    assert not torch.equal(model(x), before)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *((kind, "forward") for kind in (nn.ReLU, nn.Conv2d, nn.Sequential, nn.MaxPool2d)),
+        *((kind, "__call__") for kind in (nn.Module, nn.Conv2d)),
+        (nn.Conv2d, "_conv_forward"),
+    ],
+)
+def test_a_patched_class(kind: Any, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reference = (net.eval().to(dtype) for net in pair())
+    x, original = random_input(SHAPE, dtype=dtype), getattr(kind, method)
+    with torch.no_grad():
+        before = model(x)  # And finds out how to compute itself.
+        monkeypatch.setattr(kind, method, lambda self, *args: 1.1 * original(self, *args))
+        assert_near(model(x), reference(x))
+        assert not torch.equal(model(x), before)
+        monkeypatch.undo()
+        assert_near(model(x), before)
 
 
 def test_the_parts_called_by_hand() -> None:
