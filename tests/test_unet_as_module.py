@@ -30,6 +30,7 @@ from unet_pair import (
 
 import fastunet
 from fastunet.checks import ShapeError
+from fastunet.cpu.model_state import Memo
 from fastunet.reference import ReferenceUNet
 from fastunet.testing import random_cotangent, random_input
 
@@ -262,6 +263,38 @@ def test_a_patched_class(kind: Any, method: str, dtype: torch.dtype, monkeypatch
         assert not torch.equal(model(x), before)
         monkeypatch.undo()
         assert_near(model(x), before)
+
+
+def test_a_shallow_copy_is_another_model() -> None:
+    """It has the modules of its own that it is given, whatever the model before it found out of itself."""
+    models = [net.eval().float() for net in pair()]
+    x = random_input(SHAPE, dtype=torch.float32)
+    with torch.no_grad():
+        results = []
+        for net in models:
+            before = net(x)
+            other = copy.copy(net)
+            other._modules = dict(net._modules)
+            other.outc = nn.Sequential(copy.deepcopy(net.outc), nn.Sigmoid())
+            after = other(x)
+            other.outc = copy.deepcopy(net.outc)
+            other.outc.conv.weight.mul_(3)
+            results.append([before, after, other(x), net(x)])
+    for a, b in zip(*results, strict=True):
+        assert_near(a, b)
+
+
+def test_what_is_found_of_copies_at_once_is_kept_apart() -> None:
+    """One may ask, in another thread, while the other is finding out."""
+    first, second, memo = nn.ReLU(), nn.ReLU(), Memo()
+
+    def find() -> str:
+        assert memo.answer(second, "way", lambda: "second's") == "second's"
+        return "first's"
+
+    assert memo.answer(first, "way", find) == "first's"
+    assert memo.answer(second, "way", lambda: "found again") in ("second's", "found again")
+    assert memo.answer(first, "way", lambda: "found again") in ("first's", "found again")
 
 
 def test_the_parts_called_by_hand() -> None:

@@ -19,18 +19,19 @@ class Memo:
     """What a module found out of itself, with the state that it holds for; no part of its copies and pickles."""
 
     def __init__(self) -> None:
-        self.state: ModelState | None = None
-        self.answers: dict[Any, Any] = {}
+        self.known: tuple[ModelState, dict[Any, Any]] | None = None
 
     def answer(self, model: nn.Module, question: Any, ask: Callable[[], Any]) -> Any:
         """Return what ask() gives, or gave before for the same question while the model's structure stays as it is."""
-        if self.state is None or not self.state.holds():
-            self.state, self.answers = ModelState(model), {}
-        found = self.answers.get(question)
+        known = self.known  # Read once: a shallow copy, which shares it, may run in another thread.
+        if known is None or not known[0].is_of(model) or not known[0].holds():
+            known = self.known = ModelState(model), {}
+        answers = known[1]
+        found = answers.get(question)
         if found is None:
-            if len(self.answers) >= _MOST_ANSWERS:
-                self.answers.clear()
-            found = self.answers[question] = ask()
+            if len(answers) >= _MOST_ANSWERS:
+                answers.clear()
+            found = answers[question] = ask()
         return found
 
     def __deepcopy__(self, memo: Any) -> Memo:
@@ -70,6 +71,10 @@ class ModelState:
 
     def _now_owned(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._owners))]
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Return whether it is of this model, and not of one that is, or was, a shallow copy of it."""
+        return self._settings[0] is vars(model)
 
     def holds(self) -> bool:
         """Return whether all that is as it was; not what the values are."""
