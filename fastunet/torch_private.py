@@ -47,6 +47,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def forward_hooks(module: nn.Module) -> list[Any]:
+    """Return what is called before and after the module's forward; no fallback."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def convolve_of(kind: type[nn.Module]) -> Any:
     """Return what the forward of a class of convolutions calls, None of another class; no fallback."""
     return kind._conv_forward if issubclass(kind, nn.Conv2d) else None

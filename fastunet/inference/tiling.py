@@ -8,14 +8,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastunet import modules, reference
 from fastunet.checks import ConfigError
 from fastunet.inference.quantization import QuantizedUNet
 from fastunet.inference.wrappers import POINTWISE, is_plain_unet, unwrapped
 from fastunet.reference import unet as reference_unet
+from fastunet.torch_private import forward_hooks
 
 VIEWS = 8  # four quarter turns, each as it is and mirrored
+POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+# What torch.nn.utils puts before a module's call to make its weights.
+MAKERS = (BasePruningMethod, SpectralNorm, WeightNorm)
 BLOCKS = {
     getattr(module, name) for module in (modules, reference_unet) for name in ("DoubleConv", "Down", "Up", "OutConv")
 }
@@ -75,29 +82,43 @@ def field_of(model: nn.Module) -> Field | None:
     pixels where the image's size says.
     """
     unet: Any = unwrapped(model)
+    if any(map(_is_hooked, model.modules())):
+        return None
     if isinstance(unet, QuantizedUNet):
         reach = [2] * (unet.depth + 1)
         return _field(reach, reach[:-1])
-    if not is_plain_unet(unet):
-        return None
-    if not all(map(_is_local, unet.modules())):
+    if not is_plain_unet(unet) or not all(map(_is_local, unet.modules())):
         return None
     encoder, decoder = (unet.inc, *unet.downs), tuple(reversed(unet.ups))
-    return _field([_reach(block) for block in encoder], [_reach(up.conv) for up in decoder])
+    # Each level is half as large as the one above it where each step down halves it, each step up doubles it, and
+    # nothing else does either.
+    ups = [up.up for up in decoder]
+    if not all(_count(down, POOLS) == 1 for down in unet.downs) or _count(unet, POOLS) != unet.depth:
+        return None
+    if not all(_count(up, nn.ConvTranspose2d) == 1 for up in ups) or _count(unet, nn.ConvTranspose2d) != unet.depth:
+        return None
+    return _field(
+        [*map(_reach, encoder)], [_reach(up.conv) for up in decoder], ups=[*map(_reach, ups)], head=_reach(unet.outc)
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something is called before or after the module, other than what makes its weights."""
+    return not all(isinstance(hook, MAKERS) for hook in forward_hooks(module))
 
 
 def _is_local(module: Any) -> bool:
     """Whether a part of a U-Net leaves each result to pixels around it, on the grid of its level."""
     kind = type(module)
-    if "forward" in vars(module):
+    if not {"forward", "_conv_forward"}.isdisjoint(vars(module)):
         return False
     if kind in BLOCKS or kind is nn.Sequential or kind in POINTWISE or issubclass(kind, reference.ReferenceUNet):
         return True
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, nn.BatchNorm2d) and kind.forward is nn.BatchNorm2d.forward:
         return module.track_running_stats and module.running_mean is not None
     if kind is nn.MaxPool2d or kind is nn.AvgPool2d:
         plain = (_pair(module.kernel_size), _pair(module.stride), _pair(module.padding)) == ((2, 2), (2, 2), (0, 0))
-        return plain and not module.ceil_mode
+        return plain and not module.ceil_mode and _pair(getattr(module, "dilation", 1)) == (1, 1)
     if kind is nn.ConvTranspose2d:
         shape = (module.kernel_size, module.stride, module.padding, module.output_padding, module.dilation)
         return shape == ((2, 2), (2, 2), (0, 0), (0, 0), (1, 1))
@@ -111,21 +132,32 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
 
 
+def _within(block: nn.Module, kind: Any) -> list[Any]:
+    """Return the modules of a kind in a block, as often as each is in it."""
+    return [module for _, module in block.named_modules(remove_duplicate=False) if isinstance(module, kind)]
+
+
+def _count(block: nn.Module, kind: Any) -> int:
+    return len(_within(block, kind))
+
+
 def _reach(block: nn.Module) -> int:
     """Add up how far the convolutions of a block see, in pixels of its level."""
-    convs = (m for m in block.modules() if isinstance(m, nn.Conv2d))
+    convs = _within(block, nn.Conv2d)
     return sum(max(d * (k - 1) // 2 for d, k in zip(c.dilation, c.kernel_size, strict=True)) for c in convs)
 
 
-def _field(encoder: Sequence[int], decoder: Sequence[int]) -> Field:
-    """Follow the edge of a part back through the net, `encoder[level]` and `decoder[level]` being how far each sees."""
+def _field(encoder: Sequence[int], decoder: Sequence[int], *, ups: Sequence[int] = (), head: int = 0) -> Field:
+    """Follow the edge of a part back through the net, `encoder[level]`, `decoder[level]`, `ups[level]` (below it) and
+    `head` being how far each sees.
+    """
     depth = len(decoder)
     # In pixels of each level: how far beyond the part's edge its skip, or at last the bottom's result, is needed.
-    needed, far = [], 0
+    needed, far = [], head
     for level in range(depth):
         far += decoder[level]
         needed.append(far)
-        far = -(-far // 2)
+        far = -(-far // 2) + (ups[level] if ups else 0)
     reach = far + encoder[depth]
     for level in reversed(range(depth)):
         reach = max(2 * reach, needed[level]) + encoder[level]

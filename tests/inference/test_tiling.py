@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 import fastunet
@@ -34,6 +35,13 @@ def exchanged(model: fastunet.UNet, **parts: nn.Module) -> fastunet.UNet:
 
 dilated = nn.Conv2d(2, 2, 3, padding=4, dilation=4, bias=False).double()
 wide = nn.Conv2d(2, 3, (1, 7), padding="same", bias=False).double()
+
+
+def far(reach: int) -> nn.Module:
+    """A convolution that sees so many pixels on each side."""
+    return nn.Conv2d(2, 2, 3, padding="same", dilation=reach).double()
+
+
 LOCAL: dict[str, Callable[[], nn.Module]] = {
     "depth 1": lambda: unet(1),
     "depth 3": lambda: unet(3),
@@ -44,6 +52,11 @@ LOCAL: dict[str, Callable[[], nn.Module]] = {
     "mean pooling": lambda: exchanged(unet(), down1__maxpool_conv__0=nn.AvgPool2d(2)),
     "dilated above": lambda: exchanged(unet(), up2__conv__double_conv__3=dilated),
     "wide below": lambda: exchanged(unet(), down1__maxpool_conv__1__double_conv__0=wide),
+    "a wide head": lambda: exchanged(unet(), outc__conv=far(9)),
+    "after the upsampling": lambda: exchanged(unet(), up2__up=nn.Sequential(unet().up2.up, far(9))),
+    "before the pooling": lambda: exchanged(unet(), down1__maxpool_conv__0=nn.Sequential(far(9), nn.MaxPool2d(2))),
+    "a layer that runs twice": lambda: exchanged(unet(), inc=nn.Sequential(unet().inc, *[far(5)] * 2)),
+    "pruned": lambda: prune.l1_unstructured((m := unet()).inc.double_conv[0], "weight", 0.5) and m,
 }
 
 
@@ -104,12 +117,28 @@ class Own(nn.Module):
         return self.net(x - x.mean())
 
 
+def hooked(change: Callable[[nn.Module], object], model: nn.Module | None = None) -> nn.Module:
+    change(model := model or unet())
+    return model
+
+
+def less_its_mean(module: nn.Module, args: tuple[Tensor], *result: Tensor) -> Tensor:
+    (x,) = result or args
+    return x - x.mean()
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean())
+
+
 class GlobalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * x.mean((2, 3), keepdim=True)
 
 
 BATCH_STATISTICS = nn.BatchNorm2d(2, track_running_stats=False)
+POOL = nn.MaxPool2d(2)
 CIRCULAR = nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")
 NOT_LOCAL: dict[str, Callable[[], nn.Module]] = {
     "instance norm": lambda: unet(norm="instance"),
@@ -120,6 +149,20 @@ NOT_LOCAL: dict[str, Callable[[], nn.Module]] = {
     "circular padding": lambda: exchanged(unet(), inc__double_conv__0=CIRCULAR),
     "valid padding": lambda: exchanged(unet(), inc__double_conv__0=nn.Conv2d(1, 2, 3)),
     "pooling by 3": lambda: exchanged(unet(), down1__maxpool_conv__0=nn.MaxPool2d(3, 2, 1)),
+    "dilated pooling": lambda: exchanged(unet(), down1__maxpool_conv__0=nn.MaxPool2d(2, dilation=2)),
+    "pooling twice": lambda: exchanged(unet(), down1__maxpool_conv__0=nn.Sequential(POOL, POOL)),
+    "no pooling": lambda: exchanged(unet(), down1__maxpool_conv__0=nn.Identity()),
+    "pooling at the image": lambda: exchanged(unet(), inc=nn.Sequential(unet().inc, POOL)),
+    "a result twice as large": lambda: exchanged(unet(), outc__conv=nn.ConvTranspose2d(2, 2, 2, 2)),
+    "a hook": lambda: hooked(lambda m: m.down1.register_forward_hook(less_its_mean)),
+    "a hook before it": lambda: hooked(lambda m: m.register_forward_pre_hook(less_its_mean)),
+    "a hook around it": lambda: hooked(
+        lambda m: m.register_forward_pre_hook(less_its_mean), nn.Sequential(unet(), nn.Softmax2d())
+    ),
+    "a patched convolution": lambda: hooked(
+        lambda m: setattr(m.inc.double_conv[0], "_conv_forward", lambda x, *_: x - x.mean())
+    ),
+    "a norm of a subclass": lambda: exchanged(unet(), inc__double_conv__1=OwnNorm(2)),
     "code around it": lambda: Own(unet()),
     "code in it": lambda: setattr(m := unet(), "forward", lambda x: x) or m,
     "another net": lambda: nn.Conv2d(1, 1, 3, padding=1),
