@@ -67,6 +67,7 @@ class FrozenUNet(nn.Module):
         self._nets: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {}
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
     def forward(self, x: Tensor) -> Tensor:
         net = self._nets.get((x.shape, x.dtype, x.device)) or self._prepared(x)
         return net(x.to(memory_format=torch.channels_last))

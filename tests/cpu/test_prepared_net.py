@@ -192,6 +192,19 @@ def test_a_frozen_net_in_several_threads() -> None:
         assert torch.equal(y, frozen(x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{"upsample": "bilinear"}, {"features": (8, 16, 32)}], ids=str)
+def test_a_frozen_net_computes_in_its_dtype_under_autocast(
+    options: dict, autocast: torch.dtype, dtype: torch.dtype
+) -> None:
+    frozen, x = fastunet.freeze(unet(**options), dtype=dtype), torch.rand(2, 1, 32, 40)
+    with torch.autocast("cpu", autocast):
+        y = frozen(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, frozen(x))
+
+
 def test_a_frozen_net_is_the_model_of_then() -> None:
     model, x = unet(head="sigmoid"), torch.rand(1, 1, 16, 16)
     frozen = fastunet.freeze(model)
