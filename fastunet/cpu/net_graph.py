@@ -63,9 +63,6 @@ class NetGraph:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the net's output; by layers where a value might not be finite: oneDNN's ReLU turns NaN into 0."""
-        if torch.is_autocast_enabled("cpu"):
-            with torch.autocast("cpu", enabled=False):  # It was compiled for the dtypes that it has.
-                return self(x)
         y, largest, smallest, *sums = self._graph(self._like_the_first(x))
         is_moderate = max(float(largest), -float(smallest)) <= LARGEST_PIXEL
         if is_moderate and all(float(total) <= LARGEST_SUM for total in sums):

@@ -67,8 +67,10 @@ class FrozenUNet(nn.Module):
         self._nets: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {}
 
     @torch.no_grad()
-    @torch.autocast("cpu", enabled=False)
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(x)
         net = self._nets.get((x.shape, x.dtype, x.device)) or self._prepared(x)
         return net(x.to(memory_format=torch.channels_last))
 
