@@ -88,12 +88,19 @@ def check_apart(out: Path, files: Iterable[Path]) -> None:
 
 
 def check_replaceable(path: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
-    """Raise DataError where something is at `path`, unless it may be overwritten and fastunet wrote it."""
+    """Raise DataError where something is at `path`, unless it may be overwritten and fastunet wrote it.
+
+    Raises OSError where the system refuses the name itself, in a folder that is still to be made too.
+    """
+    folder = next(place for place in path.parents if place.is_dir())
+    with suppress(FileNotFoundError):
+        os.lstat(folder / path.name)
     if not os.path.lexists(path):
         return
     if not overwrite:
         raise DataError(f"{path}: expected nothing there, got a file (--overwrite replaces what fastunet wrote)")
-    if path.is_symlink() or not path.is_file() or not is_ours(path):
+    # Of a pipe `is_ours` would wait for what it reads.
+    if path.is_symlink() or not (path.is_file() or path.is_dir()) or not is_ours(path):
         raise DataError(f"{path}: expected a file that fastunet wrote, got another: --overwrite does not replace it")
 
 

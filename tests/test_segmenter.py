@@ -350,16 +350,40 @@ def test_the_command_line(image: np.ndarray, tmp_path: Path) -> None:
         (["--shard", "3/2"], "shard: expected I/N with 1 <= I <= N, such as 2/4, got '3/2'"),
         (["--shard", "1/3"], "shard: expected at most the 2 images as N, got 3"),
         (["--rois"], "rois: expected instances, of which they are the outlines, got --instances none"),
-        (["{folder}/sub/A.png"], "A.png: expected stems that differ in more than their case, got {folder}/a.png too"),
+        (["{folder}/sub/A.png"], "A.png: expected a name of its own for {out}/A.png, got that of {folder}/a.png too"),
+        (
+            ["{folder}/sub/a_overlay.png", "--overlay"],
+            "a_overlay.png: expected a name of its own for {out}/a_overlay.png, got that of {folder}/a.png too",
+        ),
+        (
+            ["{folder}/sub/A_objects.tif", "--instances", "components"],
+            "expected a name of its own for {out}/A_objects.tif, got that of {folder}/a.png too",
+        ),
+        (["{folder}/sub/" + 245 * "l" + ".png", "--overlay"], "_overlay.png: File name too long"),
     ],
 )
 def test_what_predict_cannot_do_is_one_line(
     arguments: list[str], words: str, image: np.ndarray, tmp_path: Path
 ) -> None:
     run = untrained_run(tmp_path / "run")
-    for name in ("a.png", "b.png", "sub/A.png"):
+    for name in ("a.png", "b.png", *(argument[9:] for argument in arguments if argument.startswith("{folder}/"))):
         save(tmp_path / name, image)
+    out = tmp_path / "out"
     given = [argument.format(folder=tmp_path) for argument in arguments]
-    line = error_of("predict", run, tmp_path / "a.png", tmp_path / "b.png", *given, "--out", tmp_path / "out")
-    assert line.endswith(words.format(folder=tmp_path))
-    assert not (tmp_path / "out").exists()
+    line = error_of("predict", run, tmp_path / "a.png", tmp_path / "b.png", *given, "--out", out)
+    assert line.endswith(words.format(folder=tmp_path, out=out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "zarr"])
+def test_only_what_is_a_predictions_whole_is_overwritten(kind: str, image: np.ndarray, tmp_path: Path) -> None:
+    run, out = untrained_run(tmp_path / "run"), tmp_path / "out"
+    save(tmp_path / "a.png", image)
+    command = ("predict", run, tmp_path / "a.png", "--out", out, "--format", kind)
+    for options in ([], ["--overwrite"]):
+        fastunet_command(*command, *options)
+    for mine in ("notes.txt", "c/0/notes.txt") if kind == "zarr" else ():
+        (out / "a.zarr" / mine).write_text("mine")
+        assert "expected a file that fastunet wrote, got another" in error_of(*command, "--overwrite")
+        assert (out / "a.zarr" / mine).read_text() == "mine"
+        (out / "a.zarr" / mine).unlink()

@@ -68,7 +68,7 @@ def predict(
     segmenter = load(run, device, tile)
     kinds = {".tif": "tif", ".tiff": "tif", ZARR: "zarr", ".nii": NIFTI, ".nii.gz": NIFTI}
     jobs: list[tuple[Path, int | None, str, Wanted]] = []
-    stems: dict[str, Path] = {}
+    places: dict[str, Path] = {}  # that are taken, in lower case: some systems tell no other
     for file in files:
         suffix = suffix_of(file)
         stem = file.name.removesuffix(suffix) if suffix else file.stem
@@ -79,11 +79,10 @@ def predict(
         sections = [None] if kind == NIFTI else segmenter.sections_of(file)
         for section in sections:
             name = stem if section is None else section_name(stem, section, len(sections))
-            if stems.setdefault(name.casefold(), file) is not file:
-                other = stems[name.casefold()]
-                raise DataError(f"{file}: expected stems that differ in more than their case, got {other} too")
-            for ending in wanted.endings.values():
-                check_replaceable(out / f"{name}{ending}", overwrite, is_ours)
+            for path in (out / f"{name}{ending}" for ending in wanted.endings.values()):
+                if (other := places.setdefault(path.name.casefold(), file)) is not file:
+                    raise DataError(f"{file}: expected a name of its own for {path}, got that of {other} too")
+                check_replaceable(path, overwrite, is_ours)
             jobs.append((file, section, name, wanted))
     for file in track(files, "checking"):
         segmenter.source_of(file, segmenter.sections_of(file)[0])

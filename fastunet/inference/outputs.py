@@ -6,6 +6,7 @@ import csv
 import gzip
 import math
 import queue
+import re
 import shutil
 import threading
 import zipfile
@@ -98,7 +99,10 @@ def is_ours(path: Path) -> bool:
         if path.suffix == ZARR:
             import zarr
 
-            return zarr.open(str(path), mode="r").attrs.get("software") == SOFTWARE
+            # It goes as a whole: what else lies in it is somebody's.
+            entries = (each.relative_to(path).as_posix() for each in path.rglob("*"))
+            is_all_zarr = all(re.fullmatch(r"zarr\.json|c(/\d+)*", entry) for entry in entries)
+            return is_all_zarr and zarr.open(str(path), mode="r").attrs.get("software") == SOFTWARE
         from skimage.measure import regionprops_table
 
         names = list(regionprops_table(np.zeros((1, 1), int), properties=PROPERTIES))
