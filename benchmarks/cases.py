@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastunet.checks import ConfigError
+from fastunet.train.config import LARGEST
 
 # What layers and nets are timed in on a GPU.
 DTYPE = torch.bfloat16
@@ -86,6 +87,8 @@ def check_settings(settings: Settings) -> None:
     least = 2 ** (len(settings.features) - 1)
     if settings.size < least or settings.batch < 1:
         raise ConfigError(f"expected size >= {least} and batch >= 1, got {settings.size} and {settings.batch}")
+    if (most := max(settings.size, settings.batch, *settings.features)) > LARGEST:
+        raise ConfigError(f"size, batch, features: expected at most {LARGEST}, got {most}")
     if settings.rounds < 1:
         raise ConfigError(f"rounds: expected 1 or more, got {settings.rounds}")
 

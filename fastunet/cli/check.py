@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from fastunet.checks import DataError, some_of
+from fastunet.checks import ConfigError, DataError, some_of
 from fastunet.files import check_apart, check_folder, check_replaceable, is_our_png
 from fastunet.train.config import TrainConfig
 
@@ -36,6 +36,8 @@ def check(
     """Read every file of DATA; print what it holds, what is unusual, and what training would refuse and why."""
     from fastunet.data.survey import survey
 
+    if out is not None and out.suffix.lower() != ".png":
+        raise ConfigError(f"out: expected the name of a PNG file, got {str(out)!r}")
     reading = pop_reading(context, options)
     with bar("reading") as show:
         found = survey(data, reading, classes, val_fraction=val_fraction, on_pair=show)

@@ -64,8 +64,8 @@ def _in_one_line(error: Exception) -> str | None:
 
 def fail(message: str, code: int) -> NoReturn:
     """Print the error as one line, and exit."""
-    # Plain print: rich would wrap the line and colour the numbers in file names.
-    print(f"error: {message}", file=sys.stderr)
+    # Plain print: rich would wrap the line and colour the numbers in file names, which may hold newlines.
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     _silence()
     sys.exit(code)
 

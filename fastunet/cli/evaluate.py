@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fastunet.checks import ConfigError
 from fastunet.files import check_apart, check_folder, check_replaceable, is_our_json, write_json
 from fastunet.train.config import TILE
 
@@ -54,6 +55,8 @@ def evaluate(
     from fastunet.inference.evaluation import summary_of
     from fastunet.train.checkpoint import load_config
 
+    if not math.isfinite(tolerance):
+        raise ConfigError(f"tolerance: expected a finite number, got {tolerance}")
     config = load_config(run)
     reading = pop_reading(context, options, config.reading)
     pairs = find_pairs(data, reading, config.data.names)

@@ -101,7 +101,7 @@ def predict(
 
 def _sharded(files: list[Path], shard: str) -> list[Path]:
     """Take every N-th file from the I-th on, of "I/N"."""
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shard)
+    found = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
     index, count = map(int, found.groups()) if found else (2, 1)
     if index > count:
         raise ConfigError(f"shard: expected I/N with 1 <= I <= N, such as 2/4, got {shard!r}")

@@ -37,15 +37,17 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take the options that a TOML file, or the config.json of a run, gives, where the command line gives none."""
     if path is None:
         return None
+    names = {each.name for each in context.command.params} - {"config"}
     try:
         text = path.read_text()
         found: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:  # of decoding, JSON and TOML alike
+        if "training" in found:
+            found = {**found["training"], **found.get("reading", {}), "data": found.get("source")}
+        unknown = sorted(found.keys() - names)
+    # Of decoding, JSON and TOML alike; of what is no object; of brackets within brackets.
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: expected settings in TOML, or the config.json of a run, got: {error}") from None
-    if "training" in found:
-        found = {**found["training"], **found.get("reading", {}), "data": found.get("source")}
-    names = {each.name for each in context.command.params} - {"config"}
-    if unknown := sorted(found.keys() - names):
+    if unknown:
         raise ConfigError(f"{path}: expected names of options, got {', '.join(unknown)}")
     context.default_map = {
         name: ",".join(map(str, value)) if isinstance(value, list) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,8 @@ class DataOptions:
     def check(self) -> None:
         """Raise ConfigError on options that cannot be read, or contradict each other."""
         labels, ignore = self.label_values, self.ignored_values
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ConfigError(f"threshold: expected a finite number, got {self.threshold}")
         if labels and self.threshold is not None:
             raise ConfigError(f"labels: expected none beside a threshold, got {self.labels}")
         if len(labels) == 1 or len(labels) > 255:
@@ -67,7 +70,8 @@ def _parsed(name: str, text: str) -> tuple[Value, ...]:
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     values: list[Value] = []
     for part in parts:
-        numbers = [int(each) for each in part.split(":")] if re.fullmatch(r"-?\d+|\d+:\d+:\d+", part) else []
+        is_value = re.fullmatch(r"-?\d{1,10}|\d{1,3}(:\d{1,3}){2}", part)
+        numbers = [int(each) for each in part.split(":")] if is_value else []
         if len(numbers) == 1 and abs(numbers[0]) < 2**31:
             values.append(numbers[0])
         elif len(numbers) == 3 and max(numbers) <= 255:

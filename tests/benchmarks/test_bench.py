@@ -89,6 +89,8 @@ def test_the_terminal_shows_all_that_the_file_has(done: tuple[str, Path]) -> Non
         (["--features", "4"], "two or more numbers from 1, got (4,)"),
         (["--size", "3", "--features", "4,8,16"], "expected size >= 4 and batch >= 1, got 3 and 1"),
         (["--batch", "0"], "got 256 and 0"),
+        *(([option, 400 * "9"], "expected at most 65536, got 999") for option in ("--size", "--batch")),
+        (["--features", "4," + 400 * "9"], "expected at most 65536, got 999"),
         (["--quick", "--all"], "expected --quick or --all, got both"),
     ],
 )

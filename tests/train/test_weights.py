@@ -110,3 +110,7 @@ def test_a_file_gives_what_options_do(data: Path, tmp_path: Path) -> None:
     ):
         file.write_text(text)
         assert words in error_of("train", data, "--config", file, "--out", tmp_path / "c")
+    for number, text in enumerate(("[1, 2]", "5", '{"training": 5}', '{"training": {}, "reading": [1]}', 10**5 * "[")):
+        (file := tmp_path / f"{number}.json").write_text(text)
+        words = f"{file}: expected settings in TOML, or the config.json of a run, got: "
+        assert words in error_of("train", data, "--config", file, "--out", tmp_path / "c")
