@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:  # the command line raises these errors before it needs torch
     from torch import Tensor
@@ -52,6 +53,27 @@ def required(message: str, package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise MissingPackageError(message, name=package) from error
+
+
+def check_types(settings: Any) -> None:
+    """Raise TypeError on the first field of a dataclass whose value, from a file, is not what its annotation says."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if not _is_a(value := getattr(settings, name), hint):
+            raise TypeError(f"{name}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of a type; a whole number is a float too, and True is no number."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is UnionType:
+        return any(_is_a(value, part) for part in parts)
+    if kind is float:
+        return type(value) in (int, float)
+    if hint is not Any and type(value) is not kind:
+        return False
+    if kind is tuple and parts[-1] is not Ellipsis:
+        return len(value) == len(parts) and all(map(_is_a, value, parts))
+    return kind not in (tuple, list) or all(_is_a(each, parts[0]) for each in value)
 
 
 def check_activation(op: str, *, dims: int = 2, **tensors: Tensor) -> None:

@@ -215,4 +215,4 @@ class Segmenter:
                 write_rois(paths["rois"], numbers)
 
     def _net(self) -> tuple[int, str | None]:
-        return len(self.config.model["features"]), self.config.model["norm"]
+        return len(self.model.config["features"]), self.model.config["norm"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastunet.checks import DataError
+from fastunet.checks import DataError, check_types
 from fastunet.data import DataOptions, DataSummary
 from fastunet.files import write_json
 from fastunet.pretrained import CONFIG, WEIGHTS, read_weights, write_weights
@@ -68,8 +68,11 @@ def load_config(run: str | Path) -> RunConfig:
         raw = json.loads(path.read_text())
         data = {name: _as_tuples(value) for name, value in raw["data"].items()}
         reading = DataOptions(**raw.get("reading", {}))
-        return RunConfig(**{**raw, "data": DataSummary(**data), "reading": reading})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        run_config = RunConfig(**{**raw, "data": DataSummary(**data), "reading": reading})
+        for part in (run_config, run_config.data, reading):
+            check_types(part)
+        return run_config
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: expected the config.json of a training run, got {error!r}") from error
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastunet.checks import ConfigError, DataError, some_of
+from fastunet.checks import ConfigError, DataError, check_types, some_of
 from fastunet.data import DataOptions, DataSummary, Pair
 from fastunet.pretrained import WEIGHTS
 from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
@@ -75,6 +75,7 @@ def resumed_config(out: Path, changes: Mapping[str, Any]) -> TrainConfig:
     saved = run_to_resume(out)
     try:
         before = TrainConfig(**{**saved.training, "features": tuple(saved.training["features"])})
+        check_types(before)
     except (KeyError, TypeError) as error:
         raise DataError(f"{out / CONFIG}: expected the settings of a training, got {error!r}") from error
     changes = {name: value for name, value in changes.items() if value is not None or name not in PLANNED}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import pytest
 
 pytest.importorskip("kornia", reason="needs the extra train")
 
+import numpy as np
 from stopped_training import TINY, losses_of
 
+import fastunet
 from fastunet.checks import ConfigError, DataError, FastUNetError
 from fastunet.data.synthetic import write_dataset
 from fastunet.train import checkpoint
 from fastunet.train.checkpoint import checkpoints
+from fastunet.train.checks import resumed_config
 from fastunet.train.events import EVENTS
 from fastunet.train.loop import train
 from fastunet.train.loss import TrainingLoss
@@ -129,13 +134,44 @@ def test_a_loss_that_is_not_finite_stops(data: Path, tmp_path: Path, monkeypatch
         train(data, tmp_path / "run", TINY)
 
 
+def places_of(value: Any, *before: str) -> Iterator[tuple[str, ...]]:
+    for name, each in value.items() if isinstance(value, dict) else ():
+        yield *before, name
+        yield from places_of(each, *before, name)
+
+
+@pytest.mark.parametrize("wrong", [[[]], {"?": 0}, True], ids=str)
+def test_a_value_of_another_type_in_the_config_is_named(wrong: Any, run: Path, tmp_path: Path) -> None:
+    """Wherever it is but in the model, of which the weights tell the rest."""
+    text = (run / "config.json").read_text()
+    flags = {("training", name) for name in ("flip", "deep_supervision", "tta", "tensorboard", "sync_batch_norm")}
+    places = {place for place in places_of(json.loads(text)) if place[0] != "model"}
+    for place in places - ({*flags, ("data", "mixed")} if wrong is True else set()):
+        part = changed = json.loads(text)
+        for name in place[:-1]:
+            part = part[name]
+        part[place[-1]] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=r"config.json: expected the (config.json|settings) of a training"):
+            resumed_config(tmp_path, {})
+
+
+def test_a_net_is_told_by_its_weights_where_the_config_does_not(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({**config, "model": {}}))
+    with pytest.raises(DataError, match="expected at least 2x2 pixels for 2 levels, got 1x1"):
+        fastunet.load(tmp_path / "run", "cpu").source_of(np.zeros((1, 1), np.uint8))
+
+
 def test_broken_runs_are_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"config.json: expected the config.json of a training run, got no such file"):
         checkpoint.load_run(tmp_path)
     config, weights = run / "config.json", run / "model.safetensors"
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(DataError, match=r"expected the config.json of a training run, got JSONDecodeError"):
-        checkpoint.load_run(tmp_path)
+    for text, error in (("{", "JSONDecodeError"), (10**5 * "[", "RecursionError")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(DataError, match=rf"expected the config.json of a training run, got {error}"):
+            checkpoint.load_run(tmp_path)
     (tmp_path / "config.json").write_bytes(config.read_bytes())
     with pytest.raises(DataError, match="expected the weights of a finished run, got no such file"):
         checkpoint.load_run(tmp_path)
