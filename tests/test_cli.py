@@ -115,6 +115,7 @@ def grey(path: Path, size: tuple[int, int] = (64, 64), value: int = 0) -> None:
         (["train", "{data}", "--out", "{run}", "--resume", "--overwrite"], ["resume or overwrite"]),
         (["evaluate", "{run}", "{data}", "--out", "{tmp}"], ["expected nothing there"]),
         (["evaluate", "{run}", "{data}", "--out", "{data}/masks/x.json"], ["apart from the images and masks"]),
+        (["check", "{data}", "--out", "{data}/masks/a/x.png"], ["apart from the images and masks"]),
         (["evaluate", "{run}", "{data}", "--tile", "1"], ["tile", "at least 2x2"]),
         (["evaluate", "{run}", "{data}", "--tolerance", "inf"], ["tolerance", "finite", "got inf"]),
         (["evaluate", "{run}", "{data}", "--threshold", "nan"], ["threshold", "finite", "got nan"]),

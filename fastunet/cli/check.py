@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from fastunet.checks import ConfigError, DataError, some_of
-from fastunet.files import check_apart, check_folder, check_replaceable, is_our_png
+from fastunet.files import check_folder, check_replaceable, is_our_png
 from fastunet.train.config import TrainConfig
 
 from .shared import DATA, OverwriteOption, bar, console, option, pop_reading, with_reading
@@ -34,6 +34,7 @@ def check(
     **options: Any,
 ) -> None:
     """Read every file of DATA; print what it holds, what is unusual, and what training would refuse and why."""
+    from fastunet.data.pairing import check_outside
     from fastunet.data.survey import survey
 
     if out is not None and out.suffix.lower() != ".png":
@@ -43,7 +44,7 @@ def check(
         found = survey(data, reading, classes, val_fraction=val_fraction, on_pair=show)
     if out is not None and found.facts:
         check_folder(out.parent)
-        check_apart(out.parent, [file for fact in found.facts for file in (fact.pair.image, fact.pair.mask)])
+        check_outside(out.parent, data, reading, [fact.pair for fact in found.facts])
         check_replaceable(out, overwrite, is_our_png)
     print_survey(found, str(data))
     if out is not None and found.summary is not None:

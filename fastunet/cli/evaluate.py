@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fastunet.checks import ConfigError
-from fastunet.files import check_apart, check_folder, check_replaceable, is_our_json, write_json
+from fastunet.files import check_folder, check_replaceable, is_our_json, write_json
 from fastunet.train.config import TILE
 
 from .shared import (
@@ -51,6 +51,7 @@ def evaluate(
 ) -> None:
     """Score RUN on DATA: Dice and IoU over all pixels; Dice, HD95 and surface Dice over images, with intervals."""
     from fastunet.data import IGNORED, SegmentationDataset, find_pairs, inspect
+    from fastunet.data.pairing import check_outside
     from fastunet.inference.evaluation import evaluate as scores_of
     from fastunet.inference.evaluation import summary_of
     from fastunet.train.checkpoint import load_config
@@ -62,7 +63,7 @@ def evaluate(
     pairs = find_pairs(data, reading, config.data.names)
     if out is not None:
         check_folder(out.parent)
-        check_apart(out.parent, [file for pair in pairs for file in (pair.image, pair.mask)])
+        check_outside(out.parent, data, reading, pairs)
         check_replaceable(out, overwrite, lambda path: is_our_json(path, SCORES))
     segmenter = load(run, device, tile)
     names = segmenter.config.class_names

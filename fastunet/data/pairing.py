@@ -17,6 +17,7 @@ from fastunet.data.mask_folders import files_in_order, is_folder, read_objects, 
 from fastunet.data.outlines import SUFFIXES, annotation_files, check_options, draw, names_of
 from fastunet.data.sources import Source, open_source, source_of_array
 from fastunet.data.yolo import DATA_YAML, folders_of
+from fastunet.files import check_apart
 
 # Names of the folders of a data set that is split already; those of "test" belong to neither side.
 SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -103,6 +104,19 @@ def find_pairs(root: str | Path, options: DataOptions | None = None, names: tupl
     if "train" in sides:  # what is in other folders, such as test/, is kept out of training
         pairs = [pair for pair in pairs if pair.side]
     return sorted(pairs, key=lambda pair: pair.stem)
+
+
+def check_outside(out: Path, root: str | Path, options: DataOptions | None, pairs: Sequence[Pair]) -> None:
+    """Raise DataError where `out` is a folder of the images or masks of `find_pairs`, or within one that it searches.
+
+    A picture that is written there would be taken for an image the next time.
+    """
+    check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
+    for _, folder, how in _roots(Path(root), options or DataOptions()):
+        for searched in (folder / how.images, folder / how.masks):
+            for place in (out.resolve(), *out.resolve().parents):
+                if place.exists() and searched.exists() and os.path.samefile(place, searched):
+                    raise DataError(f"{out}: expected a folder apart from the images and masks, got one in {searched}")
 
 
 def _roots(root: Path, options: DataOptions) -> list[tuple[str, Path, DataOptions]]:

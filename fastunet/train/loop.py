@@ -21,8 +21,9 @@ from fastunet import __version__
 from fastunet.checks import ConfigError, FastUNetError, Interrupted, required
 from fastunet.cpu.memory import keep_freed_memory
 from fastunet.data import DataOptions, Pair, SegmentationDataset, find_pairs, split
+from fastunet.data.pairing import check_outside
 from fastunet.data.survey import Survey, survey_pairs
-from fastunet.files import check_apart, check_folder, locked, write_json
+from fastunet.files import check_folder, locked, write_json
 from fastunet.pretrained import CONFIG
 from fastunet.train.augmentation import augmentation_of
 from fastunet.train.checkpoint import Progress, RunConfig, checkpoints, load_checkpoint, save_checkpoint
@@ -183,7 +184,7 @@ def _train(
 def _read(data: Path, reading: DataOptions, out: Path, config: TrainConfig) -> tuple[list[Pair], Survey]:
     """Find the pairs, and read every file of them."""
     pairs = find_pairs(data, reading)
-    check_apart(out, [file for pair in pairs for file in (pair.image, pair.mask)])
+    check_outside(out, data, reading, pairs)
     found = survey_pairs(
         pairs,
         reading,

@@ -103,13 +103,24 @@ def test_a_run_is_begun_anew_only_when_asked_and_what_is_beside_it_stays(
     assert (out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("below", ["", "run", "a/run"])
 @pytest.mark.parametrize("folder", ["images", "masks"])
-def test_the_folders_of_the_data_are_no_place_for_a_run(folder: str, data: Path, tmp_path: Path) -> None:
+def test_the_folders_of_the_data_are_no_place_for_a_run(folder: str, below: str, data: Path, tmp_path: Path) -> None:
+    """Nor are those within, which are searched for images too: the report would be one when the run is resumed."""
     (tmp_path / "link").symlink_to(data / folder)
     before = sorted((data / folder).iterdir())
     with pytest.raises(DataError, match="expected a folder apart from the images and masks"):
-        train(data, tmp_path / "link", TINY)
+        train(data, tmp_path / "link" / below, TINY)
     assert sorted((data / folder).iterdir()) == before
+
+
+@pytest.mark.parametrize("folder", ["images", "masks"])
+def test_above_nested_images_is_no_place_for_a_run(folder: str, data: Path, tmp_path: Path) -> None:
+    for each in ("images", "masks"):
+        shutil.copytree(data / each, tmp_path / each / "nested")
+    with pytest.raises(DataError, match=f"expected a folder apart from the images and masks, got one in .*{folder}"):
+        train(tmp_path, tmp_path / folder, TINY)
+    assert list(losses_of(tmp_path, tmp_path / "run", replace(TINY, steps=1))) == [1]
 
 
 def test_resume_wants_the_same_settings_and_images(data: Path, stopped: Path, tmp_path: Path) -> None:
