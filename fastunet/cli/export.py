@@ -30,6 +30,9 @@ def export(
     check_folder(target.parent)
     if target.exists() or target.is_symlink():
         raise DataError(f"{target}: expected nothing there, got a file")
+    title = name or run.absolute().name
+    if to == "bioimageio":
+        exports.check_title(title)
     segmenter = load(run, "cpu")
     model, data = segmenter.model, segmenter.config.data
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,5 +44,5 @@ def export(
         else:
             count = len(segmenter.config.train)
             text = f"A U-Net for {data.channels} channels of {data.dtype}, trained by fastunet on {count} images."
-            exports.export_bioimageio(model, data, target, name or run.absolute().name, text)
+            exports.export_bioimageio(model, data, target, title, text)
     console.print(f"{target}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastunet.checks import ConfigError
+from fastunet.checks import ConfigError, DataError
 from fastunet.data import DataSummary
 from fastunet.files import SOFTWARE, written_whole
 from fastunet.unet import UNet, check_is_of_images
 
+TITLE = r"[A-Za-z0-9_+\- ()]{5,128}"  # of a package for bioimage.io
+GRAINS = (0, 1, 2, 4, 8)  # of the noise that it is tested on, in pixels
 PIXELS = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 
 
@@ -48,8 +51,10 @@ class Pipeline(nn.Module):
 
 def export_torch(model: UNet, data: DataSummary, path: Path) -> None:
     """Write the `Pipeline` as a program of torch.export (.pt2), of any batch and size; whole or not at all."""
-    with written_whole(path) as temporary:
-        torch.export.save(_program(model, data), temporary, extra_files={"software": SOFTWARE})
+    program = _program(model, data)
+    # Opened here: torch ends the process over a name that is not UTF-8.
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        torch.export.save(program, file, extra_files={"software": SOFTWARE})
 
 
 def export_onnx(model: UNet, data: DataSummary, path: Path) -> None:
@@ -83,22 +88,28 @@ def _program(model: UNet, data: DataSummary) -> Any:
         return torch.export.export(Pipeline(model, data), (example,), dynamic_shapes=({0: free, 2: free, 3: free},))
 
 
+def check_title(name: str) -> None:
+    """Raise ConfigError on a name that no package for bioimage.io may have."""
+    if not re.fullmatch(TITLE, name):
+        raise ConfigError(f"name: expected 5 to 128 of the letters a to z, digits, spaces and _+-(), got {name!r}")
+
+
 def export_bioimageio(model: UNet, data: DataSummary, path: Path, name: str, description: str) -> None:
     """Write a package for bioimage.io (.zip): the pipeline as ONNX with its description and test tensors, checked.
 
     `name` and `description` are those of the run; authors and licence are to be filled in before it is published.
 
     Raises:
+        ConfigError: a name that the format does not allow.
+        DataError: the model finds nothing in any test image, which the format does not allow either.
         ModuleNotFoundError: the extra `bioimageio` is not installed.
     """
+    check_title(name)
     from bioimageio.spec import save_bioimageio_package
     from bioimageio.spec.model import v0_5 as spec
 
     least, multiple = 2 ** (model.depth + 1), 2**model.depth
-    pixels = np.random.default_rng(0).normal(size=(1, data.channels, 4 * least, 3 * least))
-    pixels = ((pixels - pixels.min()) / np.ptp(pixels) * 255).astype(data.dtype)
-    with torch.no_grad():
-        mask, probabilities = Pipeline(model, data)(torch.from_numpy(pixels))
+    pixels, mask, probabilities = _tested(Pipeline(model, data), (1, data.channels, 4 * least, 3 * least), data.dtype)
 
     free = spec.ParameterizedSize(min=least, step=1)
 
@@ -145,3 +156,20 @@ def export_bioimageio(model: UNet, data: DataSummary, path: Path, name: str, des
         with written_whole(path) as temporary:
             temporary.unlink()
             save_bioimageio_package(descr, output_path=temporary)
+
+
+def _tested(pipeline: Pipeline, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Return an image [1, C, H, W] with its mask and probabilities: noise, as coarse as it takes to find something."""
+    from scipy.ndimage import gaussian_filter
+
+    noise = np.random.default_rng(0).normal(size=shape)
+    for grain in GRAINS:
+        pixels = gaussian_filter(noise, grain, axes=(2, 3))
+        pixels = ((pixels - pixels.min()) / np.ptp(pixels) * 255).astype(dtype)
+        with torch.no_grad():
+            mask, probabilities = pipeline(torch.from_numpy(pixels))
+        if mask.any():
+            return pixels, mask, probabilities
+    raise DataError(
+        f"model: expected one that finds something in one of {len(GRAINS)} test images, got only background"
+    )

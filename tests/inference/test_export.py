@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from command import fastunet as fastunet_command
 from untrained_run import smooth_image, untrained_run
 
 import fastunet
-from fastunet.inference.export import export_onnx, export_torch
+from fastunet.checks import DataError
+from fastunet.inference.export import Pipeline, export_bioimageio, export_onnx, export_torch
 from fastunet.segmenter import Segmenter
 
 SIZES = ((1, 64, 96), (3, 37, 51), (2, 100, 33))
@@ -78,6 +81,45 @@ def test_a_package_for_bioimageio(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "unpacked/model.onnx")
     for found, each in zip(session.run(None, {"pixels": pixels}), expected, strict=True):
         np.testing.assert_allclose(found, each, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "run", 129 * "x", "a/b/c/d", "[/b]ab", "\u00e9\u00e9\u00e9\u00e9\u00e9", "\udcff12345", "a\nbcde"]
+)
+def test_names_that_bioimageio_does_not_allow(name: str, tmp_path: Path) -> None:
+    run = untrained_run(tmp_path / "run")
+    line = error_of("export", run, "--to", "bioimageio", "--name", name, "--out", tmp_path / "x/model.zip")
+    assert line.startswith("error: name: expected 5 to 128 of the letters a to z, digits, spaces and _+-(), got ")
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_model_that_finds_little_goes_to_bioimageio_too(tmp_path: Path) -> None:
+    pytest.importorskip("bioimageio.spec", reason="needs the extra bioimageio")
+    segmenter = fastunet.load(untrained_run(tmp_path / "run", norm="instance"), "cpu")
+    arguments = segmenter.model, segmenter.config.data
+    fine = torch.from_numpy(np.random.default_rng(0).normal(100, 20, (1, 1, 16, 12)).astype(np.uint8))
+    head = segmenter.model.outc.conv
+    with torch.no_grad():
+        head.weight.neg_()
+        head.bias.sub_(Pipeline(*arguments)(fine)[1].logit().max() + 1)
+        assert not Pipeline(*arguments)(fine)[0].any()
+        export_bioimageio(*arguments, tmp_path / "cells.zip", "cells", "text")
+        head.bias.sub_(1e4)
+        with pytest.raises(DataError, match="model: expected one that finds something in one of 5 test images"):
+            export_bioimageio(*arguments, tmp_path / "none.zip", "cells", "text")
+    with zipfile.ZipFile(tmp_path / "cells.zip") as archive, archive.open("mask.npy") as file:
+        assert np.load(file).any()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "cells.zip"}
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch-export", "bioimageio"])
+def test_folders_of_any_name_take_exports(kind: str, tmp_path: Path) -> None:
+    """In a process of its own, which torch may end."""
+    pytest.importorskip("bioimageio.spec", reason="needs the extra bioimageio")
+    run = untrained_run(tmp_path / "[red]\udcff\n")
+    command = [sys.executable, "-m", "fastunet", "export", str(run), "--to", kind, "--name", "cells"]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert len([*run.glob("model.*")]) == 2  # with the weights
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
