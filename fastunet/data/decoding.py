@@ -110,8 +110,8 @@ def _decode_volume(path: Path, volume: Volume, section: int | None) -> Picture:
     # All of it where it may be compressed as a whole.
     with room_for(path, volume.shape if volume.expansion > 1 else tuple(shape), bits, volume.claimed, volume.expansion):
         pixels = volume.read(section or 0)
-    if pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8)
+    if pixels.dtype == np.bool_:  # as in files of 1 bit
+        pixels, bits = pixels.astype(np.uint8), 1
     return Picture(pixels.astype(pixels.dtype.newbyteorder("="), copy=False), bits)
 
 
@@ -137,6 +137,8 @@ def _decode_pillow(path: Path, opener: Callable[..., Any], head: bytes, section:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and section is None:
                 raise DataError(f"{path}: expected one image, got {frames} frames")
+            if frames > 1 and bits == 16:
+                raise ValueError(f"{frames} frames of 16 bits, of which only the first is decoded")
             if frames > 1:
                 image.seek(section)
             if bits == 16:  # of which Pillow keeps only the upper 8 if they have colour

@@ -17,7 +17,7 @@ from fastunet.data.picture import what_is_there
 
 CHANNELS = 4  # at most, of a last axis that is taken for channels
 CODEC = 2**16  # bytes of pixels that a byte of a DICOM's codec stands for, at most
-GZIP = 1032  # bytes that one of gzip stands for, at most
+GZIP = 1032  # bytes that one of gzip, or of deflated DICOM, stands for, at most
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,10 @@ def _open_dicom(path: Path) -> Volume:
     sections, channels = int(found.get("NumberOfFrames", 1) or 1), int(found.SamplesPerPixel)
     shape = (sections, int(found.Rows), int(found.Columns), channels)
     dtype = np.dtype(f"{'i' if found.PixelRepresentation else 'u'}{max(1, found.BitsAllocated // 8)}")
-    is_compressed = found.file_meta.TransferSyntaxUID.is_compressed
+    photometric, syntax = found.PhotometricInterpretation, found.file_meta.TransferSyntaxUID
+    if not photometric.startswith(("MONOCHROME", "RGB", "YBR_")):
+        raise ValueError(f"pixels of {photometric}, and not grey or RGB")
+    is_compressed = syntax.is_compressed
     claimed = math.prod(shape) * found.BitsAllocated // 8
     slope, intercept = float(found.get("RescaleSlope", 1)), float(found.get("RescaleIntercept", 0))
 
@@ -138,16 +141,15 @@ def _open_dicom(path: Path) -> Volume:
             pixels = pydicom.pixels.pixel_array(found, index=index).reshape(shape[1:])
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             if is_compressed:
-                name = found.file_meta.TransferSyntaxUID.name
                 raise MissingPackageError(
-                    f"{path}: expected a package that decodes {name}, got none: pip install 'fastunet[dicom]'"
+                    f"{path}: expected a package that decodes {syntax.name}, got none: pip install 'fastunet[dicom]'"
                 ) from error
             raise
-        if found.PhotometricInterpretation == "MONOCHROME1":  # 0 is white
-            pixels = np.iinfo(dtype).max - pixels if dtype.kind == "u" else -1 - pixels
+        if photometric == "MONOCHROME1":  # 0 is white
+            pixels = dtype.type(2**found.BitsStored - 1) - pixels if dtype.kind == "u" else -1 - pixels
         return pixels if (slope, intercept) == (1, 0) else (pixels * slope + intercept).astype(np.float32)
 
-    return Volume(shape, dtype, claimed, CODEC if is_compressed else 1, read)
+    return Volume(shape, dtype, claimed, CODEC if is_compressed else GZIP if syntax.is_deflated else 1, read)
 
 
 def zarr_array(path: Path) -> Any:

@@ -13,6 +13,7 @@ pytest.importorskip("kornia", reason="needs the extra train")
 import numpy as np
 from image_files import noise, save, save_png
 from PIL import Image, ImageOps
+from stack_files import write_dicom
 
 from fastunet.checks import DataError
 from fastunet.data.images import read_image, read_mask
@@ -108,17 +109,24 @@ def test_orientation_is_applied_to_images_and_masks(
     [
         *(("png", bits) for bits in (1, 2, 4, 8, 16)),
         *((kind, bits) for kind in ("minisblack", "miniswhite") for bits in (1, 4, 8, 12, 16)),
+        *(("npy", bits) for bits in (1, 8, 16)),
+        *((kind, bits) for kind in ("MONOCHROME1", "MONOCHROME2") for bits in (8, 12, 16)),
     ],
 )
 def test_grey_of_any_bits_has_0_as_black(tmp_path: Path, kind: str, bits: int) -> None:
     """Below 8 bits an image spans 0 to 255, and a mask keeps its indices; a mask of 1 bit is 0 and 255."""
     top = 2**bits - 1
     values = (noise((5, 7, 1), "uint16") & top).astype(np.uint8 if bits <= 8 else np.uint16)
-    path = tmp_path / ("x.png" if kind == "png" else "x.tif")
+    path = tmp_path / "x.tif"  # which is read by its content
+    stored = (top - values if kind in ("miniswhite", "MONOCHROME1") else values)[..., 0]
     if kind == "png":
         save_png(path, values, bits)
+    elif kind == "npy":
+        with path.open("wb") as file:
+            np.save(file, stored.astype(bool) if bits == 1 else stored)
+    elif kind.startswith("MONOCHROME"):
+        write_dicom(path, stored[None], bits, PhotometricInterpretation=kind)
     else:
-        stored = (top - values if kind == "miniswhite" else values)[..., 0]
         save(path, stored.astype(bool) if bits == 1 else stored, photometric=kind, bitspersample=bits)
     image, mask = read_image(path), read_mask(path)
     assert image.dtype == mask.dtype == values.dtype

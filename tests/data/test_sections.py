@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,11 @@ pytest.importorskip("kornia", reason="needs the extra train")
 import numpy as np
 import tifffile
 import zarr
-from image_files import noise
+from image_files import noise, save_png
 from stack_files import write_dicom, write_nifti
 
-from fastunet.checks import MissingPackageError
-from fastunet.data import find_pairs, inspect, read_image
+from fastunet.checks import DataError, MissingPackageError
+from fastunet.data import find_pairs, inspect, read_image, read_mask
 from fastunet.data.decoding import count_sections
 
 SIZE = (40, 48)
@@ -90,3 +91,30 @@ def test_values_of_nifti_and_dicom_are_scaled(tmp_path: Path) -> None:
     dataset.RescaleSlope, dataset.RescaleIntercept, dataset.PhotometricInterpretation = "2", "-1024", "MONOCHROME1"
     dataset.save_as(tmp_path / "s.dcm")
     np.testing.assert_array_equal(read_image(tmp_path / "s.dcm")[..., 0], (255.0 - noise(SIZE)) * 2 - 1024)
+
+
+def test_dicom_of_colours_that_are_not_converted_is_refused(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "s.dcm", noise((1, *SIZE)), PhotometricInterpretation="PALETTE COLOR")
+    for read in (read_image, read_mask):
+        with pytest.raises(DataError, match=r"s.dcm: .* got: pixels of PALETTE COLOR, and not grey or RGB"):
+            read(tmp_path / "s.dcm")
+
+
+def test_deflated_dicom_holds_more_than_its_bytes(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom", reason="needs the extra dicom")
+    write_dicom(tmp_path / "s.dcm", np.zeros((1, 256, 256), np.uint8))
+    dataset = pydicom.dcmread(tmp_path / "s.dcm")
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    dataset.save_as(tmp_path / "s.dcm")
+    assert (tmp_path / "s.dcm").stat().st_size < 2000
+    assert read_image(tmp_path / "s.dcm").shape == (256, 256, 1)
+
+
+def test_frames_of_16_bits_are_not_taken_for_the_first(tmp_path: Path) -> None:
+    pixels = noise((5, 7, 1), "uint16")
+    control = struct.pack(">IIIIIHHBB", 0, 7, 5, 0, 0, 1, 10, 0, 0)
+    save_png(tmp_path / "s.png", pixels, 16, acTL=struct.pack(">II", 2, 0), fcTL=control)
+    assert count_sections(tmp_path / "s.png") == 2
+    for section in range(2):
+        with pytest.raises(DataError, match=r"s.png: .* got: 2 frames of 16 bits, of which only the first is decoded"):
+            read_image(tmp_path / "s.png", section)

@@ -38,7 +38,8 @@ def write_zarr(path: Path, sections: np.ndarray) -> None:
     zarr.create_array(str(path), data=sections)
 
 
-def write_dicom(path: Path, sections: np.ndarray) -> None:
+def write_dicom(path: Path, sections: np.ndarray, stored: int = 0, **more: object) -> None:
+    """Write unsigned sections [N, H, W], of which so many bits count; `more` elements by their names."""
     pytest.importorskip("pydicom", reason="needs the extra dicom")
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
@@ -50,8 +51,11 @@ def write_dicom(path: Path, sections: np.ndarray) -> None:
     dataset.SOPInstanceUID = "1.2.3"
     dataset.NumberOfFrames, dataset.Rows, dataset.Columns = sections.shape
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 8, 8, 7, 0
-    dataset.PixelData = sections.tobytes()
+    bits = 8 * sections.itemsize
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = bits, stored or bits, (stored or bits) - 1
+    dataset.PixelRepresentation, dataset.PixelData = 0, sections.tobytes()
+    for name, value in more.items():
+        setattr(dataset, name, value)
     dataset.save_as(path, enforce_file_format=True)
 
 
