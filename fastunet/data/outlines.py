@@ -33,12 +33,15 @@ class Outline:
     is_relative: bool = False  # x and y are shares of the width and height
     has_holes: bool = False  # where an even number of polygons lie over each other
     runs: tuple[int, ...] = ()  # lengths of background and foreground in turn, down the columns
+    drawn_on: tuple[int, int] | None = None  # height and width of the image, where the file says it
 
     def mask(self, size: tuple[int, int]) -> np.ndarray:
         """Return the pixels [H, W] whose centres lie within, bool."""
         from skimage.draw import polygon
 
         height, width = size
+        if self.drawn_on not in (None, size):
+            raise ValueError("outlines on {} x {}".format(*self.drawn_on))
         if self.runs:
             if sum(self.runs) != height * width or min(self.runs) < 0:
                 raise ValueError(f"runs of {sum(self.runs)} pixels for an image of {height} x {width}")
@@ -159,13 +162,16 @@ def _coco(file: Path, changed: int) -> tuple[dict[str, list[Outline]], dict[str,
     names = {each["id"]: str(each["name"]) for each in data["categories"]}
     stems = {each["id"]: Path(each["file_name"]).with_suffix("").as_posix() for each in data["images"]}
     images: dict[str, list[Outline]] = {stem: [] for stem in stems.values()}
+    sizes = {each["id"]: _size(each.get("height"), each.get("width")) for each in data["images"]}
     for each in data.get("annotations", []):
-        outlines, name = each["segmentation"], names[each["category_id"]]
+        outlines, name, size = each["segmentation"], names[each["category_id"]], sizes[each["image_id"]]
         if isinstance(outlines, dict):
             runs = outlines["counts"]
-            outline = Outline(name, runs=_unpacked(runs) if isinstance(runs, str) else tuple(map(int, runs)))
+            runs = _unpacked(runs) if isinstance(runs, str) else tuple(map(int, runs))
+            outline = Outline(name, runs=runs, drawn_on=size)
         else:
-            outline = Outline(name, tuple(_points(np.reshape(part, (-1, 2))) for part in outlines))
+            polygons = tuple(_points(np.reshape(part, (-1, 2))) for part in outlines)
+            outline = Outline(name, polygons, drawn_on=size)
         images[stems[each["image_id"]]].append(outline)
     return images, {name: int(number) for number, name in names.items()}
 
@@ -190,6 +196,11 @@ def _unpacked(text: str) -> tuple[int, ...]:
     return tuple(runs)
 
 
+def _size(height: Any, width: Any) -> tuple[int, int] | None:
+    """Return height and width of an image, None where a file has none, or 0 for it."""
+    return (int(height), int(width)) if height and width else None
+
+
 def _points(points: Any) -> np.ndarray:
     found = np.asarray(points, np.float64)
     if found.ndim != 2 or found.shape[1] != 2 or len(found) < 3 or not np.isfinite(found).all():
@@ -199,7 +210,9 @@ def _points(points: Any) -> np.ndarray:
 
 def _labelme(file: Path) -> list[Outline]:
     outlines = []
-    for each in _json(file, file.stat().st_mtime_ns)["shapes"]:
+    data = _json(file, file.stat().st_mtime_ns)
+    size = _size(data.get("imageHeight"), data.get("imageWidth"))
+    for each in data["shapes"]:
         kind, points = each.get("shape_type") or "polygon", np.asarray(each["points"], np.float64)
         if kind == "rectangle":
             (left, top), (right, bottom) = points
@@ -209,7 +222,7 @@ def _labelme(file: Path) -> list[Outline]:
             points = points[0] + math.dist(*points) * np.stack([np.cos(angles), np.sin(angles)], -1)
         elif kind != "polygon":
             raise ValueError(f"a {kind}, and not a polygon, rectangle or circle")
-        outlines.append(Outline(str(each["label"]), (_points(points),)))
+        outlines.append(Outline(str(each["label"]), (_points(points),), drawn_on=size))
     return outlines
 
 

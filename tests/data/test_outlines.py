@@ -148,6 +148,16 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "no class": ("a.json", coco(category_id=99), "as of coco, got: KeyError 99"),
     "a letter in runs": ("a.json", coco(segmentation={"counts": "~"}), "'~' in compressed runs"),
     "runs of another size": ("a.json", coco(segmentation={"counts": [5, 5]}), "runs of 10 pixels for .* 20 x 30"),
+    "an image of another size in COCO": (
+        "a.json",
+        {**coco(), "images": [{"id": 1, "file_name": "a.png", "height": 30, "width": 20}]},
+        "expected outlines on 20 x 30 pixels, got: outlines on 30 x 20",
+    ),
+    "an image of another size in labelme": (
+        "a.json",
+        {"shapes": [shape("x", [[0, 0], [9, 0], [9, 9]])], "imageHeight": 40, "imageWidth": 60},
+        "expected outlines on 20 x 30 pixels, got: outlines on 40 x 60",
+    ),
     "a broken ROI": ("a.roi", "Iout", "expected outlines as of roi, got: "),
     "nothing": ("a.json", {"shapes": []}, "expected outlines of at least one class, got none"),
 }
