@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from fastunet.checks import ConfigError, DataError, FastUNetError
 from fastunet.data import yolo
 from fastunet.data.images import by_stem, entries_of
 from fastunet.data.layout import DataOptions
+from fastunet.data.picture import DEFLATE, room_for
 from fastunet.data.volumes import import_extra
 
 SUFFIXES = (".json", ".txt", ".roi", ".zip")
@@ -245,6 +247,11 @@ def _yolo(file: Path) -> list[Outline]:
 
 def _rois(file: Path) -> list[Outline]:
     roifile = import_extra("roifile", "imagej", file)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            claimed = sum(each.file_size for each in archive.infolist())
+        with room_for(file, (claimed,), 8, claimed, DEFLATE):
+            pass
     found = roifile.roiread(file)
     outlines = []
     for roi in found if isinstance(found, list) else [found]:

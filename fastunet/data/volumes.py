@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastunet.checks import DataError, MissingPackageError, required
-from fastunet.data.picture import what_is_there
+from fastunet.data.picture import room_for, what_is_there
 
 CHANNELS = 4  # at most, of a last axis that is taken for channels
 CODEC = 2**16  # bytes of pixels that a byte of a DICOM's codec stands for, at most
@@ -164,6 +164,11 @@ def zarr_array(path: Path) -> Any:
             if not scales:
                 raise ValueError("a group without arrays in resolutions (OME-Zarr)")
             found = found[scales[0]["datasets"][0]["path"]]
+        # A chunk is decoded as a whole, however small the array that it is of.
+        with room_for(path, found.chunks, 8 * found.dtype.itemsize, 0, 1):
+            pass
+    except DataError:
+        raise
     except Exception as error:
         got = " ".join(str(error).split()) if path.exists() else what_is_there(path)
         raise DataError(f"{path}: expected a Zarr array, got: {got or type(error).__name__}") from error

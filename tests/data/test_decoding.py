@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import struct
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import imagecodecs
 import numpy as np
 import psutil
 import tifffile
+import zarr
 from image_files import png, tiff
 from PIL import Image
 
@@ -23,6 +26,8 @@ from fastunet.data import decoding, picture
 from fastunet.data import tiff as tiff_decoding
 from fastunet.data.decoding import count_sections
 from fastunet.data.images import read_image, read_mask
+from fastunet.data.outlines import draw
+from fastunet.data.sources import open_source
 
 HUGE = {256: 45000, 257: 45000}
 TILED = {273: -1, 278: -1, 279: -1, 322: 16, 323: 16, 324: 16, 325: 16}
@@ -198,3 +203,20 @@ def test_what_the_memory_has_no_room_for_is_refused(tmp_path: Path, name: str, m
         monkeypatch.setattr(module, "upright", fails)
     with pytest.raises(DataError, match=rf"{name}: expected an image that fits into memory"):
         read_image(path)
+
+
+@pytest.mark.parametrize("read", [read_image, open_source])
+def test_a_chunk_that_the_memory_has_no_room_for_is_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    zarr.create_array(str(tmp_path / "x.zarr"), shape=(64, 64), chunks=(2**21, 2**21), dtype="uint8")
+    with pytest.raises(DataError, match=r"x\.zarr: expected an image that takes at most .* got 2097152 x 2097152"):
+        read(tmp_path / "x.zarr")
+
+
+def test_rois_that_the_memory_has_no_room_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("roifile", reason="needs the extra imagej")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.roi", b"Iout" + bytes(2**20))
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(picture.psutil, "virtual_memory", lambda: memory._replace(available=2**20))
+    with pytest.raises(DataError, match=r"x\.zip: expected an image that takes at most 0\.0 GiB .* got 1048580 values"):
+        draw(tmp_path / "x.zip", "x", ("foreground",), (64, 64))
