@@ -90,8 +90,10 @@ class Segmenter:
 
     def sections_of(self, path: Path) -> list[int | None]:
         """Number the images of a file: None of one image, whose pages may be its channels; Zarr arrays are one."""
-        count = 1 if is_zarr(path) else count_sections(path)
-        return [None] if count in (1, self.config.data.channels) else list(range(count))
+        count, channels = 1 if is_zarr(path) else count_sections(path), self.config.data.channels
+        # As many as channels may be these, unless each has them all.
+        is_one = count == 1 or (count == channels and read_image(path, 0).shape[2] != channels)
+        return [None] if is_one else list(range(count))
 
     def source_of(self, image: str | Path | Any, section: int | None = None) -> Source:
         """Open a file, or a section of one, or take an array.

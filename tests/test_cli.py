@@ -200,6 +200,18 @@ def test_predict_overwrites_only_predictions_and_only_when_asked(run: Path, data
         assert f"{first}: expected a file that fastunet wrote" in error_of(*arguments, "--overwrite")
 
 
+@pytest.mark.parametrize("mine", ["notes.txt", "c/0/notes.txt"])
+def test_a_zarr_array_is_overwritten_if_nothing_else_is_in_it(mine: str, run: Path, data: Path, tmp_path: Path) -> None:
+    command = ("predict", run, data, "--out", tmp_path / "out", "--format", "zarr")
+    for options in ([], ["--overwrite"]):
+        fastunet(*command, *options)
+    file = tmp_path / "out/cell_001.zarr" / mine
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("mine")
+    assert "cell_001.zarr: expected a file that fastunet wrote, got another" in error_of(*command, "--overwrite")
+    assert file.read_text() == "mine"
+
+
 def test_evaluate_and_bench_overwrite_only_their_own(run: Path, data: Path, tmp_path: Path) -> None:
     scores, rows = tmp_path / "scores.json", tmp_path / "bench/bench.json"
     rows.parent.mkdir()

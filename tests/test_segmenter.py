@@ -92,6 +92,23 @@ def test_other_images_are_refused(segmenter: Segmenter, wrong: Any, message: str
         segmenter.predict(wrong)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["a.npy", "a.tif"])
+def test_sections_are_no_channels_where_each_has_them_all(name: str, count: int, channels: int, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 20, 24, channels), np.uint8)
+    if name == "a.npy":
+        np.save(tmp_path / name, pixels)
+    else:
+        axes = {"metadata": {"axes": "ZCYX"}, "imagej": True}
+        tifffile.imwrite(tmp_path / name, np.moveaxis(pixels, -1, 1), photometric="minisblack", **axes)
+    segmenter = fastunet.load(untrained_run(tmp_path / "run", channels=channels), "cpu")
+    sections = segmenter.sections_of(tmp_path / name)
+    assert sections == ([None] if count == 1 else list(range(count)))
+    for section, expected in zip(sections, pixels, strict=True):
+        np.testing.assert_array_equal(segmenter.source_of(tmp_path / name, section)[:], expected)
+
+
 def test_a_tile_must_have_room(segmenter: Segmenter) -> None:
     assert segmenter.check_tile(18)
     with pytest.raises(ConfigError, match="tile: expected at least 18 pixels"):
@@ -373,17 +390,3 @@ def test_what_predict_cannot_do_is_one_line(
     line = error_of("predict", run, tmp_path / "a.png", tmp_path / "b.png", *given, "--out", out)
     assert line.endswith(words.format(folder=tmp_path, out=out))
     assert not out.exists()
-
-
-@pytest.mark.parametrize("kind", ["png", "tif", "zarr"])
-def test_only_what_is_a_predictions_whole_is_overwritten(kind: str, image: np.ndarray, tmp_path: Path) -> None:
-    run, out = untrained_run(tmp_path / "run"), tmp_path / "out"
-    save(tmp_path / "a.png", image)
-    command = ("predict", run, tmp_path / "a.png", "--out", out, "--format", kind)
-    for options in ([], ["--overwrite"]):
-        fastunet_command(*command, *options)
-    for mine in ("notes.txt", "c/0/notes.txt") if kind == "zarr" else ():
-        (out / "a.zarr" / mine).write_text("mine")
-        assert "expected a file that fastunet wrote, got another" in error_of(*command, "--overwrite")
-        assert (out / "a.zarr" / mine).read_text() == "mine"
-        (out / "a.zarr" / mine).unlink()
