@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import tempfile
 import warnings
@@ -51,10 +52,10 @@ class Pipeline(nn.Module):
 
 def export_torch(model: UNet, data: DataSummary, path: Path) -> None:
     """Write the `Pipeline` as a program of torch.export (.pt2), of any batch and size; whole or not at all."""
-    program = _program(model, data)
-    # Opened here: torch ends the process over a name that is not UTF-8.
-    with written_whole(path) as temporary, temporary.open("wb") as file:
-        torch.export.save(program, file, extra_files={"software": SOFTWARE})
+    content = io.BytesIO()  # torch's own writer ends the process on a full disk, or a name that is not UTF-8
+    torch.export.save(_program(model, data), content, extra_files={"software": SOFTWARE})
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def export_onnx(model: UNet, data: DataSummary, path: Path) -> None:

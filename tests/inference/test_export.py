@@ -113,11 +113,16 @@ def test_a_model_that_finds_little_goes_to_bioimageio_too(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch-export", "bioimageio"])
-def test_folders_of_any_name_take_exports(kind: str, tmp_path: Path) -> None:
-    """In a process of its own, which torch may end."""
+def test_folders_of_any_name_take_exports_if_the_disk_does(kind: str, tmp_path: Path) -> None:
+    """In processes of their own, which torch may end."""
     pytest.importorskip("bioimageio.spec", reason="needs the extra bioimageio")
     run = untrained_run(tmp_path / "[red]\udcff\n")
     command = [sys.executable, "-m", "fastunet", "export", str(run), "--to", kind, "--name", "cells"]
+    before = {*run.iterdir()}
+    limited = ["bash", "-c", 'ulimit -f 4 && exec "$@"', "", *command]  # KiB a file
+    result = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (2, "error: output: [Errno 27] File too large")
+    assert {*run.iterdir()} == before
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
     assert len([*run.glob("model.*")]) == 2  # with the weights
 
