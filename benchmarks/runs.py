@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -34,6 +36,8 @@ _TIMES_PLAIN = 2.0
 _PARITY_SIDE = 64
 # The spread, p90 / p10, of the plainest provider's times, above which other work has disturbed the machine too much.
 STEADY = 1.15
+# Of a net on a CPU: what a sample is to take, and the most calls in it.
+_SAMPLE_SECONDS, _MOST_CALLS = 0.02, 50
 
 
 # --- comparisons ---
@@ -69,14 +73,38 @@ def prepared(
 
 
 def measured(settings: Settings, row: Row, runs: Mapping[str, Sequence[Run]]) -> Row:
-    """Return the row with what timing its runs in turn gives, the first of them ours: samples and ratios."""
+    """Return the row with what timing its runs in turn gives, the first of them ours: samples and ratios.
+
+    A sample of a net on a CPU is the mean of as many calls as take some 20 ms, as in a loop over images: a call of a
+    small net by itself is mostly what the provider before it has left in the caches and on the cores.
+    """
     if not runs:
         return row
-    row = row | timed(samples_in_turn(settings, runs))
+    if settings.device == "cpu" and row.get("kind") == "net":
+        row = row | {"calls": _calls_of_a_sample(next(iter(runs.values()))[0])}
+    calls = row.get("calls", 1)
+    repeated = {name: [functools.partial(_repeat, run, calls) for run in found] for name, found in runs.items()}
+    samples = samples_in_turn(settings, repeated)
+    row = row | timed({name: [seconds / calls for seconds in found] for name, found in samples.items()})
     if "eager" in row["samples_ms"]:
         times = times_ms(row)["eager"]
         row["unsteady"] = times.p90 / times.p10 > STEADY
     return row
+
+
+def _calls_of_a_sample(run: Run) -> int:
+    run()
+    least = math.inf
+    for _ in range(3):
+        begin = time.perf_counter()
+        run()
+        least = min(least, time.perf_counter() - begin)
+    return max(1, min(_MOST_CALLS, math.ceil(_SAMPLE_SECONDS / least)))
+
+
+def _repeat(run: Run, calls: int) -> None:
+    for _ in range(calls):
+        run()
 
 
 def samples_in_turn(settings: Settings, runs: Mapping[str, Sequence[Run]]) -> dict[str, list[float]]:

@@ -79,7 +79,8 @@ def compare(settings: Settings, progress: Callable[[str], None] = lambda text: N
         if not (settings.compiles if step.kind == "net" else settings.thorough):
             reason = f"compiling a {step.kind} was not asked for"
             providers = [replace(each, unavailable=reason) if each.compiles else each for each in providers]
-        yield describe(settings, step) | measured(settings, *runs_of(settings, step, providers))
+        row, runs = runs_of(settings, step, providers)
+        yield measured(settings, describe(settings, step) | row, runs)
 
 
 def tables(report: Row) -> list[str]:

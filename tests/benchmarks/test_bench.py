@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -127,6 +129,21 @@ def test_whatever_becomes_of_a_provider_has_its_reason() -> None:
     }
     assert set(row["samples_ms"]) == {OURS, "right"}
     assert set(row["ratios"]) == {"right"}
+
+
+def test_a_sample_of_a_small_net_on_a_cpu_is_the_mean_of_many_calls() -> None:
+    calls = {OURS: 0, "other": 0}
+
+    def run(name: str) -> None:
+        calls[name] += 1
+        time.sleep(0.002)
+
+    runs = {name: [functools.partial(run, name)] for name in calls}
+    row = measured(TINY, {"kind": "net"}, runs)
+    assert 1 < row["calls"] <= 10
+    assert calls["other"] == row["calls"] * (TINY.rounds + TINY.warmup) == calls[OURS] - 4
+    assert min(row["samples_ms"]["other"]) >= 2
+    assert "calls" not in measured(TINY, {"kind": "layer"}, runs)
 
 
 def test_cudnn_tries_its_algorithms_for_the_provider_and_not_for_what_it_is_checked_with() -> None:
