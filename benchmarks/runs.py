@@ -36,8 +36,8 @@ _TIMES_PLAIN = 2.0
 _PARITY_SIDE = 64
 # The spread, p90 / p10, of the plainest provider's times, above which other work has disturbed the machine too much.
 STEADY = 1.15
-# Of a net on a CPU: what a sample is to take, and the most calls in it.
-_SAMPLE_SECONDS, _MOST_CALLS = 0.02, 50
+# Of a net on a CPU: seconds that a sample is to take, the most calls in it, and seconds of rest before it.
+_SAMPLE_SECONDS, _MOST_CALLS, _REST = 0.02, 50, 0.02
 
 
 # --- comparisons ---
@@ -75,16 +75,18 @@ def prepared(
 def measured(settings: Settings, row: Row, runs: Mapping[str, Sequence[Run]]) -> Row:
     """Return the row with what timing its runs in turn gives, the first of them ours: samples and ratios.
 
-    A sample of a net on a CPU is the mean of as many calls as take some 20 ms, as in a loop over images: a call of a
-    small net by itself is mostly what the provider before it has left in the caches and on the cores.
+    A sample of a net on a CPU is the mean of as many calls as take some 20 ms, as in a loop over images, after a rest:
+    a call of a small net by itself is mostly what the provider before it has left in the caches, and on the cores,
+    where threads of some runtimes stay awake for a while.
     """
     if not runs:
         return row
+    rest = 0.0
     if settings.device == "cpu" and row.get("kind") == "net":
-        row = row | {"calls": _calls_of_a_sample(next(iter(runs.values()))[0])}
+        row, rest = row | {"calls": _calls_of_a_sample(next(iter(runs.values()))[0])}, _REST
     calls = row.get("calls", 1)
     repeated = {name: [functools.partial(_repeat, run, calls) for run in found] for name, found in runs.items()}
-    samples = samples_in_turn(settings, repeated)
+    samples = samples_in_turn(settings, repeated, rest)
     row = row | timed({name: [seconds / calls for seconds in found] for name, found in samples.items()})
     if "eager" in row["samples_ms"]:
         times = times_ms(row)["eager"]
@@ -107,11 +109,11 @@ def _repeat(run: Run, calls: int) -> None:
         run()
 
 
-def samples_in_turn(settings: Settings, runs: Mapping[str, Sequence[Run]]) -> dict[str, list[float]]:
+def samples_in_turn(settings: Settings, runs: Mapping[str, Sequence[Run]], rest: float = 0.0) -> dict[str, list[float]]:
     """Seconds of each run, taken in turn in one run, within the settings' limits."""
     limits: dict[str, Any] = {"rounds": settings.rounds, "warmup": settings.warmup, "seconds": settings.seconds}
     with cudnn_benchmark():
-        return interleaved_samples(runs, clock_of(settings.torch_device), **limits)
+        return interleaved_samples(runs, clock_of(settings.torch_device, rest), **limits)
 
 
 def layer_runs(

@@ -46,7 +46,7 @@ class NetGraph:
     """What a net computes of images like x, as long as nothing of either is changed."""
 
     def __init__(self, net: PreparedNet, x: Tensor) -> None:
-        self.net, self._strides = net, _strides(x.shape)
+        self.net, self._strides = net, _strides(*x.shape[1:])
         example = self._like_the_first(x)
         keep_freed_memory(_KEPT_BYTES)
         with _lock, warnings.catch_warnings():
@@ -63,7 +63,7 @@ class NetGraph:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the net's output; by layers where a value might not be finite: oneDNN's ReLU turns NaN into 0."""
-        y, largest, smallest, *sums = self._graph(self._like_the_first(x))
+        y, smallest, largest, *sums = self._graph(self._like_the_first(x))
         is_moderate = max(float(largest), -float(smallest)) <= LARGEST_PIXEL
         if is_moderate and all(float(total) <= LARGEST_SUM for total in sums):
             return self.net.head.activate(y)
@@ -76,7 +76,7 @@ class NetGraph:
 
 
 class _Net(nn.Module):
-    """What is traced: the output, the largest and smallest value of the image, and sums of the lower levels."""
+    """What is traced: the output, the smallest and largest value of the image, and sums of the lower levels."""
 
     def __init__(self, net: PreparedNet) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Net(nn.Module):
         self._head = head.weight.to(net.dtype), None if head.bias is None else head.bias.to(net.dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        checked = [x.amax(), x.amin()]
+        checked = [*torch.aminmax(x)]
         x, skips = x.to(self._net.dtype), []
         for level, (first, second) in enumerate(self._descent):
             x = F.max_pool2d(x, 2, 2) if level else x
@@ -130,9 +130,12 @@ class _Step:
     def _upsampled(self, low: Tensor) -> Tensor:
         if self._up is None:
             return self.step.by_module(low)
+        # [N, h, w, 2, 2 C] of channels_last to [N, h, 2, w, 2 C], in as few views as can be.
         n, _, h, w = self.step.low.shape
-        rows = F.conv2d(low, *self._up).permute(0, 2, 3, 1).reshape(n, h, w, 2, -1).transpose(2, 3)
-        return rows.reshape(n, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
+        c = self._up[0].shape[0] // 4
+        y = F.conv2d(low, *self._up).contiguous(memory_format=torch.channels_last)
+        rows = y.as_strided([n, h, 2, w, 2 * c], [4 * c * h * w, 4 * c * w, 2 * c, 4 * c, 1])
+        return rows.contiguous().as_strided([n, c, 2 * h, 2 * w], _strides(c, 2 * h, 2 * w))
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,6 +147,5 @@ def _weights(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
 
 
-def _strides(shape: torch.Size) -> list[int]:
-    _, c, h, w = shape
+def _strides(c: int, h: int, w: int) -> list[int]:
     return [c * h * w, 1, c * w, c]

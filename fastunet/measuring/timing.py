@@ -29,10 +29,15 @@ _UNKNOWN_CACHE = 64 << 20
 
 class Clock:
     """Marks moments on a device's own time line, here a CPU's: `prepare` before each sample, `mark` at its begin and
-    end, `wait` until every mark has passed, then the seconds `elapsed` between two.
+    end, `wait` until every mark has passed, then the seconds `elapsed` between two. rest: seconds before each sample.
     """
 
-    def prepare(self) -> None: ...
+    def __init__(self, rest: float = 0.0) -> None:
+        self.rest = rest
+
+    def prepare(self) -> None:
+        if self.rest:
+            time.sleep(self.rest)
 
     def mark(self) -> Any:
         return time.perf_counter()
@@ -61,9 +66,9 @@ class CudaClock(Clock):
         return begin.elapsed_time(end) / 1000
 
 
-def clock_of(device: torch.device) -> Clock:
-    """The clock for work on that device."""
-    return CudaClock() if device.type == "cuda" else Clock()
+def clock_of(device: torch.device, rest: float = 0.0) -> Clock:
+    """The clock for work on that device; rest: seconds before each sample on a CPU."""
+    return CudaClock() if device.type == "cuda" else Clock(rest)
 
 
 @contextmanager
