@@ -37,7 +37,7 @@ _PARITY_SIDE = 64
 # The spread, p90 / p10, of the plainest provider's times, above which other work has disturbed the machine too much.
 STEADY = 1.15
 # Of a net on a CPU: seconds that a sample is to take, the most calls in it, and seconds of rest before it.
-_SAMPLE_SECONDS, _MOST_CALLS, _REST = 0.02, 50, 0.02
+_SAMPLE_SECONDS, _MOST_CALLS, _REST = 0.1, 100, 0.02
 
 
 # --- comparisons ---
@@ -75,7 +75,7 @@ def prepared(
 def measured(settings: Settings, row: Row, runs: Mapping[str, Sequence[Run]]) -> Row:
     """Return the row with what timing its runs in turn gives, the first of them ours: samples and ratios.
 
-    A sample of a net on a CPU is the mean of as many calls as take some 20 ms, as in a loop over images, after a rest:
+    A sample of a net on a CPU is the mean of as many calls as take some 0.1 s, as in a loop over images, after a rest:
     a call of a small net by itself is mostly what the provider before it has left in the caches, and on the cores,
     where threads of some runtimes stay awake for a while.
     """

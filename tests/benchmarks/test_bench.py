@@ -140,7 +140,7 @@ def test_a_sample_of_a_small_net_on_a_cpu_is_the_mean_of_many_calls() -> None:
 
     runs = {name: [functools.partial(run, name)] for name in calls}
     row = measured(TINY, {"kind": "net"}, runs)
-    assert 1 < row["calls"] <= 10
+    assert 1 < row["calls"] <= 50
     assert calls["other"] == row["calls"] * (TINY.rounds + TINY.warmup) == calls[OURS] - 4
     assert min(row["samples_ms"]["other"]) >= 2
     assert "calls" not in measured(TINY, {"kind": "layer"}, runs)
