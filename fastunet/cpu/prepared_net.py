@@ -205,7 +205,8 @@ class PreparedNet:
             x = step.second(next(layers), [x], is_finite)
             if levels is not None:
                 levels.append(x)
-        return self.head.activate(onednn.pointwise(x, *weights.head))
+        convolve = F.conv2d if isinstance(weights.layers[-1].convolution, _Plain) else onednn.pointwise
+        return self.head.activate(convolve(x, *weights.head))
 
     @torch.autocast("cpu", enabled=False)  # Weights are folded and composed in float32.
     def _prepare(self) -> Weights:
