@@ -203,6 +203,7 @@ def losing_cases() -> str:
         settings = result.get("settings", {})
         if any(result.get("summary", {}).get(task) for task in TASKS):
             net = f"{'-'.join(map(str, settings['features']))}, {settings['dtype']}, {settings['size']} pixels"
+            net += f", batches of {settings['batch']}" if settings["batch"] > 1 else ""
             for task in TASKS:
                 for provider, found in (result["summary"].get(task) or {}).items():
                     add(
