@@ -7,16 +7,18 @@ convolution takes. A graph that TorchScript hands to oneDNN's graph compiler is 
 from __future__ import annotations
 
 import functools
+import io
 import threading
 import warnings
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet.cpu import onednn
-from fastunet.cpu.memory import keep_freed_memory
+from fastunet.cpu.memory import keep_freed_memory, long_lived
 from fastunet.cpu.prepared_net import LARGEST_PIXEL, LARGEST_SUM, LOW, MODULE, Layer, PreparedNet, StepUp
 from fastunet.reference.unet import padding_to
 
@@ -49,13 +51,17 @@ class NetGraph:
         self.net, self._strides = net, _strides(*x.shape[1:])
         example = self._like_the_first(x)
         keep_freed_memory(_KEPT_BYTES)
-        with _lock, warnings.catch_warnings():
+        with _lock, long_lived(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             was_enabled = torch.jit.onednn_fusion_enabled()
             torch.jit.enable_onednn_fusion(True)
             try:
                 traced = torch.jit.trace(_Net(net).eval(), example, check_trace=False)
-                self._graph = torch.jit.freeze(traced)
+                # What is traced stays for as long as the process, what is loaded does not.
+                written = io.BytesIO()
+                torch.jit.save(traced, written)
+                written.seek(0)
+                self._graph = torch.jit.freeze(torch.jit.load(written).eval())
                 self._graph(example)  # Records shapes, by which the next execution compiles.
                 self.is_compiled = "oneDNNFusionGroup" in str(self._graph.graph_for(example))
             finally:
@@ -85,6 +91,9 @@ class _Net(nn.Module):
         self._ascent = [_Step(step, net.dtype) for step in net.ascent]
         head = net.head.conv
         self._head = head.weight.to(net.dtype), None if head.bias is None else head.bias.to(net.dtype)
+        weights = chain(*chain(*self._descent), *(step.weights() for step in self._ascent), self._head)
+        for i, weight in enumerate(t for t in weights if t is not None):
+            self.register_buffer(f"weight{i}", weight)  # Else the trace would have copies of its own.
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         checked = [*torch.aminmax(x)]
@@ -114,12 +123,21 @@ class _Step:
             taps, shift = step.up.weight.to(dtype), step.up.bias
             taps = taps.permute(2, 3, 1, 0).reshape(-1, taps.shape[0], 1, 1).contiguous()
             self._up = taps, None if shift is None else shift.to(dtype).repeat(4)
-        # Sizes are found here: within the graph they would be asked for at every call.
+        # Sizes are found here: while it is traced, even those of a constant would be asked for at every call.
+        n, _, h, w = step.low.shape
+        c = 0 if self._up is None else self._up[0].shape[0] // 4
+        # [N, h, w, 2, 2 C] of channels_last to [N, h, 2, w, 2 C], in as few views as can be.
+        self._rows = [n, h, 2, w, 2 * c], [4 * c * h * w, 4 * c * w, 2 * c, 4 * c, 1]
+        self._doubled = [n, c, 2 * h, 2 * w], _strides(c, 2 * h, 2 * w)
         up = self._upsampled(torch.zeros(step.low.shape, dtype=dtype))
         self._padding = padding_to(up, step.first.images[0])
         weight, self._bias = _weights(step.first, dtype)
         parts = weight.split([weight.shape[1] - up.shape[1], up.shape[1]], dim=1)
         self._of_skip, self._of_up = (part.contiguous() for part in parts)
+
+    def weights(self) -> list[Tensor | None]:
+        """Return all that is made of the parameters."""
+        return [*(self._up or ()), self._of_skip, self._of_up, self._bias, *self._second]
 
     def __call__(self, skip: Tensor, low: Tensor) -> Tensor:
         y = F.conv2d(skip, self._of_skip, self._bias, padding=1)
@@ -130,12 +148,8 @@ class _Step:
     def _upsampled(self, low: Tensor) -> Tensor:
         if self._up is None:
             return self.step.by_module(low)
-        # [N, h, w, 2, 2 C] of channels_last to [N, h, 2, w, 2 C], in as few views as can be.
-        n, _, h, w = self.step.low.shape
-        c = self._up[0].shape[0] // 4
         y = F.conv2d(low, *self._up).contiguous(memory_format=torch.channels_last)
-        rows = y.as_strided([n, h, 2, w, 2 * c], [4 * c * h * w, 4 * c * w, 2 * c, 4 * c, 1])
-        return rows.contiguous().as_strided([n, c, 2 * h, 2 * w], _strides(c, 2 * h, 2 * w))
+        return y.as_strided(*self._rows).contiguous().as_strided(*self._doubled)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ from fastunet.cpu import net_graph
 from fastunet.ops.registration import check_untransformed
 from fastunet.unet import UNet, check_is_of_images
 
-# Images of ever new sizes are not to fill the memory.
-_MOST_SIZES = 64
+# Images of ever new sizes are not to fill the memory: so many are kept, and so many bytes of weights for all of them.
+_MOST_SIZES, _MOST_BYTES = 64, 2 << 30
 
 
 def freeze(model: UNet, *, dtype: torch.dtype = torch.float32) -> FrozenUNet:
@@ -24,10 +24,10 @@ def freeze(model: UNet, *, dtype: torch.dtype = torch.float32) -> FrozenUNet:
 
     At each call a `UNet` asks whether its modules, settings and weights are what they were. The copy asks nothing: what
     is done to the model afterwards has no effect. Of images [N, C, H, W] of any size its results are those of model(x)
-    up to rounding; with bfloat16, those of model(x) under autocast. The first call of each size, of which 64 are kept,
-    prepares it, which may take seconds: the net becomes one graph that oneDNN compiles, unless its layers gain more by
-    Winograd's algorithm, its values have no bounds (another activation than ReLU, instance norm), or this build of
-    torch has no oneDNN Graph (torch.jit.enable_onednn_fusion).
+    up to rounding; with bfloat16, those of model(x) under autocast. The first call of each size prepares it, which may
+    take seconds, and is kept for 64 sizes, or as many as take 2 GiB: the net becomes one graph that oneDNN compiles,
+    unless its layers gain more by Winograd's algorithm, its values have no bounds (another activation than ReLU,
+    instance norm), or this build of torch has no oneDNN Graph (torch.jit.enable_onednn_fusion).
 
     dtype: torch.float32 or torch.bfloat16, of the computation and the result.
 
@@ -64,6 +64,9 @@ class FrozenUNet(nn.Module):
         super().__init__()
         self.model, self.dtype = model.requires_grad_(False), dtype
         self.training = False
+        # For each size a graph's weights are kept twice: as they are, and in oneDNN's order.
+        weights = 2 * dtype.itemsize * sum(p.numel() for p in model.parameters())
+        self._most_sizes = max(1, min(_MOST_SIZES, _MOST_BYTES // weights))
         self._nets: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {}
 
     @torch.no_grad()
@@ -82,7 +85,7 @@ class FrozenUNet(nn.Module):
         net = self.model.prepared_net(x, self.dtype)
         if self.dtype != torch.float32 and not net.folds_norms:
             raise ConfigError("freeze: expected batch norms with running statistics in bfloat16, or none, got others")
-        if len(self._nets) >= _MOST_SIZES:
+        if len(self._nets) >= self._most_sizes:
             self._nets.clear()
         self._nets[x.shape, x.dtype, x.device] = found = net_graph.prepare(net, x)
         return found
