@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from fastunet.reference.unet import padding_to
 _KEPT_BYTES = 32 << 20
 # The share of a net's products beyond which Winograd's algorithm, which spares most of them, gains more.
 _MOST_BY_WINOGRAD = 1 / 4
+# From Python 3.14 on torch does not support TorchScript, which is deprecated.
+_HAS_TORCHSCRIPT = hasattr(torch.jit, "enable_onednn_fusion") and sys.version_info < (3, 14)
 # Whether graphs are handed on is a setting of the process.
 _lock = threading.Lock()
 
@@ -37,7 +40,8 @@ def prepare(net: PreparedNet, x: Tensor) -> Callable[[Tensor], Tensor]:
     products = [layer.conv.weight.numel() * layer.images[0].shape[2:].numel() for layer in net.layers]
     sides = [onednn.side_of(layer.images[0], layer.conv.weight) for layer in net.layers]
     by_winograd = sum(count for count, side in zip(products, sides, strict=True) if side)
-    if by_winograd <= _MOST_BY_WINOGRAD * sum(products) and net.folds_norms and net.is_bounded():
+    gains = _HAS_TORCHSCRIPT and by_winograd <= _MOST_BY_WINOGRAD * sum(products)
+    if gains and net.folds_norms and net.is_bounded():
         graph = NetGraph(net, x)
         if graph.is_compiled:
             return graph

@@ -14,7 +14,7 @@ from onednn_here import MARKS, needs_bfloat16
 from torch import Tensor, nn
 
 import fastunet
-from fastunet.cpu import onednn
+from fastunet.cpu import net_graph, onednn
 
 pytestmark = MARKS
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
@@ -175,9 +175,15 @@ def test_all_convolutions_of_a_frozen_net_are_compiled() -> None:
     assert not torch.jit.onednn_fusion_enabled()  # Other people's graphs are left as they were.
 
 
-def test_a_frozen_net_without_the_graph_compiler(monkeypatch: pytest.MonkeyPatch, fused: list[bool]) -> None:
-    """As in builds of torch that have only the name of the setting."""
+@pytest.mark.parametrize("has_torchscript", [False, True])
+def test_a_frozen_net_without_the_graph_compiler(
+    has_torchscript: bool, monkeypatch: pytest.MonkeyPatch, fused: list[bool]
+) -> None:
+    """As in builds of torch that have only the name of the setting, and where TorchScript is gone."""
+    monkeypatch.setattr(net_graph, "_HAS_TORCHSCRIPT", has_torchscript)
     monkeypatch.setattr(torch.jit, "enable_onednn_fusion", lambda enabled: None)
+    if not has_torchscript:
+        monkeypatch.delattr(torch.jit, "trace")
     model, x = unet(), torch.rand(1, 1, 32, 32)
     with torch.no_grad():
         assert torch.equal(fastunet.freeze(model)(x), model(x))
