@@ -168,7 +168,12 @@ def load_checkpoint(run: Path, accelerator: Accelerator) -> tuple[dict[str, Any]
             continue
         for text in damages:
             warnings.warn(f"{text}; going on from {folder}", stacklevel=2)
-        accelerator.load_state(str(folder))
+        try:
+            accelerator.load_state(str(folder))
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):  # Of memory, say.
+                raise
+            raise DataError(f"{folder}: expected a checkpoint of the net in {CONFIG}, got another's") from error
         best = folder / BEST
         return read_progress(folder), read_weights(best) if best.is_file() else None
     if damages:

@@ -139,6 +139,18 @@ def test_resume_wants_the_same_settings_and_images(data: Path, stopped: Path, tm
     assert [folder.name for folder in checkpoints(stopped)] == ["checkpoint-000002", "checkpoint-000003"]
 
 
+def test_a_checkpoint_of_another_net_is_one_error(data: Path, stopped: Path) -> None:
+    """As after features that were changed by hand."""
+    path = stopped / "config.json"
+    config = json.loads(path.read_text())
+    features = [2 * each for each in config["training"]["features"]]
+    config["training"]["features"] = config["model"]["features"] = features
+    path.write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"000003: expected a checkpoint of the net in config.json, got another's"):
+        train(data, stopped, None, resume=True)
+    assert [folder.name for folder in checkpoints(stopped)] == ["checkpoint-000002", "checkpoint-000003"]
+
+
 def test_a_loss_that_is_not_finite_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingLoss, "forward", lambda self, logits, labels: logits.sum() * float("nan"))
     with pytest.raises(FastUNetError, match="step 1: expected a finite loss, got nan"):
