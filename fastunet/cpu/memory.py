@@ -1,5 +1,5 @@
 """Freed memory of a CPU, which glibc gives back to the system: to get it anew, page by page filled with zeros, takes a
-tenth of a training step and up to a quarter of a call of inference.
+noticeable part of a training step, and of a call of inference.
 """
 
 from __future__ import annotations

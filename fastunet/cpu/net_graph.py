@@ -1,7 +1,7 @@
 """A U-Net's inference on the CPU as one graph, compiled by oneDNN for images of one size.
 
-oneDNN's operators of torch ask oneDNN anew at every call how to compute: some 45 µs each, on small images more than the
-convolution takes. A graph that TorchScript hands to oneDNN's graph compiler is asked about once.
+oneDNN's operators of torch ask oneDNN anew at every call how to compute, which on small images takes as long as the
+convolution. Of a graph that TorchScript hands to oneDNN's graph compiler this is asked once.
 """
 
 from __future__ import annotations
