@@ -10,7 +10,7 @@ import typer
 
 from fastunet.checks import check_choice
 from fastunet.files import check_folder, check_replaceable, is_our_json, is_our_png, write_json
-from fastunet.train.config import multiplies_bf16
+from fastunet.train.config import is_faster_in_bf16
 
 from .errors import FAILED, fail
 from .shared import DeviceOption, OverwriteOption, chosen_device, console, option, parse_features
@@ -81,5 +81,5 @@ def _bench_dtype(name: str, device: str) -> torch.dtype:
     import torch
 
     if check_choice("dtype", name, ("auto", "float32", "bfloat16", "float16")) == "auto":
-        return torch.bfloat16 if multiplies_bf16(cpu=device == "cpu") else torch.float32
+        return torch.bfloat16 if is_faster_in_bf16(cpu=device == "cpu") else torch.float32
     return getattr(torch, name)

@@ -100,10 +100,10 @@ def _versions() -> Iterator[str]:
 def _cpu() -> str:
     import torch
 
-    from fastunet.train.config import multiplies_bf16
+    from fastunet.train.config import is_faster_in_bf16
 
     threads = torch.get_num_threads()
-    bf16 = "multiplies bf16" if multiplies_bf16(cpu=True) else "no native bf16"
+    bf16 = "fast in bf16" if is_faster_in_bf16(cpu=True) else "fast in fp32 only"
     return f"{torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}, {bf16}"
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastunet.checks import check_choice
-from fastunet.train.config import multiplies_bf16
+from fastunet.train.config import is_faster_in_bf16
 
 from .shared import bar, chosen_device, console, option, parse_features
 
@@ -46,7 +46,7 @@ def tune(
         model, config = load_run(run)
         size, batch = size or config.training["crop"], batch or config.training["batch_size"]
     if precision == "auto":
-        precision = "bf16" if multiplies_bf16(cpu=False) else "fp32"
+        precision = "bf16" if is_faster_in_bf16(cpu=False) else "fp32"
     x = torch.zeros(batch, model.config["in_channels"], size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

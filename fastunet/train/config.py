@@ -118,7 +118,7 @@ class TrainConfig:
     )
     precision: str = _setting(
         "auto",
-        "auto (bf16 where the hardware multiplies it natively), fp32, bf16 or fp16.",
+        "auto (bf16 where it is faster: on GPUs that multiply it, on CPUs with AMX), fp32, bf16 or fp16.",
         choices=("auto", "fp32", "bf16", "fp16"),
         group="hardware",
     )
@@ -212,11 +212,14 @@ def too_small(height: int, width: int, levels: int, norm: str | None) -> str | N
     return None
 
 
-def multiplies_bf16(cpu: bool) -> bool:
-    """Whether bf16 is faster than fp32: tensor cores, or a CPU with AMX or AVX512-BF16."""
+def is_faster_in_bf16(cpu: bool) -> bool:
+    """Whether bf16 is faster than fp32: by tensor cores, or a CPU's AMX.
+
+    AVX512-BF16 alone gains less than Winograd's algorithm does in fp32.
+    """
     import torch
 
     if torch.cuda.is_available() and not cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return bool(capabilities.get("amx_bf16"))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastunet import dispatch
 from fastunet.checks import ConfigError, FastUNetError
-from fastunet.train.config import TrainConfig, multiplies_bf16
+from fastunet.train.config import TrainConfig, is_faster_in_bf16
 
 LONGEST_READING = timedelta(days=1)  # that the other ranks wait for
 Result = TypeVar("Result")
@@ -42,7 +42,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     cpu = config.device == "cpu"
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if multiplies_bf16(cpu) else "fp32"
+        precision = "bf16" if is_faster_in_bf16(cpu) else "fp32"
     # accelerate keeps device and precision for the whole process; a second training may choose others.
     AcceleratorState._reset_state(reset_partial_state=True)
     try:

@@ -33,6 +33,7 @@ from fastunet.checks import ConfigError, DataError
 from fastunet.files import written_whole
 from fastunet.train import checkpoint, loop, results
 from fastunet.train.checkpoint import checkpoints, read_progress
+from fastunet.train.distributed import make_accelerator
 from fastunet.train.loop import train
 from fastunet.train.loss import rate_at
 
@@ -89,6 +90,17 @@ def test_trainings_in_one_process_may_differ_in_precision_and_seed(data: Path, t
         assert (tmp_path / str(i) / "report.png").is_file()
         weights.append(load_file(tmp_path / str(i) / "model.safetensors")["outc.conv.weight"])
     assert not torch.equal(weights[1], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [({"avx512_bf16": True, "amx_bf16": False}, "no"), ({"avx512_bf16": True, "amx_bf16": True}, "bf16"), ({}, "no")],
+)
+def test_a_cpu_trains_in_16_bits_where_that_is_faster(
+    capabilities: dict[str, bool], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert make_accelerator(replace(TINY, precision="auto", device="cpu")).mixed_precision == precision
 
 
 def test_a_time_limit_ends_the_schedule(data: Path, tmp_path: Path) -> None:
