@@ -36,7 +36,8 @@ def predict(
             pixels around it that its result depends on. Tiles of any other net are blended with Gaussian weights where
             they overlap (MONAI's sliding window). None, or an image that fits into one tile, goes through whole.
         overlap: of neighbouring tiles that are blended, as a fraction of the edge, 0 <= overlap < 1.
-        tta: average over the eight flips and quarter turns: better, and eight times the work.
+        tta: average over the eight flips and quarter turns, for eight times the work: better where a turned image is to
+            give a turned mask to the pixel, worse where masks are drawn to one side.
         from_logits: whether the model gives logits, rather than probabilities. None finds out, for a fastunet.UNet in
             DataParallel, DistributedDataParallel, AveragedModel, torch.compile, `fastunet.graphed`, nn.Sequential with
             or without an activation at its end, or code of your own that returns the U-Net's result; models of other

@@ -83,7 +83,8 @@ class TrainConfig:
     )
     flip: bool = _setting(
         True,
-        "Mirror and turn by quarters; --no-flip if orientation matters (strong then turns by up to 15 degrees).",
+        "Mirror and turn by quarters, but for the last 15 %; --no-flip if orientation matters (strong then turns by up "
+        "to 15 degrees).",
     )
     balance: float = _setting(
         0.0,

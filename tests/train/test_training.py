@@ -117,6 +117,22 @@ def test_a_time_limit_ends_the_schedule(data: Path, tmp_path: Path) -> None:
     assert rates[-1] == pytest.approx(0, abs=1e-9)
 
 
+def test_the_last_steps_neither_mirror_nor_turn(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[bool] = []
+
+    def watched(level: str, *, flip: bool) -> Callable[..., Any]:
+        def augment(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            moved.append(flip)
+            return images, labels
+
+        return augment
+
+    monkeypatch.setattr(loop, "augmentation_of", watched)
+    train(data, tmp_path / "run", replace(TINY, steps=20))
+    train(data, tmp_path / "upright", replace(TINY, steps=20, flip=False))
+    assert moved == [True] * 17 + [False] * 23
+
+
 def test_learning_rate_rises_then_falls_to_zero() -> None:
     rates = [rate_at(i / 1000) for i in range(1001)]
     peak = int(np.argmax(rates))
