@@ -376,6 +376,14 @@ def test_the_command_line(image: np.ndarray, tmp_path: Path) -> None:
             ["{folder}/sub/A_objects.tif", "--instances", "components"],
             "expected a name of its own for {out}/A_objects.tif, got that of {folder}/a.png too",
         ),
+        (
+            ["{folder}/sub/A.png", "--shard", "1/2"],  # of which the second has b.png alone
+            "A.png: expected a name of its own for {out}/A.png, got that of {folder}/a.png too",
+        ),
+        (
+            ["{folder}/sub/B.png", "--shard", "1/2"],  # and the first does not have b.png
+            "B.png: expected a name of its own for {out}/B.png, got that of {folder}/b.png too",
+        ),
         (["{folder}/sub/" + 245 * "l" + ".png", "--overlay"], "_overlay.png: File name too long"),
     ],
 )

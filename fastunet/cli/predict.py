@@ -62,7 +62,8 @@ def predict(
         raise ConfigError("rois: expected instances, of which they are the outlines, got --instances none")
     if rois:
         import roifile  # noqa: F401  an extra, asked for before any work
-    files = _sharded(find_images(*images), shard)
+    files = find_images(*images)
+    own = _sharded(files, shard)
     check_folder(out)
     check_apart(out, files)
     segmenter = load(run, device, tile)
@@ -80,11 +81,14 @@ def predict(
         for section in sections:
             name = stem if section is None else section_name(stem, section, len(sections))
             for path in (out / f"{name}{ending}" for ending in wanted.endings.values()):
+                # Of other shards, too: they write at the same time.
                 if (other := places.setdefault(path.name.casefold(), file)) is not file:
                     raise DataError(f"{file}: expected a name of its own for {path}, got that of {other} too")
-                check_replaceable(path, overwrite, is_ours)
-            jobs.append((file, section, name, wanted))
-    for file in track(files, "checking"):
+                if file in own:
+                    check_replaceable(path, overwrite, is_ours)
+            if file in own:
+                jobs.append((file, section, name, wanted))
+    for file in track(own, "checking"):
         segmenter.source_of(file, segmenter.sections_of(file)[0])
     out.mkdir(parents=True, exist_ok=True)
     with bar("predicting", transient=True) as show:
@@ -99,12 +103,12 @@ def predict(
     console.print(f"{len(jobs)} predictions in {out}", soft_wrap=True)
 
 
-def _sharded(files: list[Path], shard: str) -> list[Path]:
-    """Take every N-th file from the I-th on, of "I/N"."""
+def _sharded(files: list[Path], shard: str) -> dict[Path, None]:
+    """Take every N-th file from the I-th on, of "I/N", in order."""
     found = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", shard)
     index, count = map(int, found.groups()) if found else (2, 1)
     if index > count:
         raise ConfigError(f"shard: expected I/N with 1 <= I <= N, such as 2/4, got {shard!r}")
     if count > len(files):
         raise ConfigError(f"shard: expected at most the {len(files)} images as N, got {count}")
-    return files[index - 1 :: count]
+    return dict.fromkeys(files[index - 1 :: count])
