@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,13 +22,14 @@ from command import error_of
 from command import fastunet as fastunet_command
 from image_files import save
 from PIL import Image
+from scipy import ndimage
 from untrained_run import smooth_image, untrained_run
 
 import fastunet
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import find_images, moments, normalize, read_image, read_mask, sources
 from fastunet.data.sources import PixelSize, open_source, pixel_size_of
-from fastunet.inference.outputs import Wanted, class_palette, is_ours
+from fastunet.inference.outputs import GRID, WRITERS, Wanted, Writer, class_palette, is_ours, overlay_of, write_rois
 from fastunet.segmenter import Segmenter
 
 SIZE = (300, 421)
@@ -315,6 +318,77 @@ def test_an_error_of_the_writer_is_raised(segmenter: Segmenter, image: np.ndarra
     path = save(tmp_path / "a.tif", image)
     with pytest.raises(FileNotFoundError):
         segmenter.write(path, tmp_path / "missing/a", Wanted("tif"), tile=TILE)
+
+
+class Failing(Writer):
+    """It fails when all rows have come, as on a disk that is full by then."""
+
+    def _write(self) -> None:
+        for _ in self._rows():
+            pass
+        raise OSError("full")
+
+
+class FailingAtOnce(Writer):
+    def _write(self) -> None:
+        raise OSError("full")
+
+
+def written(kind: type[Writer], path: Path) -> str:
+    """Write so many rows that the queue would be full, and return what is raised; "nothing returned" after 20 s."""
+    message = ["nothing returned"]
+
+    def write() -> None:
+        try:
+            with kind(path, (512 * GRID, 2), "uint8") as writer:
+                for _ in range(512):
+                    writer.put(np.zeros((GRID, 2), "uint8"))
+                    time.sleep(1e-3)
+                message[0] = "no error while it was written"
+        except OSError as error:
+            message[0] = f"{message[0]}, {error}" if "while" in message[0] else str(error)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(20)
+    return message[0]
+
+
+def test_a_writer_that_fails_ends(tmp_path: Path) -> None:
+    assert written(FailingAtOnce, tmp_path / "a") == "full", "at the next part, not hours later"
+    assert written(Failing, tmp_path / "a") == "no error while it was written, full"
+    (tmp_path / "file").touch()
+    for kind in WRITERS.values():
+        assert "Not a directory" in written(kind, tmp_path / "file/a"), kind
+
+
+def test_overlays_have_a_colour_for_each_class() -> None:
+    grey = np.zeros((4, 4, 1), np.uint8)
+    every = overlay_of(grey, np.array([[0, 1, 2, 3]] * 4, np.uint8))[0]
+    assert len(np.unique(every, axis=0)) == 4
+    for labels in ([0, 0, 2, 3], [1, 1, 3, 2], [3, 3, 3, 3], [0, 0, 0, 0]):
+        found = overlay_of(grey, np.array([labels] * 4, np.uint8))[0]
+        assert (found == every[labels]).all(), labels
+
+
+@pytest.mark.parametrize("shape", ["corner", "hole", "ragged hole"])
+def test_an_outline_is_that_of_the_whole_object(shape: str, tmp_path: Path) -> None:
+    roifile = pytest.importorskip("roifile", reason="needs the extra imagej")
+    objects = np.zeros((24, 24), np.uint16)
+    objects[1:17, 1:17] = 1
+    if shape == "corner":
+        objects[17:20, 17:20] = 1
+    elif shape == "hole":
+        objects[4:12, 4:12] = 0
+    else:
+        objects[3:15, 3:15][np.indices((12, 12)).sum(0) % 2 == 0] = 0
+    write_rois(tmp_path / "a.zip", objects)
+    (roi,) = roifile.ImagejRoi.fromfile(tmp_path / "a.zip")
+    x, y = roi.coordinates().T
+    assert (x.min(), y.min(), x.max(), y.max()) == pytest.approx((1, 1, *2 * [objects.any(0).sum() + 1]))
+    area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+    filled = ndimage.binary_fill_holes(objects).sum()
+    assert area == pytest.approx(filled, abs=2), "an outline cuts half a pixel off each corner"
 
 
 def test_foreign_files_are_not_ours(tmp_path: Path, image: np.ndarray) -> None:

@@ -62,7 +62,7 @@ def split_objects(labels: Tensor) -> tuple[Tensor, int]:
         for number, peak in enumerate(ndimage.maximum_position(depth, components, missing), count + 1):
             markers[peak] = number
         count += len(missing)
-        cut = watershed(-depth, markers, mask=own)
+        cut = watershed(-depth, markers, connectivity=2, mask=own)
         objects += np.where(cut > 0, cut + total, 0).astype(np.int32)
         total += count
     return torch.from_numpy(objects).to(labels.device), total

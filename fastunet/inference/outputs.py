@@ -136,7 +136,12 @@ class Writer:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def put(self, part: np.ndarray) -> None:
-        """Take the next pixels, [h, w] or [h, w, K]: whole rows, or parts of them from left to right."""
+        """Take the next pixels, [h, w] or [h, w, K]: whole rows, or parts of them from left to right.
+
+        Raises what writing has raised: hours of prediction are not to go to a disk that is full.
+        """
+        if self._error is not None:
+            raise self._error
         self._parts.append(part)
         if sum(part.shape[1] for part in self._parts) == self.shape[1]:
             self._bands.put(np.concatenate(self._parts, 1))
@@ -176,8 +181,8 @@ class Writer:
             whole = len(waiting) // GRID * GRID
             yield waiting[:whole]
             waiting = waiting[whole:]
+        self._bands.put(None)  # for `_run`, where what follows fails
         if done < self.shape[0]:
-            self._bands.put(None)
             raise DataError(f"{self.path}: expected {self.shape[0]} rows, got {done}")
         yield waiting
 
@@ -294,7 +299,9 @@ def overlay_of(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return an image [H, W, C], stretched to what is visible, its labels [H, W] in colour: [H, W, 3]."""
     from skimage.color import label2rgb
 
-    colours = class_palette()[2:] / 255  # not white, which is an image's own
+    # label2rgb colours labels by their rank among those it meets. Not white, which is an image's own.
+    present = np.unique(labels[labels > 0]).astype(int)
+    colours = class_palette()[2:][(present - 1) % 254] / 255
     picture = label2rgb(labels, displayable(image), colors=colours.tolist(), alpha=0.4, bg_label=0, saturation=1)
     return (picture * 255).round().astype(np.uint8)
 
@@ -318,13 +325,15 @@ def write_objects(path: Path, objects: np.ndarray, labels: np.ndarray, image: np
 
 
 def write_rois(path: Path, objects: np.ndarray) -> None:
-    """Write the outlines of objects [H, W] as a zip of ROIs for ImageJ, named by their numbers."""
+    """Write the outlines of objects [H, W], holes filled, as a zip of ROIs for ImageJ, named by their numbers."""
     from roifile import ImagejRoi, roiwrite
+    from scipy.ndimage import binary_fill_holes
     from skimage.measure import find_contours, regionprops
 
     rois = []
     for region in regionprops(objects):
-        outline = max(find_contours(np.pad(region.image, 1).astype(float), 0.5), key=len)
+        filled = binary_fill_holes(np.pad(region.image, 1)).astype(float)
+        (outline,) = find_contours(filled, 0.5, fully_connected="high")
         # ImageJ's coordinates are (x, y), and count from a pixel's corner.
         points = outline[:, ::-1] + np.array(region.bbox[1::-1]) - 0.5
         rois.append(ImagejRoi.frompoints(points, name=str(region.label)))

@@ -81,6 +81,16 @@ def test_two_discs_that_touch_are_split() -> None:
     assert split_objects(torch.zeros(3, 4))[1] == 0
 
 
+def test_what_hangs_on_by_a_corner_is_part_of_an_object() -> None:
+    labels = torch.zeros(20, 20, dtype=torch.long)
+    labels[2:11, 2:11] = 1
+    for i in range(11, 18):
+        labels[i, i] = 1
+    objects, count = split_objects(labels)
+    assert count == 1
+    assert torch.equal(objects > 0, labels > 0)
+
+
 def test_touching_by_a_corner_is_connected() -> None:
     numbers, count = connected_components(torch.tensor([[1, 0, 0], [0, 1, 5], [0, 0, 0], [1, 1, 0]]))
     assert (numbers.tolist(), count) == ([[1, 0, 0], [0, 1, 3], [0, 0, 0], [2, 2, 0]], 3)
