@@ -5,6 +5,7 @@ For small images, whose kernels are shorter than the time that Python takes to l
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +24,8 @@ from fastunet.unet import check_is_of_images
 
 # Runs before a recording: kernels are compiled, and algorithms chosen, outside of it.
 _WARMUP = 3
+# Threads take turns: a graph has one place for its image, and one for its result.
+_turn = threading.RLock()
 Recording = tuple[Callable[[], None], Tensor]
 
 
@@ -33,7 +36,8 @@ def graphed(model: nn.Module, *, most: int = 8) -> GraphedModel:
     each holds the memory of its activations. Results are those of the model, in tensors of their own. Weights that are
     changed in place, by an optimizer or load_state_dict, are seen; where they lie elsewhere (`.to`, another parameter),
     or something was prepared of them (an upsampling composed with a convolution), the graphs are recorded again. The
-    model must do the same work whatever the values of its images, and no work of its own on the CPU.
+    model must do the same work whatever the values of its images, and no work of its own on the CPU. Threads that call
+    it take turns.
 
     Raises ConfigError for a UNet of volumes, and, at the call, for a model in train mode; DeviceError for images that
     are not on a GPU.
@@ -47,6 +51,7 @@ class _Graph:
     replay: Callable[[], None]
     result: Tensor
     prepared: list[Use]
+    done: torch.cuda.Event | None  # with the last replay, which may have been on another thread's stream
 
 
 class GraphedModel(nn.Module):
@@ -72,11 +77,11 @@ class GraphedModel(nn.Module):
         check_untransformed("a graphed model")
         if self._record is _record and not x.is_cuda:
             raise DeviceError(f"graphed: expected images on a GPU, got {x.device}")
-        if self._state is None or self._state[0] is not self.model or not self._state[1].holds():
-            self._graphs.clear()
-            self._state = self.model, ModelState(self.model, addresses=True)
         # A graph is recorded on the current GPU, which need not be the image's.
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        with _turn, torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            if self._state is None or self._state[0] is not self.model or not self._state[1].holds():
+                self._graphs.clear()
+                self._state = self.model, ModelState(self.model, addresses=True)
             return self._replayed(x)
 
     def _replayed(self, x: Tensor) -> Tensor:
@@ -88,9 +93,14 @@ class GraphedModel(nn.Module):
             if len(self._graphs) > self._most:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(self._key(x))
+        if graph.done is not None:
+            graph.done.wait()
         graph.image.copy_(x)
         graph.replay()
-        return graph.result.clone()
+        result = graph.result.clone()
+        if graph.done is not None:
+            graph.done.record()
+        return result
 
     def _key(self, x: Tensor) -> Any:
         return tuple(x.shape), x.dtype, x.device, autocast_dtype(x.device.type), dispatch.settings(x.device)
@@ -100,7 +110,7 @@ class GraphedModel(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), uses_recorded() as prepared:
             image = torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
             replay, result = self._record(lambda: self.model(image))
-        return _Graph(image, replay, result, prepared)
+        return _Graph(image, replay, result, prepared, torch.cuda.Event() if x.is_cuda else None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Graphs are not copied or pickled: a copy records its own."""

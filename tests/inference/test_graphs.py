@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -193,3 +195,22 @@ def test_errors(net: fastunet.UNet) -> None:
         graphed(net)(image())
     with pytest.raises(ConfigError, match="expected eval mode, got train mode"):
         graphed(net.train())(image())
+
+
+@torch.no_grad()
+def test_threads_take_turns(net: fastunet.UNet) -> None:
+    def slow(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        result = run().clone()
+
+        def replay() -> None:
+            time.sleep(0.01)  # in which another thread would bring its image
+            result.copy_(run())
+
+        return replay, result
+
+    fast = GraphedModel(net, record=slow)
+    images = [image(seed=seed) for seed in range(8)]
+    fast(images[0])
+    with ThreadPoolExecutor(4) as pool:
+        for x, found in zip(images, pool.map(fast, images), strict=True):
+            assert torch.equal(found, net(x))
