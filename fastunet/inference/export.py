@@ -152,11 +152,20 @@ def export_bioimageio(model: UNet, data: DataSummary, path: Path, name: str, des
                 described("mask", mask.numpy(), "0 and 255 for one class, else the class of each pixel"),
                 described("probabilities", probabilities.numpy(), "of foreground, or each class", "class"),
             ],
-            weights=spec.WeightsDescr(onnx=spec.OnnxWeightsDescr(source=folder / "model.onnx", opset_version=18)),
+            weights=spec.WeightsDescr(
+                onnx=spec.OnnxWeightsDescr(source=folder / "model.onnx", opset_version=_opset_of(folder / "model.onnx"))
+            ),
         )
         with written_whole(path) as temporary:
             temporary.unlink()
             save_bioimageio_package(descr, output_path=temporary)
+
+
+def _opset_of(path: Path) -> int:
+    """Return the version of the standard operators that a model is written in: torch's choice."""
+    import onnx
+
+    return next(opset.version for opset in onnx.load(path).opset_import if not opset.domain)
 
 
 def _tested(pipeline: Pipeline, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, Tensor, Tensor]:

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("onnxruntime", reason="needs the extra test")
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
 
+import onnx
 import onnxruntime
 import torch
 from command import error_of
@@ -78,6 +79,8 @@ def test_a_package_for_bioimageio(tmp_path: Path) -> None:
     with zipfile.ZipFile(package) as archive:
         archive.extractall(tmp_path / "unpacked")
     pixels, *expected = (np.load(tmp_path / f"unpacked/{name}.npy") for name in ("pixels", "mask", "probabilities"))
+    versions = {opset.domain: opset.version for opset in onnx.load(tmp_path / "unpacked/model.onnx").opset_import}
+    assert description.weights.onnx.opset_version == versions[""]
     session = onnxruntime.InferenceSession(tmp_path / "unpacked/model.onnx")
     for found, each in zip(session.run(None, {"pixels": pixels}), expected, strict=True):
         np.testing.assert_allclose(found, each, rtol=0, atol=1e-5)
