@@ -227,7 +227,12 @@ def _dtype_of(x: Tensor) -> torch.dtype:
 
 
 def _has_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether kernels on 8-bit tensor cores can run on images like x, in a net that computes in dtype."""
+    """Whether kernels on 8-bit tensor cores run on images like x, in a net that computes in dtype."""
+    return _might_have_tensor_cores(x, dtype) and not _failure(x.device)
+
+
+def _might_have_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether such kernels would run if they pass their check."""
     is_absent = x.device.type == "cuda" and not torch.cuda.is_available()
     if is_absent or dtype.itemsize != 2 or x.numel() == 0 or dispatch.selected_backend() == "aten":
         return False
@@ -236,7 +241,7 @@ def _has_tensor_cores(x: Tensor, dtype: torch.dtype) -> bool:
     from fastunet.kernels import gpu
     from fastunet.kernels.conv3x3 import config
 
-    return config.has_fp8(gpu.target(x.device)) and not _failure(x.device)
+    return config.has_fp8(gpu.target(x.device))
 
 
 def _failure(device: torch.device) -> str:
@@ -330,7 +335,7 @@ class QuantizedConv3x3(_Scaled):
 
             if config.fits_fp8((x.shape[1], 0 if up is None else up.shape[1]), self.weight.shape[0]):
                 return ON_TENSOR_CORES
-        failed = _failure(x.device) if torch.cuda.is_available() else ""
+        failed = _failure(x.device) if _might_have_tensor_cores(x, self._dtype(x, up)) else ""
         return dispatch.Choice("aten", f"emulated in float32, slowly: {failed}") if failed else EMULATED
 
     def _dtype(self, x: Tensor, up: Tensor | None) -> torch.dtype:
