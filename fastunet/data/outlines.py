@@ -167,6 +167,8 @@ def _coco(file: Path, changed: int) -> tuple[dict[str, list[Outline]], dict[str,
     sizes = {each["id"]: _size(each.get("height"), each.get("width")) for each in data["images"]}
     for each in data.get("annotations", []):
         outlines, name, size = each["segmentation"], names[each["category_id"]], sizes[each["image_id"]]
+        if not outlines or (isinstance(outlines, dict) and not outlines["counts"]):
+            raise ValueError(f"an annotation of {name} without an outline: a box alone does not tell which pixels")
         if isinstance(outlines, dict):
             runs = outlines["counts"]
             runs = _unpacked(runs) if isinstance(runs, str) else tuple(map(int, runs))

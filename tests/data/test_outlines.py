@@ -120,6 +120,14 @@ def test_classes_are_in_the_order_of_their_numbers_and_a_model_keeps_its_own(tmp
         find_pairs(tmp_path, options)
 
 
+@pytest.mark.parametrize("outline", [[], {"counts": [], "size": list(SIZE)}, {"counts": "", "size": list(SIZE)}])
+def test_a_box_without_an_outline_is_refused(outline: Any, tmp_path: Path) -> None:
+    save(tmp_path / "images" / "a.png", noise(SIZE))
+    (tmp_path / "truth.json").write_text(json.dumps(coco(bbox=[1, 1, 4, 4], segmentation=outline)))
+    with pytest.raises(DataError, match=r"truth\.json: .* got: an annotation of z without an outline"):
+        find_pairs(tmp_path, DataOptions(masks="truth.json"))
+
+
 @pytest.mark.parametrize(
     ("text", "runs"),
     [
