@@ -171,6 +171,7 @@ def read_codes(
     pixels = _without_alpha(path, picture)
     differ = any((pixels[..., channel] != pixels[..., 0]).any() for channel in range(1, pixels.shape[2]))
     if any_numbers:
+        _check_finite(path, pixels)
         return pixels.mean(-1) if differ else _first_channel(picture, pixels), False
     if colours or (differ and pixels.shape[2] == 3):
         if pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3):
@@ -217,10 +218,14 @@ def _without_alpha(path: Path, picture: Picture) -> np.ndarray:
     return np.delete(pixels, alpha, -1)
 
 
-def _exact_float32(path: Path, values: np.ndarray) -> np.ndarray:
-    """Convert to float32, refusing what is not finite or would change."""
+def _check_finite(path: Path, values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         raise DataError(f"{path}: expected finite values, got NaN or infinity")
+
+
+def _exact_float32(path: Path, values: np.ndarray) -> np.ndarray:
+    """Convert to float32, refusing what is not finite or would change."""
+    _check_finite(path, values)
     with np.errstate(over="ignore"):
         converted = values.astype(np.float32)
     changed = converted != values

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastunet.checks import ConfigError, DataError, some_of
 from fastunet.data.labels import (
+    IGNORED,
     MAX_INFERRED_CLASSES,
     are_instances,
     labels_of,
@@ -24,6 +25,7 @@ from fastunet.data.layout import DataOptions, Value, text_of
 from fastunet.data.pairing import Pair
 
 MAX_CLASSES = 256  # labels travel and are written as uint8
+SKIPPED = -1  # the code of ignored pixels where a threshold makes 0 and 1 of the others
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -91,14 +93,14 @@ class Facts:
     shape: tuple[int, ...]  # of the image, [H, W, C]
     dtype: str
     digest: str  # of the image's pixels
-    counts: dict[int, int]  # pixels of each code in the mask; of 0 and 1, where a threshold makes them
+    counts: dict[int, int]  # pixels of each code in the mask; of 0, 1 and SKIPPED, where a threshold makes them
     are_colours: bool
     parts: int  # connected parts of equal codes above 0, where there are enough to be objects; else 0
 
     @property
     def values(self) -> frozenset[Value]:
-        """Values that occur in the mask."""
-        return frozenset(value_of(code, self.are_colours) for code in self.counts)
+        """Values that occur in the mask, but for SKIPPED ones."""
+        return frozenset(value_of(code, self.are_colours) for code in self.counts if code != SKIPPED)
 
 
 def inspect(pairs: Sequence[Pair], classes: int | None = None, options: DataOptions | None = None) -> DataSummary:
@@ -170,7 +172,8 @@ def check_foreground(pairs: Sequence[Pair], summary: DataSummary) -> None:
         DataError: only background. The message names the folder of masks.
     """
     background = summary.labels[0] if summary.labels else 0
-    if set(summary.mask_values) <= {background, *summary.ignore}:
+    ignored = summary.ignore if summary.threshold is None else ()
+    if set(summary.mask_values) <= {background, *ignored}:
         folder, got = pairs[0].mask.parent, ", ".join(map(text_of, summary.mask_values))
         raise DataError(f"{folder}: expected foreground in at least one of {len(pairs)} masks, got only {got}")
 
@@ -186,8 +189,7 @@ def read_facts(pair: Pair, options: DataOptions) -> Facts:
         raise DataError(f"{pair.mask_name}: expected height x width {expected} as of {pair.image.name}, got {actual}")
     if options.threshold is not None:
         labels = labels_of(mask, 1, ignore=options.ignored_values, threshold=options.threshold)
-        # Ignored pixels stay what they are, so that they are known of the mask.
-        mask = np.where(labels > 1, mask, labels)
+        mask = np.where(labels == IGNORED, SKIPPED, labels.astype(np.int16))
     codes, numbers = np.unique(mask, return_counts=True)
     counts = {int(code): int(number) for code, number in zip(codes, numbers, strict=True)}
     parts = parts_of_values(mask) if len(counts) > 3 and not (are_colours or options.labels or pair.names) else 0
@@ -197,7 +199,7 @@ def read_facts(pair: Pair, options: DataOptions) -> Facts:
 
 def _check_mask_values(facts: Sequence[Facts], classes: int | None, options: DataOptions) -> int:
     """Give the number of classes (1 = binary), or name the first file whose values do not fit."""
-    ignored = frozenset(options.ignored_values)
+    ignored = frozenset(options.ignored_values if options.threshold is None else ())
     found: frozenset[Value] = frozenset().union(*(fact.values for fact in facts)) - ignored
     names = facts[0].pair.names
     given = tuple(range(len(names) + 1)) if names else options.label_values

@@ -17,6 +17,7 @@ from fastunet.data.layout import DataOptions
 from fastunet.data.pairing import Pair, find_pairs, split
 from fastunet.data.summary import (
     MAX_CLASSES,
+    SKIPPED,
     DataSummary,
     Facts,
     check_classes,
@@ -68,9 +69,10 @@ class Survey:
 def _label_counts(fact: Facts, summary: DataSummary) -> np.ndarray:
     """Turn counts of codes into counts of the labels 0 to 255."""
     codes = np.array(list(fact.counts), np.int64)
-    # A threshold has made 0 and 1 of them already.
-    threshold = None if summary.threshold is None else 1.0
-    labels = labels_of(codes, summary.classes, values=summary.labels, ignore=summary.ignore, threshold=threshold)
+    threshold, ignore = summary.threshold, summary.ignore
+    if threshold is not None:  # which has made 0 and 1 of them already
+        threshold, ignore = 1.0, (SKIPPED,)
+    labels = labels_of(codes, summary.classes, values=summary.labels, ignore=ignore, threshold=threshold)
     return np.bincount(labels, list(fact.counts.values()), MAX_CLASSES)
 
 
@@ -139,10 +141,24 @@ def survey_pairs(
         problems.append(str(error))
     try:
         train, val = split(pairs, val_fraction, seed, fold)
+        if summary is not None and summary.ignored:
+            for name, part in (("to train on", train), ("kept out", val)):
+                _check_counted(name, part, facts, summary)
     except DataError as error:
         problems.append(str(error))
     notes = _notes_on_channels(facts) + _notes_on_duplicates(facts, {pair.stem for pair in val})
     return Survey(facts, summary, problems, notes, train, val)
+
+
+def _check_counted(name: str, pairs: Sequence[Pair], facts: Sequence[Facts], summary: DataSummary) -> None:
+    """Raise DataError where all pixels of these pairs are ignored: there is nothing to learn, or to score."""
+    stems = {pair.stem for pair in pairs}
+    found = [_label_counts(fact, summary) for fact in facts if fact.pair.stem in stems]
+    if found and not np.sum(found, 0)[:IGNORED].any():
+        raise DataError(
+            f"{pairs[0].mask.parent}: expected pixels that count in at least one of the {len(pairs)} masks of the "
+            f"images {name}, got only ignored ones: another split has others"
+        )
 
 
 def _notes_on_channels(facts: Sequence[Facts]) -> list[str]:

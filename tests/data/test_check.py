@@ -48,6 +48,45 @@ def test_shares_follow_the_options(options: DataOptions, names: list[str], share
     assert (found.problems, found.notes, len(found.train), len(found.val)) == ([], [], 4, 1)
 
 
+@pytest.mark.parametrize(
+    ("ignored", "shares"), [("0", {"background": 1, "foreground": 2, "ignored": 1}), ("1", None), ("2,3", None)]
+)
+def test_ignored_values_are_none_of_those_that_a_threshold_makes(
+    ignored: str, shares: dict[str, int] | None, tmp_path: Path
+) -> None:
+    """Of four values, each in a quarter of the pixels, foreground is from 2 on."""
+    mask = np.repeat(np.arange(4, dtype=np.uint8), 64).reshape(16, 16)
+    options = DataOptions(ignore=ignored, threshold=1 if ignored == "2,3" else 2)
+    found = survey(write_masks(tmp_path, mask, 5), options)
+    labels = found.checked().labels_of(found.train[0])
+    counted = {"background": (labels == 0).mean(), "foreground": (labels == 1).mean(), "ignored": (labels > 1).mean()}
+    assert {each.name.split(" ")[0]: each.share for each in found.shares} == counted
+    assert shares is None or counted == {name: quarters / 4 for name, quarters in shares.items()}
+
+
+def test_a_soft_mask_of_nan_is_refused(tmp_path: Path) -> None:
+    root = write_data(tmp_path)
+    for file in (root / "masks").iterdir():
+        soft = np.full((16, 20), 0.75, np.float32)
+        soft[0, 0] = np.nan
+        file.unlink()
+        np.save(file.with_suffix(".npy"), soft)
+    found = survey(root, DataOptions(threshold=0.5))
+    assert len(found.problems) == 5
+    assert all("expected finite values, got NaN or infinity" in problem for problem in found.problems)
+
+
+@pytest.mark.parametrize(("ignored", "part"), [((4,), "kept out"), ((0, 1, 2, 3), "to train on")])
+def test_a_side_of_the_split_of_which_nothing_counts_is_refused(
+    ignored: tuple[int, ...], part: str, tmp_path: Path
+) -> None:
+    root = write_data(tmp_path)
+    for number in ignored:
+        save(root / "masks" / f"{number}.png", np.full((16, 20), 7, np.uint8))
+    (problem,) = survey(root, DataOptions(ignore="7")).problems
+    assert f"masks of the images {part}, got only ignored ones" in problem
+
+
 def test_what_is_odd_is_noted(tmp_path: Path) -> None:
     write_data(tmp_path)
     for name, source in (("4", "0"), ("2", "1")):
