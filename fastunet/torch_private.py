@@ -57,6 +57,13 @@ def convolve_of(kind: type[nn.Module]) -> Any:
     return kind._conv_forward if issubclass(kind, nn.Conv2d) else None
 
 
+def has_amx() -> bool:
+    """Return whether the CPU multiplies bfloat16 by AMX; that it does not where torch cannot tell."""
+    if hasattr(torch.cpu, "get_capabilities"):  # public, but not in every release
+        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 # --- ops ---
 
 below_autograd = torch._C._AutoDispatchBelowAutograd

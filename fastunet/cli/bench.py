@@ -25,7 +25,7 @@ def bench(
     quick: Annotated[bool, option("duration", "Half a minute: smaller, without torch.compile.", "--quick")] = False,
     everything: Annotated[bool, option("duration", "Also what takes minutes or more to compile.", "--all")] = False,
     dtype: Annotated[
-        str, option("model", "auto (bfloat16 where the hardware multiplies it natively), float32, bfloat16 or float16.")
+        str, option("model", "auto (bfloat16 where that is faster), float32, bfloat16 or float16.")
     ] = "auto",
     size: Annotated[
         int | None, option("model", "Side of the images in pixels [256; 512 on a GPU; 128 --quick].")

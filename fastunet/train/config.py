@@ -220,7 +220,8 @@ def is_faster_in_bf16(cpu: bool) -> bool:
     """
     import torch
 
+    from fastunet.torch_private import has_amx
+
     if torch.cuda.is_available() and not cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
+    return has_amx()
