@@ -100,7 +100,7 @@ summary { cursor: pointer; }
 <table class="images">
 <tr><th>image</th><th class="number">Dice</th></tr>
 {% for name, dice in ranking %}
-<tr><td>{{ name }}</td><td class="number">{{ "%.4f" % dice }}</td></tr>
+<tr><td>{{ name }}</td><td class="number">{{ "%.4f" % dice if dice == dice else "ignored" }}</td></tr>
 {% endfor %}
 </table>
 <h2>What was trained on what</h2>
@@ -150,7 +150,7 @@ def write_html(
         history: as of `write_report`.
         samples: images to be shown, and the Dice of each.
         metrics: `weights`; `images`, `dice` and `iou` by class where images were kept out.
-        ranking: every image and its Dice.
+        ranking: every image and its Dice, NaN where none of its pixels counts.
         settings: what was trained on what: tables by their headings, of values by name.
         class_names: of labels 0, 1, ...
     """

@@ -49,7 +49,7 @@ from fastunet.train.loss import TrainingLoss, class_weights, rate_at
 from fastunet.train.plan import Plan, machine_of, planned
 from fastunet.train.results import REPORTED, finish, validate, write_history
 from fastunet.train.supervision import DeepLoss, DeeplySupervised
-from fastunet.train.weights import load_initial
+from fastunet.train.weights import check_initial, load_initial
 from fastunet.tuning import tune
 from fastunet.unet import UNet
 
@@ -108,6 +108,8 @@ def train(
             config.check()
             data = data or before.source
             reading = resumed_reading(out, before.reading, reading)
+        elif config is not None and config.init:
+            check_initial(config.init, out)
         if not data:
             raise ConfigError("data: expected a folder of images and masks, got none")
         callbacks = (on_step, on_data or (lambda found: None), on_plan or (lambda text: None))
@@ -277,6 +279,8 @@ class _Loop:
         self._tune()
         progress, batches = self.progress, self._batches()
         start = time.perf_counter() - progress.seconds
+        if self._is_over() and progress.unreported:  # resumed with no more steps than were done since the last
+            self._validate()
         with stop_requests(self.accelerator) as stop:
             while not self._is_over():
                 loss = self._step(*next(batches))
@@ -355,7 +359,8 @@ class _Loop:
         row = {"step": progress.step, "minutes": progress.seconds / 60, "train_loss": train_loss}
         if self.val is not None:
             with self.accelerator.autocast():  # the average has none of its own
-                scores, _ = validate(self._validated(), self.val, self.run_config.class_names, part=self.part)
+                scored, _ = validate(self._validated(), self.val, self.run_config.class_names, part=self.part)
+            scores = scored.compute()
             row |= {"val_dice": scores["mean_dice"]} | {f"val_dice {k}": v for k, v in scores["dice"].items()}
         progress.history.append(row)
         if self._is_best():

@@ -133,22 +133,23 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
     """A row of four pictures per sample, and the legends below."""
     rows = figure.subplots(len(samples), 4, squeeze=False)
     for row, sample in zip(rows, samples, strict=True):
-        metrics = SegmentationMetrics(class_names)
+        metrics, title = SegmentationMetrics(class_names), "prediction"
         counted = sample.truth < len(class_names)
-        both = (labels[counted] for labels in (sample.prediction, sample.truth))
-        metrics.update(*(torch.from_numpy(labels)[None] for labels in both))
-        dice = metrics.compute(across_ranks=False)["mean_dice"]
+        if counted.any():
+            both = (labels[counted] for labels in (sample.prediction, sample.truth))
+            metrics.update(*(torch.from_numpy(labels)[None] for labels in both))
+            title += f": Dice {metrics.compute(across_ranks=False)['mean_dice']:.3f}"
         sample, counted = thinned(sample), counted[_every(sample)]
         grey = displayable(sample.image)
         pictures = {
             sample.name[:NAME_LENGTH].encode(errors="replace").decode(): grey,
             "truth": colour_labels(sample.truth),
-            f"prediction: Dice {dice:.3f}": colour_labels(sample.prediction),
+            title: colour_labels(sample.prediction),
             "errors": _overlay_errors(grey, sample, counted),
         }
-        for axes, (title, picture) in zip(row, pictures.items(), strict=True):
+        for axes, (name, picture) in zip(row, pictures.items(), strict=True):
             axes.imshow(picture)
-            axes.set_title(title, fontsize=10, parse_math=False)  # a file name may hold dollar signs
+            axes.set_title(name, fontsize=10, parse_math=False)  # a file name may hold dollar signs
             axes.set_xticks([])
             axes.set_yticks([])
     binary = len(class_names) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastunet.data import Pair, SegmentationDataset
 from fastunet.data.labels import IGNORED
 from fastunet.files import write_json, written_whole
 from fastunet.inference.streaming import predict_labels
-from fastunet.metrics import Scores, SegmentationMetrics
+from fastunet.metrics import SegmentationMetrics
 from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
 from fastunet.train.checkpoint import RunConfig, remove_checkpoints
 from fastunet.train.checks import HISTORY, HTML, METRICS, REPORT
@@ -34,10 +35,11 @@ EXTREMES = 3  # the best and the worst images in report.html, so many of each
 
 def validate(
     model: nn.Module, samples: SegmentationDataset, class_names: list[str], *, tta: bool = False, part: slice
-) -> tuple[Scores, list[float]]:
-    """Score a model on all samples, whole or in exact tiles; give the mean Dice of the foreground in each image too.
+) -> tuple[SegmentationMetrics, list[float]]:
+    """Score a model on all samples, whole or in exact tiles; give the mean Dice of the foreground in each image too,
+    NaN where none of its pixels counts.
 
-    Of several ranks each predicts its `part` of the samples.
+    Of several ranks each predicts its `part` of the samples; the metrics are still those of this rank.
     """
     metrics = SegmentationMetrics(class_names)
     dice = torch.zeros(len(samples), dtype=torch.float64)
@@ -53,7 +55,9 @@ def validate(
             image_metrics = SegmentationMetrics(class_names)
             image_metrics.update(prediction, labels)
             dice[index] = image_metrics.compute(across_ranks=False)["mean_dice"]
-    return metrics.compute(), sum_of_ranks(dice, device).tolist()
+        else:
+            dice[index] = math.nan
+    return metrics, sum_of_ranks(dice, device).tolist()
 
 
 def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
@@ -66,8 +70,8 @@ def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
         kept, why = int(best["step"]), f"best validation Dice of the foreground, {best['val_dice']:.4f}"
         model.load_state_dict(loop.best_weights)
     dataset = SegmentationDataset(shown, run.data)
-    scores, dice = validate(model, dataset, run.class_names, tta=config.tta, part=loop.part)
-    metrics: dict[str, Any] = dict(scores) if run.val else {}
+    scored, dice = validate(model, dataset, run.class_names, tta=config.tta, part=loop.part)
+    metrics: dict[str, Any] = dict(scored.compute()) if run.val else {}
     metrics |= {
         "images": run.val,
         "tta": config.tta,
@@ -87,10 +91,11 @@ def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
     write_history(out, progress.history)
     samples = [_sample(loop, model, dataset, index) for index in range(len(shown[:REPORTED]))]
     write_report(out / REPORT, progress.history, samples, run.class_names)
-    order = sorted(range(len(shown)), key=lambda index: -dice[index])
+    order = sorted((index for index, value in enumerate(dice) if not math.isnan(value)), key=lambda index: -dice[index])
     ends = sorted({*order[:EXTREMES], *order[-EXTREMES:]}, key=order.index)
     extremes = [(_sample(loop, model, dataset, index), dice[index]) for index in ends]
     ranking = [(shown[index].stem, dice[index]) for index in order]
+    ranking += [(pair.stem, value) for pair, value in zip(shown, dice, strict=True) if math.isnan(value)]
     write_html(out / HTML, progress.history, extremes, metrics, ranking, _described(run, metrics), run.class_names)
     remove_checkpoints(out, keep=1)
     return metrics

@@ -138,6 +138,14 @@ def test_large_pictures_are_thinned_but_scored_whole(tmp_path: Path, figures: li
     assert "prediction: Dice 0.667" in shown
 
 
+def test_a_picture_of_which_nothing_counts_has_no_score(tmp_path: Path, figures: list[Figure]) -> None:
+    ignored = np.full_like(TRUTH, 255)
+    image = np.zeros((*TRUTH.shape, 1), np.uint8)
+    samples = [Sample("a.png", image, ignored, PREDICTION), Sample("b.png", image, TRUTH, PREDICTION)]
+    write_report(tmp_path / "report.png", HISTORY, samples)
+    assert [text.partition(":")[1] for text in texts(figures[0]) if text.startswith("prediction")] == ["", ":"]
+
+
 def test_what_is_beyond_the_classes_is_no_error(tmp_path: Path, figures: list[Figure]) -> None:
     truth, prediction = np.array([[1, 255], [255, 0]], np.uint8), np.array([[1, 1], [0, 0]], np.uint8)
     write_report(tmp_path / "report.png", HISTORY, [Sample("a.png", np.zeros((2, 2, 1), np.uint8), truth, prediction)])

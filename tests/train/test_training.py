@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from stopped_training import TINY, Killed, killed, losses_of, stop_at
 
 from fastunet import UNet
-from fastunet.checks import ConfigError, DataError
+from fastunet.checks import ConfigError, DataError, Interrupted
 from fastunet.files import written_whole
 from fastunet.train import checkpoint, loop, results
 from fastunet.train.checkpoint import checkpoints, read_progress
@@ -101,6 +101,20 @@ def test_a_cpu_trains_in_16_bits_where_that_is_faster(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert make_accelerator(replace(TINY, precision="auto", device="cpu")).mixed_precision == precision
+
+
+@pytest.mark.parametrize("done", [1, 15])  # of 100 steps, of which every tenth is validated
+def test_a_run_that_is_to_end_where_it_was_stopped_is_scored_there(done: int, data: Path, tmp_path: Path) -> None:
+    def stop(progress: checkpoint.Progress) -> None:
+        if progress.step == done:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match=f"step {done + 1};"):
+        train(data, tmp_path / "run", replace(TINY, steps=100), on_step=stop)
+    metrics = train(data, tmp_path / "run", replace(TINY, steps=done + 1), resume=True)
+    assert metrics["steps"] == done + 1
+    with (tmp_path / "run/history.csv").open() as file:
+        assert int([*csv.DictReader(file)][-1]["step"]) == done + 1
 
 
 def test_a_time_limit_ends_the_schedule(data: Path, tmp_path: Path) -> None:
@@ -341,7 +355,8 @@ def test_the_weights_are_the_best_by_validation(
 ) -> None:
     dice = iter([0.1, 0.2, 0.8, 0.3, 0.8, *5 * [0.5]])
 
-    monkeypatch.setattr(loop, "validate", lambda *args, **options: ({"mean_dice": next(dice), "dice": {}}, []))
+    scored = Mock(compute=lambda: {"mean_dice": next(dice), "dice": {}})
+    monkeypatch.setattr(loop, "validate", lambda *args, **options: (scored, []))
     states: dict[int, dict[str, torch.Tensor]] = {}
     weights = loop._Loop._weights
 

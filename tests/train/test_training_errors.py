@@ -14,10 +14,12 @@ import pytest
 pytest.importorskip("kornia", reason="needs the extra train")
 
 import numpy as np
+from image_files import save
 from stopped_training import TINY, losses_of
 
 import fastunet
 from fastunet.checks import ConfigError, DataError, FastUNetError
+from fastunet.data import DataOptions
 from fastunet.data.synthetic import write_dataset
 from fastunet.train import checkpoint
 from fastunet.train.checkpoint import checkpoints
@@ -149,6 +151,32 @@ def test_a_checkpoint_of_another_net_is_one_error(data: Path, stopped: Path) -> 
     with pytest.raises(DataError, match=r"000003: expected a checkpoint of the net in config.json, got another's"):
         train(data, stopped, None, resume=True)
     assert [folder.name for folder in checkpoints(stopped)] == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def test_a_run_is_no_weights_for_the_one_that_replaces_it(data: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    before = (out / "model.safetensors").read_bytes()
+    for source in (out, out / "model.safetensors"):
+        with pytest.raises(ConfigError, match=f"init: expected weights of another run than {out}, .*, got {source}"):
+            train(data, out, replace(TINY, init=str(source)), overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before
+    train(data, tmp_path / "new", replace(TINY, init=str(out), steps=1))
+
+
+def test_initial_weights_are_looked_for_before_the_images(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        train(tmp_path / "no data", tmp_path / "run", replace(TINY, init=str(tmp_path / "nowhere")))
+
+
+def test_the_first_images_may_be_ignored_as_a_whole(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", 6, size=64)
+    for file in sorted((tmp_path / "data/masks").iterdir())[:4]:
+        save(file, np.full((64, 64), 128, np.uint8))
+    config = replace(TINY, val_fraction=0.0)
+    metrics = train(tmp_path / "data", tmp_path / "run", config, reading=DataOptions(ignore="128"))
+    assert "dice" not in metrics
+    assert (tmp_path / "run/model.safetensors").is_file()
 
 
 def test_a_loss_that_is_not_finite_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

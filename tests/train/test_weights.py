@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -62,7 +63,8 @@ def test_no_better_validation_for_long_enough_ends_it(
 ) -> None:
     dice = iter([0.1, 0.5, 0.4, 0.3, 0.6, 0.2, *[0.5] * 9])
 
-    monkeypatch.setattr(loop, "validate", lambda *args, **options: ({"mean_dice": next(dice), "dice": {}}, []))
+    scored = Mock(compute=lambda: {"mean_dice": next(dice), "dice": {}})
+    monkeypatch.setattr(loop, "validate", lambda *args, **options: (scored, []))
     assert list(losses_of(data, tmp_path / "run", replace(TINY, patience=2))) == [1, 2, 3, 4]
     assert losses_of(None, tmp_path / "run", None, resume=True) == {}
     assert load_config(tmp_path / "run").weights == "step 2 of 4: best validation Dice of the foreground, 0.5000"
