@@ -152,6 +152,7 @@ def settings(device: torch.device) -> tuple[Any, ...]:
         torch.compiler.is_compiling(),
         autotune.generation(),
         device.type != "cpu" and tf32_allowed(),
+        multiplies_in_float32(),
     )
 
 
@@ -305,6 +306,11 @@ def has_onednn() -> bool:
     return _HAS_ONEDNN and (torch.compiler.is_compiling() or torch_private.onednn_enabled())
 
 
+def multiplies_in_float32() -> bool:
+    """Return whether matrix products on the CPU are as precise as its convolutions, which have their own setting."""
+    return torch.compiler.is_compiling() or torch_private.multiplies_in_float32()  # as `has_onednn`
+
+
 def winograd_wins(x: Tensor, weight: Tensor) -> bool:
     """Whether a 3x3 convolution is faster by Winograd's algorithm, of images like x and a weight like this one."""
     if x.dim() != 4 or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
@@ -318,6 +324,7 @@ def winograd_wins(x: Tensor, weight: Tensor) -> bool:
         and channels * channels_out * pixels >= _WINOGRAD_PRODUCTS
         and channels * channels_out <= pixels * _WINOGRAD_WEIGHTS_PER_PIXEL
         and x.shape[0] > 0
+        and multiplies_in_float32()  # Rounded, Winograd's sums of large terms would be off by percents.
     )
 
 
@@ -334,6 +341,7 @@ def aten_is_slow(x: Tensor, weight: Tensor | None, stride: int = 1) -> bool:
         and x.dtype in (torch.bfloat16, torch.float32)
         and weight.numel() >= _MANY_WEIGHTS
         and x.shape[0] * -(-x.shape[2] // stride) * -(-x.shape[3] // stride) <= _FEW_PIXELS
+        and multiplies_in_float32()
     )
 
 

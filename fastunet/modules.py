@@ -148,7 +148,7 @@ class Up(reference.Up):
     def prepared_step(self, low: Tensor, skip: Tensor) -> StepUp:
         """Return the upsampling and the two layers after it, for inputs like these."""
         # In bfloat16, too: weights are composed in float32, and the upsampled image is not rounded.
-        low32, skip32 = (torch.empty(1).expand(image.shape) for image in (low, skip))
+        low32, skip32 = (torch.empty(1, device="cpu").expand(image.shape) for image in (low, skip))
         if self._composes(low32, skip32):
             return StepUp(self.up, COMPOSED, low, *self.conv.prepared_layers([skip]))
         conv, *_ = self.conv.double_conv

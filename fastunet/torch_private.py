@@ -30,6 +30,15 @@ in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_
 onednn_enabled: Callable[[], bool] = getattr(torch._C, "_get_mkldnn_enabled", lambda: True)
 
 
+def multiplies_in_float32() -> bool:
+    """Return whether oneDNN's matrix products of float32 are not rounded to bfloat16, as of a matmul precision of
+    "medium".
+    """
+    if hasattr(torch._C, "_get_fp32_precision_getter"):
+        return torch._C._get_fp32_precision_getter("mkldnn", "matmul") != "bf16"
+    return torch.get_float32_matmul_precision() != "medium"
+
+
 def is_profiling() -> bool:
     """Return whether a profiler is to see the names of ops."""
     return getattr(torch.autograd.profiler, "_is_profiler_enabled", True)

@@ -189,7 +189,7 @@ class UNet(ReferenceUNet):
 
     def prepared_net(self, x: Tensor, dtype: torch.dtype) -> PreparedNet:
         """Return the net for inference in `dtype` on images like x, by weights prepared for all of it."""
-        image, descent, skips = torch.empty(1, dtype=dtype).expand(x.shape), [], list[Tensor]()
+        image, descent, skips = torch.empty(1, dtype=dtype, device="cpu").expand(x.shape), [], list[Tensor]()
         for block in self._descent():
             image = image[:, :, : image.shape[2] // 2, : image.shape[3] // 2] if skips else image
             descent.append(block.prepared_layers([image]))
@@ -289,7 +289,12 @@ class UNet(ReferenceUNet):
         """
         config, state = pretrained.load(source, options, dtype)
         with torch.device("meta"):
-            model = cls(**config)
+            try:
+                model = cls(**config)
+            except TypeError as error:
+                raise ConfigError(
+                    f"from_pretrained: expected {cls.__name__} to take the arguments of UNet, got: {error}"
+                ) from error
         model = model.to(state["outc.conv.weight"].dtype).to_empty(device="cpu")
         model.load_state_dict(state)
         return model.eval()

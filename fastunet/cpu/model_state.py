@@ -43,7 +43,7 @@ class Memo:
 
 # Images of ever new sizes are not to fill the memory.
 _MOST_ANSWERS = 1024
-_SHAPE = operator.attrgetter("shape")
+_KIND = operator.attrgetter("shape", "dtype")
 
 
 class ModelState:
@@ -66,7 +66,7 @@ class ModelState:
         self._owned = self._now_owned()
         self.tensors = [*{id(t): t for t in self._owned if isinstance(t, Tensor)}.values()]
         self._weights = [t for t in self.tensors if not is_lazy(t) and t.dim() == 4]
-        self._shapes = [*map(_SHAPE, self._weights)]
+        self._kinds = [*map(_KIND, self._weights)]
         self._addresses = places(self.tensors) if addresses else None
 
     def _now_owned(self) -> list[Any]:
@@ -85,7 +85,7 @@ class ModelState:
             and not any(self._empty)
             and [*map(type, self._inner)] == self._types
             and self._has_settings()
-            and [*map(_SHAPE, self._weights)] == self._shapes
+            and [*map(_KIND, self._weights)] == self._kinds
             and (self._addresses is None or places(self.tensors) == self._addresses)
         )
 

@@ -133,7 +133,7 @@ class _Step:
         # [N, h, w, 2, 2 C] of channels_last to [N, h, 2, w, 2 C], in as few views as can be.
         self._rows = [n, h, 2, w, 2 * c], [4 * c * h * w, 4 * c * w, 2 * c, 4 * c, 1]
         self._doubled = [n, c, 2 * h, 2 * w], _strides(c, 2 * h, 2 * w)
-        up = self._upsampled(torch.zeros(step.low.shape, dtype=dtype))
+        up = self._upsampled(torch.zeros(step.low.shape, dtype=dtype, device="cpu"))
         self._padding = padding_to(up, step.first.images[0])
         weight, self._bias = _weights(step.first, dtype)
         parts = weight.split([weight.shape[1] - up.shape[1], up.shape[1]], dim=1)

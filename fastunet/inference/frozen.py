@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def freeze(model: UNet, *, dtype: torch.dtype = torch.float32) -> FrozenUNet:
     devices = {p.device.type for p in parameters}
     if devices != {"cpu"}:
         raise DeviceError(f"freeze: expected a model on the CPU, got {', '.join(sorted(devices))}")
-    if not dispatch.prepares_nets(torch.empty(1), dtype, parameters):
+    if not dispatch.prepares_nets(torch.empty(1, device="cpu"), dtype, parameters):
         raise BackendError(
             f"freeze: expected oneDNN with {dtype}, and backend 'auto'; this processor or setting has not"
         )
@@ -74,7 +74,7 @@ class FrozenUNet(nn.Module):
         if torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 return self.forward(x)
-        net = self._nets.get((x.shape, x.dtype, x.device)) or self._prepared(x)
+        net = self._nets.get(self._key(x)) or self._prepared(x)
         return net(x.to(memory_format=torch.channels_last))
 
     def _prepared(self, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -87,8 +87,15 @@ class FrozenUNet(nn.Module):
             raise ConfigError("freeze: expected batch norms with running statistics in bfloat16, or none, got others")
         if len(self._nets) >= self._most_sizes:
             self._nets.clear()
-        self._nets[x.shape, x.dtype, x.device] = found = net_graph.prepare(net, x)
+        self._nets[self._key(x)] = found = net_graph.prepare(net, x)
         return found
+
+    def _key(self, x: Tensor) -> tuple[Any, ...]:
+        return x.shape, x.dtype, x.device, dispatch.multiplies_in_float32()
+
+    def train(self, mode: bool = True) -> Self:
+        """Leave the model in eval mode, whatever the module is in that holds it."""
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """What is prepared is not copied or pickled: a copy prepares its own."""

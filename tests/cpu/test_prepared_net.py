@@ -246,3 +246,34 @@ def test_a_frozen_net_refuses_what_the_model_does() -> None:
     for x in (torch.rand(1, 2, 32, 32), torch.rand(1, 1, 4, 32), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)):
         with pytest.raises(fastunet.FastUNetError):
             frozen(x)
+
+
+def test_a_frozen_net_stays_in_eval_mode() -> None:
+    """A module that holds it may be put in train mode: a teacher beside what learns from it."""
+    frozen, x, other = fastunet.freeze(unet()), torch.rand(1, 1, 32, 32), torch.rand(1, 1, 48, 48)
+    expected = fastunet.freeze(unet())(other)
+    frozen(x)
+    nn.ModuleDict({"teacher": frozen}).train()
+    assert torch.equal(frozen(other), expected)
+    assert not any(module.training for module in frozen.modules())
+
+
+@pytest.mark.parametrize("options", [{}, {"features": (8, 16, 32)}, {"upsample": "bilinear"}], ids=str)
+def test_stand_ins_are_on_the_cpu(options: dict) -> None:
+    model, x = unet(**options), torch.rand(1, 1, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        with torch.device("meta"):
+            frozen = fastunet.freeze(copy.deepcopy(model))
+            found = frozen(x), copy.deepcopy(model)(x)
+    for y in found:
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
+
+
+@needs_bfloat16
+def test_another_dtype_of_the_weights_is_seen() -> None:
+    model, x = unet(norm=None, features=(16, 32)), torch.rand(1, 1, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        y = model.bfloat16()(x)
+        assert torch.equal(y, copy.deepcopy(model)(x))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -304,3 +304,26 @@ def test_inference_after_stepping_up(calls: list[str]) -> None:
     joined = torch.cat([skip.double(), F.pad(up, [0, 1, 0, 0])], 1)
     exact = F.relu(F.conv2d(joined, weight.double(), bias.double(), padding=1))
     assert float((y.double() - exact).norm() / exact.norm()) < 3e-6
+
+
+@pytest.fixture
+def medium() -> Iterator[Callable[[], None]]:
+    """Have matrix products of float32 computed in bfloat16, where the processor does so."""
+    before = torch.get_float32_matmul_precision()
+    yield lambda: torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(before)
+
+
+def test_products_in_bfloat16_are_no_place_for_it(medium: Callable[[], None], calls: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x = fastunet.UNet(1, 2, features=(128, 160)).eval(), torch.rand(1, 1, 64, 64)
+    frozen = fastunet.freeze(model)
+    with torch.no_grad():
+        model(x), frozen(x)
+        assert calls
+        medium()
+        calls.clear()
+        model(x), frozen(x)
+        assert calls == []
+        table = fastunet.explain(model, x)
+    assert "winograd" not in {row.implementation for row in table.rows}
