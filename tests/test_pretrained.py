@@ -231,6 +231,18 @@ def test_a_subclass_loads_its_own_kind_and_leaves_source_and_random_state_alone(
     assert all(torch.equal(state[name], t) for name, t in before.items())
 
 
+def test_a_subclass_of_other_arguments_saves_what_a_unet_loads(tmp_path: Path) -> None:
+    class Mine(UNet):
+        def __init__(self) -> None:
+            super().__init__(1, 2, features=SMALL)
+
+    model = Mine().eval()
+    model.save_pretrained(tmp_path)
+    assert_identical(UNet.from_pretrained(tmp_path), model)
+    with pytest.raises(ConfigError, match="from_pretrained: expected Mine to take the arguments of UNet"):
+        Mine.from_pretrained(tmp_path)
+
+
 def test_a_runs_folder_loads_like_a_saved_model(tmp_path: Path) -> None:
     model = UNet(1, 2, features=SMALL, norm="instance", activation="leaky_relu", head="softmax").eval()
     model.save_pretrained(tmp_path)
