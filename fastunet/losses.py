@@ -208,7 +208,8 @@ class BCEDiceLoss(nn.Module):
         pos_weight: factor of the positive pixels in the cross entropy, a number or one per channel.
         reduction: "mean" or "sum", of both terms.
         weight: `DiceLoss`'s, for the Dice term only.
-        ignore_index: as in `DiceLoss`; those pixels count in neither term.
+        ignore_index: as in `DiceLoss`; those pixels count in neither term. With several channels and an index that is
+            none of them, pixels of zeros in every channel are the ignored ones.
         dice: `DiceLoss`'s other arguments; `include_background` concerns the Dice term only.
     """
 
