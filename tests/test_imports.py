@@ -176,6 +176,9 @@ assert {(choice.implementation, choice.reason) for choice in choices} == {("aten
 model = fastunet.UNet(3, 2, features=(4, 8))
 for told in (fastunet.explain(model, image), fastunet.tune(model, image)):
     assert {row.implementation for row in told.rows} == {"aten"}, told
+in_8_bits = fastunet.quantize(fastunet.UNet(3, 2, features=(32, 64)).eval(), torch.rand(1, 3, 32, 32))
+told = fastunet.explain(in_8_bits.bfloat16(), image.bfloat16())
+assert {row.implementation for row in told.rows} == {"aten"}, told
 try:
     with fastunet.backend("triton"):
         dispatch.choose("conv1x1", x, weight)
