@@ -49,7 +49,7 @@ from fastunet.train.loss import TrainingLoss, class_weights, rate_at
 from fastunet.train.plan import Plan, machine_of, planned
 from fastunet.train.results import REPORTED, finish, validate, write_history
 from fastunet.train.supervision import DeepLoss, DeeplySupervised
-from fastunet.train.weights import check_initial, load_initial
+from fastunet.train.weights import features_of_initial, load_initial
 from fastunet.tuning import tune
 from fastunet.unet import UNet
 
@@ -109,7 +109,8 @@ def train(
             data = data or before.source
             reading = resumed_reading(out, before.reading, reading)
         elif config is not None and config.init:
-            check_initial(config.init, out)
+            features = features_of_initial(config.init, out)
+            config = replace(config, features=config.features or features)
         if not data:
             raise ConfigError("data: expected a folder of images and masks, got none")
         callbacks = (on_step, on_data or (lambda found: None), on_plan or (lambda text: None))
@@ -133,8 +134,6 @@ def _train(
     pairs, found = of_first_rank(lambda: _read(data, reading, out, config))
     on_data(found)
     summary = found.checked()
-    if config.init and config.features is None:
-        config = replace(config, features=tuple(UNet.from_pretrained(config.init).config["features"]))
     sizes = [(fact.shape[0], fact.shape[1]) for fact in found.facts]
     plan, why = planned(config, sizes, summary, lambda: machine_of(accelerator))
     if why:

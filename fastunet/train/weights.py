@@ -11,19 +11,19 @@ from fastunet.unet import UNet
 HEAD = "outc."
 
 
-def check_initial(source: str, out: Path) -> None:
-    """Refuse, before the images are read, weights that cannot be, or that the new run in `out` would remove.
+def features_of_initial(source: str, out: Path) -> tuple[int, ...]:
+    """Return the features of the weights that a new run in `out` begins with, before its images are read.
 
     Raises:
         DataError: weights that cannot be read.
-        ConfigError: of the run that is overwritten.
+        ConfigError: of the run that this one replaces.
     """
     path, removed = Path(source).resolve(), [file.resolve() for file in run_files(out)]
     if (removed and path == out.resolve()) or any(map(path.is_relative_to, removed)):
         raise ConfigError(
             f"init: expected weights of another run than {out}, which begins anew, got {source}: give it another folder"
         )
-    UNet.from_pretrained(source)
+    return tuple(UNet.from_pretrained(source).config["features"])
 
 
 def load_initial(model: UNet, source: str) -> None:
