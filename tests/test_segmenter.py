@@ -388,7 +388,7 @@ def test_an_outline_is_that_of_the_whole_object(shape: str, tmp_path: Path) -> N
     assert (x.min(), y.min(), x.max(), y.max()) == pytest.approx((1, 1, *2 * [objects.any(0).sum() + 1]))
     area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
     filled = ndimage.binary_fill_holes(objects).sum()
-    assert area == pytest.approx(filled, abs=2), "an outline cuts half a pixel off each corner"
+    assert area == pytest.approx(filled, abs=2), "an outline cuts an eighth of a pixel off each corner"
 
 
 def test_foreign_files_are_not_ours(tmp_path: Path, image: np.ndarray) -> None:

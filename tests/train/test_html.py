@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -63,12 +64,12 @@ def test_a_page_has_layers_to_slide_between_and_escapes_names(tmp_path: Path) ->
         history,
         [(sample, 0.5)],
         metrics,
-        [("<b>&", 0.5)],
+        [("<b>&", 0.5), ("c", math.nan)],
         {"data": {"from": "/a<b"}},
         ["w", "x", "y"],
     )
     page = Page((tmp_path / "report.html").read_text())
-    assert page.cells == ["x", "0.2500", "0.1250", "<b>&", "0.5000", "from", "/a<b"]
+    assert page.cells == ["x", "0.2500", "0.1250", "<b>&", "0.5000", "c", "ignored", "from", "/a<b"]
     curves, layers = page.images[:2], page.images[2:]
     assert [name for name, _ in curves] == ["Training loss against steps", "Validation Dice against steps"]
     assert [name for name, _ in layers] == ["image", "truth", "prediction"]
