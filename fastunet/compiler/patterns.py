@@ -45,6 +45,7 @@ class Pattern:
     activation: Node | None = None
     pool: Node | None = None
     up: Node | None = None
+    up_first: bool = False  # whether what `up` gives is the first of what `cat` joins
     pad: Node | None = None
     head: Node | None = None
     head_activation: Node | None = None
@@ -198,20 +199,20 @@ class _Search:
                 return
 
     def _take_upsampling(self, pattern: Pattern) -> bool:
-        """Take the transposed convolution that gives the second of the concatenated inputs, where one op has both."""
+        """Take what doubles one of the concatenated inputs, where one op computes it and the convolution."""
         if pattern.cat is None or not self._choice(WITH_UPSAMPLING, pattern).prepares:
             return False
-        skip, up = arguments(pattern.cat)["tensors"]
-        pad = up if name_of(up) == "pad" else None
-        transposed = up if pad is None else arguments(pad)["input"]
-        if not _doubles_to_skip(transposed, pad, skip):
-            return False
-        nodes = {"up": transposed} if pad is None else {"up": transposed, "pad": pad}
-        if any(only_user(node) is None for node in nodes.values()) or not self._take(pattern, **nodes):
-            return False
-        self.patterns = [found for found in self.patterns if found.anchor is not transposed]
-        pattern.op = WITH_UPSAMPLING
-        return True
+        first, second = arguments(pattern.cat)["tensors"]
+        for skip, joined, up_first in ((first, second, False), (second, first, True)):
+            pad = joined if name_of(joined) == "pad" else None
+            up = joined if pad is None else arguments(pad)["input"]
+            nodes = {"up": up} if pad is None else {"up": up, "pad": pad}
+            is_ops = _doubles_to_skip(up, pad, skip) and all(only_user(node) is not None for node in nodes.values())
+            if is_ops and self._take(pattern, **nodes):
+                self.patterns = [found for found in self.patterns if found.anchor is not up]
+                pattern.op, pattern.up_first, pattern.interpolation = WITH_UPSAMPLING, up_first, None
+                return True
+        return False
 
     def _take_head(self, pattern: Pattern) -> bool:
         """Take the 1x1 convolution that alone uses the result."""
@@ -273,7 +274,7 @@ def _geometry_unsupported(node: Node) -> str | None:
     kernel, expected = "x".join(map(str, sides)), _GEOMETRY.get((name, sides))
     if expected is None:
         return f"{name} of {kernel}: the ops have 3x3, 1x1, transposed 2x2, and max-pooling of 2x2"
-    actual = {key: _pair(given[key]) if isinstance(like, tuple) else given[key] for key, like in expected.items()}
+    actual = {key: pair(given[key]) if isinstance(like, tuple) else given[key] for key, like in expected.items()}
     if actual["padding"] == ("same", "same"):  # Of an odd kernel at stride 1, to which torch confines the word.
         actual["padding"] = expected["padding"]
     if name == "max_pool2d" and given["stride"] in (None, []):
@@ -286,10 +287,10 @@ def _geometry_unsupported(node: Node) -> str | None:
 
 def _kernel(node: Node) -> tuple[int, ...]:
     given = arguments(node)
-    return _pair(given["kernel_size"]) if "kernel_size" in given else tuple(value_of(given["weight"]).shape[2:])
+    return pair(given["kernel_size"]) if "kernel_size" in given else tuple(value_of(given["weight"]).shape[2:])
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
+def pair(value: Any) -> tuple[Any, Any]:
     if isinstance(value, list | tuple):
         return (value[0], value[0]) if len(value) == 1 else tuple(value)
     return (value, value)
@@ -301,7 +302,7 @@ def _is_idle(node: Node) -> bool:
 
 def stride_of(anchor: Node) -> int:
     """Return the ops' `stride` argument for a 3x3 convolution whose geometry is one of theirs, 1 for anything else."""
-    return int(_pair(arguments(anchor)["stride"])[0]) if name_of(anchor) == "conv2d" else 1
+    return int(pair(arguments(anchor)["stride"])[0]) if name_of(anchor) == "conv2d" else 1
 
 
 def slope_of(activation: Node | None) -> float | None:
@@ -349,7 +350,8 @@ def _has_gradient(pattern: Pattern) -> bool:
 
 def _doubles_to_skip(up: Any, pad: Node | None, skip: Any) -> bool:
     """Whether `up`, padded by at most a row below and a column on the right, doubles an image to skip's size."""
-    if name_of(up) != "conv_transpose2d" or _unsupported(up) is not None:
+    is_transposed = name_of(up) == "conv_transpose2d" and _unsupported(up) is None
+    if not (is_transposed or _repeats_pixels(up)):
         return False
     if pad is None:
         return True
@@ -365,12 +367,27 @@ def _doubles_to_skip(up: Any, pad: Node | None, skip: Any) -> bool:
     )
 
 
+def _repeats_pixels(node: Any) -> bool:
+    """Whether it makes four of each pixel of an image. By a factor of 2.2 small images double as well, but not all of
+    their pixels do.
+    """
+    if name_of(node) != "interpolate" or not is_image(node):
+        return False
+    given = arguments(node)
+    sizes = [*value_of(given["input"]).shape[2:], *value_of(node).shape[2:]]
+    if given["scale_factor"] is None:
+        doubles = all(isinstance(size, int) for size in sizes) and sizes[2:] == [2 * size for size in sizes[:2]]
+    else:
+        doubles = pair(given["scale_factor"]) == (2, 2)
+    return doubles and given["mode"] in ("nearest", "nearest-exact")
+
+
 def _described(node: Node) -> str:
     name = name_of(node)
     if name in ("conv2d", "conv_transpose2d"):
         weight = value_of(arguments(node)["weight"])
         kernel = "x".join(str(s) for s in weight.shape[2:]) if isinstance(weight, Tensor) else ""
-        stride = _pair(arguments(node)["stride"]) if name == "conv2d" else (1, 1)
+        stride = pair(arguments(node)["stride"]) if name == "conv2d" else (1, 1)
         by = "" if stride == (1, 1) else f" of stride {'x'.join(map(str, stride))}"
         return name.removesuffix("2d") + kernel + by
     return {"max_pool2d": "max_pool", "interpolate": "upsample"}.get(name, name)

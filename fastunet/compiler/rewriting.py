@@ -68,9 +68,10 @@ def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Any]]:
     """Return the pattern's op, and its arguments by name."""
     anchor, pool = arguments(pattern.anchor), pattern.pool is not None
     x, up = arguments(pattern.cat)["tensors"] if pattern.cat is not None else (anchor["input"], None)
+    skip = up if pattern.up_first else x
     activation = None if pattern.head_activation is None else name_of(pattern.head_activation)
     # All that any op may take: the same by several names.
-    given = {"x": x, "skip": x, "up": up, "weight": anchor.get("weight"), "bias": anchor.get("bias"), "pool": pool}
+    given = {"x": x, "skip": skip, "up": up, "weight": anchor.get("weight"), "bias": anchor.get("bias"), "pool": pool}
     given |= {"slope": slope_of(pattern.activation), "stride": stride_of(pattern.anchor)}
     given |= {"activation": activation, "sigmoid": activation is not None}
     given |= {"gamma": None, "eps": 0.0, **_norm(graph, pattern)}
@@ -79,8 +80,9 @@ def _arguments(graph: Any, pattern: Pattern) -> tuple[Op, dict[str, Any]]:
         head = arguments(pattern.head)
         given |= {"head_weight": head["weight"], "head_bias": head["bias"]}
     if pattern.up is not None:
-        of_up = arguments(pattern.up)
-        given |= {"low": of_up["input"], "up_weight": of_up["weight"], "up_bias": of_up["bias"]}
+        of_up = arguments(pattern.up)  # An interpolation has no parameters.
+        given |= {"low": of_up["input"], "up_weight": of_up.get("weight"), "up_bias": of_up.get("bias")}
+        given["up_first"] = pattern.up_first
     name = str(pattern.op).removesuffix(STRIDE2)
     op = op_named("conv3x3" if name in NAMES.values() else name)
     return op, {name: given[name] for name in op.arguments._fields if name in given}

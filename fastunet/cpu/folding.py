@@ -21,14 +21,27 @@ def fold_batch_norm(
     return weight * scale[:, None, None, None], shift if beta is None else shift + beta
 
 
-def compose_upsampling(up_weight: Tensor, weight: Tensor) -> Tensor:
+def split_joined(weight: Tensor, skip: Tensor, up_first: bool) -> tuple[Tensor, Tensor]:
+    """Return the shares of a weight [Cout, C1 + C2, 3, 3] that multiply skip and the upsampled image joined to it."""
+    sizes = [skip.shape[1], weight.shape[1] - skip.shape[1]]
+    if up_first:
+        of_up, of_skip = weight.split(sizes[::-1], dim=1)
+    else:
+        of_skip, of_up = weight.split(sizes, dim=1)
+    return of_skip, of_up
+
+
+def compose_upsampling(up_weight: Tensor | None, weight: Tensor) -> Tensor:
     """The weight [Cl, Cout, 4, 4] by which conv_transpose2d(low, ., stride=2, padding=1) equals
-    conv2d(conv_transpose2d(low, up_weight, stride=2), weight, padding=1).
+    conv2d(conv_transpose2d(low, up_weight, stride=2), weight, padding=1), or that of low's pixels repeated, if None.
 
     up_weight [Cl, Cu, 2, 2], weight [Cout, Cu, 3, 3]. Output pixel 2i + t - 1 sees low pixel i through every a and p
     with a + 2 - p = t, the 2x2 tap a of the first and the 3x3 tap p of the second: one weight spread over the other.
     """
-    return F.conv_transpose2d(up_weight, weight.flip(2, 3).transpose(0, 1))
+    spread = weight.flip(2, 3).transpose(0, 1)
+    if up_weight is None:  # Each channel by ones: all four taps, in sums of their own.
+        return F.avg_pool2d(F.pad(spread, [1, 1, 1, 1]), 2, stride=1, divisor_override=1)
+    return F.conv_transpose2d(up_weight, spread)
 
 
 def upsampled_bias(up_bias: Tensor, weight: Tensor) -> Tensor:

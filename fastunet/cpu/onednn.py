@@ -150,22 +150,24 @@ def convolve_transpose2x2(weights: tuple[Tensor, Tensor | None], x: Tensor) -> T
 def conv_transpose2x2_concat_conv3x3(
     skip: Tensor,
     low: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     up_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     norm: Norm | None,
     slope: float | None,
+    up_first: bool,
 ) -> Tensor:
-    """conv3x3(skip, up, ...) of up = conv_transpose2d(low, up_weight, up_bias, stride=2), padded with zeros below and
-    right to skip's size, which is never computed: the two weights are composed.
+    """conv3x3(skip, up, ...), or of up and skip if up_first, of up = conv_transpose2d(low, up_weight, up_bias,
+    stride=2), or low's pixels repeated without up_weight, padded with zeros below and right to skip's size, which is
+    never computed: the two weights are composed.
     """
-    side = side_of(skip, weight[:, : skip.shape[1]])
+    side = side_of(skip, folding.split_joined(weight, skip, up_first)[0])
 
     def make() -> Composed:
-        return compose(skip, low, up_weight, up_bias, *_folded(weight, bias, norm))
+        return compose(skip, low, up_weight, up_bias, *_folded(weight, bias, norm), up_first)
 
-    kind = ("conv_transpose2x2_concat_conv3x3", skip.dtype, side, None if norm is None else norm.eps)
+    kind = ("conv_transpose2x2_concat_conv3x3", skip.dtype, side, up_first, None if norm is None else norm.eps)
     layer = prepared(kind, [*_sources(weight, bias, norm), up_weight, up_bias], make)
     return layer([skip, low], slope)
 
@@ -193,19 +195,24 @@ class Composed(NamedTuple):
 
 
 def compose(
-    skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor | None, weight: Tensor, shift: Tensor | None
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor | None,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    up_first: bool = False,
 ) -> Composed:
     """Prepare weights and bias in float32, the norm folded in, for images like skip and low."""
-    split = skip.shape[1]
-    of_up = weight[:, split:]
+    of_skip, of_up = folding.split_joined(weight, skip, up_first)
     border = None
     if up_bias is not None:
         of_bias = folding.upsampled_bias(up_bias.detach().float(), of_up)
         inner, border = of_bias[:, 1, 1], folding.border_of(of_bias)
         shift = inner if shift is None else shift + inner
-    composed = _pack_transpose(folding.compose_upsampling(up_weight.detach().float(), of_up), low, padding=1)
-    of_skip = prepare_conv3x3([skip], weight[:, :split], None)
-    return Composed(composed, of_skip, _as(shift, skip), _as(border, skip))
+    up_weight = None if up_weight is None else up_weight.detach().float()
+    composed = _pack_transpose(folding.compose_upsampling(up_weight, of_up), low, padding=1)
+    return Composed(composed, prepare_conv3x3([skip], of_skip, None), _as(shift, skip), _as(border, skip))
 
 
 def _sources(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> list[Tensor | None]:

@@ -60,7 +60,7 @@ def _formula(names: Sequence[str]) -> Callable[..., int]:
             total *= any(of_images) + of_weight
         if "head_weight" in given:
             total += _flops(given["x"], given["head_weight"])
-        if "up_weight" in given:
+        if given.get("up_weight") is not None:
             total += _flops(given["low"], given["up_weight"])
         return total
 

@@ -150,20 +150,26 @@ def conv3x3_relu_conv1x1(
 def conv_transpose2x2_concat_conv3x3_relu(
     skip: Tensor,
     low: Tensor,
-    up_weight: Tensor,
+    up_weight: Tensor | None,
     up_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
     norm: Norm | None = None,
+    up_first: bool = False,
     **activation: Any,
 ) -> Tensor:
-    """Return the convolution of conv3x3_relu_conv1x1, of [skip, conv_transpose2x2(low)], with zeros below and right
-    where skip is one larger.
+    """Return the convolution of conv3x3_relu_conv1x1, of [skip, up] or, if up_first, [up, skip]: up is
+    conv_transpose2x2(low), or without up_weight low's pixels repeated, with zeros below and right where skip is one
+    larger.
     """
-    up = conv_transpose2x2(low, up_weight, up_bias)
+    if up_weight is None:
+        up = F.interpolate(low, scale_factor=2, mode="nearest")
+    else:
+        up = conv_transpose2x2(low, up_weight, up_bias)
     up = F.pad(up, [0, skip.shape[3] - up.shape[3], 0, skip.shape[2] - up.shape[2]])
-    return _conv3x3_in_inference(torch.cat([skip, up], dim=1), weight, bias, norm, **activation)
+    joined = torch.cat([up, skip] if up_first else [skip, up], dim=1)
+    return _conv3x3_in_inference(joined, weight, bias, norm, **activation)
 
 
 def _conv3x3_in_inference(

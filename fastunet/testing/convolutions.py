@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from fastunet.cpu.folding import compose_upsampling
+from fastunet.cpu.folding import compose_upsampling, split_joined
 
 from .bounds import Expected, Operand, activation_grad, bilinear, join, pool_grad
 from .budget import E4M3_PRODUCTS, E4M3_TRUNCATION, sum_error
@@ -38,27 +38,35 @@ def conv3x3_expected(
 
 
 def composed_sums_expected(
-    skip: Tensor, low: Tensor, up_weight: Tensor, up_bias: Tensor | None, weight: Tensor
+    skip: Tensor,
+    low: Tensor,
+    up_weight: Tensor | None,
+    up_bias: Tensor | None,
+    weight: Tensor,
+    *,
+    up_first: bool = False,
 ) -> Expected:
     """Compute conv2d(cat([skip, up], 1), weight, padding=1) of up = conv_transpose2d(low, up_weight, up_bias,
-    stride=2), padded with zeros below and right where skip is one larger, and how far off it may be, before it is
-    stored, by a composed weight of skip's dtype: that is rounded once, by which the result is off by u_out times the
-    sum of its products, and each of its sums has 9 C1 + 4 Cl terms.
+    stride=2), or without up_weight interpolate(low, scale_factor=2), padded with zeros below and right where skip is
+    one larger, and how far off it may be, before it is stored, by a composed weight of skip's dtype: that is rounded
+    once, by which the result is off by u_out times the sum of its products, and each of its sums has 9 C1 + 4 Cl terms.
+    up_first: cat([up, skip], 1) instead.
     """
-    dtype, split, terms = skip.dtype, skip.shape[1], 9 * skip.shape[1] + 4 * low.shape[1]
-    weight, up_weight = weight.double(), up_weight.double()
+    dtype, terms = skip.dtype, 9 * skip.shape[1] + 4 * low.shape[1]
+    of_skip, of_up = split_joined(weight.double(), skip, up_first)
     odd = [size % 2 for size in skip.shape[2:]]
     upsample = partial(F.conv_transpose2d, stride=2, padding=1, output_padding=odd)
     convolve = partial(F.conv2d, padding=1)
     rounds: dict[str, Any] = {"dtype": dtype, "is_stored": False}
-    composed = Expected.exact(compose_upsampling(up_weight, weight[:, split:])).stored(dtype)
+    up_weight = None if up_weight is None else up_weight.double()
+    composed = Expected.exact(compose_upsampling(up_weight, of_up)).stored(dtype)
     sums = bilinear(upsample, low, composed, terms, **rounds)
-    sums += bilinear(convolve, skip, weight[:, :split], terms, **rounds)
+    sums += bilinear(convolve, skip, of_skip, terms, **rounds)
     if up_bias is None:
         return sums
     inside = up_bias.double()[None, :, None, None].expand(-1, -1, 2 * low.shape[2], 2 * low.shape[3])
     of_bias = F.pad(inside, [0, odd[1], 0, odd[0]])
-    return sums + bilinear(convolve, of_bias, weight[:, split:], terms, **rounds)
+    return sums + bilinear(convolve, of_bias, of_up, terms, **rounds)
 
 
 def e4m3_sums_expected(x: Tensor, weight: Tensor, *, step: int | None = None) -> Expected:

@@ -226,16 +226,21 @@ def _conv_transpose2x2_concat_conv3x3_relu(call: Call) -> Results:
     """In two steps, of which the first is rounded, or by a composed weight, which is rounded instead. In float32 the
     roundings of composing are those of the steps' sums.
     """
-    inputs = call.inputs
+    inputs, up_first = call.inputs, call.options.get("up_first", False)
+    skip, low, weight, bias = (inputs[name] for name in ("skip", "low", "weight", "bias"))
+    up_weight, up_bias = inputs.get("up_weight"), inputs.get("up_bias")
     if call.composes:
-        *sources, bias = inputs.values()
-        sums = composed_sums_expected(*sources)
+        sums = composed_sums_expected(skip, low, up_weight, up_bias, weight, up_first=up_first)
         return {"y": _activated(call, (sums + Expected.exact(bias[:, None, None])).stored(call.dtype))}
-    up = conv_transpose2x2_expected(inputs["low"], inputs["up_weight"], inputs.get("up_bias"), **call.rounds)
-    sides = [size % 2 for size in inputs["skip"].shape[2:]]
+    if up_weight is None:
+        up = Expected.exact(F.interpolate(low, scale_factor=2))
+    else:
+        up = conv_transpose2x2_expected(low, up_weight, up_bias, **call.rounds)
+    sides = [size % 2 for size in skip.shape[2:]]
     padded = Expected(*(F.pad(t, [0, sides[1], 0, sides[0]]) for t in (up.value, up.tolerance)))
-    joined = join(Expected.exact(inputs["skip"]), padded)
-    before = conv3x3_expected(joined, inputs["weight"], inputs["bias"], **call.rounds)
+    images = [Expected.exact(skip), padded]
+    joined = join(*(images[::-1] if up_first else images))
+    before = conv3x3_expected(joined, weight, bias, **call.rounds)
     return {"y": _activated(call, before)}
 
 

@@ -12,7 +12,7 @@ from parity import assert_same, patterns_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from fastunet.compiler.patterns import Pattern
+from fastunet.compiler.patterns import WITH_UPSAMPLING, Pattern
 
 X = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(3))
 
@@ -407,18 +407,42 @@ def folded(net: nn.Module, *inputs: Tensor) -> list[str]:
     return patterns.descriptions
 
 
+@pytest.mark.parametrize("order", ["skip first", "up first"])
 @pytest.mark.parametrize("pad", [None, "odd", "shifted"])
-def test_the_step_up_is_one_op_in_inference(pad: str | None) -> None:
+@pytest.mark.parametrize("up", ["conv_transpose2x2", "upsample"])
+def test_the_step_up_is_one_op_in_inference(up: str, pad: str | None, order: str) -> None:
+    by: nn.Module = nn.Upsample(scale_factor=2) if up == "upsample" else UPSAMPLING["transposed"]()
     widths = {None: None, "odd": (0, 1, 0, 1), "shifted": (1, 0, 1, 0)}[pad]
-    fill = None if widths is None else lambda up, skip: F.pad(up, widths)
-    net = joined("skip first", UPSAMPLING["transposed"](), fill)
+    net = joined(order, by, None if widths is None else lambda up, skip: F.pad(up, widths))
     skip = torch.randn(2, 3, 8, 6) if pad is None else torch.randn(2, 3, 9, 7)
+    low = torch.randn(2, 3 if up == "upsample" else 5, 4, 3)
     expected = {
-        None: ["conv_transpose2x2 + cat + conv3x3 + relu"],
-        "odd": ["conv_transpose2x2 + pad + cat + conv3x3 + relu"],
-        "shifted": ["conv_transpose2x2", "cat + conv3x3 + relu"],
+        None: [f"{up} + cat + conv3x3 + relu"],
+        "odd": [f"{up} + pad + cat + conv3x3 + relu"],
+        "shifted": [up, "cat + conv3x3 + relu"] if up != "upsample" else ["upsample + cat + conv3x3 + relu"],
     }
-    assert folded(net, skip, torch.randn(2, 5, 4, 3)) == expected[pad]
+    assert folded(net, skip, low) == expected[pad]
+
+
+@pytest.mark.parametrize(
+    ("options", "is_folded"),
+    [
+        ({"scale_factor": (2.0, 2.0)}, True),
+        ({"scale_factor": 2, "mode": "nearest-exact"}, True),
+        ({"size": (8, 6)}, True),
+        # The size is twice low's, but the seventh row repeats the third, not the fourth.
+        ({"scale_factor": 2.2, "mode": "nearest-exact"}, False),
+        ({"scale_factor": 2, "mode": "bilinear"}, False),
+    ],
+    ids=str,
+)
+def test_only_an_upsampling_that_repeats_pixels_is_folded(options: dict[str, Any], is_folded: bool) -> None:
+    net = joined("skip first", Net(lambda m, x: F.interpolate(x, **options)))
+    inputs = (torch.randn(2, 3, 8, 6), torch.randn(2, 3, 4, 3))
+    (found,) = patterns_of(net.eval(), *inputs, force=False).found
+    assert folded(net, *inputs) == ["upsample + cat + conv3x3 + relu"]
+    assert (found.op == WITH_UPSAMPLING) == is_folded
+    assert (found.interpolation is None) == is_folded
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,18 @@ def arguments(size: tuple[int, int], c_low: int = 32, c_out: int = 64) -> tuple[
     ("size", "format"),
     [((6, 10), torch.channels_last), ((7, 10), torch.contiguous_format), ((3, 5), torch.channels_last)],
 )
-def test_parity(size: tuple[int, int], format: torch.memory_format) -> None:
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("up_first", [False, True])
+def test_parity(size: tuple[int, int], format: torch.memory_format, repeats: bool, up_first: bool) -> None:
+    """By a transposed convolution, or by repeating low's pixels."""
     skip, low, *parameters = arguments(size)
     skip, low = (t.contiguous(memory_format=format) for t in (skip, low))
+    if repeats:
+        parameters = [None, None, random_input((64, skip.shape[1] + low.shape[1], 3, 3), dtype=HALF, device=DEVICE)]
     with gpu.recording() as steps:
-        y = ops.conv_transpose2x2_concat_conv3x3_relu(skip, low, *parameters, relu=False)
+        y = ops.conv_transpose2x2_concat_conv3x3_relu(skip, low, *parameters, relu=False, up_first=up_first)
     assert kernel_names(steps).count(KERNEL) == 1
-    value, error = composed_sums_expected(skip, low, *parameters)
+    value, error = composed_sums_expected(skip, low, *parameters, up_first=up_first)
     assert_within(y, value, stored(value, error, HALF))
 
 

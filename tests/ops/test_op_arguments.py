@@ -116,6 +116,10 @@ STATISTICS = (P, P, P, P)
                 ((X, LOW.double()), checks.DtypeError, "low"),
             )
         ),
+        (
+            *("conv_transpose2x2_concat_conv3x3_relu", (X, LOW, None, UP_WEIGHT[0, :, 0, 0], W_CAT), {}),
+            *(checks.ConfigError, "up_bias: expected None without up_weight"),
+        ),
     ],
 )
 def test_more_bad_arguments(op: str, arguments: tuple, options: dict, error: type, message: str) -> None:

@@ -91,9 +91,10 @@ INFERENCE = [
         for up_bias, bias, options in (
             (None, None, {"norm": (*NORM[:2], None, 1e-3)}),
             ((2,), CHANNELS, {"negative_slope": 0.1}),
-            ((2,), CHANNELS, {"norm": (*NORM, 1e-3)}),
+            ((2,), CHANNELS, {"norm": (*NORM, 1e-3), "up_first": True}),
         )
     ),
+    Case("conv_transpose2x2_concat_conv3x3_relu", (X, LOW, None, None, (5, 6, 3, 3), CHANNELS), {}),
 ]
 
 
