@@ -62,6 +62,7 @@ def fastunet_backend(
     if fallback != "inductor":
         return run_backend(fallback, graph_module, example_inputs)
     rewriting.replace_replicate_pads(graph_module)
+    rewriting.keep_interpolations(graph_module)
     settings = {**(options_of_mode(mode) if mode not in (None, "default") else {}), **rest}
     return run_backend(fallback, graph_module, example_inputs, config_patches=settings or None)
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastunet.compiler.fx_nodes import arguments, has_effect, is_image, name_of, value_of
-from fastunet.compiler.patterns import Pattern, slope_of, stride_of
+from fastunet.compiler.patterns import Pattern, pair, slope_of, stride_of
 from fastunet.cpu import folding
 from fastunet.dispatch import STRIDE2
 from fastunet.ops.conv3x3 import NAMES
+from fastunet.ops.interpolation import MODES
+from fastunet.ops.interpolation import NAME as INTERPOLATE
 from fastunet.ops.registration import Op, op_named
 
 _ELEMENTWISE = (
@@ -129,7 +131,29 @@ def _shift_running_mean(graph: Any, pattern: Pattern) -> None:
     graph.call_method("add_", (norm["running_mean"], detached), {"alpha": norm["momentum"]})
 
 
-# --- what inductor cannot do ---
+# --- what inductor cannot do, or only slowly ---
+
+
+def keep_interpolations(graph_module: GraphModule) -> None:
+    """Have ATen upsample on the CPU where a gradient is due, which inductor takes apart into a scatter of additions."""
+    kept = []
+    for node in graph_module.graph.nodes:
+        if name_of(node) != "interpolate" or not (is_image(node) and value_of(node).requires_grad):
+            continue
+        given, result = arguments(node), value_of(node)
+        image = value_of(given["input"])
+        sizes, how = [*image.shape[2:], *result.shape[2:]], given["mode"]
+        is_known = all(isinstance(size, int) for size in sizes) and given["antialias"] is False
+        # By a factor that is no whole number, pixels may lie elsewhere than the sizes say.
+        is_whole = given["scale_factor"] is None or sizes[2:] == [
+            factor * size for factor, size in zip(pair(given["scale_factor"]), sizes[:2], strict=True)
+        ]
+        if is_known and is_whole and how in MODES and result.device.type == "cpu" and result.dtype == image.dtype:
+            node.op, node.target = "call_function", op_named(INTERPOLATE).overload
+            node.args, node.kwargs = (given["input"], *sizes[2:], how, bool(given["align_corners"])), {}
+            kept.append(node)
+    if kept:
+        graph_module.recompile()
 
 
 def replace_replicate_pads(graph_module: GraphModule) -> None:

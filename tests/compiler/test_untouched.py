@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastunet
-from fastunet.compiler import backend
+from fastunet.compiler import backend, rewriting
 from fastunet.compiler.rewriting import replicate_pad
 
 
@@ -47,6 +47,8 @@ def handed_on(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> l
 
 @ALL
 def test_training_of_narrow_nets_on_the_cpu_is_inductors(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for interpolations, which have tests of their own (ops/test_interpolation.py)."""
+    monkeypatch.setattr(rewriting, "keep_interpolations", lambda graph_module: None)
     if not model.is_installed():
         pytest.skip(f"needs {model.package}")
     untouched = handed_on(built(model).train(), large_image(model), monkeypatch)
