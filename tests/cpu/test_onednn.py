@@ -79,6 +79,17 @@ def test_within_bounds_of_float64(case: parity.Case, calls: list[str]) -> None:
     assert all(y.is_contiguous() for y in of_contiguous)
 
 
+@pytest.mark.parametrize("up_first", [False, True])
+def test_repeated_pixels_are_within_bounds_of_float64(up_first: bool, calls: list[str]) -> None:
+    shapes = {"skip": (2, 24, 40, 36), "low": (2, 40, 20, 18), "weight": (48, 64, 3, 3), "bias": (48,)}
+    inputs = parity.make_inputs(shapes, torch.float32, torch.device("cpu"))
+    skip, low, weight, bias = inputs.values()
+    with torch.no_grad():
+        y = ops.conv_transpose2x2_concat_conv3x3_relu(skip, low, None, None, weight, bias, up_first=up_first)
+    assert calls == ["conv_transpose2x2_concat_conv3x3"]
+    parity.compare({"y": y}, Call(JOINED_UP, inputs, {"up_first": up_first}, {}, []))
+
+
 # A folded norm rounds the weight once more than the bounds of bfloat16 know of: that is for the net's test.
 @needs_bfloat16
 @pytest.mark.parametrize(
