@@ -130,11 +130,13 @@ def test_dice_ignores_pixels_of_a_one_hot_target_as_monai_does(ignore_index: int
 
 
 @pytest.mark.parametrize("spatial", [(11,), (4, 3, 5)])
-def test_dice_takes_any_number_of_spatial_dimensions(spatial: tuple[int, ...]) -> None:
+def test_losses_take_any_number_of_spatial_dimensions(spatial: tuple[int, ...]) -> None:
     input, target = make_input(2, spatial=spatial), make_target(2, soft=False, spatial=spatial)
     for batch in (False, True):
         ours, monais = (cls(reduction="none", batch=batch) for cls in (DiceLoss, monai.losses.DiceLoss))
         assert_same_loss(ours, monais, input, target)
+    labels = make_labels(2, spatial=spatial)
+    assert_same_loss(CEDiceLoss(), monai.losses.DiceCELoss(softmax=True, to_onehot_y=True), input, labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
