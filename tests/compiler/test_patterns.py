@@ -166,10 +166,7 @@ def test_what_is_no_op_exactly_is_left_with_the_reason(training: bool) -> None:
         assert reason in patterns[0].reason, name
 
 
-def test_other_ranks_and_dtypes_are_left() -> None:
-    volume = patterns_of(nn.Sequential(nn.Conv3d(3, 4, 3, padding=1)), X[:, :, None])
-    own = "three dimensions run on torch's own layers"
-    assert volume.reasons == [f"conv3d: {own}; the ops are for images [N, C, H, W]"]
+def test_what_is_no_batch_of_floating_point_images_is_left() -> None:
     single = patterns_of(nn.Sequential(conv()), X[0])
     assert single.reasons == ["expected floating-point images [N, C, H, W], got torch.float32 [4, 9, 8]"]
     imaginary = patterns_of(nn.Sequential(conv(dtype=torch.complex64)), X.to(torch.complex64))
