@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import subprocess
 import sys
@@ -46,20 +45,15 @@ def test_wide_layers_train_by_the_ops() -> None:
     plain, x = nn.Sequential(*wide, nn.Conv2d(128, 2, 3, padding=1)).train(), torch.randn(2, 128, 48, 46)
     assert [row.implementation for row in fastunet.explain(plain, x).rows][:2] == ["winograd", "winograd"]
     grad = torch.randn(2, 2, 48, 46)
-    results = []
-    for kind in ("compiled", "plain", "exact"):
-        model = copy.deepcopy(plain).double() if kind == "exact" else copy.deepcopy(plain)
-        forward = (
-            torch.compile(model, backend="fastunet", options={"fallback": "eager"}) if kind == "compiled" else model
-        )
-        dtype = torch.float64 if kind == "exact" else torch.float32
-        if kind == "compiled":
-            assert set(ops_run(functools.partial(forward, x))) == {"conv3x3"}
-            model.load_state_dict(plain.state_dict())
-        forward(x.to(dtype)).backward(grad.to(dtype))
-        results.append([p.grad.double() for p in model.parameters()])
-    for actual, plain_grad, exact in zip(*results, strict=True):
-        error, direct = (float((t - exact).norm() / exact.norm()) for t in (actual, plain_grad))
+    model, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    compiled = torch.compile(model, backend="fastunet", options={"fallback": "eager"})
+    assert set(ops_run(lambda: compiled(x))) == {"conv3x3"}
+    model.load_state_dict(plain.state_dict())
+    for forward in (compiled, plain):
+        forward(x).backward(grad)
+    exact(x.double()).backward(grad.double())
+    for a, b, c in zip(model.parameters(), plain.parameters(), exact.parameters(), strict=True):
+        error, direct = (float((p.grad - c.grad).norm() / c.grad.norm()) for p in (a, b))
         # A value next to 0 may fall on either side of ReLU's bend: one in some hundred thousand.
         assert error <= 10 * direct + 1e-3, (error, direct)
 
@@ -79,24 +73,20 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("fallback", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_gradient_checkpointing(fallback: str) -> None:
+def test_gradient_checkpointing(fallback: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patterns within the checkpointed regions are replaced too, and the running statistics move once."""
     plain = Checkpointed(small_unet()).double()
     model = copy.deepcopy(plain)
-    counter = backend.find_patterns
-    found: list[Any] = []
+    find, found = backend.find_patterns, list[Any]()
 
-    def counting(graph_module: Any, **options: Any) -> Any:
-        result = counter(graph_module, **options)
-        found.append(result)
-        return result
+    def recorded(graph_module: Any, **options: Any) -> Any:
+        found.append(find(graph_module, **options))
+        return found[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "find_patterns", counting)
-        compiled = torch.compile(model, backend="fastunet", options={"fallback": fallback, "force": True})
-        actual = trained(model, compiled)
-    inner = [len(patterns) for _, patterns in found[-1]]
-    assert inner == [2, 3, 4]
+    monkeypatch.setattr(backend, "find_patterns", recorded)
+    compiled = torch.compile(model, backend="fastunet", options={"fallback": fallback, "force": True})
+    actual = trained(model, compiled)
+    assert [len(patterns) for _, patterns in found[-1]] == [2, 3, 4]
     uncompiled = trained(plain.net, plain.net)  # Eager checkpointing moves the statistics twice.
     compare(uncompiled, actual, 1e-10)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fastunet.benchmarks.dropin_models import MODELS, DropInModel
-from parity import ALL, built, compare, compare_grads, flat, image, ops_run, step
+from parity import built, compare, compare_grads, flat, image, ops_run, step
 
 from fastunet import dispatch
 
@@ -20,7 +20,12 @@ if not dispatch.interpreting():
 OUTPUT, GRADIENT = 2e-4, 2e-3
 
 
-def check(model: DropInModel) -> None:
+@pytest.mark.parametrize(
+    "model",
+    [MODELS[0], *(pytest.param(model, marks=pytest.mark.slow) for model in MODELS[1:])],
+    ids=lambda model: model.name,
+)
+def test_training_and_inference(model: DropInModel) -> None:
     side = 64 if model.name.startswith("smp") else 32  # Five levels down, more than a pixel for a batch norm.
     plain, x = built(model, 2), image(model, side, side, batch=1)
     net = copy.deepcopy(plain)
@@ -35,13 +40,3 @@ def check(model: DropInModel) -> None:
     net.eval()
     with torch.no_grad():
         compare([y.float() for y in flat(plain(x.double()))], flat(compiled(x)), OUTPUT)
-
-
-def test_a_padded_unet() -> None:
-    check(MODELS[0])
-
-
-@pytest.mark.slow
-@ALL
-def test_all_models(model: DropInModel) -> None:
-    check(model)
