@@ -154,20 +154,8 @@ def test_groups_come_in_one_order(command: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_are_in_groups_and_say_their_defaults(command: str) -> None:
-    groups = {
-        "Data",
-        "Model",
-        "Training",
-        "Validation",
-        "Prediction",
-        "Objects",
-        "Scores",
-        "Hardware",
-        "Duration",
-        "Output",
-    }
     for each in options_of(command):
-        assert each.rich_help_panel in groups, each.name
+        assert each.rich_help_panel in (*GROUPS, "Objects", "Duration"), each.name
         assert each.help, each.name
         has_default = each.required or each.default not in (None, "") or "[" in each.help
         # Without a value nothing is done for them: the text says for which data they are.

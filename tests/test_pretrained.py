@@ -29,15 +29,6 @@ UNet = fastunet.UNet
 # --- models of the known formats, with random statistics ---
 
 
-class Held(nn.Module):
-    """Modules as attributes, which is all that names depend on."""
-
-    def __init__(self, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-
 def milesial(channels: int = 1, classes: int = 2, *, bias: bool = False, **options: Any) -> ReferenceUNet:
     """The reference model, whose names are milesial's; `bias`: of convolutions before a norm, as it once had."""
     model = ReferenceUNet(channels, classes, **{"features": SMALL, **options})
@@ -56,7 +47,7 @@ class BrainSegmentation(nn.Module):
         def block(a: int, b: int, name: str) -> nn.Module:
             names = [name + kind for kind in ("conv1", "norm1", "relu1", "conv2", "norm2", "relu2")]
             layers = DoubleConv(a, b, b, norm="batch", activation="relu").double_conv
-            return Held(**dict(zip(names, layers, strict=True)))
+            return nn.ModuleDict(zip(names, layers, strict=True))
 
         for i in range(4):
             a, b = (width << (i - 1) if i else channels), width << i
