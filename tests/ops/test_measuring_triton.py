@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from fastunet.kernels import autotune, gpu, self_test
@@ -14,44 +16,43 @@ from fastunet.testing import families
 pytestmark = MARK
 
 
+SIZE = (1, 16, 6, 5, 16)
+
+
 @pytest.fixture
-def wrong_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel of max_pool2x2 is off by a factor from now on."""
+def make_wrong(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Have an output of a kernel be off by a factor from then on."""
     run = gpu.Launch.run
 
-    def altered(launch: gpu.Launch, device: torch.device) -> None:
-        run(launch, device)
-        if "max_pool" in launch.kernel.__name__:
-            launch.arguments["y_ptr"].mul_(1.5)
+    def make(kernel: str, output: str) -> None:
+        def altered(launch: gpu.Launch, device: torch.device) -> None:
+            run(launch, device)
+            if kernel in launch.kernel.__name__:
+                launch.arguments[output].mul_(1.5)
 
-    monkeypatch.setattr(gpu.Launch, "run", altered)
+        monkeypatch.setattr(gpu.Launch, "run", altered)
+
+    return make
 
 
-def test_the_check_finds_a_wrong_kernel_and_no_other(wrong_pooling: None) -> None:
-    size = (1, 16, 6, 5, 16)
-    families.check_family("conv1x1", "float32", DEVICE, size)
+def test_the_check_finds_a_wrong_kernel_and_no_other(make_wrong: Callable[[str, str], None]) -> None:
+    make_wrong("max_pool", "y_ptr")
+    families.check_family("conv1x1", "float32", DEVICE, SIZE)
     with pytest.raises(AssertionError, match="max_pool2x2: y: "):
-        families.check_family("max_pool2x2", "float32", DEVICE, size)
+        families.check_family("max_pool2x2", "float32", DEVICE, SIZE)
 
 
 @pytest.mark.parametrize("family", dispatch.STRIDED_OPS)
-def test_by_stride_2_an_op_is_checked_for_itself(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_stride_2_an_op_is_checked_for_itself(family: str, make_wrong: Callable[[str, str], None]) -> None:
     """On every kernel of its own; one that is wrong takes nothing away from stride 1."""
-    size, run = (1, 16, 6, 5, 16), gpu.Launch.run
     with gpu.recording() as launches:
-        families.check_family(family, "float32", DEVICE, size)
+        families.check_family(family, "float32", DEVICE, SIZE)
     strided = {launch.kernel.__name__ for launch in launches if launch.arguments.get("STRIDE") == 2}
     assert strided == {"conv3x3_kernel", "conv3x3_weight_grad_kernel"}
-
-    def altered(launch: gpu.Launch, device: torch.device) -> None:
-        run(launch, device)
-        if "strided_input_grad" in launch.kernel.__name__:
-            launch.arguments["out_ptr"].mul_(1.5)
-
-    monkeypatch.setattr(gpu.Launch, "run", altered)
+    make_wrong("strided_input_grad", "out_ptr")
     with pytest.raises(AssertionError, match=r"grad (x|skip): "):
-        families.check_family(family, "float32", DEVICE, size)
-    families.check_family(family.removesuffix(autotune.STRIDE2), "float32", DEVICE, size)
+        families.check_family(family, "float32", DEVICE, SIZE)
+    families.check_family(family.removesuffix(autotune.STRIDE2), "float32", DEVICE, SIZE)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs e4m3 by compiled kernels alone")
