@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,17 +20,19 @@ PYTORCH = (ROOT / "docs/pytorch.md").read_text()
 VOLUMES = (ROOT / "docs/volumes.md").read_text()
 
 
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks/results" / name).read_text())
+
+
 def test_what_a_training_gives_is_in_the_result_files() -> None:
-    found = json.loads((ROOT / "benchmarks/results/cpu/accuracy_minutes_4.json").read_text())["summary"]["fastunet"][
-        "dice"
-    ]
-    membranes, cells = (f"{found[side]:.3f}" for side in ("background", "foreground"))
+    dice = result("cpu/accuracy_minutes_4.json")["summary"]["fastunet"]["dice"]
+    membranes, cells = (f"{dice[side]:.3f}" for side in ("background", "foreground"))
     assert f"4 minutes on two CPU cores give membranes a Dice of {membranes}, cells {cells}" in README
 
 
 def test_the_bytes_of_volumes_are_the_result_files() -> None:
     """And the arithmetic on them: least times by the rates that the page names, and shares of the FLOPs."""
-    found = json.loads((ROOT / "benchmarks/results/traffic_volumes.json").read_text())
+    found = result("traffic_volumes.json")
     flops = found["flops"]
     rows = re.findall(r"^\| .* \| (\d+) \| (\d\.\d\d) \| (\d+) \|$", VOLUMES, re.MULTILINE)
     assert "790 TFLOP/s and bytes at 3.0 TB/s" in VOLUMES
@@ -44,20 +47,16 @@ def test_the_bytes_of_volumes_are_the_result_files() -> None:
     def share(pattern: str) -> str:
         return f"{100 * sum(n for layer, n in flops.items() if re.fullmatch(pattern, layer)) / total:.1f} %"
 
-    highest, first, strided, lowest = map(
-        share, (r"(down0|up5)\.c.", r"down0\.c1", r"down[1-5]\.c1", r"(down[45]|up1)\.c.")
-    )
-    assert f"{highest} of the FLOPs are in the four" in VOLUMES
-    assert f"{first} in the first of them" in VOLUMES
+    strided, lowest = share(r"down[1-5]\.c1"), share(r"(down[45]|up1)\.c.")
+    assert share(r"(down0|up5)\.c.") + " of the FLOPs are in the four" in VOLUMES
+    assert share(r"down0\.c1") + " in the first of them" in VOLUMES
     assert f"{strided} in the five of stride 2, {lowest} in all of the two lowest" in VOLUMES
 
 
 def test_the_plan_of_volumes_fits_the_hardware() -> None:
     """Its bytes and clocks, from the tile: planes of 32x8 voxels of 64 channels, and of 32."""
-    room, products = (
-        gpu.known_target(90).shared_memory,
-        2048,
-    )  # bytes; products a clock of a multiprocessor's tensor cores
+    room = gpu.known_target(90).shared_memory
+    products = 2048  # a clock of a multiprocessor's tensor cores
     box, narrow = 34 * 8 * 64 * 2, 34 * 8 * 32 * 2
     weight, paired = 64 * 64 * 2, 64 * 32 * 2
     one, two = 256 * 64 * 64 * 27 // products, 2 * 256 * 64 * 64 * 27 // products
@@ -78,12 +77,11 @@ def test_the_plan_of_volumes_fits_the_hardware() -> None:
 
 
 def test_what_8_bits_cost_is_the_result_files() -> None:
-    found = json.loads((ROOT / "benchmarks/results/cpu/quantization.json").read_text())
-    text = PYTORCH
+    found = result("cpu/quantization.json")
     for side, words in (("foreground", "cells on 4 others stays at"), ("background", "membranes at")):
         before, after = (f"{found[name]['dice'][side]:.4f}" for name in ("float", "e4m3"))
         assert before == after, "then it does not stay"
-        assert f"{words} {before}" in text
+        assert f"{words} {before}" in PYTORCH
 
 
 def python_example(call: str) -> str:
@@ -102,9 +100,8 @@ def test_the_python_example_runs() -> None:
 
 
 def test_the_example_of_one_line_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        backend, "default_fallback", lambda: "eager"
-    )  # Inductor's compiling takes longer than all else.
+    # Inductor's compiling takes longer than all else.
+    monkeypatch.setattr(backend, "default_fallback", lambda: "eager")
     names: dict = {"torch": torch, "fastunet": fastunet, "x": torch.randn(1, 3, 9, 8)}
     names["your_model"] = torch.nn.Conv2d(3, 4, 3, padding=1)
     exec(python_example("torch.compile(your_model"), names)
