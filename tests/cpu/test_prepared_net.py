@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from onednn_here import MARKS, needs_bfloat16
+from test_onednn import distance
 from torch import Tensor, nn
 
 import fastunet
@@ -127,10 +128,6 @@ def test_no_value_exceeds_its_bound(norm: str | None) -> None:
         assert largest <= layer.grown(bound)
 
 
-def off(y: Tensor, exact: Tensor) -> float:
-    return float((y.double() - exact).norm() / exact.norm())
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("options", "by_layers"),
@@ -159,7 +156,7 @@ def test_a_frozen_net_is_as_near_to_float64_as_torchs_layers(
                 y, expected = frozen(x), plain.float()(x)
         assert y.dtype == dtype
         assert not y.requires_grad
-        assert off(y, exact) <= 2 * off(expected, exact)
+        assert distance(y, exact) <= 2 * distance(expected, exact)
     assert bool(fused) == (dtype in by_layers)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_onednn import distance
 from torch import Tensor
 
 import fastunet
@@ -42,20 +43,15 @@ def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(winograd, "_PASS_BYTES", request.param)
 
 
-@pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def sizes(function: Callable[..., Any], tensors: tuple[Any, ...], *args: Any) -> Any:
     """What a function of winograd adds up, each term by its size: by that, not by the terms of the direct sum, its
     rounding errors go.
     """
-
-    def run(name: str, tensors: tuple[Any, ...], *args: Any) -> Any:
-        transforms = winograd._transforms
-        with monkeypatch.context() as patch:
-            patch.setattr(winograd, "_transforms", lambda m: winograd._Transforms(*(t.abs() for t in transforms(m))))
-            absolute = [[t.abs() for t in of] if isinstance(of, list) else of.abs() for of in tensors]
-            return getattr(winograd, name)(*absolute, *args)
-
-    return run
+    transforms = winograd._transforms
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "_transforms", lambda m: winograd._Transforms(*(t.abs() for t in transforms(m))))
+        absolute = [[t.abs() for t in of] if isinstance(of, list) else of.abs() for of in tensors]
+        return function(*absolute, *args)
 
 
 def make(shape: tuple[Any, ...], fill: Any = random_input) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -68,19 +64,17 @@ def make(shape: tuple[Any, ...], fill: Any = random_input) -> tuple[list[Tensor]
 
 @sides
 @shapes
-def test_sum_and_gradients_within_bounds_of_float64(
-    shape: tuple[Any, ...], m: int, at_once: None, sizes: Callable[..., Any]
-) -> None:
+def test_sum_and_gradients_within_bounds_of_float64(shape: tuple[Any, ...], m: int, at_once: None) -> None:
     inputs, weights, grad = make(shape)
     y = winograd.convolve(inputs, weights, None, m)
     exact = conv3x3_expected(torch.cat(inputs, 1), torch.cat(weights, 1)).value
-    size = sizes("convolve", (inputs, weights), None, m).double()
+    size = sizes(winograd.convolve, (inputs, weights), None, m).double()
     assert_within(y, exact, conv_tolerance(exact, size, 9 * sum(shape[1]) + 1, torch.float32))
     assert y.is_contiguous(memory_format=torch.channels_last)
 
     asked = ([True] * len(inputs), True)
     grads, weight_grads = winograd.gradients(grad, inputs, weights, m, *asked)
-    size, weight_size = sizes("gradients", (grad, inputs, weights), m, *asked)
+    size, weight_size = sizes(winograd.gradients, (grad, inputs, weights), m, *asked)
     n, _, channels_out, h, w = shape
     for i, x in enumerate(inputs):
         exact = conv3x3_input_grad_expected(grad, weights[i]).value
@@ -117,15 +111,13 @@ def test_only_what_is_asked_for() -> None:
 def test_results_outlive_the_next_call() -> None:
     """What a call returns is not of the memory that the next one works in."""
     inputs, weights, grad = make((1, (8,), 5, 8, 8))
-    y, (grads, weight_grads) = (
-        winograd.convolve(inputs, weights, None, 4),
-        winograd.gradients(grad, inputs, weights, 4, [True], True),
-    )
-    kept = [t.clone() for t in (y, grads[0], weight_grads[0])]
+    y = winograd.convolve(inputs, weights, None, 4)
+    (x_grad,), (weight_grad,) = winograd.gradients(grad, inputs, weights, 4, [True], True)
+    kept = [t.clone() for t in (y, x_grad, weight_grad)]
     others = [t * 3 for t in inputs]
     winograd.convolve(others, weights, None, 4)
     winograd.gradients(grad * 5, others, weights, 4, [True], True)
-    for t, copy in zip((y, grads[0], weight_grads[0]), kept, strict=True):
+    for t, copy in zip((y, x_grad, weight_grad), kept, strict=True):
         assert_within(t, copy, 0)
 
 
@@ -217,7 +209,7 @@ def test_op_with_norm_is_nearly_as_near_to_float64_as_on_aten(norm: str, calls: 
             results.append([y.detach(), *torch.autograd.grad(y, leaves, random_cotangent(y))])
     assert calls == ["convolve_transformed", "gradients"]
     for actual, of_aten, exact in zip(*results, strict=True):
-        error, on_aten = (float((t.double() - exact).norm() / exact.norm()) for t in (actual, of_aten))
+        error, on_aten = distance(actual, exact), distance(of_aten, exact)
         assert error <= 10 * on_aten + 1e-7, (error, on_aten)
 
 
@@ -303,7 +295,7 @@ def test_inference_after_stepping_up(calls: list[str]) -> None:
     up = F.conv_transpose2d(low.double(), up_weight.double(), up_bias.double(), stride=2)
     joined = torch.cat([skip.double(), F.pad(up, [0, 1, 0, 0])], 1)
     exact = F.relu(F.conv2d(joined, weight.double(), bias.double(), padding=1))
-    assert float((y.double() - exact).norm() / exact.norm()) < 3e-6
+    assert distance(y, exact) < 3e-6
 
 
 @pytest.fixture
