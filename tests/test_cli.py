@@ -33,16 +33,6 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 TINY = ["--steps", "4", "--features", "4,8", "--crop", "32", "--batch-size", "2", "--no-tta", "--precision", "fp32"]
 
 
-def test_predict_writes_a_label_image_for_each(run: Path, data: Path, tmp_path: Path) -> None:
-    fastunet("predict", run, data / "images", "--out", tmp_path / "labels", "--tile", "32")
-    stems = {p.stem for p in (data / "images").iterdir()}
-    assert {p.name for p in (tmp_path / "labels").iterdir()} == {f"{stem}.png" for stem in stems}
-    for file in (tmp_path / "labels").iterdir():
-        labels = np.array(Image.open(file))
-        assert labels.shape == (64, 64)
-        assert set(np.unique(labels)) <= {0, 255}
-
-
 def test_evaluate_scores_and_warns_of_training_images(run: Path, data: Path, tmp_path: Path) -> None:
     result = fastunet("evaluate", run, data, "--out", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -187,10 +177,12 @@ def test_predictions_never_go_where_the_data_are(how: str, run: Path, data: Path
 
 
 def test_predict_overwrites_only_predictions_and_only_when_asked(run: Path, data: Path, tmp_path: Path) -> None:
-    arguments = ("predict", run, data, "--out", tmp_path / "out")
+    arguments = ("predict", run, data, "--out", tmp_path / "out", "--tile", "32")
     fastunet(*arguments)
     first = tmp_path / "out/cell_001.png"
     before = contents(tmp_path)
+    assert {path.stem for path in before} == {path.stem for path in (data / "images").iterdir()}
+    assert set(np.unique(np.array(Image.open(first)))) <= {0, 255}
     assert "--overwrite replaces what fastunet wrote" in error_of(*arguments)
     fastunet(*arguments, "--overwrite")
     assert contents(tmp_path) == before
