@@ -57,7 +57,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "write_dataset", lambda root, count: write_dataset(root, count // 10, size=64))
     monkeypatch.setattr(demo, "TrainConfig", lambda **options: TrainConfig(**{**options, "features": (4, 8)}))
     arguments = ("demo", "--out", tmp_path / "demo", "--minutes", "0.001")
-    result = fastunet(*arguments)
+    fastunet(*arguments)
     before = contents(tmp_path)
     assert "--overwrite" in error_of(*arguments)
     mine = tmp_path / "demo/data/years_of_work.png"
@@ -75,8 +75,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def grey(path: Path, size: tuple[int, int] = (64, 64), value: int = 0) -> None:
-    Image.fromarray(np.full(size, value, np.uint8)).save(path)
+def grey(path: Path, size: tuple[int, int] = (64, 64)) -> None:
+    Image.fromarray(np.zeros(size, np.uint8)).save(path)
 
 
 @pytest.mark.parametrize(

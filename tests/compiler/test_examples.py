@@ -16,13 +16,9 @@ from PIL import Image
 from fastunet.compiler import backend
 from fastunet.train import results
 
-EXAMPLES = sorted(
-    p for p in (Path(__file__).parents[2] / "examples").glob("*.py") if p.stem not in ("shapes", "notebook")
-)
-
-
-def path_of(name: str) -> Path:
-    return Path(__file__).parents[2] / "examples" / f"{name}.py"
+FOLDER = Path(__file__).parents[2] / "examples"
+NOTEBOOK = FOLDER / "notebook.py"
+EXAMPLES = sorted({*FOLDER.glob("*.py")} - {FOLDER / "shapes.py", NOTEBOOK})
 
 
 def run(path: Path, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> dict[str, Any]:
@@ -54,7 +50,7 @@ def test_an_example_as_it_stands(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_each_says_what_to_install() -> None:
-    for path in [*EXAMPLES, path_of("notebook")]:
+    for path in [*EXAMPLES, NOTEBOOK]:
         names = re.findall(r"pip install ([^`;(\n\"]+)", path.read_text())
         assert len(names) == 1, path.name
         installed, *others = shlex.split(names[0])
@@ -71,7 +67,7 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a notebook runs it, cell by cell, with other parameters after the cell that is tagged for them."""
     pytest.importorskip("matplotlib", reason="needs the extra train").use("agg")
     monkeypatch.setattr(results, "write_report", lambda path, *_: Image.new("RGB", (40, 30)).save(path))
-    _, *cells = re.split(r"^# %%(.*)$", path_of("notebook").read_text(), flags=re.M)
+    _, *cells = re.split(r"^# %%(.*)$", NOTEBOOK.read_text(), flags=re.M)
     codes = [code for title, code in zip(cells[::2], cells[1::2], strict=True) if "[markdown]" not in title]
     assert len(codes) == 5
     names: dict[str, Any] = {}

@@ -49,21 +49,11 @@ def chain(*modules: nn.Module) -> nn.Sequential:
     return net
 
 
-class Branches(nn.Module):
-    """Chains of the same image in one graph, each by its place."""
-
-    def __init__(self, chains: list[nn.Module]) -> None:
-        super().__init__()
-        self.chains = nn.ModuleList(chains)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [chain(x) for chain in self.chains]
-
-
 def by_chain(chains: list[nn.Module], training: bool) -> list[list[Pattern]]:
-    """The patterns of each chain, whose numbers stay the same."""
+    """The patterns of each chain, whose numbers stay the same: all are of one image, in one graph."""
     found: list[list[Pattern]] = [[] for _ in chains]
-    for pattern in assert_same(Branches(chains).train(training), X).found:
+    net = Net(lambda m, x: [chain(x) for chain in m.chains], chains=nn.ModuleList(chains))
+    for pattern in assert_same(net.train(training), X).found:
         found[int(pattern.layer.split(".")[1])].append(pattern)
     return found
 
