@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("safetensors", reason="needs the extra train")
 
 import torch
+from test_unet import OPTIONS
 from torch import Tensor, nn
 from unet_weights import SMALL, assert_identical
 
@@ -168,20 +169,7 @@ def test_missing_batch_counts_are_zero(source: Callable[[], nn.Module]) -> None:
 # --- our own ---
 
 
-OWN = [
-    dict(zip(("norm", "upsample", "activation", "head"), values, strict=True))
-    for values in (
-        ("batch", "transpose", "relu", None),
-        ("batch", "bilinear", "leaky_relu", "sigmoid"),
-        ("instance", "transpose", "leaky_relu", "softmax"),
-        ("instance", "bilinear", "relu", None),
-        (None, "transpose", "relu", "sigmoid"),
-        (None, "bilinear", "leaky_relu", "softmax"),
-    )
-]
-
-
-@pytest.mark.parametrize("options", OWN, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_saved_and_loaded_is_identical(options: dict, tmp_path: Path) -> None:
     model = UNet(2, 3, features=(3, 5, 9), **options)
     x = torch.randn(2, 2, 9, 13)
