@@ -34,6 +34,8 @@ from fastunet.cpu.model_state import Memo
 from fastunet.reference import ReferenceUNet
 from fastunet.testing import random_cotangent, random_input
 
+X = random_input(SHAPE, dtype=torch.float64)
+
 
 def assert_alike(model: Any, reference: Any, *, channels: int = 2, trains: bool = True) -> None:
     x = random_input((2, channels, *SHAPE[2:]), dtype=torch.float64)
@@ -235,13 +237,13 @@ WAYS: tuple[Callable[[str], Any], ...] = (lambda path: wrap(path, Doubled), patc
 @pytest.mark.parametrize("norm", ["batch", None])
 def test_each_module_changed(norm: str | None) -> None:
     """In one of the ways each; neighbours in different ones."""
-    x, options = random_input(SHAPE, dtype=torch.float64), {"norm": norm, "features": (4, 6)}
+    options = {"norm": norm, "features": (4, 6)}
     for i, path in enumerate(called(**options)):
         model, reference = pair(WAYS[i % len(WAYS)](path), **options)
         if norm is not None:
-            assert_trains_alike(model, reference, x)
+            assert_trains_alike(model, reference, X)
         with torch.no_grad():
-            assert_near(model.eval()(x), reference.eval()(x))
+            assert_near(model.eval()(X), reference.eval()(X))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -255,7 +257,7 @@ def test_each_module_changed(norm: str | None) -> None:
 )
 def test_a_patched_class(kind: Any, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference = (net.eval().to(dtype) for net in pair())
-    x, original = random_input(SHAPE, dtype=dtype), getattr(kind, method)
+    x, original = X.to(dtype), getattr(kind, method)
     with torch.no_grad():
         before = model(x)  # And finds out how to compute itself.
         monkeypatch.setattr(kind, method, lambda self, *args: 1.1 * original(self, *args))
@@ -268,9 +270,8 @@ def test_a_patched_class(kind: Any, method: str, dtype: torch.dtype, monkeypatch
 def test_a_shallow_copy_is_another_model() -> None:
     """It has the modules of its own that it is given, whatever the model before it found out of itself."""
     models = [net.eval().float() for net in pair()]
-    x = random_input(SHAPE, dtype=torch.float32)
+    x, results = X.float(), []
     with torch.no_grad():
-        results = []
         for net in models:
             before = net(x)
             other = copy.copy(net)
@@ -299,10 +300,9 @@ def test_what_is_found_of_copies_at_once_is_kept_apart() -> None:
 
 def test_the_parts_called_by_hand() -> None:
     model, reference = (net.eval() for net in pair())
-    x = random_input(SHAPE, dtype=torch.float64)
     outputs = []
     for net in (model, reference):
-        skip = net.inc(x)
+        skip = net.inc(X)
         low = net.down2(net.down1(skip))
         outputs.append([skip, low, net.down1.maxpool_conv(skip), net.up2(net.up1(low, net.down1(skip)), skip)])
         outputs[-1].append(net.outc(outputs[-1][-1]))
@@ -327,11 +327,10 @@ def test_blocks_of_a_subclass() -> None:
 
 def test_functional_call_has_the_parameters_it_is_given() -> None:
     model, reference = pair()
-    x = random_input(SHAPE, dtype=torch.float64)
     results = []
     for net in (model, reference):
         parameters = {name: (1.5 * p).detach().requires_grad_() for name, p in net.named_parameters()}
-        y = torch.func.functional_call(net, parameters, (x,))
+        y = torch.func.functional_call(net, parameters, (X,))
         results.append((y, *torch.autograd.grad(y, [*parameters.values()], random_cotangent(y))))
     largest = max(float(t.abs().max()) for t in results[1])
     for a, b in zip(*results, strict=True):
@@ -342,16 +341,15 @@ def test_functional_call_has_the_parameters_it_is_given() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_traced(trace: str) -> None:
     model, reference = (net.eval() for net in pair())
-    x = random_input(SHAPE, dtype=torch.float64)
-    traced = torch.fx.symbolic_trace(model) if trace == "fx" else torch.jit.trace(model, x)
-    assert_near(traced(x), reference(x))
+    traced = torch.fx.symbolic_trace(model) if trace == "fx" else torch.jit.trace(model, X)
+    assert_near(traced(X), reference(X))
 
 
 @pytest.mark.parametrize("path", ["inc.double_conv.2", "up2.up", "down1.maxpool_conv.0", "outc"])
 def test_the_reference_is_of_the_model_as_it_is(path: str) -> None:
     model, _ = pair(wrap(path, Doubled))
     model.inc.eval().requires_grad_(False)
-    assert_trains_alike(model, model.to_reference(), random_input(SHAPE, dtype=torch.float64))
+    assert_trains_alike(model, model.to_reference(), X)
     reference = model.to_reference()
     assert type(reference) is ReferenceUNet
     assert not any(type(module).__module__ == "fastunet.modules" for module in reference.modules())
@@ -371,7 +369,7 @@ def test_the_reference_of_another_forward_is_refused() -> None:
 def test_the_input_is_checked_against_the_layers_that_are_there() -> None:
     model, _ = pair(put("inc.double_conv.0", lambda: nn.Conv2d(5, 4, 3, padding=1, bias=False)))
     with pytest.raises(ShapeError, match="expected 5 input channels, got 2"):
-        model(random_input(SHAPE, dtype=torch.float64))
+        model(X)
     model, reference = pair(on("down2.maxpool_conv", lambda layers: layers.pop(0)))
     x = random_input((1, 2, 3, 3), dtype=torch.float64)
     assert_near(model.eval()(x), reference.eval()(x))
@@ -382,8 +380,7 @@ def test_the_input_is_checked_against_the_layers_that_are_there() -> None:
 
 def test_explain_tells_which_layers_run_one_by_one() -> None:
     model, _ = pair()
-    x = random_input(SHAPE, dtype=torch.float64)
     model.eval().down1.maxpool_conv[1].double_conv[4].register_forward_hook(lambda *_: None)
-    rows = {(row.layer, row.op) for row in fastunet.explain(model, x).rows}
+    rows = {(row.layer, row.op) for row in fastunet.explain(model, X).rows}
     assert ("down1.maxpool_conv.1.double_conv.3", "convolution") in rows
     assert ("inc.double_conv.3", "conv3x3_batch_norm_relu") in rows

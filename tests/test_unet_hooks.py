@@ -14,6 +14,8 @@ from unet_pair import SHAPE, assert_near, called, modules_of, pair
 
 from fastunet.testing import random_cotangent, random_input
 
+X = random_input(SHAPE, dtype=torch.float64)
+
 
 def before_call(found: list[Any], module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     found.append(args)
@@ -31,7 +33,7 @@ def test_each_module_alone_is_seen_and_changed_by_its_hooks(norm: str | None, dt
     """By a hook before it, on what it gets; by one after it, on what it gives; and by none that has been removed."""
     options = {"norm": norm, "features": (4, 6)}
     model, reference = (net.eval().to(dtype) for net in pair(**options))
-    x = random_input(SHAPE, dtype=dtype)
+    x = X.to(dtype)
     with torch.no_grad():
         before = reference(x)
     for path in called(**options):
@@ -82,14 +84,13 @@ def test_hooks_see_what_the_references_see(kind: str, which: str) -> None:
     """Which module, in which order, with which values; the model is in training, so that backward hooks fire."""
     register, options = REGISTERS[kind]
     nets, seen = pair(), []
-    x = random_input(SHAPE, dtype=torch.float64)
     for net in nets:
         events: list[tuple[str, list[Tensor | None]]] = []
         names = modules_of(net)
         for name in names[2::3] if which == "every third" else names:
             note = lambda _, *given, name=name, events=events: events.append((name, [*tensors_in(given)]))  # noqa: E731
             getattr(net.get_submodule(name), register)(note, **options)
-        y = net(x.clone().requires_grad_())
+        y = net(X.clone().requires_grad_())
         y.backward(random_cotangent(y))
         seen.append(events)
     ours, expected = seen
@@ -106,14 +107,13 @@ def test_hooks_see_what_the_references_see(kind: str, which: str) -> None:
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
 def test_hooks_of_all_modules(kind: str) -> None:
     nets, seen = pair(), []
-    x = random_input(SHAPE, dtype=torch.float64)
     for net in nets:
         names = {module: name for name, module in net.named_modules()}
         events: list[str] = []
         register = getattr(of_all_modules, f"register_module_{kind}")
         hook = register(lambda module, *_, names=names, events=events: events.append(names[module]))
         try:
-            y = net(x.clone().requires_grad_())
+            y = net(X.clone().requires_grad_())
             y.backward(random_cotangent(y))
         finally:
             hook.remove()
