@@ -118,11 +118,13 @@ def test_one_pixel_at_the_bottom_is_refused_as_by_torch(norm: str, training: boo
     ("options", "message"),
     [
         ({"norm": "layer"}, "norm: expected one of 'batch', 'instance', None, got 'layer'"),
-        ({"upsample": "nearest"}, "upsample: expected one of"),
         ({"activation": "gelu"}, "activation: expected one of"),
         ({"head": "tanh"}, "head: expected one of"),
         ({"features": (8,)}, "two or more features"),
         ({"features": (8, 0)}, "features >= 1"),
+        ({"dims": 1}, "dims: expected 2, of images, or 3, of volumes, got 1"),
+        ({"dims": 3, "upsample": "bilinear"}, "upsample: expected one of 'transpose', 'trilinear', got 'bilinear'"),
+        ({"dims": 2, "upsample": "trilinear"}, "upsample: expected one of 'transpose', 'bilinear', got 'trilinear'"),
     ],
 )
 def test_unknown_options_raise(options: dict, message: str) -> None:

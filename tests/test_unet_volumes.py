@@ -126,20 +126,6 @@ def test_weights_of_both_kinds_are_refused() -> None:
 # --- what is refused ---
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dims": 1}, "dims: expected 2, of images, or 3, of volumes, got 1"),
-        ({"dims": 3, "upsample": "bilinear"}, "upsample: expected one of 'transpose', 'trilinear', got 'bilinear'"),
-        ({"dims": 2, "upsample": "trilinear"}, "upsample: expected one of 'transpose', 'bilinear', got 'trilinear'"),
-    ],
-)
-def test_unknown_options_raise(options: dict[str, Any], message: str) -> None:
-    for kind in (fastunet.UNet, ReferenceUNet):
-        with pytest.raises(ValueError, match=message):
-            kind(1, 2, **options)
-
-
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_what_is_no_volume_or_too_small_raises_with_what_is_expected(norm: str) -> None:
     model = net(norm=norm)
