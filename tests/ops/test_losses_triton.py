@@ -13,16 +13,17 @@ from torch import Tensor
 import fastunet
 from fastunet import ops
 from fastunet.losses import BCEDiceLoss, CEDiceLoss, DiceLoss
+from fastunet.testing import random_cotangent, random_input
 
 pytestmark = MARK
 
 
-def make_logits(channels: int, seed: int = 0) -> Tensor:
-    return torch.randn(3, channels, 7, 5, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+def make_logits(channels: int) -> Tensor:
+    return random_input((3, channels, 7, 5), layout="contiguous", device=DEVICE)
 
 
-def make_target(channels: int, seed: int = 1) -> Tensor:
-    return torch.rand(3, channels, 7, 5, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+def make_target(channels: int) -> Tensor:
+    return random_input((3, channels, 7, 5), layout="contiguous", seed=1, device=DEVICE).sigmoid()
 
 
 def make_labels(classes: int) -> Tensor:
@@ -37,8 +38,7 @@ def run(backend: str, loss: Any, logits: Tensor, target: Tensor) -> tuple[Tensor
     leaf = logits.detach().clone().requires_grad_()
     with fastunet.backend(backend):
         value = loss(leaf, target)
-        cotangent = torch.randn(value.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-        return value.detach(), *torch.autograd.grad(value, leaf, cotangent)
+        return value.detach(), *torch.autograd.grad(value, leaf, random_cotangent(value))
 
 
 TARGET, BYTES = make_target(3), make_target(1).round().to(torch.uint8)
@@ -65,8 +65,8 @@ LABELLED = {"softmax": True, "to_onehot_y": True, "include_background": False, "
 def test_losses(loss: Any, target: Tensor) -> None:
     """Triton's float32 against ATen's float64."""
     channels = 1 if target is BYTES else 3 if target.shape[1] == 1 else target.shape[1]
-    shape, format = (3, channels, *target.shape[2:]), torch.channels_last if target is TARGET else torch.preserve_format
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE).contiguous(memory_format=format)
+    layout = "channels_last" if target is TARGET else "contiguous"
+    logits = random_input((3, channels, *target.shape[2:]), layout=layout, device=DEVICE)
     actual, exact = run("triton", loss, logits, target), run("aten", loss, logits.double(), target)
     for a, b in zip(actual, exact, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
