@@ -15,7 +15,6 @@ from unet_weights import SMALL, assert_identical
 
 import fastunet
 from fastunet.checks import ConfigError, DataError, DtypeError, ShapeError
-from fastunet.compiler import backend
 from fastunet.data import DataSummary
 from fastunet.dispatch import VOLUMES
 from fastunet.inference.export import Pipeline
@@ -180,36 +179,3 @@ def test_explain_says_what_runs_it() -> None:
     assert sum("convolution" in kind for kind in kinds) == 13  # two in each of five blocks, two upsamplings, the head
     assert sum("max_pool" in kind for kind in kinds) == 2
     assert {(row.implementation, row.reason) for row in rows} == {("aten", VOLUMES)}
-
-
-def somebodys() -> nn.Module:
-    layers = [nn.MaxPool3d(2), nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True), nn.LeakyReLU()]
-    return nn.Sequential(*layers, nn.ConvTranspose3d(4, 4, 2, stride=2))
-
-
-@pytest.mark.parametrize("make", [somebodys, lambda: net(norm="instance")], ids=["somebody's", "ours"])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_the_compiler_hands_on_a_graph_of_volumes(
-    make: Callable[[], nn.Module], training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, x = make().train(training), torch.randn(1, 1, 8, 8, 8)
-    for row in fastunet.explain(model, x).rows:
-        assert VOLUMES in row.reason
-        assert row.replaced_by == ""
-    seen = []
-
-    def run(name: str, graph: Any, inputs: Any, **options: Any) -> Any:
-        seen.append([(node.op, node.target, *map(str, node.all_input_nodes)) for node in graph.graph.nodes])
-        return graph.forward
-
-    def plain(graph: Any, inputs: Any) -> Any:
-        return run("", graph, inputs)
-
-    monkeypatch.setattr(backend, "run_backend", run)
-    torch._dynamo.reset()
-    with torch.set_grad_enabled(training):
-        for used in ("fastunet", plain):
-            torch.compile(model, backend=used)(x)
-            torch._dynamo.reset()
-    assert len(seen) == 2
-    assert seen[0] == seen[1]

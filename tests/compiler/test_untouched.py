@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fastunet
 from fastunet.compiler import backend, rewriting
 from fastunet.compiler.rewriting import replicate_pad
+from fastunet.dispatch import VOLUMES
 
 
 def account(graph_module: Any) -> list[Any]:
@@ -79,6 +80,26 @@ def test_a_graph_with_few_wide_layers_is_handed_on(monkeypatch: pytest.MonkeyPat
     x = torch.zeros(1, 64, 128, 128)
     assert handed_on(levels(1).train(), x, monkeypatch) == [True]
     assert handed_on(levels(2).train(), x, monkeypatch) == [False]
+
+
+def somebodys_net_of_volumes() -> nn.Module:
+    layers = [nn.MaxPool3d(2), nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True), nn.LeakyReLU()]
+    return nn.Sequential(*layers, nn.ConvTranspose3d(4, 4, 2, stride=2))
+
+
+def net_of_volumes() -> nn.Module:
+    return fastunet.UNet(1, 2, features=(4, 8, 16), norm="instance", dims=3)
+
+
+@pytest.mark.parametrize("make", [somebodys_net_of_volumes, net_of_volumes], ids=["somebody's", "ours"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_graph_of_volumes_is_handed_on(make: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make().train(training), torch.randn(1, 1, 8, 8, 8)
+    for row in fastunet.explain(model, x).rows:
+        assert VOLUMES in row.reason
+        assert row.replaced_by == ""
+    with torch.set_grad_enabled(training):
+        assert handed_on(model, x, monkeypatch) == [True]
 
 
 @pytest.mark.parametrize("widths", [(0, 0, 0, 0), (0, 1, 0, 1), (2, 0, 0, 3), (0, 0, 1, 0)], ids=str)
