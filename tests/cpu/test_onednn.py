@@ -23,23 +23,24 @@ pytestmark = MARKS
 JOINED_UP = "conv_transpose2x2_concat_conv3x3_relu"
 
 
+def record(names: list[str], name: str, owner: object, attribute: str, patch: pytest.MonkeyPatch) -> None:
+    """Have each call of a function put a name into the list."""
+    original = getattr(owner, attribute)
+
+    def run(*args: object, **options: object) -> object:
+        names.append(name)
+        return original(*args, **options)
+
+    patch.setattr(owner, attribute, run)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is computed by prepared weights, by ops or in a net, in the order it runs."""
     names: list[str] = []
-
-    def recorded(owner: object, attribute: str, name: str) -> None:
-        original = getattr(owner, attribute)
-
-        def run(*args: object, **options: object) -> Tensor:
-            names.append(name)
-            return original(*args, **options)
-
-        monkeypatch.setattr(owner, attribute, run)
-
-    recorded(onednn.Convolution, "__call__", "conv3x3")
-    recorded(onednn.Composed, "__call__", "conv_transpose2x2_concat_conv3x3")
-    recorded(onednn, "convolve_transpose2x2", "conv_transpose2x2")
+    record(names, "conv3x3", onednn.Convolution, "__call__", monkeypatch)
+    record(names, "conv_transpose2x2_concat_conv3x3", onednn.Composed, "__call__", monkeypatch)
+    record(names, "conv_transpose2x2", onednn, "convolve_transpose2x2", monkeypatch)
     return names
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_onednn import distance
+from test_onednn import distance, record
 from torch import Tensor
 
 import fastunet
@@ -154,20 +154,10 @@ JOINED = parity.Case("concat_conv3x3_bias_relu", {"skip": X, "up": UP, "weight":
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which functions ran."""
-    made: list[str] = []
-
-    def recorded(name: str) -> Any:
-        function = getattr(winograd, name)
-
-        def run(*args: Any) -> Any:
-            made.append(name)
-            return function(*args)
-
-        return run
-
+    names: list[str] = []
     for name in ("convolve_transformed", "gradients"):
-        monkeypatch.setattr(winograd, name, recorded(name))
-    return made
+        record(names, name, winograd, name, monkeypatch)
+    return names
 
 
 @auto
