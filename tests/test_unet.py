@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from unet_pair import assert_trains_alike
+from unet_pair import assert_trains_alike, moved
 
 import fastunet
 from fastunet import dispatch
@@ -75,10 +75,7 @@ OPTIONS = [
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_equals_its_reference(options: dict, training: bool) -> None:
     torch.manual_seed(0)
-    model = fastunet.UNet(2, 3, features=SMALL, **options).double().train(training)
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
+    model = moved(fastunet.UNet(2, 3, features=SMALL, **options)).double().train(training)
     assert_trains_alike(model, model.to_reference(), torch.randn(2, 2, 13, 18, dtype=torch.float64))
 
 
@@ -220,10 +217,7 @@ def test_a_small_net_of_packed_and_composed_layers_equals_its_reference(size: tu
     largest value: 2,000 in all.
     """
     torch.manual_seed(0)
-    model = fastunet.UNet(1, 2, features=(16, 32, 64)).eval()
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
+    model = moved(fastunet.UNet(1, 2, features=(16, 32, 64))).eval()
     count, height, width = size
     x = torch.randn(count, 1, height, width)
     with torch.no_grad():

@@ -13,6 +13,7 @@ import torch
 from onednn_here import MARKS, needs_bfloat16
 from test_onednn import distance
 from torch import Tensor, nn
+from unet_pair import moved
 
 import fastunet
 from fastunet.cpu import net_graph, onednn
@@ -144,10 +145,7 @@ def test_no_value_exceeds_its_bound(norm: str | None) -> None:
 def test_a_frozen_net_is_as_near_to_float64_as_torchs_layers(
     options: dict, by_layers: tuple[torch.dtype, ...], dtype: torch.dtype, fused: list[bool]
 ) -> None:
-    model = unet(**options)
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
+    model = moved(unet(**options))
     plain, frozen = model.to_reference(), fastunet.freeze(model, dtype=dtype)
     for x in (torch.rand(2, 1, 32, 40), torch.rand(1, 1, 33, 31), torch.rand(2, 3, 40, 32)[:, 1:2].transpose(2, 3)):
         with torch.no_grad():

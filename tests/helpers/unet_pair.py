@@ -18,15 +18,20 @@ SHAPE = (2, 2, 13, 18)
 ROUNDOFFS = 2**12
 
 
-def pair(change: Callable[[Any], Any] | None = None, **options: Any) -> tuple[Any, Any]:
-    """The model and its reference, both changed by the same function, with other statistics than a new model's."""
-    torch.manual_seed(0)
-    model = fastunet.UNet(2, 3, **{"features": FEATURES, **options}).to(memory_format=torch.contiguous_format)
+def moved(model: Any) -> Any:
+    """The model with other statistics than a new one's, by which its ReLUs still give more than zeros."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.bias, 0, 0.5)
+    return model
+
+
+def pair(change: Callable[[Any], Any] | None = None, **options: Any) -> tuple[Any, Any]:
+    """The model and its reference, both changed by the same function, with other statistics than a new model's."""
+    torch.manual_seed(0)
+    model = moved(fastunet.UNet(2, 3, **{"features": FEATURES, **options})).to(memory_format=torch.contiguous_format)
     nets = [model.double(), model.to_reference()]
     for i, net in enumerate(nets):
         net(torch.ones(SHAPE, dtype=torch.float64))  # What a net remembers of itself is to be forgotten by the change.

@@ -29,6 +29,7 @@ from test_ops import (
     make_tensors,
 )
 from torch import Tensor
+from unet_pair import moved
 
 import fastunet
 from fastunet import dispatch, ops
@@ -332,10 +333,7 @@ def test_opcheck(case: Case, requires_grad: bool) -> None:
 def test_a_net_is_its_reference_model(options: dict[str, Any], training: bool) -> None:
     """Gradients, running statistics, and without gradients the last convolution and the head in one."""
     torch.manual_seed(0)
-    model = fastunet.UNet(**{"in_channels": 1, "out_channels": 3, "features": (3, 5), **options}).to(DEVICE)
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 2)
+    model = moved(fastunet.UNet(**{"in_channels": 1, "out_channels": 3, "features": (3, 5), **options})).to(DEVICE)
     exact = model.train(training).to_reference().double()
     x = torch.randn(2, 1, 5, 6, device=DEVICE)
     if not training:
