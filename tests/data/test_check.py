@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 from command import error_of, fastunet
 from image_files import noise, save, write_masks
 from PIL import Image

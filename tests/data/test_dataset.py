@@ -5,11 +5,8 @@ from __future__ import annotations
 import tracemalloc
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 import torch
 from image_files import make_data, noise, save
 

@@ -9,13 +9,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import imagecodecs
 import numpy as np
 import psutil
+import pytest
 import tifffile
 import zarr
 from image_files import png, tiff

@@ -6,11 +6,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 from image_files import noise, save, save_png
 from PIL import Image, ImageOps
 from stack_files import write_dicom

@@ -6,11 +6,8 @@ import os
 import struct
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 import tifffile
 from image_files import noise, save, save_png
 from PIL import Image

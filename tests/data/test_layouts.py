@@ -7,11 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 from image_files import noise, save
 from layout_files import (
     COLOURS,

@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 from image_files import noise, save
 
 from fastunet.checks import ConfigError, DataError, MissingPackageError

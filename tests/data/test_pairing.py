@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 from image_files import make_data, noise, save
 
 from fastunet.checks import ConfigError, DataError

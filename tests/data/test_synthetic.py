@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 
 from fastunet.checks import ConfigError, DataError
 from fastunet.data import find_pairs, inspect, read_image, read_mask

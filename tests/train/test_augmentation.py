@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import torch
 from torch import Tensor
 

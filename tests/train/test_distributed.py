@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import torch
 from safetensors.torch import load_file
 from stopped_training import DEEP, TINY, losses_of
@@ -36,7 +33,6 @@ def losses_in(results: Path, rank: int) -> Any:
 
 
 @pytest.mark.parametrize("config", [CONFIG, DEEP_CONFIG], ids=["plain", "deep"])
-@pytest.mark.usefixtures("undrawn_reports")
 def test_two_ranks_give_the_losses_of_one_with_the_doubled_batch(
     config: TrainConfig, data: Path, tmp_path: Path
 ) -> None:
@@ -54,7 +50,6 @@ def test_two_ranks_give_the_losses_of_one_with_the_doubled_batch(
     assert [score["processes"] for score in scores] == [2, 1]
 
 
-@pytest.mark.usefixtures("undrawn_reports")
 def test_the_first_rank_reads_for_all(data: Path, tmp_path: Path) -> None:
     """Every file is surveyed once; what is wrong with one ends all ranks, by one message."""
     readings = tmp_path / "readings"

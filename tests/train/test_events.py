@@ -8,17 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 from stopped_training import TINY, Killed, killed, losses_of, stop_at
 
 from fastunet.checks import MissingPackageError
 from fastunet.train import loop
 from fastunet.train.events import EVENTS
 from fastunet.train.loop import train
-
-pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 
 def test_without_the_package_nothing_is_begun(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 from command import error_of, fastunet
 
 from fastunet.checks import DataError
@@ -35,7 +32,6 @@ def test_folds_keep_each_image_out_once(data: Path, seed: int | None) -> None:
         split(pairs, 0.15, seed, (1, 9))
 
 
-@pytest.mark.usefixtures("undrawn_reports")
 def test_all_folds_are_trained_and_the_same_command_goes_on(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

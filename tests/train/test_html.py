@@ -10,10 +10,6 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("jinja2", reason="needs the extra train")
-
 import numpy as np
 from PIL import Image
 

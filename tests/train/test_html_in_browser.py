@@ -10,7 +10,6 @@ from pathlib import Path
 import browser
 import pytest
 
-pytest.importorskip("jinja2", reason="needs the extra train")
 if browser.CHROMIUM is None:
     pytest.skip("needs Chromium, which apt-get install chromium brings", allow_module_level=True)
 

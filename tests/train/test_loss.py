@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 import torch
 from image_files import write_masks
 from stopped_training import DEEP, TINY
@@ -117,7 +114,6 @@ def test_balanced_crops_hold_rare_classes_as_often_as_others(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("config", [replace(TINY, steps=60), replace(DEEP, steps=80)], ids=["plain", "deep"])
-@pytest.mark.usefixtures("undrawn_reports")
 def test_it_learns_with_all_that_weighs_pixels(config: TrainConfig, tmp_path: Path) -> None:
     mask = np.zeros((48, 48), np.uint8)
     mask[4:20, 4:20], mask[24:28], mask[30:, 30:] = 200, 90, 128

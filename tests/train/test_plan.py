@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 import torch
 from command import fastunet
 from image_files import write_masks
@@ -188,7 +185,6 @@ def have_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr("fastunet.train.plan.free_memory", lambda: free)
 
 
-@pytest.mark.usefixtures("undrawn_reports")
 def test_the_plan_is_said_and_kept_whatever_the_memory_then(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +212,6 @@ def test_the_plan_is_said_and_kept_whatever_the_memory_then(
     assert load_config(tmp_path / "again").training == kept
 
 
-@pytest.mark.usefixtures("undrawn_reports")
 def test_folds_take_the_plan_of_the_first(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([4 * GIB, GIB // 100])
     monkeypatch.setattr("fastunet.train.plan.free_memory", lambda: next(free))
@@ -226,14 +221,12 @@ def test_folds_take_the_plan_of_the_first(data: Path, tmp_path: Path, monkeypatc
     assert plans[0] == plans[1]
 
 
-@pytest.mark.usefixtures("undrawn_reports")
 def test_ranks_plan_alike(data: Path, tmp_path: Path) -> None:
     config = replace(FREE, norm="instance", features=(4, 8))
     assert train_in_ranks(data, tmp_path / "run", config, tmp_path / "results") == [0, 0]
     assert load_config(tmp_path / "run").training["batch_size"] == 4
 
 
-@pytest.mark.usefixtures("undrawn_reports")
 def test_images_of_few_pixels_are_trained_on_as_they_are(tmp_path: Path) -> None:
     """Crops of 256 pixels and five levels refused them."""
     mask = np.zeros((9, 30), np.uint8)
@@ -245,7 +238,6 @@ def test_images_of_few_pixels_are_trained_on_as_they_are(tmp_path: Path) -> None
     assert (kept["crop"], tuple(kept["features"])) == (8, (16, 32))
 
 
-@pytest.mark.usefixtures("undrawn_reports")
 def test_the_weights_to_begin_with_say_the_features(data: Path, run: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "run", replace(FREE, steps=1, init=str(run)))
     assert tuple(load_config(tmp_path / "run").training["features"]) == TINY.features

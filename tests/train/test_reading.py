@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 from command import error_of, fastunet
 from image_files import noise, save, write_masks
 from PIL import Image
@@ -21,7 +18,6 @@ from fastunet.data import DataOptions
 from fastunet.train.checkpoint import load_config
 from fastunet.train.loop import train
 
-pytestmark = pytest.mark.usefixtures("undrawn_reports")
 SHORT = ["--steps", "2", "--features", "4,8", "--crop", "32", "--batch-size", "2", "--precision", "fp32"]
 
 

@@ -6,9 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import torch
 from safetensors.torch import load_file
 from stopped_training import DEEP, killed, losses_of, stop_at
@@ -21,8 +18,6 @@ from fastunet.train.checkpoint import checkpoints
 from fastunet.train.loop import train
 from fastunet.train.loss import TrainingLoss
 from fastunet.train.supervision import DeepLoss, DeeplySupervised, labels_at
-
-pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 
 @pytest.mark.parametrize("way", ["layers", "ops", "modules", "inference"])

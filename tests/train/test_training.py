@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from killed_training import kill_runs
@@ -36,8 +33,6 @@ from fastunet.train.checkpoint import checkpoints, read_progress
 from fastunet.train.distributed import make_accelerator
 from fastunet.train.loop import train
 from fastunet.train.loss import rate_at
-
-pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 
 def test_what_a_run_leaves(run: Path) -> None:

@@ -9,11 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import numpy as np
+import pytest
 from image_files import save
 from stopped_training import TINY, losses_of
 
@@ -27,8 +24,6 @@ from fastunet.train.checks import resumed_config
 from fastunet.train.events import EVENTS
 from fastunet.train.loop import train
 from fastunet.train.loss import TrainingLoss
-
-pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 NAN = float("nan")
 BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [

@@ -11,9 +11,6 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-
-pytest.importorskip("kornia", reason="needs the extra train")
-
 import torch
 from command import error_of, fastunet
 from image_files import write_masks
@@ -25,8 +22,6 @@ from fastunet.checks import ConfigError
 from fastunet.train import loop
 from fastunet.train.checkpoint import load_config
 from fastunet.train.loop import train
-
-pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 
 @pytest.fixture
