@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +182,14 @@ def test_it_does_not_train() -> None:
         quantised.save_pretrained("nowhere")
 
 
-def test_the_loss_of_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loss_of_a_run_is_reported(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fastunet.benchmarks.__main__ import main
+    from stopped_training import TINY
 
-    from fastunet.data.synthetic import write_dataset
-    from fastunet.train.loop import TrainConfig, train
+    from fastunet.train.loop import train
 
-    write_dataset(tmp_path / "data", 8, size=64)
-    options = {"crop": 32, "batch_size": 2, "val_fraction": 0.25, "tta": False, "precision": "fp32"}
-    train(tmp_path / "data", tmp_path / "run", TrainConfig(steps=5, features=FEATURES, **options))
-    command = ["accuracy", tmp_path / "data", "--quantised", tmp_path / "run", "--out", tmp_path, "--calibration", 3]
+    train(data, tmp_path / "run", replace(TINY, steps=5, features=FEATURES))
+    command = ["accuracy", data, "--quantised", tmp_path / "run", "--out", tmp_path, "--calibration", 3]
     assert main([*map(str, command)]) == 0
     found = json.loads((tmp_path / "quantization.json").read_text())
     assert found["loss"] == found["float"]["mean_dice"] - found["e4m3"]["mean_dice"]
@@ -202,19 +201,17 @@ def test_the_loss_of_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_explain_names_the_layers_in_8_bits() -> None:
     """One row for each, on this device and as on a GPU that is not there, and the others' as ever."""
-    torch.manual_seed(0)
-    model = fastunet.UNet(1, 1, features=(32, 64)).eval()
-    x = torch.randn(1, 1, 16, 16)
-    quantised = fastunet.quantize(model, [x])
+    x = images()
+    quantised = fastunet.quantize(model(), x)
     for device in ("cpu", "cuda"):
         rows = fastunet.explain(quantised, x, device=device).rows
         found = [(row.layer, row.input) for row in rows if row.op == "conv3x3 in e4m3"]
         assert found == [
-            ("inc.second", "[1, 32, 16, 16] float32"),
-            ("down1.maxpool_conv.1.first", "[1, 32, 8, 8] float8_e4m3fn"),
-            ("down1.maxpool_conv.1.second", "[1, 64, 8, 8] float8_e4m3fn"),
-            ("up1.conv.first", "[1, 32, 16, 16] float8_e4m3fn"),
-            ("up1.conv.second", "[1, 32, 16, 16] float8_e4m3fn"),
+            ("inc.second", "[2, 32, 20, 22] float32"),
+            ("down1.maxpool_conv.1.first", "[2, 32, 10, 11] float8_e4m3fn"),
+            ("down1.maxpool_conv.1.second", "[2, 64, 10, 11] float8_e4m3fn"),
+            ("up1.conv.first", "[2, 32, 20, 22] float8_e4m3fn"),
+            ("up1.conv.second", "[2, 32, 20, 22] float8_e4m3fn"),
         ]
         assert {row.op for row in rows} - {"conv3x3 in e4m3"} == {
             "conv3x3_batch_norm_relu",

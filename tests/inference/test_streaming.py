@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("zarr", reason="needs the extra train")
 
-import tifffile
 import torch
+from image_files import save
 from untrained_run import smooth_image, untrained_run
 
 import fastunet
@@ -30,11 +30,9 @@ TILE = 280  # two parts by two, of 300 x 421
 def test_scores_of_a_large_file_are_those_of_the_whole_image(
     scorer: str, tta: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder in ("images", "masks"):
-        (tmp_path / folder).mkdir()
     image = smooth_image()
-    tifffile.imwrite(tmp_path / "images/a.tif", image, rowsperstrip=16, compression="zlib")
-    tifffile.imwrite(tmp_path / "masks/a.tif", (image > image.mean()).astype(np.uint8))
+    save(tmp_path / "images/a.tif", image, rowsperstrip=16, compression="zlib")
+    save(tmp_path / "masks/a.tif", (image > image.mean()).astype(np.uint8))
     segmenter = fastunet.load(untrained_run(tmp_path / "run"), "cpu")
     pairs = find_pairs(tmp_path)
     samples = SegmentationDataset(pairs, inspect(pairs), memory_limit=0)
