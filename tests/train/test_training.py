@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from image_files import save
 from killed_training import kill_runs
 from PIL import Image
 from safetensors.torch import load_file
@@ -154,13 +155,11 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
 
 def test_multi_class_and_colour(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    for name in ("images", "masks"):
-        (tmp_path / "data" / name).mkdir(parents=True)
     for i in range(4):
         labels = generator.integers(0, 3, (8, 8)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
-        image = np.stack([labels * 80 + generator.integers(0, 40, labels.shape) for _ in range(3)], -1)
-        Image.fromarray(image.astype(np.uint8)).save(tmp_path / "data/images" / f"{i}.png")
-        Image.fromarray(labels).save(tmp_path / "data/masks" / f"{i}.png")
+        image = labels[..., None] * 80 + generator.integers(0, 40, (32, 32, 3))
+        save(tmp_path / f"data/images/{i}.png", image.astype(np.uint8))
+        save(tmp_path / f"data/masks/{i}.png", labels)
     metrics = train(tmp_path / "data", tmp_path / "run", replace(TINY, steps=60, lr=1e-2))
     assert set(metrics["dice"]) == {"class 0", "class 1", "class 2"}
     assert metrics["mean_dice"] > 0.5
@@ -260,8 +259,7 @@ def test_a_kill_while_saving_leaves_the_older_checkpoint(
 
 
 def test_a_finished_run_goes_on_with_more_steps(data: Path, run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
+    out = shutil.copytree(run, tmp_path / "run")
     assert losses_of(data, out, None, resume=True) == {}
     assert_same_files(out, run)
     assert list(losses_of(data, out, replace(TINY, steps=13), resume=True)) == [11, 12, 13]
@@ -308,8 +306,7 @@ def test_a_second_training_in_the_folder_is_refused(data: Path, tmp_path: Path) 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     name: str, damage: Callable[[bytes], bytes] | None, data: Path, stopped: Path, tmp_path: Path
 ) -> None:
-    out, accelerator = tmp_path / "run", Mock()
-    shutil.copytree(stopped, out)
+    out, accelerator = shutil.copytree(stopped, tmp_path / "run"), Mock()
     older, newest = checkpoints(out)
 
     def alter(folder: Path) -> str:
@@ -331,8 +328,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
 
 def test_a_disk_that_is_full_costs_no_checkpoint(data: Path, stopped: Path, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for the disk: it refuses files of more than that."""
-    out = tmp_path / "run"
-    shutil.copytree(stopped, out)
+    out = shutil.copytree(stopped, tmp_path / "run")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:

@@ -90,8 +90,7 @@ def test_files_that_are_not_a_runs_stay(name: str, data: Path, tmp_path: Path) -
 def test_a_run_is_begun_anew_only_when_asked_and_what_is_beside_it_stays(
     data: Path, stopped: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(stopped, out)
+    out = shutil.copytree(stopped, tmp_path / "run")
     (out / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"expected a folder without a run, got one that holds config.json"):
         train(data, out, TINY)
@@ -149,8 +148,7 @@ def test_a_checkpoint_of_another_net_is_one_error(data: Path, stopped: Path) -> 
 
 
 def test_a_run_is_no_weights_for_the_one_that_replaces_it(data: Path, run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
+    out = shutil.copytree(run, tmp_path / "run")
     before = (out / "model.safetensors").read_bytes()
     for source in (out, out / "model.safetensors"):
         with pytest.raises(ConfigError, match=f"init: expected weights of another run than {out}, .*, got {source}"):
