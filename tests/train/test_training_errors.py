@@ -135,16 +135,17 @@ def test_resume_wants_the_same_settings_and_images(data: Path, stopped: Path, tm
     assert [folder.name for folder in checkpoints(stopped)] == ["checkpoint-000002", "checkpoint-000003"]
 
 
-def test_a_checkpoint_of_another_net_is_one_error(data: Path, stopped: Path) -> None:
+def test_a_checkpoint_of_another_net_is_one_error(data: Path, stopped: Path, tmp_path: Path) -> None:
     """As after features that were changed by hand."""
-    path = stopped / "config.json"
+    out = shutil.copytree(stopped, tmp_path / "run")
+    path = out / "config.json"
     config = json.loads(path.read_text())
     features = [2 * each for each in config["training"]["features"]]
     config["training"]["features"] = config["model"]["features"] = features
     path.write_text(json.dumps(config))
     with pytest.raises(DataError, match=r"000003: expected a checkpoint of the net in config.json, got another's"):
-        train(data, stopped, None, resume=True)
-    assert [folder.name for folder in checkpoints(stopped)] == ["checkpoint-000002", "checkpoint-000003"]
+        train(data, out, None, resume=True)
+    assert [folder.name for folder in checkpoints(out)] == ["checkpoint-000002", "checkpoint-000003"]
 
 
 def test_a_run_is_no_weights_for_the_one_that_replaces_it(data: Path, run: Path, tmp_path: Path) -> None:
