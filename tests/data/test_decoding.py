@@ -17,6 +17,7 @@ import tifffile
 import zarr
 from image_files import png, tiff
 from PIL import Image
+from stack_files import write_dicom
 
 from fastunet.checks import DataError
 from fastunet.data import decoding, picture
@@ -70,22 +71,13 @@ def nifti(*size: int) -> bytes:
     return bytes(header) + bytes(16)
 
 
-def dicom(rows: int, columns: int, frames: str) -> bytes:
-    def element(group: int, number: int, kind: str, value: bytes) -> bytes:
-        long = kind in ("OB", "OW")
-        size = struct.pack("<2xI" if long else "<H", len(value))
-        return struct.pack("<HH", group, number) + kind.encode() + size + value
-
-    syntax = element(2, 0x10, "UI", b"1.2.840.10008.1.2.1\0")
-    image = [
-        element(0x28, 2, "US", struct.pack("<H", 1)),
-        element(0x28, 4, "CS", b"MONOCHROME2 "),
-        element(0x28, 8, "IS", frames.encode()),
-        *(element(0x28, place, "US", struct.pack("<H", value)) for place, value in ((0x10, rows), (0x11, columns))),
-        *(element(0x28, 0x100 + place, "US", struct.pack("<H", value)) for place, value in enumerate((16, 16, 15, 0))),
-        element(0x7FE0, 0x10, "OW", bytes(16)),
-    ]
-    return bytes(128) + b"DICM" + element(2, 0, "UL", struct.pack("<I", len(syntax))) + syntax + b"".join(image)
+def write(path: Path, content: bytes | dict[str, int]) -> Path:
+    """Write a file's bytes, or DICOM with elements that lie."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_dicom(path, np.zeros((1, 1, 8), np.uint16), **content)
+    return path
 
 
 SEGMENT = jpeg(60000, 60000, imagecodecs.jpeg_encode(np.zeros((16, 16), np.uint8)))
@@ -123,7 +115,7 @@ LIES = {
     "npy": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 1000000)}"),
     "npy-objects": npy("{'descr': '|O', 'fortran_order': False, 'shape': (4, 4)}"),
     "nifti": nifti(32000, 32000),
-    "dicom": dicom(65535, 65535, "1 "),
+    "dicom": {"Rows": 65535, "Columns": 65535},
     "webp": patched(encoded("WEBP"), 26, "<HH", 16383, 16383),
 }
 
@@ -131,8 +123,7 @@ LIES = {
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory as Linux gives it")
 @pytest.mark.parametrize("name", LIES)
 def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_allocating(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "[red]x.tif"
-    path.write_bytes(LIES[name])
+    path = write(tmp_path / "[red]x.tif", LIES[name])
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = peak_memory()
     for read in (read_image, read_mask):
@@ -145,15 +136,14 @@ def test_a_header_that_claims_more_than_the_file_holds_is_refused_before_allocat
 STACKS = {
     "npy": npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000, 45000, 45000)}"),
     "nifti": nifti(32000, 32000, 32000),
-    "dicom": dicom(65535, 65534, "1000000 "),
+    "dicom": {"Rows": 65535, "Columns": 65534, "NumberOfFrames": 10**6},
     "tiff": described('{"shape": [1000000000000, 4, 4]}'),
 }
 
 
 @pytest.mark.parametrize("name", STACKS)
 def test_a_section_of_more_than_the_file_holds_is_refused(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "x.tif"
-    path.write_bytes(STACKS[name])
+    path = write(tmp_path / "x.tif", STACKS[name])
     count_sections(path)
     for section in (0, 7):
         with pytest.raises(DataError, match=r"x\.tif: expected a readable image, got: .*a header that claims"):
