@@ -117,14 +117,6 @@ def test_classes_are_in_the_order_of_their_numbers_and_a_model_keeps_its_own(tmp
         find_pairs(tmp_path, options)
 
 
-@pytest.mark.parametrize("outline", [[], {"counts": [], "size": list(SIZE)}, {"counts": "", "size": list(SIZE)}])
-def test_a_box_without_an_outline_is_refused(outline: Any, tmp_path: Path) -> None:
-    save(tmp_path / "images" / "a.png", noise(SIZE))
-    (tmp_path / "truth.json").write_text(json.dumps(coco(bbox=[1, 1, 4, 4], segmentation=outline)))
-    with pytest.raises(DataError, match=r"truth\.json: .* got: an annotation of z without an outline"):
-        find_pairs(tmp_path, DataOptions(masks="truth.json"))
-
-
 @pytest.mark.parametrize(
     ("text", "runs"),
     [
@@ -151,6 +143,9 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "two corners": ("a.json", {"shapes": [shape("x", [[0, 0], [1, 1]])]}, "a polygon of 2 corners"),
     "no corners": ("a.json", {"shapes": [{"label": "x"}]}, "as of labelme, got: KeyError 'points'"),
     "no class": ("a.json", coco(category_id=99), "as of coco, got: KeyError 99"),
+    "a box alone": ("a.json", coco(segmentation=[]), "as of coco, got: an annotation of z without an outline"),
+    "no runs": ("a.json", coco(segmentation={"counts": []}), "an annotation of z without an outline"),
+    "no compressed runs": ("a.json", coco(segmentation={"counts": ""}), "an annotation of z without an outline"),
     "a letter in runs": ("a.json", coco(segmentation={"counts": "~"}), "'~' in compressed runs"),
     "runs of another size": ("a.json", coco(segmentation={"counts": [5, 5]}), "runs of 10 pixels for .* 20 x 30"),
     "an image of another size in COCO": (
