@@ -34,7 +34,6 @@ MISFITS = {
     "masks/c.png": (np.zeros((10, 12), np.uint8), r"expected height x width 12 x 10 as of c\.png, got 10 x 12"),
     "images/b.png": (noise((12, 10, 5)), r"expected 1 channels as in a\.png, got 5"),
     "images/d.png": (noise((12, 10), "uint16"), r"expected uint8 as in a\.png, got uint16"),
-    "masks/b.png": (None, "expected a readable image"),
 }
 
 
@@ -42,9 +41,7 @@ MISFITS = {
 def test_a_file_that_does_not_fit_the_others_is_named(tmp_path: Path, name: str) -> None:
     make_data(tmp_path)
     pixels, message = MISFITS[name]
-    if pixels is None:
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:40])
-    elif pixels.ndim == 3:  # of 5 channels, which PNG does not have: the content says what a file is
+    if pixels.ndim == 3:  # of 5 channels, which PNG does not have: the content says what a file is
         tifffile.imwrite(tmp_path / name, pixels, photometric="minisblack", planarconfig="contig")
     else:
         save(tmp_path / name, pixels)
