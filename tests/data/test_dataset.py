@@ -53,20 +53,13 @@ def test_normalising_takes_little_memory(dtype: str, channels: int) -> None:
 
 def test_whole_images_come_normalised_in_order(tmp_path: Path) -> None:
     pairs = find_pairs(make_data(tmp_path))
-    summary = inspect(pairs)
-    dataset = SegmentationDataset(pairs, summary)
+    dataset = SegmentationDataset(pairs, inspect(pairs))
     assert len(dataset) == 4
-    images = torch.stack([image for image, _ in dataset])
-    assert images.dtype == torch.float32
-    assert images.shape == (4, 1, 12, 10)
-    assert images.mean((1, 2, 3)).abs().max() < 1e-6
-    assert (images.flatten(1).std(1, correction=0) - 1).abs().max() < 1e-6
     image, labels = dataset[2]
-    assert labels.dtype == torch.int64
+    assert (image.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert image.shape == (1, 12, 10)
     np.testing.assert_array_equal(labels * 255, read_mask(pairs[2].mask))
-    pixels = read_image(pairs[2].image)
-    mean, std = moments(pixels)
-    np.testing.assert_allclose(image[0] * std[0] + mean[0], pixels[..., 0], atol=1e-4)
+    np.testing.assert_array_equal(image, normalize(read_image(pairs[2].image)))
 
 
 def make_coded_data(root: Path, count: int, size: tuple[int, int]) -> list[Pair]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
-from image_files import noise, save_png
+from image_files import noise, save, save_png
 from stack_files import write_dicom, write_nifti
 
 from fastunet.checks import DataError, MissingPackageError
@@ -24,8 +24,7 @@ SIZE = (40, 48)
 def test_three_pages_are_sections_and_no_colours(tmp_path: Path) -> None:
     for kind in ("images", "masks"):
         sections = noise((3, *SIZE)) // (1 if kind == "images" else 128)
-        (tmp_path / kind).mkdir()
-        tifffile.imwrite(tmp_path / kind / "s.tif", sections, photometric="minisblack")
+        save(tmp_path / kind / "s.tif", sections, photometric="minisblack")
     pairs = find_pairs(tmp_path)
     assert [(pair.stem, pair.section) for pair in pairs] == [("s_000", 0), ("s_001", 1), ("s_002", 2)]
     assert inspect(pairs).channels == 1
