@@ -67,19 +67,6 @@ def with_outer_sigmoid(model: fastunet.UNet) -> nn.Module:
     return reference
 
 
-def recorded(model: nn.Module) -> nn.Module:
-    """Graphed, by what records without a GPU: a replay calls no module."""
-    return GraphedModel(model, record=lambda run: (lambda: None, run()))
-
-
-def traced(model: nn.Module) -> nn.Module:
-    return torch.jit.trace(model.eval(), torch.zeros(1, 1, 8, 8))
-
-
-def exported(model: nn.Module) -> nn.Module:
-    return torch.export.export(model.eval(), (torch.zeros(1, 1, 8, 8),)).module()
-
-
 WRAPPINGS: dict[str, Callable[[fastunet.UNet], nn.Module]] = {
     "none": lambda m: m,
     "quantised": lambda m: fastunet.quantize(m, torch.randn(1, 1, 8, 8)),
@@ -87,7 +74,8 @@ WRAPPINGS: dict[str, Callable[[fastunet.UNet], nn.Module]] = {
     "DistributedDataParallel": nn.parallel.DistributedDataParallel,
     "AveragedModel": AveragedModel,
     "compiled": lambda m: torch.compile(m, backend="eager"),
-    "graphed": recorded,
+    # A replay calls no module.
+    "graphed": lambda m: GraphedModel(m, record=lambda run: (lambda: None, run())),
     "Sequential": lambda m: nn.Sequential(nn.Identity(), m, nn.Dropout()),
     "code": lambda m: Own(lambda x, net: net(x / 2).float(), m),
     "code, compiled": lambda m: Own(lambda x, net: net(x), torch.compile(m, backend="eager")),
@@ -102,8 +90,8 @@ ACTIVATING: dict[str, Callable[[fastunet.UNet], nn.Module]] = {
 UNKNOWN: dict[str, Callable[[fastunet.UNet], nn.Module]] = {
     "activating code": lambda m: Own(lambda x, net: net(x).sigmoid(), m),
     "mean of two": lambda m: Own(lambda x, a, b: (a(x) + b(x)) / 2, m, unet()),
-    "traced": traced,
-    "exported": exported,
+    "traced": lambda m: torch.jit.trace(m.eval(), torch.zeros(1, 1, 8, 8)),
+    "exported": lambda m: torch.export.export(m.eval(), (torch.zeros(1, 1, 8, 8),)).module(),
 }
 
 
