@@ -91,8 +91,7 @@ def test_all_is_done_on_the_images_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_each_kind_of_call_has_a_graph_and_the_oldest_goes(net: fastunet.UNet) -> None:
-    recorder = Recorder()
+def test_each_kind_of_call_has_a_graph_and_the_oldest_goes(net: fastunet.UNet, recorder: Recorder) -> None:
     fast = GraphedModel(net, most=2, record=recorder)
     fast(image())
     fast(image(2))

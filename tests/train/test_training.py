@@ -36,6 +36,10 @@ from fastunet.train.loop import train
 from fastunet.train.loss import rate_at
 
 
+def interrupted() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_what_a_run_leaves(run: Path) -> None:
     assert {p.name for p in run.iterdir()} == {
         "config.json",
@@ -101,12 +105,8 @@ def test_a_cpu_trains_in_16_bits_where_that_is_faster(
 
 @pytest.mark.parametrize("done", [1, 15])  # of 100 steps, of which every tenth is validated
 def test_a_run_that_is_to_end_where_it_was_stopped_is_scored_there(done: int, data: Path, tmp_path: Path) -> None:
-    def stop(progress: checkpoint.Progress) -> None:
-        if progress.step == done:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(Interrupted, match=f"step {done + 1};"):
-        train(data, tmp_path / "run", replace(TINY, steps=100), on_step=stop)
+        train(data, tmp_path / "run", replace(TINY, steps=100), on_step=stop_at(done, interrupted))
     metrics = train(data, tmp_path / "run", replace(TINY, steps=done + 1), resume=True)
     assert metrics["steps"] == done + 1
     with (tmp_path / "run/history.csv").open() as file:
@@ -174,9 +174,7 @@ def test_multi_class_and_colour(tmp_path: Path) -> None:
     ("changes", "stop", "kept"),
     [
         pytest.param({}, (9, killed), 8, id="killed"),
-        pytest.param(
-            {"norm": "instance", "workers": 1}, (8, lambda: os.kill(os.getpid(), signal.SIGINT)), 9, id="Ctrl-C"
-        ),
+        pytest.param({"norm": "instance", "workers": 1}, (8, interrupted), 9, id="Ctrl-C"),
         pytest.param({"ema": 0.5, "val_fraction": 0.0}, (9, killed), 8, id="moving average"),
         pytest.param({"features": (4, 4, 8, 8), "deep_supervision": True}, (9, killed), 8, id="deep supervision"),
     ],
