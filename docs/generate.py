@@ -195,9 +195,9 @@ def losing_cases() -> str:
     """Return a line for each net and provider that fastunet is slower than."""
     lines = []
 
-    def add(net: str, path: Path, task: str, provider: str, found: Quantiles) -> None:
-        if found.median < 1 and not provider.startswith("fastunet"):  # Ours by another name.
-            lines.append([f"{net} (`{path.name}`)", task, provider, spread_text(found, digits=2)])
+    def add(net: str, path: Path, task: str, provider: str, median: float, text: str) -> None:
+        if median < 1 and not provider.startswith("fastunet"):  # Ours by another name.
+            lines.append([f"{net} (`{path.name}`)", task, provider, text])
 
     for path in sorted(RESULTS.glob("*/*.json")):
         result = json.loads(path.read_text())
@@ -207,21 +207,16 @@ def losing_cases() -> str:
             net += f", batches of {settings['batch']}" if settings["batch"] > 1 else ""
             for task in TASKS:
                 for provider, found in (result["summary"].get(task) or {}).items():
-                    add(
-                        net,
-                        path,
-                        task,
-                        provider,
-                        Quantiles(found["ratio"], found["p10"], found["p90"], found["rounds"]),
-                    )
+                    add(net, path, task, provider, found["ratio"], ratio_text(found))
             for provider, of_frozen in _of_frozen(result).items():
-                add(net, path, "inference, frozen", provider, of_frozen)
+                add(net, path, "inference, frozen", provider, of_frozen.median, spread_text(of_frozen, digits=2))
         if path.name.startswith("drop_in_"):
             for row in result["rows"]:
                 for other, ours in DROP_IN:
                     if other in row["samples_ms"] and ours in row["samples_ms"]:
                         found = ratio(row["samples_ms"], other, ours)
-                        add(row["name"], path, settings["task"], f"{other}, of {ours}", found)
+                        text = spread_text(found, digits=2)
+                        add(row["name"], path, settings["task"], f"{other}, of {ours}", found.median, text)
     times = "its time / time of fastunet"
     return markdown(["net", "task", "faster provider", times], lines, right=[times])
 
