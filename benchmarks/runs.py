@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet.losses import BCEDiceLoss
-from fastunet.measuring.timing import clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
+from fastunet.measuring.timing import Clock, clock_of, cudnn_benchmark, interleaved_samples, sets_past_cache
 from fastunet.testing import UNIT_ROUNDOFF, parity, random_cotangent
 from fastunet.testing.ops import Call
 from fastunet.testing.parity import Case
@@ -81,10 +80,12 @@ def measured(settings: Settings, row: Row, runs: Mapping[str, Sequence[Run]]) ->
     """
     if not runs:
         return row
-    rest = 0.0
+    calls, rest = 1, 0.0
     if settings.device == "cpu" and row.get("kind") == "net":
-        row, rest = row | {"calls": _calls_of_a_sample(next(iter(runs.values()))[0])}, _REST
-    calls = row.get("calls", 1)
+        ours = next(iter(runs.values()))[:1]
+        least = min(interleaved_samples({"ours": ours}, Clock(), rounds=3, warmup=1)["ours"])
+        calls, rest = max(1, min(_MOST_CALLS, math.ceil(_SAMPLE_SECONDS / least))), _REST
+        row = row | {"calls": calls}
     repeated = {name: [functools.partial(_repeat, run, calls) for run in found] for name, found in runs.items()}
     samples = samples_in_turn(settings, repeated, rest)
     row = row | timed({name: [seconds / calls for seconds in found] for name, found in samples.items()})
@@ -92,16 +93,6 @@ def measured(settings: Settings, row: Row, runs: Mapping[str, Sequence[Run]]) ->
         times = times_ms(row)["eager"]
         row["unsteady"] = times.p90 / times.p10 > STEADY
     return row
-
-
-def _calls_of_a_sample(run: Run) -> int:
-    run()
-    least = math.inf
-    for _ in range(3):
-        begin = time.perf_counter()
-        run()
-        least = min(least, time.perf_counter() - begin)
-    return max(1, min(_MOST_CALLS, math.ceil(_SAMPLE_SECONDS / least)))
 
 
 def _repeat(run: Run, calls: int) -> None:
