@@ -15,7 +15,7 @@ import os
 import shutil
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,11 +198,8 @@ class _Form:
     @contextmanager
     def scope(self) -> Iterator[None]:
         """What holds while it runs."""
-        with ExitStack() as stack:
-            if self.backend:
-                stack.enter_context(fastunet.backend(self.backend))
-            if self.is_apart:
-                stack.enter_context(fastunet.recomputing(False))
+        backend = fastunet.backend(self.backend) if self.backend else nullcontext()
+        with backend, fastunet.recomputing(False) if self.is_apart else nullcontext():
             yield
 
 

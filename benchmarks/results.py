@@ -18,15 +18,13 @@ def timed(samples: Mapping[str, Sequence[float]]) -> Row:
     samples: seconds, of the same rounds. A ratio is the median of the rounds', with the 10th and 90th percentile.
     """
     first, *others = samples
-    found = {name: ratio(samples, name, first) for name in others}
     row: Row = {"samples_ms": {name: [1e3 * seconds for seconds in values] for name, values in samples.items()}}
-    medians = {name: {"median": t.median, "p10": t.p10, "p90": t.p90} for name, t in times_ms(row).items()}
-    return row | {
-        "times_ms": medians,
-        "ratios": {
-            name: {"ratio": r.median, "p10": r.p10, "p90": r.p90, "rounds": r.samples} for name, r in found.items()
-        },
-    }
+    row["times_ms"] = {name: {"median": t.median, "p10": t.p10, "p90": t.p90} for name, t in times_ms(row).items()}
+    row["ratios"] = {}
+    for name in others:
+        found = ratio(samples, name, first)
+        row["ratios"][name] = {"ratio": found.median, "p10": found.p10, "p90": found.p90, "rounds": found.samples}
+    return row
 
 
 def times_ms(row: Row) -> dict[str, Quantiles]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -30,19 +29,15 @@ def prepare(
     name: str, dtype: torch.dtype, model: fastunet.UNet, x: Tensor, target: Tensor | None = None
 ) -> Callable[[], Any]:
     """Export the reference model for images of x's shape and load it, with as many threads as torch has."""
-    onnx = _exported(model, x)
-    image = x.float().contiguous().numpy()
-    session = (_onnx_runtime if name == "ONNX Runtime" else functools.partial(_openvino, dtype))(onnx)
-    return lambda: torch.from_numpy(session(image))
-
-
-def _exported(model: fastunet.UNet, x: Tensor) -> bytes:
-    plain = model.to_reference().eval()
+    plain, image = model.to_reference().eval(), x.float().contiguous()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(plain, (x.float().contiguous(),), dynamo=True, input_names=["x"], verbose=False)
+        program = torch.onnx.export(plain, (image,), dynamo=True, input_names=["x"], verbose=False)
     assert program is not None
-    return program.model_proto.SerializeToString()
+    onnx = program.model_proto.SerializeToString()
+    session = _onnx_runtime(onnx) if name == "ONNX Runtime" else _openvino(onnx, dtype)
+    pixels = image.numpy()
+    return lambda: torch.from_numpy(session(pixels))
 
 
 def _onnx_runtime(onnx: bytes) -> Callable[[Any], Any]:
@@ -54,7 +49,7 @@ def _onnx_runtime(onnx: bytes) -> Callable[[Any], Any]:
     return lambda image: session.run(None, {"x": image})[0]
 
 
-def _openvino(dtype: torch.dtype, onnx: bytes) -> Callable[[Any], Any]:
+def _openvino(onnx: bytes, dtype: torch.dtype) -> Callable[[Any], Any]:
     import openvino
 
     core = openvino.Core()

@@ -29,9 +29,8 @@ def conditions(report: Mapping[str, Any], what: str = "") -> str:
     settings, machine = report["settings"], report["environment"]
     side, threads = settings["size"], settings.get("threads")
     what = what or f"U-Net {'-'.join(map(str, settings['features']))}, {settings['dtype']}"
-    said = f"{what}, images of {side}x{side}, batches of {settings['batch']}" + (
-        f", {threads} threads" if threads else ""
-    )
+    said = f"{what}, images of {side}x{side}, batches of {settings['batch']}"
+    said += f", {threads} threads" if threads else ""
     return f"{machine['device']}, torch {machine['torch']}; {said}"
 
 

@@ -46,10 +46,9 @@ _FEW = ("inc.c1", "inc.c2", "down1.c1", "up1.up", "up1.c1", "outc")
 
 def default_settings(device: str, dtype: torch.dtype, *, quick: bool = False, **given: Any) -> Settings:
     """What takes about three minutes on two CPU cores, or on a GPU; `quick`, half a minute. given: replaces parts."""
-    chosen: dict[str, Any] = {"size": 256, "batch": 1, "features": (32, 64, 128, 256, 512)}
-    chosen |= {"rounds": 15, "seconds": 15.0}
-    if device == "cuda":
-        chosen = {"size": 512, "batch": 16, "features": (64, 128, 256, 512, 1024), "rounds": 50, "seconds": 5.0}
+    chosen: dict[str, Any] = {"seconds": 5.0}
+    if device != "cuda":
+        chosen = {"size": 256, "batch": 1, "features": (32, 64, 128, 256, 512), "rounds": 15, "seconds": 15.0}
     if quick:
         chosen |= {"rounds": 7, "seconds": 3.0, "warmup": 1, "compiles": False, "layers": _FEW}
         if device != "cuda":
