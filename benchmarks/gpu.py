@@ -29,13 +29,10 @@ from fastunet.testing.families import FP8
 from . import tune
 from .cases import DTYPE, Pass, Settings, add_settings, settings_of
 from .gpu_steps import Step, all_steps, run_steps
-from .harness.worker import Budget
+from .harness.worker import RESERVE, Budget
 from .results import Row, times_ms
 from .roofline import PeakRates
 from .tables import render, report_of, summarise
-
-# Seconds kept for ending a process and writing the files.
-_RESERVE = 6.0
 
 
 def add_bounds(rows: Sequence[Row]) -> None:
@@ -116,7 +113,7 @@ def make_report(settings: Settings, out: Path, minutes: float, steps: Sequence[S
 
     What DIR's report has already is not measured again. Raises ConfigError where DIR's report is another.
     """
-    budget = Budget(60 * minutes - _RESERVE)
+    budget = Budget(60 * minutes - RESERVE)
     out.mkdir(parents=True, exist_ok=True)
     report = report_of(settings, [])
     earlier = earlier_rows(out / "gpu_report.json", report)

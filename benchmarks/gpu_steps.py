@@ -22,7 +22,7 @@ from fastunet.testing import cpu_accumulates_in_float32, float32_precision, pari
 from fastunet.testing.parity import backends_for
 
 from .cases import DIRECTIONS, TASKS, Layer, Settings, fused_pass
-from .harness.worker import Budget, Spawned
+from .harness.worker import LEAST, Budget, Spawned
 from .providers import COMPILED_NETS, OURS, OURS_TRITON, Provider, Run, layer_providers, net_providers
 from .results import Row, failure
 from .roofline import burst_and_steady, measure_peak_rates
@@ -41,8 +41,6 @@ from .tables import COMPILED
 STEP_LIMIT = 90.0
 # The same where torch.compile tries every configuration of every op of a net.
 _COMPILED_NET_LIMIT = 150.0
-# The least that a step is begun with.
-_LEAST_STEP = 2.0
 # An op chooses, remembers its choice, and follows it: each way is checked.
 _CALLS = 3
 
@@ -260,7 +258,7 @@ def run_steps(
             if (earlier := by_step.get((row["kind"], row["name"], row["variant"]))) is not None:
                 rows.append(earlier)
                 continue
-            if left < _LEAST_STEP:
+            if left < LEAST:
                 rows.append(row | {"status": "skipped", "reason": "no time left"})
                 continue
             try:

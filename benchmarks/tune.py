@@ -22,12 +22,9 @@ from fastunet.checks import ConfigError
 
 from .cases import DTYPE, TASKS, Settings, add_settings, settings_of
 from .harness.environment import environment
-from .harness.worker import Budget, Spawned
+from .harness.worker import LEAST, RESERVE, Budget, Spawned
 from .tables import tune_table
 
-_RESERVE = 6.0
-# The least that a net is begun with.
-_LEAST = 2.0
 NORMS = ("batch", "instance", None)
 
 
@@ -47,7 +44,7 @@ def measure_table(settings: Settings, path: Path, budget: Budget) -> list[autotu
     with Spawned(tune_net, settings) as process:
         for norm, task in ((norm, task) for norm in NORMS for task in TASKS):
             left = budget.left()
-            if left < _LEAST:
+            if left < LEAST:
                 break
             try:
                 process.ask((norm, task, left), left)
@@ -75,6 +72,6 @@ def run(options: argparse.Namespace) -> int:
     if unsupported is not None:
         raise ConfigError(f"there is nothing to tune: {unsupported}")
     path = options.out or autotune.table_path(gpu.target(settings.torch_device).name)
-    rows = measure_table(settings, path, Budget(60 * options.minutes - _RESERVE))
+    rows = measure_table(settings, path, Budget(60 * options.minutes - RESERVE))
     print(f"{tune_table(rows)}\n{path}")
     return 0 if any("speedup" in row for row in rows) else 1

@@ -12,6 +12,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+# Seconds kept for ending a process and writing the files, and the least that something is begun with.
+RESERVE, LEAST = 6.0, 2.0
+
 
 class Spawned(contextlib.AbstractContextManager):
     """A process that gives answer(*arguments, request) for one request after the other.

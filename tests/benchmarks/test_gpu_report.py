@@ -163,7 +163,7 @@ def hang_or_die(settings: Settings, step: Step) -> None:
 
 def test_a_process_that_hangs_or_dies_gives_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_steps, "answer", hang_or_die)
-    monkeypatch.setattr(gpu_steps, "_LEAST_STEP", 0.0)
+    monkeypatch.setattr(gpu_steps, "LEAST", 0.0)
     seconds = iter([60, 60, 0.1, 0])  # Asked for before a step and after it.
     budget = SimpleNamespace(left=lambda: next(seconds))
     steps = [Step("layer", "inc.c1", "forward"), Step("layer", "inc.c1", "backward")]
