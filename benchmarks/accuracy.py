@@ -191,7 +191,6 @@ def compare_quantised(run: Path, data: Path, calibration: int) -> dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
     parser.add_argument("data", type=Path, nargs="?", metavar="DATA")
     parser.add_argument("--rare", action="store_true", help="make images of whose pixels 0.3 %% are foreground instead")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -205,7 +204,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print and write. Returns 0."""
     if options.rare == (options.data is not None) or (options.rare and options.quantised is not None):
         raise ConfigError("expected either DATA or, of trainings, --rare")
     if options.seeds < 1:

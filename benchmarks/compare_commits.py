@@ -140,7 +140,6 @@ def line(row: Row) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
     parser.add_argument("--base", required=True, metavar="REV", help="the commit to compare with")
     usual = Settings(usual_device(), rounds=30, seconds=10.0)
     add_settings(parser, usual, "device", "size", "batch", "features", "rounds", "seconds")

@@ -103,7 +103,6 @@ def _rounding(net: nn.Module) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
     parser.add_argument("--out", type=Path, required=True, metavar="JSON")
     parser.add_argument("--task", choices=TASKS, default="inference")
     add_settings(parser, Settings("cpu", size=256, batch=1, rounds=15, seconds=20.0), "size", "rounds")

@@ -139,7 +139,6 @@ def make_report(settings: Settings, out: Path, minutes: float, steps: Sequence[S
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which the report has ended")
     add_settings(parser, Settings(), "device", "size", "batch")

@@ -138,7 +138,6 @@ def table(found: dict[str, Any], part: str, unit: float) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
     parser.add_argument("what", choices=("kept", "moved", "volumes"))
     add_settings(parser, None, "features", "size", "dtype", "batch")
     parser.add_argument("--norm", choices=("batch", "instance", "none"), default="batch", help="of what is kept")
@@ -146,7 +145,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table; with --out write it as JSON. Returns 0."""
     options.usual = VOLUMES if options.what == "volumes" else Settings("cpu")
     norm = "instance" if options.what == "volumes" else None if options.norm == "none" else options.norm
     settings = settings_of(options, norm=norm)

@@ -184,14 +184,12 @@ def _l2_reader(device: torch.device) -> tuple[Callable[[], Any], int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
     parser.add_argument("--tflops", type=float, required=True, help="measured rate of a matrix product, TFLOP/s")
     parser.add_argument("--tbps", type=float, required=True, help="measured rate of a copy, read and written, TB/s")
     add_settings(parser, Settings(), "features", "size", "batch", "dtype")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table. Returns 0."""
     settings = settings_of(options)
     peaks = PeakRates(1e12 * options.tflops, 1e12 * options.tbps)
     print(roofline_table(settings.net_layers(), peaks, settings.torch_dtype))

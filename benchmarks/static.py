@@ -271,7 +271,6 @@ def format_row(row: Row) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel and target")
     parser.add_argument("--target", type=int, choices=TARGETS, nargs="*", default=TARGETS, help="compute capabilities")
     parser.add_argument(

@@ -57,7 +57,6 @@ def measure_table(settings: Settings, path: Path, budget: Budget) -> list[autotu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
     parser.add_argument("--out", type=Path, metavar="FILE", help="instead of kernels/tuned/<gpu>.json")
     parser.add_argument("--minutes", type=float, default=30.0, help="after which the search has ended")
     add_settings(parser, Settings(), "size", "batch", "features")

@@ -125,7 +125,6 @@ def _host_step(net: nn.Module, x: Tensor, cotangent: Tensor | None) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
     parser.add_argument("--host", action="store_true", help="time the calls, on next to no arithmetic")
     add_settings(parser, None, "device", "dtype", "size", "batch", "features", "rounds")
     parser.set_defaults(device=usual_device(), dtype="float32")
