@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, call
 
 import pytest
 
@@ -90,26 +89,16 @@ def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_second_timer_times_the_run_on_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[Any] = []
-
-    @contextmanager
-    def stream(address: int) -> Iterator[None]:
-        log.append(("stream", address))
-        yield
-        log.append("left")
-
-    def benchmark(function: Any, n_repeat: int, n_warmup: int) -> SimpleNamespace:
-        log.append(("benchmark", function, n_repeat, n_warmup))
-        return SimpleNamespace(gpu_times=np.array([[0.004, 0.003, 0.1]]))
-
-    cuda = SimpleNamespace(ExternalStream=stream)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))  # type: ignore[arg-type]
-    profiler = SimpleNamespace(profiler=SimpleNamespace(benchmark=benchmark))
-    monkeypatch.setitem(sys.modules, "cupyx", profiler)  # type: ignore[arg-type]
+    modules = MagicMock()
+    modules.cupyx.profiler.benchmark.return_value.gpu_times = np.array([[0.004, 0.003, 0.1]])
+    for name in ("cupy", "cupyx"):
+        monkeypatch.setitem(sys.modules, name, getattr(modules, name))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
     found = roofline._second_clock(torch.device("cuda"), len, 0.002)
     assert found["ratio"] == pytest.approx(2.0)
-    assert log == [("stream", 77), ("benchmark", len, 10, 3), "left"]
+    stream = call.cupy.cuda.ExternalStream(77)
+    timed = call.cupyx.profiler.benchmark(len, n_repeat=10, n_warmup=3)
+    assert modules.mock_calls == [stream, stream.__enter__(), timed, stream.__exit__(None, None, None)]
 
 
 # --- the command ---
