@@ -28,7 +28,7 @@ from fastunet.testing.families import FP8
 
 from . import tune
 from .cases import DTYPE, Pass, Settings, add_settings, settings_of
-from .gpu_steps import Step, all_steps, run_steps
+from .gpu_steps import all_steps, run_steps
 from .harness.worker import RESERVE, Budget
 from .results import Row, times_ms
 from .roofline import PeakRates
@@ -108,8 +108,8 @@ def earlier_rows(file: Path, report: Row) -> list[Row]:
     return [row for row in found["rows"] if row["status"] not in ("skipped", "timed out")]
 
 
-def make_report(settings: Settings, out: Path, minutes: float, steps: Sequence[Step] | None = None) -> Row:
-    """Measure (by default all steps) and write DIR's files; returns what the JSON holds.
+def make_report(settings: Settings, out: Path, minutes: float) -> Row:
+    """Measure and write DIR's files; returns what the JSON holds.
 
     What DIR's report has already is not measured again. Raises ConfigError where DIR's report is another.
     """
@@ -128,10 +128,10 @@ def make_report(settings: Settings, out: Path, minutes: float, steps: Sequence[S
             temporary.write_text(render(report))
 
     save([])
-    rows = run_steps(settings, all_steps(settings) if steps is None else steps, budget, save, known=earlier)
+    rows = run_steps(settings, all_steps(settings), budget, save, earlier)
     report["roofline"] = draw_roofline(out, report)
     save(rows)
-    if steps is None and dispatch.triton_unsupported(settings.torch_device, DTYPE) is None:
+    if dispatch.triton_unsupported(settings.torch_device, DTYPE) is None:
         path = autotune.table_path(gpu.target(settings.torch_device).name)
         report["tuned"] = tune.measure_table(settings, out / path.name, budget)
         save(rows)

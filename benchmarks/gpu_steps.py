@@ -237,20 +237,15 @@ def answer(settings: Settings, step: Step, measure: Measure | None = None) -> tu
 
 
 def run_steps(
-    settings: Settings,
-    steps: Sequence[Step],
-    budget: Budget,
-    save: Callable[[list[Row]], None],
-    start: Callable[..., Spawned] = Spawned,
-    known: Sequence[Row] = (),
+    settings: Settings, steps: Sequence[Step], budget: Budget, save: Callable[[list[Row]], None], known: Sequence[Row]
 ) -> list[Row]:
     """A row for each step, "skipped" where the budget does not reach; save gets all rows there are after each.
 
-    start: makes the process that answers. known: rows of steps that are not to be measured again.
+    known: rows of steps that are not to be measured again.
     """
     rows: list[Row] = []
     by_step = {(row["kind"], row["name"], row["variant"]): row for row in known}
-    with start(answer, settings) as process:
+    with Spawned(answer, settings) as process:
         for step in steps:
             left = budget.left()
             limit = min(_COMPILED_NET_LIMIT if step.kind == "net" and step.variant else STEP_LIMIT, left)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
@@ -121,11 +120,12 @@ class FakeProcess(AbstractContextManager):
         self.closed = True
 
 
-def test_a_spent_budget_still_gives_a_row_for_every_step() -> None:
+def test_a_spent_budget_still_gives_a_row_for_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, saved = FakeClock(), []
     fake, steps = FakeProcess(clock), all_steps(TINY)
+    monkeypatch.setattr(gpu_steps, "Spawned", lambda *_: fake)
     budget = Budget(10, lambda: clock.time)
-    rows = gpu_steps.run_steps(TINY, steps, budget, lambda rows: saved.append(len(rows)), lambda *_: fake)
+    rows = gpu_steps.run_steps(TINY, steps, budget, lambda rows: saved.append(len(rows)), [])
     assert [row["status"] for row in rows] == ["ok"] * 9 + ["skipped"] * (len(steps) - 9)
     assert saved == [*range(1, 10), len(steps)]
     assert fake.closed
@@ -167,7 +167,7 @@ def test_a_process_that_hangs_or_dies_gives_a_row(monkeypatch: pytest.MonkeyPatc
     seconds = iter([60, 60, 0.1, 0])  # Asked for before a step and after it.
     budget = SimpleNamespace(left=lambda: next(seconds))
     steps = [Step("layer", "inc.c1", "forward"), Step("layer", "inc.c1", "backward")]
-    died, hung = gpu_steps.run_steps(TINY, steps, budget, lambda rows: None)
+    died, hung = gpu_steps.run_steps(TINY, steps, budget, lambda rows: None, [])
     assert (died["status"], died["reason"]) == ("failed", "the process ended with exit code 3")
     assert (hung["status"], hung["op"]) == ("timed out", "conv3x3_bias_relu")
 
@@ -192,9 +192,7 @@ def test_bounds_come_from_the_peak_rates_of_the_same_run() -> None:
 
 def test_what_the_search_finds_goes_into_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In what time is left."""
-    clock = FakeClock()
-    start = functools.partial(gpu_steps.run_steps, start=lambda *_: FakeProcess(clock))
-    monkeypatch.setattr(gpu_report, "run_steps", start)
+    monkeypatch.setattr(gpu_steps, "Spawned", lambda *_: FakeProcess(FakeClock()))
     monkeypatch.setattr(gpu_report.dispatch, "triton_unsupported", lambda *_: None)
     monkeypatch.setattr(gpu_report, "all_steps", lambda settings: [Step("layer", "inc.c1", "forward")])
     found = [{"op": "conv1x1", "dtype": "bfloat16", "shape": {"height": 8}, "speedup": 1.5}]
@@ -217,18 +215,19 @@ def test_a_second_call_measures_what_had_no_time(tmp_path: Path, monkeypatch: py
                 raise TimeoutError("no result after 90 s")
             return super().ask(step, timeout)
 
-    monkeypatch.setattr(gpu_report, "run_steps", functools.partial(gpu_steps.run_steps, start=lambda *_: Noting(clock)))
+    monkeypatch.setattr(gpu_steps, "Spawned", lambda *_: Noting(clock))
     monkeypatch.setattr(gpu_report, "Budget", lambda seconds: Budget(seconds, lambda: clock.time))
-    gpu_report.make_report(TINY, tmp_path, 0.2, steps)  # Six seconds, of which the last two are too few.
+    monkeypatch.setattr(gpu_report, "all_steps", lambda settings: steps)
+    gpu_report.make_report(TINY, tmp_path, 0.2)  # Six seconds, of which the last two are too few.
     assert asked == steps[:6]
-    report = gpu_report.make_report(TINY, tmp_path, 3.0, steps)
+    report = gpu_report.make_report(TINY, tmp_path, 3.0)
     assert asked == [*steps[:6], steps[1], *steps[6:]]
     assert [(row["kind"], row["name"], row["variant"], row["status"]) for row in report["rows"]] == [
         (step.kind, step.name, step.variant, "ok") for step in steps
     ]
     other = dataclasses.replace(TINY, batch=3)
     with pytest.raises(ConfigError, match=r"expected a report of \{'batch': 3\}, got one of \{'batch': 2\}"):
-        gpu_report.make_report(other, tmp_path, 3.0, steps)
+        gpu_report.make_report(other, tmp_path, 3.0)
     assert json.loads((tmp_path / "gpu_report.json").read_text()) == json.loads(json.dumps(report))
 
 
@@ -242,20 +241,23 @@ def test_each_family_of_kernels_is_checked_first(tmp_path: Path, monkeypatch: py
     assert {row["name"] for row in rows} >= {*dispatch.TRITON_OPS, "conv3x3_halo", "conv3x3_fp8"}
     assert [row["name"] for row in rows if row["status"] == "failed"] == ["max_pool2x2"]
     monkeypatch.setattr(gpu_report, "check_families", lambda settings, budget: rows)
-    report = gpu_report.make_report(TINY, tmp_path, 3.0, [])
+    monkeypatch.setattr(gpu_report, "all_steps", lambda settings: [])
+    monkeypatch.setattr(tune, "measure_table", lambda *_: [])
+    report = gpu_report.make_report(TINY, tmp_path, 3.0)
     assert report["rows"] == rows
     text = (tmp_path / "gpu_report.md").read_text()
     assert "| max_pool2x2 | bfloat16 |  | **failed**: its check failed: 3 of 4" in text
 
 
 @BFLOAT16
-def test_the_whole_report_on_a_cpu(tmp_path: Path) -> None:
+def test_the_whole_report_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Compiling takes long, and is the providers' own tests' matter.
     steps = [
         step for step in all_steps(TINY) if step.kind != "parity" and step.variant not in (COMPILED, *COMPILED_NETS)
     ]
     steps += [Step("parity", "0", "float32"), Step("parity", "0", "float7")]
-    gpu_report.make_report(TINY, tmp_path, 3.0, steps)
+    monkeypatch.setattr(gpu_report, "all_steps", lambda settings: steps)
+    gpu_report.make_report(TINY, tmp_path, 3.0)
     report = json.loads((tmp_path / "gpu_report.json").read_text())
     *rows, broken = report["rows"]
     assert len(rows) == len(steps) - 1
