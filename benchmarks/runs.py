@@ -239,8 +239,8 @@ def _last_image(tensors: Mapping[str, Tensor]) -> Inputs:
 def make_net(settings: Settings) -> fastunet.UNet:
     """The settings' net on their device, with the same weights every time."""
     torch.manual_seed(0)
-    model = fastunet.UNet(settings.in_channels, settings.out_channels, features=settings.features)
-    return model.to(settings.device)
+    channels = settings.in_channels, settings.out_channels
+    return fastunet.UNet(*channels, features=settings.features, norm=settings.norm).to(settings.device)
 
 
 def images_and_masks(settings: Settings, batch: int, side: int) -> tuple[Tensor, Tensor]:

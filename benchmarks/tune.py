@@ -10,6 +10,7 @@ too.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastunet.checks import ConfigError
 from .cases import DTYPE, TASKS, Settings, add_settings, settings_of
 from .harness.environment import environment
 from .harness.worker import LEAST, RESERVE, Budget, Spawned
+from .runs import images_and_masks, make_net
 from .tables import tune_table
 
 NORMS = ("batch", "instance", None)
@@ -31,11 +33,11 @@ NORMS = ("batch", "instance", None)
 def tune_net(settings: Settings, request: tuple[Any, str, float]) -> None:
     """Tune the settings' net with a norm, for a task, in so many seconds."""
     norm, task, seconds = request
-    model: Any = fastunet.UNet(settings.in_channels, settings.out_channels, features=settings.features, norm=norm)
-    x = torch.randn(settings.batch, settings.in_channels, settings.size, settings.size, device=settings.device)
-    model = model.to(settings.device).to(memory_format=torch.channels_last).train(task == "training")
+    model: Any = make_net(replace(settings, norm=norm))
+    model = model.to(memory_format=torch.channels_last).train(task == "training")
+    x, _ = images_and_masks(settings, settings.batch, settings.size)
     with torch.autocast(settings.device, DTYPE), torch.set_grad_enabled(model.training):
-        fastunet.tune(model, x.contiguous(memory_format=torch.channels_last), seconds=seconds, neighbours=None)
+        fastunet.tune(model, x, seconds=seconds, neighbours=None)
 
 
 def measure_table(settings: Settings, path: Path, budget: Budget) -> list[autotune.Row]:
