@@ -93,7 +93,7 @@ def _prepare(settings: Settings, step: Step, providers: list[Provider]) -> Row:
 Ask = Callable[[Step | None, float], Any]
 
 
-def steps_to_compare(settings: Settings, only: Sequence[str] = ()) -> list[Step]:
+def steps_to_compare(settings: Settings, only: Sequence[str]) -> list[Step]:
     """Nets, then layers, forward and backward; of these the `only` names, where there are any.
 
     ConfigError for a name that none has.
@@ -106,9 +106,7 @@ def steps_to_compare(settings: Settings, only: Sequence[str] = ()) -> list[Step]
     return [step for step in steps if not only or step.name in only]
 
 
-def compare(
-    step: Step, sides: Mapping[str, Ask], settings: Settings, clock: Callable[[], float] = time.monotonic
-) -> Row:
+def compare(step: Step, sides: Mapping[str, Ask], settings: Settings) -> Row:
     """Return the row of one step in both trees, "base" and "new": with their times and the ratio of "base" to "new",
     or which side is off; an op of which neither is has no more to say.
     """
@@ -121,9 +119,9 @@ def compare(
     if step.kind == "parity":
         return row
     seconds: dict[str, list[float]] = {label: [] for label in reversed([*sides])}
-    end = clock() + settings.seconds
+    end = time.monotonic() + settings.seconds
     for i in range(settings.rounds):
-        if i and clock() >= end:
+        if i and time.monotonic() >= end:
             break
         for label in sides if i % 2 == 0 else reversed([*sides]):
             seconds[label].append(sides[label](None, _LATER))

@@ -67,9 +67,7 @@ class Job:
     stride: int = 1
 
 
-def jobs(
-    targets: Iterable[int] = TARGETS, formats: Iterable[str] = tuple(parity.FORMATS), of: Collection[str] = OPS
-) -> Iterator[Job]:
+def jobs(targets: Iterable[int], formats: Iterable[str], of: Collection[str] = OPS) -> Iterator[Job]:
     """Yield a job for each launch, of those ops, that is not compiled like one before."""
     for capability, math in itertools.product(targets, formats):
         seen = set()

@@ -22,7 +22,7 @@ import torch
 from fastunet.checks import ConfigError
 from fastunet.measuring.timing import Clock, Quantiles, clock_of, interleaved_samples
 
-from .cases import DTYPE, Layer, Pass, Settings, add_settings, eager_passes, fused_pass, settings_of
+from .cases import Layer, Pass, Settings, add_settings, eager_passes, fused_pass, settings_of
 from .results import Row, markdown
 
 
@@ -42,7 +42,7 @@ class PeakRates:
         return max(work.flops / self.matmul_flops, work.bytes / self.copy_bytes)
 
 
-def roofline_table(layers: Sequence[Layer], peaks: PeakRates, dtype: torch.dtype = DTYPE) -> str:
+def roofline_table(layers: Sequence[Layer], peaks: PeakRates, dtype: torch.dtype) -> str:
     """Write Markdown: each layer's work, its lower bound and eager's, in microseconds, and the sums."""
     batch = next(iter(layers[0].shapes.values()))[0]
     lines = []
@@ -80,14 +80,7 @@ _VECTOR, _REPEATS = 16, 64
 _BURST = 10
 
 
-def burst_and_steady(
-    run: Callable[[], Any],
-    clock: Clock,
-    *,
-    seconds: float,
-    now: Callable[[], float] = time.perf_counter,
-    pause: Callable[[float], None] = time.sleep,
-) -> tuple[Quantiles, Quantiles]:
+def burst_and_steady(run: Callable[[], Any], clock: Clock, *, seconds: float) -> tuple[Quantiles, Quantiles]:
     """The first samples after a second of rest, and the last half of the samples of `seconds` without a break.
 
     A GPU begins at its highest clock and lowers it when its power limit is reached.
@@ -95,9 +88,9 @@ def burst_and_steady(
     for _ in range(3):  # Warm-up.
         run()
     clock.wait()
-    pause(1.0)
-    end, samples = now() + seconds, list[float]()
-    while not samples or now() < end:
+    time.sleep(1.0)
+    end, samples = time.perf_counter() + seconds, list[float]()
+    while not samples or time.perf_counter() < end:
         # Back to back: the end of a sample is the beginning of the next.
         marks = [clock.mark()]
         for _ in range(_BURST):

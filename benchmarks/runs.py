@@ -23,7 +23,7 @@ from fastunet.testing import UNIT_ROUNDOFF, parity, random_cotangent
 from fastunet.testing.ops import Call
 from fastunet.testing.parity import Case
 
-from .cases import DTYPE, Layer, Settings
+from .cases import Layer, Settings
 from .providers import Provider, Run, bce_dice
 from .results import Row, Unavailable, failure, timed, times_ms
 
@@ -192,7 +192,7 @@ def input_sets(inputs: Inputs, device: torch.device) -> list[Inputs]:
     return [inputs, *({name: t.clone() for name, t in inputs.items()} for _ in range(copies - 1))]
 
 
-def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype = DTYPE) -> Inputs:
+def device_inputs(layer: Layer, device: torch.device, dtype: torch.dtype) -> Inputs:
     """As parity.make_inputs, made on the device, where it takes no time."""
     generator = torch.Generator(device).manual_seed(0)
     inputs = {}

@@ -153,7 +153,7 @@ def compared(seconds: dict[str, list[float]], status: str = "ok") -> tuple[dict,
         return seconds[label].pop(0)
 
     sides = {label: functools.partial(ask, label) for label in ("base", "new")}
-    return compare_commits.compare(Step("net", "inference"), sides, TINY, lambda: 0.0), log
+    return compare_commits.compare(Step("net", "inference"), sides, TINY), log
 
 
 def test_rounds_alternate_and_their_ratios_count() -> None:
