@@ -31,8 +31,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -90,25 +91,19 @@ class Row:
     job: Job
     label: str
     compiled: Compiled | None
-    breaches: Sequence[str] = field(default=())
+    breaches: Sequence[str]
 
 
-class _Driver:
+def _driver(capability: int) -> Any:
     """What Triton asks of a driver before it compiles: the current device, which has the capability for its number."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, capability: int) -> None:
-        self._capability = capability
-
-    def get_current_device(self) -> int:
-        return self._capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self._capability, 32)
+    target = GPUTarget("cuda", capability, 32)
+    return SimpleNamespace(
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+    )
 
 
 def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
@@ -117,7 +112,7 @@ def compile_launch(launch: gpu.Launch, capability: int) -> Compiled:
 
     triton.knobs.compilation.always_compile = True  # The cache would give back the code without ptxas's report.
     triton.knobs.nvidia.dump_ptxas_log = True
-    triton.runtime.driver.set_active(_Driver(capability))
+    triton.runtime.driver.set_active(_driver(capability))
     launch.kernel.device_caches.clear()  # Nor is this process's own to give it back.
     arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
     log = io.StringIO()
