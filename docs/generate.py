@@ -11,7 +11,7 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,16 @@ def ops_page() -> str:
 def _section(name: str, op: Callable[..., Any]) -> str:
     signature = f"{name}{inspect.signature(op)}"
     if len(signature) > 100:
-        body = ",\n    ".join(str(parameter) for parameter in _parameters(op))
+        body = ",\n    ".join(_parameters(op))
         signature = f"{name}(\n    {body},\n){signature.rpartition(')')[2]}"
     return f"## {name}\n\n```python\n{_plain(signature)}\n```\n\n{_as_markdown(inspect.getdoc(op) or '')}\n"
 
 
-def _parameters(op: Callable[..., Any]) -> Iterator[str]:
+def _parameters(op: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(op).parameters.values()
-    is_starred = False
-    for parameter in parameters:
-        if parameter.kind is parameter.KEYWORD_ONLY and not is_starred:
-            is_starred = True
-            yield "*"
-        yield str(parameter)
+    by_place = [str(each) for each in parameters if each.kind is not each.KEYWORD_ONLY]
+    by_name = [str(each) for each in parameters if each.kind is each.KEYWORD_ONLY]
+    return [*by_place, "*", *by_name] if by_name else by_place
 
 
 def _plain(signature: str) -> str:
@@ -72,11 +69,9 @@ def _as_markdown(docstring: str) -> str:
     """Return a docstring as Markdown: outside of code a star is a star, and the bracket of a tag a bracket."""
     lines = []
     for line in docstring.splitlines():
-        parts = [line] if line.startswith("    ") else re.split(r"(`[^`]*`)", line)
-        is_code = line.startswith("    ")
-        lines.append(
-            "".join(part if is_code or part.startswith("`") else re.sub(r"([*<])", r"\\\1", part) for part in parts)
-        )
+        if not line.startswith("    "):  # A line of code is kept, as is what stands in backticks.
+            line = re.sub(r"(`[^`]*`)|([*<])", lambda found: found[1] or f"\\{found[2]}", line)
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -252,14 +247,10 @@ def write_pictures(folder: Path) -> None:
 
     (DOCS / "pictures").mkdir(exist_ok=True)
     report = Image.open(folder / "RUN" / "report.png").convert("RGB")
-    files = [
-        folder / "NEW" / "images" / "cell_000.png",
-        folder / "LABELS" / "cell_000.png",
-        folder / "LABELS" / "cell_000_overlay.png",
-    ]
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    side = PICTURE_WIDTH // len(files)
-    row = Image.new("RGB", (side * len(files), side - 8), "white")
+    names = ("NEW/images/cell_000.png", "LABELS/cell_000.png", "LABELS/cell_000_overlay.png")
+    pictures = [Image.open(folder / name).convert("RGB") for name in names]
+    side = PICTURE_WIDTH // len(names)
+    row = Image.new("RGB", (side * len(names), side - 8), "white")
     for index, picture in enumerate(pictures):
         row.paste(picture.resize((side - 8, side - 8), Image.Resampling.NEAREST), (index * side, 0))
     report = report.resize((PICTURE_WIDTH, PICTURE_WIDTH * report.height // report.width), Image.Resampling.LANCZOS)
