@@ -40,13 +40,11 @@ def breaches(compiled: Compiled, math: str = "bfloat16") -> str:
     ("change", "reason"),
     [
         ({}, ""),
-        ({"spill_bytes": 8}, "spills 8 B"),
         ({"shared_memory": 232449}, "shared memory 232449 B, the limit is 232448 B"),
         ({"warnings": ("(C7510) wgmma serialized",)}, "C7510"),
         ({"ptx": f"{CLEAN.ptx} max.f32 %f2, %f3, 0f00000000;"}, "plain max drops NaN"),
         ({"ptx": f"max.ftz.f32 %f2; {CLEAN.ptx}"}, "plain max drops NaN"),
         ({"ptx": "setp.leu.f32 %p1;"}, "pooling without max.NaN"),
-        ({"ptx": "max.NaN.f32 %f1; mma.sync.aligned;"}, "no wgmma"),
         (
             {"ptx": f"{CLEAN.ptx} wgmma.mma_async.sync {{%r1}}, {{%r2}}, %rd1;"},
             "1 wgmma with an operand from registers",
