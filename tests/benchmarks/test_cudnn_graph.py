@@ -48,13 +48,8 @@ def fake_graph(failing: tuple[int, ...], count: int) -> MagicMock:
     return graph
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[MagicMock]:
-    """The graphs that are made: each of three plans, of which the middle one does not build."""
-    return install(monkeypatch)
-
-
 def install(monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...] = (1,), count: int = 3) -> list[MagicMock]:
+    """The graphs that are made: each of so many plans, of which some do not build."""
     made: list[MagicMock] = []
     cudnn = MagicMock(cudnnGraphNotSupportedError=NotSupported, create_handle=lambda: "handle")
     cudnn.data_type = SimpleNamespace(BFLOAT16="bf16", HALF="half", FLOAT="float")
@@ -63,7 +58,8 @@ def install(monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...] = (1,), co
     return made
 
 
-def test_the_graph_is_conv_bias_relu_in_nhwc(graphs: list[MagicMock]) -> None:
+def test_the_graph_is_conv_bias_relu_in_nhwc(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = install(monkeypatch)
     cudnn_graph.conv((2, 8, 5, 7), (16, 8, 3, 3), torch.bfloat16, CPU, relu=True)
     cudnn_graph.conv((2, 8, 5, 7), (2, 8, 1, 1), torch.float16, CPU, relu=False)
     graph, head = graphs
@@ -82,7 +78,9 @@ def test_the_graph_is_conv_bias_relu_in_nhwc(graphs: list[MagicMock]) -> None:
     assert (head.relu.called, head.conv_fprop.call_args.kwargs["padding"]) == (False, [0, 0])
 
 
-def test_the_fastest_plan_that_builds_is_kept(graphs: list[MagicMock], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_plan_that_builds_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = install(monkeypatch)
+
     def samples(runs: Any, clock: Any, *, rounds: int) -> dict[str, list[float]]:
         assert list(runs) == ["0", "2"]
         return {"0": [2.0], "2": [1.0]}
@@ -114,8 +112,8 @@ def test_where_there_is_no_graph_api(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["inc.c2", "up1.c1", "outc"])
-@pytest.mark.usefixtures("graphs")
-def test_the_graph_does_its_layers_work(name: str) -> None:
+def test_the_graph_does_its_layers_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Concatenation before and pooling after are the layer's, and counted."""
+    install(monkeypatch)
     inputs = device_inputs(LAYERS[name], CPU, torch.float16)
     check_layer(LAYERS[name], inputs, provider_of(name).prepare(inputs)())
