@@ -152,8 +152,11 @@ def reported(settings: Settings, step: Step, backends: Sequence[str]) -> list[Pr
     one provider by its name; without one, all but what torch.compile makes.
     """
     if step.variant == "backward":
-        layer, names = settings.layer(step.name), {OURS: backends[0], **{name: name for name in backends[1:]}}
-        return [_gradients(layer, name, backend) for name, backend in names.items()]
+        layer = settings.layer(step.name)
+        case, wanted = parity.Case(layer.op, layer.shapes), wanted_of(layer)
+        run = functools.partial(case_run, case, direction="backward", wanted=wanted)
+        named = zip([OURS, *backends[1:]], backends, strict=True)
+        return [Provider(name, "NHWC", "bfloat16", functools.partial(run, backend=backend)) for name, backend in named]
     ours, *others = [each for each in providers_of(settings, step) if each.name != OURS_TRITON]
     if step.variant in COMPILED_NETS:
         return [ours, *(each for each in others if each.name == step.variant)]
@@ -185,13 +188,6 @@ def _timed(settings: Settings, step: Step, providers: list[Provider]) -> Row:
             _, steady = burst_and_steady(run, clock_of(device), seconds=settings.steady_seconds)
         row["steady_ms"][name] = 1e3 * steady.median
     return row
-
-
-def _gradients(layer: Layer, name: str, backend: str) -> Provider:
-    def prepare(inputs: dict[str, Tensor]) -> Run:
-        return case_run(parity.Case(layer.op, layer.shapes), inputs, backend, "backward", wanted_of(layer))
-
-    return Provider(name, "NHWC", "bfloat16", prepare)
 
 
 def variants_of(settings: Settings, layer: Layer) -> list[Provider]:
