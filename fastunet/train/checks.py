@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastunet.checks import ConfigError, DataError, check_types, some_of
-from fastunet.data import DataOptions, DataSummary, Pair
+from fastunet.data import DataOptions, DataSummary
+from fastunet.data.summary import Facts
 from fastunet.pretrained import WEIGHTS
 from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
 from fastunet.train.config import PLANNED, RESUMABLE, TrainConfig, too_small
@@ -117,14 +118,12 @@ def _done(out: Path) -> dict[str, Any]:
     return {"step": 0, "seconds": 0.0}
 
 
-def check_sizes(pairs: list[Pair], summary: DataSummary, levels: int, norm: str) -> None:
+def check_sizes(facts: Sequence[Facts], levels: int, norm: str) -> None:
     """Raise DataError on the first image that does not go through a net of so many levels."""
-    if too_small(*summary.size_min, levels, norm) is None:
-        return
-    for pair in pairs:
-        height, width = pair.read_image().shape[:2]
+    for fact in facts:
+        height, width, _ = fact.shape
         if reason := too_small(height, width, levels, norm):
-            raise DataError(f"{pair.image}: {reason}")
+            raise DataError(f"{fact.pair.image}: {reason}")
 
 
 def check_same_images(out: Path, before: RunConfig, now: RunConfig) -> None:

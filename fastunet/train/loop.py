@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from fastunet import __version__
 from fastunet.checks import ConfigError, FastUNetError, Interrupted, required
 from fastunet.cpu.memory import keep_freed_memory
-from fastunet.data import DataOptions, Pair, SegmentationDataset, find_pairs, split
+from fastunet.data import DataOptions, Pair, SegmentationDataset, find_pairs
 from fastunet.data.pairing import check_outside
 from fastunet.data.survey import Survey, survey_pairs
 from fastunet.files import check_folder, locked, write_json
@@ -131,7 +131,7 @@ def _train(
         text = "tensorboard: expected the package, got none: pip install 'fastunet[tensorboard]'"
         required(text, "torch.utils.tensorboard")
     accelerator = make_accelerator(config)
-    pairs, found = of_first_rank(lambda: _read(data, reading, out, config))
+    found = of_first_rank(lambda: _read(data, reading, out, config))
     on_data(found)
     summary = found.checked()
     sizes = [(fact.shape[0], fact.shape[1]) for fact in found.facts]
@@ -140,8 +140,7 @@ def _train(
         on_plan(why)
     config = replace(config, **plan._asdict())
     config.check()
-    check_sizes(pairs, summary, len(plan.features), config.norm)
-    train_pairs, val_pairs = split(pairs, config.val_fraction, config.split_seed, config.fold_number)
+    check_sizes(found.facts, len(plan.features), config.norm)
 
     set_seed(config.seed)
     model: Any = UNet(
@@ -158,8 +157,8 @@ def _train(
         model=model.config,
         data=summary,
         training=asdict(config),
-        train=[pair.stem for pair in train_pairs],
-        val=[pair.stem for pair in val_pairs],
+        train=[pair.stem for pair in found.train],
+        val=[pair.stem for pair in found.val],
         source=str(data.absolute()),
         reading=reading,
         weights="" if before is None else before.weights,
@@ -167,8 +166,8 @@ def _train(
     )
     if before is not None:
         check_same_images(out, before, run)
-    val = SegmentationDataset(val_pairs, summary) if val_pairs else None
-    loop = _Loop(accelerator, model, config, plan, run, out, train_pairs, val, on_step)
+    val = SegmentationDataset(found.val, summary) if found.val else None
+    loop = _Loop(accelerator, model, config, plan, run, out, found.train, val, on_step)
     with naming_lost_ranks(accelerator, out):
         if before is not None:
             loop.restore()
@@ -179,17 +178,17 @@ def _train(
             write_json(out / CONFIG, asdict(run))
         loop.run()
         with accelerator.autocast():  # a net within the trained module has none of its own
-            metrics = finish(loop, model, val_pairs or train_pairs[:REPORTED])
+            metrics = finish(loop, model, found.val or found.train[:REPORTED])
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
 
 
-def _read(data: Path, reading: DataOptions, out: Path, config: TrainConfig) -> tuple[list[Pair], Survey]:
+def _read(data: Path, reading: DataOptions, out: Path, config: TrainConfig) -> Survey:
     """Find the pairs, and read every file of them."""
     pairs = find_pairs(data, reading)
     check_outside(out, data, reading, pairs)
-    found = survey_pairs(
+    return survey_pairs(
         pairs,
         reading,
         config.classes,
@@ -197,7 +196,6 @@ def _read(data: Path, reading: DataOptions, out: Path, config: TrainConfig) -> t
         seed=config.split_seed,
         fold=config.fold_number,
     )
-    return pairs, found
 
 
 # --- the loop ---
