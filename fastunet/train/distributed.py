@@ -56,11 +56,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 def agree(accelerator: Accelerator, loss: float, stopping: bool, seconds: float) -> tuple[float, bool, float]:
     """Return the mean loss of all ranks, whether any of them is to stop, and the first one's clock."""
-    ranks = accelerator.num_processes
-    if ranks == 1:
-        return loss, stopping, seconds
     clock = seconds if accelerator.is_main_process else 0.0
-    shared = torch.tensor([loss / ranks, stopping, clock], dtype=torch.float64)
+    shared = torch.tensor([loss / accelerator.num_processes, stopping, clock], dtype=torch.float64)
     mean, stops, seconds = sum_of_ranks(shared, accelerator.device).tolist()
     return mean, stops > 0, seconds
 
