@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class TrainingLoss(nn.Module):
         self.classes = classes
         self.border_weight = border_weight
         self.ignored = ignored
-        self.loss = (_binary_loss if classes == 1 else _loss_of_classes)(IGNORED if ignored else None, weights)
+        self.loss = _loss_of_batch(classes, ignored, weights)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss, a scalar, of logits [N, C, H, W] and labels [N, H, W]."""
@@ -64,23 +65,19 @@ class TrainingLoss(nn.Module):
         return (weights * F.softplus(logits.squeeze(1).float())).mean()  # of labels 0, as all weighted ones are
 
 
-def _binary_loss(ignore_index: int | None, weights: Tensor | None) -> BCEDiceLoss:
-    """The loss of two channels, foreground and background, of which one's logit is the other's negative."""
+def _loss_of_batch(classes: int, ignored: bool, weights: Tensor | None) -> BCEDiceLoss | CEDiceLoss:
+    """Of one class: two channels, foreground and background, of which one's logit is the other's negative."""
+    options: dict[str, Any] = {"batch": True, "across_ranks": True, "ignore_index": IGNORED if ignored else None}
     if weights is None:
-        return BCEDiceLoss(batch=True, across_ranks=True, ignore_index=ignore_index)
+        return BCEDiceLoss(**options) if classes == 1 else CEDiceLoss(**options)
+    mean_one = weights / weights.mean()
+    if classes > 1:
+        return CEDiceLoss(weight=mean_one, **options)
     background, foreground = weights.tolist()
     ratio = torch.tensor([foreground / background, background / foreground])
     # In each channel one side has weight 1; the factor gives both their own, on average over the channels.
     factor = 2 * foreground * background / (foreground + background)
-    mean_one = weights.flip(0) / weights.mean()
-    return BCEDiceLoss(
-        batch=True, across_ranks=True, ignore_index=ignore_index, pos_weight=ratio, bce_weight=factor, weight=mean_one
-    )
-
-
-def _loss_of_classes(ignore_index: int | None, weights: Tensor | None) -> CEDiceLoss:
-    mean_one = None if weights is None else weights / weights.mean()
-    return CEDiceLoss(batch=True, across_ranks=True, ignore_index=ignore_index, weight=mean_one)
+    return BCEDiceLoss(pos_weight=ratio, bce_weight=factor, weight=mean_one.flip(0), **options)
 
 
 def class_weights(pairs: Sequence[Pair], summary: DataSummary, given: list[float] | None) -> Tensor:
