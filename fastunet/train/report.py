@@ -65,22 +65,16 @@ def write_report(
     ratios = [np.clip(sample.truth.shape[0] / sample.truth.shape[1], 0.25, 2.0) for sample in samples]
     pictures_height = (WIDTH / 4 * float(np.mean(ratios)) + 0.3) * len(samples) + LEGEND_HEIGHT if samples else 0.0
     figure = Figure(figsize=(WIDTH, CURVES_HEIGHT + pictures_height), dpi=DPI, layout="constrained")
+    top: Figure | SubFigure = figure
     if samples:
         heights = [CURVES_HEIGHT, pictures_height]
         (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
-        _draw_curves(top, history)
         _draw_samples(bottom, samples, class_names)
-    else:
-        _draw_curves(figure, history)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
-
-
-def _draw_curves(figure: Figure | SubFigure, history: Sequence[Mapping[str, Any]]) -> None:
-    """Draw training loss and validation Dice side by side."""
-    left, right = figure.subplots(1, 2)
+    left, right = top.subplots(1, 2)
     draw_loss(left, history)
     draw_dice(right, history)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
 def draw_loss(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
