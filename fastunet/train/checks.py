@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastunet.checks import ConfigError, DataError, check_types, some_of
-from fastunet.data import DataOptions, DataSummary
+from fastunet.data import DataSummary
 from fastunet.data.summary import Facts
 from fastunet.pretrained import WEIGHTS
 from fastunet.train.checkpoint import CONFIG, RunConfig, checkpoints, load_config, read_progress
@@ -80,12 +80,8 @@ def resumed_config(out: Path, changes: Mapping[str, Any]) -> TrainConfig:
     except (KeyError, TypeError) as error:
         raise DataError(f"{out / CONFIG}: expected the settings of a training, got {error!r}") from error
     changes = {name: value for name, value in changes.items() if value is not None or name not in PLANNED}
-    for field in fields(TrainConfig):
-        given = changes.get(field.name, getattr(before, field.name))
-        if field.name not in RESUMABLE and given != getattr(before, field.name):
-            kept = getattr(before, field.name)
-            raise ConfigError(f"{field.name}: expected {kept!r}, with which {out} was begun, got {given!r}")
     config = replace(before, **changes)
+    check_kept(out, before, config, but=RESUMABLE)
     done = _done(out)
     minutes = done["seconds"] / 60
     if config.steps < done["step"]:
@@ -98,13 +94,12 @@ def resumed_config(out: Path, changes: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def resumed_reading(out: Path, before: DataOptions, given: DataOptions | None) -> DataOptions:
-    """Give the options with which the data of a run are read. Raises ConfigError where others are given."""
-    for field in fields(DataOptions):
-        kept, new = getattr(before, field.name), getattr(given or before, field.name)
-        if new != kept:
-            raise ConfigError(f"{field.name}: expected {kept!r}, with which {out} was begun, got {new!r}")
-    return before
+def check_kept(out: Path, before: Any, now: Any, but: Sequence[str] = ()) -> None:
+    """Raise ConfigError on the first setting, but for some, that is another than the run in `out` was begun with."""
+    for field in fields(before):
+        kept, given = getattr(before, field.name), getattr(now, field.name)
+        if field.name not in but and given != kept:
+            raise ConfigError(f"{field.name}: expected {kept!r}, with which {out} was begun, got {given!r}")
 
 
 def _done(out: Path) -> dict[str, Any]:

@@ -27,14 +27,7 @@ from fastunet.files import check_folder, locked, write_json
 from fastunet.pretrained import CONFIG
 from fastunet.train.augmentation import augmentation_of
 from fastunet.train.checkpoint import Progress, RunConfig, checkpoints, load_checkpoint, save_checkpoint
-from fastunet.train.checks import (
-    check_out,
-    check_same_images,
-    check_sizes,
-    clear_run,
-    resumed_config,
-    resumed_reading,
-)
+from fastunet.train.checks import check_kept, check_out, check_same_images, check_sizes, clear_run, resumed_config
 from fastunet.train.config import TrainConfig
 from fastunet.train.distributed import (
     agree,
@@ -107,7 +100,8 @@ def train(
             config = resumed_config(out, {} if config is None else asdict(config))
             config.check()
             data = data or before.source
-            reading = resumed_reading(out, before.reading, reading)
+            check_kept(out, before.reading, reading or before.reading)
+            reading = before.reading
         elif config is not None and config.init:
             features = features_of_initial(config.init, out)
             config = replace(config, features=config.features or features)
