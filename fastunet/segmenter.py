@@ -17,18 +17,19 @@ from fastunet.data import mask_from_labels, read_image
 from fastunet.data.decoding import count_sections
 from fastunet.data.labels import dtype_of
 from fastunet.data.morphology import connected_components, split_objects
-from fastunet.data.sources import Source, open_source, pixel_size_of, source_of_array
+from fastunet.data.sources import Source, open_source, source_of_array
 from fastunet.data.volumes import is_zarr
+from fastunet.files import save_png
 from fastunet.inference.outputs import (
     GRID,
     WRITERS,
     StreamedTiff,
     Wanted,
     Writer,
+    overlay_of,
     palette_of,
     write_nifti,
     write_objects,
-    write_overlay,
     write_rois,
 )
 from fastunet.inference.predict import Prediction, labels_of
@@ -101,11 +102,7 @@ class Segmenter:
         Raises DataError unless it is an image of the kind that was trained on.
         """
         if isinstance(image, str | os.PathLike):
-            path = Path(image)
-            if section is None:
-                source = open_source(path)
-            else:
-                source = source_of_array(read_image(path, section), path, pixel_size_of(path))
+            source = open_source(Path(image), section)
         elif isinstance(image, Tensor):
             source = source_of_array(image.detach().cpu().numpy())
         else:
@@ -204,7 +201,7 @@ class Segmenter:
         """Write overlay, objects, their table and their outlines, of those that are wanted."""
         image = source.window(0, source.shape[0], 0, source.shape[1])
         if "overlay" in paths:
-            write_overlay(paths["overlay"], image, labels)
+            save_png(paths["overlay"], overlay_of(image, labels))
         if "objects" in paths:
             find = split_objects if wanted.instances == "watershed" else connected_components
             on = next(self.model.parameters()).device

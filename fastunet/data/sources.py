@@ -53,7 +53,7 @@ class Source:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        return self._checked(rows, slice(None))
+        return self.window(rows.start, rows.stop, 0, self.shape[1])
 
     def as_rgb(self) -> Source:
         """Return a grey image as RGB, of equal channels."""
@@ -61,11 +61,8 @@ class Source:
 
     def window(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """Read [bottom - top, right - left, C]. Raises DataError on values that are not finite, or cannot be read."""
-        return self._checked(slice(top, bottom), slice(left, right))
-
-    def _checked(self, rows: slice, columns: slice) -> np.ndarray:
         try:
-            pixels = self.read(rows, columns)
+            pixels = self.read(slice(top, bottom), slice(left, right))
         except Exception as error:  # of broken files decoders raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{self.path}: expected readable pixels, got: {reason}") from error
@@ -88,8 +85,8 @@ def source_of_array(pixels: np.ndarray, path: Path | None = None, pixel_size: Pi
     return Source(path, image.shape, image.dtype, lambda rows, columns: image[rows, columns], 1, pixel_size)
 
 
-def open_source(path: str | Path) -> Source:
-    """Open an image: a Zarr array, or any file that `read_image` reads.
+def open_source(path: str | Path, section: int | None = None) -> Source:
+    """Open an image: a Zarr array, or any file that `read_image` reads, or a section of one.
 
     TIFFs above 64 MiB of plain pixels (grey or RGB of 8 or 16 bits, or float32; upright, without alpha) are read in
     windows, others at once. Of an OME-Zarr group the largest resolution is taken.
@@ -98,10 +95,12 @@ def open_source(path: str | Path) -> Source:
         DataError: as `read_image`; a Zarr array that is not [Y, X], [C, Y, X] or [Y, X, C] of these dtypes.
     """
     path = Path(path)
-    if path.suffix.lower() == ZARR or is_zarr(path):
-        return _open_zarr(path)
-    source = _open_large_tiff(path) if path.is_file() else None
-    return source or source_of_array(read_image(path), path, pixel_size_of(path))
+    if section is None:
+        if path.suffix.lower() == ZARR or is_zarr(path):
+            return _open_zarr(path)
+        if path.is_file() and (source := _open_large_tiff(path)) is not None:
+            return source
+    return source_of_array(read_image(path, section), path, pixel_size_of(path))
 
 
 def _open_zarr(path: Path) -> Source:

@@ -282,11 +282,6 @@ def write_nifti(path: Path, masks: np.ndarray, like: Path) -> None:
         temporary.write_bytes(gzip.compress(image.to_bytes()))
 
 
-def write_overlay(path: Path, image: np.ndarray, labels: np.ndarray) -> None:
-    """Write a PNG of `overlay_of` the image [H, W, C] and its labels [H, W]."""
-    save_png(path, overlay_of(image, labels))
-
-
 def displayable(image: np.ndarray) -> np.ndarray:
     """Stretch an image [H, W, C] of any dtype to RGB in 0..1; of other than 3 channels the first is shown."""
     shown = image if image.shape[2] == 3 else image[..., :1]
