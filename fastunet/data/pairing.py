@@ -31,9 +31,7 @@ class Pair:
     mask: Path  # a file; or a folder: of a mask for each object, or of one for each section
     stem: str
     side: str = ""  # of a split that the folders make: train or val
-    section: int | None = (
-        None  # of both files, where they hold several; or of the image, and the place in a mask folder
-    )
+    section: int | None = None  # of both files, where they hold several; or of the image, and its place in the folder
     names: tuple[str, ...] = ()  # of the classes but the background's, where the mask is a file of outlines
 
     @property

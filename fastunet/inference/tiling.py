@@ -32,9 +32,7 @@ class Field(NamedTuple):
     """What a part of a net's result depends on."""
 
     halo: int  # pixels beyond the part, on each side: a multiple of `multiple`
-    multiple: (
-        int  # of which a part begins and ends at one, or at the image's edge, so that pooling meets the same pixels
-    )
+    multiple: int  # at one of which, or at the image's edge, a part begins and ends: pooling meets the same pixels
 
 
 class Window(NamedTuple):

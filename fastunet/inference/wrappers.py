@@ -103,10 +103,8 @@ def as_probabilities(model: nn.Module, from_logits: bool | None) -> Callable[[Te
 
 def _are_logits(model: nn.Module, x: Tensor) -> bool:
     """Whether model(x) is logits: as is known of the one part that has given the same."""
-    unets, results = _unets(model), list[Tensor]()
-    inner = (
-        [model.outc] if unets == [model] and isinstance(model, ReferenceUNet) else [u for u in unets if u is not model]
-    )
+    results = list[Tensor]()
+    inner = [unet for unet in _unets(model) if unet is not model] or [model.get_submodule("outc")]
     if len(inner) == 1:
         around = (m for m in model.modules() if m is not model and inner[0] in m.modules())
         part = next((m for m in around if gives_logits(m) is not None), None)
