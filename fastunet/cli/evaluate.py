@@ -73,16 +73,15 @@ def evaluate(
     found = replace(inspect(pairs, segmenter.classes, reading), channels=trained.channels, mixed=trained.mixed)
     dataset = SegmentationDataset(pairs, found, memory_limit=0)  # each is read once
     samples = (dataset.whole(index) for index in track(range(len(pairs)), "scoring"))
+    settings: dict[str, Any] = {"tta": tta, "tolerance": tolerance, "parts": parts}
     ignored = IGNORED if found.ignored else None
-    how: dict[str, Any] = {"tolerance": tolerance, "parts": parts, "ignored": ignored}
-    scores, rows = scores_of(segmenter.model, samples, names, tile=tile, tta=tta, **how)
+    scores, rows = scores_of(segmenter.model, samples, names, tile=tile, ignored=ignored, **settings)
     summary = summary_of(rows)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         stems = [pair.stem for pair in pairs]
         per_image = [{"image": stem, **_without_nan(row)} for stem, row in zip(stems, rows, strict=True)]
         spread = {name: _without_nan(values) for name, values in summary.items()}
-        settings = {"tta": tta, "tolerance": tolerance, "parts": parts}
         write_json(out, {**scores, "images": stems, **settings, "over_images": spread, "per_image": per_image})
     shown = {"Dice of images": ("dice", 3), "HD95 in px": ("hd95", 1), "surface Dice": ("surface_dice", 3)}
     columns = {

@@ -39,15 +39,17 @@ def evaluate(
     metrics, rows = SegmentationMetrics(class_names), []
     for image, labels, scale in samples:
         prediction, truth = predict_labels(model, image, scale, tile=tile, tta=tta), torch.from_numpy(labels)
-        metrics.update(*_counted(prediction, truth, ignored))
+        metrics.update(*counted_of(prediction, truth, ignored))
         rows.append(scores_of_image(prediction, truth, class_names, tolerance=tolerance, parts=parts, ignored=ignored))
     return metrics.compute(), rows
 
 
-def _counted(prediction: Tensor, truth: Tensor, ignored: int | None) -> tuple[Tensor, Tensor]:
-    """Return the labels of the pixels that count, [1, N], of prediction and truth."""
-    counts = truth == truth if ignored is None else truth != ignored
-    return prediction[counts][None], truth[counts][None]
+def counted_of(prediction: Tensor, truth: Tensor, ignored: int | None) -> tuple[Tensor, Tensor]:
+    """Return the labels of the pixels that count, of prediction and truth: all [H, W], or [N] of them."""
+    if ignored is None:
+        return prediction, truth
+    counts = truth != ignored
+    return prediction[counts], truth[counts]
 
 
 def scores_of_image(
@@ -77,7 +79,7 @@ def scores_of_image(
 
     check_choice("parts", parts, PARTS)
     metrics = SegmentationMetrics(class_names)
-    pixels = _counted(prediction, truth, ignored)
+    pixels = counted_of(prediction, truth, ignored)
     dice = iou = dict.fromkeys(class_names, math.nan)
     if pixels[0].numel():
         metrics.update(*pixels)

@@ -15,6 +15,7 @@ from torch import nn
 from fastunet.data import Pair, SegmentationDataset
 from fastunet.data.labels import IGNORED
 from fastunet.files import write_json, written_whole
+from fastunet.inference.evaluation import counted_of
 from fastunet.inference.streaming import predict_labels
 from fastunet.metrics import SegmentationMetrics
 from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
@@ -46,17 +47,14 @@ def validate(
     device = next(model.parameters()).device
     for index in range(len(samples))[part]:
         image, truth, scale = samples.whole(index)
-        labels = torch.from_numpy(truth)
         prediction = predict_labels(model, image, scale, tile=TILE, tta=tta)
-        if samples.summary.ignored:
-            prediction, labels = (each[labels != IGNORED] for each in (prediction, labels))
-        metrics.update(prediction, labels)
-        if labels.numel():
+        pixels = counted_of(prediction, torch.from_numpy(truth), IGNORED if samples.summary.ignored else None)
+        metrics.update(*pixels)
+        dice[index] = math.nan
+        if pixels[0].numel():
             image_metrics = SegmentationMetrics(class_names)
-            image_metrics.update(prediction, labels)
+            image_metrics.update(*pixels)
             dice[index] = image_metrics.compute(across_ranks=False)["mean_dice"]
-        else:
-            dice[index] = math.nan
     return metrics, sum_of_ranks(dice, device).tolist()
 
 
