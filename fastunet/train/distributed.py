@@ -68,18 +68,17 @@ def of_first_rank(make: Callable[[], Result]) -> Result:
         return make()
     # Of its own, as that of GPUs waits for minutes only.
     group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_READING)
-    outcome: list[tuple[Result | None, Exception | None]] = [(None, None)]
+    outcome: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
-            outcome = [(make(), None)]
+            outcome = [make()]
         except Exception as error:
-            outcome = [(None, error)]
+            outcome = [error]
     torch.distributed.broadcast_object_list(outcome, src=0, group=group)
     torch.distributed.destroy_process_group(group)
-    result, raised = outcome[0]
-    if raised is not None:
-        raise raised
-    return result  # type: ignore[return-value]
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 def sum_of_ranks(values: Tensor, device: torch.device) -> Tensor:
