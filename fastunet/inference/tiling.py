@@ -91,10 +91,9 @@ def field_of(model: nn.Module) -> Field | None:
     # Each level is half as large as the one above it where each step down halves it, each step up doubles it, and
     # nothing else does either.
     ups = [up.up for up in decoder]
-    if not all(_count(down, POOLS) == 1 for down in unet.downs) or _count(unet, POOLS) != unet.depth:
-        return None
-    if not all(_count(up, nn.ConvTranspose2d) == 1 for up in ups) or _count(unet, nn.ConvTranspose2d) != unet.depth:
-        return None
+    for kind, steps in ((POOLS, unet.downs), (nn.ConvTranspose2d, ups)):
+        if any(_count(step, kind) != 1 for step in steps) or _count(unet, kind) != unet.depth:
+            return None
     return _field(
         [*map(_reach, encoder)], [_reach(up.conv) for up in decoder], ups=[*map(_reach, ups)], head=_reach(unet.outc)
     )
