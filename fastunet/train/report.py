@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,13 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
             both = (labels[counted] for labels in (sample.prediction, sample.truth))
             metrics.update(*(torch.from_numpy(labels)[None] for labels in both))
             title += f": Dice {metrics.compute(across_ranks=False)['mean_dice']:.3f}"
-        sample, counted = thinned(sample), counted[_every(sample)]
+        sample = thinned(sample)
         grey = displayable(sample.image)
         pictures = {
             sample.name[:NAME_LENGTH].encode(errors="replace").decode(): grey,
             "truth": colour_labels(sample.truth),
             title: colour_labels(sample.prediction),
-            "errors": _overlay_errors(grey, sample, counted),
+            "errors": _overlay_errors(grey, sample, sample.truth < len(class_names)),
         }
         for axes, (name, picture) in zip(row, pictures.items(), strict=True):
             axes.imshow(picture)
@@ -158,16 +158,11 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
         figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, title="classes")
 
 
-def _every(sample: Sample) -> tuple[slice, slice]:
-    """Select every so many rows and columns: some more than are drawn."""
-    step = -(-max(sample.truth.shape) // MOST_SHOWN)
-    return slice(None, None, step), slice(None, None, step)
-
-
 def thinned(sample: Sample) -> Sample:
     """Leave out rows and columns that would not be seen."""
-    chosen = _every(sample)
-    return replace(sample, image=sample.image[chosen], truth=sample.truth[chosen], prediction=sample.prediction[chosen])
+    step = -(-max(sample.truth.shape) // MOST_SHOWN)
+    image, truth, prediction = (each[::step, ::step] for each in (sample.image, sample.truth, sample.prediction))
+    return Sample(sample.name, image, truth, prediction)
 
 
 def colour_labels(labels: np.ndarray) -> np.ndarray:
