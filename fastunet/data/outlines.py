@@ -39,7 +39,7 @@ class Outline:
 
     def mask(self, size: tuple[int, int]) -> np.ndarray:
         """Return the pixels [H, W] whose centres lie within, bool."""
-        from skimage.draw import polygon
+        from skimage.draw import polygon2mask
 
         height, width = size
         if self.drawn_on not in (None, size):
@@ -50,9 +50,8 @@ class Outline:
             return np.repeat(np.arange(len(self.runs)) % 2 == 1, self.runs).reshape(width, height).T
         found = np.zeros(size, bool)
         for points in self.polygons:
-            x, y = (points * (width, height) if self.is_relative else points).T - 0.5
-            inside = np.zeros(size, bool)
-            inside[polygon(y, x, size)] = True
+            corners = points * (width, height) if self.is_relative else points
+            inside = polygon2mask(size, corners[:, ::-1] - 0.5)
             found = found ^ inside if self.has_holes else found | inside
         return found
 
