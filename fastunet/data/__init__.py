@@ -23,25 +23,16 @@ if TYPE_CHECKING:
     from fastunet.data.summary import check_foreground as check_foreground
     from fastunet.data.summary import inspect as inspect
 
-# Public name -> the module that holds it.
-_HOMES = {
-    "DataOptions": "layout",
-    "DataSummary": "summary",
-    "IGNORED": "labels",
-    "Pair": "pairing",
-    "SegmentationDataset": "dataset",
-    "check_foreground": "summary",
-    "find_images": "images",
-    "find_pairs": "pairing",
-    "inspect": "summary",
-    "labels_from_mask": "labels",
-    "mask_from_labels": "labels",
-    "moments": "dataset",
-    "normalize": "dataset",
-    "read_image": "images",
-    "read_mask": "images",
-    "split": "pairing",
+# Module -> the public names that it holds.
+_HELD = {
+    "dataset": ("SegmentationDataset", "moments", "normalize"),
+    "images": ("find_images", "read_image", "read_mask"),
+    "labels": ("IGNORED", "labels_from_mask", "mask_from_labels"),
+    "layout": ("DataOptions",),
+    "pairing": ("Pair", "find_pairs", "split"),
+    "summary": ("DataSummary", "check_foreground", "inspect"),
 }
+_HOMES = {name: module for module, names in _HELD.items() for name in names}
 __all__ = [*_HOMES]
 
 
