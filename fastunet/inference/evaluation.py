@@ -52,6 +52,16 @@ def counted_of(prediction: Tensor, truth: Tensor, ignored: int | None) -> tuple[
     return prediction[counts], truth[counts]
 
 
+def scores_of_pixels(prediction: Tensor, truth: Tensor, class_names: Sequence[str]) -> Scores:
+    """Score labels of one image by themselves: NaN where there are none."""
+    if truth.numel() == 0:
+        none = dict.fromkeys(class_names, math.nan)
+        return Scores(mean_dice=math.nan, mean_iou=math.nan, dice=none, iou=none, accuracy=math.nan)
+    metrics = SegmentationMetrics(class_names)
+    metrics.update(prediction, truth)
+    return metrics.compute(across_ranks=False)
+
+
 def scores_of_image(
     prediction: Tensor,
     truth: Tensor,
@@ -78,12 +88,7 @@ def scores_of_image(
     from monai.metrics.surface_dice import compute_surface_dice
 
     check_choice("parts", parts, PARTS)
-    metrics = SegmentationMetrics(class_names)
-    pixels = counted_of(prediction, truth, ignored)
-    dice = iou = dict.fromkeys(class_names, math.nan)
-    if pixels[0].numel():
-        metrics.update(*pixels)
-        dice, iou = (counted := metrics.compute())["dice"], counted["iou"]
+    counted = scores_of_pixels(*counted_of(prediction, truth, ignored), class_names)
 
     def without_ignored(value: int) -> tuple[Tensor, Tensor]:
         if ignored is None:
@@ -97,7 +102,7 @@ def scores_of_image(
             warnings.simplefilter("ignore")
             hd95 = compute_hausdorff_distance(*both, include_background=True, percentile=95).item()
             surface = compute_surface_dice(*both, class_thresholds=[tolerance], include_background=True).item()
-        found[f"dice {name}"], found[f"iou {name}"] = dice[name], iou[name]
+        found[f"dice {name}"], found[f"iou {name}"] = counted["dice"][name], counted["iou"][name]
         found[f"hd95 {name}"] = hd95 if math.isfinite(hd95) else math.nan
         found[f"surface_dice {name}"] = surface
     if parts == "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from fastunet.files import SOFTWARE, written_whole
+from fastunet.inference.evaluation import scores_of_pixels
 from fastunet.inference.outputs import class_palette, displayable
-from fastunet.metrics import SegmentationMetrics
 
 WIDTH = 12.0  # inches
 CURVES_HEIGHT = 3.3
@@ -127,12 +128,10 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
     """A row of four pictures per sample, and the legends below."""
     rows = figure.subplots(len(samples), 4, squeeze=False)
     for row, sample in zip(rows, samples, strict=True):
-        metrics, title = SegmentationMetrics(class_names), "prediction"
         counted = sample.truth < len(class_names)
-        if counted.any():
-            both = (labels[counted] for labels in (sample.prediction, sample.truth))
-            metrics.update(*(torch.from_numpy(labels)[None] for labels in both))
-            title += f": Dice {metrics.compute(across_ranks=False)['mean_dice']:.3f}"
+        prediction, truth = (torch.from_numpy(labels[counted]) for labels in (sample.prediction, sample.truth))
+        dice = scores_of_pixels(prediction, truth, class_names)["mean_dice"]
+        title = "prediction" if math.isnan(dice) else f"prediction: Dice {dice:.3f}"
         sample = thinned(sample)
         grey = displayable(sample.image)
         pictures = {

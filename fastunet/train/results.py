@@ -15,7 +15,7 @@ from torch import nn
 from fastunet.data import Pair, SegmentationDataset
 from fastunet.data.labels import IGNORED
 from fastunet.files import write_json, written_whole
-from fastunet.inference.evaluation import counted_of
+from fastunet.inference.evaluation import counted_of, scores_of_pixels
 from fastunet.inference.streaming import predict_labels
 from fastunet.metrics import SegmentationMetrics
 from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
@@ -50,11 +50,7 @@ def validate(
         prediction = predict_labels(model, image, scale, tile=TILE, tta=tta)
         pixels = counted_of(prediction, torch.from_numpy(truth), IGNORED if samples.summary.ignored else None)
         metrics.update(*pixels)
-        dice[index] = math.nan
-        if pixels[0].numel():
-            image_metrics = SegmentationMetrics(class_names)
-            image_metrics.update(*pixels)
-            dice[index] = image_metrics.compute(across_ranks=False)["mean_dice"]
+        dice[index] = scores_of_pixels(*pixels, class_names)["mean_dice"]
     return metrics, sum_of_ranks(dice, device).tolist()
 
 
