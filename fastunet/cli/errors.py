@@ -21,13 +21,10 @@ def run_to_the_end(app: typer.Typer) -> NoReturn:
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
-    except SystemExit as end:
-        if not isinstance(end.__context__, BrokenPipeError):
+    except (SystemExit, BrokenPipeError) as end:
+        if BrokenPipeError not in (type(end), type(end.__context__)):
             raise
         # Whoever read the output, `head` say, has seen enough.
-        _silence()
-        code = 0
-    except BrokenPipeError:
         _silence()
         code = 0
     except KeyboardInterrupt:
