@@ -20,20 +20,9 @@ PLANNED = ("crop", "features", "batch_size")  # from the images and the memory, 
 RESUMABLE = ("steps", "max_minutes", "patience", "tensorboard", "device", "workers")
 
 
-def _setting(
-    default: Any,
-    meaning: str,
-    *,
-    group: str = "training",
-    low: Any = None,
-    high: Any = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Return a field of `TrainConfig`: its usual value, what it means, its group in help, and the values in range."""
-    return field(
-        default=default,
-        metadata={"meaning": meaning, "group": group, "low": low, "high": high, "choices": choices},
-    )
+def _setting(default: Any, meaning: str, *, group: str = "training", **limits: Any) -> Any:
+    """Return a field of `TrainConfig`: its usual value, meaning and group in help; limits: low and high, or choices."""
+    return field(default=default, metadata={"meaning": meaning, "group": group, **limits})
 
 
 @dataclass(frozen=True)
@@ -169,7 +158,7 @@ class TrainConfig:
         """Raise ConfigError on a value out of range, or where a crop leaves a norm nothing to take statistics of."""
         for each in fields(self):
             name, value = each.name, getattr(self, each.name)
-            low, high, choices = (each.metadata[key] for key in ("low", "high", "choices"))
+            low, high, choices = (each.metadata.get(key) for key in ("low", "high", "choices"))
             # Written so that NaN is out of every range.
             if None not in (low, value) and not low <= value <= high:
                 expected = f"{low} to {high}" if isinstance(high, int) else f"a finite number from {low}"
