@@ -13,8 +13,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,12 @@ def registers(values: Any) -> Registers:
     return np.asarray(values, dtype=np.float64).view(Registers)
 
 
+def until(condition: Condition) -> Steps:
+    yield
+    while not condition():
+        yield condition
+
+
 class Barrier:
     """An mbarrier: a phase ends when all arrivals and all bytes have come."""
 
@@ -46,16 +52,24 @@ class Barrier:
     def init(self, count: int) -> None:
         self.count = self.arrivals = count
 
-    def arrive(self, expected_bytes: int = 0) -> None:
-        self.bytes += expected_bytes
-        self.arrivals -= 1
-        self._settle()
+    def wait(self, parity: int) -> Steps:
+        return until(lambda: (self.phase & 1) != parity)
+
+    def arrive(self, pred: Any = True) -> Steps:
+        yield
+        if pred:
+            self._settle(1, 0)
+
+    def expect(self, size: int) -> Steps:
+        yield
+        self._settle(1, size)
 
     def land(self, size: int) -> None:
-        self.bytes -= size
-        self._settle()
+        self._settle(0, -size)
 
-    def _settle(self) -> None:
+    def _settle(self, arrived: int, size: int) -> None:
+        self.arrivals -= arrived
+        self.bytes += size
         if self.arrivals < 0:
             raise Fault("more arrivals than a barrier's count")
         if self.arrivals == 0 and self.bytes == 0:
@@ -63,91 +77,52 @@ class Barrier:
             self.arrivals = self.count
 
 
-@dataclass
-class Barriers:
-    """An array of them in shared memory."""
-
-    each: list[Barrier]
-
-    def index(self, i: int) -> Barrier:
-        return self.each[i]
-
-
 @dataclass(eq=False)
-class Use:
-    """Some bytes that are being read, or filled."""
-
-    first: int
-    last: int
-
-    def meets(self, first: int, last: int) -> bool:
-        return self.first < last and first < self.last
-
-
-@dataclass(eq=False)
-class Buffer:
-    """One allocation, NaN until it is written, with what reads it and what fills it at the moment."""
-
-    values: np.ndarray
-    reads: list[Use] = field(default_factory=list)
-    loads: list[Use] = field(default_factory=list)
-
-
 class Memory:
-    """A view of a buffer, rows after rows; `transposed` where its two axes have changed places."""
+    """A view of shared memory; its values begin at `first` of their allocation."""
 
+    cta: Cta
+    allocation: np.ndarray
+    first: int
+    values: np.ndarray
     layout = None
 
-    def __init__(self, cta: Cta, buffer: Buffer, first: int, shape: Sequence[int], transposed: bool = False) -> None:
-        self.cta, self.buffer, self.first, self.shape, self.transposed = cta, buffer, first, list(shape), transposed
-        self.last = first + int(np.prod(self.shape))
-        if first < 0 or self.last > len(buffer.values):
-            raise Fault("a view beyond its memory")
-
     def index(self, i: int) -> Memory:
-        if not 0 <= i < self.shape[0]:
-            raise Fault(f"index {i} of {self.shape[0]}")
-        size = (self.last - self.first) // self.shape[0]
-        return Memory(self.cta, self.buffer, self.first + i * size, self.shape[1:])
+        if not 0 <= i < len(self.values):
+            raise Fault(f"index {i} of {len(self.values)}")
+        return Memory(self.cta, self.allocation, self.first + i * self.values[0].size, self.values[i])
 
     def permute(self, _: Any) -> Memory:
-        return Memory(self.cta, self.buffer, self.first, self.shape, not self.transposed)
+        return Memory(self.cta, self.allocation, self.first, self.values.T)
 
     def viewed(self, shape: Sequence[int]) -> Memory:
-        return Memory(self.cta, self.buffer, self.first, shape)
-
-    def values(self) -> np.ndarray:
-        values = self.buffer.values[self.first : self.last].reshape(self.shape)
-        return values.T if self.transposed else values
-
-    def meets(self, uses: list[Use]) -> bool:
-        return any(use.meets(self.first, self.last) for use in uses)
+        last = self.first + int(np.prod(shape))
+        if last > len(self.allocation):
+            raise Fault("a view beyond its memory")
+        return Memory(self.cta, self.allocation, self.first, self.allocation[self.first : last].reshape(shape))
 
     def load(self, _: Any) -> Registers:
-        if self.meets(self.buffer.loads):
+        if self.cta.fills(self.values):
             raise Fault("memory read before its data have come")
-        return registers(self.values().copy())
+        return registers(self.values.copy())
 
     def store(self, values: np.ndarray) -> Steps:
         yield
-        if self.meets(self.buffer.reads):
+        if self.cta.reads(self.values):
             raise Fault("memory rewritten while a copy still reads it")
-        if self.meets(self.buffer.loads):
+        if self.cta.fills(self.values):
             raise Fault("memory written while a load fills it")
-        self.buffer.values[self.first : self.last] = (values.T if self.transposed else values).reshape(-1)
-        self.cta.unfenced.setdefault(self.cta.running, []).append((self.buffer, Use(self.first, self.last)))
+        self.values[...] = values
+        self.cta.unfenced.setdefault(self.cta.running, []).append(self.values)
 
 
 @dataclass(eq=False)
 class Descriptor:
-    """A strided view of a tensor in global memory and the box in which it is copied. written: how often each value;
-    loaded: how many values in all.
-    """
+    """A strided view of a tensor in global memory and the box in which it is copied. written: how often each value."""
 
     tensor: np.ndarray
     box: tuple[int, ...]
     written: np.ndarray
-    loaded: int = 0
     dtype = layout = None
 
     def overlap(self, at: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
@@ -169,6 +144,16 @@ class Sums:
     values: Registers
 
 
+class Event(NamedTuple):
+    """What is still to happen, after all before it in a queue where that is of products: ("load", any number),
+    ("store", whose) or ("product", whose). memory: what it reads, or, of a load, what it fills.
+    """
+
+    queue: tuple[str, Any]
+    happen: Callable[[], None]
+    memory: Sequence[np.ndarray]
+
+
 class Cta:
     """One thread block. `mode` says who is moved on: anyone ("mixed"), warps before copies and products ("lazy") or
     after them ("eager"), or everyone before the party of that name.
@@ -181,12 +166,10 @@ class Cta:
         self.number, self.grid, self.mode = number, grid, self.MODES[seed % len(self.MODES)]
         self.running = "main"
         self.tasks: dict[str, tuple[Steps, Condition | None]] = {}
-        self.events: list[tuple[tuple[str, Any], Callable[[], None]]] = []
+        self.events: list[Event] = []
         self.weights: dict[Any, float] = {}
-        self.products: dict[str, int] = {}
-        self.stores: dict[str, int] = {}
         # What warps have written and not yet shown to the hardware that copies.
-        self.unfenced: dict[str, list[tuple[Buffer, Use]]] = {}
+        self.unfenced: dict[str, list[np.ndarray]] = {}
 
     # --- the scheduler ---
 
@@ -196,11 +179,11 @@ class Cta:
         while self.tasks:
             self._step()
         while self.events:
-            self.events.pop(self.random.randrange(len(self.events)))[1]()
+            self.events.pop(self.random.randrange(len(self.events))).happen()
 
     def _step(self) -> None:
         ready = [name for name, (_, condition) in self.tasks.items() if condition is None or condition()]
-        queues = list(dict.fromkeys(queue for queue, _ in self.events))
+        queues = list(dict.fromkeys(event.queue for event in self.events))
         if not ready and not queues:
             raise Fault("deadlock")
         chosen = self._choose(ready, queues)
@@ -212,9 +195,9 @@ class Cta:
             except StopIteration:
                 del self.tasks[chosen]
             return
-        same = [i for i, (queue, _) in enumerate(self.events) if queue == chosen]
+        same = [i for i, event in enumerate(self.events) if event.queue == chosen]
         in_order = chosen[0] == "product"
-        self.events.pop(same[0] if in_order else self.random.choice(same))[1]()
+        self.events.pop(same[0] if in_order else self.random.choice(same)).happen()
 
     def _choose(self, ready: list[str], queues: list[Any]) -> Any:
         candidates: list[Any] = ready + queues
@@ -227,93 +210,96 @@ class Cta:
             self.weights.setdefault(each, self.random.choice((0.03, 0.3, 1, 1, 5)))
         return self.random.choices(candidates, [self.weights[each] for each in candidates])[0]
 
-    def until(self, condition: Condition) -> Steps:
-        yield
-        while not condition():
-            yield condition
-
-    def specialise(self, parts: Sequence[tuple[Callable[..., Steps], Sequence[Any]]]) -> Steps:
+    def specialise(self, parts: Sequence[tuple[Callable[..., Steps], Sequence[Any]]], *_: Any) -> Steps:
         yield
         names = [f"warps {i}" for i in range(len(parts))]
         for name, (function, arguments) in zip(names, parts, strict=True):
             self.tasks[name] = function(*arguments), None
-        yield from self.until(lambda: not any(name in self.tasks for name in names))
+        yield from until(lambda: not any(name in self.tasks for name in names))
+
+    def _wait(self, what: str, pending: int) -> Steps:
+        """Until no more of the running party's products or stores are in flight."""
+        queue = what, self.running
+        return until(lambda: sum(event.queue == queue for event in self.events) <= pending)
 
     # --- shared memory ---
 
     def allocate(self, shape: Sequence[int]) -> Memory:
-        size = int(np.prod(shape))
-        return Memory(self, Buffer(np.full(size, np.nan)), 0, shape)
+        allocation = np.full(int(np.prod(shape)), np.nan)
+        return Memory(self, allocation, 0, allocation.reshape(shape))
 
-    def barriers(self, count: int) -> Barriers:
-        return Barriers([Barrier() for _ in range(count)])
-
-    def fence(self) -> None:
+    def fence(self) -> Steps:
+        yield
         self.unfenced[self.running] = []
+
+    def fills(self, values: np.ndarray) -> bool:
+        """Whether a load in flight does, any of them."""
+        return any(event.queue[0] == "load" and _meet(values, event.memory) for event in self.events)
+
+    def reads(self, values: np.ndarray) -> bool:
+        """Whether a store or a product in flight does."""
+        return any(event.queue[0] != "load" and _meet(values, event.memory) for event in self.events)
 
     # --- copies ---
 
-    def load(self, source: Descriptor, at: Sequence[int], barrier: Barrier, target: Memory) -> None:
-        buffer, size = target.buffer, target.last - target.first
-        if size != int(np.prod(source.box)):
-            raise Fault(f"a box of {source.box} does not fill {target.shape}")
-        if target.meets(buffer.reads):
+    def load(self, source: Descriptor, at: Sequence[int], barrier: Barrier, target: Memory, pred: Any = True) -> Steps:
+        yield
+        if not pred:
+            return
+        if target.values.size != int(np.prod(source.box)):
+            raise Fault(f"a box of {source.box} does not fill {target.values.shape}")
+        if self.reads(target.values):
             raise Fault("a slot overwritten while it is read")
-        if target.meets(buffer.loads):
+        if self.fills(target.values):
             raise Fault("two loads into one slot")
         values, parts = np.zeros(source.box), source.overlap(at)
         if parts is not None:
             values[parts[0]] = source.tensor[parts[1]]
-            source.loaded += values[parts[0]].size
-        flat = values.reshape(-1)
+        pieces, filled, size = values.reshape(-1), target.values.reshape(-1), values.size
         cuts = sorted({0, size, *(self.random.randrange(size) for _ in range(self.random.randrange(3)))})
         for low, high in itertools.pairwise(cuts):
-            use = Use(target.first + low, target.first + high)
-            buffer.loads.append(use)
 
-            def land(use: Use = use, piece: np.ndarray = flat[low:high]) -> None:
-                buffer.values[use.first : use.last] = piece
-                buffer.loads.remove(use)
+            def land(part: np.ndarray = filled[low:high], piece: np.ndarray = pieces[low:high]) -> None:
+                part[...] = piece
                 barrier.land(2 * len(piece))
 
-            self.events.append((("load", self.random.randrange(4)), land))
+            self.events.append(Event(("load", self.random.randrange(4)), land, [filled[low:high]]))
 
-    def store(self, target: Descriptor, at: Sequence[int], source: Memory) -> None:
-        who, use = self.running, Use(source.first, source.last)
-        written = (each for buffer, each in self.unfenced.get(who, ()) if buffer is source.buffer)
-        if any(each.meets(use.first, use.last) for each in written):
+    def store(self, target: Descriptor, at: Sequence[int], source: Memory) -> Steps:
+        yield
+        if _meet(source.values, self.unfenced.get(self.running, ())):
             raise Fault("no fence between writing memory and copying it")
-        source.buffer.reads.append(use)
-        self.stores[who] = self.stores.get(who, 0) + 1
 
         def copy() -> None:
             parts = target.overlap(at)
             if parts is not None:
-                target.tensor[parts[1]] = source.values().reshape(target.box)[parts[0]]
+                target.tensor[parts[1]] = source.values.reshape(target.box)[parts[0]]
                 target.written[parts[1]] += 1
-            source.buffer.reads.remove(use)
-            self.stores[who] -= 1
 
-        self.events.append((("store", who), copy))
+        self.events.append(Event(("store", self.running), copy, [source.values]))
+
+    def store_wait(self, pending: int) -> Steps:
+        return self._wait("store", pending)
 
     # --- products ---
 
-    def multiply(self, a: Memory, b: Memory, sums: Sums | Registers) -> Sums:
+    def multiply(self, a: Memory, b: Memory, sums: Sums | Registers, is_async: bool) -> Steps:
+        yield
         values = sums.values if isinstance(sums, Sums) else sums
-        uses = []
-        for operand in (a, b):
-            if operand.meets(operand.buffer.loads):
-                raise Fault("a slot read before its data have come")
-            uses.append((operand.buffer, Use(operand.first, operand.last)))
-            operand.buffer.reads.append(uses[-1][1])
-        who = self.running
-        self.products[who] = self.products.get(who, 0) + 1
+        if self.fills(a.values) or self.fills(b.values):
+            raise Fault("a slot read before its data have come")
 
         def add() -> None:
-            values[...] = values + a.values() @ b.values()
-            for buffer, use in uses:
-                buffer.reads.remove(use)
-            self.products[who] -= 1
+            values[...] = values + a.values @ b.values
 
-        self.events.append((("product", who), add))
+        self.events.append(Event(("product", self.running), add, [a.values, b.values]))
         return Sums(values)
+
+    def multiply_wait(self, pending: int, deps: Sequence[Any]) -> Steps:
+        yield from self._wait("product", pending)
+        return deps[0].values if pending == 0 else deps[0]
+
+
+def _meet(values: np.ndarray, others: Sequence[np.ndarray]) -> bool:
+    """Whether some memory is in any of the others. Each is one run of bytes, of which numpy compares the ends."""
+    return any(np.may_share_memory(values, other) for other in others)

@@ -1,24 +1,28 @@
-"""Gluon kernels run on the model of `emulated_cta`, from their own source: the arithmetic of slots, phases and arrivals
-that runs is the one that is compiled.
+"""The halo variant's kernel run on the model of `emulated_cta`, from its own source: the arithmetic of slots, phases
+and arrivals that runs is the one that is compiled.
 
-Every jitted function of the file becomes a generator, and every call that can wait or race a step of it. What the
+Every jitted function of MODULES becomes a generator, and every call that can wait or race a step of it. What the
 launcher gives the kernel is taken as it is: descriptors of CPU tensors become boxes of float64 arrays.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
-from collections.abc import Callable, Sequence
-from types import CodeType, ModuleType, SimpleNamespace
+from collections.abc import Sequence
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from emulated_cta import Barrier, Barriers, Cta, Descriptor, Fault, Memory, Registers, Steps, Sums, registers
+from emulated_cta import Barrier, Cta, Descriptor, Fault, Registers, Steps, registers
+from fastunet.kernels.conv3x3 import hopper, hopper_epilogue
 from torch import Tensor
 
+# A text of the kernel's source, and what stands there instead.
 Edit = tuple[str, str]
+MODULES = (hopper_epilogue, hopper)
 # Calls that take time on the hardware, or must not be moved past each other.
 _STEPS = {
     *("wait", "arrive", "expect", "async_copy_global_to_shared", "async_copy_shared_to_global", "store_wait"),
@@ -56,28 +60,25 @@ class _Weave(ast.NodeTransformer):
         return ast.YieldFrom(value=node) if takes_step else node
 
 
-def weave(modules: Sequence[ModuleType], edits: Sequence[Edit] = ()) -> CodeType:
-    """The jitted functions of a kernel's modules as generators; edits: texts of their source, and what stands there
-    instead. ValueError where there is no such text.
-    """
-    text = "\n".join(inspect.getsource(module) for module in modules).replace(
-        "from __future__ import annotations\n", ""
-    )
+@functools.cache
+def _woven(edits: Sequence[Edit]) -> CodeType:
+    """The jitted functions of MODULES as generators. ValueError where an edit finds no such text."""
+    text = "\n".join(map(inspect.getsource, MODULES))
     for old, new in edits:
         if old not in text:
-            raise ValueError(f"{modules[-1].__name__} has no {old!r}")
+            raise ValueError(f"the kernel has no {old!r}")
         text = text.replace(old, new)
     tree = ast.parse(text)
     jitted = [
         node
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and any("'jit'" in ast.dump(each) for each in node.decorator_list)
+        if isinstance(node, ast.FunctionDef)
+        and any("'jit'" in ast.dump(each) for each in node.decorator_list)
+        and node.name != "larger"  # What is reduced with is named, not called.
     ]
-    # What is reduced with is named, not called.
-    tree.body = [
-        _Weave({node.name for node in jitted} - {"larger"}).visit(node) for node in jitted if node.name != "larger"
-    ]
-    return compile(ast.fix_missing_locations(tree), modules[-1].__name__, "exec")
+    functions = {node.name for node in jitted}
+    tree.body = [_Weave(functions).visit(node) for node in jitted]
+    return compile(ast.fix_missing_locations(tree), hopper.__name__, "exec")
 
 
 class _Anything:
@@ -91,36 +92,44 @@ class _Anything:
 
 
 class Pointer:
-    """A pointer into a tensor; how often each of its values is written, and how many are loaded in all."""
+    """A pointer into a tensor, and how often each of its values is written."""
 
     dtype = _Anything()
 
-    def __init__(self, values: np.ndarray, written: np.ndarray, offset: Any = 0, first: Pointer | None = None) -> None:
+    def __init__(self, values: np.ndarray, written: np.ndarray, offset: Any = 0) -> None:
         self.values, self.written, self.offset = values, written, offset
-        self.first, self.loaded = first or self, 0
 
     def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.values, self.written, self.offset + offset, self.first)
+        return Pointer(self.values, self.written, self.offset + offset)
 
 
-def _language(cta: Cta) -> _Anything:
-    def allocate(_: Any, shape: Sequence[int], __: Any) -> Memory | Barriers:
-        return cta.barriers(shape[0]) if len(shape) == 2 and shape[1] == 1 else cta.allocate(shape)
+def _load(pointer: Pointer, mask: Any = True, other: float = 0.0) -> Registers:
+    offsets = np.where(mask, pointer.offset, 0).astype(int)
+    return registers(np.where(mask, pointer.values[offsets], other))
 
-    def load(pointer: Pointer, mask: Any = True, other: float = 0.0) -> Registers:
-        offsets = np.where(mask, pointer.offset, 0).astype(int)
-        pointer.first.loaded += int(np.broadcast_to(mask, offsets.shape).sum())
-        return registers(np.where(mask, pointer.values[offsets], other))
 
-    def store(pointer: Pointer, values: Any, mask: Any = True) -> Steps:
-        yield
-        offsets = np.asarray(pointer.offset)[mask].astype(int)
-        if offsets.max(initial=0) >= len(pointer.values):
-            raise Fault("a store past its tensor")
-        pointer.values[offsets] = np.asarray(values)[mask]
-        np.add.at(pointer.written, offsets, 1)
+def _store(pointer: Pointer, values: Any, mask: Any = True) -> Steps:
+    yield
+    offsets = np.asarray(pointer.offset)[mask].astype(int)
+    if offsets.max(initial=0) >= len(pointer.values):
+        raise Fault("a store past its tensor")
+    pointer.values[offsets] = np.asarray(values)[mask]
+    np.add.at(pointer.written, offsets, 1)
+
+
+def _environment(cta: Cta) -> dict[str, Any]:
+    """The names that the kernel uses, on the model."""
+
+    def allocate(_: Any, shape: Sequence[int], __: Any) -> Any:
+        if len(shape) == 2 and shape[1] == 1:
+            return SimpleNamespace(index=[Barrier() for _ in range(shape[0])].__getitem__)
+        return cta.allocate(shape)
 
     class Language(_Anything):
+        load = staticmethod(_load)
+        store = staticmethod(_store)
+        allocate_shared_memory = staticmethod(allocate)
+        warp_specialize = staticmethod(cta.specialise)
         program_id = staticmethod(lambda _: cta.number)
         num_programs = staticmethod(lambda _: cta.grid)
         static_range = staticmethod(range)
@@ -134,78 +143,24 @@ def _language(cta: Cta) -> _Anything:
         sum = staticmethod(lambda values, axis: registers(np.sum(values, axis)))
         reduce = staticmethod(lambda values, axis, _: registers(np.max(values, axis)))
 
-    language = Language()
-    language.load = load  # type: ignore[attr-defined]
-    language.store = store  # type: ignore[attr-defined]
-    language.allocate_shared_memory = allocate  # type: ignore[attr-defined]
-    return language
-
-
-def environment(modules: Sequence[ModuleType], cta: Cta) -> dict[str, Any]:
-    """The names that the kernels of the modules use, on the model."""
-    names = [item for module in modules for item in vars(module).items()]
-    constants = {name: each.value for name, each in names if type(each).__name__ == "constexpr"}
-
-    def wait(barrier: Barrier, parity: int) -> Steps:
-        return cta.until(lambda: (barrier.phase & 1) != parity)
-
-    def arrive(barrier: Barrier, pred: Any = True) -> Steps:
-        yield
-        if pred:
-            barrier.arrive()
-
-    def expect(barrier: Barrier, size: int) -> Steps:
-        yield
-        barrier.arrive(size)
-
-    def load(source: Descriptor, at: Any, barrier: Barrier, target: Memory, pred: Any = True) -> Steps:
-        yield
-        if pred:
-            cta.load(source, at, barrier, target)
-
-    def store(target: Descriptor, at: Any, source: Memory) -> Steps:
-        yield
-        cta.store(target, at, source)
-
-    def store_wait(pending: int) -> Steps:
-        who = cta.running
-        return cta.until(lambda: cta.stores.get(who, 0) <= pending)
-
-    def multiply(a: Memory, b: Memory, sums: Any, is_async: bool) -> Steps:
-        yield
-        return cta.multiply(a, b, sums)
-
-    def multiply_wait(pending: int, deps: Sequence[Any]) -> Steps:
-        who = cta.running
-        yield from cta.until(lambda: cta.products.get(who, 0) <= pending)
-        return deps[0].values if pending == 0 else deps[0]
-
-    def fence() -> Steps:
-        yield
-        cta.fence()
-
-    def specialise(parts: Any, *_: Any) -> Steps:
-        return cta.specialise(parts)
-
-    language: Any = _language(cta)
-    language.warp_specialize = specialise
+    names = vars(hopper_epilogue) | vars(hopper)
     return {
-        **constants,
-        "gl": language,
+        **{name: each.value for name, each in names.items() if type(each).__name__ == "constexpr"},
+        "gl": Language(),
         "tl": _Anything(),
         "mbarrier": SimpleNamespace(
-            wait=wait,
-            arrive=arrive,
-            expect=expect,
-            init=lambda barrier, count: barrier.init(count),
+            wait=Barrier.wait,
+            arrive=Barrier.arrive,
+            expect=Barrier.expect,
+            init=Barrier.init,
             MBarrierLayout=_Anything(),
         ),
         "tma": SimpleNamespace(
-            async_copy_global_to_shared=load, async_copy_shared_to_global=store, store_wait=store_wait
+            async_copy_global_to_shared=cta.load, async_copy_shared_to_global=cta.store, store_wait=cta.store_wait
         ),
-        "fence_async_shared": fence,
-        "warpgroup_mma": multiply,
-        "warpgroup_mma_wait": multiply_wait,
+        "fence_async_shared": cta.fence,
+        "warpgroup_mma": cta.multiply,
+        "warpgroup_mma_wait": cta.multiply_wait,
         "larger": lambda a, b: registers(np.maximum(a, b)),
         "view": lambda memory, _, shape, __: memory.viewed(shape),
     }
@@ -242,33 +197,20 @@ class Globals:
         return bool(self._flat(t)[1].any())
 
     def result(self, t: Tensor) -> Tensor:
-        """What a tensor, contiguous or of images channels_last, holds now. Fault unless each of its values was written
-        once.
-        """
+        """What a packed tensor holds now. Fault unless each of its values was written once."""
         flat, written = self._flat(t)
         if (written != 1).any():
             raise Fault(f"{(written == 0).sum()} values never written, {(written > 1).sum()} more than once")
-        if t.dim() != 4:
-            return torch.from_numpy(flat).reshape(t.shape)
-        n, c, h, w = t.shape
-        return torch.from_numpy(flat).reshape(n, h, w, c).permute(0, 3, 1, 2)
+        return torch.from_numpy(flat).as_strided(t.shape, t.stride())
 
 
-def run(modules: Sequence[ModuleType], launch: Any, seed: int, code: CodeType | None = None) -> Globals:
-    """Every program of a launch, one after the other, in an order of events that the seed decides. modules: those with
-    the kernel's source; code: as weave has edited it.
-    """
+def run(launch: Any, seed: int, edits: Sequence[Edit] = ()) -> Globals:
+    """Every program of a launch, one after the other, in an order of events that the seed decides."""
     memory = Globals(launch.arguments)
-    code = weave(modules) if code is None else code
-    name = launch.kernel.fn.__name__
     for number in range(launch.grid):
         cta = Cta(seed + 9001 * number, number, launch.grid)
-        names = environment(modules, cta)
-        exec(code, names)
-        kernel: Callable[..., Steps] = names[name]
+        names = _environment(cta)
+        exec(_woven(tuple(edits)), names)
         with np.errstate(invalid="ignore"):
-            cta.run(kernel(**memory.arguments))
+            cta.run(names[launch.kernel.fn.__name__](**memory.arguments))
     return memory
-
-
-__all__ = ["Edit", "Fault", "Sums", "run", "weave"]

@@ -5,6 +5,7 @@ in; its configurations; and how it is launched.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,22 +18,13 @@ pytest.importorskip("triton", reason="needs triton, for the kernel's constants a
 
 from emulated_cta import Cta, Fault
 from fastunet.kernels import autotune, gpu
-from fastunet.kernels.conv3x3 import (
-    config,
-    config_hopper,
-    config_search,
-    grad,
-    hopper,
-    hopper_epilogue,
-    pointer,
-)
+from fastunet.kernels.conv3x3 import config, config_hopper, config_search, grad, hopper, pointer
 from fastunet.kernels.epilogue import Epilogue, Head, Normalisation, Statistics
-from gluon_source import Edit, run, weave
+from gluon_source import Edit, run
 from halo_faults import FAULTS
 
 HOPPER = gpu.known_target(90)
 MODES = len(Cta.MODES)
-MODULES = (hopper_epilogue, hopper)
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ def random(*shape: int, seed: int) -> Tensor:
     return t.bfloat16().contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
 
 
-def check(case: Case, seed: int, edits: list[Edit] | None = None, *, infinite: bool = False) -> None:
+def check(case: Case, seed: int, edits: Sequence[Edit] = (), *, infinite: bool = False) -> None:
     """Fault, or AssertionError, unless all that the launch is to write comes out right, once each.
 
     infinite: one pixel is, and no weight is negative, so that it meets no other infinity.
@@ -104,7 +96,7 @@ def check(case: Case, seed: int, edits: list[Edit] | None = None, *, infinite: b
     if case.mask:
         epilogue = Epilogue(y, negative_slope=case.slope)
     launch = hopper.conv3x3_launch(x, up, weight, case.chosen, epilogue, activated)
-    memory = run(MODULES, launch, seed, None if edits is None else weave(MODULES, edits))
+    memory = run(launch, seed, edits)
     joined = x if up is None else torch.cat([x, up], 1)
     expected = F.conv2d(joined.double(), weight.double(), padding=1)
     if case.norm:
@@ -205,9 +197,9 @@ def test_input_gradients_are_convolutions_by_the_window_turned_around(monkeypatc
         grad.conv3x3_input_grads(cotangent, weight, [64, 64])
     assert [launch.kernel is hopper.conv3x3_hopper_kernel for launch in launches] == [True, True, False]
     expected = F.conv_transpose2d(cotangent.double(), weight.double(), padding=1)
-    torch.testing.assert_close(run(MODULES, launches[0], 0).result(out), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(run(launches[0], 0).result(out), expected, rtol=0, atol=1e-9)
     expected = torch.where(x > 0, expected, 0.0)
-    torch.testing.assert_close(run(MODULES, launches[1], 0).result(masked), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(run(launches[1], 0).result(masked), expected, rtol=0, atol=1e-9)
 
 
 def test_statistics_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +210,7 @@ def test_statistics_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
         y, statistics = pointer.conv3x3_with_statistics(x, weight)
     (launch,) = launches
     assert launch.kernel is hopper.conv3x3_hopper_kernel
-    memory = run(MODULES, launch, 0)
+    memory = run(launch, 0)
     expected = F.conv2d(x.double(), weight.double(), padding=1)
     torch.testing.assert_close(memory.result(y), expected, rtol=0, atol=1e-9)
     count, (means, m2) = memory.result(statistics.count)[:, None], memory.result(statistics.partial)

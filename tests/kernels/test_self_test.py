@@ -18,9 +18,9 @@ import torch
 pytest.importorskip("triton", reason="needs triton, for the kernel's constants and descriptors")
 
 from fastunet.kernels import autotune, gpu, self_test
-from fastunet.kernels.conv3x3 import config, config_hopper, hopper, hopper_epilogue
+from fastunet.kernels.conv3x3 import config, config_hopper, hopper
 from fastunet.kernels.self_test import Verdict
-from gluon_source import run, weave
+from gluon_source import Edit, run
 
 import fastunet
 from fastunet import dispatch
@@ -185,22 +185,18 @@ def test_its_check_compiles_five_kernels_that_fit(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("on_hopper")
 @pytest.mark.parametrize(
-    ("edit", "seen"),
+    ("edits", "seen"),
     [
-        (None, ""),
-        (("k - C1, full", "k, full"), "concat_conv3x3_batch_norm_relu: y: "),  # Of the second input.
-        (("y <= 0.0, 0.0, g", "y < 0.0, 0.0, g"), "elements are outside the tolerance"),  # Of the mask.
+        ([], ""),
+        ([("k - C1, full", "k, full")], "concat_conv3x3_batch_norm_relu: y: "),  # Of the second input.
+        ([("y <= 0.0, 0.0, g", "y < 0.0, 0.0, g")], "elements are outside the tolerance"),  # Of the mask.
     ],
 )
-def test_its_check_tells_right_from_wrong(
-    edit: tuple[str, str] | None, seen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_check_tells_right_from_wrong(edits: list[Edit], seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the model, whose results are rounded as the hardware's are."""
-    modules = (hopper_epilogue, hopper)
-    code = None if edit is None else weave(modules, [edit])
 
     def emulate(launch: gpu.Launch, _: torch.device) -> None:
-        memory = run(modules, launch, 1, code)
+        memory = run(launch, 1, edits)
         for name in ("y_desc", "pooled_desc", "head_ptr"):
             t = getattr(launch.arguments[name], "base", launch.arguments[name])
             if memory.is_written(t):
@@ -208,6 +204,6 @@ def test_its_check_tells_right_from_wrong(
 
     monkeypatch.setattr(gpu.Launch, "run", emulate)
     chosen = config.ConvConfig(16, 8, 128, 64, 4, 2, config.HALO, weight_stages=2)
-    sees = nullcontext() if edit is None else pytest.raises(AssertionError, match=seen)
+    sees = pytest.raises(AssertionError, match=seen) if edits else nullcontext()
     with fastunet.backend("triton"), sees:
         families.check_halo(torch.float16, CPU, (1, 64, 9, 17, 128), [chosen])
