@@ -18,23 +18,6 @@ from fastunet.checks import MissingPackageError
 _LIBRARY = "libcuda.so.1"
 
 
-class FakeDriver:
-    """A driver in this process, and what has reached it."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-
-    @property
-    def launches(self) -> int:
-        """How many launches it has taken."""
-        return ctypes.c_ulong.in_dll(self._library, "launches").value
-
-    @property
-    def tensor_maps(self) -> int:
-        """How many tensor maps it has encoded."""
-        return ctypes.c_ulong.in_dll(self._library, "tensor_maps").value
-
-
 def load(folder: Path) -> ctypes.CDLL:
     """The driver, compiled into the folder: whatever names CUDA's in this process from now on gets it.
 
@@ -50,10 +33,11 @@ def load(folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def activate(folder: Path, capability: int) -> FakeDriver:
+def activate(folder: Path, capability: int) -> ctypes.CDLL:
     """Have this process launch kernels on tensors of the CPU, as on a GPU of that capability, from now on.
 
-    The driver and Triton's cache lie in the folder. No kernel runs: what one would compute is whatever lay there.
+    The driver, which counts what reaches it, and Triton's cache lie in the folder. No kernel runs: what one would
+    compute is whatever lay there.
     """
     os.environ |= {"TRITON_LIBCUDA_PATH": str(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
     library = load(folder)
@@ -71,4 +55,4 @@ def activate(folder: Path, capability: int) -> FakeDriver:
     gpu.target = lambda device: target
     # So that kernels are launched on tensors of the CPU.
     dispatch.interpreting = lambda: True  # type: ignore[assignment]
-    return FakeDriver(library)
+    return library
