@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastunet.benchmarks import launches, static
 from fastunet.benchmarks.harness.worker import Spawned
@@ -17,37 +16,24 @@ _REGISTERS = 65536
 _KEPT = 1024
 
 
-class Wanted(NamedTuple):
-    """The last launch of a kernel by an op, in inference or training, on an image of that shape."""
-
-    op: str
-    shape: ConvShape
-    kernel: str
-    capability: int
-    math: str = "bfloat16"
-
-
-class Found(NamedTuple):
-    """What ptxas made of it, and how many programs a multiprocessor holds, by registers and by shared memory."""
-
-    compiled: static.Compiled
-    programs: int
+def compiled(
+    op: str, shape: ConvShape, kernel: str, capability: int, math: str = "bfloat16"
+) -> tuple[static.Compiled, int]:
+    """Return what ptxas made of the last launch of a kernel by an op, in inference or training, on an image of that
+    shape, and how many programs a multiprocessor holds, by registers and by shared memory.
+    """
+    return _compiler.ask((op, shape, kernel, capability, math), 300.0)
 
 
-@functools.cache
-def compiled(wanted: Wanted) -> Found:
-    """Return what the compiler makes of a launch."""
-    return _compiler.ask(wanted, 300.0)
-
-
-def _compile(wanted: Wanted) -> Found:
-    call = launches._call(launches._case(wanted.op, wanted.shape), parity.FORMATS[wanted.math][0])
-    recorded = launches.record(call, wanted.math, wanted.capability)
-    launch: Any = [each for each in recorded if each.kernel.__name__ == wanted.kernel][-1]
-    result = static.compile_launch(launch, wanted.capability)
+def _compile(wanted: tuple[str, ConvShape, str, int, str]) -> tuple[static.Compiled, int]:
+    op, shape, kernel, capability, math = wanted
+    call = launches._call(launches._case(op, shape), parity.FORMATS[math][0])
+    recorded = launches.record(call, math, capability)
+    launch: Any = [each for each in recorded if each.kernel.__name__ == kernel][-1]
+    result = static.compile_launch(launch, capability)
     by_registers = _REGISTERS // (32 * launch.num_warps * -(-result.registers // 8) * 8)
-    shared = gpu.SHARED_MEMORY_LIMITS[wanted.capability] + _KEPT
-    return Found(result, min(by_registers, shared // (result.shared_memory + _KEPT)))
+    shared = gpu.SHARED_MEMORY_LIMITS[capability] + _KEPT
+    return result, min(by_registers, shared // (result.shared_memory + _KEPT))
 
 
 _compiler = Spawned(_compile)

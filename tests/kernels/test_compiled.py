@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-from compiled_kernels import Wanted, compiled
+from compiled_kernels import compiled
 
 CONVOLUTIONS = {80: "conv3x3_kernel", 89: "conv3x3_kernel", 90: "conv3x3_descriptor_kernel"}
 
@@ -27,7 +27,7 @@ def blocks(ptx: str) -> list[str]:
 def test_statistics_of_a_whole_tile(capability: int, math: str) -> None:
     """Values are rounded two at a time, and no mask comes into the sums."""
     shape = ConvShape(128, 0, 128, 128, 128)
-    result, programs = compiled(Wanted("conv3x3_batch_norm_relu", shape, CONVOLUTIONS[capability], capability, math))
+    result, programs = compiled("conv3x3_batch_norm_relu", shape, CONVOLUTIONS[capability], capability, math)
     short = {"bfloat16": "bf16", "float16": "f16"}[math]
     values = result.ptx.count(f"cvt.rn.{short}x2.f32")
     assert values >= 32
@@ -43,7 +43,7 @@ def test_statistics_of_a_whole_tile(capability: int, math: str) -> None:
 @pytest.mark.parametrize("kernel", ["norm_sums_kernel", "norm_grad_kernel"])
 def test_five_programs_of_a_norm_gradient_at_a_time(kernel: str, capability: int, channels: int) -> None:
     shape = ConvShape(16, 0, channels, 128, 128)
-    result, programs = compiled(Wanted("conv3x3_batch_norm_relu_pool", shape, kernel, capability))
+    result, programs = compiled("conv3x3_batch_norm_relu_pool", shape, kernel, capability)
     assert programs >= 5
     assert result.spill_bytes == 0
 
@@ -53,7 +53,7 @@ def test_five_programs_of_a_norm_gradient_at_a_time(kernel: str, capability: int
 def test_rows_of_channels_that_are_no_multiple_of_16_load_as_vectors(op: str, channels: int, vector: str) -> None:
     shape = ConvShape(channels, 0, channels, 128, 128)
     kernel = "max_pool2x2_kernel" if op == "max_pool2x2" else "normalise_kernel"
-    result, _ = compiled(Wanted(op, shape, kernel, 80))
+    result, _ = compiled(op, shape, kernel, 80)
     loads = [line for line in result.ptx.splitlines() if "ld.global" in line]
     assert sum(vector in line for line in loads) >= 4
     assert not any(".b16" in line for line in loads)
@@ -64,7 +64,7 @@ def test_rows_of_channels_that_are_no_multiple_of_16_load_as_vectors(op: str, ch
 def test_the_loop_of_a_weight_gradient_divides_nothing(op: str, capability: int) -> None:
     """A tile's origin follows from the one before."""
     kernel = CONVOLUTIONS[capability].replace("conv3x3", "conv3x3_weight_grad")
-    result, _ = compiled(Wanted(op, ConvShape(64, 0, 64, 128, 128), kernel, capability))
+    result, _ = compiled(op, ConvShape(64, 0, 64, 128, 128), kernel, capability)
     products = [block for block in blocks(result.ptx) if "mma" in block]
     assert products
     assert not any(re.search(r"\b(div|rem)\.[su]", block) for block in products)
@@ -73,7 +73,7 @@ def test_the_loop_of_a_weight_gradient_divides_nothing(op: str, capability: int)
 @pytest.mark.parametrize("capability", [90, 100])
 def test_sums_of_a_bias_leave_room_for_a_second_program(capability: int) -> None:
     kernel = "conv3x3_weight_grad_descriptor_kernel"
-    result, programs = compiled(Wanted("conv3x3_bias_relu", ConvShape(128, 0, 128, 128, 128), kernel, capability))
+    result, programs = compiled("conv3x3_bias_relu", ConvShape(128, 0, 128, 128, 128), kernel, capability)
     assert programs == 2
     assert result.spill_bytes == 0
     assert result.products["wgmma" if capability < 100 else "tcgen05"]
@@ -91,7 +91,7 @@ def test_sums_of_a_bias_leave_room_for_a_second_program(capability: int) -> None
 )
 def test_multiples_of_8_channels_load_as_vectors(op: str, kernel: str, capability: int, channels: int) -> None:
     shape = ConvShape(channels, 0, channels, 128, 128)
-    result, _ = compiled(Wanted(op, shape, kernel, capability))
+    result, _ = compiled(op, shape, kernel, capability)
     assert "cp.async.cg.shared.global" in result.ptx
     assert not re.search(r"(ld|st)\.global\S*\.b16", result.ptx)
     assert result.spill_bytes == 0
@@ -103,6 +103,6 @@ def test_a_head_loads_multiples_of_8_channels_as_vectors_whatever_its_classes(
     capability: int, channels: int, kernel: str
 ) -> None:
     shape = ConvShape(channels, 0, 3, 128, 128)
-    result, _ = compiled(Wanted("conv1x1", shape, kernel, capability))
+    result, _ = compiled("conv1x1", shape, kernel, capability)
     assert re.search(r"(cp\.async\.cg\.shared\.global|[ls][dt]\.global\S*\.v4\.b32)", result.ptx)
     assert result.spill_bytes == 0
