@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from image_files import noise, save
 from PIL import Image
-from stack_files import write_pages, write_stacks
+from stack_files import write_pages
 
 SIZE = (40, 48)
 COUNT = 4
@@ -91,12 +91,8 @@ def five_channels(root: Path) -> None:
 
 def stack(root: Path, name: str, write: Callable[[Path, np.ndarray], object], masks: str = "") -> None:
     """Write one file of all images, and one of all masks."""
-    write_stacks(
-        root,
-        {"images": name, "masks": masks or name},
-        {"images": [picture(index) for index in range(COUNT)], "masks": [truth(index, 2) for index in range(COUNT)]},
-        write,
-    )
+    write(make(root / "images") / name, np.stack([picture(index) for index in range(COUNT)]))
+    write(make(root / "masks") / (masks or name), np.stack([truth(index, 2) for index in range(COUNT)]))
 
 
 NAMES = ("cell", "cell nucleus")

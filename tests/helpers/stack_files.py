@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,6 @@ import pytest
 import tifffile
 import zarr
 from PIL import Image
-
-
-def write_stacks(
-    root: Path,
-    files: Mapping[str, str],
-    sections: Mapping[str, Sequence[np.ndarray]],
-    write: Callable[[Path, np.ndarray], object],
-) -> None:
-    """Write the sections of each folder as one file of it."""
-    for folder, name in files.items():
-        (root / folder).mkdir(parents=True)
-        write(root / folder / name, np.stack(sections[folder]))
 
 
 def write_gif(path: Path, sections: np.ndarray) -> None:
