@@ -21,7 +21,7 @@ def make(device: str, *shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloa
     return [random_input(shape, dtype=dtype, seed=i, device=device) for i, shape in enumerate(shapes)]
 
 
-def cuda_graph_of_a_net() -> None:
+def graph_of_a_net() -> None:
     torch.manual_seed(0)
     model = fastunet.UNet(3, 2, features=(16, 32, 64)).cuda().bfloat16().eval()
     x, other = (t.contiguous() for t in make("cuda", (2, 3, 64, 48), (2, 3, 64, 48)))
@@ -37,7 +37,7 @@ def cuda_graph_of_a_net() -> None:
     assert torch.equal(y, expected)
 
 
-def cuda_graphed_model() -> None:
+def graphed_model() -> None:
     torch.manual_seed(0)
     model = fastunet.UNet(3, 2, features=(16, 32, 64)).cuda().eval()
     fast = fastunet.graphed(model)
@@ -51,7 +51,7 @@ def cuda_graphed_model() -> None:
     assert len(fast._graphs) == 2
 
 
-def cuda_composed_weights() -> None:
+def composed_weights() -> None:
     """They are made once, nobody waits for the GPU to know that they hold, and a graph is recorded anew with them."""
     torch.manual_seed(0)
     model = fastunet.UNet(3, 2, features=(64, 128)).to("cuda", torch.bfloat16).eval()
@@ -69,7 +69,7 @@ def cuda_composed_weights() -> None:
         assert not torch.equal(fast(x), before)
 
 
-def cuda_graph_of_a_step() -> None:
+def graph_of_a_step() -> None:
     x, weight, bias, grad, other = make(
         "cuda", (2, 32, 24, 16), (64, 32, 3, 3), (64,), (2, 64, 24, 16), (2, 32, 24, 16)
     )
@@ -101,7 +101,7 @@ def _warm_up(run: Callable[[], object]) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def cuda_side_stream() -> None:
+def side_stream() -> None:
     """A launch on the default stream would overtake the wait and read zeros."""
     x, weight = make("cuda", (2, 32, 24, 16), (64, 32, 3, 3))
     expected = ops.conv3x3_bias_relu(x, weight)
@@ -116,7 +116,7 @@ def cuda_side_stream() -> None:
     assert torch.equal(y, expected)
 
 
-def cuda_out_of_memory() -> None:
+def out_of_memory() -> None:
     x, weight = make("cuda", (8, 64, 256, 256), (64, 64, 3, 3))
     expected = ops.conv3x3_bias_relu(x, weight)
     held = []
@@ -137,19 +137,11 @@ def cuda_out_of_memory() -> None:
 
 
 CUDA_BODIES = {
-    "graph_of_a_net": cuda_graph_of_a_net,
-    "graphed_model": cuda_graphed_model,
-    "composed_weights": cuda_composed_weights,
-    "graph_of_a_step": cuda_graph_of_a_step,
-    "side_stream": cuda_side_stream,
-    "out_of_memory": cuda_out_of_memory,
+    body.__name__: body
+    for body in (graph_of_a_net, graphed_model, composed_weights, graph_of_a_step, side_stream, out_of_memory)
 }
 
 
-def main(name: str) -> None:
-    with fastunet.backend("triton"):
-        CUDA_BODIES[name]()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with fastunet.backend("triton"):
+        CUDA_BODIES[sys.argv[1]]()
