@@ -16,30 +16,19 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def _widened(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(dtype).float().numpy()
 
 
-def _float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
-
-
-def _e4m3_to_float32(bits: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
-
-
-def _float32_to_e4m3(values: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+def _narrowed(values: np.ndarray, dtype: torch.dtype, bits: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).view(bits).numpy()
 
 
 def _as_float32(handle: Any) -> np.ndarray:
     if handle.dtype.scalar == tl.bfloat16:
-        return _bfloat16_to_float32(handle.data)
+        return _widened(handle.data, torch.bfloat16)
     if handle.dtype.scalar == tl.float8e4nv:
-        return _e4m3_to_float32(handle.data)
+        return _widened(handle.data, torch.float8_e4m3fn)
     return handle.data.astype(np.float32, copy=False)
 
 
@@ -52,15 +41,15 @@ def _create_dot(self: Any, a: Any, b: Any, acc: Any, *_: Any) -> Any:
 def _cast(self: Any, source: Any, target: Any) -> Any:
     old, new = source.dtype.scalar, target.scalar
     if old == tl.bfloat16 and new == tl.float32:
-        return interpreter.TensorHandle(_bfloat16_to_float32(source.data), new)
+        return interpreter.TensorHandle(_widened(source.data, torch.bfloat16), new)
     if old == tl.float32 and new == tl.bfloat16:
-        return interpreter.TensorHandle(_float32_to_bfloat16(source.data), new)
+        return interpreter.TensorHandle(_narrowed(source.data, torch.bfloat16, torch.uint16), new)
     return _original_cast(self, source, target)
 
 
 def _convert(self: Any, source: Any, target: Any, *rounding: Any) -> Any:
     if source.dtype.scalar == tl.float32 and target.scalar == tl.float8e4nv:
-        return interpreter.TensorHandle(_float32_to_e4m3(source.data), tl.float8e4nv)
+        return interpreter.TensorHandle(_narrowed(source.data, torch.float8_e4m3fn, torch.uint8), tl.float8e4nv)
     return _original_convert(self, source, target, *rounding)
 
 
