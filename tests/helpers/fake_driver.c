@@ -40,21 +40,6 @@ static unsigned element_size(CUtensorMapDataType type) {
   }
 }
 
-static unsigned swizzle_span(CUtensorMapSwizzle swizzle) {
-  switch (swizzle) {
-  case CU_TENSOR_MAP_SWIZZLE_NONE:
-    return 256 * 16;
-  case CU_TENSOR_MAP_SWIZZLE_32B:
-    return 32;
-  case CU_TENSOR_MAP_SWIZZLE_64B:
-    return 64;
-  case CU_TENSOR_MAP_SWIZZLE_128B:
-    return 128;
-  default:
-    return 0;
-  }
-}
-
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address,
                                 const cuuint64_t *sizes, const cuuint64_t *strides, const cuuint32_t *box,
                                 const cuuint32_t *element_strides, CUtensorMapInterleave interleave,
@@ -76,7 +61,9 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   for (unsigned i = 0; i + 1 < rank; i++) /* The innermost has none: its elements are neighbours. */
     REFUSE_IF(strides[i] % 16 != 0 || strides[i] >= 1ull << 40);
   REFUSE_IF(box[0] * element_size(type) % 16 != 0);
-  REFUSE_IF(box[0] * element_size(type) > swizzle_span(swizzle));
+  /* What is swizzled has rows of 32, 64 or 128 bytes at most, by the numbers 1, 2 and 3. */
+  REFUSE_IF(swizzle > CU_TENSOR_MAP_SWIZZLE_128B);
+  REFUSE_IF(swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && box[0] * element_size(type) > (16u << swizzle));
   memset(map, 0, sizeof *map);
   tensor_maps++;
   return CUDA_SUCCESS;

@@ -84,7 +84,7 @@ class Map:
         (Map(strides=(256, 65536, 131072, 1 << 40)), "strides[i] >="),
         (Map(box=(64, 512, 1, 8, 1)), "box[i] > 256"),
         (Map(box=(4, 8, 1, 8, 1)), "% 16"),
-        (Map(box=(128, 8, 1, 8, 1)), "swizzle_span"),
+        (Map(box=(128, 8, 1, 8, 1)), "16u << swizzle"),
         (Map(dtype=99), "element_size"),
         (Map(sizes=(2,) * 6, strides=(16,) * 5, box=(1,) * 6), "rank > 5"),
     ],
