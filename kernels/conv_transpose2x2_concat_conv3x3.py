@@ -7,7 +7,6 @@ sub-pixel of a tile of low's pixels. Through tensor descriptors alone: sm_90 and
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,14 @@ import triton
 import triton.language as tl
 from fastunet.kernels import gpu
 from fastunet.kernels.conv3x3 import config
-from fastunet.kernels.conv3x3.descriptor import boxes
+from fastunet.kernels.conv3x3.descriptor import (
+    accumulate_boxes_by_2,
+    boxes,
+    load_box,
+    of_parity,
+    parities,
+    store_box,
+)
 from fastunet.kernels.epilogue import Epilogue, Normalisation, finish_sums, load_channels
 from fastunet.kernels.layout import empty_packed, packed, weight_matrix
 from fastunet.kernels.tiles import tile_origin
@@ -41,38 +47,6 @@ class Composed(NamedTuple):
 
 # fmt: off
 @triton.jit
-def _of_parity(even_even, even_odd, odd_even, odd_odd, row, column):
-    """The descriptor of the rows and columns that are even and odd as these are."""
-    even, odd = even_even, odd_even
-    if column % 2 == 1:
-        even, odd = even_odd, odd_odd
-    chosen = even
-    if row % 2 == 1:
-        chosen = odd
-    return chosen
-
-
-@triton.jit
-def _accumulate_skip(
-    acc, even_even, even_odd, odd_even, odd_odd, weight_desc, C, steps, n0, image, h0, w0, down, right,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """acc [N, P] += weights @ the 3x3 taps of the sub-pixel (down, right) of each pixel of the tile."""
-    tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
-    for step in range(steps):
-        tap = step % 9
-        k0 = step // 9 * BLOCK_K
-        # Counted from the pair before the pixel's own, so that nothing is negative.
-        row = tap // 3 + 1 + down
-        column = tap % 3 + 1 + right
-        desc = _of_parity(even_even, even_odd, odd_even, odd_odd, row, column)
-        x = desc.load([image, h0 - 1 + row // 2, w0 - 1 + column // 2, k0])
-        weight = weight_desc.load([n0, tap * C + k0])
-        acc = tl.dot(weight, tl.trans(tl.reshape(x, (TILE_H * TILE_W, BLOCK_K))), acc)
-    return acc
-
-
-@triton.jit
 def _accumulate_low(
     acc, desc, weight_desc, C, steps, n0, image, h0, w0, down, right,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -82,9 +56,9 @@ def _accumulate_low(
     for step in range(steps):
         tap = step % 4
         k0 = step // 4 * BLOCK_K
-        x = desc.load([image, h0 - 1 + tap // 2 + down, w0 - 1 + tap % 2 + right, k0])
+        x = load_box(desc, image, h0 - 1 + tap // 2 + down, w0 - 1 + tap % 2 + right, k0, TILE_H, TILE_W, BLOCK_K)
         weight = weight_desc.load([n0, tap * C + k0])
-        acc = tl.dot(weight, tl.trans(tl.reshape(x, (TILE_H * TILE_W, BLOCK_K))), acc)
+        acc = tl.dot(weight, tl.trans(x), acc)
     return acc
 
 
@@ -141,8 +115,8 @@ def conv_transpose2x2_concat_conv3x3_kernel(
     image = image.to(tl.int32)
 
     acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
-    acc = _accumulate_skip(
-        acc, skip00_desc, skip01_desc, skip10_desc, skip11_desc, skip_weight_desc, C1, steps1, n0, image, h0, w0,
+    acc = accumulate_boxes_by_2(
+        acc, skip00_desc, skip01_desc, skip10_desc, skip11_desc, skip_weight_desc, 0, 0, C1, steps1, n0, image, h0, w0,
         down, right, TILE_H, TILE_W, BLOCK_N, BLOCK_K,
     )
     # Of the last block, rows may be the next sub-pixel's: what they give is not stored.
@@ -158,9 +132,8 @@ def conv_transpose2x2_concat_conv3x3_kernel(
     acc = finish_sums(
         acc, n, COUT, bias_ptr, mean_ptr, variance_ptr, gamma_ptr, eps, negative_slope, ACTIVATION, 0
     )
-    y = tl.reshape(tl.trans(acc.to(y00_desc.dtype)), (1, TILE_H, TILE_W, BLOCK_N))
-    y_desc = _of_parity(y00_desc, y01_desc, y10_desc, y11_desc, down, right)
-    y_desc.store([image, h0, w0, n0], y)
+    y_desc = of_parity(y00_desc, y01_desc, y10_desc, y11_desc, down, right)
+    store_box(y_desc, acc.to(y00_desc.dtype), image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
 # fmt: on
 
 
@@ -194,18 +167,6 @@ def _border_terms(border: Tensor) -> Tensor:
     )
 
 
-def _parities(name: str, x: Tensor, chosen: config.ConvConfig, channels: int) -> dict[str, TensorDescriptor]:
-    """Of packed x [N, C, H, W] each second row and column, by the parity of both, in boxes of a tile by channels."""
-    _, c, h, w = x.shape
-    # Spelled out: where a size is 1, a packed tensor may have any stride.
-    strides, box = [h * w * c, 2 * w * c, 2 * c, 1], [1, chosen.tile_h, chosen.tile_w, channels]
-    found = {}
-    for row, column in itertools.product((0, 1), repeat=2):
-        pixels = x.permute(0, 2, 3, 1)[:, row::2, column::2]
-        found[f"{name}{row}{column}_desc"] = TensorDescriptor(pixels, list(pixels.shape), strides, box)
-    return found
-
-
 def conv_transpose2x2_concat_conv3x3(
     skip: Tensor,
     low: Tensor,
@@ -233,12 +194,12 @@ def conv_transpose2x2_concat_conv3x3(
     chosen = config.conv_config(shape, skip.dtype, target, allow_tf32=False, op=config.COMPOSED)
     block_n, block_k = chosen.block_n, chosen.block_k
     arguments: dict[str, Any] = {
-        **_parities("skip", skip, chosen, block_k),
+        **parities("skip", skip, chosen.tile_h, chosen.tile_w, block_k),
         "low_desc": boxes(low, chosen.tile_h, chosen.tile_w, block_k),
         "skip_weight_desc": TensorDescriptor.from_tensor(weights.of_skip, [block_n, block_k]),
         "low_weight_desc": TensorDescriptor.from_tensor(weights.of_low, [block_n, block_k]),
         "border_ptr": weights.border,
-        **_parities("y", y, chosen, block_n),
+        **parities("y", y, chosen.tile_h, chosen.tile_w, block_n),
         "H": height,
         "W": width,
         "C1": channels,

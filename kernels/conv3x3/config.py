@@ -122,20 +122,27 @@ def conv_config(
     found = autotune.config_for(op, shape, dtype, allow_tf32, target.name, ConvConfig)
     if found is None and op == COMPOSED:
         return heuristic_composed_config(shape, dtype, target)
-    if op.endswith(autotune.STRIDE2):
-        return found or by_stride_2(heuristic_conv_config(shape, dtype, gathering(target), allow_tf32), target)
-    return found or heuristic_conv_config(shape, dtype, target, allow_tf32)
+    heuristic = by_stride_2 if op.endswith(autotune.STRIDE2) else heuristic_conv_config
+    return found or heuristic(shape, dtype, target, allow_tf32)
 
 
 def gathering(target: Target) -> Target:
-    """Return the target as one without descriptors, for kernels of stride 2, which gather through pointers."""
+    """Return the target as one without descriptors."""
     return replace(target, capability=min(target.capability, 89))
 
 
-def by_stride_2(chosen: ConvConfig, target: Target) -> ConvConfig:
-    """Return a heuristic config, which is one for `gathering`, for stride 2 on the target itself: pixels that are read
-    lie apart from those written, which takes registers, and so do the products of sm_90.
+def by_stride_2(
+    shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool, *, gathers: bool = False
+) -> ConvConfig:
+    """Return heuristic_conv_config for stride 2; with gathers, not the descriptor variant's.
+
+    Where pixels are gathered, those that are read lie apart from those written, which takes registers, and so do the
+    products of sm_90.
     """
+    chosen = heuristic_conv_config(shape, dtype, target, allow_tf32)
+    if chosen.variant == DESCRIPTOR and not gathers:
+        return chosen
+    chosen = heuristic_conv_config(shape, dtype, gathering(target), allow_tf32)
     spills = chosen.variant == POINTER and (chosen.num_warps == 4 or target.capability >= 90)
     return replace(chosen, max_registers=ALL_REGISTERS) if spills else chosen
 

@@ -51,8 +51,15 @@ def weight_grad_config(
     WEIGHT_GRAD, by stride 2 with autotune.STRIDE2.
     """
     found = autotune.config_for(op, shape, dtype, allow_tf32, target.name, WeightGradConfig)
-    if found or not op.endswith(autotune.STRIDE2):
-        return found or heuristic_weight_grad_config(shape, dtype, target, allow_tf32)
+    heuristic = weight_grad_by_stride_2 if op.endswith(autotune.STRIDE2) else heuristic_weight_grad_config
+    return found or heuristic(shape, dtype, target, allow_tf32)
+
+
+def weight_grad_by_stride_2(shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool) -> WeightGradConfig:
+    """Return heuristic_weight_grad_config for stride 2."""
+    chosen = heuristic_weight_grad_config(shape, dtype, target, allow_tf32)
+    if chosen.variant == DESCRIPTOR:
+        return chosen
     chosen = heuristic_weight_grad_config(shape, dtype, gathering(target), allow_tf32)
     # Of 128 x 128 channels on sm_90, Triton 3.6 has the products wait for each other.
     return replace(chosen, block_in=min(chosen.block_in, 64)) if target.capability == 90 else chosen

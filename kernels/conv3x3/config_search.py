@@ -42,17 +42,19 @@ def feasible_configs(
     """Return the configs to try for an op by one of `config`'s names, the heuristic one first; `allow_tf32` matters for
     float32.
     """
-    actual = target
-    if op.endswith(autotune.STRIDE2):
-        target = config.gathering(target)
-    if op.removesuffix(autotune.STRIDE2) == config.WEIGHT_GRAD:
-        return _weight_grad_configs(shape, dtype, target, allow_tf32)
+    if op == config.WEIGHT_GRAD:
+        heuristic = config_grad.heuristic_weight_grad_config(shape, dtype, target, allow_tf32)
+        return _weight_grad_configs(heuristic, shape, dtype, target)
+    if op == config.WEIGHT_GRAD + autotune.STRIDE2:
+        heuristic = config_grad.weight_grad_by_stride_2(shape, dtype, target, allow_tf32)
+        return _weight_grad_configs(heuristic, shape, dtype, target)
     if op == config.COMPOSED:
-        heuristic = config.heuristic_composed_config(shape, dtype, target)
-        return _nearest_first({heuristic.variant: heuristic}, _candidates(heuristic, shape, dtype, target))
-    variants = conv_variants(shape, dtype, target, allow_tf32=allow_tf32)
+        composed = config.heuristic_composed_config(shape, dtype, target)
+        return _nearest_first({composed.variant: composed}, _candidates(composed, shape, dtype, target))
     if op.endswith(autotune.STRIDE2):
-        variants = {name: config.by_stride_2(each, actual) for name, each in variants.items()}
+        variants = _variants_by_stride_2(shape, dtype, target, allow_tf32)
+    else:
+        variants = conv_variants(shape, dtype, target, allow_tf32=allow_tf32)
     found = [candidate for each in variants.values() for candidate in _candidates(each, shape, dtype, target)]
     if op == config.CONV3X3:  # An input gradient is one too, but its kernels split no sums.
         for each in variants.values():
@@ -69,6 +71,13 @@ def conv_variants(shape: ConvShape, dtype: torch.dtype, target: Target, *, allow
     if heuristic.variant == DESCRIPTOR:
         variants[POINTER] = config.heuristic_conv_config(shape, dtype, config.gathering(target), allow_tf32)
     return variants
+
+
+def _variants_by_stride_2(
+    shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool
+) -> dict[str, ConvConfig]:
+    chosen, gathers = (config.by_stride_2(shape, dtype, target, allow_tf32, gathers=each) for each in (False, True))
+    return {chosen.variant: chosen, gathers.variant: gathers}
 
 
 def _candidates(heuristic: ConvConfig, shape: ConvShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
@@ -124,10 +133,9 @@ def _register_limit(variant: str, block_n: int, dtype: torch.dtype, target: Targ
 
 
 def _weight_grad_configs(
-    shape: ConvShape, dtype: torch.dtype, target: Target, allow_tf32: bool
+    heuristic: config_grad.WeightGradConfig, shape: ConvShape, dtype: torch.dtype, target: Target
 ) -> list[config_grad.WeightGradConfig]:
-    """Return the configs for the gradient of a weight [c_out, c1, 3, 3]."""
-    heuristic = config_grad.heuristic_weight_grad_config(shape, dtype, target, allow_tf32)
+    """Return the configs of heuristic's variant for the gradient of a weight [c_out, c1, 3, 3]."""
     # The descriptor variant's tile is a run of neighbours in memory; the folded variant's block holds all taps.
     heights = (heuristic.tile_h,) if heuristic.variant == DESCRIPTOR else (2, 4, 8)
     blocks_out = [n for n in (32, 64, 128) if n <= config.cover(shape.c_out, 32, 128)]

@@ -224,14 +224,16 @@ def conv3x3_input_grads(
         "negative_slope": float(negative_slope or 0),
         "ACTIVATION": activation_code(negative_slope),
     }
+    arguments["blocks_k"] = gpu.cdiv(channels_out, chosen.block_k)
     if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_input_grad_descriptor_kernel
-        arguments |= descriptor.input_grad_operands(grad, weight, (out, out_up), x, chosen)
+        if stride == 2:
+            kernel = strided.conv3x3_strided_input_grad_descriptor_kernel
+        arguments |= descriptor.input_grad_operands(grad, weight, (out, out_up), x, chosen, stride)
     else:
         kernel = conv3x3_input_grad_kernel if stride == 1 else strided.conv3x3_strided_input_grad_kernel
         arguments |= pointer.operands(grad, None, weight, allow_tf32)
         arguments |= {"grad_ptr": grad, "x_ptr": x, "FOLDED": chosen.variant == config.FOLDED}
-        arguments["blocks_k"] = gpu.cdiv(channels_out, chosen.block_k)
     blocks = 1 if joined else gpu.cdiv(c1, chosen.block_n) + gpu.cdiv(c2, chosen.block_n)
     blocks *= strided.PHASES if stride == 2 else 1
     grid = batch * config.tiles_per_image(chosen, height, width) * blocks
@@ -272,14 +274,15 @@ def conv3x3_weight_grad(
         "C": channels,
         "COUT": channels_out,
         "WITH_BIAS": with_bias,
+        "STRIDE": stride,
     }
     if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_weight_grad_descriptor_kernel
-        arguments |= descriptor.weight_grad_operands(grad, x, chosen)
+        arguments |= descriptor.weight_grad_operands(grad, x, chosen, stride)
     else:
         kernel = conv3x3_weight_grad_kernel
         arguments |= {"grad_ptr": grad, "x_ptr": x, "FOLDED": chosen.variant == config.FOLDED}
-        arguments |= {"PRECISION": precision(x.dtype, allow_tf32), "STRIDE": stride}
+        arguments["PRECISION"] = precision(x.dtype, allow_tf32)
     gpu.launch(kernel, programs * splits, arguments, chosen).run(x.device)
     sum_rows(partial, grad_weight, grad_bias)
     return grad_weight, grad_bias

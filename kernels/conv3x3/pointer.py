@@ -218,7 +218,7 @@ def conv3x3_launch(
     stride: int = 1,
 ) -> gpu.Launch:
     """Return the launch, in any variant, that fills the epilogue's outputs from packed x and up, or where it splits the
-    input channels, sums [splits, pixels, Cout]. stride 2 is for those that gather.
+    input channels, sums [splits, pixels, Cout]. The halo variant has no stride 2.
     """
     if chosen.variant == config.HALO:
         from fastunet.kernels.conv3x3 import hopper  # Late: its interface is private to some releases of Triton.
@@ -227,16 +227,16 @@ def conv3x3_launch(
     tiles = x.shape[0] * config.tiles_per_image(chosen, *size_by(stride, x))
     arguments = {**config.sizes(x, up, weight, chosen), "tiles": tiles, **epilogue.arguments()}
     arguments |= {"sums_ptr": sums, "pixels": None if sums is None else sums.shape[1], "SPLITS": chosen.splits}
+    arguments["STRIDE"] = stride
     kernel = conv3x3_kernel
     if chosen.variant == config.DESCRIPTOR:
         kernel = descriptor.conv3x3_descriptor_kernel
-        arguments |= descriptor.operands(x, up, weight, chosen)
+        arguments |= descriptor.operands(x, up, weight, chosen, stride)
         arguments["y_desc"] = descriptor.boxes(epilogue.y, chosen.tile_h, chosen.tile_w, chosen.block_n)
         windows = chosen.tile_h // 2, chosen.tile_w // 2
         arguments["pooled_desc"] = descriptor.boxes(epilogue.pooled, *windows, chosen.block_n)
     else:
         arguments |= {**operands(x, up, weight, allow_tf32), "FOLDED": chosen.variant == config.FOLDED}
-        arguments["STRIDE"] = stride
     grid = tiles * gpu.cdiv(weight.shape[0], chosen.block_n) * chosen.splits
     return gpu.launch(kernel, grid, arguments, chosen)
 

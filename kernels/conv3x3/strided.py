@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastunet.kernels.conv3x3.descriptor import load_box, of_parity, store_box
 from fastunet.kernels.tiles import load_tap, multiple, pixel_offsets, strided_size, tile_origin, tile_pixels
 
 PHASES = 4
@@ -17,13 +18,22 @@ _PHASES = tl.constexpr(PHASES)
 
 # fmt: off
 @triton.jit
+def _tap_of_phase(tap, odd_h, odd_w):
+    """How many outputs after its own number `tap` of the taps that read a phase is at, down and right, and the tap's
+    number in the window: of an even row tap row 1, at its own output; of an odd one tap row 0, at the output after it,
+    and 2, at its own; so for columns.
+    """
+    i = tap // (1 + odd_w)
+    j = tap % (1 + odd_w)
+    return odd_h * (1 - i), odd_w * (1 - j), (1 - odd_h + 2 * i) * 3 + 1 - odd_w + 2 * j
+
+
+@triton.jit
 def accumulate_phase(
     acc, grad_ptr, weight_ptr, blocks_k, odd_h, odd_w, n, rows, columns, origin, offsets, HO, WO, COUT, C,
     stride_out, stride_tap, stride_in, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """acc [P, N] += grad [P, COUT] @ the weights [COUT, N], over the taps that read a phase: of an even row tap row 1,
-    at its own output; of an odd one tap row 0, at the output after it, and 2, at the one before; so for columns.
-    """
+    """acc [P, N] += grad [P, COUT] @ the weights [COUT, N], over the taps that read a phase."""
     k = tl.arange(0, BLOCK_K)
     weight_pointers = weight_ptr + n.to(tl.int64)[None, :] * stride_in + k[:, None] * stride_out
     taps = (1 + odd_h) * (1 + odd_w)
@@ -32,12 +42,9 @@ def accumulate_phase(
     for step in range(steps):
         tap = step % taps
         k0 = step // taps * BLOCK_K
-        i = tap // (1 + odd_w)
-        j = tap % (1 + odd_w)
-        # load_tap moves by tap // 3 - 1 and tap % 3 - 1: here by 1 for the first of two taps, else by 0.
-        moved = (1 + odd_h * (1 - i)) * 3 + 1 + odd_w * (1 - j)
-        weight_tap = (1 - odd_h + 2 * i) * 3 + 1 - odd_w + 2 * j
-        a = load_tap(grad_ptr, moved, k0 + k, rows, columns, origin, offsets, HO, WO, COUT)
+        down, right, weight_tap = _tap_of_phase(tap, odd_h, odd_w)
+        # load_tap moves by tap // 3 - 1 and tap % 3 - 1.
+        a = load_tap(grad_ptr, (1 + down) * 3 + 1 + right, k0 + k, rows, columns, origin, offsets, HO, WO, COUT)
         pointers = weight_pointers + (k0.to(tl.int64) * stride_out + weight_tap * stride_tap)
         b = tl.load(pointers, mask=(k0 + k < COUT)[:, None] & (n < C)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -84,4 +91,46 @@ def conv3x3_strided_input_grad_kernel(
     origin = (image * H + 2 * h0 + odd_h) * W + 2 * w0 + odd_w
     at = (origin + 2 * pixel_offsets(W, TILE_H, TILE_W))[:, None] * C + n[None, :]
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(rows >= 0)[:, None] & (n < C)[None, :])
+
+
+@triton.jit(do_not_specialize=["H", "W", "blocks_k"])
+def conv3x3_strided_input_grad_descriptor_kernel(
+    grad_desc, weight_desc, out_desc, out01_desc, out10_desc, out11_desc, out_up_desc, out_up01_desc, out_up10_desc,
+    out_up11_desc, H, W, C1, C2, COUT, blocks_k,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """As conv3x3_strided_input_grad_kernel. weight_desc reads [C1 + C2, 9*COUT]; an out has a descriptor a phase."""
+    blocks1 = tl.cdiv(C1, BLOCK_N)
+    blocks = blocks1 if out_up_desc is None else blocks1 + tl.cdiv(C2, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    phase = tl.program_id(0) // blocks % _PHASES
+    odd_h = phase // 2
+    odd_w = phase % 2
+    is_first = block < blocks1
+    n0 = tl.where(is_first, block, block - blocks1) * BLOCK_N
+    weight_row = tl.where(is_first, 0, C1) + n0
+    HO, WO = strided_size(H, W, 2)
+    image, h0, w0 = tile_origin(tl.program_id(0) // (blocks * _PHASES), HO, WO, TILE_H, TILE_W)
+    image = image.to(tl.int32)
+    taps = (1 + odd_h) * (1 + odd_w)
+    steps = taps * blocks_k
+    acc = tl.zeros((BLOCK_N, TILE_H * TILE_W), tl.float32)
+    tl.assume(steps > 0)  # Without it, ptxas takes the products one by one (warning C7515).
+    for step in range(steps):
+        k0 = step // taps * BLOCK_K
+        down, right, weight_tap = _tap_of_phase(step % taps, odd_h, odd_w)
+        g = load_box(grad_desc, image, h0 + down, w0 + right, k0, TILE_H, TILE_W, BLOCK_K)
+        weight = weight_desc.load([weight_row, weight_tap * COUT + k0])
+        acc = tl.dot(weight, tl.trans(g), acc)
+    grad = acc.to(grad_desc.dtype)
+    if out_up_desc is None:
+        desc = of_parity(out_desc, out01_desc, out10_desc, out11_desc, odd_h, odd_w)
+        store_box(desc, grad, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
+    else:
+        if is_first:
+            desc = of_parity(out_desc, out01_desc, out10_desc, out11_desc, odd_h, odd_w)
+            store_box(desc, grad, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
+        else:
+            desc = of_parity(out_up_desc, out_up01_desc, out_up10_desc, out_up11_desc, odd_h, odd_w)
+            store_box(desc, grad, image, h0, w0, n0, TILE_H, TILE_W, BLOCK_N)
 # fmt: on

@@ -98,12 +98,12 @@ def several_tiles_of_an_odd_image(kernels: ModuleType) -> None:
     assert_within(run(t, kernels=kernels), *composed_sums_expected(**t).stored(torch.float16))
 
 
-MODULE = "conv_transpose2x2_concat_conv3x3"
+MODULE, BOXES = "conv_transpose2x2_concat_conv3x3", "conv3x3.descriptor"
 test_check, test_injected_fault_is_caught = check_tests({
     several_tiles_of_an_odd_image: [
-        (MODULE, "row = tap // 3 + 1 + down", "row = tap // 3 + 1"),
-        (MODULE, "if column % 2 == 1:", "if row % 2 == 1:"),
-        (MODULE, "row // 2, w0 - 1", "(row + 1) // 2, w0 - 1"),
+        (BOXES, "row = tap // 3 + 1 + down", "row = tap // 3 + 1"),
+        (BOXES, "if column % 2 == 1:", "if row % 2 == 1:"),
+        (BOXES, "row // 2, w0 - 1", "(row + 1) // 2, w0 - 1"),
         (MODULE, "w0 - 1 + tap % 2 + right, k0", "w0 - 1 + tap % 2, k0"),
         (MODULE, "sub * COUT + n0, image", "n0, image"),
         (MODULE, "k0 = step // 4 * BLOCK_K", "k0 = 0"),

@@ -40,9 +40,11 @@ CASES = [
     ((1, 8, 0, 8, 2, 2), HALF, None),
     ((0, 3, 0, 4, 4, 4), torch.float32, None),
     ((2, 16, 0, 16, 32, 33), BFLOAT, MANY_SPLITS),
-    # Where stride 1 has descriptors.
+    # Through descriptors; sides of one pixel have no odd one.
     ((1, 64, 16, 64, 17, 34), BFLOAT, HOPPER),
-    ((2, 16, 0, 40, 16, 32), HALF, HOPPER),
+    ((2, 16, 48, 40, 16, 32), HALF, HOPPER),
+    ((2, 64, 0, 64, 1, 32), HALF, HOPPER),
+    ((1, 48, 0, 48, 15, 1), BFLOAT, HOPPER),
 ]
 
 
@@ -56,13 +58,17 @@ def test_tf32() -> None:
     assert_right((1, 32, 16, 64, 9, 18), torch.float32, allow_tf32=True)
 
 
-def exact_on_integers(kernels: ModuleType, h: int, w: int) -> None:
+def exact_on_integers(
+    kernels: ModuleType, h: int, w: int, channels: tuple[int, int, int] = (4, 3, 6), dtype: torch.dtype = torch.float32
+) -> None:
     """By norm, too, of statistics that change nothing, and as raw sums with statistics of their own."""
-    x, up = (random_integers((2, c, h, w), seed=c, device=DEVICE) for c in (4, 3))
-    weight, bias = random_integers((6, 7, 3, 3), seed=1, device=DEVICE), random_integers((6,), seed=2, device=DEVICE)
+    c1, c2, c_out = channels
+    options = {"device": DEVICE, "dtype": dtype, "largest": 1}
+    x, up = (random_integers((2, c, h, w), seed=c, **options) for c in (c1, c2))
+    weight, bias = (random_integers(of, seed=len(of), **options) for of in ((c_out, c1 + c2, 3, 3), (c_out,)))
     leaves = [t.double().requires_grad_() for t in (x, up, weight)]
     exact = F.conv2d(torch.cat(leaves[:2], 1), leaves[2], stride=2, padding=1)
-    one = torch.ones(6, device=DEVICE)
+    one = torch.ones(c_out, device=DEVICE)
     norm = Normalisation(0 * one, one, None, 0.0)
     y, pooled = kernels.conv3x3.pointer.conv3x3(x, weight, bias, up=up, norm=norm, pool=True, stride=2)
     assert_within(y, (exact + bias.double()[:, None, None]).detach(), 0.0)
@@ -72,17 +78,18 @@ def exact_on_integers(kernels: ModuleType, h: int, w: int) -> None:
     assert float(statistics.count.sum()) == exact[:, 0].numel()
     sums = (statistics.partial[0] * statistics.count[:, None]).sum(0) / statistics.count.sum()
     torch.testing.assert_close(sums.double(), exact.detach().mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
-    grad = random_integers(tuple(exact.shape), seed=3, device=DEVICE)
+    grad = random_integers(tuple(exact.shape), seed=3, **options)
     expected = torch.autograd.grad(exact, leaves, grad.double())
-    actual = kernels.conv3x3.grad.conv3x3_input_grads(grad, weight, [4, 3], stride=2, size=(h, w))
+    actual = kernels.conv3x3.grad.conv3x3_input_grads(grad, weight, [c1, c2], stride=2, size=(h, w))
     weights = [kernels.conv3x3.grad.conv3x3_weight_grad(grad, t, stride=2)[0] for t in (x, up)]
     for a, b in zip([*actual, torch.cat(weights, 1)], expected, strict=True):
+        assert b.abs().max() <= 2048  # Beyond, float16 has no longer every integer.
         assert_within(a, b, 0.0)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_configurations_gather_and_come_from_the_table(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No descriptors, halos or split sums, whatever stride 1 has; a measured one stands in the heuristic's place."""
+def test_configurations_come_from_the_table(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No halos or split sums, whatever stride 1 has; a measured one stands in the heuristic's place."""
     target, shape = gpu.known_target(capability), config.ConvShape(64, 0, 64, 64, 64)
     choose = {
         config.CONV3X3: config.conv_config,
@@ -95,7 +102,8 @@ def test_configurations_gather_and_come_from_the_table(capability: int, monkeypa
         found = config_search.feasible_configs(op, shape, BFLOAT, target, **options)
         assert found[0] == heuristic
         assert len(found) > 1
-        assert {each.variant for each in found} == {config.POINTER}
+        both = {config.POINTER, config.DESCRIPTOR} if base != config.WEIGHT_GRAD else {config.DESCRIPTOR}
+        assert {each.variant for each in found} == (both if capability >= 90 else {config.POINTER})
         assert {getattr(each, "splits", 1) for each in found} == {1}
         row = autotune.config_row(op, shape, BFLOAT, False, found[-1])
         monkeypatch.setattr(autotune, "_tables", {target.name: autotune.by_key([row])})
@@ -110,11 +118,21 @@ def gathers(kernels: ModuleType) -> None:
         exact_on_integers(kernels, h, w)
 
 
+def reads_boxes(kernels: ModuleType) -> None:
+    """Several tiles, blocks and steps, in images of which the odd rows or columns are as many as the even, or one less;
+    of the first, whole runs of pixels for the weight gradient.
+    """
+    with on(HOPPER, kernels):
+        for h, w in ((32, 32), (19, 18), (18, 19)):
+            exact_on_integers(kernels, h, w, (32, 48, 80), HALF)
+
+
 def folds(kernels: ModuleType) -> None:
     assert_right((1, 3, 0, 5, 19, 18), torch.float32, kernels)
 
 
 TILES, POINTERS, GRAD, PHASES = "tiles", "conv3x3.pointer", "conv3x3.grad", "conv3x3.strided"
+BOXES = "conv3x3.descriptor"
 test_check, test_injected_fault_is_caught = check_tests(
     {
         gathers: [
@@ -129,6 +147,7 @@ test_check, test_injected_fault_is_caught = check_tests(
             (GRAD, "origin = (image * HO + h0) * WO + w0\n        g", "origin = (image * H + h0) * W + w0\n        g"),
             (PHASES, "odd_h * (1 - i)", "odd_h * i"),
             (PHASES, "odd_w * (1 - j)", "odd_w * j"),
+            (PHASES, "(1 + down) * 3 + 1 + right", "(1 + right) * 3 + 1 + down"),
             (PHASES, "(1 - odd_h + 2 * i)", "(1 + odd_h - 2 * i)"),
             (PHASES, "1 - odd_w + 2 * j", "1 + odd_w - 2 * j"),
             (PHASES, "taps = (1 + odd_h) * (1 + odd_w)", "taps = 1 + odd_h + odd_w"),
@@ -138,6 +157,24 @@ test_check, test_injected_fault_is_caught = check_tests(
             (PHASES, "2 * w0 + odd_w", "2 * w0"),
             (PHASES, "weight_ptr += tl.cast(C1, tl.int64) * stride_in", "weight_ptr += 0"),
             (PHASES, "(k0 + k < COUT)[:, None]", "(k0 + k < COUT - 1)[:, None]"),
+        ],
+        reads_boxes: [
+            (BOXES, "W = strided_size(H, W, STRIDE)  #", "W = strided_size(H, W, 1)  #"),
+            (BOXES, "if column % 2 == 1:", "if row % 2 == 1:"),
+            (BOXES, "[:, row::2, column::2]", "[:, column::2, row::2]"),
+            (BOXES, "row // 2, w0 - 1", "(row + 1) // 2, w0 - 1"),
+            (BOXES, "column // 2, k0, TILE", "(column + 1) // 2, k0, TILE"),
+            (BOXES, "tap * C + first + k0", "tap * C + k0"),
+            (BOXES, "up11_desc, weight_desc, begin2, C1,", "up11_desc, weight_desc, begin2, 0,"),
+            (BOXES, "row + 2, column + 2)", "row, column + 1)"),
+            (BOXES, "row = (row + 2) // 2 - 1", "row = (row + 2) // 2"),
+            (BOXES, "column = (column + 2) // 2 - 1", "column = (column + 1) // 2 - 1"),
+            (BOXES, "next_tile(image, h0, w0, HO, WO", "next_tile(image, h0, w0, HO, 2 * WO"),
+            (PHASES, "h0 + down, w0 + right", "h0 + right, w0 + down"),
+            (PHASES, "weight_tap * COUT + k0", "weight_tap * COUT"),
+            (PHASES, "weight_row = tl.where(is_first, 0, C1)", "weight_row = tl.where(is_first, 0, 0)"),
+            (PHASES, "block - blocks1) * BLOCK_N", "block) * BLOCK_N"),
+            (PHASES, "out_up10_desc, out_up11_desc, odd_h, odd_w", "out_up10_desc, out_up11_desc, odd_w, odd_h"),
         ],
         folds: [
             (POINTERS, "steps1, n, rows_in, columns_in, origin_in", "steps1, n, rows, columns_in, origin_in"),
