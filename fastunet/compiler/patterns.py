@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fastunet import dispatch
 from fastunet.compiler.fx_nodes import Order, arguments, is_image, layer_of, name_of, only_user, value_of
-from fastunet.compiler.gains import gains_little, leave_what_spares_little
+from fastunet.compiler.gains import gains_little, leave_what_spares_little, take_what_leaves
 
 WITH_UPSAMPLING = "conv_transpose2x2_concat_conv3x3_relu"
 WITH_HEAD = "conv3x3_relu_conv1x1"
@@ -79,6 +79,7 @@ def find(graph_module: GraphModule, *, force: bool = False, device: torch.device
             search.add(node)
     if not force:
         leave_what_spares_little(search.patterns)
+        take_what_leaves(search.patterns)
     return search.patterns
 
 

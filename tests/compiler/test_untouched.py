@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -80,6 +81,23 @@ def test_a_graph_with_few_wide_layers_is_handed_on(monkeypatch: pytest.MonkeyPat
     x = torch.zeros(1, 64, 128, 128)
     assert handed_on(levels(1).train(), x, monkeypatch) == [True]
     assert handed_on(levels(2).train(), x, monkeypatch) == [False]
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d, lambda c: nn.InstanceNorm2d(c, affine=True)])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+def test_an_activation_that_leaves_the_graph_with_a_gradient_is_the_ops(norm: Any, activation: Any) -> None:
+    """Whose backward reads the result: inductor's would read a mask that is written for it."""
+    layers = [nn.Conv2d(4, 4, 3, padding=1), norm(4), activation()]
+    net, x = nn.Sequential(*layers, *copy.deepcopy(layers)).train(), torch.randn(1, 4, 8, 8)
+    rows = fastunet.explain(net, x).rows
+    assert [bool(row.replaced_by) for row in rows] == [False, True]
+    assert "mask" in rows[1].reason
+    rows = fastunet.explain(nn.Sequential(net, nn.AvgPool2d(2)), x).rows
+    assert not any(row.replaced_by for row in rows), "here inductor fuses all"
+    rows = fastunet.explain(net[:2] if isinstance(net[1], nn.Identity) else net[:-1], x).rows
+    assert not rows[-1].replaced_by, "without an activation there is no mask"
+    rows = fastunet.explain(net.requires_grad_(False), x).rows
+    assert "mask" not in rows[1].reason
 
 
 def somebodys_net_of_volumes() -> nn.Module:
