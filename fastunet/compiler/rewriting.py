@@ -157,16 +157,16 @@ def keep_interpolations(graph_module: GraphModule) -> None:
 
 
 def replace_replicate_pads(graph_module: GraphModule) -> None:
-    """Pad images that have a gradient by copies of their edges, in place of F.pad's "replicate" mode: of its backward
-    inductor expects other strides than it gets, and raises at run time (seen with torch 2.13, where
-    a convolution is before it).
+    """Pad images by copies of their edges, in place of F.pad's "replicate" mode: of its backward inductor expects other
+    strides than it gets, and raises at run time (seen with torch 2.13, where a convolution is before it); and where no
+    width is but 0, as is usual, it still looks up each pixel's place: 17 of 76 ms of MONAI's BasicUNet in inference.
     """
     pads = []
     for node in graph_module.graph.nodes:
         if name_of(node) == "pad" and arguments(node)["mode"] == "replicate" and is_image(node):
             given = arguments(node)
             widths_fit = len(given["pad"]) == 4 and all(isinstance(w, int) and w >= 0 for w in given["pad"])
-            if value_of(node).requires_grad and widths_fit:
+            if widths_fit:
                 node.op, node.target = "call_function", replicate_pad
                 node.args, node.kwargs = (given["input"], given["pad"]), {}
                 pads.append(node)

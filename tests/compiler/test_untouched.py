@@ -132,3 +132,17 @@ def test_edges_are_replicated_where_there_are_any(widths: tuple[int, ...]) -> No
     graph = make_fx(lambda t: replicate_pad(t, widths))(x.detach()).graph
     joined = sum(node.target is torch.ops.aten.cat.default for node in graph.nodes)
     assert joined == (any(widths[:2]) + any(widths[2:]))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_inductor_gets_no_pad_that_replicates(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would look up each pixel's place, also where no width is but 0."""
+    given = []
+    monkeypatch.setattr(backend, "run_backend", lambda name, graph, inputs, **options: given.append(graph) or graph)
+    monkeypatch.setattr(backend, "default_fallback", lambda: "inductor")
+    x = torch.randn(1, 2, 4, 4, requires_grad=trains)
+    torch._dynamo.reset()
+    y = torch.compile(lambda t: F.pad(t, [0, 0, 0, 0], "replicate") + 1, backend=backend.fastunet_backend)(x)
+    torch._dynamo.reset()
+    assert torch.equal(y, x + 1)
+    assert next(node.target for node in given[0].graph.nodes if node.op == "call_function") is replicate_pad
