@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[str | None, bool]] = {
     "fastunet": ("fastunet", False),
     "fastunet.compile": ("fastunet.compile", False),
     "eager": (None, False),
+    "eager channels_last": (None, True),
     "inductor": ("inductor", False),
     "inductor channels_last": ("inductor", True),
 }
