@@ -149,9 +149,9 @@ def _instance_norm_backward(grad: Tensor, args: ConvGradArgs) -> tuple[Tensor, T
             aten.native_batch_norm_backward(g, v, gamma, None, None, m, s, True, args.eps, [True] * 3)
             for g, v, m, s in images
         ]
-        grads, *of_affine = ([*each] for each in zip(*found, strict=True))
+        grads, of_gamma, of_beta = zip(*found, strict=True)
         grad_raw = grads[0] if n == 1 else torch.cat(grads)  # Of one it would be a copy.
-        return grad_raw.to(raw.dtype), *(torch.stack(each).sum(0) for each in of_affine)
+        return grad_raw.to(raw.dtype), torch.stack(of_gamma).sum(0), torch.stack(of_beta).sum(0)
     # All three are asked for always: ATen's CPU kernel for channels_last crashes on some of the partial masks.
     options = (n, channels, h * w, channels, [True, gamma is not None, gamma is not None])
     grad_raw, *of_affine = aten.native_group_norm_backward(grad, values, *statistics, gamma, *options)
