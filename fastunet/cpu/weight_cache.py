@@ -104,10 +104,13 @@ def places(tensors: Sequence[Tensor]) -> list[Any]:
 
 
 class _State:
-    """What the values of tensors were: by their numbers, and by the marks that say so without looking at each."""
+    """What the values of tensors were: by their numbers, of vectors also by themselves, and by the marks that say so
+    without looking at each.
+    """
 
     def __init__(self, sources: Sequence[Tensor | None]) -> None:
         self.numbers = [*map(_number, sources)]
+        self.checksums = [None if t is None else _known(t)[1].checksum for t in sources]
         self.absent = [*map(_is_absent, sources)]
         self._see_marks(sources)
 
@@ -126,10 +129,19 @@ class _State:
             and places(present) == self.places
         ):
             return True
-        if [*map(_number, sources)] != self.numbers:
+        if not all(map(self._is_same, sources, self.numbers, self.checksums)):
             return False
         self._see_marks(sources)
         return True
+
+    @staticmethod
+    def _is_same(t: Tensor | None, number: int | None, checksum: tuple[Tensor, ...] | None) -> bool:
+        if _number(t) == number:
+            return True
+        # A compiled graph makes vectors anew at each call, as where it moves a bias from a convolution to its norm.
+        if t is None or checksum is None or t.dim() > 1 or t.dtype != checksum[-1].dtype:
+            return False
+        return all(map(torch.equal, _known(t)[1].checksum, checksum))
 
 
 def prepared(kind: Hashable, sources: Sequence[Tensor | None], make: Callable[[], T]) -> T:

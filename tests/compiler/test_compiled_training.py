@@ -16,9 +16,11 @@ from parity import IN_INFERENCE, compare, compare_grads, ops_run, small_image, s
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from unet_pair import moved
 
 import fastunet
 from fastunet.compiler import backend
+from fastunet.cpu import onednn
 from fastunet.reference import ReferenceUNet
 from fastunet.testing import cpu_accumulates_in_float32
 
@@ -159,6 +161,21 @@ def test_inductor_trains_with_replicated_edges(force: bool) -> None:
     (outputs, grads), (actual, actual_grads) = step(plain, x), step(compiled, x)
     compare(outputs, actual, 1e-11)
     compare_grads(grads, actual_grads, 1e-12)
+
+
+def test_a_bias_that_moves_to_the_norm_prepares_the_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MONAI's convolutions have one before a batch norm: gamma and beta are made at each call."""
+    model = moved(nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()).eval())
+    x, made, prepare = torch.randn(1, 16, 64, 64), [], onednn.prepare_conv3x3
+    monkeypatch.setattr(onednn, "prepare_conv3x3", lambda *a: made.append(1) or prepare(*a))
+    compiled = torch.compile(model, backend="fastunet")
+    with torch.no_grad():
+        for _ in range(3):
+            compare([model(x)], [compiled(x)], 1e-5)
+        assert len(made) == 1
+        model[0].bias.mul_(2)
+        compare([model(x)], [compiled(x)], 1e-5)
+    assert len(made) == 2
 
 
 def test_inductor_runs_the_ops_in_inference() -> None:

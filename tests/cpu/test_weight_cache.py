@@ -183,6 +183,22 @@ def test_every_source_counts_at_its_place() -> None:
     assert use.made == 5
 
 
+def test_a_vector_that_is_made_anew_is_known_by_its_values() -> None:
+    """As a compiled graph makes gamma and beta where a bias moves between them."""
+    weight, vector, use = torch.ones(LARGE), torch.arange(4.0), Maker()
+    kept = [vector.clone() for _ in range(3)]
+    assert {use(weight, each) for each in kept} == {weight.numel() + 6}
+    assert use.made == 1
+    kept[0].data.mul_(2)
+    assert use(weight, kept[0]) == weight.numel() + 12
+    assert use(weight, vector.to(torch.bfloat16)) == weight.numel() + 6
+    assert use(weight, torch.arange(3.0)) == weight.numel() + 3
+    assert use.made == 4
+    use(weight, torch.ones(SMALL))
+    use(weight, torch.ones(SMALL))
+    assert use.made == 6, "a matrix would have to be read again at each call"
+
+
 def test_it_goes_with_the_weight() -> None:
     class Made:
         pass
