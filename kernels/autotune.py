@@ -122,6 +122,14 @@ def put(gpu: str, rows: Iterable[Row], *, keep: bool = True) -> None:
             warn_once(f"{path.parent}: nothing can be kept there ({error.strerror}): FASTUNET_CACHE names another one")
 
 
+def forget_skipped(gpu: str, reason: str) -> None:
+    """Drop the rows of what was left unmeasured for that reason, so that it can be measured now."""
+    global _generation
+    before = table(gpu)
+    _tables[gpu] = {key: row for key, row in before.items() if row.get("skipped") != reason}
+    _generation += len(_tables[gpu]) < len(before)
+
+
 def refresh(gpu: str) -> None:
     """Take up what other processes have written."""
     if not _is_forced():
@@ -139,7 +147,8 @@ def _key(op: str, dtype: str, shape: Mapping[str, Any]) -> Key:
 
 # --- configurations ---
 
-_overrides: dict[str, Any] = {}
+# By op, and shape or None for all.
+_overrides: dict[tuple[str, Any], Any] = {}
 _asked: list[Key] | None = None
 
 
@@ -149,8 +158,9 @@ def config_for(op: str, shape: Any, dtype: torch.dtype, allow_tf32: bool, gpu: s
     """
     if _asked is not None:
         _asked.append((op, shape, dtype, allow_tf32))
-    if op in _overrides:
-        return _overrides[op]
+    for key in ((op, shape), (op, None)) if _overrides else ():
+        if key in _overrides:
+            return _overrides[key]
     config = _config(op, shape, format_of(dtype, allow_tf32), gpu)
     return None if config is None else kind(**config)
 
@@ -166,12 +176,12 @@ def config_row(op: str, shape: Any, dtype: torch.dtype, allow_tf32: bool, config
 
 
 @contextmanager
-def overriding(op: str, config: Any) -> Iterator[None]:
+def overriding(op: str, config: Any, shape: Any = None) -> Iterator[None]:
     """Within the block, `op` ("conv3x3", "conv3x3_input_grad", "conv3x3_weight_grad" or config.COMPOSED) runs with this
-    config whatever its shape.
+    config where it is asked for by that shape (a dataclass), or by any without one.
     """
     before = dict(_overrides)
-    _overrides[op] = config
+    _overrides[op, shape] = config
     try:
         yield
     finally:
@@ -181,7 +191,7 @@ def overriding(op: str, config: Any) -> Iterator[None]:
 
 def is_overridden(op: str) -> bool:
     """Return whether a measurement has set the op's config."""
-    return op in _overrides
+    return any(op == overridden for overridden, _ in _overrides)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from fastunet.measuring.timing import Quantiles, clock_of, cudnn_benchmark, inte
 # Configurations of a kernel that are tried beside the heuristic one.
 FEW = 2
 _ROUNDS, _SECONDS = 30, 0.4
+NO_TIME = "no time was left (FASTUNET_TUNE_SECONDS)"
 # Of a layer's arguments, those that have no gradient.
 _CONSTANTS = ("target", "mask", "running_mean", "running_var", "mean", "variance")
 
@@ -121,7 +122,7 @@ def measure(
 
     name, dtype = _place(args)
     if budget.left <= 0:
-        skip(args, layer, "no time was left (FASTUNET_TUNE_SECONDS)")
+        skip(args, layer, NO_TIME)
         return
     with contextlib.ExitStack() as stack:
         try:
@@ -204,19 +205,19 @@ def _compare(
     expected = aten[0]()
     with autotune.configs_asked() as asked:
         assert_alike(ours[0](), expected)
-    best: dict[str, Any] = {}
+    best: dict[tuple[str, Any], Any] = {}  # By op and shape: inputs of other channels have gradients of other shapes.
     rows = []
     for op, shape, dtype, allow_tf32 in dict.fromkeys(asked):
         candidates = config_search.feasible_configs(op, shape, dtype, gpu.target(device), allow_tf32=allow_tf32)
 
-        def prepare(config: Any, op: str = op) -> list[Run]:
-            runs = [_overridden(run, {**best, op: config}) for run in ours]
+        def prepare(config: Any, key: tuple[str, Any] = (op, shape)) -> list[Run]:
+            runs = [_overridden(run, {**best, key: config}) for run in ours]
             assert_alike(runs[0](), expected)
             return runs
 
         few = candidates if neighbours is None else candidates[: 1 + neighbours]
-        best[op] = search(few, prepare, lambda runs: _timed(runs, device), budget)
-        rows.append(autotune.config_row(op, shape, dtype, allow_tf32, best[op]))
+        best[op, shape] = search(few, prepare, lambda runs: _timed(runs, device), budget)
+        rows.append(autotune.config_row(op, shape, dtype, allow_tf32, best[op, shape]))
     runs = {"ours": [_overridden(run, best) for run in ours], "aten": aten}
     if compiled is not None:
         with contextlib.suppress(Exception):  # The compiler's: without it, ours has to gain more over ATen.
@@ -263,11 +264,11 @@ def _timed(runs: Runs, device: torch.device) -> dict[str, list[float]]:
         return interleaved_samples(runs, clock_of(device), rounds=_ROUNDS, seconds=_SECONDS)
 
 
-def _overridden(run: Run, configs: Mapping[str, Any]) -> Run:
+def _overridden(run: Run, configs: Mapping[tuple[str, Any], Any]) -> Run:
     def overridden() -> Any:
         with contextlib.ExitStack() as stack:
-            for op, config in configs.items():
-                stack.enter_context(autotune.overriding(op, config))
+            for (op, shape), config in configs.items():
+                stack.enter_context(autotune.overriding(op, config, shape))
             return run()
 
     return overridden

@@ -61,9 +61,13 @@ def test_the_checks_of_the_variants_for_hopper_pass() -> None:
         families.check_fp8(torch.float16, DEVICE, 9, 10)
 
 
-@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_op_measures_its_kernels_and_runs_what_won(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launches ask by the shape that was measured, forward and backward; a second configuration is tried."""
+@pytest.mark.parametrize(("training", "c_up"), [(False, 0), pytest.param(True, 0, marks=pytest.mark.slow), (True, 3)])
+def test_an_op_measures_its_kernels_and_runs_what_won(
+    training: bool, c_up: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launches ask by the shape that was measured, forward and backward; a second configuration is tried. Of two
+    inputs, with few channels and with many, the weight gradients have variants of their own.
+    """
     monkeypatch.setattr(self_test, "check", lambda families, *_: dict.fromkeys(families, ""))
     monkeypatch.setattr(measuring, "_ROUNDS", 1)
     monkeypatch.setattr(measuring, "sets_past_cache", lambda *_: 1)
@@ -75,12 +79,17 @@ def test_an_op_measures_its_kernels_and_runs_what_won(training: bool, monkeypatc
     name, dtype = gpu.target(DEVICE).name, autotune.format_of(torch.float32, dispatch.tf32_allowed())
     op = "conv3x3_batch_norm_relu" if training else "conv3x3_bias_relu"
     autotune.put(name, [{"op": op, "dtype": dtype, "shape": {}, "failed": ""}], keep=False)
-    x, weight = torch.randn(2, 8, 4, 6, device=DEVICE), torch.randn(16, 8, 3, 3, device=DEVICE)
+    x, weight = torch.randn(2, 8, 4, 6, device=DEVICE), torch.randn(16, 8 + c_up, 3, 3, device=DEVICE)
+    up = torch.randn(2, c_up, 4, 6, device=DEVICE)
     weight.requires_grad_(training)
 
     def call() -> None:
         if training:
-            y = fastunet.ops.conv3x3_batch_norm_relu(x, weight, None, None, None, None, training=True)
+            given = weight, None, None, None, None
+            if c_up:
+                y = fastunet.ops.concat_conv3x3_batch_norm_relu(x, up, *given, training=True)
+            else:
+                y = fastunet.ops.conv3x3_batch_norm_relu(x, *given, training=True)
             y.backward(torch.randn_like(y))
         else:
             fastunet.ops.conv3x3_bias_relu(x, weight)
@@ -88,7 +97,7 @@ def test_an_op_measures_its_kernels_and_runs_what_won(training: bool, monkeypatc
     with fastunet.backend("auto"):
         call()
         (row,) = (row for row in autotune.table(name).values() if "speedup" in row)
-        assert row["shape"] == {"c_in": 8, "c_out": 16, "height": 4, "width": 6, "training": training}
+        assert row["shape"] == {"c_in": 8 + c_up, "c_out": 16, "height": 4, "width": 6, "training": training}
         configs = {each["op"] for each in autotune.table(name).values() if "config" in each}
         assert configs == ({"conv3x3", "conv3x3_weight_grad"} if training else {"conv3x3"})
         for speedup, launches in ((2.0, 3 if training else 1), (0.5, 0)):
