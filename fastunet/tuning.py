@@ -69,6 +69,7 @@ def _measure(
     on_layer: Callable[[int, int, str], None],
 ) -> None:
     rates, compiles = None, not has_own_blocks(model)
+    autotune.forget_skipped(gpu.target(example.device).name, measuring.NO_TIME)
     for _ in range(2):  # Where an upsampling loses to its two steps, those are to be measured then.
         layers: dict[tuple[autotune.Layer, torch.dtype], tuple[Op, Any]] = {}
         for op, args in calls(model, example):

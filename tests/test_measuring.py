@@ -259,6 +259,23 @@ def test_those_with_most_to_gain_come_first_and_those_without_are_left(
     assert "as a test has it" in reasons["conv3x3_batch_norm_relu"]
 
 
+def test_what_there_was_no_time_for_is_measured_when_asked_to(
+    measured: list[autotune.Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the process that had none."""
+    monkeypatch.setattr(tuning, "peak_rates", lambda _: (1.0, 1.0))
+    model, x, skipped = fastunet.UNet(3, 2, features=(4, 8)).train(), torch.zeros(2, 3, 16, 16), set()
+    for _, args in calls(model, x):
+        layer = args.choice(training=True).unmeasured
+        if layer is not None:
+            measuring.skip(args, layer, measuring.NO_TIME)
+            skipped.add(layer)
+    assert not any(args.choice(training=True).unmeasured for _, args in calls(model, x))
+    tuning._measure(model, x, measuring.Budget(0.0), 2, lambda *standing: None)
+    assert skipped
+    assert {*measured} == skipped
+
+
 def test_a_compiled_model_is_measured_by_what_would_replace_it(ops: Ops) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)).train()
     for each in (model, torch.compile(model)):
