@@ -21,6 +21,7 @@ from .parity import FORMATS, cases_of, check, registered
 # As cases_of takes it: wide enough for the heuristic blocks of large images, with edges on both sides; and of the halo
 # variant more tiles than a GPU has multiprocessors.
 _SIZE, _HALO_SIZE = (2, 64, 131, 66, 128), (2, 64, 195, 75, 136)
+_RUNS = 2, 64
 HALO, FP8 = "conv3x3_halo", "conv3x3_fp8"
 # By each of its check's configurations one, because each is a kernel to compile; and the first with a head.
 _HALO_OPS = ("conv3x3_bias_relu_pool", "concat_conv3x3_batch_norm_relu", "conv3x3_batch_norm_relu_pool")
@@ -45,6 +46,28 @@ def check_family(family: str, dtype: str, device: torch.device, size: Sequence[i
                 case for each in sizes for case in cases_of(*each) if registered(case.op, case.options) == family
             ):
                 check(case, format, device, allow_tf32=allow_tf32)
+            if family in (*dispatch.WINOGRAD_OPS, *dispatch.STRIDED_OPS):
+                _check_gradients(format, device, size[1], 2 if family in dispatch.STRIDED_OPS else 1)
+
+
+def _check_gradients(dtype: torch.dtype, device: torch.device, c: int, stride: int) -> None:
+    """Raise AssertionError unless a convolution's gradients are exact on integers where they have variants that small
+    images do not lead to: two inputs of as many channels, which one program may have both, and whole runs of pixels.
+    """
+    from fastunet.kernels.conv3x3 import grad as kernels  # Late, as triton: it may be absent.
+
+    h, w = _RUNS
+    shapes = (2, 2 * c, stride * h, stride * w), (2 * c, 2 * c, 3, 3), (2, 2 * c, h, w)
+    tensors = (random_integers(shape, largest=1, seed=i, device=device).to(dtype) for i, shape in enumerate(shapes))
+    x, weight, grad = (t.contiguous(memory_format=torch.channels_last) for t in tensors)
+    leaves = x.double().requires_grad_(), weight.double().requires_grad_()
+    exact = torch.autograd.grad(F.conv2d(*leaves, stride=stride, padding=1), leaves, grad.double())
+    found = kernels.conv3x3_input_grads(grad, weight, [c, c], stride=stride, size=x.shape[2:])
+    assert_within(torch.cat(found, 1), exact[0].to(dtype).double(), 0.0)
+    of_weight, of_bias = kernels.conv3x3_weight_grad(grad, x, with_bias=True, stride=stride)
+    assert_within(of_weight, exact[1].to(dtype).double(), 0.0)
+    assert of_bias is not None
+    assert_within(of_bias, grad.double().sum((0, 2, 3)).to(dtype).double(), 0.0)
 
 
 def check_halo(

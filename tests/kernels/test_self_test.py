@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="needs triton, for the kernel's constants a
 
 from fastunet.kernels import autotune, gpu, self_test
 from fastunet.kernels.conv3x3 import config, config_hopper, hopper
+from fastunet.kernels.conv3x3.descriptor import conv3x3_weight_grad_descriptor_kernel
 from fastunet.kernels.self_test import Verdict
 from gluon_source import Edit, run
 
@@ -181,6 +182,21 @@ def test_its_check_compiles_five_kernels_that_fit(monkeypatch: pytest.MonkeyPatc
     assert all(sum(launch.arguments[flag] for launch in launches) == 2 for flag in ("STATISTICS", "MASK"))
     assert all(launch.arguments["tiles"] > HOPPER.multiprocessors for launch in launches)
     assert all(config_hopper.shared_memory(c) + 512 <= HOPPER.shared_memory for c in config_hopper.checked_configs())
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("family", [*dispatch.WINOGRAD_OPS, *dispatch.STRIDED_OPS])
+def test_a_convolutions_check_runs_the_gradients_of_large_images(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole runs of pixels, and by stride 1 two gradients by one program."""
+    launches: list[gpu.Launch] = []
+    monkeypatch.setattr(gpu.Launch, "run", lambda launch, _: launches.append(launch))
+    monkeypatch.setattr(parity, "compare", lambda *_: None)
+    monkeypatch.setattr(families, "assert_within", lambda *_: None)
+    families.check_family(family, "bfloat16", CPU)
+    stride = 2 if family in dispatch.STRIDED_OPS else 1
+    weight_grads = [each for each in launches if each.kernel is conv3x3_weight_grad_descriptor_kernel]
+    assert {each.arguments["STRIDE"] for each in weight_grads} == {stride}
+    assert any(each.arguments.get("JOINED") for each in launches) == (stride == 1)
 
 
 @pytest.mark.usefixtures("on_hopper")
