@@ -84,6 +84,7 @@ TASKS = {"inference": "inference", "training": "training step"}
 DROP_IN = (
     ("eager", "fastunet"),
     ("inductor", "fastunet"),
+    ("eager channels_last", "fastunet.compile"),
     ("inductor channels_last", "fastunet.compile"),
 )
 # What the README shows of the tables of speed.
