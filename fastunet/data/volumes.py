@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,12 +93,17 @@ def _open_nifti(path: Path) -> Volume:
     dtype = header.get_data_dtype()
     width, height, sections, channels = (*shape, 1, 1)[:4]
     stat = path.stat()
+    expansion = GZIP if path.name.lower().endswith(".gz") else 1
 
     def read(section: int) -> np.ndarray:
-        values = _nifti_values(path, stat.st_mtime_ns, stat.st_size).reshape(width, height, sections, channels)
-        return np.array(values[:, :, section].swapaxes(0, 1))
+        if expansion == 1:
+            values = _values_of(_nifti(path, nibabel), (slice(None), slice(None), section)[: len(shape)])
+        else:
+            with _one_volume:  # each of several threads would read it
+                values = _nifti_values(path, stat.st_mtime_ns, stat.st_size)
+            values = values.reshape(width, height, sections, channels)[:, :, section]
+        return np.array(values.reshape(width, height, channels).swapaxes(0, 1))
 
-    expansion = GZIP if path.name.lower().endswith(".gz") else 1
     return Volume((sections, height, width, channels), dtype, math.prod(shape) * dtype.itemsize, expansion, read)
 
 
@@ -110,12 +116,19 @@ def _nifti(path: Path, nibabel: Any) -> Any:
     return kind.from_file_map({"image": holder, "header": holder})
 
 
+_one_volume = threading.Lock()
+
+
 @lru_cache(2)  # sections follow each other, and gzip is read from its start
 def _nifti_values(path: Path, changed: int, size: int) -> np.ndarray:
     import nibabel
 
-    image = _nifti(path, nibabel)
-    values = np.asanyarray(image.dataobj)
+    return _values_of(_nifti(path, nibabel), ())
+
+
+def _values_of(image: Any, index: tuple[Any, ...]) -> np.ndarray:
+    """Return these of an image's values, as float32 where its header scales them."""
+    values = np.asanyarray(image.dataobj[index])
     is_scaled = values.dtype != image.header.get_data_dtype().newbyteorder("=")
     return values.astype(np.float32) if is_scaled else values.astype(values.dtype.newbyteorder("="))
 
@@ -178,12 +191,13 @@ def zarr_array(path: Path) -> Any:
 def open_zarr(path: Path) -> Volume:
     """Open a Zarr array, of the largest resolution where it is an OME-Zarr group, as [N, H, W] or [H, W, C]."""
     found = zarr_array(path)
-    shape = tuple(size for axis, size in enumerate(found.shape) if size != 1 or axis >= len(found.shape) - 2)
-    sections, height, width, channels = _interpret(shape)
+    kept = [axis for axis, size in enumerate(found.shape) if size != 1 or axis >= found.ndim - 2]
+    sections, height, width, channels = _interpret(tuple(found.shape[axis] for axis in kept))
 
     def read(section: int) -> np.ndarray:
-        first = found.ndim - len(shape)
-        index = [0] * first + ([section] if sections > 1 else [])
+        index: list[Any] = [slice(None) if axis in kept else 0 for axis in range(found.ndim)]
+        if sections > 1:
+            index[kept[0]] = section
         return np.asarray(found[tuple(index)]).reshape(height, width, channels)
 
     # What is not stored is the fill value, of any size.

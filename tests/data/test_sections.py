@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from image_files import noise, save, save_png
 from stack_files import write_dicom, write_nifti
 
 from fastunet.checks import DataError, MissingPackageError
-from fastunet.data import find_pairs, inspect, read_image, read_mask
+from fastunet.data import find_pairs, inspect, read_image, read_mask, volumes
 from fastunet.data.decoding import count_sections
 
 SIZE = (40, 48)
@@ -57,6 +58,36 @@ def test_arrays_have_sections_first_and_channels_last(tmp_path: Path, shape: tup
         assert count_sections(path) == sections
         found = np.stack([read_image(path, index) for index in range(sections)])
         np.testing.assert_array_equal(found.reshape(shape), pixels)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1, 5, 6), (1, 1, 4, 5, 6), (4, 1, 5, 6), (1, 5, 6)])
+def test_axes_of_length_1_may_be_anywhere(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    pixels = noise(shape)
+    zarr.create_array(str(tmp_path / "s.zarr"), data=pixels)
+    sections = pixels.reshape(-1, 5, 6)
+    assert count_sections(tmp_path / "s.zarr") == len(sections)
+    for index, section in enumerate(sections):
+        np.testing.assert_array_equal(read_image(tmp_path / "s.zarr", index)[..., 0], section)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_of_a_volume_no_more_is_read_than_there_is_room_for(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A section, or, from its beginning on, all that is compressed: once, however many threads ask."""
+    sections, read, values_of = noise((6, *SIZE)), [], volumes._values_of
+    write_nifti(tmp_path / f"s{suffix}", sections)
+
+    def count(image: object, index: tuple) -> np.ndarray:
+        found = values_of(image, index)
+        read.append(found.size)
+        return found
+
+    monkeypatch.setattr(volumes, "_values_of", count)
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda index: read_image(tmp_path / f"s{suffix}", index)[..., 0], range(6)))
+    np.testing.assert_array_equal(found, sections)
+    assert read == ([sections[0].size] * 6 if suffix == ".nii" else [sections.size])
 
 
 @pytest.mark.parametrize(
