@@ -20,7 +20,7 @@ import torch
 import zarr
 from command import error_of
 from command import fastunet as fastunet_command
-from image_files import save
+from image_files import noise, save
 from PIL import Image
 from scipy import ndimage
 from untrained_run import smooth_image, untrained_run
@@ -244,7 +244,32 @@ SIZES: dict[str, tuple[dict[str, Any], PixelSize | None]] = {
     "cm": ({"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}, PixelSize(5e-5, 5e-5, "cm")),
     "ImageJ": ({"imagej": True, "resolution": (4, 2), "metadata": {"unit": "um"}}, PixelSize(0.25, 0.5, "um")),
     "OME": ({"ome": True, "metadata": {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5}}, PixelSize(0.25, 0.5, "µm")),
+    "another letter": (
+        {"ome": True, "metadata": {"PhysicalSizeX": 1.5, "PhysicalSizeY": 1.5, "PhysicalSizeXUnit": "Å"}},
+        PixelSize(1.5, 1.5, "Å"),
+    ),
+    "nothing": ({"ome": True, "metadata": {"PhysicalSizeX": 0, "PhysicalSizeY": 1}}, None),
+    "no number": ({"resolution": ((0, 1), (0, 1)), "resolutionunit": "CENTIMETER"}, None),
+    "no XML": ({"description": '<OME><Image Name="A & B"/></OME>', "metadata": None}, None),
 }
+
+
+def test_a_size_that_no_tiff_can_say_is_left_out(segmenter: Segmenter, image: np.ndarray, tmp_path: Path) -> None:
+    size = {"PhysicalSizeX": 1e-10, "PhysicalSizeY": 1e-10, "PhysicalSizeXUnit": "m"}
+    path = save(tmp_path / "a.tif", image, ome=True, metadata=size)
+    segmenter.write(path, tmp_path / "b", Wanted("tif"))
+    assert (pixel_size_of(path), pixel_size_of(tmp_path / "b.tif")) == (PixelSize(1e-10, 1e-10, "m"), None)
+
+
+def test_of_a_pyramid_the_largest_level_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LARGE", 0)
+    pixels = noise((128, 96))
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        for step in (1, 2, 4):
+            tiff.write(pixels[::step, ::step], tile=(32, 32), photometric="minisblack", metadata=None)
+    source = open_source(tmp_path / "a.tif")
+    assert source.shape == (128, 96, 1)
+    np.testing.assert_array_equal(source.window(40, 80, 8, 90)[..., 0], pixels[40:80, 8:90])
 
 
 @pytest.mark.parametrize("kind", SIZES)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,7 +149,7 @@ def _open_large_tiff(path: Path) -> Source | None:
             rows = page.tilelength if page.is_tiled else page.rowsperstrip
         import zarr
 
-        pixels: Any = zarr.open(tifffile.imread(path, aszarr=True, is_ome=False), mode="r")
+        pixels: Any = zarr.open(_as_zarr(path), mode="r")
     except Exception:  # what is wrong with it is said where it is decoded
         return None
     planar = series.axes == "SYX"
@@ -160,6 +160,11 @@ def _open_large_tiff(path: Path) -> Source | None:
         return np.moveaxis(window, 0, -1) if planar else window if window.ndim == 3 else window[..., None]
 
     return Source(path, shape, np.dtype(series.dtype.name), read, min(rows, shape[0]), pixel_size_of(path))
+
+
+def _as_zarr(path: Path) -> Any:
+    """Open the pixels of a TIFF, of a pyramid those of the largest level."""
+    return tifffile.imread(path, aszarr=True, level=0, is_ome=False, is_mmstack=False, is_ndtiff=False)
 
 
 def _is_plain(page: Any, axes: str, dtype: str) -> bool:
@@ -183,16 +188,18 @@ def pixel_size_of(path: Path) -> PixelSize | None:
                 pixels: Any = tifffile.xml2dict(tiff.ome_metadata or "")["OME"]["Image"]
                 pixels = (pixels[0] if isinstance(pixels, list) else pixels)["Pixels"]
                 if "PhysicalSizeX" in pixels:
-                    return PixelSize(
-                        float(pixels["PhysicalSizeX"]),
-                        float(pixels["PhysicalSizeY"]),
-                        pixels.get("PhysicalSizeXUnit", "µm"),
-                    )
+                    sizes = (float(pixels[f"PhysicalSize{axis}"]) for axis in "XY")
+                    return _size_of(*sizes, pixels.get("PhysicalSizeXUnit", "µm"))
             (a, b), (c, d) = page.tags["XResolution"].value, page.tags["YResolution"].value
             unit = {2: "inch", 3: "cm"}.get(page.tags.valueof("ResolutionUnit"), "")
             if tiff.is_imagej:
                 unit = str((tiff.imagej_metadata or {}).get("unit", unit))
-                unit = {"micron": "µm", "\\u00B5m": "µm"}.get(unit, unit)
-            return PixelSize(b / a, d / c, unit) if a and c and unit else None
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError, tifffile.TiffFileError):
+                unit = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), unit)
+                unit = {"micron": "µm"}.get(unit, unit)
+            return _size_of(b / a, d / c, unit) if a and c else None
+    except Exception:  # nothing else depends on it
         return None
+
+
+def _size_of(x: float, y: float, unit: str) -> PixelSize | None:
+    return PixelSize(x, y, unit) if unit and 0 < x < math.inf and 0 < y < math.inf else None

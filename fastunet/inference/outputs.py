@@ -222,13 +222,14 @@ class StreamedTiff(Writer):
 
 def _resolution(size: PixelSize | None) -> dict[str, Any]:
     """Return the tags for a size of pixels: as inch or cm where it is, else as ImageJ's unit."""
-    if size is None:
+    if size is None or max(1 / size.x, 1 / size.y) >= 2**32:  # more than a TIFF can say
         return {"metadata": None}
     resolution = (1 / size.x, 1 / size.y)
     if size.unit in ("inch", "cm"):
         unit = {"inch": "INCH", "cm": "CENTIMETER"}[size.unit]
         return {"resolution": resolution, "resolutionunit": unit, "metadata": None}
-    description = f"ImageJ=1.11a\nunit={size.unit.replace('µ', chr(92) + 'u00B5')}\n"
+    unit = "".join(each if each.isascii() else f"\\u{ord(each):04X}" for each in size.unit)
+    description = f"ImageJ=1.11a\nunit={unit}\n"
     return {"resolution": resolution, "resolutionunit": "NONE", "description": description, "metadata": None}
 
 
