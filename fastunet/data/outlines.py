@@ -24,6 +24,7 @@ SUFFIXES = (".json", ".txt", ".roi", ".zip")
 BACKGROUND = ("background", "_background_")  # names of what is class 0
 LINES = ("LINE", "FREELINE", "POLYLINE", "ANGLE", "POINT")  # ROIs without an area
 CIRCLE = 64  # corners
+MOST = 254  # classes beside the background that uint8 holds beside those that are ignored
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,39 @@ def annotation_files(folder: Path, stems: Iterable[str]) -> dict[str, Path]:
     return by_stem(folder, (file for file in files if file.name != yolo.LIST), lambda file: file.suffix)
 
 
-def names_of(files: Iterable[Path], known: Sequence[str] = ()) -> tuple[str, ...]:
+def names_of(files: Iterable[Path], known: Sequence[str] = (), listed: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the names of the classes in files of outlines but the background's: `known`, or in the order of the files.
 
-    COCO and YOLO number their classes, and have them in that order; labelme does not, and has them by name.
+    COCO and YOLO number their classes, and have them in that order; labelme does not, and has them by name. `listed`:
+    YOLO's names by number, where they are not to be looked for above the files.
 
     Raises:
-        DataError: a name that is not known, an unreadable file, or no names.
+        DataError: a name that is not known, an unreadable file, no names, or more than labels have numbers.
     """
     found: dict[str, tuple[int, str]] = {}
     for file in dict.fromkeys(files):
-        for name, number in _read(file, _kind_of(file))[1].items():
+        for name, number in _read(file, _kind_of(file), listed)[1].items():
             if known and name not in known and name not in BACKGROUND:
                 raise DataError(f"{file}: expected classes {', '.join(known)}, got {name!r}")
             found.setdefault(name, (number, name))
     names = known or [name for name in sorted(found, key=lambda name: found[name]) if name not in BACKGROUND]
     if not names:
         raise DataError(f"{next(iter(files), 'data')}: expected outlines of at least one class, got none")
+    if len(names) > MOST:
+        raise DataError(f"{next(iter(files), 'data')}: expected at most {MOST} classes, got {len(names)} names")
     return tuple(names)
 
 
-def draw(file: Path, stem: str, names: Sequence[str], size: tuple[int, int]) -> np.ndarray:
+def draw(file: Path, stem: str, names: Sequence[str], size: tuple[int, int], listed: Sequence[str] = ()) -> np.ndarray:
     """Draw the outlines of an image as uint8 [H, W]: 0, and the place of each class among `names`, from 1; last on top.
+
+    `listed`: as for `names_of`.
 
     Raises:
         DataError: an unreadable file.
     """
     kind = _kind_of(file)
-    images, _ = _read(file, kind)
+    images, _ = _read(file, kind, listed)
     found = images[_entry_of(stem, images, file) if kind == "coco" else ""]
     labels = np.zeros(size, np.uint8)
     places = {name: place for place, name in enumerate(names, 1)} | dict.fromkeys(BACKGROUND, 0)
@@ -126,7 +132,7 @@ def _kind_of(file: Path) -> str:
     return "labelme" if "shapes" in _json(file, file.stat().st_mtime_ns) else "coco"
 
 
-def _read(file: Path, kind: str) -> tuple[dict[str, list[Outline]], dict[str, int]]:
+def _read(file: Path, kind: str, listed: Sequence[str] = ()) -> tuple[dict[str, list[Outline]], dict[str, int]]:
     """Read outlines by the stem of their image, under "" in files of one image, and the numbers of classes, or 0.
 
     Raises DataError.
@@ -134,16 +140,16 @@ def _read(file: Path, kind: str) -> tuple[dict[str, list[Outline]], dict[str, in
     try:
         if kind == "coco":
             return _coco(file, file.stat().st_mtime_ns)
-        outlines = {"labelme": _labelme, "yolo": _yolo, "roi": _rois}[kind](file)
+        names = (listed or yolo.names_above(file)) if kind == "yolo" else []
+        outlines = _yolo(file, names) if kind == "yolo" else (_labelme if kind == "labelme" else _rois)(file)
     except FastUNetError:
         raise
     except Exception as error:  # whatever is missing in a broken file
         got = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
         raise DataError(f"{file}: expected outlines as of {kind}, got: {' '.join(got.split())}") from error
-    names = yolo.names_above(file) if kind == "yolo" else []
-    listed = {name: number for number, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(names)}
     found = (outline.name for outline in outlines)
-    return {"": outlines}, listed or {name: int(name) if name.isdecimal() else 0 for name in found}
+    return {"": outlines}, numbers or {name: int(name) if name.isdecimal() else 0 for name in found}
 
 
 @lru_cache(8)
@@ -229,8 +235,8 @@ def _labelme(file: Path) -> list[Outline]:
     return outlines
 
 
-def _yolo(file: Path) -> list[Outline]:
-    outlines, names = [], yolo.names_above(file)
+def _yolo(file: Path, names: Sequence[str]) -> list[Outline]:
+    outlines = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if not (parts := line.split()):
             continue

@@ -16,11 +16,14 @@ from fastunet.data.layout import DataOptions
 from fastunet.data.mask_folders import files_in_order, is_folder, read_objects, with_folders
 from fastunet.data.outlines import SUFFIXES, annotation_files, check_options, draw, names_of
 from fastunet.data.sources import Source, open_source, source_of_array
-from fastunet.data.yolo import DATA_YAML, folders_of
+from fastunet.data.yolo import DATA_YAML, folders_of, names_in
 from fastunet.files import check_apart
 
 # Names of the folders of a data set that is split already; those of "test" belong to neither side.
 SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+
+
+YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Pair:
     side: str = ""  # of a split that the folders make: train or val
     section: int | None = None  # of both files, where they hold several; or of the image, and its place in the folder
     names: tuple[str, ...] = ()  # of the classes but the background's, where the mask is a file of outlines
+    listed: tuple[str, ...] = ()  # YOLO's names by number, where the data are named by its YAML
 
     @property
     def is_drawn(self) -> bool:
@@ -63,7 +67,7 @@ class Pair:
         """
         if self.names:
             height, width = size or self.read_image().shape[:2]
-            return draw(self.mask, self.stem, self.names, (height, width)), False
+            return draw(self.mask, self.stem, self.names, (height, width), self.listed), False
         file, section = self.mask, self.section
         if is_folder(file):
             if section is None:
@@ -97,8 +101,9 @@ def find_pairs(root: str | Path, options: DataOptions | None = None, names: tupl
         raise DataError(f"{root}: expected one image for each stem, of sections too, got two of {some_of(twice)}")
     if drawn := [pair for pair in pairs if pair.is_drawn]:
         check_options(options, drawn[0].mask)
-        found = names_of([pair.mask for pair in drawn], names)
-        pairs = [replace(pair, names=found) for pair in pairs]
+        listed = tuple(names_in(root)) if root.suffix.lower() in YAML else ()
+        found = names_of([pair.mask for pair in drawn], names, listed)
+        pairs = [replace(pair, names=found, listed=listed) for pair in pairs]
     if "train" in sides:  # what is in other folders, such as test/, is kept out of training
         pairs = [pair for pair in pairs if pair.side]
     return sorted(pairs, key=lambda pair: pair.stem)
@@ -119,7 +124,7 @@ def check_outside(out: Path, root: str | Path, options: DataOptions | None, pair
 
 def _roots(root: Path, options: DataOptions) -> list[tuple[str, Path, DataOptions]]:
     """Give the folders that hold images and masks, how each is read, and what its stems begin with."""
-    if root.suffix.lower() in (".yaml", ".yml"):
+    if root.suffix.lower() in YAML:
         sides = folders_of(root)
         return [
             (f"{side}/", root.parent, replace(options, images=str(images.resolve()), masks=str(labels.resolve())))

@@ -24,6 +24,11 @@ def names_above(labels: Path) -> list[str]:
     return []
 
 
+def names_in(path: Path) -> list[str]:
+    """Return the names of classes in a data.yaml, or a file like it. Raises DataError where it has none."""
+    return _names(path, _read(path))
+
+
 def folders_of(path: Path) -> dict[str, tuple[Path, Path]]:
     """Return the folders of images and labels of train and val, as data.yaml names those of images.
 
@@ -33,7 +38,6 @@ def folders_of(path: Path) -> dict[str, tuple[Path, Path]]:
         DataError: an unreadable file, or sides that are not named by folders.
     """
     settings = _read(path)
-    _names(path, settings)
     root = path.parent / str(settings.get("path") or "")
     sides: dict[str, tuple[Path, Path]] = {}
     for side in ("train", "val"):

@@ -228,6 +228,27 @@ def test_sides_of_a_data_yaml_are_kept(tmp_path: Path) -> None:
     assert pairs[0].names == NAMES
 
 
+def test_names_are_those_of_the_yaml_that_is_given(tmp_path: Path) -> None:
+    """Whatever its name, however deep the labels lie below it, and whatever else is there."""
+    yolo_with_yaml(tmp_path, "train: images/a/b/c/train\nnames: [x, y, z]", "images/a/b/c/{}", "labels/a/b/c/{}")
+    (tmp_path / "data.yaml").rename(tmp_path / "cells.yml")
+    (tmp_path / "labels/a/b/c/data.yaml").write_text("names: [other]")
+    pairs = find_pairs(tmp_path / "cells.yml")
+    summary = inspect(pairs)
+    assert (pairs[0].names, summary.classes) == (("x", "y", "z"), 4)
+    assert set(np.unique(summary.labels_of(pairs[0]))) == {0, 1, 2}
+    with pytest.raises(DataError, match="expected classes p, q, got 'x'"):
+        find_pairs(tmp_path / "cells.yml", names=("p", "q"))
+
+
+def test_values_of_masks_in_a_folder_are_explained(tmp_path: Path) -> None:
+    masks_of_sections(tmp_path)
+    for file in (tmp_path / "masks" / "s").iterdir():
+        save(file, truth(0, 2) * 127)
+    with pytest.raises(DataError, match=r"if these are the classes: --labels 0,127"):
+        inspect(find_pairs(tmp_path))
+
+
 def test_instances_train_as_foreground_or_as_classes_where_asked(tmp_path: Path) -> None:
     instances(tmp_path)
     options = DataOptions(threshold=1)

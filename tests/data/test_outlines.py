@@ -117,6 +117,13 @@ def test_classes_are_in_the_order_of_their_numbers_and_a_model_keeps_its_own(tmp
         find_pairs(tmp_path, options)
 
 
+def test_more_classes_than_labels_are_refused(tmp_path: Path) -> None:
+    categories = [{"id": number, "name": f"class {number}"} for number in range(1, 256)]
+    (tmp_path / "a.json").write_text(json.dumps({**coco(), "categories": categories}))
+    with pytest.raises(DataError, match=r"a\.json: expected at most 254 classes, got 255 names"):
+        names_of([tmp_path / "a.json"])
+
+
 @pytest.mark.parametrize(
     ("text", "runs"),
     [
