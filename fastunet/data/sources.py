@@ -188,8 +188,8 @@ def pixel_size_of(path: Path) -> PixelSize | None:
                 pixels: Any = tifffile.xml2dict(tiff.ome_metadata or "")["OME"]["Image"]
                 pixels = (pixels[0] if isinstance(pixels, list) else pixels)["Pixels"]
                 if "PhysicalSizeX" in pixels:
-                    sizes = (float(pixels[f"PhysicalSize{axis}"]) for axis in "XY")
-                    return _size_of(*sizes, pixels.get("PhysicalSizeXUnit", "µm"))
+                    x, y = (float(pixels[f"PhysicalSize{axis}"]) for axis in "XY")
+                    return _size_of(x, y, pixels.get("PhysicalSizeXUnit", "µm"))
             (a, b), (c, d) = page.tags["XResolution"].value, page.tags["YResolution"].value
             unit = {2: "inch", 3: "cm"}.get(page.tags.valueof("ResolutionUnit"), "")
             if tiff.is_imagej:
