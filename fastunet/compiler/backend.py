@@ -61,17 +61,25 @@ def fastunet_backend(
     fallback = fallback or default_fallback()
     if fallback != "inductor":
         return run_backend(fallback, graph_module, example_inputs)
-    rewriting.replace_replicate_pads(graph_module)
-    rewriting.keep_interpolations(graph_module)
+    for inner in graphs_of(graph_module):
+        rewriting.replace_replicate_pads(inner)
+        rewriting.keep_interpolations(inner)
     settings = {**(options_of_mode(mode) if mode not in (None, "default") else {}), **rest}
     return run_backend(fallback, graph_module, example_inputs, config_patches=settings or None)
 
 
-def find_patterns(graph_module: GraphModule, **options: Any) -> list[tuple[GraphModule, list[Pattern]]]:
-    """Return patterns.find of a graph and of the graphs within it (checkpointed regions, branches), by graph."""
+def graphs_of(graph_module: GraphModule) -> list[GraphModule]:
+    """Return the graphs within a graph (checkpointed regions, branches), and at last itself."""
     inner = (child for child in graph_module.children() if isinstance(child, GraphModule))
-    found = [pair for child in inner for pair in find_patterns(child, **options)]
-    return [*found, (graph_module, patterns.find(graph_module, **options))]
+    return [*(graph for child in inner for graph in graphs_of(child)), graph_module]
+
+
+def find_patterns(graph_module: GraphModule, **options: Any) -> list[tuple[GraphModule, list[Pattern]]]:
+    """Return patterns.find of a graph and of those within it, by graph."""
+    return [
+        (graph, patterns.find(graph, is_inner=graph is not graph_module, **options))
+        for graph in graphs_of(graph_module)
+    ]
 
 
 def replace_patterns(graph_module: GraphModule, *, force: bool = False) -> list[Pattern]:

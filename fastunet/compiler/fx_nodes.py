@@ -54,6 +54,11 @@ _SIGNATURES: dict[Any, tuple[str, dict[str, Any]]] = {
 _AUGMENTED = tuple(
     getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")
 )
+# Of functions and methods whose result may be a view of what they are called on.
+_VIEWS = (
+    *("view", "view_as", "reshape", "flatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "expand"),
+    *("getitem", "narrow", "select", "chunk", "split", "unbind", "contiguous", "to", "detach"),
+)
 # Calls after which the same functions mean something else.
 _MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 
@@ -129,6 +134,19 @@ class Order:
             for node in self._nodes[min(inside) : max(inside)]
             if node not in members
         )
+
+    def is_changed(self, image: Node) -> bool:
+        """Whether a node after it may change an image in place, as itself or through a view."""
+        views = {image}
+        for node in self._nodes[self._index[image] + 1 :]:
+            inputs = node.all_input_nodes
+            if getattr(node.target, "__name__", node.target) in _VIEWS and views.intersection(inputs[:1]):
+                views.add(node)
+            elif node.op != "output" and has_effect(node):
+                is_any = node.op == "call_function" and torch_private.may_mutate(node.target)
+                if views.intersection(inputs if is_any or "out" in node.kwargs else inputs[:1]):
+                    return True
+        return False
 
 
 def has_effect(node: Node) -> bool:

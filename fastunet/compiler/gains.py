@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from fastunet import dispatch
-from fastunet.compiler.fx_nodes import arguments, name_of, value_of
+from fastunet.compiler.fx_nodes import arguments, has_effect, name_of, value_of
 from fastunet.cpu import winograd
 
 if TYPE_CHECKING:
@@ -23,17 +25,23 @@ _OVER_INDUCTOR, _OVER_ATEN = 1.1, 1.33
 _SPARED = 1 / 3
 
 
-def take_what_leaves(patterns: Sequence[Pattern]) -> None:
-    """Replace the layers on the CPU whose activation leaves the graph with a gradient to come.
+def take_what_leaves(patterns: Sequence[Pattern], device: torch.device | None) -> None:
+    """Replace the layers on the CPU, or of a graph that is to be on `device`, whose activation leaves the graph with a
+    gradient to come.
 
     Of such a result inductor keeps a mask for the backward, whose bools it writes one by one: 20 ms of a step for
-    [1, 32, 256, 256] on two cores, where a pass over it takes 1. The op keeps the result itself, which lives on anyway.
+    [1, 32, 256, 256] on two cores, where a pass over it takes 1. The op keeps the result itself, which lives on anyway,
+    and as torch's own ReLU, and a leaky one in place, which nobody may change either.
     """
+    if dispatch.selected_backend() == "aten":
+        return
     for pattern in patterns:
-        is_inductors = pattern.runs_on == "aten" and pattern.activation is not None
-        value, users = value_of(pattern.result), pattern.result.users
-        trains = value.requires_grad and value.device.type == "cpu"
-        if is_inductors and trains and any(user.op == "output" for user in users):
+        activation, value = pattern.activation, value_of(pattern.result)
+        trains = value.requires_grad and (device or value.device).type == "cpu"
+        leaves = any(user.op == "output" for user in pattern.result.users)
+        if activation is None or pattern.runs_on != "aten" or not (trains and leaves):
+            continue
+        if name_of(activation) == "relu" or has_effect(activation):
             pattern.is_replaced = True
             pattern.reason = "its result leaves the graph, and inductor would write a mask for its gradient"
 

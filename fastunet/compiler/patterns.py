@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastunet import dispatch
-from fastunet.compiler.fx_nodes import Order, arguments, is_image, layer_of, name_of, only_user, value_of
+from fastunet.compiler.fx_nodes import Order, arguments, has_effect, is_image, layer_of, name_of, only_user, value_of
 from fastunet.compiler.gains import gains_little, leave_what_spares_little, take_what_leaves
 
 WITH_UPSAMPLING = "conv_transpose2x2_concat_conv3x3_relu"
@@ -66,11 +66,13 @@ class Pattern:
         return [*self.parts, *self.idle]
 
 
-def find(graph_module: GraphModule, *, force: bool = False, device: torch.device | None = None) -> list[Pattern]:
+def find(
+    graph_module: GraphModule, *, force: bool = False, device: torch.device | None = None, is_inner: bool = False
+) -> list[Pattern]:
     """Return the patterns of a graph from Dynamo, in its order; not those of graphs within it.
 
     force: choose ops also where they would run on ATen, as does what they replace. device: answer as for a graph on
-    that device.
+    that device. is_inner: what leaves it stays within another graph.
     Raises BackendError where the backend in force is "triton" and a kernel cannot run here.
     """
     search = _Search(graph_module, force, device)
@@ -79,7 +81,8 @@ def find(graph_module: GraphModule, *, force: bool = False, device: torch.device
             search.add(node)
     if not force:
         leave_what_spares_little(search.patterns)
-        take_what_leaves(search.patterns)
+        if not is_inner:
+            take_what_leaves(search.patterns, device)
     return search.patterns
 
 
@@ -150,10 +153,10 @@ class _Search:
         pattern.op = "conv3x3_bias_relu" + strided
         self._take_norm(pattern, strided)
         user = self._take_idle(pattern)
-        if user is not None and slope_of(user) is not None:
+        if user is not None and self._is_activation_of(pattern, user):
             self._take(pattern, activation=user)
         joined = arguments(pattern.anchor)["input"]
-        if _is_plain_cat(joined) and only_user(joined) is not None:
+        if _is_plain_cat(joined) and only_user(joined) is not None and not self._changes(pattern, joined):
             self._take(pattern, cat=joined)
         if pattern.cat is not None:
             self._take_interpolation(pattern)
@@ -165,6 +168,18 @@ class _Search:
         for user in pattern.result.users:
             if name_of(user) == "max_pool2d" and _unsupported(user) is None and self._take(pattern, pool=user):
                 return
+
+    def _is_activation_of(self, pattern: Pattern, node: Node) -> bool:
+        """Whether an op may compute it: for its gradient it keeps the result, where torch keeps a leaky ReLU's argument
+        unless it is in place.
+        """
+        slope = slope_of(node)
+        is_kept = slope == 0 or has_effect(node) or not _has_gradient(pattern)
+        return slope is not None and (is_kept or not self.order.is_changed(node))
+
+    def _changes(self, pattern: Pattern, joined: Node) -> bool:
+        """Whether what is joined is changed later on, which an op keeps for its gradient, where torch keeps a copy."""
+        return _has_gradient(pattern) and any(map(self.order.is_changed, arguments(joined)["tensors"]))
 
     def _take_idle(self, pattern: Pattern) -> Node | None:
         """Take in dropouts that do nothing; what alone uses the result then."""

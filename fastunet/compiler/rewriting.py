@@ -17,7 +17,7 @@ from fastunet.dispatch import STRIDE2
 from fastunet.ops.conv3x3 import NAMES
 from fastunet.ops.interpolation import MODES
 from fastunet.ops.interpolation import NAME as INTERPOLATE
-from fastunet.ops.registration import Op, op_named
+from fastunet.ops.registration import Op, memory_format, op_named
 
 _ELEMENTWISE = (
     *(operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul),
@@ -143,12 +143,11 @@ def keep_interpolations(graph_module: GraphModule) -> None:
         given, result = arguments(node), value_of(node)
         image = value_of(given["input"])
         sizes, how = [*image.shape[2:], *result.shape[2:]], given["mode"]
-        is_known = all(isinstance(size, int) for size in sizes) and given["antialias"] is False
+        factors = () if given["scale_factor"] is None else pair(given["scale_factor"])
+        is_known = all(isinstance(each, int | float) for each in (*sizes, *factors)) and given["antialias"] is False
         # By a factor that is no whole number, pixels may lie elsewhere than the sizes say.
-        is_whole = given["scale_factor"] is None or sizes[2:] == [
-            factor * size for factor, size in zip(pair(given["scale_factor"]), sizes[:2], strict=True)
-        ]
-        if is_known and is_whole and how in MODES and result.device.type == "cpu" and result.dtype == image.dtype:
+        is_whole = is_known and (not factors or sizes[2:] == [f * n for f, n in zip(factors, sizes[:2], strict=True)])
+        if is_whole and how in MODES and result.device.type == "cpu" and result.dtype == image.dtype:
             node.op, node.target = "call_function", op_named(INTERPOLATE).overload
             node.args, node.kwargs = (given["input"], *sizes[2:], how, bool(given["align_corners"])), {}
             kept.append(node)
@@ -184,7 +183,7 @@ def replicate_pad(x: Tensor, widths: Sequence[int]) -> Tensor:
         parts = [(first, before), (y, 1), (last, after)]
         edges = [part if width == 1 else part.repeat_interleave(width, axis) for part, width in parts if width]
         y = torch.cat(edges, dim=axis) if len(edges) > 1 else y
-    return y.clone() if y is x else y
+    return y.clone(memory_format=memory_format(x)) if y is x else y
 
 
 # --- memory format ---
@@ -202,12 +201,15 @@ def _restore_strides(graph: Any, made: set[Node]) -> None:
             users = list(node.users)
             with graph.inserting_after(node):
                 restored = graph.call_method("contiguous", (node,))
+            restored.meta["example_value"] = value_of(node)
             for user in users:
                 user.replace_input_with(node, restored)
         return
     for user, source in copies:
         with graph.inserting_before(user):
-            user.replace_input_with(source, graph.call_method("contiguous", (source,)))
+            restored = graph.call_method("contiguous", (source,))
+            restored.meta["example_value"] = value_of(source)
+            user.replace_input_with(source, restored)
 
 
 def _copies(graph: Any, made: set[Node]) -> list[tuple[Node, Node]]:

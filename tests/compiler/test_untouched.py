@@ -84,7 +84,7 @@ def test_a_graph_with_few_wide_layers_is_handed_on(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d, lambda c: nn.InstanceNorm2d(c, affine=True)])
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.LeakyReLU])
+@pytest.mark.parametrize("activation", [nn.ReLU, lambda: nn.LeakyReLU(inplace=True)])
 def test_an_activation_that_leaves_the_graph_with_a_gradient_is_the_ops(norm: Any, activation: Any) -> None:
     """Whose backward reads the result: inductor's would read a mask that is written for it."""
     layers = [nn.Conv2d(4, 4, 3, padding=1), norm(4), activation()]
