@@ -104,6 +104,8 @@ class Segmenter:
         if isinstance(image, str | os.PathLike):
             source = open_source(Path(image), section)
         elif isinstance(image, Tensor):
+            if image.dtype == torch.bfloat16:  # which NumPy does not have
+                raise DataError(f"image: expected {self.config.data.dtype}, as in training, got {image.dtype}")
             source = source_of_array(image.detach().cpu().numpy())
         else:
             on_gpu = hasattr(image, "__cuda_array_interface__")

@@ -47,6 +47,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+        if precision == "fp16" and accelerator.device.type == "cpu":  # which accelerate takes, and trains in float32
+            raise ValueError("a CPU trains in fp32 or bf16")
     except ValueError as error:
         raise ConfigError(f"precision: expected one that the device has, got {precision}: {error}") from error
     if config.sync_batch_norm and accelerator.num_processes > 1 and accelerator.device.type == "cpu":

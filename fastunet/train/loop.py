@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -134,6 +135,8 @@ def _train(
         on_plan(why)
     config = replace(config, **plan._asdict())
     config.check()
+    if config.patience is not None and not found.val:
+        raise ConfigError("patience: expected images kept out, by whose scores to end, got none: --val-fraction")
     check_sizes(found.facts, len(plan.features), config.norm)
 
     set_seed(config.seed)
@@ -172,7 +175,7 @@ def _train(
             write_json(out / CONFIG, asdict(run))
         loop.run()
         with accelerator.autocast():  # a net within the trained module has none of its own
-            metrics = finish(loop, model, found.val or found.train[:REPORTED])
+            metrics = finish(loop, loop.net, found.val or found.train[:REPORTED])
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics
@@ -235,7 +238,9 @@ class _Loop:
         )
         # Its own generator: the loader would draw from that of the augmentation, once more after a resumption.
         self.loading = {"num_workers": workers, "pin_memory": gpu, "generator": torch.Generator()}
-        self.net = net  # that is kept in the end
+        # What is kept in the end, and predicts: the same layers, without the forward that accelerate puts in for
+        # autocast, of which nobody could tell what it computes.
+        self.net = copy.copy(net)
         model = DeeplySupervised(net) if deep else net
         # As the images are: convolutions would rearrange contiguous weights, and their gradients, at every step.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -154,7 +154,9 @@ def _draw_samples(figure: SubFigure, samples: Sequence[Sample], class_names: Seq
         figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, title="errors")
         labels = enumerate(class_names)
         patches = [Patch(facecolor=class_palette()[label] / 255, edgecolor="0.5", label=name) for label, name in labels]
-        figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, title="classes")
+        legend = figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, title="classes")
+        for text in legend.get_texts():
+            text.set_parse_math(False)
 
 
 def thinned(sample: Sample) -> Sample:

@@ -17,6 +17,7 @@ from fastunet.data.labels import IGNORED
 from fastunet.files import write_json, written_whole
 from fastunet.inference.evaluation import counted_of, scores_of_pixels
 from fastunet.inference.streaming import predict_labels
+from fastunet.inference.tiling import field_of
 from fastunet.metrics import SegmentationMetrics
 from fastunet.pretrained import CONFIG, WEIGHTS, write_weights
 from fastunet.train.checkpoint import RunConfig, remove_checkpoints
@@ -34,6 +35,12 @@ REPORTED = 4  # images in the report
 EXTREMES = 3  # the best and the worst images in report.html, so many of each
 
 
+def tile_of(model: nn.Module) -> int:
+    """Return the edge of the tiles that a model is scored in: of deep nets large enough for what they depend on."""
+    field = field_of(model)
+    return TILE if field is None else max(TILE, 3 * field.halo + field.multiple)
+
+
 def validate(
     model: nn.Module, samples: SegmentationDataset, class_names: list[str], *, tta: bool = False, part: slice
 ) -> tuple[SegmentationMetrics, list[float]]:
@@ -44,10 +51,10 @@ def validate(
     """
     metrics = SegmentationMetrics(class_names)
     dice = torch.zeros(len(samples), dtype=torch.float64)
-    device = next(model.parameters()).device
+    device, tile = next(model.parameters()).device, tile_of(model)
     for index in range(len(samples))[part]:
         image, truth, scale = samples.whole(index)
-        prediction = predict_labels(model, image, scale, tile=TILE, tta=tta)
+        prediction = predict_labels(model, image, scale, tile=tile, tta=tta)
         pixels = counted_of(prediction, torch.from_numpy(truth), IGNORED if samples.summary.ignored else None)
         metrics.update(*pixels)
         dice[index] = scores_of_pixels(*pixels, class_names)["mean_dice"]
@@ -98,7 +105,7 @@ def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
 def _sample(loop: _Loop, model: UNet, dataset: SegmentationDataset, index: int) -> Sample:
     """Predict one image again: all predictions at once would not fit into memory."""
     (image, labels, scale), pair = dataset.whole(index), dataset.pairs[index]
-    prediction = predict_labels(model, image, scale, tile=TILE, tta=loop.config.tta)
+    prediction = predict_labels(model, image, scale, tile=tile_of(model), tta=loop.config.tta)
     return Sample(pair.stem, pair.read_image(), labels, prediction.numpy())
 
 

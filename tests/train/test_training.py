@@ -25,15 +25,19 @@ from killed_training import kill_runs
 from PIL import Image
 from safetensors.torch import load_file
 from stopped_training import TINY, Killed, killed, losses_of, stop_at
+from torch import Tensor
 
 from fastunet import UNet
 from fastunet.checks import ConfigError, DataError, Interrupted
 from fastunet.files import written_whole
+from fastunet.inference.tiling import field_of
 from fastunet.train import checkpoint, loop, results
-from fastunet.train.checkpoint import checkpoints, read_progress
+from fastunet.train.checkpoint import checkpoints, load_config, read_progress
+from fastunet.train.config import TILE
 from fastunet.train.distributed import make_accelerator
 from fastunet.train.loop import train
 from fastunet.train.loss import rate_at
+from fastunet.train.results import tile_of
 
 
 def interrupted() -> None:
@@ -90,6 +94,32 @@ def test_trainings_in_one_process_may_differ_in_precision_and_seed(data: Path, t
         assert (tmp_path / str(i) / "report.png").is_file()
         weights.append(load_file(tmp_path / str(i) / "model.safetensors")["outc.conv.weight"])
     assert not torch.equal(weights[1], weights[2])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_each_image_is_validated_once_and_in_exact_tiles(
+    precision: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision accelerate puts a forward of its own into the model."""
+    calls, forward, told = [], UNet.forward, []
+    monkeypatch.setattr(results, "tile_of", lambda model: told.append(field_of(model)) or 64)
+
+    def counted(self: UNet, x: Tensor) -> Tensor:
+        calls.append(self.training)
+        return forward(self, x)
+
+    monkeypatch.setattr(UNet, "forward", counted)
+    train(data, tmp_path / "run", replace(TINY, steps=1, precision=precision, device="cpu"))
+    kept_out = len(load_config(tmp_path / "run").val)
+    assert all(told)
+    # At the only step, in the end, for the report and its extremes.
+    assert calls.count(False) == 4 * kept_out
+
+
+def test_of_a_deep_net_a_tile_holds_more_than_its_halo() -> None:
+    net = UNet(1, 1, features=(2,) * 8)
+    halo, multiple = field_of(net)
+    assert tile_of(UNet(1, 1, features=(2, 4))) == TILE < 2 * halo + multiple < tile_of(net)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
         ({"features": widths, "deep_supervision": True}, "deep_supervision: expected at least 4 levels, got ")
         for widths in ((4, 8), (4, 8, 8))
     ),
+    ({"precision": "fp16", "device": "cpu"}, "precision: expected one that the device has, got fp16: a CPU trains in"),
+    ({"patience": 1, "val_fraction": 0.0}, "patience: expected images kept out, by whose scores to end, got none"),
     *(({name: "odd"}, f"{name}: expected one of .*, got 'odd'") for name in ("precision", "split", "norm", "device")),
 ]
 
