@@ -40,12 +40,13 @@ def check(
     if out is not None and out.suffix.lower() != ".png":
         raise ConfigError(f"out: expected the name of a PNG file, got {str(out)!r}")
     reading = pop_reading(context, options)
+    if out is not None:
+        check_folder(out.parent)
+        check_replaceable(out, overwrite, is_our_png)
     with bar("reading") as show:
         found = survey(data, reading, classes, val_fraction=val_fraction, on_pair=show)
     if out is not None and found.facts:
-        check_folder(out.parent)
         check_outside(out.parent, data, reading, [fact.pair for fact in found.facts])
-        check_replaceable(out, overwrite, is_our_png)
     print_survey(found, str(data))
     if out is not None and found.summary is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,9 @@ def draw(path: Path, found: Survey) -> None:
         axes.barh(0, each.share, left=left, color=colour, label=f"{each.name}: {100 * each.share:.1f} %")
         left += each.share
     axes.set(xlim=(0, 1), yticks=[], xlabel="share of the pixels")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    legend = axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False)
+    for text in legend.get_texts():  # names of classes and files may hold dollar signs
+        text.set_parse_math(False)
     grid = bottom.subplots(lines, 4, squeeze=False)
     for place in grid.flat:
         place.axis("off")
@@ -125,6 +128,6 @@ def draw(path: Path, found: Survey) -> None:
         pair = found.facts[index].pair
         labels = found.summary.labels_of(pair)
         place.imshow(overlay_of(pair.read_image(), labels * (labels != IGNORED)))
-        place.set_title(pair.stem[-36:], fontsize=9)
+        place.set_title(pair.stem[-36:].encode(errors="replace").decode(), fontsize=9, parse_math=False)
     with written_whole(path) as temporary:
         figure.savefig(temporary, metadata={"Software": SOFTWARE})

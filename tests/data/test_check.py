@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,24 @@ def write_data(root: Path, count: int = 5, last: int = 0) -> Path:
     mask = np.zeros((16, 20), np.uint8)
     mask[:8, :10], mask[-1] = 255, last
     return write_masks(root, mask, count)
+
+
+def test_a_picture_of_names_with_odd_letters_is_drawn(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    for kind in ("images", "masks"):
+        first, second = sorted((data / kind).iterdir())[:2]
+        first.rename(first.with_name("a$_$b.png"))
+        second.rename(os.fsdecode(os.fsencode(second.parent) + b"/caf\xe9.png"))
+    assert fastunet("check", data, "--out", tmp_path / "c.png").returncode == 0
+    assert Image.open(tmp_path / "c.png").size[0] > 1000
+
+
+def test_a_picture_that_may_not_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    Path(data / "images" / "broken.png").write_text("no image")
+    (tmp_path / "c.png").write_text("mine")
+    assert "c.png: expected nothing there" in error_of("check", data, "--out", tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
