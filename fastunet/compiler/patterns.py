@@ -75,7 +75,7 @@ def find(
     that device. is_inner: what leaves it stays within another graph.
     Raises BackendError where the backend in force is "triton" and a kernel cannot run here.
     """
-    search = _Search(graph_module, force, device)
+    search = _Search(graph_module, force, device, is_inner)
     for node in graph_module.graph.nodes:
         if name_of(node) in _ANCHORS and node not in search.covered:
             search.add(node)
@@ -87,9 +87,9 @@ def find(
 
 
 class _Search:
-    def __init__(self, graph_module: GraphModule, force: bool, device: torch.device | None) -> None:
+    def __init__(self, graph_module: GraphModule, force: bool, device: torch.device | None, is_inner: bool) -> None:
         self.order = Order(graph_module.graph.nodes)
-        self.force, self.device = force, device
+        self.force, self.device, self.is_inner = force, device, is_inner
         self.patterns: list[Pattern] = []
         self.covered: set[Node] = set()
 
@@ -195,6 +195,8 @@ class _Search:
         kind = None if user is None else _norm_kind(user)
         if user is None or kind is None:
             return
+        if self.is_inner and arguments(user).get("training"):
+            return  # Of a checkpointed region with statistics to move, inductor's partitioner loses the op's results.
         op = f"conv3x3_{kind}_relu{strided}"
         # Inference on the CPU folds batch norm away; instance norm it computes as ATen does, where another backend
         # makes one pass of it and of all that follows.

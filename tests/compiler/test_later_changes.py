@@ -67,7 +67,7 @@ class PaddedInACheckpoint(Layer):
     """What leaves the region stays within the graph."""
 
     def inner(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(F.pad(self.conv(x), [0, 1, 0, 1], "replicate")))
+        return F.pad(F.relu(self.bn(self.conv(x))), [0, 1, 0, 1], "replicate")
 
     def forward(self, x: Tensor) -> Any:
         return checkpoint(self.inner, x, use_reentrant=False)
