@@ -18,6 +18,13 @@ _PHASES = tl.constexpr(PHASES)
 
 # fmt: off
 @triton.jit
+def _program(blocks):
+    """Of a program that owns one of so many blocks of channels of a phase: the block, the phase's parity, the tile."""
+    phase = tl.program_id(0) // blocks % _PHASES
+    return tl.program_id(0) % blocks, phase // 2, phase % 2, tl.program_id(0) // (blocks * _PHASES)
+
+
+@triton.jit
 def _tap_of_phase(tap, odd_h, odd_w):
     """How many outputs after its own number `tap` of the taps that read a phase is at, down and right, and the tap's
     number in the window: of an even row tap row 1, at its own output; of an odd one tap row 0, at the output after it,
@@ -67,12 +74,9 @@ def conv3x3_strided_input_grad_kernel(
     stride_out, stride_tap = multiple(stride_out, UNIT), multiple(stride_tap, UNIT)
     blocks1 = tl.cdiv(C1, BLOCK_N)
     blocks = blocks1 if out_up_ptr is None else blocks1 + tl.cdiv(C2, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    phase = tl.program_id(0) // blocks % _PHASES
-    odd_h = phase // 2
-    odd_w = phase % 2
+    block, odd_h, odd_w, tile = _program(blocks)
     HO, WO = strided_size(H, W, 2)
-    image, h0, w0 = tile_origin(tl.program_id(0) // (blocks * _PHASES), HO, WO, TILE_H, TILE_W)
+    image, h0, w0 = tile_origin(tile, HO, WO, TILE_H, TILE_W)
     # Of an odd side there is a pixel less in the odd phase.
     rows, columns = tile_pixels(h0, w0, (H + 1 - odd_h) // 2, (W + 1 - odd_w) // 2, TILE_H, TILE_W)
     C = C1
@@ -102,15 +106,12 @@ def conv3x3_strided_input_grad_descriptor_kernel(
     """As conv3x3_strided_input_grad_kernel. weight_desc reads [C1 + C2, 9*COUT]; an out has a descriptor a phase."""
     blocks1 = tl.cdiv(C1, BLOCK_N)
     blocks = blocks1 if out_up_desc is None else blocks1 + tl.cdiv(C2, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    phase = tl.program_id(0) // blocks % _PHASES
-    odd_h = phase // 2
-    odd_w = phase % 2
+    block, odd_h, odd_w, tile = _program(blocks)
     is_first = block < blocks1
     n0 = tl.where(is_first, block, block - blocks1) * BLOCK_N
     weight_row = tl.where(is_first, 0, C1) + n0
     HO, WO = strided_size(H, W, 2)
-    image, h0, w0 = tile_origin(tl.program_id(0) // (blocks * _PHASES), HO, WO, TILE_H, TILE_W)
+    image, h0, w0 = tile_origin(tile, HO, WO, TILE_H, TILE_W)
     image = image.to(tl.int32)
     taps = (1 + odd_h) * (1 + odd_w)
     steps = taps * blocks_k
