@@ -63,7 +63,7 @@ def exact_on_integers(
 ) -> None:
     """By norm, too, of statistics that change nothing, and as raw sums with statistics of their own."""
     c1, c2, c_out = channels
-    options = {"device": DEVICE, "dtype": dtype, "largest": 1}
+    options = {"device": DEVICE, "dtype": dtype, **({"largest": 1} if dtype == HALF else {})}
     x, up = (random_integers((2, c, h, w), seed=c, **options) for c in (c1, c2))
     weight, bias = (random_integers(of, seed=len(of), **options) for of in ((c_out, c1 + c2, 3, 3), (c_out,)))
     leaves = [t.double().requires_grad_() for t in (x, up, weight)]
@@ -83,7 +83,7 @@ def exact_on_integers(
     actual = kernels.conv3x3.grad.conv3x3_input_grads(grad, weight, [c1, c2], stride=2, size=(h, w))
     weights = [kernels.conv3x3.grad.conv3x3_weight_grad(grad, t, stride=2)[0] for t in (x, up)]
     for a, b in zip([*actual, torch.cat(weights, 1)], expected, strict=True):
-        assert b.abs().max() <= 2048  # Beyond, float16 has no longer every integer.
+        assert dtype != HALF or b.abs().max() <= 2048  # Beyond, float16 has no longer every integer.
         assert_within(a, b, 0.0)
 
 
