@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from fastunet import dispatch
 from fastunet.compiler.fx_nodes import arguments, has_effect, name_of, value_of
 from fastunet.cpu import winograd
 
 if TYPE_CHECKING:
+    import torch
+
     from fastunet.compiler.patterns import Pattern
 
 # The speedup from which a kernel replaces what inductor compiles, which may also fuse it with what surrounds it; and
@@ -29,9 +29,9 @@ def take_what_leaves(patterns: Sequence[Pattern], device: torch.device | None) -
     """Replace the layers on the CPU, or of a graph that is to be on `device`, whose activation leaves the graph with a
     gradient to come.
 
-    Of such a result inductor keeps a mask for the backward, whose bools it writes one by one: 20 ms of a step for
-    [1, 32, 256, 256] on two cores, where a pass over it takes 1. The op keeps the result itself, which lives on anyway,
-    and as torch's own ReLU, and a leaky one in place, which nobody may change either.
+    Of such a result inductor keeps a mask for the backward, whose bools it writes one by one (benchmarks/NOTES.md). The
+    op keeps the result itself, which lives on anyway. So does torch of a ReLU, and of a leaky one in place; what
+    another leaky ReLU gives may be changed afterwards.
     """
     if dispatch.selected_backend() == "aten":
         return

@@ -158,7 +158,7 @@ def keep_interpolations(graph_module: GraphModule) -> None:
 def replace_replicate_pads(graph_module: GraphModule) -> None:
     """Pad images by copies of their edges, in place of F.pad's "replicate" mode: of its backward inductor expects other
     strides than it gets, and raises at run time (seen with torch 2.13, where a convolution is before it); and where no
-    width is but 0, as is usual, it still looks up each pixel's place: 17 of 76 ms of MONAI's BasicUNet in inference.
+    width is but 0, as is usual, it still looks up each pixel's place.
     """
     pads = []
     for node in graph_module.graph.nodes:
