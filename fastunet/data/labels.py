@@ -130,7 +130,10 @@ def are_instances(masks: Iterable[tuple[Collection[int], int]]) -> bool:
 
 def likely_cause(path: Path, found: Collection[Value], is_instances: bool) -> str:
     """Say what the values of masks are likely to be, of which `path` is one, and which option takes them."""
-    is_jpeg = path.is_file() and path.open("rb").read(3) == b"\xff\xd8\xff"  # it may be a folder of sections
+    is_jpeg = False
+    if path.is_file():  # and no folder of sections
+        with path.open("rb") as file:
+            is_jpeg = file.read(3) == b"\xff\xd8\xff"
     numbers = [value for value in found if isinstance(value, int)]
     if is_jpeg:
         return f"JPEG is lossy: masks hold {len(found)} values; --threshold 128 tells foreground from background"

@@ -21,6 +21,7 @@ from .parity import FORMATS, cases_of, check, registered
 # As cases_of takes it: wide enough for the heuristic blocks of large images, with edges on both sides; and of the halo
 # variant more tiles than a GPU has multiprocessors.
 _SIZE, _HALO_SIZE = (2, 64, 131, 66, 128), (2, 64, 195, 75, 136)
+# Height and width of images that whole runs of pixels make up.
 _RUNS = 2, 64
 HALO, FP8 = "conv3x3_halo", "conv3x3_fp8"
 # By each of its check's configurations one, because each is a kernel to compile; and the first with a head.

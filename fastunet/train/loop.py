@@ -175,7 +175,7 @@ def _train(
             write_json(out / CONFIG, asdict(run))
         loop.run()
         with accelerator.autocast():  # a net within the trained module has none of its own
-            metrics = finish(loop, loop.net, found.val or found.train[:REPORTED])
+            metrics = finish(loop, found.val or found.train[:REPORTED])
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return metrics

@@ -61,9 +61,9 @@ def validate(
     return metrics, sum_of_ranks(dice, device).tolist()
 
 
-def finish(loop: _Loop, model: UNet, shown: list[Pair]) -> dict[str, Any]:
+def finish(loop: _Loop, shown: list[Pair]) -> dict[str, Any]:
     """Write weights, metrics, history and report. Killed within it, a run is finished by resuming it."""
-    config, run, out, progress = loop.config, loop.run_config, loop.out, loop.progress
+    config, run, out, progress, model = loop.config, loop.run_config, loop.out, loop.progress, loop.net
     kept, why = progress.step, "the last, as no images were kept out to choose by"
     if loop.average is not None:
         model.load_state_dict(loop.average.module.state_dict())
